@@ -1,0 +1,1 @@
+"""A trained network becomes a bundle, and proves it (torch, onnx, onnxruntime)."""

@@ -1,0 +1,138 @@
+"""What each level and precision is worth: IoU, Dice and latency on labelled data, into the manifest."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from numpy import ndarray
+
+from export.data import Labelled, labelled
+from export.pack import write_manifest
+from export.verify import runnable
+from server.arrays import Image
+from server.runtime.bundle import Bundle, Calibration, CalibrationRow, Graph, Manifest, Measured, Recommended, read_bundle
+from server.runtime.engines import ENGINES, Engine
+from server.runtime.opening import IOU_TOLERANCE, noise
+from server.segment.plan import make_plan, with_channels
+from server.segment.quality import overlap
+from server.segment.restore import Canvas
+
+LATENCY_SIDE = {2: 256, 3: 64}
+LATENCY_RUNS = 11
+
+
+def calibrate(
+    bundle: Bundle, data: Path, split: str, *, held_out: bool, advance: Callable[[CalibrationRow], None] = lambda row: None
+) -> Measured:
+    """Measures every graph at every precision and writes the table into the manifest.
+
+    Args:
+        bundle: to measure; its manifest is rewritten.
+        data: folder with images/, labels/ and index.csv.
+        split: which rows of index.csv; decisions belong on validation data.
+        held_out: write the table as the held-out result, which decides nothing.
+        advance: called with each row.
+
+    Raises:
+        DataError: the data cannot be read.
+    """
+    manifest = bundle.manifest
+    images = list(labelled(data, split, len(manifest.classes) if len(manifest.classes) > 1 else 1))
+    rows = []
+    for graph in manifest.graphs:
+        for precision, engines in _engines(bundle, graph):
+            timed = sorted(((_latency(engine, manifest), engine) for engine in engines), key=lambda pair: pair[0])
+            latency, engine = timed[0]
+            iou, mean_iou, dice = _quality(engine, manifest, graph, images)
+            row = CalibrationRow(
+                graph=graph.name, precision=precision, engine=engine.name, iou=iou, mean_iou=mean_iou, dice=dice,
+                latency_ms=round(latency * 1e3, 3),
+            )  # fmt: skip
+            rows.append(row)
+            advance(row)
+    facts = {"data": f"{data.name}, {split} split", "images": len(images), "machine": machine(), "rows": tuple(rows)}
+    measured = Measured.model_validate(facts)
+    update: dict[str, object] = {"held_out": measured}
+    if not held_out:
+        update = {"calibration": Calibration.model_validate({**facts, "recommended": recommend(manifest, measured)})}
+    write_manifest(bundle.folder, manifest.model_copy(update=update))
+    read_bundle(bundle.folder)
+    return measured
+
+
+def recommend(manifest: Manifest, measured: Measured) -> Recommended:
+    """The shallowest level whose best precision stays within the tolerance of the best row of the table."""
+    best = max((r for r in measured.rows if r.precision == "fp32"), key=lambda r: r.iou)
+    for level in manifest.levels:
+        rows = [r for r in measured.rows if r.graph == f"L{level}"]
+        reference = next(r for r in rows if r.precision == "fp32")
+        faithful = [r for r in rows if r.iou >= reference.iou - IOU_TOLERANCE]
+        row = min(faithful, key=lambda r: r.latency_ms)
+        if row.iou >= best.iou - IOU_TOLERANCE:
+            break
+    why = (
+        f"the shallowest level within {IOU_TOLERANCE * 100:g} points of the best IoU ({best.graph} at fp32: {best.iou:.4f}); "
+        f"at {row.precision} it has {row.iou:.4f} and takes {row.latency_ms:.1f} ms against {best.latency_ms:.1f} ms"
+    )
+    return Recommended(level=level, precision=row.precision, why=why)
+
+
+def mean_overlap(classes: UInt8[ndarray, "H W"], label: UInt8[ndarray, "H W"], values: list[int]) -> tuple[float, float, float]:
+    """Foreground IoU, IoU with the background averaged in, and foreground Dice of one image."""
+    foreground = [overlap(classes == value, label == value) for value in values]
+    background = overlap(classes == 0, label == 0)
+    iou = float(np.mean([o.iou for o in foreground]))
+    with_background = float(np.mean([*[o.iou for o in foreground], background.iou]))
+    return iou, with_background, float(np.mean([o.dice for o in foreground]))
+
+
+def segment(engine: Engine, manifest: Manifest, graph: Graph, image: Image) -> UInt8[ndarray, "H W"]:
+    """The server's own plan, engine and restore, without its queue."""
+    input_ = with_channels(image, len(manifest.channels))
+    plan = make_plan(input_, manifest, graph)
+    channels = 1 if manifest.activation == "sigmoid" else len(manifest.classes) + 1
+    canvas = Canvas(plan, channels, manifest.threshold, keep_scores=False)
+    for band in range(len(plan.tops)):
+        tiles = plan.cut(input_, band)
+        canvas.add(band, np.concatenate([engine.run(tiles.one(i)) for i in range(len(tiles))]))
+    return canvas.mask().classes
+
+
+def machine() -> str:
+    """Processor and cores, for the table's caption."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = f"{lines[0]}, {len(lines)} cores" if lines else name
+    return name
+
+
+def _engines(bundle: Bundle, graph: Graph) -> list[tuple[str, list[Engine]]]:
+    """Opened engines per precision."""
+    found: dict[str, list[Engine]] = {}
+    for engine, precision in runnable(bundle):
+        found.setdefault(precision, []).append(ENGINES[engine].open(bundle.path(graph.name, precision), precision, "cpu", 0))
+    return list(found.items())
+
+
+def _latency(engine: Engine, manifest: Manifest) -> float:
+    tiles = noise(1, len(manifest.channels), [LATENCY_SIDE[manifest.dims]] * manifest.dims)
+    engine.run(tiles)
+    times = []
+    for _ in range(LATENCY_RUNS):
+        begun = time.perf_counter()
+        engine.run(tiles)
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def _quality(engine: Engine, manifest: Manifest, graph: Graph, images: list[Labelled]) -> tuple[float, float, float]:
+    values = [c.value for c in manifest.classes]
+    scores = [mean_overlap(segment(engine, manifest, graph, item.image), item.label, values) for item in images]
+    iou, mean_iou, dice = (round(float(np.mean(column)), 5) for column in zip(*scores, strict=True))
+    return iou, mean_iou, dice

@@ -1,0 +1,152 @@
+"""Writes a bundle: weights, graphs, golden pairs and manifest; last step: reads it back as the server will."""
+
+import copy
+import datetime
+import shutil
+import tempfile
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from export.data import calibration_tiles
+from export.golden import write_golden
+from export.graph import ServedGraph, fold_batch_norm, level_networks, round_to_fp16
+from export.lower import point_at_weights
+from export.precision import GRAPH_PRECISIONS
+from model import checkpoint
+from model.cost import macs, parameters
+from model.network import UNetPlusPlus
+from server.runtime.bundle import FORMAT, GOLDEN, MANIFEST, WEIGHTS, Bundle, Class, FileEntry, Graph, Manifest, Window, read_bundle, sha256
+
+# Training images whose first windows set the activation ranges of int8.
+INT8_IMAGES = 48
+
+
+class ExportError(ValueError):
+    """The checkpoint or card cannot become a bundle."""
+
+
+class Card(BaseModel):
+    """What a person says about a network (a TOML file); see `Manifest` for the meanings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    title: str
+    description: str
+    intended_use: str
+    channels: tuple[str, ...]
+    classes: tuple[Class, ...]
+    window: Window
+    license: dict[str, str]
+    provenance: dict[str, str]
+
+
+def read_card(path: Path) -> Card:
+    """Reads a card.
+
+    Raises:
+        ExportError: says which field is wrong.
+    """
+    try:
+        return Card.model_validate(tomllib.loads(path.read_text()))
+    except (OSError, tomllib.TOMLDecodeError, ValidationError) as error:
+        raise ExportError(f"{path}: not a valid card: {error}") from error
+
+
+def export(
+    source: Path, card: Card, out: Path, data: Path | None, advance: Callable[[str], None] = lambda step: None
+) -> Bundle:
+    """Exports a checkpoint as a bundle, atomically: `out` is complete or as it was.
+
+    Args:
+        source: checkpoint from `unetpp train`.
+        card: what a person says about it.
+        out: folder of the bundle; an existing bundle there is replaced.
+        data: folder whose training split sets int8's ranges; without it there are no int8 graphs.
+        advance: called with the name of each finished step.
+
+    Raises:
+        ExportError: the network and the card do not fit, or `out` is something else than a bundle.
+        CheckpointError: `source` cannot be read.
+    """
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise ExportError(f"{out} exists and is not a bundle; choose another --out")
+    trained, notes = checkpoint.load(source)
+    if not isinstance(trained, UNetPlusPlus):
+        raise ExportError(f"{source} holds a {type(trained).__name__}; only UNet++ has levels to serve")
+    config = trained.config
+    if len(card.channels) != config.in_channels:
+        raise ExportError(f"the card names {len(card.channels)} channels, the network takes {config.in_channels}")
+    if len(card.classes) != max(config.classes - 1, 1):
+        raise ExportError(f"the card names {len(card.classes)} foreground classes, the network has {max(config.classes - 1, 1)}")
+    network = round_to_fp16(fold_batch_norm(trained))
+    activation = "sigmoid" if config.classes == 1 else "softmax"
+    levels = level_networks(network)
+    served = {name: ServedGraph(pruned, activation).eval() for name, (_, pruned) in levels.items()}
+    graphs = tuple(_describe(name, level, pruned, int8=data is not None) for name, (level, pruned) in levels.items())
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        folder = Path(scratch) / out.name
+        folder.mkdir()
+        checkpoint.save(copy.deepcopy(network).half(), folder / WEIGHTS, {"trained": notes})
+        manifest = Manifest(
+            **card.model_dump(),
+            format=FORMAT,
+            dims=config.dims,
+            normalization="zscore",
+            activation=activation,
+            graphs=graphs,
+            files={name: FileEntry(sha256="0" * 64, bytes=0) for name in _files(graphs)},
+        )
+        for graph in graphs:
+            tiles = calibration_tiles(data, manifest, graph, INT8_IMAGES) if data else []
+            for precision, file in graph.files.items():
+                proto = GRAPH_PRECISIONS[precision](served[graph.name], tiles)
+                onnx.save(point_at_weights(proto, folder / WEIGHTS), folder / file)
+                advance(file)
+        write_golden(folder / GOLDEN, served, config.in_channels)
+        write_manifest(folder, _stamped(manifest))
+        read_bundle(folder)
+        if out.exists():
+            shutil.rmtree(out)
+        folder.rename(out)
+    return read_bundle(out)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest with the sizes and hashes of the files as they are now."""
+    files = {
+        name: FileEntry(sha256=sha256(folder / name), bytes=(folder / name).stat().st_size) for name in sorted(manifest.files)
+    }
+    final = Manifest.model_validate(manifest.model_dump() | {"files": files})
+    with checkpoint.atomic(folder / MANIFEST) as temporary:
+        temporary.write_text(final.model_dump_json(indent=1, exclude_none=True) + "\n")
+
+
+def _stamped(manifest: Manifest) -> Manifest:
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return manifest.model_copy(update={"provenance": {**manifest.provenance, "exported": today}})
+
+
+def _files(graphs: tuple[Graph, ...]) -> list[str]:
+    return [WEIGHTS, GOLDEN, *(file for graph in graphs for file in graph.files.values())]
+
+
+def _describe(name: str, level: int, network: UNetPlusPlus, *, int8: bool) -> Graph:
+    config = network.config
+    side = 2 ** (config.depth + 3)
+    size = [side] * config.dims
+    files = {"fp32": f"{name}.onnx", "fp16": f"{name}.fp16.onnx"} | ({"int8": f"{name}.int8.onnx"} if int8 else {})
+    return Graph(
+        name=name,
+        level=level,
+        divisor=config.divisor(level),
+        parameters=parameters(network),
+        macs_per_pixel=macs(network, config.in_channels, size) / side**config.dims,
+        files=files,  # type: ignore[arg-type]
+    )

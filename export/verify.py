@@ -1,0 +1,128 @@
+"""Proof that a bundle answers as torch does: on the server's own engines, per level and precision."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from export.golden import synthetic_cells, tiles_of, torch_scores
+from export.graph import ServedGraph, level_networks
+from export.lower import PREFIX
+from model import checkpoint
+from model.network import UNetPlusPlus
+from server.arrays import Scores, Tiles
+from server.runtime.bundle import WEIGHTS, Bundle
+from server.runtime.engines import ENGINES
+from server.runtime.opening import golden_tiles, noise
+
+# fp32 must equal torch up to rounding; the others must decide the same class for nearly every pixel.
+FP32_MAX_ABS = 1e-4
+LEAST_AGREEMENT = {"bf16": 0.98, "fp16": 0.995, "int8": 0.97}
+
+# (tiles, height, width); multiples of 32, the largest divisor.
+SIZES = ((1, 32, 32), (3, 64, 96), (1, 256, 256))
+
+
+class VerifyError(ValueError):
+    """A graph does not answer as torch does; names each."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One graph on one engine at one precision, over all inputs."""
+
+    graph: str
+    precision: str
+    engine: str
+    max_abs: float
+    agreement: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the rule of its precision holds."""
+        if self.precision == "fp32":
+            return self.max_abs <= FP32_MAX_ABS
+        return self.agreement >= LEAST_AGREEMENT[self.precision]
+
+
+def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: None) -> list[Verdict]:
+    """Compares every graph at every precision on every installed CPU engine with torch.
+
+    Inputs are noise and synthetic cells of several sizes, and the golden pairs.
+
+    Args:
+        bundle: to verify.
+        advance: called with each verdict.
+
+    Raises:
+        VerifyError: names every graph that fails, or that holds nodes of other levels.
+    """
+    network, _ = checkpoint.load(bundle.folder / WEIGHTS)
+    assert isinstance(network, UNetPlusPlus)  # noqa: S101 - narrows the type
+    manifest = bundle.manifest
+    verdicts, wrong = [], []
+    for name, (_, pruned) in level_networks(network).items():
+        wrong += wrong_nodes(bundle, name, pruned)
+        graph = ServedGraph(pruned, manifest.activation).eval()
+        inputs = _inputs(len(manifest.channels)) + [tiles for g, tiles, _ in golden_tiles(bundle.golden) if g == name]
+        expected = [torch_scores(graph, tiles) for tiles in inputs]
+        for engine, precision in runnable(bundle):
+            opened = ENGINES[engine].open(bundle.path(name, precision), precision, "cpu", 0)
+            answers = [opened.run(tiles) for tiles in inputs]
+            verdict = Verdict(
+                name, precision, engine,
+                max(float(np.abs(a - e).max()) for a, e in zip(answers, expected, strict=True)),
+                agreement(answers, expected, manifest.threshold),
+            )  # fmt: skip
+            verdicts.append(verdict)
+            advance(verdict)
+    wrong += [
+        f"{v.graph} at {v.precision} on {v.engine}: largest difference {v.max_abs:.2g}, mask agreement {v.agreement:.4f}"
+        for v in verdicts
+        if not v.passed
+    ]
+    if wrong:
+        raise VerifyError("the bundle does not answer as torch does:\n  " + "\n  ".join(wrong))
+    return verdicts
+
+
+def runnable(bundle: Bundle) -> list[tuple[str, str]]:
+    """(engine, precision) that can run on this CPU, slow ones included: ONNX Runtime emulates fp16 here."""
+    pairs = []
+    for name, row in ENGINES.items():
+        if not row.installed:
+            continue
+        precisions = [*row.precisions("cpu"), *(["fp16"] if name == "onnxruntime" else [])]
+        pairs += [(name, p) for p in precisions if p == "bf16" or p in bundle.manifest.graph_precisions]
+    return pairs
+
+
+def agreement(answers: list[Scores], expected: list[Scores], threshold: float) -> float:
+    """Share of pixels whose class is the same."""
+    same = total = 0
+    for a, e in zip(answers, expected, strict=True):
+        equal = (a > threshold) == (e > threshold) if a.shape[1] == 1 else a.argmax(1) == e.argmax(1)
+        same += int(equal.sum())
+        total += equal.size
+    return same / total
+
+
+def wrong_nodes(bundle: Bundle, name: str, pruned: UNetPlusPlus) -> list[str]:
+    """Graph files whose convolutions are not exactly those of the pruned network."""
+    wanted = {f"{PREFIX}{p}" for p in pruned.state_dict()}
+    wrong = []
+    for precision, file in bundle.manifest.graph(name).files.items():
+        proto = onnx.load(bundle.folder / file, load_external_data=False)
+        # int8 stores biases as integers next to the graph: there the weights tell.
+        found = {t.name.removesuffix(".fp16") for t in proto.graph.initializer if t.name.startswith(PREFIX)}
+        found = {n for n in found if n in wanted or "." in n and not n.endswith(("_scale", "_zero_point", "_quantized"))}
+        missing = {n for n in wanted - found if precision != "int8" or n.endswith(".weight")}
+        if missing or found - wanted:
+            wrong.append(f"{file}: missing {sorted(missing)[:3]}, of other levels {sorted(found - wanted)[:3]}")
+    return wrong
+
+
+def _inputs(channels: int) -> list[Tiles]:
+    cells = [tiles_of([synthetic_cells(h, w, channels, seed) for seed in range(n)]) for n, h, w in SIZES]
+    return cells + [noise(n, channels, [h, w]) for n, h, w in SIZES[:2]]

@@ -1,0 +1,270 @@
+"""Images and label maps from disk, checked before the first step, augmented with MONAI."""
+
+import csv
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tifffile
+import torch
+from monai.transforms import (
+    Compose,
+    RandAdjustContrastd,
+    RandAffined,
+    RandCropByPosNegLabeld,
+    RandFlipd,
+    RandGaussianNoised,
+    RandGaussianSmoothd,
+    RandRotate90d,
+    RandScaleIntensityd,
+    RandShiftIntensityd,
+    SpatialPadd,
+)
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.utils.data import Dataset
+
+SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
+
+
+class DataError(ValueError):
+    """The data folder cannot be trained on; the message lists every file that is wrong."""
+
+
+class DataConfig(BaseModel):
+    """How samples are made.
+
+    Attributes:
+        tile: side of the square training tiles, in pixels.
+        tiles_per_image: tiles drawn from each image in one epoch, on average.
+        balance: column of index.csv whose values are drawn more evenly (by the square root of their
+            frequency), or None.
+        foreground: share of tiles centred on a foreground pixel.
+        scale: largest relative zoom, e.g. 0.4 for 0.6 to 1.4.
+        invert: probability of inverted intensities (dark-on-bright from bright-on-dark).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tile: int = Field(default=128, ge=16)
+    tiles_per_image: int = Field(default=4, ge=1)
+    balance: str | None = None
+    foreground: float = Field(default=0.7, ge=0, le=1)
+    scale: float = Field(default=0.4, ge=0, lt=1)
+    invert: float = Field(default=0.15, ge=0, le=1)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of index.csv with the files that belong to it."""
+
+    id: str
+    image: Path
+    label: Path
+    attributes: dict[str, str]
+
+
+def read_array(path: Path) -> NDArray[np.generic]:
+    """Pixels as stored: (H, W) or (H, W, channels)."""
+    if path.suffix in (".tif", ".tiff"):
+        return np.asarray(tifffile.imread(path))
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def read_image(path: Path, channels: int) -> NDArray[np.float32]:
+    """An image as the network sees it: z-score per channel over the whole image.
+
+    Args:
+        path: the file.
+        channels: 3 repeats a grey image; 1 averages colours. An alpha channel is dropped.
+
+    Returns:
+        (C, H, W) float32.
+    """
+    pixels = read_array(path).astype(np.float32)
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels[..., :3]
+    if channels == 1:
+        pixels = pixels.mean(axis=-1, keepdims=True)
+    elif pixels.shape[-1] == 1:
+        pixels = np.repeat(pixels, channels, axis=-1)
+    mean = pixels.mean(axis=(0, 1), dtype=np.float64)
+    std = pixels.std(axis=(0, 1), dtype=np.float64)
+    normalised = (pixels - mean) / np.where(std > 0, std, 1.0)
+    return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)
+
+
+def read_label(path: Path, classes: int) -> NDArray[np.uint8]:
+    """(H, W) class per pixel; for one class every value above 0 is foreground (instance maps too)."""
+    label = read_array(path)
+    return (label > 0).astype(np.uint8) if classes == 1 else label.astype(np.uint8)
+
+
+def read_index(root: Path) -> dict[str, list[Sample]]:
+    """Samples of a data folder by split: `images/`, `labels/` and `index.csv` with columns id and split.
+
+    Raises:
+        DataError: names every missing file.
+    """
+    index = root / "index.csv"
+    if not index.is_file():
+        raise DataError(f"{index}: not found. A data folder holds images/, labels/ and index.csv (columns id, split).")
+    with index.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"id", "split"} <= rows[0].keys():
+        raise DataError(f"{index}: needs the columns id and split and at least one row.")
+    splits: dict[str, list[Sample]] = {}
+    missing = []
+    for row in rows:
+        files = [_find(root / folder, row["id"]) for folder in ("images", "labels")]
+        missing += [f"{folder}/{row['id']}.*" for folder, f in zip(("images", "labels"), files, strict=True) if not f]
+        if files[0] and files[1]:
+            splits.setdefault(row["split"], []).append(Sample(row["id"], files[0], files[1], row))
+    if missing:
+        raise DataError(_report(f"{root}: {len(missing)} files named in index.csv are missing", missing))
+    return splits
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    return next((p for s in SUFFIXES if (p := folder / f"{name}{s}").is_file()), None)
+
+
+def _report(headline: str, lines: list[str], most: int = 20) -> str:
+    more = f"\n  ... and {len(lines) - most} more" if len(lines) > most else ""
+    return headline + ":\n  " + "\n  ".join(lines[:most]) + more
+
+
+class Split:
+    """The samples of one split, decoded once and kept in memory."""
+
+    def __init__(self, name: str, samples: Iterable[Sample], channels: int, classes: int) -> None:
+        """Reads and checks every file.
+
+        Raises:
+            DataError: names every file that cannot be read, whose label has another size or unknown
+                classes, or the split if no label in it has any foreground.
+        """
+        self.name = name
+        self.samples = list(samples)
+        if not self.samples:
+            raise DataError(f"the split {name!r} has no samples in index.csv")
+        self.images: list[NDArray[np.float32]] = []
+        self.labels: list[NDArray[np.uint8]] = []
+        wrong = []
+        for sample in self.samples:
+            try:
+                image, label = read_image(sample.image, channels), read_label(sample.label, classes)
+            except (OSError, ValueError, SyntaxError) as error:
+                wrong.append(f"{sample.image.name} or its label: cannot be read ({error})")
+                continue
+            if image.shape[1:] != label.shape:
+                wrong.append(f"{sample.id}: image is {image.shape[1:]}, label is {label.shape}")
+            elif label.max(initial=0) > max(classes - 1, 1):
+                wrong.append(f"{sample.label.name}: class {label.max()} of a network with {classes} classes")
+            elif not np.isfinite(image).all():
+                wrong.append(f"{sample.image.name}: holds values that are not finite")
+            self.images.append(image)
+            self.labels.append(label)
+        if wrong:
+            raise DataError(_report(f"{len(wrong)} samples of the split {name!r} cannot be used", wrong))
+        if not any(label.any() for label in self.labels):
+            raise DataError(f"no label of the split {name!r} has any foreground: are these the right label maps?")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def augmentation(config: DataConfig) -> Compose:
+    """Random tiles (C, tile, tile): crop, rotation, zoom, flips, contrast, noise, blur."""
+    both = ["image", "label"]
+    # Wide enough that a rotated, zoomed-out tile still lies inside the crop.
+    reach = int(np.ceil(config.tile * 1.5 / 2) * 2)
+    return Compose(
+        [
+            SpatialPadd(both, spatial_size=(reach, reach), mode="reflect"),
+            RandCropByPosNegLabeld(
+                both,
+                label_key="label",
+                spatial_size=(reach, reach),
+                pos=config.foreground,
+                neg=max(1 - config.foreground, 1e-6),
+                allow_smaller=True,
+            ),
+            RandAffined(
+                both,
+                prob=0.75,
+                rotate_range=np.pi / 4,
+                scale_range=config.scale,
+                shear_range=0.15,
+                spatial_size=(config.tile, config.tile),
+                mode=("bilinear", "nearest"),
+                padding_mode="reflection",
+            ),
+            RandFlipd(both, prob=0.5, spatial_axis=0),
+            RandFlipd(both, prob=0.5, spatial_axis=1),
+            RandRotate90d(both, prob=0.5),
+            RandAdjustContrastd("image", prob=0.3, gamma=(0.6, 1.6)),
+            RandScaleIntensityd("image", factors=0.4, prob=0.5),
+            RandShiftIntensityd("image", offsets=0.3, prob=0.5),
+            RandScaleIntensityd("image", factors=0.15, prob=0.3, channel_wise=True),
+            RandScaleIntensityd("image", factors=(-2.0, -2.0), prob=config.invert),
+            RandGaussianSmoothd("image", sigma_x=(0.4, 1.5), sigma_y=(0.4, 1.5), prob=0.15),
+            RandGaussianNoised("image", std=0.15, prob=0.25),
+        ]
+    )
+
+
+class Tiles(Dataset[tuple[Tensor, Tensor]]):
+    """Random training tiles. Item i of epoch e depends on (seed, e, i) alone.
+
+    So a resumed run draws exactly what an uninterrupted one would have drawn, whatever the number of
+    loader processes.
+    """
+
+    def __init__(self, split: Split, config: DataConfig, seed: int) -> None:
+        self._split = split
+        self._seed = seed
+        self._epoch = 0
+        self._augment = augmentation(config)
+        self._length = len(split) * config.tiles_per_image
+        self._weights = _weights(split, config.balance)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose tiles are drawn."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
+        """One tile: image (C, tile, tile) float32, label (tile, tile) uint8."""
+        random = np.random.default_rng([self._seed, self._epoch, item])
+        which = int(random.choice(len(self._split), p=self._weights))
+        self._augment.set_random_state(seed=int(random.integers(2**31)))
+        [sample] = self._augment({"image": self._split.images[which], "label": self._split.labels[which][None]})
+        image = torch.as_tensor(sample["image"]).as_subclass(Tensor).float()
+        label = torch.as_tensor(sample["label"]).as_subclass(Tensor)[0].to(torch.uint8)
+        return image.contiguous(), label
+
+
+def _weights(split: Split, balance: str | None) -> NDArray[np.float64]:
+    if balance is None:
+        return np.full(len(split), 1 / len(split))
+    values = [sample.attributes.get(balance, "") for sample in split.samples]
+    counts = Counter(values)
+    weights = np.array([counts[value] ** -0.5 for value in values])
+    return np.asarray(weights / weights.sum())
+
+
+def pad_to(image: Tensor, divisor: int, mode: Literal["reflect"] = "reflect") -> Tensor:
+    """Pads (N, C, H, W) at the lower right so that both axes are multiples of `divisor`."""
+    height, width = image.shape[-2:]
+    pad = (0, -width % divisor, 0, -height % divisor)
+    # Reflection cannot reach further than the image; tiny images repeat their edge instead.
+    reachable = pad[1] < width and pad[3] < height
+    return torch.nn.functional.pad(image, pad, mode=mode if reachable else "replicate")

@@ -1,0 +1,315 @@
+"""One training loop that reads from top to bottom: for UNet++ and for its baselines alike.
+
+Killed at any moment, it goes on from the last finished epoch exactly as if nothing had happened:
+`last.safetensors` holds weights, optimiser state and counters; every random draw depends on
+(seed, epoch, item) alone.
+"""
+
+import csv
+import json
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from model import checkpoint
+from model.baselines import ARCHITECTURES
+from model.config import UNetPlusPlusConfig
+from model.cost import parameters
+from model.data import DataConfig, DataError, Split, Tiles, pad_to, read_index
+from model.losses import deep_supervision_loss
+
+
+class OptimisationConfig(BaseModel):
+    """How the network is trained. Adam with learning rate 3e-4 as in the paper.
+
+    Attributes:
+        batch: tiles per step.
+        epochs: at most this many; an epoch is `tiles_per_image` tiles per training image.
+        learning_rate: of Adam.
+        weight_decay: decoupled (AdamW) where above 0.
+        schedule: constant as in the paper, or one cycle: linear warm-up over the first tenth, then cosine to 0.
+        patience: epochs without a better validation Dice before the run stops.
+        precision: bf16 (autocast) or fp32.
+        seed: of the initial weights and of every draw.
+        workers: loader processes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch: int = Field(default=12, ge=1)
+    epochs: int = Field(default=60, ge=1)
+    learning_rate: float = Field(default=3e-4, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    schedule: Literal["constant", "one-cycle"] = "constant"
+    patience: int = Field(default=15, ge=1)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    seed: int = 0
+    workers: int = Field(default=1, ge=0)
+
+
+class TrainConfig(BaseModel):
+    """A training recipe: architecture, network, data and optimisation (a TOML file)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: Literal["unetpp", "unet"] = "unetpp"
+    network: UNetPlusPlusConfig = UNetPlusPlusConfig()
+    data: DataConfig = DataConfig()
+    optimisation: OptimisationConfig = OptimisationConfig()
+
+
+class RecipeError(ValueError):
+    """The recipe or an override is wrong, or does not belong to the run being resumed."""
+
+
+def read_recipe(path: Path, overrides: list[str]) -> TrainConfig:
+    """Reads a TOML recipe and applies `section.key=value` overrides (values in TOML syntax, or plain text).
+
+    Raises:
+        RecipeError: says which key is wrong and why.
+    """
+    try:
+        recipe: dict[str, Any] = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path}: {error}") from error
+    for override in overrides:
+        name, separator, text = override.partition("=")
+        if not separator:
+            raise RecipeError(f"override {override!r}: expected section.key=value, e.g. optimisation.epochs=10")
+        try:
+            value = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        *sections, key = name.split(".")
+        table = recipe
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[key] = value
+    try:
+        return TrainConfig.model_validate(recipe)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise RecipeError(f"{path}: the recipe is not valid\n" + "\n".join(lines)) from error
+
+
+@dataclass
+class State:
+    """Where a run stands after its last finished epoch."""
+
+    epoch: int = 0
+    best: float = -1.0
+    best_epoch: int = 0
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+
+def train(recipe: TrainConfig, data: Path, out: Path, console: Console | None = None) -> Path:
+    """Trains until the schedule ends or validation Dice stops rising; resumes a run found in `out`.
+
+    Writes to `out`: best.safetensors (the checkpoint), last.safetensors (to resume), log.csv, curve.png.
+
+    Args:
+        recipe: what to train and how.
+        data: folder with images/, labels/ and index.csv whose splits include train and val.
+        out: folder of the run, created if need be.
+        console: for progress; none prints nothing.
+
+    Returns:
+        Path of best.safetensors.
+
+    Raises:
+        DataError: names the files that are wrong, before the first step.
+        RecipeError: `out` holds a run of another recipe.
+    """
+    options = recipe.optimisation
+    splits = read_index(data)
+    channels, classes = recipe.network.in_channels, recipe.network.classes
+    training = Split("train", splits.get("train", []), channels, classes)
+    validation = Split("val", splits.get("val", []), channels, classes)
+    if options.batch > len(training) * recipe.data.tiles_per_image:
+        raise DataError(f"a batch of {options.batch} tiles is more than one epoch holds; lower optimisation.batch")
+
+    torch.manual_seed(options.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = ARCHITECTURES[recipe.architecture](recipe.network).to(device, memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW(
+        network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+    )
+    tiles = Tiles(training, recipe.data, options.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    state = _resume(out, recipe, network, optimiser)
+    (out / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n")
+
+    loader = DataLoader(
+        tiles, options.batch, shuffle=False, num_workers=options.workers, drop_last=True,
+        multiprocessing_context="fork" if options.workers else None,
+    )  # fmt: skip
+    steps = len(loader)
+    _say(console, f"{recipe.architecture}, {parameters(network):,} parameters, on {device.type}; {len(training)} training "
+         f"and {len(validation)} validation images; {steps} steps per epoch" + (f"; resumed after epoch {state.epoch}" if state.epoch else ""))  # fmt: skip
+
+    while state.epoch < options.epochs and state.epoch - state.best_epoch < options.patience:
+        epoch = state.epoch + 1
+        tiles.set_epoch(epoch)
+        network.train()
+        total = 0.0
+        with _progress(console, f"epoch {epoch}/{options.epochs}", steps) as advance:
+            for step, (images, labels) in enumerate(loader):
+                for group in optimiser.param_groups:
+                    group["lr"] = learning_rate(options, (epoch - 1) * steps + step, options.epochs * steps)
+                with _autocast(device, options.precision):
+                    heads = network(images.to(device, memory_format=torch.channels_last))
+                loss = deep_supervision_loss(heads, labels.to(device))
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                optimiser.step()
+                total += loss.item()
+                advance()
+        scores = evaluate(network, validation, device, options.precision)
+        state.epoch = epoch
+        state.rows.append({"epoch": epoch, "loss": total / steps, **scores})
+        if scores["dice_accurate"] > state.best:
+            state.best, state.best_epoch = scores["dice_accurate"], epoch
+            checkpoint.save(network, out / "best.safetensors", {"recipe": recipe.model_dump(mode="json"), "epoch": epoch, "validation": scores})  # fmt: skip
+        _save_state(out, recipe, network, optimiser, state)
+        _write_log(out, state.rows)
+        _say(console, f"epoch {epoch}: loss {total / steps:.4f}, validation Dice {scores['dice_accurate']:.4f}"
+             f" (best {state.best:.4f} in epoch {state.best_epoch})")  # fmt: skip
+    return out / "best.safetensors"
+
+
+def learning_rate(options: OptimisationConfig, step: int, steps: int) -> float:
+    """Learning rate of a step: constant, or linear warm-up over the first tenth and cosine to 0."""
+    if options.schedule == "constant":
+        return options.learning_rate
+    warm_up = max(steps // 10, 1)
+    if step < warm_up:
+        return options.learning_rate * (step + 1) / warm_up
+    return options.learning_rate * 0.5 * (1 + float(np.cos(np.pi * (step - warm_up) / max(steps - warm_up, 1))))
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, split: Split, device: torch.device, precision: str) -> dict[str, float]:
+    """Foreground Dice per image, averaged over the images, of each head and of the mean of the heads.
+
+    Whole images, padded by reflection. An image whose label and mask are both empty counts 1.
+    Several classes are averaged over the foreground classes.
+    """
+    network.eval()
+    config = network.config
+    assert isinstance(config, UNetPlusPlusConfig)  # noqa: S101 - narrows the type
+    names = [f"dice_L{level}" for level in config.heads] + ["dice_accurate"]
+    dice: dict[str, list[float]] = {name: [] for name in names}
+    for image, label in zip(split.images, split.labels, strict=True):
+        height, width = label.shape
+        padded = pad_to(torch.from_numpy(image)[None].to(device), config.divisor(config.depth))
+        with _autocast(device, precision):
+            logits = network(padded.to(memory_format=torch.channels_last))
+        scores = [probabilities(head[..., :height, :width].float()) for head in logits]
+        scores.append(torch.stack(scores).mean(0))
+        truth = torch.from_numpy(label).to(device)
+        for name, score in zip(names, scores, strict=True):
+            mask = (score[0, 0] > 0.5).long() if config.classes == 1 else score[0].argmax(0)
+            dice[name].append(_dice(mask, truth, max(config.classes - 1, 1)))
+    return {name: float(np.mean(values)) for name, values in dice.items()}
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Sigmoid for one class, softmax over classes for several; (N, K, ...) in [0, 1]."""
+    return torch.sigmoid(logits) if logits.shape[1] == 1 else torch.softmax(logits, dim=1)
+
+
+def _dice(mask: Tensor, truth: Tensor, foreground_classes: int) -> float:
+    values = []
+    for index in range(1, foreground_classes + 1):
+        a, b = mask == index, truth == index
+        size = int(a.sum() + b.sum())
+        values.append(2 * int((a & b).sum()) / size if size else 1.0)
+    return float(np.mean(values))
+
+
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def _save_state(out: Path, recipe: TrainConfig, network: nn.Module, optimiser: torch.optim.Optimizer, state: State) -> None:
+    tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    for index, moments in optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in moments.items()}
+    metadata = {"recipe": recipe.model_dump_json(), "state": json.dumps(vars(state))}
+    with checkpoint.atomic(out / "last.safetensors") as temporary:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def _resume(out: Path, recipe: TrainConfig, network: nn.Module, optimiser: torch.optim.Optimizer) -> State:
+    path = out / "last.safetensors"
+    if not path.exists():
+        return State()
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if TrainConfig.model_validate_json(metadata["recipe"]) != recipe:
+        raise RecipeError(f"{out} holds a run of another recipe (see recipe.json there); choose another --out to start anew")
+    network.load_state_dict({n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")})
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimiser."):
+            _, index, moment = name.split(".")
+            moments.setdefault(int(index), {})[moment] = tensor
+    optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
+    return State(**json.loads(metadata["state"]))
+
+
+def _write_log(out: Path, rows: list[dict[str, float]]) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with checkpoint.atomic(out / "log.csv") as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    epochs = [row["epoch"] for row in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    left.plot(epochs, [row["loss"] for row in rows])
+    left.set(xlabel="epoch", ylabel="training loss")
+    for name in rows[0]:
+        if name.startswith("dice_"):
+            right.plot(epochs, [row[name] for row in rows], label=name.removeprefix("dice_"))
+    right.set(xlabel="epoch", ylabel="validation Dice")
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(out / "curve.png", dpi=110)
+    plt.close(figure)
+
+
+def _say(console: Console | None, text: str) -> None:
+    if console:
+        console.print(text, highlight=False)
+
+
+class _progress:
+    """A progress bar on a terminal, nothing elsewhere; yields a function that advances it."""
+
+    def __init__(self, console: Console | None, description: str, total: int) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, disable=console is None or not console.is_terminal, transient=True)
+        self._task = self._bar.add_task(description, total=total)
+
+    def __enter__(self) -> Any:
+        self._bar.start()
+        return lambda: self._bar.advance(self._task)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()

@@ -1,0 +1,45 @@
+"""Limits that hold before any route runs: pure ASGI, so that disconnects stay visible."""
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api import problems
+from server.errors import TooLarge
+
+
+class BodyLimit:
+    """Refuses request bodies over a limit: at once where Content-Length says so, else while they stream in."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if declared.isdigit() and int(declared) > self._max_bytes:
+            response = problems.of(self._too_large(f"{int(declared):,} bytes"))
+            # The body is not wanted, so the connection cannot be used for another request.
+            response.headers["Connection"] = "close"
+            await response(scope, receive, send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_bytes:
+                # Reaches the route that is reading, and from there the problem handler.
+                raise self._too_large("more than that")
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _too_large(self, size: str) -> TooLarge:
+        return TooLarge(
+            f"the request body is limited to {self._max_bytes:,} bytes and this one has {size}; "
+            "compress or crop the image, or raise UNETPP_LIMITS__MAX_BODY_MB on the server"
+        )

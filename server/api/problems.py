@@ -1,0 +1,85 @@
+"""Every error becomes application/problem+json (RFC 9457), mapped once by walking the class's ancestors."""
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from server import errors
+
+log = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+
+STATUS: dict[type[errors.UnetppError], HTTPStatus] = {
+    errors.Unreadable: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.UnsupportedType: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    errors.TooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    errors.UnknownFormat: HTTPStatus.NOT_ACCEPTABLE,
+    errors.InvalidParameter: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.UnknownModel: HTTPStatus.NOT_FOUND,
+    errors.CallerError: HTTPStatus.BAD_REQUEST,
+    errors.Overloaded: HTTPStatus.TOO_MANY_REQUESTS,
+    errors.NotReady: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.TryAgain: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.UnetppError: HTTPStatus.INTERNAL_SERVER_ERROR,
+}
+
+# The same for a person reading a log or a terminal: what to do is in `detail`.
+INTERNAL = "The server failed on this request; its log has the details. The input was not kept."
+
+
+def status_of(error: errors.UnetppError) -> HTTPStatus:
+    """The status of the nearest ancestor in the table."""
+    return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
+
+
+def problem(status: HTTPStatus, kind: str, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """A problem document."""
+    body = {"type": f"urn:unetpp:{kind}", "title": status.phrase, "status": status.value, "detail": detail}
+    return JSONResponse(body, status.value, headers, MEDIA_TYPE)
+
+
+def of(error: errors.UnetppError) -> JSONResponse:
+    """The problem document of a domain error; details of our own faults stay in the log."""
+    status = status_of(error)
+    if isinstance(error, errors.ServerFault):
+        log.error("request failed", exc_info=error)
+        return problem(status, kind(error), INTERNAL)
+    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, errors.TryAgain) else None
+    return problem(status, kind(error), str(error), headers)
+
+
+def kind(error: errors.UnetppError) -> str:
+    """The error's class name with dashes, e.g. too-large."""
+    name = type(error).__name__
+    return "".join(f"-{c.lower()}" if c.isupper() else c for c in name).lstrip("-")
+
+
+def install(app: FastAPI) -> None:
+    """Registers the handlers."""
+
+    @app.exception_handler(errors.UnetppError)
+    async def domain(_: Request, error: errors.UnetppError) -> JSONResponse:
+        return of(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def validation(_: Request, error: RequestValidationError) -> JSONResponse:
+        return problem(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-parameter", _explain(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> JSONResponse:
+        return problem(HTTPStatus(error.status_code), "http", str(error.detail), dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        log.error("unexpected error", exc_info=error)
+        return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", INTERNAL)
+
+
+def _explain(found: Any) -> str:
+    return "; ".join(f"{e['loc'][-1]}={e.get('input')!r}: {e['msg']}"[:300] for e in found)

@@ -1,0 +1,27 @@
+"""Liveness, readiness and metrics: what orchestrators and Prometheus ask for."""
+
+from fastapi import APIRouter, Response
+
+from server.api.schemas import Problem
+from server.metrics import Metrics
+from server.segment.pipeline import Segmenter
+
+
+def router(segmenter: Segmenter, metrics: Metrics) -> APIRouter:
+    """The routes, with what they need."""
+    routes = APIRouter()
+
+    @routes.get("/health/live", summary="The process answers")
+    async def live() -> dict[str, bool]:
+        return {"live": True}
+
+    @routes.get("/health/ready", summary="Every bundle answers a real forward pass", responses={503: {"model": Problem}})
+    async def ready() -> dict[str, bool]:
+        await segmenter.probe()
+        return {"ready": True}
+
+    @routes.get("/metrics", summary="Prometheus metrics", response_class=Response)
+    async def scrape() -> Response:
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return routes

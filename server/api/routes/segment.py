@@ -1,0 +1,115 @@
+"""POST /segment."""
+
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from starlette.requests import ClientDisconnect
+
+from server import errors
+from server.api import upload
+from server.api.schemas import Problem
+from server.imaging import encode
+from server.metrics import Metrics
+from server.segment.pipeline import Answer, Segmenter, SegmentRequest
+from server.settings import Precision
+
+BINARY = {"type": "string", "format": "binary"}
+REQUEST_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {"type": "object", "required": ["file"], "properties": {"file": BINARY, "reference": BINARY}}
+            },
+            "image/*": {"schema": BINARY},
+            "application/octet-stream": {"schema": BINARY},
+        },
+    }
+}
+
+
+def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int) -> APIRouter:
+    """The route, with what it needs."""
+    routes = APIRouter()
+    in_flight = 0
+
+    @routes.post(
+        "/segment",
+        summary="Segment an image",
+        response_class=Response,
+        responses={
+            200: {
+                "description": "the mask in the image's own pixels, in the format asked for",
+                "content": {row.media_type: {} for row in encode.ENCODERS.values()},
+            }
+        }
+        | {code: {"model": Problem} for code in (400, 404, 406, 413, 415, 422, 429, 500, 503)},
+        openapi_extra=REQUEST_BODY,
+    )
+    async def segment(
+        request: Request,
+        mode: Annotated[str | None, Query(description="accurate (default): mean of all heads; fast: one level")] = None,
+        level: Annotated[int | None, Query(description="1 (fastest) to 4 (deepest); implies mode=fast")] = None,
+        model: Annotated[str | None, Query(description="bundle name; see GET /models")] = None,
+        precision: Annotated[Precision, Query(description="auto: the fastest within 0.5 points of IoU of fp32")] = "auto",
+        format: Annotated[str | None, Query(description=" | ".join(encode.ENCODERS))] = None,  # noqa: A002 - the contract's word
+        include_mask: Annotated[bool, Query(description="with format=json: the mask as base64 PNG in mask_png")] = False,
+    ) -> Response:
+        nonlocal in_flight
+        begun = time.perf_counter()
+        labels = ("none", "none", "none")
+        outcome = "error"
+        if in_flight >= max_in_flight:
+            metrics.requests.labels(*labels, "refused").inc()
+            raise errors.Overloaded(f"{in_flight} requests are being worked on, which is the limit; try again in a moment")
+        in_flight += 1
+        metrics.in_flight.set(in_flight)
+        try:
+            wanted = SegmentRequest(
+                model, mode, level, precision, encode.choose(format, request.headers.get("accept")), include_mask
+            )
+            choice = segmenter.choose(wanted)
+            labels = (choice.model, choice.route.mode, f"{choice.route.level}")
+            async with upload.receive(request) as files:
+                answer = await segmenter.segment(files.file, wanted, files.reference)
+            outcome = "ok"
+        except ClientDisconnect:
+            outcome = "cancelled"
+            return Response(status_code=499)
+        except errors.CallerError:
+            outcome = "client_error"
+            raise
+        except errors.TryAgain:
+            outcome = "refused"
+            raise
+        finally:
+            in_flight -= 1
+            metrics.in_flight.set(in_flight)
+            metrics.requests.labels(*labels, outcome).inc()
+        metrics.duration.labels(*labels[1:]).observe(time.perf_counter() - begun)
+        for phase, seconds in answer.seconds.items():
+            metrics.phases.labels(phase).observe(seconds)
+        return Response(answer.body, media_type=answer.media_type, headers=_headers(answer))
+
+    return routes
+
+
+def _headers(answer: Answer) -> dict[str, str]:
+    route = answer.choice.route
+    headers = {
+        "X-Segment-Model": answer.choice.model,
+        "X-Segment-Mode": route.mode,
+        "X-Segment-Level": str(route.level),
+        "X-Segment-Level-Requested": str(route.level if route.requested is None else route.requested),
+        "X-Segment-Precision": answer.choice.precision,
+        "Server-Timing": ", ".join(f"{phase};dur={seconds * 1e3:.2f}" for phase, seconds in answer.seconds.items()),
+    }
+    if answer.quality:
+        headers["X-Segment-IoU"] = f"{answer.mean_iou:.4f}"
+        headers["X-Segment-Dice"] = f"{answer.mean_dice:.4f}"
+    if answer.note:
+        headers["X-Segment-Note"] = answer.note
+    return headers
+
+

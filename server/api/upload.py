@@ -1,0 +1,88 @@
+"""The request body: the file itself, or multipart with `file` and optionally `reference`."""
+
+import asyncio
+import contextlib
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import BinaryIO, cast
+
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from server.errors import InvalidParameter, Unreadable, UnsupportedType
+
+# Larger bodies wait on disk, not in memory.
+SPOOL_BYTES = 4 * 1024 * 1024
+
+# What tools call a body of unknown kind; curl's --data-binary says form-urlencoded.
+UNKNOWN = ("", "application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Open files, at their start."""
+
+    file: BinaryIO
+    reference: BinaryIO | None = None
+
+
+@contextlib.asynccontextmanager
+async def receive(request: Request) -> AsyncIterator[Upload]:
+    """Reads the body; the files live as long as the block.
+
+    Raises:
+        UnsupportedType: the declared Content-Type is not an image.
+        InvalidParameter: no `file`, several, or an unknown field.
+        Unreadable: broken multipart.
+        TooLarge: from the body limit, while streaming.
+    """
+    declared = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if declared == "multipart/form-data":
+        async with _multipart(request) as upload:
+            yield upload
+        return
+    _check_type(declared)
+    with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as file:
+        loop = asyncio.get_running_loop()
+        async for chunk in request.stream():
+            await loop.run_in_executor(None, file.write, chunk) if len(chunk) > SPOOL_BYTES else file.write(chunk)
+        file.seek(0)
+        yield Upload(cast("BinaryIO", file))
+
+
+@contextlib.asynccontextmanager
+async def _multipart(request: Request) -> AsyncIterator[Upload]:
+    try:
+        form = await request.form(max_files=8, max_fields=8)
+    except HTTPException as error:
+        raise Unreadable(f"the multipart body cannot be read: {error.detail}") from error
+    try:
+        fields: dict[str, UploadFile] = {}
+        for name, value in form.multi_items():
+            if name not in ("file", "reference"):
+                raise InvalidParameter(
+                    f"unknown multipart field {name!r}: the fields are file and reference; "
+                    "mode, level and the other parameters belong in the URL"
+                )
+            if not isinstance(value, UploadFile):
+                raise InvalidParameter(f"multipart field {name!r} is text, not a file; with curl write -F {name}=@image.png")
+            if name in fields:
+                raise InvalidParameter(f"two files named {name!r} in one request; send one image per request")
+            _check_type((value.content_type or "").split(";")[0].strip().lower())
+            fields[name] = value
+        if "file" not in fields:
+            raise InvalidParameter("no file in the request; with curl write -F file=@image.png")
+        reference = fields.get("reference")
+        yield Upload(cast("BinaryIO", fields["file"].file), cast("BinaryIO", reference.file) if reference else None)
+    finally:
+        await form.close()
+
+
+def _check_type(declared: str) -> None:
+    if declared not in UNKNOWN and not declared.startswith("image/"):
+        raise UnsupportedType(
+            f"Content-Type {declared!r} is not an image; send image/png, image/tiff, image/jpeg, image/bmp, image/webp "
+            "or application/octet-stream"
+        )

@@ -1,0 +1,89 @@
+"""The composition root: settings and bundles in, ASGI application out."""
+
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.responses import FileResponse
+
+from server import __version__
+from server.api import problems
+from server.api.limits import BodyLimit
+from server.api.request_id import RequestId
+from server.api.routes import health, models, segment
+from server.errors import BundleDamaged
+from server.metrics import Metrics
+from server.runtime.bundle import find_bundles
+from server.runtime.opening import OpenBundle, open_bundle
+from server.segment import modes
+from server.segment.pipeline import Segmenter
+from server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+PAGE = Path(__file__).parent / "web" / "index.html"
+
+# Decoding, planning, restoring and encoding; a few more than cores, as they also wait for disk.
+WORKERS = 4
+
+
+def open_bundles(settings: Settings) -> dict[str, OpenBundle]:
+    """Opens, checks and warms every bundle.
+
+    Raises:
+        BundleDamaged, EngineUnavailable: says which bundle and why.
+    """
+    opened: dict[str, OpenBundle] = {}
+    for folder in find_bundles(settings.bundles):
+        bundle = open_bundle(folder, settings.runtime)
+        name = bundle.bundle.manifest.name
+        if name in opened:
+            raise BundleDamaged(f"{folder}: a bundle named {name!r} is already open; names must differ")
+        opened[name] = bundle
+    return opened
+
+
+def make_segmenter(settings: Settings, bundles: Mapping[str, OpenBundle], metrics: Metrics) -> Segmenter:
+    """Joins open bundles, settings and metrics."""
+    default = settings.default_model if settings.default_model in bundles else next(iter(bundles))
+    return Segmenter(
+        bundles, default, settings.batching, settings.limits, WORKERS,
+        lambda graph, size: metrics.batches.labels(graph).observe(size),
+    )  # fmt: skip
+
+
+def create_app(settings: Settings, bundles: Mapping[str, OpenBundle]) -> FastAPI:
+    """The application over bundles that `open_bundles` has opened."""
+    metrics = Metrics()
+    segmenter = make_segmenter(settings, bundles, metrics)
+    for name, opened in bundles.items():
+        metrics.expect(name, [(route.mode, f"{route.level}") for route in modes.routes(opened.bundle.manifest)])
+        for (graph, precision), engine in opened.engines.items():
+            auto = str(opened.auto[graph] == precision).lower()
+            metrics.engines.labels(name, graph, precision, engine.name, engine.provider, auto).set(1)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        segmenter.close()
+
+    app = FastAPI(
+        title="UNet++ segmentation server",
+        summary="One trained UNet++, served at the depth each request can afford.",
+        version=__version__,
+        lifespan=lifespan,
+    )
+    app.add_middleware(BodyLimit, max_bytes=settings.limits.max_body_mb * 1024 * 1024)
+    app.add_middleware(RequestId)
+    problems.install(app)
+    app.include_router(segment.router(segmenter, metrics, settings.http.max_in_flight))
+    app.include_router(models.router(segmenter))
+    app.include_router(health.router(segmenter, metrics))
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE)
+
+    return app

@@ -1,0 +1,210 @@
+"""The `unetpp` command. Subcommands of other packages join through the entry-point group `unetpp.commands`.
+
+Heavy imports happen inside the subcommands, so that `unetpp --help` is quick and needs no extra.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from server import __version__
+from server.errors import UnetppError
+
+app = typer.Typer(
+    name="unetpp",
+    help="One trained UNet++, served at the depth each request can afford.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# Which extra brings a module that a subcommand may miss.
+EXTRAS = {
+    "torch": "train", "monai": "train", "safetensors": "train", "matplotlib": "train", "onnx": "train", "onnxscript": "train",
+    "onnxruntime": "cpu", "openvino": "cpu",
+}  # fmt: skip
+
+
+def spoken(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turns errors meant for a person into one line and exit code 1, and names a missing extra."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").split(".")[0]
+            if missing not in EXTRAS:
+                raise
+            fail(f"this command needs {missing!r}, which is not installed; install it with: pip install 'unetpp-server[{EXTRAS[missing]}]'")
+        except UnetppError as error:
+            fail(str(error))
+
+    return wrapped
+
+
+def fail(text: str) -> NoReturn:
+    """Prints an error and exits with 1."""
+    typer.secho(f"error: {text}", fg="red", err=True)
+    raise typer.Exit(1)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"unetpp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """One trained UNet++, served at the depth each request can afford."""
+    del version
+
+
+@app.command()
+@spoken
+def serve(
+    bundles: Annotated[Path | None, typer.Option(help="A bundle or a folder of bundles [UNETPP_BUNDLES].")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on [UNETPP_HTTP__HOST].")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on [UNETPP_HTTP__PORT].")] = None,
+) -> None:
+    """Start the HTTP server on every bundle under bundles/."""
+    import uvicorn
+
+    from server.app import create_app, open_bundles
+
+    settings = _settings(bundles, host, port)
+    log_to_stderr()
+    opened = open_bundles(settings)
+    http = settings.http
+    shown = f"http://{'localhost' if http.host in ('127.0.0.1', '0.0.0.0') else http.host}:{http.port}"  # noqa: S104 - compared, not bound
+    for name, bundle in opened.items():
+        typer.echo(f"{name}: levels {', '.join(map(str, bundle.bundle.manifest.levels))}, precisions {', '.join(bundle.precisions)}")
+    typer.echo(f"page     {shown}/\ndocs     {shown}/docs\nmetrics  {shown}/metrics")
+    uvicorn.run(
+        create_app(settings, opened), host=http.host, port=http.port, timeout_keep_alive=http.keep_alive_s,
+        access_log=False, log_level="warning", server_header=False,
+    )  # fmt: skip
+
+
+@app.command()
+@spoken
+def segment(
+    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The image.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the answer goes [image's name + _mask].")] = None,
+    mode: Annotated[str | None, typer.Option(help="accurate (default) or fast.")] = None,
+    level: Annotated[int | None, typer.Option(help="1 (fastest) to 4 (deepest); implies fast.")] = None,
+    model: Annotated[str | None, typer.Option(help="Bundle name.")] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16 or int8.")] = "auto",
+    format: Annotated[str, typer.Option(help="png, json, npz, png16 or overlay.")] = "png",  # noqa: A002 - the contract's word
+    reference: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Label image to score against.")] = None,
+    bundles: Annotated[Path | None, typer.Option(help="A bundle or a folder of bundles [UNETPP_BUNDLES].")] = None,
+) -> None:
+    """Segment an image in-process, with the same options as POST /segment."""
+    import asyncio
+
+    from server.app import make_segmenter, open_bundles
+    from server.imaging.encode import ENCODERS, choose
+    from server.metrics import Metrics
+    from server.segment.pipeline import Answer, SegmentRequest
+
+    settings = _settings(bundles)
+    row = ENCODERS[choose(format, None)]
+    target = output or image.with_name(f"{image.stem}_mask{row.suffix}")
+    segmenter = make_segmenter(settings, open_bundles(settings), Metrics())
+
+    async def run() -> Answer:
+        with image.open("rb") as file:
+            wanted = SegmentRequest(model, mode, level, precision, format)
+            if reference is None:
+                return await segmenter.segment(file, wanted)
+            with reference.open("rb") as truth:
+                return await segmenter.segment(file, wanted, truth)
+
+    try:
+        answer = asyncio.run(run())
+    finally:
+        segmenter.close()
+    partial = target.with_name(f".{target.name}.part")
+    partial.write_bytes(answer.body)
+    partial.replace(target)
+    route = answer.choice.route
+    typer.echo(f"{target}  {answer.choice.model} {route.mode} L{route.level} {answer.choice.precision}, "
+               f"{sum(answer.seconds.values()) * 1e3:.0f} ms")  # fmt: skip
+    if answer.quality:
+        typer.echo(f"IoU {answer.mean_iou:.4f}  Dice {answer.mean_dice:.4f}")
+    if answer.note:
+        typer.echo(f"note: {answer.note}")
+
+
+@app.command()
+@spoken
+def models(
+    bundles: Annotated[Path | None, typer.Option(help="A bundle or a folder of bundles [UNETPP_BUNDLES].")] = None,
+) -> None:
+    """List the bundles with their levels, as calibrated."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from server.runtime.bundle import find_bundles, read_bundle
+
+    for folder in find_bundles(_settings(bundles).bundles):
+        manifest = read_bundle(folder).manifest
+        table = Table("graph", "parameters", "kMAC/pixel", title=f"{manifest.name}: {manifest.title}")
+        for heading in ("precision", "engine", "IoU", "mean IoU", "Dice", "ms"):
+            table.add_column(heading)
+        for graph in manifest.graphs:
+            rows = [r for r in (manifest.calibration.rows if manifest.calibration else ()) if r.graph == graph.name]
+            facts = (graph.name, f"{graph.parameters:,}", f"{graph.macs_per_pixel / 1e3:.0f}")
+            for row in rows:
+                scores = (f"{row.iou:.4f}", f"{row.mean_iou:.4f}", f"{row.dice:.4f}", f"{row.latency_ms:.1f}")
+                table.add_row(*facts, row.precision, row.engine, *scores)
+                facts = ("", "", "")
+            if not rows:
+                table.add_row(*facts, "-", "-", "not calibrated")
+        Console().print(table)
+        if manifest.calibration:
+            c = manifest.calibration
+            typer.echo(f"measured on {c.images} images of {c.data}, {c.machine}")
+            typer.echo(f"recommended for mode=fast: level {c.recommended.level} ({c.recommended.why})")
+
+
+def _settings(bundles: Path | None = None, host: str | None = None, port: int | None = None) -> Any:
+    """Settings from the environment, with the command line's on top."""
+    from pydantic import ValidationError
+
+    from server.settings import Settings
+
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        lines = [f"UNETPP_{'__'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()]
+        fail("the settings in the environment are not valid: " + "; ".join(lines))
+    http = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    update: dict[str, Any] = {"http": settings.http.model_copy(update=http)}
+    if bundles is not None:
+        update["bundles"] = bundles
+    return settings.model_copy(update=update)
+
+
+def log_to_stderr() -> None:
+    """INFO and above as single lines."""
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("openvino").setLevel(logging.WARNING)
+
+
+for _entry in sorted(entry_points(group="unetpp.commands"), key=lambda e: e.name):
+    app.command(_entry.name)(spoken(_entry.load()))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,86 @@
+"""Everything that can go wrong, free of HTTP; `api/problems.py` maps it to statuses once.
+
+    UnetppError
+    ├── CallerError               the caller can fix it
+    │   ├── Unreadable            the file is of a known kind but broken
+    │   ├── UnsupportedType       not a kind of file that is read here
+    │   ├── TooLarge              over a limit; says the limit and the size
+    │   ├── UnknownFormat         no such output format
+    │   ├── InvalidParameter      mode, level, precision, reference, ...
+    │   └── UnknownModel          no such bundle is open
+    ├── TryAgain                  the caller can try again later
+    │   ├── Overloaded            too many requests at once
+    │   └── NotReady              starting or shutting down
+    └── ServerFault               we, or the operator, must fix it
+        ├── BundleDamaged         refuse to start; names the file
+        ├── EngineUnavailable     a configured engine or provider cannot run here
+        └── InferenceFailed       details are logged, never sent
+"""
+
+
+class UnetppError(Exception):
+    """Base of all errors; its text is written for a person: what is wrong, the limit, the remedy."""
+
+
+class CallerError(UnetppError):
+    """The caller can fix it."""
+
+
+class Unreadable(CallerError):
+    """A file of a known kind that cannot be decoded."""
+
+
+class UnsupportedType(CallerError):
+    """Not a kind of file that this server reads."""
+
+
+class TooLarge(CallerError):
+    """Over a limit."""
+
+
+class UnknownFormat(CallerError):
+    """No such output format."""
+
+
+class InvalidParameter(CallerError):
+    """A parameter of the request is wrong."""
+
+
+class UnknownModel(CallerError):
+    """No such bundle is open."""
+
+
+class TryAgain(UnetppError):
+    """The same request may succeed later.
+
+    Attributes:
+        retry_after_s: seconds to wait first.
+    """
+
+    def __init__(self, text: str, retry_after_s: int = 1) -> None:
+        super().__init__(text)
+        self.retry_after_s = retry_after_s
+
+
+class Overloaded(TryAgain):
+    """Too many requests at once."""
+
+
+class NotReady(TryAgain):
+    """Starting or shutting down."""
+
+
+class ServerFault(UnetppError):
+    """We or the operator must fix it."""
+
+
+class BundleDamaged(ServerFault):
+    """A bundle cannot be read, fails its hashes or its golden pairs."""
+
+
+class EngineUnavailable(ServerFault):
+    """A configured engine or provider cannot run on this machine."""
+
+
+class InferenceFailed(ServerFault):
+    """An engine raised while running a batch."""

@@ -1,0 +1,1 @@
+"""Bytes to pixels and masks to bytes; knows nothing of networks."""

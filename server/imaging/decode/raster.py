@@ -1,0 +1,69 @@
+"""PNG, JPEG, BMP and WebP through Pillow."""
+
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image as Pillow
+from PIL import ImageOps
+
+from server.arrays import Image
+from server.errors import TooLarge, Unreadable
+
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
+
+# Our own limit is checked from the header, before any pixel is decoded.
+Pillow.MAX_IMAGE_PIXELS = None
+
+# 16-bit grey; Pillow reads 16-bit colour PNG as 8 bits per channel.
+SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
+
+
+def recognises(head: bytes) -> bool:
+    """PNG, JPEG, BMP or WebP by their first bytes."""
+    return head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM")) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+
+
+def decode(file: BinaryIO, max_pixels: int) -> Image:
+    """Reads the first frame, upright (EXIF orientation applied); alpha is dropped.
+
+    Grey, 1-bit and 16-bit images keep one channel; palette, CMYK and YCbCr become RGB.
+    """
+    with Pillow.open(file, formats=FORMATS) as picture:
+        check_size(picture.height, picture.width, max_pixels)
+        frames = getattr(picture, "n_frames", 1)
+        picture.load()
+        upright = ImageOps.exif_transpose(picture)
+        pixels = _pixels(upright)
+    note = f"only the first of {frames} frames was read" if frames > 1 else ""
+    return Image(pixels, note)
+
+
+def check_size(height: int, width: int, max_pixels: int) -> None:
+    """Refuses sizes over the limit and without pixels.
+
+    Raises:
+        TooLarge: says limit and size.
+        Unreadable: no pixels.
+    """
+    if height < 1 or width < 1:
+        raise Unreadable(f"the image is {width} × {height}: it has no pixels")
+    if height * width > max_pixels:
+        raise TooLarge(
+            f"the image has {width} × {height} = {height * width:,} pixels; the limit is {max_pixels:,}. "
+            "Cut or scale it down, or raise UNETPP_LIMITS__MAX_PIXELS on the server"
+        )
+
+
+def _pixels(picture: Pillow.Image) -> "np.ndarray[tuple[int, ...], np.dtype[np.generic]]":
+    mode = picture.mode
+    if mode in SIXTEEN_BIT:
+        return np.asarray(picture).astype(np.uint16, copy=False)[..., None]
+    if mode == "I":
+        values = np.asarray(picture)
+        fits = values.min() >= 0 and values.max() <= np.iinfo(np.uint16).max
+        return values.astype(np.uint16 if fits else np.float32)[..., None]
+    if mode in ("1", "L", "LA", "La"):
+        return np.asarray(picture.convert("L"))[..., None]
+    if mode in ("RGBA", "RGBX", "RGBa"):
+        return np.ascontiguousarray(np.asarray(picture)[..., :3])
+    return np.asarray(picture.convert("RGB"))

@@ -1,0 +1,65 @@
+"""TIFF through tifffile: 1, 8 and 16 bits, float; LZW, deflate and the usual compressions."""
+
+from typing import BinaryIO
+
+import numpy as np
+import tifffile
+
+from server.arrays import Image
+from server.errors import Unreadable
+from server.imaging.decode.raster import check_size
+
+# What microscopes and scanners write; the exotic codecs are not offered to strangers' bytes.
+COMPRESSIONS = {
+    "NONE", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "JPEG", "ZSTD", "LZMA", "CCITTRLE", "CCITT_T4", "CCITT_T6",
+}  # fmt: skip
+
+
+def recognises(head: bytes) -> bool:
+    """Classic and big TIFF, either byte order."""
+    return head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def decode(file: BinaryIO, max_pixels: int) -> Image:
+    """Reads the first page; further pages are named in the note. Alpha and extra channels are dropped."""
+    with tifffile.TiffFile(file) as tiff:
+        page = tiff.pages.first
+        check_size(page.imagelength, page.imagewidth, max_pixels)
+        samples = page.samplesperpixel
+        if page.imagedepth != 1 or samples > 64:
+            raise Unreadable(f"the TIFF page has {page.imagedepth} planes of {samples} samples; flat images are read")
+        compression = tifffile.COMPRESSION(page.compression).name
+        if compression not in COMPRESSIONS:
+            raise Unreadable(f"TIFF compression {compression} is not read here; save it with LZW, deflate or none")
+        if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
+            pixels = _palette(page)
+        else:
+            pixels = page.asarray(maxworkers=1)
+            if samples > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
+                pixels = np.moveaxis(pixels, 0, -1)
+            if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and pixels.dtype.kind in "bu":
+                pixels = ~pixels
+        pages = len(tiff.pages)
+    pixels = pixels.reshape(page.imagelength, page.imagewidth, -1)
+    pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1]
+    return Image(_supported(pixels), f"only the first of {pages} pages was read" if pages > 1 else "")
+
+
+def _palette(page: "tifffile.TiffPage") -> "np.ndarray[tuple[int, ...], np.dtype[np.generic]]":
+    colors = np.asarray(page.colormap)
+    return (colors[:, page.asarray(maxworkers=1)] >> 8).astype(np.uint8).transpose(1, 2, 0)
+
+
+def _supported(pixels: "np.ndarray[tuple[int, ...], np.dtype[np.generic]]") -> "np.ndarray[tuple[int, ...], np.dtype[np.generic]]":
+    """uint8, uint16 or finite float32, contiguous."""
+    if pixels.dtype == np.bool_:
+        return np.ascontiguousarray(pixels, dtype=np.uint8) * np.uint8(255)
+    if pixels.dtype in (np.uint8, np.uint16):
+        return np.ascontiguousarray(pixels)
+    if pixels.dtype.kind not in "iuf":
+        raise Unreadable(f"TIFF samples of type {pixels.dtype} are not read; save it as 8 or 16 bits or float")
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(pixels, dtype=np.float32)
+    if wrong := int(values.size - np.isfinite(values).sum()):
+        raise Unreadable(f"{wrong:,} of {values.size:,} values are not finite (NaN or infinite); replace them before sending")
+    return values

@@ -1,0 +1,71 @@
+"""What Prometheus sees. Base units, closed label sets, one registry per application."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+# Dense where answers should lie; the round values make service-level ratios exact.
+SECONDS = (
+    0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5,
+    5.0, 10.0, 30.0, 60.0,
+)  # fmt: skip
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+PHASES = ("decode", "plan", "queue", "infer", "restore", "encode")
+OUTCOMES = ("ok", "client_error", "refused", "error", "cancelled")
+
+
+class Metrics:
+    """The server's metrics, prefix `unetpp_`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
+        self.requests = Counter(
+            "unetpp_requests",
+            "Segment requests by outcome; mode and level are 'none' where the request failed before they were known.",
+            ("model", "mode", "level", "outcome"),
+            registry=self.registry,
+        )
+        self.duration = Histogram(
+            "unetpp_request_duration_seconds",
+            "Time from the first byte of a segment request to its answer, successful requests.",
+            ("mode", "level"),
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.phases = Histogram(
+            "unetpp_phase_duration_seconds",
+            "Time a successful request spent in one phase.",
+            ("phase",),
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.batches = Histogram(
+            "unetpp_batch_size_tiles",
+            "Tiles in one run of a graph.",
+            ("graph",),
+            buckets=BATCH_SIZES,
+            registry=self.registry,
+        )
+        self.in_flight = Gauge("unetpp_requests_in_flight", "Segment requests being worked on.", registry=self.registry)
+        self.engines = Gauge(
+            "unetpp_engine_info",
+            "1 for each engine that serves: bundle, precision, engine, provider, and whether `auto` picks it.",
+            ("model", "graph", "precision", "engine", "provider", "auto"),
+            registry=self.registry,
+        )
+        for phase in PHASES:
+            self.phases.labels(phase)
+
+    def expect(self, model: str, routes: list[tuple[str, str]]) -> None:
+        """Creates the children of a bundle, (mode, level) each, so that rates start at zero."""
+        for mode, level in routes:
+            self.duration.labels(mode, level)
+            for outcome in OUTCOMES:
+                self.requests.labels(model, mode, level, outcome)
+
+    def render(self) -> bytes:
+        """The text exposition format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,1 @@
+"""Bundles, engines and the batcher: tiles in, scores out."""

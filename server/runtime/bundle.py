@@ -1,0 +1,236 @@
+"""The bundle format, owned by its reader; the writer in `export/` imports these classes."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from server.errors import BundleDamaged
+
+FORMAT = "unetpp.bundle/1"
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+GOLDEN = "golden.npz"
+ACCURATE = "accurate"
+
+# The precision of a graph file; bf16 is the fp32 graph executed in bfloat16 by an engine that can.
+GRAPH_PRECISIONS = {"fp32": "fp32", "bf16": "fp32", "fp16": "fp16", "int8": "int8"}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(_Part):
+    """Size and hash of one file of the bundle."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
+
+
+class Class(_Part):
+    """One foreground class: its value in the mask, name and colour."""
+
+    value: int = Field(ge=1, le=255)
+    name: str
+    color: str = Field(pattern=r"^#[0-9a-f]{6}$")
+
+
+class Window(_Part):
+    """Largest tile of one graph run, and the least share by which neighbouring windows overlap."""
+
+    size: tuple[int, ...]
+    overlap: float = Field(ge=0, le=0.75)
+
+
+class Graph(_Part):
+    """One level, or the averaged network.
+
+    Attributes:
+        name: "L1".."L5" or "accurate".
+        level: depth of the grid that it runs.
+        divisor: every tile axis is a multiple of this.
+        parameters: trained parameters in it.
+        macs_per_pixel: multiply-accumulates per input pixel or voxel.
+        files: ONNX file per graph precision.
+    """
+
+    name: str = Field(pattern=r"^(L[1-5]|accurate)$")
+    level: int = Field(ge=1, le=5)
+    divisor: int = Field(ge=2, le=32)
+    parameters: int = Field(ge=1)
+    macs_per_pixel: float = Field(gt=0)
+    files: dict[Literal["fp32", "fp16", "int8"], str]
+
+
+class CalibrationRow(_Part):
+    """One measured point: a graph at a precision.
+
+    Attributes:
+        graph: which graph.
+        precision: fp32, bf16, fp16 or int8.
+        engine: that produced the scores and the time.
+        iou: foreground IoU per image, averaged over images (and classes); both empty counts 1.
+        mean_iou: the same with the background class averaged in, as the paper reports it.
+        dice: foreground Dice per image, averaged.
+        latency_ms: median time of one run of a 256 x 256 tile (64^3 for volumes), batch 1.
+    """
+
+    graph: str
+    precision: Literal["fp32", "bf16", "fp16", "int8"]
+    engine: str
+    iou: float = Field(ge=0, le=1)
+    mean_iou: float = Field(ge=0, le=1)
+    dice: float = Field(ge=0, le=1)
+    latency_ms: float = Field(gt=0)
+
+
+class Recommended(_Part):
+    """Level served for `mode=fast` without a level, the precision it was judged at, and why."""
+
+    level: int
+    precision: str
+    why: str
+
+
+class Measured(_Part):
+    """What was measured, on which data and machine."""
+
+    data: str
+    images: int
+    machine: str
+    rows: tuple[CalibrationRow, ...]
+
+    def row(self, graph: str, precision: str) -> CalibrationRow | None:
+        """The measured point, or None."""
+        return next((r for r in self.rows if (r.graph, r.precision) == (graph, precision)), None)
+
+
+class Calibration(Measured):
+    """Measurements that decisions rest on: the recommended level, and which precisions `auto` may pick."""
+
+    recommended: Recommended
+
+
+class Manifest(_Part):
+    """What belongs to the network; operators' choices live in settings, the caller's in the request."""
+
+    format: Literal["unetpp.bundle/1"] = FORMAT
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
+    title: str
+    description: str
+    dims: Literal[2, 3]
+    channels: tuple[str, ...]
+    normalization: Literal["zscore", "none"]
+    activation: Literal["sigmoid", "softmax"]
+    aggregation: Literal["mean-probability"] = "mean-probability"
+    threshold: float = Field(0.5, gt=0, lt=1)
+    classes: tuple[Class, ...] = Field(min_length=1)
+    window: Window
+    graphs: tuple[Graph, ...] = Field(min_length=1)
+    calibration: Calibration | None = None
+    held_out: Measured | None = None
+    intended_use: str
+    license: dict[str, str]
+    provenance: dict[str, str]
+    files: dict[str, FileEntry]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Manifest":
+        listed = {WEIGHTS, GOLDEN} | {file for graph in self.graphs for file in graph.files.values()}
+        if missing := listed - self.files.keys():
+            raise ValueError(f"files without size and hash: {sorted(missing)}")
+        if odd := [name for name in self.files if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name)]:
+            raise ValueError(f"file names must stay inside the bundle: {odd}")
+        if len(self.window.size) != self.dims:
+            raise ValueError("window.size needs one number per axis")
+        if any(side % graph.divisor for side in self.window.size for graph in self.graphs):
+            raise ValueError("window.size must be a multiple of every graph's divisor")
+        if "fp32" not in set.intersection(*(set(graph.files) for graph in self.graphs)):
+            raise ValueError("every graph needs an fp32 file")
+        if self.calibration and self.calibration.recommended.level not in self.levels:
+            raise ValueError("the recommended level does not exist")
+        return self
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Levels that `mode=fast` can serve, shallowest first."""
+        return tuple(sorted(graph.level for graph in self.graphs if graph.name != ACCURATE))
+
+    @property
+    def recommended_level(self) -> int:
+        """The calibrated recommendation, else the deepest level."""
+        return self.calibration.recommended.level if self.calibration else self.levels[-1]
+
+    @property
+    def graph_precisions(self) -> tuple[str, ...]:
+        """Graph precisions that every graph has a file for."""
+        return tuple(p for p in ("fp32", "fp16", "int8") if all(p in graph.files for graph in self.graphs))
+
+    def graph(self, name: str) -> Graph:
+        """The graph of that name, e.g. "L3"."""
+        return next(graph for graph in self.graphs if graph.name == name)
+
+
+class Bundle:
+    """A bundle on disk whose every file has been checked against the manifest."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    def path(self, graph: str, precision: str) -> Path:
+        """The ONNX file that runs `graph` at `precision` (bf16 runs the fp32 file)."""
+        files: dict[str, str] = dict(self.manifest.graph(graph).files)  # type: ignore[arg-type]
+        return self.folder / files[GRAPH_PRECISIONS[precision]]
+
+    @property
+    def golden(self) -> Path:
+        """The golden pairs (npz)."""
+        return self.folder / GOLDEN
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """Reads and checks a bundle.
+
+    Raises:
+        BundleDamaged: says which file is missing, damaged or unknown, or which field of the manifest is wrong.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise BundleDamaged(f"{path}: not found; a bundle is a folder that `unetpp export` wrote") from error
+    except (OSError, ValidationError) as error:
+        raise BundleDamaged(f"{path}: not a manifest that this version can read: {error}") from error
+    for name, entry in manifest.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise BundleDamaged(f"{file}: missing; copy the bundle again, or export it anew")
+        if file.resolve().parent != folder.resolve():
+            raise BundleDamaged(f"{file}: leads out of the bundle")
+        if file.stat().st_size != entry.bytes or sha256(file) != entry.sha256:
+            raise BundleDamaged(f"{file}: size or SHA-256 differs from the manifest; copy the bundle again, or export it anew")
+    return Bundle(folder, manifest)
+
+
+def find_bundles(root: Path) -> list[Path]:
+    """Folders under `root` (or `root` itself) that hold a manifest, by name.
+
+    Raises:
+        BundleDamaged: there is none.
+    """
+    if (root / MANIFEST).is_file():
+        return [root]
+    found = sorted(path.parent for path in root.glob(f"*/{MANIFEST}")) if root.is_dir() else []
+    if not found:
+        raise BundleDamaged(f"{root}: no bundle there; set UNETPP_BUNDLES to a bundle or to a folder of bundles")
+    return found

@@ -1,0 +1,79 @@
+"""ONNX Runtime: the engine everywhere; on GPUs the only one."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from server.arrays import Scores, Tiles
+from server.errors import EngineUnavailable
+from server.runtime.providers import PROVIDERS, choose
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+log = logging.getLogger(__name__)
+
+
+class OnnxRuntimeEngine:
+    """An inference session."""
+
+    name = "onnxruntime"
+
+    def __init__(self, session: "onnxruntime.InferenceSession", provider: str) -> None:
+        self.provider = provider
+        self._session = session
+
+    def run(self, tiles: Tiles) -> Scores:
+        """See `Engine.run`."""
+        feed = {
+            "image": tiles.pixels.astype(np.float32, copy=False),
+            "mean": tiles.mean,
+            "inverse_std": tiles.inverse_std,
+        }
+        scores: Scores = self._session.run(["scores"], feed)[0]
+        return scores
+
+
+def providers(wanted: str) -> list[str]:
+    """Providers of this installation to try, best first; see `providers.choose`."""
+    import onnxruntime
+
+    return choose(wanted, onnxruntime.get_available_providers())
+
+
+def precisions(provider: str) -> tuple[str, ...]:
+    """Precisions that run natively on the provider."""
+    return PROVIDERS[provider].precisions
+
+
+def open_graph(path: Path, precision: str, provider: str, threads: int) -> OnnxRuntimeEngine:
+    """Opens an ONNX file.
+
+    Raises:
+        EngineUnavailable: ONNX Runtime could not use the provider and fell back to another.
+    """
+    import onnxruntime
+
+    del precision  # is in the graph
+    if provider in ("cuda", "tensorrt") and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # Between batches idle threads would spin and steal the cores from decoding and encoding.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    row = PROVIDERS[provider]
+    chain: list[object] = [(row.execution_provider, row.options)]
+    if provider == "tensorrt":
+        chain.append((PROVIDERS["cuda"].execution_provider, PROVIDERS["cuda"].options))
+    if provider != "cpu":
+        chain.append(PROVIDERS["cpu"].execution_provider)
+    session = onnxruntime.InferenceSession(path, options, providers=chain)
+    if session.get_providers()[0] != row.execution_provider:
+        raise EngineUnavailable(
+            f"ONNX Runtime could not use {row.execution_provider} for {path.name} and fell back to "
+            f"{session.get_providers()[0]}; check the driver and the CUDA and cuDNN libraries"
+        )
+    return OnnxRuntimeEngine(session, provider)

@@ -1,0 +1,216 @@
+"""Opens a bundle for serving: picks engines by measuring, checks the golden pairs, warms up."""
+
+import logging
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Shaped
+from numpy import ndarray
+
+from server.arrays import Scores, Tiles
+from server.errors import BundleDamaged, EngineUnavailable
+from server.runtime.bundle import Bundle, read_bundle
+from server.runtime.engines import ENGINES, Engine
+from server.settings import RuntimeSettings
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+
+# `auto` accepts a precision that loses at most this much foreground IoU against fp32.
+IOU_TOLERANCE = 0.005
+
+# Largest mean absolute difference of scores on the golden pairs. fp32 differs by rounding alone; the
+# others are judged by IoU in calibration, and here only a broken engine should stand out.
+GOLDEN_TOLERANCE = {"fp32": 1e-4, "bf16": 0.03, "fp16": 0.01, "int8": 0.08}
+
+RACE_TILE = 128
+RACE_RUNS = 5
+
+
+@dataclass(frozen=True)
+class OpenBundle:
+    """A bundle with an engine for every graph and served precision.
+
+    Attributes:
+        bundle: what is on disk.
+        engines: by (graph, precision).
+        auto: the precision behind `precision=auto`, by graph.
+    """
+
+    bundle: Bundle
+    engines: dict[tuple[str, str], Engine]
+    auto: dict[str, str]
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Precisions that a request may name."""
+        return tuple(p for p in PRECISIONS if any(p == served for _, served in self.engines))
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    precision: str
+    engine: str
+    provider: str
+
+
+def golden_tiles(file: Path) -> Iterator[tuple[str, Tiles, Shaped[ndarray, "N K h w"]]]:
+    """The golden pairs of a bundle: (graph, input, expected fp32 scores), one or more per graph."""
+    with np.load(file, allow_pickle=False) as arrays:
+        for key in sorted(name for name in arrays.files if name.startswith("scores/")):
+            _, graph, case = key.split("/")
+            pixels, mean, inverse_std = (arrays[f"{part}/{case}"] for part in ("image", "mean", "inverse_std"))
+            yield graph, Tiles(pixels, mean, inverse_std), arrays[key]
+
+
+def open_bundle(folder: Path, settings: RuntimeSettings) -> OpenBundle:
+    """Reads, checks, opens and warms a bundle.
+
+    Raises:
+        BundleDamaged: a file is damaged, or an engine's scores leave the golden ones; names which.
+        EngineUnavailable: a configured engine, provider or precision cannot run here.
+    """
+    bundle = read_bundle(folder)
+    chosen = _choose(bundle, settings)
+    engines: dict[tuple[str, str], Engine] = {}
+    for precision, candidate in chosen.items():
+        for graph in bundle.manifest.graphs:
+            engines[graph.name, precision] = _open(bundle, graph.name, candidate, settings.threads)
+    _check_golden(bundle, engines)
+    auto = {graph.name: _auto(bundle, graph.name, chosen, settings.precision) for graph in bundle.manifest.graphs}
+    for (graph, precision), engine in sorted(engines.items()):
+        log.info(
+            "%s %s %s: %s on %s%s", bundle.manifest.name, graph, precision, engine.name, engine.provider,
+            " (auto)" if auto[graph] == precision else "",
+        )  # fmt: skip
+    return OpenBundle(bundle, engines, auto)
+
+
+def candidates(bundle: Bundle, settings: RuntimeSettings) -> list[_Candidate]:
+    """Every (precision, engine, provider) that this machine and the settings allow.
+
+    Raises:
+        EngineUnavailable: nothing is left.
+    """
+    names = [settings.engine] if settings.engine != "auto" else list(ENGINES)
+    found: list[_Candidate] = []
+    for name in names:
+        row = ENGINES[name]
+        if not row.installed:
+            if settings.engine == name:
+                raise EngineUnavailable(f"engine {name!r} is not installed; install it with: pip install {row.module}")
+            continue
+        for provider in row.providers(settings.provider):
+            for precision in row.precisions(provider):
+                if all(_runs(bundle, graph.name, precision) for graph in bundle.manifest.graphs):
+                    found.append(_Candidate(precision, name, provider))
+    # A GPU that works beats every CPU: race engines only within the best provider at hand.
+    return found
+
+
+def _runs(bundle: Bundle, graph: str, precision: str) -> bool:
+    return precision in bundle.manifest.graph(graph).files or precision == "bf16"
+
+
+def _choose(bundle: Bundle, settings: RuntimeSettings) -> dict[str, _Candidate]:
+    """The fastest candidate of each precision, in the order of `PRECISIONS`, with the measured time logged."""
+    pool = candidates(bundle, settings)
+    ranking: dict[str, tuple[float, _Candidate]] = {}
+    usable_gpu = False
+    for candidate in sorted(pool, key=lambda c: c.provider == "cpu"):
+        if usable_gpu and candidate.provider == "cpu":
+            continue
+        try:
+            seconds = _race(bundle, candidate, settings.threads)
+        except Exception as error:
+            if settings.engine != "auto" or settings.provider != "auto":
+                raise EngineUnavailable(f"{candidate.engine} on {candidate.provider} cannot run {bundle.folder}: {error}") from error
+            log.warning(
+                "FALLING BACK: %s on %s cannot run %s %s: %s", candidate.engine, candidate.provider,
+                bundle.manifest.name, candidate.precision, error,
+            )  # fmt: skip
+            continue
+        usable_gpu = usable_gpu or candidate.provider != "cpu"
+        log.info("measured %s on %s at %s: %.1f ms", candidate.engine, candidate.provider, candidate.precision, seconds * 1e3)
+        best = ranking.get(candidate.precision)
+        if best is None or seconds < best[0]:
+            ranking[candidate.precision] = (seconds, candidate)
+    if not ranking:
+        raise EngineUnavailable(
+            "no engine can run here; install one with: pip install 'unetpp-server[cpu]' (or [gpu] on a machine with an NVIDIA GPU)"
+        )
+    if settings.precision != "auto" and settings.precision not in ranking:
+        raise EngineUnavailable(f"precision {settings.precision!r} cannot be served here; possible: {', '.join(ranking)}")
+    by_speed = sorted(ranking, key=lambda precision: ranking[precision][0])
+    return {precision: ranking[precision][1] for precision in by_speed}
+
+
+def _race(bundle: Bundle, candidate: _Candidate, threads: int) -> float:
+    """Median seconds of one tile through the second-deepest graph: close to the rest, quick to compile."""
+    graph = sorted(bundle.manifest.graphs, key=lambda g: g.macs_per_pixel)[len(bundle.manifest.graphs) // 2]
+    engine = _open(bundle, graph.name, candidate, threads)
+    tiles = noise(1, len(bundle.manifest.channels), [RACE_TILE] * bundle.manifest.dims)
+    engine.run(tiles)
+    times = []
+    for _ in range(RACE_RUNS):
+        begun = time.perf_counter()
+        engine.run(tiles)
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def _open(bundle: Bundle, graph: str, candidate: _Candidate, threads: int) -> Engine:
+    return ENGINES[candidate.engine].open(bundle.path(graph, candidate.precision), candidate.precision, candidate.provider, threads)
+
+
+def _auto(bundle: Bundle, graph: str, chosen: dict[str, _Candidate], wanted: str) -> str:
+    """The configured precision, else the fastest whose calibrated IoU is close enough to fp32."""
+    if wanted != "auto":
+        return wanted
+    calibration = bundle.manifest.calibration
+    reference = calibration.row(graph, "fp32") if calibration else None
+    for precision in chosen:
+        if precision == "fp32":
+            return precision
+        row = calibration.row(graph, precision) if calibration else None
+        if row and reference and row.iou >= reference.iou - IOU_TOLERANCE:
+            return precision
+    return next(iter(chosen))
+
+
+def _check_golden(bundle: Bundle, engines: dict[tuple[str, str], Engine]) -> None:
+    """Also the warm-up: every engine has run once when this returns."""
+    try:
+        pairs = list(golden_tiles(bundle.golden))
+    except (OSError, ValueError, KeyError) as error:
+        raise BundleDamaged(f"{bundle.golden}: cannot be read: {error}") from error
+    for (name, precision), engine in engines.items():
+        for graph, tiles, expected in pairs:
+            if graph != name:
+                continue
+            difference = mean_difference(engine.run(tiles), expected)
+            if not difference <= GOLDEN_TOLERANCE[precision]:
+                raise BundleDamaged(
+                    f"{bundle.path(name, precision)}: {engine.name} on {engine.provider} at {precision} leaves the golden "
+                    f"scores by {difference:.2g} on average (limit {GOLDEN_TOLERANCE[precision]:g})"
+                )
+
+
+def mean_difference(scores: Scores, expected: Shaped[ndarray, "N K h w"]) -> float:
+    """Mean absolute difference; infinite where the shapes differ."""
+    if scores.shape != expected.shape:
+        return float("inf")
+    return float(np.abs(scores - expected.astype(np.float32)).mean())
+
+
+def noise(count: int, channels: int, size: list[int]) -> Tiles:
+    """Seeded random tiles with the statistics of z-scored noise."""
+    random = np.random.default_rng(0)
+    pixels: Float32[ndarray, "N C h w"] = random.standard_normal((count, channels, *size), dtype=np.float32)
+    ones = np.ones((count, channels, *[1] * len(size)), dtype=np.float32)
+    return Tiles(pixels, ones * 0, ones)

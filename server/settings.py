@@ -1,0 +1,86 @@
+"""The operator's choices: read once, in the CLI; each room gets only its own group."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class HttpSettings(_Group):
+    """Where the server listens."""
+
+    host: str = Field("127.0.0.1", description="address to listen on; beyond loopback anyone who reaches it can use it")
+    port: int = Field(8000, ge=1, le=65535, description="TCP port")
+    keep_alive_s: int = Field(65, ge=1, description="idle connections stay open this long (proxies expect over 60)")
+    max_in_flight: int = Field(
+        64, ge=1, description="segment requests worked on or waiting at once; one more gets 429 with Retry-After"
+    )
+
+
+class BatchingSettings(_Group):
+    """How tiles of different requests share a run of a graph."""
+
+    max_batch: int = Field(16, ge=1, description="tiles in one run")
+    max_batch_pixels: int = Field(
+        1_048_576, ge=4096, description="pixels in one run, which bounds the memory of activations (four tiles of 512²)"
+    )
+
+
+class RuntimeSettings(_Group):
+    """What runs the graphs."""
+
+    engine: Literal["auto", "onnxruntime", "openvino"] = Field(
+        "auto", description="auto measures at start, per precision, and takes the faster"
+    )
+    provider: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
+        "auto", description="ONNX Runtime provider; auto takes the best that works here, a named one must work"
+    )
+    precision: Precision = Field(
+        "auto", description="used where a request says auto: the fastest within 0.5 points of IoU of fp32, or this one"
+    )
+    threads: int = Field(0, ge=0, description="threads of one graph run; 0 = all cores this process may use")
+
+
+class LimitsSettings(_Group):
+    """What a request may bring."""
+
+    max_body_mb: int = Field(256, ge=1, description="bytes of a request body, in MiB; checked while it streams in")
+    max_pixels: int = Field(100_000_000, ge=1, description="height × width of an image, checked before it is decoded")
+    large_pixels: int = Field(
+        16_000_000, ge=1, description="images above this many pixels are worked on one at a time, to bound memory"
+    )
+
+
+class Settings(BaseSettings):
+    """All settings; environment variables `UNETPP_...`, groups joined with two underscores."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="UNETPP_", env_nested_delimiter="__", frozen=True, extra="forbid", nested_model_default_partial_update=True
+    )
+
+    bundles: Path = Field(Path("bundles"), description="a bundle, or a folder of bundles; all are opened")
+    default_model: str = Field("nuclei", description="bundle that answers requests without `model`; else the only or first")
+    http: HttpSettings = HttpSettings()
+    batching: BatchingSettings = BatchingSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+    limits: LimitsSettings = LimitsSettings()
+
+
+def markdown_table() -> str:
+    """The README's table of settings: variable, default, meaning."""
+    rows = ["| variable | default | meaning |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        group = field.annotation
+        if isinstance(group, type) and issubclass(group, _Group):
+            for key, inner in group.model_fields.items():
+                rows.append(f"| `UNETPP_{name}__{key}`".upper().replace("`UNETPP", "`UNETPP") + f"` | `{inner.default}` | {inner.description} |")
+        else:
+            rows.append(f"| `UNETPP_{name.upper()}` | `{field.default}` | {field.description} |")
+    return "\n".join(rows) + "\n"
