@@ -41,7 +41,7 @@ def calibrate(
         DataError: the data cannot be read.
     """
     manifest = bundle.manifest
-    images = list(labelled(data, split, len(manifest.classes) if len(manifest.classes) > 1 else 1))
+    images = list(labelled(data, split, max(1, len(manifest.classes))))
     rows = []
     for graph in manifest.graphs:
         for precision, engines in _engines(bundle, graph):

@@ -86,9 +86,7 @@ def calibrate(
     console = Console()
 
     def add(r: CalibrationRow) -> None:
-        table.add_row(
-            r.graph, r.precision, r.engine, f"{r.iou:.4f}", f"{r.mean_iou:.4f}", f"{r.dice:.4f}", f"{r.latency_ms:.1f}"
-        )
+        table.add_row(r.graph, r.precision, r.engine, f"{r.iou:.4f}", f"{r.mean_iou:.4f}", f"{r.dice:.4f}", f"{r.latency_ms:.1f}")
         status.update(f"measured {r.graph} at {r.precision}")
 
     with _spoken(), console.status("measuring") as status:

@@ -23,7 +23,8 @@ def synthetic_cells(height: int, width: int, channels: int, seed: int) -> UInt8[
     discs = ndimage.binary_dilation(seeds, ndimage.generate_binary_structure(2, 1), iterations=5)
     picture = ndimage.gaussian_filter(discs.astype(np.float32), 1.5) * 150 + 30
     picture = picture[..., None] * random.uniform(0.6, 1.0, channels) + random.normal(0, 6, (height, width, channels))
-    return np.clip(picture, 0, 255).astype(np.uint8)
+    pixels: UInt8[ndarray, "H W C"] = np.clip(picture, 0, 255).astype(np.uint8)
+    return pixels
 
 
 def tiles_of(images: list[UInt8[ndarray, "H W C"]]) -> Tiles:
@@ -39,7 +40,9 @@ def torch_scores(graph: ServedGraph, tiles: Tiles) -> Scores:
     """What torch answers, in float32."""
     with torch.no_grad():
         pixels = torch.from_numpy(tiles.pixels.astype(np.float32))
-        scores: Float32[ndarray, "N K h w"] = graph(pixels, torch.from_numpy(tiles.mean), torch.from_numpy(tiles.inverse_std)).numpy()
+        scores: Float32[ndarray, "N K h w"] = graph(
+            pixels, torch.from_numpy(tiles.mean), torch.from_numpy(tiles.inverse_std)
+        ).numpy()
     return scores
 
 
@@ -53,4 +56,4 @@ def write_golden(path: Path, graphs: dict[str, ServedGraph], channels: int) -> N
             arrays[f"scores/{name}/{case}"] = torch_scores(graph, tiles)
     # Through a file object: NumPy would append a suffix to a path of another name.
     with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]

@@ -61,11 +61,11 @@ def fold_batch_norm(network: UNetPlusPlus) -> UNetPlusPlus:
     folded = UNetPlusPlus(config).eval()
     with torch.no_grad():
         for name, node in network.nodes.items():
-            layers = iter(node)
-            target = [layer for layer in folded.nodes[name] if hasattr(layer, "weight")]
+            layers = node.children()
+            target = [layer for layer in folded.nodes[name].children() if hasattr(layer, "weight")]
             for into in target:
                 convolution, norm, _ = next(layers), next(layers), next(layers)
-                into.load_state_dict(fuse_conv_bn_eval(convolution, norm).state_dict())
+                into.load_state_dict(fuse_conv_bn_eval(convolution, norm).state_dict())  # type: ignore[type-var, arg-type]
         folded.ups.load_state_dict(network.ups.state_dict())
         folded.heads.load_state_dict(network.heads.state_dict())
     return folded

@@ -7,6 +7,7 @@ import tempfile
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import onnx
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,7 +20,20 @@ from export.precision import GRAPH_PRECISIONS
 from model import checkpoint
 from model.cost import macs, parameters
 from model.network import UNetPlusPlus
-from server.runtime.bundle import FORMAT, GOLDEN, MANIFEST, WEIGHTS, Bundle, Class, FileEntry, Graph, Manifest, Window, read_bundle, sha256
+from server.runtime.bundle import (
+    FORMAT,
+    GOLDEN,
+    MANIFEST,
+    WEIGHTS,
+    Bundle,
+    Class,
+    FileEntry,
+    Graph,
+    Manifest,
+    Window,
+    read_bundle,
+    sha256,
+)
 
 # Training images whose first windows set the activation ranges of int8.
 INT8_IMAGES = 48
@@ -57,9 +71,7 @@ def read_card(path: Path) -> Card:
         raise ExportError(f"{path}: not a valid card: {error}") from error
 
 
-def export(
-    source: Path, card: Card, out: Path, data: Path | None, advance: Callable[[str], None] = lambda step: None
-) -> Bundle:
+def export(source: Path, card: Card, out: Path, data: Path | None, advance: Callable[[str], None] = lambda step: None) -> Bundle:
     """Exports a checkpoint as a bundle, atomically: `out` is complete or as it was.
 
     Args:
@@ -84,7 +96,7 @@ def export(
     if len(card.classes) != max(config.classes - 1, 1):
         raise ExportError(f"the card names {len(card.classes)} foreground classes, the network has {max(config.classes - 1, 1)}")
     network = round_to_fp16(fold_batch_norm(trained))
-    activation = "sigmoid" if config.classes == 1 else "softmax"
+    activation: Literal["sigmoid", "softmax"] = "sigmoid" if config.classes == 1 else "softmax"
     levels = level_networks(network)
     served = {name: ServedGraph(pruned, activation).eval() for name, (_, pruned) in levels.items()}
     graphs = tuple(_describe(name, level, pruned, int8=data is not None) for name, (level, pruned) in levels.items())
@@ -120,9 +132,7 @@ def export(
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest with the sizes and hashes of the files as they are now."""
-    files = {
-        name: FileEntry(sha256=sha256(folder / name), bytes=(folder / name).stat().st_size) for name in sorted(manifest.files)
-    }
+    files = {name: FileEntry(sha256=sha256(folder / name), bytes=(folder / name).stat().st_size) for name in sorted(manifest.files)}
     final = Manifest.model_validate(manifest.model_dump() | {"files": files})
     with checkpoint.atomic(folder / MANIFEST) as temporary:
         temporary.write_text(final.model_dump_json(indent=1, exclude_none=True) + "\n")
@@ -148,5 +158,5 @@ def _describe(name: str, level: int, network: UNetPlusPlus, *, int8: bool) -> Gr
         divisor=config.divisor(level),
         parameters=parameters(network),
         macs_per_pixel=macs(network, config.in_channels, size) / side**config.dims,
-        files=files,  # type: ignore[arg-type]
+        files=files,
     )

@@ -67,7 +67,7 @@ def int8(graph: ServedGraph, tiles: list[Tiles]) -> onnx.ModelProto:
     return proto
 
 
-class _Reader(CalibrationDataReader):
+class _Reader(CalibrationDataReader):  # type: ignore[misc]
     def __init__(self, tiles: list[Tiles]) -> None:
         self._feeds: Iterator[dict[str, object]] = iter(
             {"image": t.pixels.astype("float32"), "mean": t.mean, "inverse_std": t.inverse_std} for t in tiles

@@ -12,7 +12,7 @@ from export.lower import PREFIX
 from model import checkpoint
 from model.network import UNetPlusPlus
 from server.arrays import Scores, Tiles
-from server.runtime.bundle import WEIGHTS, Bundle
+from server.runtime.bundle import GRAPH_PRECISIONS, WEIGHTS, Bundle
 from server.runtime.engines import ENGINES
 from server.runtime.opening import golden_tiles, noise
 
@@ -94,7 +94,7 @@ def runnable(bundle: Bundle) -> list[tuple[str, str]]:
         if not row.installed:
             continue
         precisions = [*row.precisions("cpu"), *(["fp16"] if name == "onnxruntime" else [])]
-        pairs += [(name, p) for p in precisions if p == "bf16" or p in bundle.manifest.graph_precisions]
+        pairs += [(name, p) for p in precisions if GRAPH_PRECISIONS[p] in bundle.manifest.graph_precisions]
     return pairs
 
 
@@ -116,7 +116,7 @@ def wrong_nodes(bundle: Bundle, name: str, pruned: UNetPlusPlus) -> list[str]:
         proto = onnx.load(bundle.folder / file, load_external_data=False)
         # int8 stores biases as integers next to the graph: there the weights tell.
         found = {t.name.removesuffix(".fp16") for t in proto.graph.initializer if t.name.startswith(PREFIX)}
-        found = {n for n in found if n in wanted or "." in n and not n.endswith(("_scale", "_zero_point", "_quantized"))}
+        found = {n for n in found if n in wanted or ("." in n and not n.endswith(("_scale", "_zero_point", "_quantized")))}
         missing = {n for n in wanted - found if precision != "int8" or n.endswith(".weight")}
         if missing or found - wanted:
             wrong.append(f"{file}: missing {sorted(missing)[:3]}, of other levels {sorted(found - wanted)[:3]}")

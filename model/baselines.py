@@ -29,11 +29,9 @@ class UNet(nn.Module):
             Node(config, config.in_channels if i == 0 else widths[i - 1], width, stride if i > 0 else 1)
             for i, width in enumerate(widths)
         )
-        self.ups = nn.ModuleList(Up(config, widths[i + 1], widths[i]) for i in range(config.depth))
-        self.decoder = nn.ModuleList(
-            Node(config, widths[i] + up.out_channels, widths[i])  # type: ignore[operator]
-            for i, up in enumerate(self.ups)
-        )
+        ups = [Up(config, widths[i + 1], widths[i]) for i in range(config.depth)]
+        self.ups = nn.ModuleList(ups)
+        self.decoder = nn.ModuleList(Node(config, widths[i] + up.out_channels, widths[i]) for i, up in enumerate(ups))
         self.heads = nn.ModuleDict({str(config.depth): head(config)})
 
     def forward(self, image: Tensor) -> list[Tensor]:

@@ -51,7 +51,7 @@ class Node(nn.Sequential):
                 )
             )
             layers += _norm(config, width)
-            layers.append(ACTIVATION[config.activation]())
+            layers.append(ACTIVATION[config.activation]())  # type: ignore[no-untyped-call]
         super().__init__(*layers)
 
 
@@ -64,7 +64,8 @@ class Down(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, 2h, 2w[, 2d]) to (N, C, h, w[, d]); unchanged for strided convolutions."""
-        return self.pool(x)
+        pooled: Tensor = self.pool(x)
+        return pooled
 
 
 class Up(nn.Sequential):

@@ -101,7 +101,7 @@ def read_image(path: Path, channels: int) -> NDArray[np.float32]:
 
 def read_label(path: Path, classes: int) -> NDArray[np.uint8]:
     """(H, W) class per pixel; for one class every value above 0 is foreground (instance maps too)."""
-    label = read_array(path)
+    label: NDArray[np.integer] = read_array(path)  # type: ignore[assignment]
     return (label > 0).astype(np.uint8) if classes == 1 else label.astype(np.uint8)
 
 
@@ -162,12 +162,8 @@ class Split:
             except (OSError, ValueError, SyntaxError) as error:
                 wrong.append(f"{sample.image.name} or its label: cannot be read ({error})")
                 continue
-            if image.shape[1:] != label.shape:
-                wrong.append(f"{sample.id}: image is {image.shape[1:]}, label is {label.shape}")
-            elif label.max(initial=0) > max(classes - 1, 1):
-                wrong.append(f"{sample.label.name}: class {label.max()} of a network with {classes} classes")
-            elif not np.isfinite(image).all():
-                wrong.append(f"{sample.image.name}: holds values that are not finite")
+            if problem := _problem(sample, image, label, classes):
+                wrong.append(problem)
             self.images.append(image)
             self.labels.append(label)
         if wrong:
@@ -177,6 +173,17 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+
+def _problem(sample: Sample, image: NDArray[np.float32], label: NDArray[np.uint8], classes: int) -> str:
+    """Why a sample cannot be used; empty if it can."""
+    if image.shape[1:] != label.shape:
+        return f"{sample.id}: image is {image.shape[1:]}, label is {label.shape}"
+    if label.max(initial=0) > max(classes - 1, 1):
+        return f"{sample.label.name}: class {label.max()} of a network with {classes} classes"
+    if not np.isfinite(image).all():
+        return f"{sample.image.name}: holds values that are not finite"
+    return ""
 
 
 def augmentation(config: DataConfig) -> Compose:

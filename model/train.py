@@ -8,6 +8,8 @@ Killed at any moment, it goes on from the last finished epoch exactly as if noth
 import csv
 import json
 import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -129,8 +131,10 @@ def train(recipe: TrainConfig, data: Path, out: Path, console: Console | None = 
 
     Raises:
         DataError: names the files that are wrong, before the first step.
-        RecipeError: `out` holds a run of another recipe.
+        RecipeError: `out` holds a run of another recipe, or the recipe is for volumes.
     """
+    if recipe.network.dims != 2:
+        raise RecipeError("network.dims: this version trains on images (2); networks for volumes (3) can be built, not trained")
     options = recipe.optimisation
     splits = read_index(data)
     channels, classes = recipe.network.in_channels, recipe.network.classes
@@ -141,10 +145,9 @@ def train(recipe: TrainConfig, data: Path, out: Path, console: Console | None = 
 
     torch.manual_seed(options.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = ARCHITECTURES[recipe.architecture](recipe.network).to(device, memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(
-        network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
-    )
+    network: nn.Module = ARCHITECTURES[recipe.architecture](recipe.network)
+    network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimiser = torch.optim.AdamW(network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
     tiles = Tiles(training, recipe.data, options.seed)
     out.mkdir(parents=True, exist_ok=True)
     state = _resume(out, recipe, network, optimiser)
@@ -171,7 +174,7 @@ def train(recipe: TrainConfig, data: Path, out: Path, console: Console | None = 
                     heads = network(images.to(device, memory_format=torch.channels_last))
                 loss = deep_supervision_loss(heads, labels.to(device))
                 optimiser.zero_grad(set_to_none=True)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
                 total += loss.item()
                 advance()
@@ -299,17 +302,11 @@ def _say(console: Console | None, text: str) -> None:
         console.print(text, highlight=False)
 
 
-class _progress:
+@contextmanager
+def _progress(console: Console | None, description: str, total: int) -> Iterator[Callable[[], None]]:
     """A progress bar on a terminal, nothing elsewhere; yields a function that advances it."""
-
-    def __init__(self, console: Console | None, description: str, total: int) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, disable=console is None or not console.is_terminal, transient=True)
-        self._task = self._bar.add_task(description, total=total)
-
-    def __enter__(self) -> Any:
-        self._bar.start()
-        return lambda: self._bar.advance(self._task)
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    hidden = console is None or not console.is_terminal
+    with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda: bar.advance(task)

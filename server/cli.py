@@ -41,7 +41,9 @@ def spoken(command: Callable[..., Any]) -> Callable[..., Any]:
             missing = (error.name or "").split(".")[0]
             if missing not in EXTRAS:
                 raise
-            fail(f"this command needs {missing!r}, which is not installed; install it with: pip install 'unetpp-server[{EXTRAS[missing]}]'")
+            fail(
+                f"this command needs {missing!r}, which is not installed; install it with: pip install 'unetpp-server[{EXTRAS[missing]}]'"
+            )
         except UnetppError as error:
             fail(str(error))
 
@@ -86,7 +88,9 @@ def serve(
     http = settings.http
     shown = f"http://{'localhost' if http.host in ('127.0.0.1', '0.0.0.0') else http.host}:{http.port}"  # noqa: S104 - compared, not bound
     for name, bundle in opened.items():
-        typer.echo(f"{name}: levels {', '.join(map(str, bundle.bundle.manifest.levels))}, precisions {', '.join(bundle.precisions)}")
+        typer.echo(
+            f"{name}: levels {', '.join(map(str, bundle.bundle.manifest.levels))}, precisions {', '.join(bundle.precisions)}"
+        )
     typer.echo(f"page     {shown}/\ndocs     {shown}/docs\nmetrics  {shown}/metrics")
     uvicorn.run(
         create_app(settings, opened), host=http.host, port=http.port, timeout_keep_alive=http.keep_alive_s,

@@ -1,20 +1,20 @@
 """Everything that can go wrong, free of HTTP; `api/problems.py` maps it to statuses once.
 
-    UnetppError
-    ├── CallerError               the caller can fix it
-    │   ├── Unreadable            the file is of a known kind but broken
-    │   ├── UnsupportedType       not a kind of file that is read here
-    │   ├── TooLarge              over a limit; says the limit and the size
-    │   ├── UnknownFormat         no such output format
-    │   ├── InvalidParameter      mode, level, precision, reference, ...
-    │   └── UnknownModel          no such bundle is open
-    ├── TryAgain                  the caller can try again later
-    │   ├── Overloaded            too many requests at once
-    │   └── NotReady              starting or shutting down
-    └── ServerFault               we, or the operator, must fix it
-        ├── BundleDamaged         refuse to start; names the file
-        ├── EngineUnavailable     a configured engine or provider cannot run here
-        └── InferenceFailed       details are logged, never sent
+UnetppError
+├── CallerError               the caller can fix it
+│   ├── Unreadable            the file is of a known kind but broken
+│   ├── UnsupportedType       not a kind of file that is read here
+│   ├── TooLarge              over a limit; says the limit and the size
+│   ├── UnknownFormat         no such output format
+│   ├── InvalidParameter      mode, level, precision, reference, ...
+│   └── UnknownModel          no such bundle is open
+├── TryAgain                  the caller can try again later
+│   ├── Overloaded            too many requests at once
+│   └── NotReady              starting or shutting down
+└── ServerFault               we, or the operator, must fix it
+    ├── BundleDamaged         refuse to start; names the file
+    ├── EngineUnavailable     a configured engine or provider cannot run here
+    └── InferenceFailed       details are logged, never sent
 """
 
 

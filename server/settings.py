@@ -80,7 +80,10 @@ def markdown_table() -> str:
         group = field.annotation
         if isinstance(group, type) and issubclass(group, _Group):
             for key, inner in group.model_fields.items():
-                rows.append(f"| `UNETPP_{name}__{key}`".upper().replace("`UNETPP", "`UNETPP") + f"` | `{inner.default}` | {inner.description} |")
+                rows.append(
+                    f"| `UNETPP_{name}__{key}`".upper().replace("`UNETPP", "`UNETPP")
+                    + f"` | `{inner.default}` | {inner.description} |"
+                )
         else:
             rows.append(f"| `UNETPP_{name.upper()}` | `{field.default}` | {field.description} |")
     return "\n".join(rows) + "\n"

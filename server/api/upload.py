@@ -75,7 +75,7 @@ async def _multipart(request: Request) -> AsyncIterator[Upload]:
         if "file" not in fields:
             raise InvalidParameter("no file in the request; with curl write -F file=@image.png")
         reference = fields.get("reference")
-        yield Upload(cast("BinaryIO", fields["file"].file), cast("BinaryIO", reference.file) if reference else None)
+        yield Upload(fields["file"].file, reference.file if reference else None)
     finally:
         await form.close()
 

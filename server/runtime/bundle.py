@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from server.errors import BundleDamaged
 
-FORMAT = "unetpp.bundle/1"
+FORMAT: Literal["unetpp.bundle/1"] = "unetpp.bundle/1"
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.npz"

@@ -13,7 +13,7 @@ from numpy import ndarray
 
 from server.arrays import Scores, Tiles
 from server.errors import BundleDamaged, EngineUnavailable
-from server.runtime.bundle import Bundle, read_bundle
+from server.runtime.bundle import GRAPH_PRECISIONS, Bundle, read_bundle
 from server.runtime.engines import ENGINES, Engine
 from server.settings import RuntimeSettings
 
@@ -77,17 +77,17 @@ def open_bundle(folder: Path, settings: RuntimeSettings) -> OpenBundle:
     """
     bundle = read_bundle(folder)
     chosen = _choose(bundle, settings)
-    engines: dict[tuple[str, str], Engine] = {}
-    for precision, candidate in chosen.items():
-        for graph in bundle.manifest.graphs:
-            engines[graph.name, precision] = _open(bundle, graph.name, candidate, settings.threads)
+    names = [graph.name for graph in bundle.manifest.graphs]
+    engines = {
+        (name, precision): _open(bundle, name, candidate, settings.threads)
+        for precision, candidate in chosen.items()
+        for name in names
+    }
     _check_golden(bundle, engines)
-    auto = {graph.name: _auto(bundle, graph.name, chosen, settings.precision) for graph in bundle.manifest.graphs}
-    for (graph, precision), engine in sorted(engines.items()):
-        log.info(
-            "%s %s %s: %s on %s%s", bundle.manifest.name, graph, precision, engine.name, engine.provider,
-            " (auto)" if auto[graph] == precision else "",
-        )  # fmt: skip
+    auto = {name: _auto(bundle, name, chosen, settings.precision) for name in names}
+    for (name, precision), engine in sorted(engines.items()):
+        picked = " (auto)" if auto[name] == precision else ""
+        log.info("%s %s %s: %s on %s%s", bundle.manifest.name, name, precision, engine.name, engine.provider, picked)
     return OpenBundle(bundle, engines, auto)
 
 
@@ -106,15 +106,9 @@ def candidates(bundle: Bundle, settings: RuntimeSettings) -> list[_Candidate]:
                 raise EngineUnavailable(f"engine {name!r} is not installed; install it with: pip install {row.module}")
             continue
         for provider in row.providers(settings.provider):
-            for precision in row.precisions(provider):
-                if all(_runs(bundle, graph.name, precision) for graph in bundle.manifest.graphs):
-                    found.append(_Candidate(precision, name, provider))
-    # A GPU that works beats every CPU: race engines only within the best provider at hand.
+            offered = (p for p in row.precisions(provider) if GRAPH_PRECISIONS[p] in bundle.manifest.graph_precisions)
+            found += [_Candidate(precision, name, provider) for precision in offered]
     return found
-
-
-def _runs(bundle: Bundle, graph: str, precision: str) -> bool:
-    return precision in bundle.manifest.graph(graph).files or precision == "bf16"
 
 
 def _choose(bundle: Bundle, settings: RuntimeSettings) -> dict[str, _Candidate]:
@@ -123,13 +117,16 @@ def _choose(bundle: Bundle, settings: RuntimeSettings) -> dict[str, _Candidate]:
     ranking: dict[str, tuple[float, _Candidate]] = {}
     usable_gpu = False
     for candidate in sorted(pool, key=lambda c: c.provider == "cpu"):
+        # A GPU that works beats every CPU: there is nothing to race.
         if usable_gpu and candidate.provider == "cpu":
             continue
         try:
             seconds = _race(bundle, candidate, settings.threads)
         except Exception as error:
             if settings.engine != "auto" or settings.provider != "auto":
-                raise EngineUnavailable(f"{candidate.engine} on {candidate.provider} cannot run {bundle.folder}: {error}") from error
+                raise EngineUnavailable(
+                    f"{candidate.engine} on {candidate.provider} cannot run {bundle.folder}: {error}"
+                ) from error
             log.warning(
                 "FALLING BACK: %s on %s cannot run %s %s: %s", candidate.engine, candidate.provider,
                 bundle.manifest.name, candidate.precision, error,

@@ -190,9 +190,7 @@ class Segmenter:
         precision = opened.auto[route.graph] if request.precision == "auto" else request.precision
         batcher = self._batchers.get((name, route.graph, precision))
         if batcher is None:
-            raise InvalidParameter(
-                f"precision={precision!r} is not served here; there are: auto, {', '.join(opened.precisions)}"
-            )
+            raise InvalidParameter(f"precision={precision!r} is not served here; there are: auto, {', '.join(opened.precisions)}")
         return Choice(name, opened.bundle.manifest, route, precision, batcher)
 
     async def segment(self, file: BinaryIO, request: SegmentRequest, reference: BinaryIO | None = None) -> Answer:

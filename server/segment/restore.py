@@ -74,13 +74,10 @@ class Canvas:
         self._top = top
 
 
-def _classes(
-    total: Float32[ndarray, "K H W"], weight: Float32[ndarray, "H W"], threshold: float
-) -> UInt8[ndarray, "H W"] | Shaped[ndarray, "H W"]:
+def _classes(total: Float32[ndarray, "K H W"], weight: Float32[ndarray, "H W"], threshold: float) -> UInt8[ndarray, "H W"]:
     """Class per pixel; the sums need no division, only the threshold a multiplication."""
-    if len(total) == 1:
-        return (total[0] > weight * np.float32(threshold)).astype(np.uint8)
-    return total.argmax(axis=0).astype(np.uint8)
+    winner: ndarray = total[0] > weight * np.float32(threshold) if len(total) == 1 else total.argmax(axis=0)
+    return winner.astype(np.uint8)
 
 
 @functools.lru_cache(maxsize=32)

@@ -18,9 +18,7 @@ def describe(classes: UInt8[ndarray, "H W"], names: dict[int, str]) -> list[dict
     for value, name in names.items():
         components = int(ndimage.label(classes == value, structure=CONNECTIVITY)[1])
         pixels = int(counts[value])
-        rows.append(
-            {"value": value, "name": name, "pixels": pixels, "fraction": pixels / classes.size, "components": components}
-        )
+        rows.append({"value": value, "name": name, "pixels": pixels, "fraction": pixels / classes.size, "components": components})
     return rows
 
 

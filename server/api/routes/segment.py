@@ -28,6 +28,14 @@ REQUEST_BODY: dict[str, Any] = {
     }
 }
 
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "the mask in the image's own pixels, in the format asked for",
+        "content": {row.media_type: {} for row in encode.ENCODERS.values()},
+    },
+    **{code: {"model": Problem} for code in (404, 406, 413, 415, 422, 429, 500, 503)},
+}
+
 
 def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int) -> APIRouter:
     """The route, with what it needs."""
@@ -38,13 +46,7 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int) -> APIRou
         "/segment",
         summary="Segment an image",
         response_class=Response,
-        responses={
-            200: {
-                "description": "the mask in the image's own pixels, in the format asked for",
-                "content": {row.media_type: {} for row in encode.ENCODERS.values()},
-            }
-        }
-        | {code: {"model": Problem} for code in (400, 404, 406, 413, 415, 422, 429, 500, 503)},
+        responses=RESPONSES,
         openapi_extra=REQUEST_BODY,
     )
     async def segment(
@@ -111,5 +113,3 @@ def _headers(answer: Answer) -> dict[str, str]:
     if answer.note:
         headers["X-Segment-Note"] = answer.note
     return headers
-
-

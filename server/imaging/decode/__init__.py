@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from server.arrays import Image
-from server.errors import Unreadable, UnetppError, UnsupportedType
+from server.errors import UnetppError, Unreadable, UnsupportedType
 from server.imaging.decode import raster, tiff
 
 

@@ -38,7 +38,7 @@ def decode(file: BinaryIO, max_pixels: int) -> Image:
             if samples > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
                 pixels = np.moveaxis(pixels, 0, -1)
             if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and pixels.dtype.kind in "bu":
-                pixels = ~pixels
+                pixels = np.invert(pixels)
         pages = len(tiff.pages)
     pixels = pixels.reshape(page.imagelength, page.imagewidth, -1)
     pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1]

@@ -1,0 +1,138 @@
+"""Shared fixtures: a tiny bundle, the shipped bundle, real servers, and the data beside the project."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes in annotations are checked, in tests only; before anything of ours is imported.
+install_import_hook(["server.segment", "server.imaging", "server.arrays", "export.golden"], "beartype.beartype")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def nuclei_data() -> Path:
+    """Folder with images/, labels/ and index.csv."""
+    return _shared("nuclei")
+
+
+@pytest.fixture(scope="session")
+def bad_inputs() -> Path:
+    """Folder of crash and fuzz files."""
+    return _shared("bad_inputs")
+
+
+def _shared(name: str) -> Path:
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"needs the data folder {name} beside the project")
+    return SHARED / name
+
+
+@pytest.fixture(scope="session")
+def shipped_bundle() -> Path:
+    """The nuclei bundle of the repository."""
+    return ROOT / "bundles" / "nuclei"
+
+
+@pytest.fixture(scope="session")
+def tiny_network() -> "torch.nn.Module":  # type: ignore[name-defined]  # noqa: F821
+    """UNet++ of depth 4 with few channels, batch normalisation and statistics that are not the identity."""
+    import torch
+
+    from model.config import UNetPlusPlusConfig
+    from model.network import UNetPlusPlus
+
+    torch.manual_seed(0)
+    network = UNetPlusPlus(UNetPlusPlusConfig(in_channels=3, widths=(4, 6, 8, 12, 16), norm="batch"))
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0, 0.3)
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 1.5)
+    return network.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_network: object) -> Path:
+    """A bundle of `tiny_network` in fp32 and fp16, exported once."""
+    from export.pack import export, read_card
+    from model import checkpoint
+
+    folder = tmp_path_factory.mktemp("bundles")
+    source = folder / "tiny.safetensors"
+    checkpoint.save(tiny_network, source)
+    card = read_card(ROOT / "export" / "cards" / "nuclei.toml").model_copy(update={"name": "tiny"})
+    export(source, card, folder / "tiny", None)
+    return folder / "tiny"
+
+
+@pytest.fixture(scope="session")
+def app(shipped_bundle: Path) -> "fastapi.FastAPI":  # type: ignore[name-defined]  # noqa: F821
+    """The application on the shipped bundle, at fp32 on ONNX Runtime so that answers are exact and alike everywhere."""
+    from server.app import create_app, open_bundles
+    from server.settings import RuntimeSettings, Settings
+
+    settings = Settings(bundles=shipped_bundle, runtime=RuntimeSettings(precision="fp32"))
+    return create_app(settings, open_bundles(settings))
+
+
+@contextlib.contextmanager
+def serving(app: object) -> Iterator["httpx.Client"]:  # type: ignore[name-defined]  # noqa: F821
+    """A real server on a free port of this machine, and a client of it."""
+    import httpx
+    import uvicorn
+
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server did not start"
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+@pytest.fixture(scope="session")
+def client(app: object) -> Iterator["httpx.Client"]:  # type: ignore[name-defined]  # noqa: F821
+    """A client of the application on a real socket."""
+    with serving(app) as client:
+        yield client
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Seeded."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def ihc() -> np.ndarray:
+    """A real microscopy image that ships with scikit-image: (512, 512, 3) uint8, nuclei blue, stain brown."""
+    from skimage import data
+
+    return data.immunohistochemistry()
+
+
+def png_bytes(pixels: np.ndarray) -> bytes:
+    """PNG of (H, W) or (H, W, 3)."""
+    import io
+
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
