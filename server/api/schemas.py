@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel
 
-from server.runtime.bundle import Calibration, Class, Graph, Manifest, Measured
+from server.runtime.bundle import Calibration, Class, Comparison, Graph, Manifest, Measured
 from server.runtime.opening import OpenBundle
 
 
@@ -39,6 +39,7 @@ class ModelCard(ModelSummary):
     graphs: tuple[Graph, ...]
     calibration: Calibration | None
     held_out: Measured | None
+    comparison: tuple[Comparison, ...]
     serving: tuple[Serving, ...]
     license: dict[str, str]
     provenance: dict[str, str]
@@ -75,6 +76,7 @@ def card(opened: OpenBundle, default: str) -> ModelCard:
         graphs=manifest.graphs,
         calibration=manifest.calibration,
         held_out=manifest.held_out,
+        comparison=manifest.comparison,
         serving=serving,
         license=manifest.license,
         provenance=manifest.provenance,

@@ -114,6 +114,16 @@ class Calibration(Measured):
     recommended: Recommended
 
 
+class Comparison(_Part):
+    """Another network trained the same way and measured on the held-out data, e.g. a U-Net."""
+
+    network: str
+    parameters: int
+    iou: float
+    mean_iou: float
+    dice: float
+
+
 class Manifest(_Part):
     """What belongs to the network; operators' choices live in settings, the caller's in the request."""
 
@@ -132,6 +142,7 @@ class Manifest(_Part):
     graphs: tuple[Graph, ...] = Field(min_length=1)
     calibration: Calibration | None = None
     held_out: Measured | None = None
+    comparison: tuple[Comparison, ...] = ()
     intended_use: str
     license: dict[str, str]
     provenance: dict[str, str]

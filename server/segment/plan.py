@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Shaped
+from jaxtyping import Float32, Float64, Shaped, UInt8
 from numpy import ndarray
+from PIL import Image as Pillow
 
 from server.arrays import Image, Tiles
 from server.errors import InvalidParameter
@@ -116,17 +117,41 @@ def with_channels(image: Image, channels: int) -> Image:
 
 def statistics(pixels: Shaped[ndarray, "H W C"]) -> tuple[Float32[ndarray, "1 C 1 1"], Float32[ndarray, "1 C 1 1"]]:
     """Mean and inverse standard deviation per channel of the whole image, in bounded memory."""
-    height, width, channels = pixels.shape
-    rows = max(1, STATISTICS_PIXELS // width)
-    blocks = [pixels[top : top + rows] for top in range(0, height, rows)]
-    count = height * width
-    mean = sum((block.sum(axis=(0, 1), dtype=np.float64) for block in blocks), np.zeros(channels)) / count
-    variance = sum((np.square(block - mean).sum(axis=(0, 1)) for block in blocks), np.zeros(channels)) / count
+    channels = pixels.shape[2]
+    if pixels.strides[2] == 0:
+        # A grey image repeated by `with_channels`: one channel tells all.
+        pixels = pixels[..., :1]
+    mean, variance = _moments_of_bytes(pixels) if pixels.dtype == np.uint8 else _moments(pixels)
     # Rounding leaves a constant channel with a variance of a few ulps; it must not be blown up to noise.
     flat = variance <= np.square(1e-6 * np.maximum(np.abs(mean), 1e-30))
     inverse_std = np.where(flat, 1.0, 1.0 / np.sqrt(np.where(flat, 1.0, variance)))
     shape = (1, channels, 1, 1)
-    return mean.reshape(shape).astype(np.float32), inverse_std.reshape(shape).astype(np.float32)
+    return (
+        np.broadcast_to(mean.reshape(1, -1, 1, 1), shape).astype(np.float32),
+        np.broadcast_to(inverse_std.reshape(1, -1, 1, 1), shape).astype(np.float32),
+    )
+
+
+def _moments(pixels: Shaped[ndarray, "H W C"]) -> tuple[Float64[ndarray, " C"], Float64[ndarray, " C"]]:
+    """Mean and variance per channel, block of rows by block of rows."""
+    height, width, channels = pixels.shape
+    rows = max(1, STATISTICS_PIXELS // width)
+    blocks = [pixels[top : top + rows] for top in range(0, height, rows)]
+    mean = sum((block.sum(axis=(0, 1), dtype=np.float64) for block in blocks), np.zeros(channels)) / (height * width)
+    squares = (np.square(block.astype(np.float64) - mean).sum(axis=(0, 1)) for block in blocks)
+    return mean, sum(squares, np.zeros(channels)) / (height * width)
+
+
+def _moments_of_bytes(pixels: UInt8[ndarray, "H W C"]) -> tuple[Float64[ndarray, " C"], Float64[ndarray, " C"]]:
+    """The same from histograms: exact, and some twenty times faster (Pillow counts in C, without a copy per pixel)."""
+    values = np.arange(256, dtype=np.float64)
+    moments = []
+    for channel in range(pixels.shape[2]):
+        histogram = np.array(Pillow.fromarray(np.ascontiguousarray(pixels[..., channel])).histogram(), dtype=np.float64)
+        mean = histogram @ values / histogram.sum()
+        moments.append((mean, histogram @ np.square(values - mean) / histogram.sum()))
+    means, variances = np.array(moments).T
+    return means, variances
 
 
 def _identity(pixels: Shaped[ndarray, "H W C"]) -> tuple[Float32[ndarray, "1 C 1 1"], Float32[ndarray, "1 C 1 1"]]:

@@ -1,0 +1,1 @@
+"""Measurements: each script prints a table with both sides of a claim in one run, and writes it to results/."""

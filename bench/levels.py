@@ -1,0 +1,184 @@
+"""Speed against IoU per level: ours over HTTP, a bare engine loop, bare ONNX Runtime, and torch eager, in one run.
+
+    python -m bench.levels [--rounds 11]
+
+Contenders take turns within each round, so that a machine whose speed drifts treats all alike; medians
+are quoted. The picture is the paper's figure 3: time against IoU, one marker per level.
+"""
+
+import argparse
+import io
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from numpy import ndarray
+from PIL import Image
+from rich.progress import track
+from skimage import data
+
+from bench.serving import Server, serving
+from bench.table import RESULTS, write
+from export.graph import ServedGraph, level_networks
+from model import checkpoint
+from model.network import UNetPlusPlus
+from server.arrays import Mask, Tiles
+from server.imaging.decode import decode
+from server.imaging.encode import png
+from server.runtime.bundle import WEIGHTS, Bundle, read_bundle
+from server.runtime.engines import ENGINES
+from server.runtime.opening import noise
+
+SIZES = (96, 256, 512)
+BUNDLE = Path("bundles/nuclei")
+
+
+def picture(side: int) -> UInt8[ndarray, "H W 3"]:
+    """A crop of a real microscopy image (scikit-image's immunohistochemistry)."""
+    image: UInt8[ndarray, "H W 3"] = data.immunohistochemistry()[:side, :side]
+    return image
+
+
+def png_of(pixels: UInt8[ndarray, "H W 3"]) -> bytes:
+    """PNG at the usual compression."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def codec(body: bytes, side: int) -> Callable[[], object]:
+    """Decoding the request and encoding the answer, nothing else."""
+    mask = Mask((picture(side)[..., 0] < 128).astype(np.uint8))
+
+    def run() -> bytes:
+        decode(io.BytesIO(body), 10**8)
+        return png.encode(mask, {1: (255, 127, 14)})
+
+    return run
+
+
+def post(server: Server, body: bytes, graph: str, precision: str) -> Callable[[], object]:
+    """One request over a kept-alive connection."""
+    mode = "mode=accurate" if graph == "accurate" else f"mode=fast&level={graph[1:]}"
+    url = f"/segment?{mode}&precision={precision}"
+    return lambda: server.client.post(url, content=body, headers={"Content-Type": "image/png"}).raise_for_status()
+
+
+def torch_eager(graph: ServedGraph, tiles: Tiles) -> Callable[[], object]:
+    """The same weights in torch, float32."""
+    inputs = [torch.from_numpy(a) for a in (tiles.pixels, tiles.mean, tiles.inverse_std)]
+
+    @torch.inference_mode()
+    def run() -> torch.Tensor:
+        scores: torch.Tensor = graph(*inputs)
+        return scores
+
+    return run
+
+
+def contenders(bundle: Bundle, server: Server, side: int) -> dict[tuple[str, ...], Callable[[], object]]:
+    """Everything that is timed at one image size, by (what, graph, precision)."""
+    body = png_of(picture(side))
+    tiles = noise(1, 3, [side, side])
+    card = server.client.get(f"/models/{bundle.manifest.name}").json()
+    network, _ = checkpoint.load(bundle.folder / WEIGHTS)
+    if not isinstance(network, UNetPlusPlus):
+        raise SystemExit("the bundle's weights are not a UNet++")
+    found: dict[tuple[str, ...], Callable[[], object]] = {("codec",): codec(body, side)}
+    for name, (_, pruned) in level_networks(network).items():
+        found["torch", name] = torch_eager(ServedGraph(pruned, bundle.manifest.activation).eval(), tiles)
+    for row in card["serving"]:
+        graph, precision = row["graph"], row["precision"]
+        found["http", graph, precision] = post(server, body, graph, precision)
+        for engine in {row["engine"], "onnxruntime"}:
+            if precision in ENGINES[engine].precisions(row["provider"]):
+                opened = ENGINES[engine].open(bundle.path(graph, precision), precision, row["provider"], 0)
+                found[engine, graph, precision] = lambda opened=opened: opened.run(tiles)  # type: ignore[misc]
+    return found
+
+
+def measure(found: dict[tuple[str, ...], Callable[[], object]], rounds: int, label: str) -> dict[tuple[str, ...], float]:
+    """Median milliseconds of each contender; they take turns."""
+    times: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for run in found.values():
+        run()
+    for key, run in track(list(found.items()) * rounds, label):
+        begun = time.perf_counter()
+        run()
+        times[key].append((time.perf_counter() - begun) * 1e3)
+    return {key: statistics.median(values) for key, values in times.items()}
+
+
+def plot(points: dict[str, list[tuple[str, float, float]]], path: Path) -> None:
+    """Time against IoU: one line per precision, one marker per level."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for precision, line in points.items():
+        axes.plot([p[1] for p in line], [p[2] * 100 for p in line], "o-", label=precision)
+        for name, x, y in line:
+            axes.annotate(name, (x, y * 100), textcoords="offset points", xytext=(5, -11), fontsize=8)
+    axes.set(xscale="log", xlabel="HTTP request, 512 × 512 image, median ms", ylabel="foreground IoU on held-out images, %")
+    axes.set_title("The depth each request can afford")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Measures, prints, writes results/levels.{md,json,png}."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--bundle", type=Path, default=BUNDLE)
+    arguments = parser.parse_args()
+    bundle = read_bundle(arguments.bundle)
+    held_out = bundle.manifest.held_out
+    with serving(arguments.bundle) as server:
+        card = server.client.get(f"/models/{bundle.manifest.name}").json()
+        ms = {side: measure(contenders(bundle, server, side), arguments.rounds, f"{side}²") for side in SIZES}
+    big = ms[SIZES[-1]]
+    rows, facts = [], []
+    points: dict[str, list[tuple[str, float, float]]] = defaultdict(list)
+    for row in sorted(card["serving"], key=lambda r: (r["precision"], r["graph"] == "accurate", r["graph"])):
+        graph, precision, engine = row["graph"], row["precision"], row["engine"]
+        http = [ms[side]["http", graph, precision] for side in SIZES]
+        bare, ort = big[engine, graph, precision], big.get(("onnxruntime", graph, precision))
+        overhead = http[-1] / (bare + big["codec",])
+        against_torch = big["torch", graph] / http[-1]
+        quality = held_out.row(graph, precision) if held_out else None
+        if quality:
+            points[precision].append((graph, http[-1], quality.iou))
+        rows.append([
+            graph, precision + (" (auto)" if row["auto"] else ""), engine, *(f"{t:.1f}" for t in http), f"{bare:.1f}",
+            f"{ort:.1f}" if ort else "–", f"{big['torch', graph]:.1f}", f"{overhead:.2f}", f"{against_torch:.1f}×",
+            f"{quality.iou * 100:.2f}" if quality else "–",
+        ])  # fmt: skip
+        facts.append(row | {
+            "http_ms": dict(zip(map(str, SIZES), http, strict=True)), "bare_engine_ms": bare, "bare_onnxruntime_ms": ort,
+            "torch_eager_fp32_ms": big["torch", graph], "codec_ms": big["codec",], "iou": quality.iou if quality else None,
+        })  # fmt: skip
+    headings = [
+        "graph", "precision", "engine", *(f"HTTP {side}² ms" for side in SIZES), "bare engine 512² ms", "bare ONNX Runtime 512² ms",
+        "torch eager fp32 512² ms", "HTTP ÷ (bare engine + codec)", "faster than torch", "IoU %",
+    ]  # fmt: skip
+    caption = (
+        f"HTTP latency, bare loops and torch eager, one run, medians of {arguments.rounds} interleaved rounds, one request at a "
+        f"time; decoding the PNG and encoding the mask alone take {big['codec',]:.1f} ms at 512². "
+        f"IoU: {held_out.data if held_out else 'not measured'}."
+    )
+    write("levels", caption, headings, rows, facts)
+    if points:
+        plot(points, RESULTS / "levels.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Fills the README's generated blocks from settings.py and bench/results, so that it says what was measured.
+
+python -m bench.readme
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.table import RESULTS, markdown
+from server.runtime.bundle import read_bundle
+from server.settings import markdown_table
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+
+
+def _results(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def levels() -> str:
+    """Parameters, IoU and time of each graph at the precision that `auto` serves."""
+    manifest = read_bundle(ROOT / "bundles" / "nuclei").manifest
+    deepest = manifest.graph("L4").macs_per_pixel
+    rows = []
+    for row in sorted((r for r in _results("levels") if r["auto"]), key=lambda r: (r["graph"] == "accurate", r["graph"])):
+        graph = manifest.graph(row["graph"])
+        ms, torch_ms = row["http_ms"]["512"], row["torch_eager_fp32_ms"]
+        rows.append([
+            graph.name, f"{graph.parameters:,}", f"{graph.macs_per_pixel / deepest:.0%}", f"{row['iou'] * 100:.2f}",
+            f"{row['engine']}, {row['precision']}", f"{row['http_ms']['256']:.0f}", f"{ms:.0f}", f"{torch_ms:.0f}",
+            f"{torch_ms / ms:.1f}×",
+        ])  # fmt: skip
+    headings = [
+        "graph", "parameters", "work", "IoU %", "served by (`auto`)", "256² ms", "512² ms", "torch eager fp32, 512² ms", "faster",
+    ]  # fmt: skip
+    return markdown(headings, rows)
+
+
+def accuracy() -> str:
+    """Held-out accuracy, also of the U-Net."""
+    rows = [
+        [r["network"], f"{r['parameters']:,}", *(f"{r[key] * 100:.2f}" for key in ("iou", "mean_iou", "dice"))]
+        for r in _results("accuracy")
+    ]
+    return markdown(["network", "parameters", "foreground IoU %", "mean IoU (with background) %", "Dice %"], rows)
+
+
+def memory() -> str:
+    """RSS of the server."""
+    rows = [[r["when"], f"{r['rss_mb']:.0f}", f"{r['peak_mb']:.0f}"] for r in _results("memory")]
+    return markdown(["when", "RSS MB", "peak RSS MB"], rows)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"levels": levels, "accuracy": accuracy, "memory": memory, "settings": markdown_table}
+
+
+def filled(text: str) -> str:
+    """The text with every block between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
+    for name, make in BLOCKS.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text, count = pattern.subn(lambda match, made=make: f"{match[1]}{made()}{match[2]}", text)  # type: ignore[misc]
+        if count != 1:
+            raise SystemExit(f"README.md needs exactly one block {name!r}, it has {count}")
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(filled(README.read_text()))

@@ -1,0 +1,163 @@
+"""What several rooms' tests share: encoded pictures, a manifest by hand, applications on fake engines."""
+
+import contextlib
+import io
+import json
+import resource
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image as Pillow
+
+from server.arrays import Tiles
+from server.runtime.bundle import FileEntry, Manifest, sha256
+from server.runtime.engines.fake import FakeEngine
+
+NO_FILE = {"sha256": "0" * 64, "bytes": 0}
+
+
+def picture_bytes(picture: Pillow.Image | np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
+    """A picture, or its pixels, as a file."""
+    out = io.BytesIO()
+    (picture if isinstance(picture, Pillow.Image) else Pillow.fromarray(picture)).save(out, kind, **options)
+    return out.getvalue()
+
+
+def mask_of(body: bytes) -> np.ndarray:
+    """Class indices of an indexed PNG."""
+    picture = Pillow.open(io.BytesIO(body))
+    assert picture.mode == "P"
+    return np.asarray(picture)
+
+
+def manifest(**changes: Any) -> Manifest:
+    """A manifest of levels 1 to 4 and `accurate`, whose files do not exist."""
+    graphs = [
+        {"name": name, "level": level, "divisor": 2**level, "parameters": 1, "macs_per_pixel": level, "files": {"fp32": f"{name}.onnx"}}
+        for name, level in (("L1", 1), ("L2", 2), ("L3", 3), ("L4", 4), ("accurate", 4))
+    ]
+    fields: dict[str, Any] = {
+        "name": "fake",
+        "title": "Fake",
+        "description": "",
+        "dims": 2,
+        "channels": ["grey"],
+        "normalization": "zscore",
+        "activation": "sigmoid",
+        "classes": [{"value": 1, "name": "bright", "color": "#ff0000"}],
+        "window": {"size": [64, 64], "overlap": 0.25},
+        "graphs": graphs,
+        "intended_use": "tests",
+        "license": {},
+        "provenance": {},
+    } | changes
+    names = ["weights.safetensors", "golden.npz", *(f for g in fields["graphs"] for f in g["files"].values())]
+    return Manifest.model_validate({"files": dict.fromkeys(names, NO_FILE)} | fields)
+
+
+def calibrated(rows: list[tuple[str, str, float]], recommended: int = 2) -> dict[str, Any]:
+    """A calibration of (graph, precision, IoU) rows."""
+    return {
+        "data": "d", "images": 1, "machine": "m",
+        "rows": [
+            {"graph": g, "precision": p, "engine": "fake", "iou": iou, "mean_iou": iou, "dice": iou, "latency_ms": 1.0}
+            for g, p, iou in rows
+        ],
+        "recommended": {"level": recommended, "precision": "fp32", "why": "because"},
+    }  # fmt: skip
+
+
+def bright(tiles: Tiles) -> np.ndarray:
+    """Scores that are a function of each pixel alone: 1 where it lies above the image's mean."""
+    return (tiles.pixels.astype(np.float32).mean(axis=1, keepdims=True) > tiles.mean[:, :1]).astype(np.float32)
+
+
+def fake_bundles(run: Callable[[Tiles], np.ndarray] = bright, **changes: Any) -> dict[str, Any]:
+    """An open bundle whose every graph is a fake engine (one, shared)."""
+    from server.runtime.bundle import Bundle
+    from server.runtime.opening import OpenBundle
+
+    known = manifest(**changes)
+    engine = FakeEngine(run)
+    engines = {(graph.name, "fp32"): engine for graph in known.graphs}
+    return {known.name: OpenBundle(Bundle(Path("/nowhere"), known), engines, {g.name: "fp32" for g in known.graphs})}
+
+
+def fake_app(run: Callable[[Tiles], np.ndarray] = bright, changes: dict[str, Any] | None = None, **settings: Any) -> Any:
+    """The application on fake engines."""
+    from server.app import create_app
+    from server.settings import Settings
+
+    return create_app(Settings(**settings), fake_bundles(run, **(changes or {})))
+
+
+def rewrite_hashes(folder: Path) -> None:
+    """Makes the manifest agree with the files as they are, as a forger would."""
+    path = folder / "manifest.json"
+    document = json.loads(path.read_text())
+    for name in document["files"]:
+        file = folder / name
+        document["files"][name] = FileEntry(sha256=sha256(file), bytes=file.stat().st_size).model_dump()
+    path.write_text(json.dumps(document))
+
+
+def resident_mb() -> float:
+    """Memory of this process now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
+
+
+@contextlib.contextmanager
+def memory_stays_below(megabytes: float) -> Iterator[None]:
+    """Fails where the process's peak grows by more within the block (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_mb()
+    yield
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    assert int(peak.split()[1]) / 1e3 - before < megabytes
+
+
+class AtOnce(Executor):
+    """Runs work in the calling thread."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        done: Future[Any] = Future()
+        try:
+            done.set_result(function(*args, **kwargs))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+
+@pytest.fixture
+def copied_bundle(shipped_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the shipped bundle that a test may damage."""
+    import shutil
+
+    return Path(shutil.copytree(shipped_bundle, tmp_path / "nuclei"))
+
+
+@pytest.fixture
+def problem() -> Callable[..., SimpleNamespace]:
+    """Checks that a response is a problem document of the contract, and gives its fields."""
+
+    def checked(response: Any, status: int, kind: str | None = None) -> SimpleNamespace:
+        assert response.status_code == status, response.text
+        assert response.headers["content-type"] == "application/problem+json"
+        assert response.headers["x-request-id"]
+        document = response.json()
+        assert document.keys() == {"type", "title", "status", "detail"}
+        assert document["status"] == status
+        assert document["type"].startswith("urn:unetpp:")
+        assert document["title"]
+        assert document["detail"]
+        if kind:
+            assert document["type"] == f"urn:unetpp:{kind}"
+        return SimpleNamespace(**document)
+
+    return checked

@@ -1,0 +1,314 @@
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as Pillow
+from PIL import ImageOps
+
+from server.errors import TooLarge, Unreadable, UnsupportedType
+from server.imaging import decode as room
+from server.imaging.decode import DECODERS, decode
+from tests.server.conftest import memory_stays_below, picture_bytes
+
+LIMIT = 100_000_000
+
+
+def pixels(data: bytes, *, limit: int = LIMIT) -> np.ndarray:
+    decoded = decode(io.BytesIO(data), limit).pixels
+    assert decoded.dtype in (np.uint8, np.uint16, np.float32)
+    assert decoded.ndim == 3
+    assert decoded.shape[2] in (1, 3)
+    assert decoded.flags.c_contiguous
+    return decoded
+
+
+def tiff(values: np.ndarray, **options: object) -> bytes:
+    out = io.BytesIO()
+    tifffile.imwrite(out, values, **options)
+    return out.getvalue()
+
+
+@pytest.fixture
+def grey(rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, 256, (13, 17), dtype=np.uint8)
+
+
+@pytest.fixture
+def colour(rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, 256, (13, 17, 3), dtype=np.uint8)
+
+
+def test_every_file_has_a_row() -> None:
+    files = {path.stem for path in Path(room.__file__).parent.glob("*.py")} - {"__init__"}
+    assert files == DECODERS.keys()
+
+
+class TestRaster:
+    def test_grey_png(self, grey: np.ndarray) -> None:
+        assert np.array_equal(pixels(picture_bytes(grey)), grey[..., None])
+
+    def test_colour_png(self, colour: np.ndarray) -> None:
+        assert np.array_equal(pixels(picture_bytes(colour)), colour)
+
+    def test_one_bit_png_spans_the_range(self, grey: np.ndarray) -> None:
+        data = picture_bytes(Pillow.fromarray(grey > 127))
+        assert Pillow.open(io.BytesIO(data)).mode == "1"
+        assert np.array_equal(pixels(data)[..., 0], np.where(grey > 127, 255, 0))
+
+    def test_alpha_is_dropped_and_hides_nothing(self, grey: np.ndarray, colour: np.ndarray) -> None:
+        clear = np.zeros_like(grey)
+        grey_alpha = Pillow.merge("LA", [Pillow.fromarray(grey), Pillow.fromarray(clear)])
+        colour_alpha = Pillow.fromarray(np.dstack([colour, clear]))
+        assert np.array_equal(pixels(picture_bytes(grey_alpha)), grey[..., None])
+        assert np.array_equal(pixels(picture_bytes(colour_alpha)), colour)
+
+    def test_palette_png_becomes_its_colours(self, grey: np.ndarray) -> None:
+        table = np.random.default_rng(1).integers(0, 256, (256, 3), dtype=np.uint8)
+        picture = Pillow.fromarray(grey)
+        picture.putpalette(table.tobytes())
+        data = picture_bytes(picture)
+        assert Pillow.open(io.BytesIO(data)).mode == "P"
+        assert np.array_equal(pixels(data), table[grey])
+
+    def test_palette_png_keeps_its_indices_as_labels(self, grey: np.ndarray) -> None:
+        picture = Pillow.fromarray(grey % 5)
+        picture.putpalette([9, 8, 7] * 256)
+        data = picture_bytes(picture)
+        assert np.array_equal(decode(io.BytesIO(data), LIMIT, labels=True).pixels, (grey % 5)[..., None])
+
+    def test_palette_with_transparency(self, grey: np.ndarray) -> None:
+        picture = Pillow.fromarray(grey % 4)
+        picture.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
+        data = picture_bytes(picture, transparency=b"\0\x80\xff\xff")
+        table = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 9, 9]], dtype=np.uint8)
+        assert np.array_equal(pixels(data), table[grey % 4])
+
+    def test_sixteen_bit_png(self, rng: np.random.Generator) -> None:
+        values = rng.integers(0, 65536, (13, 17), dtype=np.uint16)
+        decoded = pixels(picture_bytes(values))
+        assert decoded.dtype == np.uint16
+        assert np.array_equal(decoded[..., 0], values)
+
+    @pytest.mark.parametrize("kind", ["BMP", "WEBP"])
+    def test_other_lossless_kinds(self, colour: np.ndarray, kind: str) -> None:
+        options = {"lossless": True} if kind == "WEBP" else {}
+        assert np.array_equal(pixels(picture_bytes(colour, kind, **options)), colour)
+
+    def test_grey_bmp(self, grey: np.ndarray) -> None:
+        assert np.array_equal(pixels(picture_bytes(grey, "BMP")), grey[..., None]) or np.array_equal(
+            pixels(picture_bytes(grey, "BMP")), np.repeat(grey[..., None], 3, axis=2)
+        )
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+    def test_exif_orientation_is_applied(self, colour: np.ndarray, kind: str, orientation: int) -> None:
+        exif = Pillow.Exif()
+        exif[0x0112] = orientation
+        data = picture_bytes(colour, kind, exif=exif)
+        upright = np.asarray(ImageOps.exif_transpose(Pillow.open(io.BytesIO(data))))
+        assert upright.shape[:2] == ((17, 13) if orientation >= 5 else (13, 17))
+        assert np.array_equal(pixels(data), upright)
+
+    def test_cmyk_jpeg_becomes_rgb(self) -> None:
+        red = Pillow.new("CMYK", (16, 16), (0, 255, 255, 0))
+        decoded = pixels(picture_bytes(red, "JPEG"))
+        assert decoded.shape == (16, 16, 3)
+        assert np.abs(decoded.astype(int) - [255, 0, 0]).max() < 10
+
+    def test_grey_jpeg(self, grey: np.ndarray) -> None:
+        data = picture_bytes(grey, "JPEG")
+        assert np.array_equal(pixels(data)[..., 0], np.asarray(Pillow.open(io.BytesIO(data))))
+
+    def test_animation_gives_first_frame_and_a_note(self, colour: np.ndarray) -> None:
+        frames = [Pillow.fromarray(colour), Pillow.fromarray(255 - colour)]
+        data = picture_bytes(frames[0], "PNG", save_all=True, append_images=frames[1:])
+        decoded = decode(io.BytesIO(data), LIMIT)
+        assert np.array_equal(decoded.pixels, colour)
+        assert "first of 2 frames" in decoded.note
+
+    def test_broken_exif_does_not_cost_the_image(self, colour: np.ndarray) -> None:
+        data = picture_bytes(colour, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+        decoded = pixels(data)
+        assert np.array_equal(decoded, np.asarray(Pillow.open(io.BytesIO(data))))
+
+
+class TestTiff:
+    @pytest.mark.parametrize("compression", [None, "lzw", "deflate", "packbits", "zstd"])
+    @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+    @pytest.mark.parametrize("layout", ["grey", "rgb", "planar"])
+    @pytest.mark.parametrize("order", ["<", ">"])
+    def test_values_survive(self, rng: np.random.Generator, compression: str | None, dtype: type, layout: str, order: str) -> None:
+        shape = {"grey": (19, 23), "rgb": (19, 23, 3), "planar": (3, 19, 23)}[layout]
+        values = (rng.random(shape) * 60000).astype(dtype)
+        options: dict[str, object] = {"photometric": "minisblack" if layout == "grey" else "rgb"}
+        if layout == "planar":
+            options["planarconfig"] = "separate"
+        decoded = pixels(tiff(values, compression=compression, byteorder=order, **options))
+        wanted = {"grey": lambda: values[..., None], "rgb": lambda: values, "planar": lambda: np.moveaxis(values, 0, -1)}[layout]()
+        assert decoded.dtype == dtype
+        assert decoded.dtype.isnative
+        assert np.array_equal(decoded, wanted)
+
+    @pytest.mark.parametrize("dtype", [np.float64, np.int16, np.int8, np.uint32, np.int32, np.float16])
+    def test_other_numbers_become_float32(self, rng: np.random.Generator, dtype: type) -> None:
+        values = rng.integers(-100, 100, (9, 11)).astype(dtype)
+        decoded = pixels(tiff(values))
+        assert decoded.dtype == np.float32
+        assert np.array_equal(decoded[..., 0], values.astype(np.float32))
+
+    def test_predictor_and_tiles(self, rng: np.random.Generator) -> None:
+        values = rng.integers(0, 65536, (70, 50), dtype=np.uint16)
+        assert np.array_equal(pixels(tiff(values, compression="lzw", predictor=True, tile=(32, 32)))[..., 0], values)
+
+    def test_bool(self, grey: np.ndarray) -> None:
+        assert np.array_equal(pixels(tiff(grey > 99))[..., 0], np.where(grey > 99, 255, 0))
+
+    def test_big_tiff(self, grey: np.ndarray) -> None:
+        for order in "<>":
+            assert np.array_equal(pixels(tiff(grey, bigtiff=True, byteorder=order))[..., 0], grey)
+
+    def test_white_is_zero(self, grey: np.ndarray) -> None:
+        assert np.array_equal(pixels(tiff(grey, photometric="miniswhite"))[..., 0], 255 - grey)
+        assert np.array_equal(pixels(tiff(grey > 9, photometric="miniswhite"))[..., 0], np.where(grey > 9, 0, 255))
+
+    def test_palette(self, grey: np.ndarray) -> None:
+        table = np.random.default_rng(1).integers(0, 256, (3, 256)).astype(np.uint16)
+        data = tiff(grey, photometric="palette", colormap=table * 257)
+        assert np.array_equal(pixels(data), table.astype(np.uint8)[:, grey].transpose(1, 2, 0))
+        assert np.array_equal(decode(io.BytesIO(data), LIMIT, labels=True).pixels[..., 0], grey)
+
+    def test_alpha_is_dropped(self, colour: np.ndarray, grey: np.ndarray) -> None:
+        data = tiff(np.dstack([colour, grey]), photometric="rgb", extrasamples=["unassalpha"])
+        assert np.array_equal(pixels(data), colour)
+        data = tiff(np.dstack([grey, grey]), photometric="minisblack", planarconfig="contig", extrasamples=["unassalpha"])
+        assert np.array_equal(pixels(data), grey[..., None])
+
+    def test_pages(self, grey: np.ndarray) -> None:
+        decoded = decode(io.BytesIO(tiff(np.stack([grey, 255 - grey, grey]), photometric="minisblack")), LIMIT)
+        assert np.array_equal(decoded.pixels[..., 0], grey)
+        assert "first of 3 pages" in decoded.note
+
+    def test_ink_is_not_light(self, colour: np.ndarray, grey: np.ndarray) -> None:
+        with pytest.raises(Unreadable, match="SEPARATED.*RGB"):
+            pixels(tiff(np.dstack([colour, grey]), photometric="separated"))
+
+    @pytest.mark.parametrize(("bad", "count"), [([np.nan], "1"), ([np.inf, -np.inf, np.nan], "3")])
+    def test_not_finite(self, bad: list[float], count: str) -> None:
+        values = np.zeros((10, 10), dtype=np.float32)
+        values.flat[: len(bad)] = bad
+        with pytest.raises(Unreadable, match=f"{count} of 100 values are not finite"):
+            pixels(tiff(values))
+
+    def test_too_large_for_float32_is_not_finite(self) -> None:
+        with pytest.raises(Unreadable, match="not finite"):
+            pixels(tiff(np.full((4, 4), 1e300)))
+
+    def test_complex(self) -> None:
+        with pytest.raises(Unreadable, match="complex"):
+            pixels(tiff(np.zeros((4, 4), dtype=np.complex64)))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "WEBP", "TIFF"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_one_pixel(kind: str, mode: str) -> None:
+    assert pixels(picture_bytes(Pillow.new(mode, (1, 1), 77 if mode == "L" else (7, 7, 7)), kind)).shape[:2] == (1, 1)
+
+
+def test_empty() -> None:
+    with pytest.raises(Unreadable, match="0 bytes"):
+        pixels(b"")
+
+
+@pytest.mark.parametrize("data", [b"hello, this is no image at all", b"P", b"GIF", b"\x1f\x8b\x08" + b"\0" * 30, b"%PDF-1.7\n"])
+def test_other_files(data: bytes) -> None:
+    with pytest.raises(UnsupportedType, match="PNG, JPEG, BMP, WebP, TIFF"):
+        pixels(data)
+
+
+def test_gif_is_not_read(grey: np.ndarray) -> None:
+    with pytest.raises(UnsupportedType):
+        pixels(picture_bytes(grey, "GIF"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "WEBP", "TIFF"])
+def test_truncations_never_crash(colour: np.ndarray, kind: str) -> None:
+    data = picture_bytes(colour, kind)
+    refused = 0
+    for length in [*range(1, 200), *range(200, len(data), 23)]:
+        try:
+            pixels(data[:length])
+        except (Unreadable, UnsupportedType) as error:
+            assert str(error)
+            refused += 1
+    assert refused
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(["PNG", "JPEG", "BMP", "WEBP", "TIFF"]), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=6))
+def test_changed_bytes_never_crash(kind: str, changes: list[tuple[float, int]]) -> None:
+    data = bytearray(picture_bytes(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8), kind))
+    for where, value in changes:
+        data[int(where * (len(data) - 1))] = value
+    try:
+        pixels(bytes(data), limit=1_000_000)
+    except (Unreadable, UnsupportedType, TooLarge) as error:
+        assert str(error)
+
+
+class TestBombs:
+    """A size that the header claims is judged before memory is taken."""
+
+    def refused(self, data: bytes, match: str = "limit is 100,000,000") -> None:
+        with memory_stays_below(30), pytest.raises(TooLarge, match=match):
+            pixels(data)
+
+    def test_png(self) -> None:
+        def chunk(kind: bytes, body: bytes) -> bytes:
+            return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+        header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+        self.refused(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100_000))) + chunk(b"IEND", b""))
+
+    def test_jpeg(self) -> None:
+        data = picture_bytes(Pillow.new("L", (16, 16)), "JPEG")
+        at = data.index(b"\xff\xc0") + 5
+        self.refused(data[:at] + struct.pack(">HH", 60000, 60000) + data[at + 4 :])
+
+    def test_bmp(self) -> None:
+        data = picture_bytes(Pillow.new("L", (16, 16)), "BMP")
+        self.refused(data[:18] + struct.pack("<ii", 60000, 60000) + data[26:])
+
+    def test_webp(self) -> None:
+        body = b"VP8X" + struct.pack("<I", 10) + b"\0\0\0\0" + (16382).to_bytes(3, "little") * 2
+        still = picture_bytes(Pillow.new("RGB", (16, 16)), "WEBP", lossless=True)[12:]
+        data = b"RIFF" + struct.pack("<I", 4 + len(body) + len(still)) + b"WEBP" + body + still
+        with memory_stays_below(30), pytest.raises((TooLarge, Unreadable)):
+            pixels(data)
+
+    @pytest.mark.parametrize("bigtiff", [False, True])
+    def test_tiff(self, bigtiff: bool) -> None:
+        self.refused(sparse_tiff(100_000, 100_000, bigtiff=bigtiff))
+
+    def test_tiff_with_many_samples_per_pixel(self) -> None:
+        self.refused(sparse_tiff(9000, 9000, samples=60, bits=64), match="bytes")
+
+
+def sparse_tiff(height: int, width: int, *, samples: int = 1, bits: int = 8, bigtiff: bool = False) -> bytes:
+    """A TIFF of a few hundred bytes whose one deflated strip is declared but empty, which readers fill with zeros."""
+    tags = [
+        (256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, bits), (259, 3, 1, 8), (262, 3, 1, 1), (273, 4, 1, 0),
+        (277, 3, 1, samples), (278, 4, 1, height), (279, 4, 1, 0), (284, 3, 1, 1), (339, 3, 1, 3 if bits == 64 else 1),
+    ]  # fmt: skip
+    if bigtiff:
+        body = struct.pack("<Q", len(tags)) + b"".join(struct.pack("<HHQQ", *tag) for tag in tags) + bytes(8)
+        return b"II+\0" + struct.pack("<HHQ", 8, 0, 16) + body
+    body = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8) + body
