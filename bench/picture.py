@@ -2,7 +2,7 @@
 
     python -m bench.picture
 
-The image is scikit-image's `immunohistochemistry` (colonic glands; no known copyright restrictions).
+The image is server/web/samples/cells.png (see NOTICE).
 """
 
 import io
@@ -11,18 +11,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from bench.levels import BUNDLE, picture, png_of
+from bench.levels import BUNDLE, png_of
 from bench.serving import serving
 from bench.table import RESULTS
 
-SIDE = 256
+SAMPLE = Path("server/web/samples/cells.png")
+SIDE = 320
 
 
 def main() -> None:
     """Writes results/picture.png."""
-    image = picture(512)[128 : 128 + SIDE, 128 : 128 + SIDE]
-    body = png_of(np.ascontiguousarray(image))
-    panels = [("image", Image.fromarray(image))]
+    image = Image.open(SAMPLE).convert("RGB").crop((0, 0, SIDE, SIDE))
+    body = png_of(np.asarray(image))
+    panels = [("image", image)]
     with serving(Path(BUNDLE)) as server:
         for name, query in [*((f"L{n}", f"level={n}") for n in (1, 2, 3, 4)), ("accurate", "mode=accurate")]:
             answer = server.client.post(f"/segment?{query}&format=overlay", content=body).raise_for_status()

@@ -73,9 +73,12 @@ def recommend(manifest: Manifest, measured: Measured) -> Recommended:
         faithful = [r for r in rows if r.iou >= reference.iou - IOU_TOLERANCE]
         row = min(faithful, key=lambda r: r.latency_ms)
         if row.iou >= best.iou - IOU_TOLERANCE:
+            place = "the shallowest level within"
             break
+    else:
+        place = "the deepest level, as none is within"
     why = (
-        f"the shallowest level within {IOU_TOLERANCE * 100:g} points of the best IoU ({best.graph} at fp32: {best.iou:.4f}); "
+        f"{place} {IOU_TOLERANCE * 100:g} points of the best IoU ({best.graph} at fp32: {best.iou:.4f}); "
         f"at {row.precision} it has {row.iou:.4f} and takes {row.latency_ms:.1f} ms against {best.latency_ms:.1f} ms"
     )
     return Recommended(level=level, precision=row.precision, why=why)

@@ -10,6 +10,7 @@ from numpy import ndarray
 
 from model.data import DataError, Sample, read_index, read_label
 from server.arrays import Image, Tiles
+from server.errors import UnetppError
 from server.imaging.decode import decode
 from server.runtime.bundle import Graph, Manifest
 from server.segment.plan import make_plan, with_channels
@@ -30,11 +31,13 @@ def labelled(root: Path, split: str, classes: int) -> Iterator[Labelled]:
     """The images of a split, one at a time.
 
     Raises:
-        DataError: names missing files, or the split has no rows.
+        DataError: names missing files, those that cannot be read or do not fit, or the split has no rows.
     """
     for sample in samples(root, split):
-        with sample.image.open("rb") as file:
-            yield Labelled(sample.id, decode(file, MAX_PIXELS), read_label(sample.label, classes))
+        image, label = _decoded(sample), read_label(sample.label, classes)
+        if label.shape != image.size:
+            raise DataError(f"{sample.id}: image is {image.size}, label is {label.shape}")
+        yield Labelled(sample.id, image, label)
 
 
 def samples(root: Path, split: str) -> list[Sample]:
@@ -63,7 +66,14 @@ def calibration_tiles(root: Path, manifest: Manifest, graph: Graph, count: int, 
     chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
     tiles = []
     for index in chosen:
-        with rows[index].image.open("rb") as file:
-            image = with_channels(decode(file, MAX_PIXELS), len(manifest.channels))
+        image = with_channels(_decoded(rows[index]), len(manifest.channels))
         tiles.append(make_plan(image, manifest, graph).cut(image, 0).one(0))
     return tiles
+
+
+def _decoded(sample: Sample) -> Image:
+    try:
+        with sample.image.open("rb") as file:
+            return decode(file, MAX_PIXELS)
+    except UnetppError as error:
+        raise DataError(f"images/{sample.image.name}: {error}") from error

@@ -2,7 +2,6 @@
 
 import copy
 import datetime
-import shutil
 import tempfile
 import tomllib
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from export.graph import ServedGraph, fold_batch_norm, level_networks, round_to_
 from export.lower import point_at_weights
 from export.precision import GRAPH_PRECISIONS
 from model import checkpoint
+from model.config import UNetPlusPlusConfig
 from model.cost import macs, parameters
 from model.network import UNetPlusPlus
 from server.runtime.bundle import (
@@ -66,8 +66,8 @@ def read_card(path: Path) -> Card:
         ExportError: says which field is wrong.
     """
     try:
-        return Card.model_validate(tomllib.loads(path.read_text()))
-    except (OSError, tomllib.TOMLDecodeError, ValidationError) as error:
+        return Card.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, ValidationError) as error:
         raise ExportError(f"{path}: not a valid card: {error}") from error
 
 
@@ -91,10 +91,7 @@ def export(source: Path, card: Card, out: Path, data: Path | None, advance: Call
     if not isinstance(trained, UNetPlusPlus):
         raise ExportError(f"{source} holds a {type(trained).__name__}; only UNet++ has levels to serve")
     config = trained.config
-    if len(card.channels) != config.in_channels:
-        raise ExportError(f"the card names {len(card.channels)} channels, the network takes {config.in_channels}")
-    if len(card.classes) != max(config.classes - 1, 1):
-        raise ExportError(f"the card names {len(card.classes)} foreground classes, the network has {max(config.classes - 1, 1)}")
+    _check_fit(config, card)
     network = round_to_fp16(fold_batch_norm(trained))
     activation: Literal["sigmoid", "softmax"] = "sigmoid" if config.classes == 1 else "softmax"
     levels = level_networks(network)
@@ -106,15 +103,7 @@ def export(source: Path, card: Card, out: Path, data: Path | None, advance: Call
         folder = Path(scratch) / out.name
         folder.mkdir()
         checkpoint.save(copy.deepcopy(network).half(), folder / WEIGHTS, {"trained": notes})
-        manifest = Manifest(
-            **card.model_dump(),
-            format=FORMAT,
-            dims=config.dims,
-            normalization="zscore",
-            activation=activation,
-            graphs=graphs,
-            files={name: FileEntry(sha256="0" * 64, bytes=0) for name in _files(graphs)},
-        )
+        manifest = _manifest(card, activation, graphs)
         for graph in graphs:
             tiles = calibration_tiles(data, manifest, graph, INT8_IMAGES) if data else []
             for precision, file in graph.files.items():
@@ -125,9 +114,46 @@ def export(source: Path, card: Card, out: Path, data: Path | None, advance: Call
         write_manifest(folder, _stamped(manifest))
         read_bundle(folder)
         if out.exists():
-            shutil.rmtree(out)
+            # Goes with the scratch folder, but only once the new one is there.
+            out.rename(folder.with_name("replaced.old"))
         folder.rename(out)
     return read_bundle(out)
+
+
+def _check_fit(config: UNetPlusPlusConfig, card: Card) -> None:
+    """Refuses a card that describes another network.
+
+    Raises:
+        ExportError: says what differs.
+    """
+    if config.dims != 2:
+        raise ExportError("the network is for volumes; this version serves images")
+    if len(card.channels) != config.in_channels:
+        raise ExportError(f"the card names {len(card.channels)} channels, the network takes {config.in_channels}")
+    if len(card.classes) != max(config.classes - 1, 1):
+        raise ExportError(f"the card names {len(card.classes)} foreground classes, the network has {max(config.classes - 1, 1)}")
+    if [c.value for c in card.classes] != list(range(1, len(card.classes) + 1)):
+        raise ExportError(f"the values of the card's classes must be 1, 2, ...: got {[c.value for c in card.classes]}")
+
+
+def _manifest(card: Card, activation: Literal["sigmoid", "softmax"], graphs: tuple[Graph, ...]) -> Manifest:
+    """The manifest, its files still without sizes and hashes.
+
+    Raises:
+        ExportError: the card does not make one.
+    """
+    try:
+        return Manifest(
+            **card.model_dump(),
+            format=FORMAT,
+            dims=2,
+            normalization="zscore",
+            activation=activation,
+            graphs=graphs,
+            files={name: FileEntry(sha256="0" * 64, bytes=0) for name in _files(graphs)},
+        )
+    except ValidationError as error:
+        raise ExportError(f"the card and the network make no valid manifest: {error}") from error
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

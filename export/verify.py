@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from export.golden import synthetic_cells, tiles_of, torch_scores
 from export.graph import ServedGraph, level_networks
@@ -20,8 +21,8 @@ from server.runtime.opening import golden_tiles, noise
 FP32_MAX_ABS = 1e-4
 LEAST_AGREEMENT = {"bf16": 0.98, "fp16": 0.995, "int8": 0.97}
 
-# (tiles, height, width); multiples of 32, the largest divisor.
-SIZES = ((1, 32, 32), (3, 64, 96), (1, 256, 256))
+# (tiles, height, width); multiples of 32, the largest divisor, but larger: instance normalisation needs two values.
+SIZES = ((1, 32, 64), (3, 64, 96), (1, 256, 256))
 
 
 class VerifyError(ValueError):
@@ -56,7 +57,7 @@ def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: 
         advance: called with each verdict.
 
     Raises:
-        VerifyError: names every graph that fails, or that holds nodes of other levels.
+        VerifyError: names every graph that fails, or that holds nodes of other levels, or whose golden pair is not torch's.
     """
     network, _ = checkpoint.load(bundle.folder / WEIGHTS)
     assert isinstance(network, UNetPlusPlus)  # noqa: S101 - narrows the type
@@ -65,16 +66,15 @@ def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: 
     for name, (_, pruned) in level_networks(network).items():
         wrong += wrong_nodes(bundle, name, pruned)
         graph = ServedGraph(pruned, manifest.activation).eval()
-        inputs = _inputs(len(manifest.channels)) + [tiles for g, tiles, _ in golden_tiles(bundle.golden) if g == name]
+        golden = [(tiles, scores) for g, tiles, scores in golden_tiles(bundle.golden) if g == name]
+        inputs = _inputs(len(manifest.channels)) + [tiles for tiles, _ in golden]
         expected = [torch_scores(graph, tiles) for tiles in inputs]
+        if not golden or largest_difference([scores for _, scores in golden], expected[-len(golden) :]) > FP32_MAX_ABS:
+            wrong.append(f"{bundle.golden.name}: the scores of {name} are not those of the weights")
         for engine, precision in runnable(bundle):
-            opened = ENGINES[engine].open(bundle.path(name, precision), precision, "cpu", 0)
-            answers = [opened.run(tiles) for tiles in inputs]
-            verdict = Verdict(
-                name, precision, engine,
-                max(float(np.abs(a - e).max()) for a, e in zip(answers, expected, strict=True)),
-                agreement(answers, expected, manifest.threshold),
-            )  # fmt: skip
+            answers = _answers(bundle, name, engine, precision, inputs)
+            difference = largest_difference(answers, expected)
+            verdict = Verdict(name, precision, engine, difference, agreement(answers, expected, manifest.threshold))
             verdicts.append(verdict)
             advance(verdict)
     wrong += [
@@ -98,6 +98,14 @@ def runnable(bundle: Bundle) -> list[tuple[str, str]]:
     return pairs
 
 
+def largest_difference(answers: list[Scores], expected: list[Scores]) -> float:
+    """Over all pixels; infinite where a shape differs or a score is not a number."""
+    if [a.shape for a in answers] != [e.shape for e in expected]:
+        return float("inf")
+    difference = float(np.max([np.abs(a - e).max() for a, e in zip(answers, expected, strict=True)]))
+    return float("inf") if np.isnan(difference) else difference
+
+
 def agreement(answers: list[Scores], expected: list[Scores], threshold: float) -> float:
     """Share of pixels whose class is the same."""
     same = total = 0
@@ -109,11 +117,15 @@ def agreement(answers: list[Scores], expected: list[Scores], threshold: float) -
 
 
 def wrong_nodes(bundle: Bundle, name: str, pruned: UNetPlusPlus) -> list[str]:
-    """Graph files whose convolutions are not exactly those of the pruned network."""
+    """Graph files that cannot be read, or whose convolutions are not exactly those of the pruned network."""
     wanted = {f"{PREFIX}{p}" for p in pruned.state_dict()}
     wrong = []
     for precision, file in bundle.manifest.graph(name).files.items():
-        proto = onnx.load(bundle.folder / file, load_external_data=False)
+        try:
+            proto = onnx.load(bundle.folder / file, load_external_data=False)
+        except DecodeError as error:
+            wrong.append(f"{file}: not an ONNX file ({error})")
+            continue
         # int8 stores biases as integers next to the graph: there the weights tell.
         found = {t.name.removesuffix(".fp16") for t in proto.graph.initializer if t.name.startswith(PREFIX)}
         found = {n for n in found if n in wanted or ("." in n and not n.endswith(("_scale", "_zero_point", "_quantized")))}
@@ -121,6 +133,14 @@ def wrong_nodes(bundle: Bundle, name: str, pruned: UNetPlusPlus) -> list[str]:
         if missing or found - wanted:
             wrong.append(f"{file}: missing {sorted(missing)[:3]}, of other levels {sorted(found - wanted)[:3]}")
     return wrong
+
+
+def _answers(bundle: Bundle, name: str, engine: str, precision: str, inputs: list[Tiles]) -> list[Scores]:
+    try:
+        opened = ENGINES[engine].open(bundle.path(name, precision), precision, "cpu", 0)
+        return [opened.run(tiles) for tiles in inputs]
+    except Exception as error:  # every engine raises its own
+        raise VerifyError(f"{name} at {precision} on {engine}: cannot run ({error})") from error
 
 
 def _inputs(channels: int) -> list[Tiles]:

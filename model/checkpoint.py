@@ -84,12 +84,16 @@ def load(path: Path) -> tuple[nn.Module, dict[str, Any]]:
             f"{path}: a safetensors file, but not a UNet++ checkpoint (its format says "
             f"{metadata.get('format')!r}, expected {FORMAT!r}). Write one with `unetpp train`."
         )
-    config = UNetPlusPlusConfig.model_validate_json(metadata["config"])
+    try:
+        config = UNetPlusPlusConfig.model_validate_json(metadata["config"])
+        architecture, notes = ARCHITECTURES[metadata["architecture"]], json.loads(metadata["notes"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: its metadata is damaged or of another version: {error!r}") from error
     with torch.device("meta"):
-        network = ARCHITECTURES[metadata["architecture"]](config)
+        network = architecture(config)
     try:
         floats = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
         network.load_state_dict(floats, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: the tensors do not fit the configuration: {error}") from error
-    return network.eval(), json.loads(metadata.get("notes", "{}"))
+    return network.eval(), notes

@@ -24,12 +24,15 @@ from monai.transforms import (
     SpatialPadd,
 )
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.utils.data import Dataset
 
 SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
+
+# Pillow's modes whose numbers are no intensities, and what an image in them becomes, as in the server.
+CONVERTED = {"P": "RGB", "PA": "RGB", "LA": "L", "CMYK": "RGB", "YCbCr": "RGB"}
 
 
 class DataError(ValueError):
@@ -69,12 +72,24 @@ class Sample:
     attributes: dict[str, str]
 
 
-def read_array(path: Path) -> NDArray[np.generic]:
-    """Pixels as stored: (H, W) or (H, W, channels)."""
-    if path.suffix in (".tif", ".tiff"):
-        return np.asarray(tifffile.imread(path))
-    with Image.open(path) as image:
-        return np.asarray(image)
+def read_array(path: Path, *, intensities: bool = False) -> NDArray[np.generic]:
+    """Pixels upright: (H, W) or (H, W, channels).
+
+    Args:
+        path: the file.
+        intensities: palettes and the like become grey or RGB; without, the stored numbers stay.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        if path.suffix in (".tif", ".tiff"):
+            return np.asarray(tifffile.imread(path))
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            return np.asarray(upright.convert(CONVERTED.get(upright.mode, upright.mode)) if intensities else upright)
+    except Exception as error:  # decoders raise every kind of exception on damaged files
+        raise DataError(f"{path.parent.name}/{path.name}: cannot be read ({error})") from error
 
 
 def read_image(path: Path, channels: int) -> NDArray[np.float32]:
@@ -86,8 +101,13 @@ def read_image(path: Path, channels: int) -> NDArray[np.float32]:
 
     Returns:
         (C, H, W) float32.
+
+    Raises:
+        DataError: the file cannot be read, or is no flat image.
     """
-    pixels = read_array(path).astype(np.float32)
+    pixels = read_array(path, intensities=True).astype(np.float32)
+    if pixels.ndim not in (2, 3):
+        raise DataError(f"{path.parent.name}/{path.name}: an array of shape {pixels.shape} is no image")
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels[..., :3]
     if channels == 1:
         pixels = pixels.mean(axis=-1, keepdims=True)
@@ -100,8 +120,14 @@ def read_image(path: Path, channels: int) -> NDArray[np.float32]:
 
 
 def read_label(path: Path, classes: int) -> NDArray[np.uint8]:
-    """(H, W) class per pixel; for one class every value above 0 is foreground (instance maps too)."""
+    """(H, W) class per pixel; for one class every value above 0 is foreground (instance maps too).
+
+    Raises:
+        DataError: the file cannot be read, or holds no class indices.
+    """
     label: NDArray[np.integer] = read_array(path)  # type: ignore[assignment]
+    if classes > 1 and not 0 <= label.min(initial=0) <= label.max(initial=0) <= 255:
+        raise DataError(f"{path.parent.name}/{path.name}: values from {label.min()} to {label.max()} are no class indices")
     return (label > 0).astype(np.uint8) if classes == 1 else label.astype(np.uint8)
 
 
@@ -109,15 +135,21 @@ def read_index(root: Path) -> dict[str, list[Sample]]:
     """Samples of a data folder by split: `images/`, `labels/` and `index.csv` with columns id and split.
 
     Raises:
-        DataError: names every missing file.
+        DataError: names every missing file, or says what is wrong with index.csv.
     """
     index = root / "index.csv"
     if not index.is_file():
         raise DataError(f"{index}: not found. A data folder holds images/, labels/ and index.csv (columns id, split).")
-    with index.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        # As spreadsheets save it, with a byte order mark, or without.
+        with index.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{index}: not a CSV file in UTF-8 ({error})") from error
     if not rows or not {"id", "split"} <= rows[0].keys():
         raise DataError(f"{index}: needs the columns id and split and at least one row.")
+    if short := [str(line) for line, row in enumerate(rows, start=2) if not row["id"] or not row["split"]]:
+        raise DataError(_report(f"{index}: rows without id or split", short))
     splits: dict[str, list[Sample]] = {}
     missing = []
     for row in rows:
@@ -146,8 +178,8 @@ class Split:
         """Reads and checks every file.
 
         Raises:
-            DataError: names every file that cannot be read, whose label has another size or unknown
-                classes, or the split if no label in it has any foreground.
+            DataError: names every file that cannot be read, has other channels than the network, whose
+                label has another size or unknown classes, or the split if no label in it has any foreground.
         """
         self.name = name
         self.samples = list(samples)
@@ -159,10 +191,10 @@ class Split:
         for sample in self.samples:
             try:
                 image, label = read_image(sample.image, channels), read_label(sample.label, classes)
-            except (OSError, ValueError, SyntaxError) as error:
-                wrong.append(f"{sample.image.name} or its label: cannot be read ({error})")
+            except DataError as error:
+                wrong.append(str(error))
                 continue
-            if problem := _problem(sample, image, label, classes):
+            if problem := _problem(sample, image, label, channels, classes):
                 wrong.append(problem)
             self.images.append(image)
             self.labels.append(label)
@@ -175,8 +207,10 @@ class Split:
         return len(self.samples)
 
 
-def _problem(sample: Sample, image: NDArray[np.float32], label: NDArray[np.uint8], classes: int) -> str:
+def _problem(sample: Sample, image: NDArray[np.float32], label: NDArray[np.uint8], channels: int, classes: int) -> str:
     """Why a sample cannot be used; empty if it can."""
+    if image.shape[0] != channels:
+        return f"{sample.image.name}: {image.shape[0]} channels, the network takes {channels}"
     if image.shape[1:] != label.shape:
         return f"{sample.id}: image is {image.shape[1:]}, label is {label.shape}"
     if label.max(initial=0) > max(classes - 1, 1):
@@ -193,7 +227,8 @@ def augmentation(config: DataConfig) -> Compose:
     reach = int(np.ceil(config.tile * 1.5 / 2) * 2)
     return Compose(
         [
-            SpatialPadd(both, spatial_size=(reach, reach), mode="reflect"),
+            # Not "reflect": that cannot reach further than the image, and small images are padded by more.
+            SpatialPadd(both, spatial_size=(reach, reach), mode="symmetric"),
             RandCropByPosNegLabeld(
                 both,
                 label_key="label",

@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -56,7 +56,7 @@ class OptimisationConfig(BaseModel):
     schedule: Literal["constant", "one-cycle"] = "constant"
     patience: int = Field(default=15, ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     workers: int = Field(default=1, ge=0)
 
 
@@ -82,8 +82,8 @@ def read_recipe(path: Path, overrides: list[str]) -> TrainConfig:
         RecipeError: says which key is wrong and why.
     """
     try:
-        recipe: dict[str, Any] = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        recipe: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path}: {error}") from error
     for override in overrides:
         name, separator, text = override.partition("=")
@@ -95,8 +95,10 @@ def read_recipe(path: Path, overrides: list[str]) -> TrainConfig:
             value = text
         *sections, key = name.split(".")
         table = recipe
-        for section in sections:
+        for depth, section in enumerate(sections, start=1):
             table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise RecipeError(f"override {override!r}: {'.'.join(sections[:depth])} is no section")
         table[key] = value
     try:
         return TrainConfig.model_validate(recipe)
@@ -131,10 +133,14 @@ def train(recipe: TrainConfig, data: Path, out: Path, console: Console | None = 
 
     Raises:
         DataError: names the files that are wrong, before the first step.
-        RecipeError: `out` holds a run of another recipe, or the recipe is for volumes.
+        RecipeError: `out` holds a run of another recipe, or the recipe is for volumes or has tiles that do not fit.
     """
     if recipe.network.dims != 2:
         raise RecipeError("network.dims: this version trains on images (2); networks for volumes (3) can be built, not trained")
+    if recipe.data.tile % (divisor := recipe.network.divisor(recipe.network.depth)):
+        raise RecipeError(
+            f"data.tile: {recipe.data.tile} is not a multiple of {divisor}, which a network of depth {recipe.network.depth} needs"
+        )
     options = recipe.optimisation
     splits = read_index(data)
     channels, classes = recipe.network.in_channels, recipe.network.classes
@@ -184,8 +190,9 @@ def train(recipe: TrainConfig, data: Path, out: Path, console: Console | None = 
         if scores["dice_accurate"] > state.best:
             state.best, state.best_epoch = scores["dice_accurate"], epoch
             checkpoint.save(network, out / "best.safetensors", {"recipe": recipe.model_dump(mode="json"), "epoch": epoch, "validation": scores})  # fmt: skip
-        _save_state(out, recipe, network, optimiser, state)
+        # Last: from here on the epoch counts as finished.
         _write_log(out, state.rows)
+        _save_state(out, recipe, network, optimiser, state)
         _say(console, f"epoch {epoch}: loss {total / steps:.4f}, validation Dice {scores['dice_accurate']:.4f}"
              f" (best {state.best:.4f} in epoch {state.best_epoch})")  # fmt: skip
     return out / "best.safetensors"
@@ -258,19 +265,26 @@ def _resume(out: Path, recipe: TrainConfig, network: nn.Module, optimiser: torch
     path = out / "last.safetensors"
     if not path.exists():
         return State()
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if TrainConfig.model_validate_json(metadata["recipe"]) != recipe:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found, state = TrainConfig.model_validate_json(metadata["recipe"]), State(**json.loads(metadata["state"]))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise RecipeError(f"{path}: no run can be resumed from it ({error!r}); choose another --out to start anew") from error
+    if found != recipe:
         raise RecipeError(f"{out} holds a run of another recipe (see recipe.json there); choose another --out to start anew")
     network.load_state_dict({n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")})
+    weights = list(network.parameters())
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimiser."):
             _, index, moment = name.split(".")
-            moments.setdefault(int(index), {})[moment] = tensor
+            # In the parameter's memory format: the fused optimiser walks both by address, and would mix up the elements.
+            like = torch.empty_like(weights[int(index)]) if tensor.ndim else tensor
+            moments.setdefault(int(index), {})[moment] = like.copy_(tensor)
     optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
-    return State(**json.loads(metadata["state"]))
+    return state
 
 
 def _write_log(out: Path, rows: list[dict[str, float]]) -> None:

@@ -3,6 +3,7 @@
 Heavy imports happen inside the subcommands, so that `unetpp --help` is quick and needs no extra.
 """
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
@@ -44,7 +45,7 @@ def spoken(command: Callable[..., Any]) -> Callable[..., Any]:
             fail(
                 f"this command needs {missing!r}, which is not installed; install it with: pip install 'unetpp-server[{EXTRAS[missing]}]'"
             )
-        except UnetppError as error:
+        except (UnetppError, OSError) as error:
             fail(str(error))
 
     return wrapped
@@ -183,11 +184,14 @@ def models(
 def _settings(bundles: Path | None = None, host: str | None = None, port: int | None = None) -> Any:
     """Settings from the environment, with the command line's on top."""
     from pydantic import ValidationError
+    from pydantic_settings import SettingsError
 
     from server.settings import Settings
 
     try:
         settings = Settings()
+    except SettingsError as error:
+        fail(f"the settings in the environment are not valid: {error}")
     except ValidationError as error:
         lines = [f"UNETPP_{'__'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()]
         fail("the settings in the environment are not valid: " + "; ".join(lines))
@@ -207,7 +211,9 @@ def log_to_stderr() -> None:
 
 
 for _entry in sorted(entry_points(group="unetpp.commands"), key=lambda e: e.name):
-    app.command(_entry.name)(spoken(_entry.load()))
+    # An image may serve without the packages that train and export.
+    with contextlib.suppress(ModuleNotFoundError):
+        app.command(_entry.name)(spoken(_entry.load()))
 
 
 if __name__ == "__main__":

@@ -56,9 +56,14 @@ def tiny_network() -> "torch.nn.Module":  # type: ignore[name-defined]  # noqa: 
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
             torch.nn.init.normal_(module.bias, 0, 0.3)
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.5, 1.5)
-    return network.eval()
+            module.momentum = 1.0
+    with torch.no_grad():
+        # As after training: statistics of real activations, so that no layer is dead and every head decides.
+        network.train()(torch.randn(4, 3, 64, 64))
+        network.eval()
+        for head, logits in zip(network.heads.values(), network(torch.randn(4, 3, 64, 64)), strict=True):
+            head.bias.sub_(logits.mean())
+    return network
 
 
 @pytest.fixture(scope="session")

@@ -76,9 +76,11 @@ def install(app: FastAPI) -> None:
         return problem(HTTPStatus(error.status_code), "http", str(error.detail), dict(error.headers or {}))
 
     @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
         log.error("unexpected error", exc_info=error)
-        return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", INTERNAL)
+        # Starlette raises the error once more after this answer, upon which uvicorn closes the connection: say so.
+        headers = {"X-Request-Id": getattr(request.state, "request_id", ""), "Connection": "close"}
+        return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", INTERNAL, headers)
 
 
 def _explain(found: Any) -> str:

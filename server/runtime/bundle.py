@@ -165,6 +165,18 @@ class Manifest(_Part):
             raise ValueError("the recommended level does not exist")
         return self
 
+    @model_validator(mode="after")
+    def _check_names(self) -> "Manifest":
+        names = [graph.name for graph in self.graphs]
+        if len(set(names)) < len(names) or ACCURATE not in names:
+            raise ValueError(f"graphs need different names and one must be {ACCURATE!r}: {names}")
+        if odd := [graph.name for graph in self.graphs if graph.name not in (ACCURATE, f"L{graph.level}")]:
+            raise ValueError(f"graphs whose name and level differ: {odd}")
+        values = [c.value for c in self.classes]
+        if len(set(values)) < len(values) or (self.activation == "softmax" and values != list(range(1, len(values) + 1))):
+            raise ValueError(f"values of classes must differ, and with softmax be 1, 2, ...: {values}")
+        return self
+
     @property
     def levels(self) -> tuple[int, ...]:
         """Levels that `mode=fast` can serve, shallowest first."""
@@ -220,8 +232,11 @@ def read_bundle(folder: Path) -> Bundle:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
         raise BundleDamaged(f"{path}: not found; a bundle is a folder that `unetpp export` wrote") from error
-    except (OSError, ValidationError) as error:
-        raise BundleDamaged(f"{path}: not a manifest that this version can read: {error}") from error
+    except OSError as error:
+        raise BundleDamaged(f"{path}: cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in error.errors())
+        raise BundleDamaged(f"{path}: not a manifest that this version can read: {wrong}") from error
     for name, entry in manifest.files.items():
         file = folder / name
         if not file.is_file():

@@ -12,7 +12,7 @@ from jaxtyping import Float32, Shaped
 from numpy import ndarray
 
 from server.arrays import Scores, Tiles
-from server.errors import BundleDamaged, EngineUnavailable
+from server.errors import BundleDamaged, EngineUnavailable, UnetppError
 from server.runtime.bundle import GRAPH_PRECISIONS, Bundle, read_bundle
 from server.runtime.engines import ENGINES, Engine
 from server.settings import RuntimeSettings
@@ -61,7 +61,7 @@ class _Candidate:
 
 def golden_tiles(file: Path) -> Iterator[tuple[str, Tiles, Shaped[ndarray, "N K h w"]]]:
     """The golden pairs of a bundle: (graph, input, expected fp32 scores), one or more per graph."""
-    with np.load(file, allow_pickle=False) as arrays:
+    with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
         for key in sorted(name for name in arrays.files if name.startswith("scores/")):
             _, graph, case = key.split("/")
             pixels, mean, inverse_std = (arrays[f"{part}/{case}"] for part in ("image", "mean", "inverse_std"))
@@ -108,6 +108,8 @@ def candidates(bundle: Bundle, settings: RuntimeSettings) -> list[_Candidate]:
         for provider in row.providers(settings.provider):
             offered = (p for p in row.precisions(provider) if GRAPH_PRECISIONS[p] in bundle.manifest.graph_precisions)
             found += [_Candidate(precision, name, provider) for precision in offered]
+        if settings.engine == name and not found:
+            raise EngineUnavailable(f"engine {name!r} does not run on provider {settings.provider!r}; set one of them to auto")
     return found
 
 
@@ -162,7 +164,13 @@ def _race(bundle: Bundle, candidate: _Candidate, threads: int) -> float:
 
 
 def _open(bundle: Bundle, graph: str, candidate: _Candidate, threads: int) -> Engine:
-    return ENGINES[candidate.engine].open(bundle.path(graph, candidate.precision), candidate.precision, candidate.provider, threads)
+    path = bundle.path(graph, candidate.precision)
+    try:
+        return ENGINES[candidate.engine].open(path, candidate.precision, candidate.provider, threads)
+    except UnetppError:
+        raise
+    except Exception as error:  # every runtime raises its own
+        raise BundleDamaged(f"{path}: {candidate.engine} on {candidate.provider} cannot open it: {error}") from error
 
 
 def _auto(bundle: Bundle, graph: str, chosen: dict[str, _Candidate], wanted: str) -> str:
@@ -184,8 +192,10 @@ def _check_golden(bundle: Bundle, engines: dict[tuple[str, str], Engine]) -> Non
     """Also the warm-up: every engine has run once when this returns."""
     try:
         pairs = list(golden_tiles(bundle.golden))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # zipfile and zlib raise their own
         raise BundleDamaged(f"{bundle.golden}: cannot be read: {error}") from error
+    if missing := {name for name, _ in engines} - {graph for graph, _, _ in pairs}:
+        raise BundleDamaged(f"{bundle.golden}: has no pair for {', '.join(sorted(missing))}")
     for (name, precision), engine in engines.items():
         for graph, tiles, expected in pairs:
             if graph != name:

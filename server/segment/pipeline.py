@@ -209,7 +209,7 @@ class Segmenter:
         encoder = ENCODERS[request.format]
         image = await clock.off_loop("decode", decode, file, self._limits.max_pixels)
         async with self._turn(image):
-            truth = await clock.off_loop("decode", decode, reference, self._limits.max_pixels) if reference else None
+            truth = await clock.off_loop("decode", decode, reference, self._limits.max_pixels, labels=True) if reference else None
             plan, input_ = await clock.off_loop("plan", _plan, image, choice)
             mask = await self._run(plan, input_, choice, encoder, clock)
             overlaps = await clock.off_loop("restore", _compare, mask, truth, choice.manifest) if truth else {}

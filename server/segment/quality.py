@@ -26,7 +26,7 @@ def overlap(a: Shaped[ndarray, "H W"], b: Shaped[ndarray, "H W"]) -> Overlap:
     return Overlap(both / (sizes - both), 2 * both / sizes)
 
 
-def compare(classes: UInt8[ndarray, "H W"], reference: Shaped[ndarray, "H W"], values: list[int]) -> dict[int, Overlap]:
+def compare(classes: UInt8[ndarray, "H W"], reference: Shaped[ndarray, "rows columns"], values: list[int]) -> dict[int, Overlap]:
     """Overlap per class value.
 
     Args:

@@ -5,7 +5,6 @@ import io
 import json
 import resource
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +37,14 @@ def mask_of(body: bytes) -> np.ndarray:
 def manifest(**changes: Any) -> Manifest:
     """A manifest of levels 1 to 4 and `accurate`, whose files do not exist."""
     graphs = [
-        {"name": name, "level": level, "divisor": 2**level, "parameters": 1, "macs_per_pixel": level, "files": {"fp32": f"{name}.onnx"}}
+        {
+            "name": name,
+            "level": level,
+            "divisor": 2**level,
+            "parameters": 1,
+            "macs_per_pixel": level,
+            "files": {"fp32": f"{name}.onnx"},
+        }
         for name, level in (("L1", 1), ("L2", 2), ("L3", 3), ("L4", 4), ("accurate", 4))
     ]
     fields: dict[str, Any] = {
@@ -120,18 +126,6 @@ def memory_stays_below(megabytes: float) -> Iterator[None]:
     yield
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     assert int(peak.split()[1]) / 1e3 - before < megabytes
-
-
-class AtOnce(Executor):
-    """Runs work in the calling thread."""
-
-    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        done: Future[Any] = Future()
-        try:
-            done.set_result(function(*args, **kwargs))
-        except Exception as error:
-            done.set_exception(error)
-        return done
 
 
 @pytest.fixture

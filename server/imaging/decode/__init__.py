@@ -16,12 +16,12 @@ class Decoder:
     Attributes:
         formats: as a person calls them.
         recognises: whether the first 16 bytes look like it.
-        decode: (open file, most pixels) to Image; may raise anything on broken input.
+        decode: (open file, most pixels, whether labels are wanted) to Image; may raise anything on broken input.
     """
 
     formats: str
     recognises: Callable[[bytes], bool]
-    decode: Callable[[BinaryIO, int], Image]
+    decode: Callable[[BinaryIO, int, bool], Image]
 
 
 DECODERS: dict[str, Decoder] = {
@@ -30,12 +30,13 @@ DECODERS: dict[str, Decoder] = {
 }
 
 
-def decode(file: BinaryIO, max_pixels: int) -> Image:
+def decode(file: BinaryIO, max_pixels: int, *, labels: bool = False) -> Image:
     """Decodes an image.
 
     Args:
         file: open at its start, seekable.
         max_pixels: largest height x width; checked before pixels are decoded.
+        labels: the values as stored are wanted: the indices of a palette image, not its colours.
 
     Raises:
         Unreadable: empty, truncated or broken.
@@ -49,7 +50,7 @@ def decode(file: BinaryIO, max_pixels: int) -> Image:
     for row in DECODERS.values():
         if row.recognises(head):
             try:
-                return row.decode(file, max_pixels)
+                return row.decode(file, max_pixels, labels)
             except UnetppError:
                 raise
             except MemoryError as error:

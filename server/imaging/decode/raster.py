@@ -23,17 +23,18 @@ def recognises(head: bytes) -> bool:
     return head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM")) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
-def decode(file: BinaryIO, max_pixels: int) -> Image:
+def decode(file: BinaryIO, max_pixels: int, labels: bool) -> Image:
     """Reads the first frame, upright (EXIF orientation applied); alpha is dropped.
 
-    Grey, 1-bit and 16-bit images keep one channel; palette, CMYK and YCbCr become RGB.
+    Grey, 1-bit and 16-bit images keep one channel, and so do palette images read as labels (their indices);
+    other palettes, CMYK and YCbCr become RGB.
     """
     with Pillow.open(file, formats=FORMATS) as picture:
         check_size(picture.height, picture.width, max_pixels)
         frames = getattr(picture, "n_frames", 1)
         picture.load()
         upright = ImageOps.exif_transpose(picture)
-        pixels = _pixels(upright)
+        pixels = np.asarray(upright)[..., None] if labels and upright.mode == "P" else _pixels(upright)
     note = f"only the first of {frames} frames was read" if frames > 1 else ""
     return Image(pixels, note)
 
@@ -64,6 +65,8 @@ def _pixels(picture: Pillow.Image) -> "np.ndarray[tuple[int, ...], np.dtype[np.g
         return values.astype(np.uint16 if fits else np.float32)[..., None]
     if mode in ("1", "L", "LA", "La"):
         return np.asarray(picture.convert("L"))[..., None]
-    if mode in ("RGBA", "RGBX", "RGBa"):
+    if mode in ("P", "PA") and "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    if picture.mode in ("RGBA", "RGBX", "RGBa"):
         return np.ascontiguousarray(np.asarray(picture)[..., :3])
     return np.asarray(picture.convert("RGB"))

@@ -1,7 +1,9 @@
 """Masks to bytes. One row per output format."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from server.arrays import Image, Mask
@@ -51,7 +53,7 @@ DEFAULT = "png"
 
 
 def choose(name: str | None, accept: str | None) -> str:
-    """The output format: the named one, else the first in the Accept header that exists, else indexed PNG.
+    """The output format: the named one, else the most wanted in the Accept header that exists, else indexed PNG.
 
     Raises:
         UnknownFormat: lists what exists.
@@ -61,13 +63,22 @@ def choose(name: str | None, accept: str | None) -> str:
         if name not in ENCODERS:
             raise UnknownFormat(f"format={name!r} does not exist; there are: {exists}")
         return name
-    types = [part.split(";")[0].strip().lower() for part in (accept or "*/*").split(",")]
+    types = _by_preference(accept or "*/*")
     for media_type in types:
-        if media_type in ("*/*", "", "image/*"):
-            return DEFAULT
         for key, row in ENCODERS.items():
-            if row.media_type == media_type:
+            if fnmatchcase(row.media_type, media_type):
                 return key
     if any(t in ("text/html", "application/problem+json") for t in types):
         return DEFAULT
     raise UnknownFormat(f"nothing in Accept: {accept} is offered; use format= with one of: {exists}")
+
+
+def _by_preference(accept: str) -> list[str]:
+    """The media types of an Accept header, most wanted first; q=0 means unwanted."""
+    weighted: list[tuple[float, str]] = []
+    for part in accept.split(","):
+        media_type, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        given = next((p.removeprefix("q=") for p in parameters if p.startswith("q=")), "1")
+        weight = float(given) if re.fullmatch(r"[01](\.\d{0,3})?", given) else 1.0
+        weighted.append((weight, media_type))
+    return [media_type for weight, media_type in sorted(weighted, key=lambda pair: -pair[0]) if weight > 0]

@@ -1,5 +1,7 @@
+import contextlib
 import io
 import struct
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 from PIL import ImageOps
 
+from server.arrays import Image
 from server.errors import TooLarge, Unreadable, UnsupportedType
 from server.imaging import decode as room
 from server.imaging.decode import DECODERS, decode
@@ -19,8 +22,16 @@ from tests.server.conftest import memory_stays_below, picture_bytes
 LIMIT = 100_000_000
 
 
+def read(data: bytes, *, limit: int = LIMIT, labels: bool = False) -> Image:
+    """As the server does it: from a temporary file that may lie in memory."""
+    with tempfile.SpooledTemporaryFile() as file:
+        file.write(data)
+        file.seek(0)
+        return decode(file, limit, labels=labels)
+
+
 def pixels(data: bytes, *, limit: int = LIMIT) -> np.ndarray:
-    decoded = decode(io.BytesIO(data), limit).pixels
+    decoded = read(data, limit=limit).pixels
     assert decoded.dtype in (np.uint8, np.uint16, np.float32)
     assert decoded.ndim == 3
     assert decoded.shape[2] in (1, 3)
@@ -80,7 +91,7 @@ class TestRaster:
         picture = Pillow.fromarray(grey % 5)
         picture.putpalette([9, 8, 7] * 256)
         data = picture_bytes(picture)
-        assert np.array_equal(decode(io.BytesIO(data), LIMIT, labels=True).pixels, (grey % 5)[..., None])
+        assert np.array_equal(read(data, labels=True).pixels, (grey % 5)[..., None])
 
     def test_palette_with_transparency(self, grey: np.ndarray) -> None:
         picture = Pillow.fromarray(grey % 4)
@@ -128,10 +139,11 @@ class TestRaster:
     def test_animation_gives_first_frame_and_a_note(self, colour: np.ndarray) -> None:
         frames = [Pillow.fromarray(colour), Pillow.fromarray(255 - colour)]
         data = picture_bytes(frames[0], "PNG", save_all=True, append_images=frames[1:])
-        decoded = decode(io.BytesIO(data), LIMIT)
+        decoded = read(data)
         assert np.array_equal(decoded.pixels, colour)
         assert "first of 2 frames" in decoded.note
 
+    @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
     def test_broken_exif_does_not_cost_the_image(self, colour: np.ndarray) -> None:
         data = picture_bytes(colour, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
         decoded = pixels(data)
@@ -167,7 +179,12 @@ class TestTiff:
         assert np.array_equal(pixels(tiff(values, compression="lzw", predictor=True, tile=(32, 32)))[..., 0], values)
 
     def test_bool(self, grey: np.ndarray) -> None:
-        assert np.array_equal(pixels(tiff(grey > 99))[..., 0], np.where(grey > 99, 255, 0))
+        assert np.array_equal(pixels(tiff(grey > 99, photometric="minisblack"))[..., 0], np.where(grey > 99, 255, 0))
+
+    def test_labels_are_the_values_as_stored(self, grey: np.ndarray) -> None:
+        # tifffile writes boolean masks as "white is zero" with ones for True.
+        assert np.array_equal(read(tiff(grey > 99), labels=True).pixels[..., 0] > 0, grey > 99)
+        assert np.array_equal(read(tiff(grey, photometric="miniswhite"), labels=True).pixels[..., 0], grey)
 
     def test_big_tiff(self, grey: np.ndarray) -> None:
         for order in "<>":
@@ -181,7 +198,7 @@ class TestTiff:
         table = np.random.default_rng(1).integers(0, 256, (3, 256)).astype(np.uint16)
         data = tiff(grey, photometric="palette", colormap=table * 257)
         assert np.array_equal(pixels(data), table.astype(np.uint8)[:, grey].transpose(1, 2, 0))
-        assert np.array_equal(decode(io.BytesIO(data), LIMIT, labels=True).pixels[..., 0], grey)
+        assert np.array_equal(read(data, labels=True).pixels[..., 0], grey)
 
     def test_alpha_is_dropped(self, colour: np.ndarray, grey: np.ndarray) -> None:
         data = tiff(np.dstack([colour, grey]), photometric="rgb", extrasamples=["unassalpha"])
@@ -190,12 +207,12 @@ class TestTiff:
         assert np.array_equal(pixels(data), grey[..., None])
 
     def test_pages(self, grey: np.ndarray) -> None:
-        decoded = decode(io.BytesIO(tiff(np.stack([grey, 255 - grey, grey]), photometric="minisblack")), LIMIT)
+        decoded = read(tiff(np.stack([grey, 255 - grey, grey]), photometric="minisblack"))
         assert np.array_equal(decoded.pixels[..., 0], grey)
         assert "first of 3 pages" in decoded.note
 
     def test_ink_is_not_light(self, colour: np.ndarray, grey: np.ndarray) -> None:
-        with pytest.raises(Unreadable, match="SEPARATED.*RGB"):
+        with pytest.raises(Unreadable, match=r"SEPARATED.*RGB"):
             pixels(tiff(np.dstack([colour, grey]), photometric="separated"))
 
     @pytest.mark.parametrize(("bad", "count"), [([np.nan], "1"), ([np.inf, -np.inf, np.nan], "3")])
@@ -244,23 +261,22 @@ def test_truncations_never_crash(colour: np.ndarray, kind: str) -> None:
     for length in [*range(1, 200), *range(200, len(data), 23)]:
         try:
             pixels(data[:length])
-        except (Unreadable, UnsupportedType) as error:
-            assert str(error)
+        except (Unreadable, UnsupportedType):
             refused += 1
     assert refused
 
 
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(["PNG", "JPEG", "BMP", "WEBP", "TIFF"]), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=6))
+@given(
+    st.sampled_from(["PNG", "JPEG", "BMP", "WEBP", "TIFF"]), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=6)
+)
 def test_changed_bytes_never_crash(kind: str, changes: list[tuple[float, int]]) -> None:
     data = bytearray(picture_bytes(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8), kind))
     for where, value in changes:
         data[int(where * (len(data) - 1))] = value
-    try:
+    with contextlib.suppress(Unreadable, UnsupportedType, TooLarge):
         pixels(bytes(data), limit=1_000_000)
-    except (Unreadable, UnsupportedType, TooLarge) as error:
-        assert str(error)
 
 
 class TestBombs:
@@ -275,7 +291,9 @@ class TestBombs:
             return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
         header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-        self.refused(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100_000))) + chunk(b"IEND", b""))
+        self.refused(
+            b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100_000))) + chunk(b"IEND", b"")
+        )
 
     def test_jpeg(self) -> None:
         data = picture_bytes(Pillow.new("L", (16, 16)), "JPEG")
@@ -300,13 +318,36 @@ class TestBombs:
     def test_tiff_with_many_samples_per_pixel(self) -> None:
         self.refused(sparse_tiff(9000, 9000, samples=60, bits=64), match="bytes")
 
+    def test_tiff_of_very_many_strips(self) -> None:
+        with memory_stays_below(30), pytest.raises(Unreadable, match="should have 90,000,000 strips or tiles and lists 1"):
+            pixels(sparse_tiff(90_000_000, 1, rows=1))
 
-def sparse_tiff(height: int, width: int, *, samples: int = 1, bits: int = 8, bigtiff: bool = False) -> bytes:
+    def test_tiff_with_a_gigantic_tile(self) -> None:
+        self.refused(sparse_tiff(100, 100, tile=100_000), match="10,000,000,000 bytes")
+
+    def test_tiff_whose_strips_claim_their_own_size(self, colour: np.ndarray) -> None:
+        with memory_stays_below(30), pytest.raises(Unreadable, match="compression JPEG is not read here; save it with LZW"):
+            pixels(picture_bytes(colour, "TIFF", compression="jpeg"))
+
+
+def sparse_tiff(
+    height: int,
+    width: int,
+    *,
+    samples: int = 1,
+    bits: int = 8,
+    rows: int | None = None,
+    tile: int | None = None,
+    bigtiff: bool = False,
+) -> bytes:
     """A TIFF of a few hundred bytes whose one deflated strip is declared but empty, which readers fill with zeros."""
     tags = [
-        (256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, bits), (259, 3, 1, 8), (262, 3, 1, 1), (273, 4, 1, 0),
-        (277, 3, 1, samples), (278, 4, 1, height), (279, 4, 1, 0), (284, 3, 1, 1), (339, 3, 1, 3 if bits == 64 else 1),
+        (256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, bits), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, samples),
+        (284, 3, 1, 1), (339, 3, 1, 3 if bits == 64 else 1),
     ]  # fmt: skip
+    tags += [(273, 4, 1, 0), (278, 4, 1, rows or height), (279, 4, 1, 0)] if tile is None else []
+    tags += [(322, 4, 1, tile), (323, 4, 1, tile), (324, 4, 1, 0), (325, 4, 1, 0)] if tile is not None else []
+    tags.sort()
     if bigtiff:
         body = struct.pack("<Q", len(tags)) + b"".join(struct.pack("<HHQQ", *tag) for tag in tags) + bytes(8)
         return b"II+\0" + struct.pack("<HHQ", 8, 0, 16) + body

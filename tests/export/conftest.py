@@ -1,0 +1,91 @@
+"""A small labelled data folder, and a bundle of depth 2 in all precisions."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from export.pack import Card, export, read_card
+from model import checkpoint
+from model.config import UNetPlusPlusConfig
+from model.network import UNetPlusPlus
+from server.runtime.bundle import Bundle, read_bundle
+
+CARDS = Path(__file__).parents[2] / "export" / "cards"
+
+
+@pytest.fixture(scope="session")
+def card() -> Card:
+    """Three channels, one class."""
+    return read_card(CARDS / "nuclei.toml").model_copy(update={"name": "small"})
+
+
+@pytest.fixture(scope="session")
+def discs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bright discs on dark ground: three training and two validation images of odd sizes."""
+    root = tmp_path_factory.mktemp("data") / "discs"
+    random = np.random.default_rng(0)
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True)
+    rows = ["id,split"]
+    for split, sizes in {"train": [(48, 48), (40, 56), (33, 47)], "val": [(37, 50), (48, 32)]}.items():
+        for n, (height, width) in enumerate(sizes):
+            y, x = np.mgrid[:height, :width]
+            disc = (y - height / 2) ** 2 + (x - width / 2) ** 2 < (10 + n) ** 2
+            picture = np.clip(60 + 120 * disc[..., None] + random.normal(0, 10, (height, width, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(picture).save(root / "images" / f"{split}{n}.png")
+            Image.fromarray((disc * 255).astype(np.uint8)).save(root / "labels" / f"{split}{n}.png")
+            rows.append(f"{split}{n},{split}")
+    (root / "index.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def lively(**fields: object) -> UNetPlusPlus:
+    """A network whose every tensor differs from every other (the exporter merges those that are alike)."""
+    torch.manual_seed(0)
+    network = UNetPlusPlus(UNetPlusPlusConfig.model_validate({"in_channels": 3, "widths": (4, 6, 8)} | fields)).eval()
+    for name, tensor in network.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+        elif tensor.ndim == 1:
+            tensor.add_(torch.randn_like(tensor) * 0.2)
+    # The mask of every head is neither empty nor full.
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+                torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        logits = network(torch.randn(4, network.config.in_channels, *[32] * network.config.dims))
+        for head, answer in zip(network.heads.values(), logits, strict=True):
+            head.bias.sub_(answer.mean())
+    return network
+
+
+@pytest.fixture(scope="session")
+def make_network():
+    """`lively`."""
+    return lively
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Depth 2, batch normalisation."""
+    path = tmp_path_factory.mktemp("checkpoints") / "small.safetensors"
+    checkpoint.save(lively(norm="batch"), path, {"epoch": 7})
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_kept(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path, card: Card, discs: Path) -> Path:
+    """Its bundle in fp32, fp16 and int8; do not write there."""
+    out = tmp_path_factory.mktemp("bundles") / "small"
+    export(small_checkpoint, card, out, discs)
+    return out
+
+
+@pytest.fixture
+def small_bundle(small_kept: Path, tmp_path: Path) -> Bundle:
+    """A copy of it, for tests that change it."""
+    return read_bundle(Path(shutil.copytree(small_kept, tmp_path / "small")))

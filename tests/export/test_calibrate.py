@@ -1,0 +1,211 @@
+"""The table and the recommendation: against independent arithmetic, and tables made by hand."""
+
+import shutil
+
+import numpy as np
+import onnxruntime
+import pytest
+from PIL import Image
+
+from export import calibrate as calibrate_module
+from export.calibrate import calibrate, mean_overlap, recommend
+from export.verify import runnable
+from model.data import DataError
+from server.runtime.bundle import CalibrationRow, Measured, read_bundle
+
+
+@pytest.fixture(autouse=True)
+def few_runs(monkeypatch):
+    """Times are not what is tested here."""
+    monkeypatch.setattr(calibrate_module, "LATENCY_RUNS", 1)
+    monkeypatch.setattr(calibrate_module, "LATENCY_SIDE", {2: 32, 3: 32})
+
+
+@pytest.fixture(scope="module")
+def calibrated(small_kept, discs, tmp_path_factory):
+    """A bundle that was measured once."""
+    folder = shutil.copytree(small_kept, tmp_path_factory.mktemp("calibrated") / "small")
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate_module, "LATENCY_RUNS", 1)
+        patch.setattr(calibrate_module, "LATENCY_SIDE", {2: 32, 3: 32})
+        measured = calibrate(read_bundle(folder), discs, "val", held_out=False, advance=told.append)
+    return folder, measured, told
+
+
+def test_a_row_for_every_graph_and_precision(calibrated):
+    folder, measured, told = calibrated
+    bundle = read_bundle(folder)
+    precisions = {precision for _, precision in runnable(bundle)}
+    assert {"fp32", "fp16", "int8"} <= precisions
+    assert {(r.graph, r.precision) for r in measured.rows} == {(g, p) for g in ("L1", "L2", "accurate") for p in precisions}
+    assert len(measured.rows) == 3 * len(precisions)
+    assert tuple(told) == measured.rows
+    assert all((r.engine, r.precision) in runnable(bundle) for r in measured.rows)
+    assert all(r.latency_ms > 0 for r in measured.rows)
+
+
+def test_the_manifest_carries_it(calibrated):
+    folder, measured, _ = calibrated
+    calibration = read_bundle(folder).manifest.calibration
+    assert calibration.rows == measured.rows
+    assert calibration.data == "discs, val split"
+    assert calibration.images == 2
+    assert "core" in calibration.machine
+    assert calibration.recommended == recommend(read_bundle(folder).manifest, measured)
+    assert read_bundle(folder).manifest.held_out is None
+
+
+@pytest.mark.parametrize("graph", ["L1", "accurate"])
+def test_one_row_computed_independently(calibrated, discs, graph):
+    """Decode, pad, run and score without any of the server's or the project's code."""
+    folder, measured, _ = calibrated
+    session = onnxruntime.InferenceSession(folder / f"{graph}.onnx", providers=["CPUExecutionProvider"])
+    divisor = {"L1": 2, "accurate": 4}[graph]
+    ious, means, dices = [], [], []
+    for name in ("val0", "val1"):
+        pixels = np.asarray(Image.open(discs / "images" / f"{name}.png")).astype(np.float32)
+        truth = np.asarray(Image.open(discs / "labels" / f"{name}.png")) > 0
+        height, width = truth.shape
+        mean, std = pixels.mean((0, 1)), pixels.std((0, 1))
+        padded = np.pad(pixels, [(0, -height % divisor), (0, -width % divisor), (0, 0)], mode="reflect")
+        feed = {
+            "image": padded.transpose(2, 0, 1)[None],
+            "mean": mean.reshape(1, 3, 1, 1),
+            "inverse_std": (1 / std).reshape(1, 3, 1, 1),
+        }
+        found = session.run(None, feed)[0][0, 0, :height, :width] > 0.5
+        iou = (found & truth).sum() / (found | truth).sum()
+        background = (~found & ~truth).sum() / (~found | ~truth).sum()
+        ious.append(iou)
+        means.append((iou + background) / 2)
+        dices.append(2 * (found & truth).sum() / (found.sum() + truth.sum()))
+    # The network was not trained: the numbers are poor, but they must not be trivial.
+    assert 0 < np.mean(ious) < 1
+    row = measured.row(graph, "fp32")
+    assert (row.iou, row.mean_iou, row.dice) == pytest.approx((np.mean(ious), np.mean(means), np.mean(dices)), abs=2e-3)
+
+
+def test_held_out_decides_nothing(calibrated, discs):
+    folder, _, _ = calibrated
+    before = read_bundle(folder).manifest
+    measured = calibrate(read_bundle(folder), discs, "train", held_out=True)
+    after = read_bundle(folder).manifest
+    assert after.held_out == measured
+    assert (after.held_out.data, after.held_out.images) == ("discs, train split", 3)
+    assert after.calibration == before.calibration
+    assert after.model_copy(update={"held_out": None}) == before.model_copy(update={"held_out": None})
+
+
+def test_calibrating_again_keeps_the_held_out_table_and_changes_no_scores(small_bundle, discs, monkeypatch):
+    monkeypatch.setattr(calibrate_module, "runnable", lambda bundle: [("onnxruntime", "fp32")])
+    held_out = calibrate(small_bundle, discs, "train", held_out=True)
+    first = calibrate(read_bundle(small_bundle.folder), discs, "val", held_out=False)
+    second = calibrate(read_bundle(small_bundle.folder), discs, "val", held_out=False)
+    assert [(r.graph, r.iou, r.mean_iou, r.dice) for r in first.rows] == [(r.graph, r.iou, r.mean_iou, r.dice) for r in second.rows]
+    assert read_bundle(small_bundle.folder).manifest.held_out == held_out
+
+
+def test_bad_data_leaves_the_manifest_alone(small_bundle, discs, tmp_path):
+    data = shutil.copytree(discs, tmp_path / "data")
+    (data / "images" / "val0.png").write_bytes(b"")
+    before = (small_bundle.folder / "manifest.json").read_bytes()
+    with pytest.raises(DataError, match=r"images/val0\.png"):
+        calibrate(small_bundle, data, "val", held_out=False)
+    with pytest.raises(DataError, match="no rows with split 'none'"):
+        calibrate(small_bundle, discs, "none", held_out=False)
+    assert (small_bundle.folder / "manifest.json").read_bytes() == before
+
+
+# --- scores by hand ---
+
+
+def test_overlap_by_hand():
+    found = np.array([[1, 1, 0, 0]], np.uint8)
+    truth = np.array([[0, 1, 1, 0]], np.uint8)
+    # Foreground: 1 of 3 pixels; background: 1 of 3; Dice 2 * 1 / 4.
+    assert mean_overlap(found, truth, [1]) == pytest.approx((1 / 3, 1 / 3, 1 / 2))
+
+
+def test_both_empty_counts_one():
+    empty = np.zeros((4, 4), np.uint8)
+    assert mean_overlap(empty, empty, [1]) == (1, 1, 1)
+    full = np.ones((4, 4), np.uint8)
+    assert mean_overlap(full, empty, [1]) == (0, 0, 0)
+    assert mean_overlap(full, full, [1]) == (1, 1, 1)
+
+
+def test_several_classes_by_hand():
+    found = np.array([[1, 1, 2, 0]], np.uint8)
+    truth = np.array([[1, 2, 2, 0]], np.uint8)
+    # IoU of class 1: 1/2, of class 2: 1/2, of class 3, in neither: 1; background 1.
+    assert mean_overlap(found, truth, [1, 2, 3]) == pytest.approx((2 / 3, 3 / 4, (2 / 3 + 2 / 3 + 1) / 3))
+
+
+# --- the recommendation ---
+
+
+def table(**ious):
+    """Rows from e.g. L1_fp32=(iou, ms)."""
+    rows = []
+    for key, (iou, latency) in ious.items():
+        graph, precision = key.split("_")
+        rows.append(
+            CalibrationRow(graph=graph, precision=precision, engine="any", iou=iou, mean_iou=iou, dice=iou, latency_ms=latency)
+        )
+    return Measured(data="made by hand", images=1, machine="none", rows=tuple(rows))
+
+
+@pytest.fixture
+def recommended(small_kept):
+    manifest = read_bundle(small_kept).manifest
+
+    def of(**ious):
+        found = recommend(manifest, table(**ious))
+        return found.level, found.precision, found.why
+
+    return of
+
+
+def test_the_shallowest_that_is_good_enough(recommended):
+    level, precision, why = recommended(L1_fp32=(0.796, 2), L2_fp32=(0.8, 6), accurate_fp32=(0.7999, 7))
+    assert (level, precision) == (1, "fp32")
+    assert why == (
+        "the shallowest level within 0.5 points of the best IoU (L2 at fp32: 0.8000); at fp32 it has 0.7960 and takes 2.0 ms against 6.0 ms"
+    )
+    assert recommended(L1_fp32=(0.794, 2), L2_fp32=(0.8, 6), accurate_fp32=(0.7999, 7))[0] == 2
+
+
+def test_accurate_worse_than_l2(recommended):
+    # The best row is L2, and L1 is judged against it.
+    level, _, why = recommended(L1_fp32=(0.76, 2), L2_fp32=(0.8, 6), accurate_fp32=(0.765, 7))
+    assert level == 2
+    assert "L2 at fp32: 0.8000" in why
+
+
+def test_accurate_far_better_than_every_level(recommended):
+    level, _, why = recommended(L1_fp32=(0.7, 2), L2_fp32=(0.75, 6), accurate_fp32=(0.8, 7))
+    assert level == 2
+    # It must not claim what is not so.
+    assert why.startswith("the deepest level, as none is within 0.5 points of the best IoU (accurate at fp32: 0.8000)")
+
+
+def test_int8_that_is_faithful_and_faster(recommended):
+    found = recommended(L1_fp32=(0.799, 4), L1_int8=(0.797, 1), L2_fp32=(0.8, 6), L2_int8=(0.8, 2), accurate_fp32=(0.8, 7))
+    assert found[:2] == (1, "int8")
+
+
+def test_int8_that_loses_too_much(recommended):
+    found = recommended(L1_fp32=(0.799, 4), L1_int8=(0.79, 1), L2_fp32=(0.8, 6), L2_int8=(0.8, 2), accurate_fp32=(0.8, 7))
+    assert found[:2] == (1, "fp32")
+
+
+def test_int8_that_is_slower_is_not_picked(recommended):
+    found = recommended(L1_fp32=(0.799, 1), L1_int8=(0.799, 4), L2_fp32=(0.8, 6), accurate_fp32=(0.8, 7))
+    assert found[:2] == (1, "fp32")
+
+
+def test_a_level_is_judged_at_the_precision_that_would_be_served(recommended):
+    # L1 at fp32 is within half a point of the best, but its int8, which `auto` would serve, is not.
+    found = recommended(L1_fp32=(0.797, 4), L1_int8=(0.793, 1), L2_fp32=(0.8, 6), L2_int8=(0.799, 2), accurate_fp32=(0.8, 7))
+    assert found[:2] == (2, "int8")

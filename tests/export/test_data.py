@@ -1,0 +1,115 @@
+"""Labelled images through the server's decoder, and that training saw the same pixels as serving does."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from export.data import calibration_tiles, labelled, samples
+from model.data import DataError, read_image
+from server.imaging.decode import decode
+from server.runtime.bundle import read_bundle
+from server.segment.plan import statistics, with_channels
+
+
+def test_images_and_labels(discs):
+    items = list(labelled(discs, "val", 1))
+    assert [item.id for item in items] == ["val0", "val1"]
+    assert [item.image.size for item in items] == [(37, 50), (48, 32)]
+    for item in items:
+        assert item.label.shape == item.image.size
+        assert set(np.unique(item.label)) == {0, 1}
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            item.id = "other"
+
+
+def test_an_unknown_split_names_those_that_exist(discs):
+    with pytest.raises(DataError, match="no rows with split 'test'; it has train, val"):
+        samples(discs, "test")
+
+
+@pytest.fixture
+def damaged(discs, tmp_path):
+    return shutil.copytree(discs, tmp_path / "data")
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\ntruncated"])
+@pytest.mark.parametrize("folder", ["images", "labels"])
+def test_an_unreadable_file_is_named(damaged, content, folder):
+    (damaged / folder / "val1.png").write_bytes(content)
+    with pytest.raises(DataError, match=rf"{folder}/val1\.png"):
+        list(labelled(damaged, "val", 1))
+
+
+def test_an_unreadable_training_image_is_named(damaged, small_kept):
+    (damaged / "images" / "train2.png").write_bytes(b"")
+    manifest = read_bundle(small_kept).manifest
+    with pytest.raises(DataError, match=r"images/train2\.png"):
+        calibration_tiles(damaged, manifest, manifest.graph("L1"), 3)
+
+
+def test_a_label_of_another_size_is_named(damaged):
+    # (1, 32) would broadcast silently against (48, 32).
+    Image.fromarray(np.zeros((1, 32), np.uint8)).save(damaged / "labels" / "val1.png")
+    with pytest.raises(DataError, match=r"val1: image is \(48, 32\), label is \(1, 32\)"):
+        list(labelled(damaged, "val", 1))
+
+
+def test_calibration_tiles(discs, small_kept):
+    manifest = read_bundle(small_kept).manifest
+    graph = manifest.graph("L2")
+    tiles = calibration_tiles(discs, manifest, graph, 48)
+    assert len(tiles) == 3
+    # Whole images, padded to the divisor: 48 x 48, 40 x 56, 33 x 47.
+    assert {t.pixels.shape for t in tiles} == {(1, 3, 48, 48), (1, 3, 40, 56), (1, 3, 36, 48)}
+    for t in tiles:
+        assert t.pixels.dtype == np.uint8
+        assert t.mean.shape == t.inverse_std.shape == (1, 3, 1, 1)
+    assert len(calibration_tiles(discs, manifest, graph, 2)) == 2
+    again = calibration_tiles(discs, manifest, graph, 48)
+    assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(tiles, again, strict=True))
+
+
+RANDOM = np.random.default_rng(0)
+GREY = RANDOM.integers(0, 256, (9, 13), np.uint8)
+RGB = RANDOM.integers(0, 256, (9, 13, 3), np.uint8)
+
+
+def _exif(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(RGB).save(path, exif=exif)
+
+
+PICTURES = {
+    "grey.png": lambda p: Image.fromarray(GREY).save(p),
+    "rgb.png": lambda p: Image.fromarray(RGB).save(p),
+    "rgba.png": lambda p: Image.fromarray(np.dstack([RGB, GREY])).save(p),
+    "grey_alpha.png": lambda p: Image.fromarray(np.dstack([GREY, GREY[::-1]])).save(p),
+    "sixteen.png": lambda p: Image.fromarray(GREY.astype(np.uint16) * 200).save(p),
+    "one_bit.png": lambda p: Image.fromarray(GREY > 99).save(p),
+    "palette.png": lambda p: Image.fromarray(RGB).quantize(16).save(p),
+    "rotated.png": _exif,
+    "cmyk.jpg": lambda p: Image.fromarray(RGB).convert("CMYK").save(p),
+    "jpeg.jpg": lambda p: Image.fromarray(RGB).save(p),
+    "bitmap.bmp": lambda p: Image.fromarray(RGB).save(p),
+    "sixteen.tif": lambda p: tifffile.imwrite(p, GREY.astype(np.uint16) * 200),
+    "rgb.tif": lambda p: tifffile.imwrite(p, RGB, photometric="rgb"),
+    "float.tiff": lambda p: tifffile.imwrite(p, GREY.astype(np.float32) / 7),
+    "constant.png": lambda p: Image.fromarray(np.full((9, 13), 7, np.uint8)).save(p),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", sorted(PICTURES))
+def test_training_and_serving_see_the_same(tmp_path, name, channels):
+    path = tmp_path / name
+    PICTURES[name](path)
+    with path.open("rb") as file:
+        served = with_channels(decode(file, 10_000), channels)
+    mean, inverse_std = statistics(served.pixels)
+    normalised = (served.pixels.transpose(2, 0, 1).astype(np.float64) - mean[0]) * inverse_std[0]
+    np.testing.assert_allclose(read_image(path, channels), normalised, atol=1e-4)

@@ -1,0 +1,99 @@
+"""int8 and fp16: on the same weights file, and only where they should be."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+
+from export.lower import PREFIX
+from export.verify import wrong_nodes
+from model import checkpoint
+from server.arrays import Tiles
+from server.runtime.bundle import WEIGHTS, read_bundle
+from server.runtime.engines import ENGINES
+from server.runtime.opening import golden_tiles
+
+
+def graph_of(folder, file):
+    return onnx.load(folder / file, load_external_data=False).graph
+
+
+@pytest.mark.parametrize("name", ["L1", "L2", "accurate"])
+def test_int8_weights_come_from_the_weights_file(small_kept, name):
+    bundle = read_bundle(small_kept)
+    graph = graph_of(small_kept, f"{name}.int8.onnx")
+    network, _ = checkpoint.load(small_kept / WEIGHTS)
+    pruned = network if name == "accurate" else network.prune(int(name[1]))
+    weights = {f"{PREFIX}{n}.fp16" for n in pruned.state_dict() if n.endswith(".weight")}
+    external = {t.name for t in graph.initializer if t.external_data}
+    assert weights <= external
+    assert all({e.key: e.value for e in t.external_data}["location"] == WEIGHTS for t in graph.initializer if t.external_data)
+    # What is stored beside them are scales, zero points and integer biases: no second copy of a weight.
+    inline = [t for t in graph.initializer if not t.external_data]
+    assert all(np.prod(t.dims) <= 16 for t in inline)
+    assert wrong_nodes(bundle, name, pruned) == []
+
+
+def test_int8_is_quantised_but_for_the_heads(small_kept):
+    graph = graph_of(small_kept, "accurate.int8.onnx")
+    made_by = {output: node for node in graph.node for output in node.output}
+    convolutions = [node for node in graph.node if node.op_type in ("Conv", "ConvTranspose")]
+    assert len(convolutions) == 2 * 6 + 3 + 2
+    for node in convolutions:
+        head = any(f"{PREFIX}heads." in name for name in node.input)
+        image, weight = (made_by[name].op_type for name in node.input[:2])
+        # A head's weight is used as it is, at float32.
+        assert weight == ("Cast" if head else "DequantizeLinear"), node.name
+        assert image == "DequantizeLinear"
+    # Weights: int8, one scale per output channel; activations: uint8, one scale.
+    stored = {t.name: t for t in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "QuantizeLinear":
+            scale, zero = stored[node.input[1]], stored[node.input[2]]
+            weight = node.input[0].startswith(PREFIX) and node.input[0].endswith("weight")
+            assert zero.data_type == (TensorProto.INT8 if weight else TensorProto.UINT8)
+            assert (np.prod(scale.dims) > 1) == weight
+
+
+def test_fp16_computes_convolutions_in_half_and_answers_in_float(small_kept):
+    graph = graph_of(small_kept, "L2.fp16.onnx")
+    assert all(t.data_type == TensorProto.FLOAT16 for t in graph.initializer if t.external_data)
+    assert {v.type.tensor_type.elem_type for v in [*graph.input, *graph.output]} == {TensorProto.FLOAT}
+    # No float32 weights, so no casts of weights.
+    assert not [n for n in graph.node if n.op_type == "Cast" and n.input[0].startswith(PREFIX)]
+
+
+def test_fp32_casts_every_weight(small_kept):
+    graph = graph_of(small_kept, "L2.onnx")
+    casts = {n.input[0] for n in graph.node if n.op_type == "Cast"}
+    assert {t.name for t in graph.initializer if t.external_data} <= casts
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+def test_int8_decides_nearly_as_fp32_on_cells(small_kept, engine):
+    if not ENGINES[engine].installed:
+        pytest.skip(f"{engine} is not installed")
+    bundle = read_bundle(small_kept)
+    opened = {p: ENGINES[engine].open(bundle.path("accurate", p), p, "cpu", 1) for p in ("fp32", "int8")}
+    for graph, tiles, _ in golden_tiles(bundle.golden):
+        if graph == "accurate":
+            exact, coarse = opened["fp32"].run(tiles), opened["int8"].run(tiles)
+            assert np.abs(exact - coarse).mean() < 0.05
+            # It is another computation, not fp32 under another name.
+            assert np.abs(exact - coarse).max() > 1e-4
+            assert ((exact > 0.5) == (coarse > 0.5)).mean() > 0.9
+
+
+def test_export_leaves_nothing_in_the_working_folder(tmp_path, monkeypatch, make_network):
+    from export.graph import ServedGraph
+    from export.precision import int8
+
+    monkeypatch.chdir(tmp_path)
+    network = make_network(widths=(4, 6), deep_supervision=False)
+    ones = np.ones((1, 3, 1, 1), np.float32)
+    tiles = [Tiles(np.random.default_rng(n).standard_normal((1, 3, 16, 16), dtype=np.float32), ones * 0, ones) for n in range(2)]
+    proto = int8(ServedGraph(network, "sigmoid").eval(), tiles)
+    assert list(tmp_path.iterdir()) == []
+    assert not proto.graph.value_info
+    # Sizes stay dynamic after calibration on tiles of one size.
+    assert not [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim if d.dim_value not in (0, 3)]

@@ -1,0 +1,378 @@
+"""Data folders: every wrong file is named before the first step, and a tile depends on (seed, epoch, item) alone."""
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from model.data import DataConfig, DataError, Split, Tiles, pad_to, read_image, read_index, read_label
+
+# MONAI says so once for each image without foreground; such images are meant.
+pytestmark = pytest.mark.filterwarnings("ignore:Num foregrounds:UserWarning")
+
+
+def split_of(root, name="train", channels=1, classes=1):
+    return Split(name, read_index(root)[name], channels, classes)
+
+
+# --- index.csv ---
+
+
+def test_splits_and_attributes(discs):
+    splits = read_index(discs)
+    assert {name: len(samples) for name, samples in splits.items()} == {"train": 4, "val": 2}
+    first = splits["train"][0]
+    assert (first.id, first.image.name, first.label.parent.name) == ("train0", "train0.png", "labels")
+    assert first.attributes["stain"] == "rare"
+
+
+def test_missing_index(tmp_path):
+    with pytest.raises(DataError, match=r"index\.csv: not found.*images/, labels/"):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "id,split\n", "id,part\na,train\n", "name,split\na,train\n"])
+def test_missing_columns_or_rows(tmp_path, text):
+    (tmp_path / "index.csv").write_text(text)
+    with pytest.raises(DataError, match=r"index\.csv: needs the columns id and split and at least one row"):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize("row", ["train1", "train1,", ",train"])
+def test_a_row_without_id_or_split_is_named_by_its_line(discs, row):
+    with (discs / "index.csv").open("a") as file:
+        file.write(f"{row}\n")
+    with pytest.raises(DataError, match=r"rows without id or split:\s+8"):
+        read_index(discs)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(discs):
+    index = discs / "index.csv"
+    index.write_bytes(b"\xef\xbb\xbf" + index.read_bytes())
+    assert len(read_index(discs)["train"]) == 4
+
+
+def test_another_encoding_is_a_data_error(discs):
+    (discs / "index.csv").write_bytes("id,split\nzürich,train\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"index\.csv: not a CSV file in UTF-8"):
+        read_index(discs)
+
+
+def test_every_missing_file_is_named(discs):
+    (discs / "labels" / "train1.png").unlink()
+    (discs / "images" / "val0.png").unlink()
+    with pytest.raises(DataError) as caught:
+        read_index(discs)
+    assert "2 files" in str(caught.value)
+    assert "labels/train1.*" in str(caught.value)
+    assert "images/val0.*" in str(caught.value)
+    assert "train0" not in str(caught.value)
+
+
+def test_a_long_list_is_cut(tmp_path):
+    (tmp_path / "index.csv").write_text("id,split\n" + "".join(f"n{n},train\n" for n in range(50)))
+    with pytest.raises(DataError, match="100 files") as caught:
+        read_index(tmp_path)
+    assert "and 80 more" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 22
+
+
+# --- split ---
+
+
+def test_a_split_without_samples():
+    with pytest.raises(DataError, match="'val' has no samples"):
+        Split("val", [], 1, 1)
+
+
+def test_all_wrong_files_are_named_at_once(discs):
+    Image.fromarray(np.zeros((31, 32), np.uint8)).save(discs / "labels" / "train0.png")
+    (discs / "images" / "train1.png").write_bytes(b"no image")
+    whole = (discs / "labels" / "train2.png").read_bytes()
+    (discs / "labels" / "train2.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError) as caught:
+        split_of(discs)
+    text = str(caught.value)
+    assert "3 samples of the split 'train'" in text
+    assert "train0: image is (32, 32), label is (31, 32)" in text
+    assert "images/train1.png: cannot be read" in text
+    assert "labels/train2.png: cannot be read" in text
+    assert "train3" not in text
+
+
+def test_labels_that_are_all_empty(discs):
+    for file in (discs / "labels").iterdir():
+        Image.fromarray(np.zeros((32, 32), np.uint8)).save(file)
+    with pytest.raises(DataError, match="no label of the split 'train' has any foreground"):
+        split_of(discs)
+
+
+def test_one_empty_label_is_fine(discs):
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(discs / "labels" / "train0.png")
+    assert [bool(label.any()) for label in split_of(discs).labels] == [False, True, True, True]
+
+
+def test_unknown_classes(discs):
+    Image.fromarray(np.full((32, 32), 3, np.uint8)).save(discs / "labels" / "train1.png")
+    with pytest.raises(DataError, match=r"train\d\.png: class 255 of a network with 3 classes"):
+        split_of(discs, classes=3)
+
+
+def test_wide_class_values_do_not_wrap_around(discs):
+    # As uint8, 257 would silently become class 1.
+    for n in range(4):
+        label = np.zeros((32, 32), np.uint16)
+        label[0, 0] = 257
+        Image.fromarray(label).save(discs / "labels" / f"train{n}.png")
+    with pytest.raises(DataError, match=r"labels/train0\.png: values from 0 to 257 are no class indices"):
+        split_of(discs, classes=2)
+    # For one class, such an instance map means foreground.
+    assert split_of(discs, classes=1).labels[0].sum() == 1
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_channels_that_the_network_does_not_take(discs, channels):
+    for n in range(4):
+        Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(discs / "images" / f"train{n}.png")
+    with pytest.raises(DataError, match=rf"train0\.png: 3 channels, the network takes {channels}"):
+        split_of(discs, channels=channels)
+
+
+def test_values_that_are_not_finite(discs):
+    pixels = np.ones((32, 32), np.float32)
+    pixels[3, 3] = np.nan
+    (discs / "images" / "train0.png").unlink()
+    tifffile.imwrite(discs / "images" / "train0.tif", pixels)
+    with pytest.raises(DataError, match=r"train0\.tif: holds values that are not finite"):
+        split_of(discs)
+
+
+def test_damaged_tiff(discs):
+    # Truncated deflate raises a RuntimeError deep down, garbled tags a TypeError or ZeroDivisionError.
+    (discs / "images" / "train0.png").unlink()
+    file = discs / "images" / "train0.tif"
+    tifffile.imwrite(file, np.random.default_rng(0).integers(0, 255, (32, 32), np.uint8), compression="zlib")
+    whole = file.read_bytes()
+    for damaged in (whole[:-200], whole[:300], whole[:6], whole.replace(b"\x01\x01\x04\x00", b"\x01\x01\x04\xff"), b""):
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"images/train0\.tif: cannot be read"):
+            split_of(discs)
+
+
+def test_a_stack_is_no_image(tmp_path):
+    tifffile.imwrite(tmp_path / "stack.tif", np.zeros((2, 3, 16, 16), np.uint8), photometric="minisblack")
+    with pytest.raises(DataError, match=r"stack\.tif: an array of shape"):
+        read_image(tmp_path / "stack.tif", 1)
+
+
+# --- pixels ---
+
+RANDOM = np.random.default_rng(0)
+GREY = RANDOM.integers(0, 256, (8, 12), np.uint8)
+RGB = RANDOM.integers(0, 256, (8, 12, 3), np.uint8)
+
+
+def z_scored(pixels):
+    """Channels first; per channel over the whole image."""
+    pixels = np.atleast_3d(pixels).astype(np.float64)
+    return ((pixels - pixels.mean((0, 1))) / pixels.std((0, 1))).transpose(2, 0, 1)
+
+
+def save_png(path, pixels):
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey(tmp_path, channels):
+    image = read_image(save_png(tmp_path / "a.png", GREY), channels)
+    assert image.dtype == np.float32
+    assert image.shape == (channels, 8, 12)
+    assert image.flags.c_contiguous
+    np.testing.assert_allclose(image, np.repeat(z_scored(GREY), channels, axis=0), atol=1e-5)
+
+
+def test_colour_for_a_colour_network(tmp_path):
+    image = read_image(save_png(tmp_path / "a.png", RGB), 3)
+    np.testing.assert_allclose(image, z_scored(RGB), atol=1e-5)
+    np.testing.assert_allclose(image.mean((1, 2)), 0, atol=1e-6)
+    np.testing.assert_allclose(image.std((1, 2)), 1, atol=1e-6)
+
+
+def test_colour_for_a_grey_network_is_averaged(tmp_path):
+    image = read_image(save_png(tmp_path / "a.png", RGB), 1)
+    np.testing.assert_allclose(image, z_scored(RGB.mean(-1)), atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_alpha_is_dropped(tmp_path, channels):
+    alpha = RANDOM.integers(0, 256, (8, 12, 1), np.uint8)
+    a = read_image(save_png(tmp_path / "a.png", np.concatenate([RGB, alpha], -1)), channels)
+    b = read_image(save_png(tmp_path / "b.png", RGB), channels)
+    np.testing.assert_array_equal(a, b)
+    c = read_image(save_png(tmp_path / "c.png", np.concatenate([GREY[..., None], alpha], -1)), channels)
+    np.testing.assert_array_equal(c, read_image(save_png(tmp_path / "d.png", GREY), channels))
+
+
+def test_a_palette_image_shows_its_colours_and_a_palette_label_keeps_its_indices(tmp_path):
+    indices = RANDOM.integers(0, 3, (8, 12), np.uint8)
+    picture = Image.fromarray(indices, "L").convert("P")
+    picture.putdata(indices.ravel().tolist())
+    picture.putpalette([10, 20, 30, 200, 100, 0, 5, 250, 90])
+    picture.save(tmp_path / "a.png")
+    colours = np.array([[10, 20, 30], [200, 100, 0], [5, 250, 90]], np.uint8)[indices]
+    np.testing.assert_allclose(read_image(tmp_path / "a.png", 3), z_scored(colours), atol=1e-5)
+    np.testing.assert_array_equal(read_label(tmp_path / "a.png", 3), indices)
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned by 90 degrees
+    Image.fromarray(GREY).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_allclose(read_image(tmp_path / "a.png", 1), z_scored(np.rot90(GREY, -1)), atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits(tmp_path, suffix):
+    pixels = RANDOM.integers(0, 65_536, (8, 12), np.uint16)
+    path = tmp_path / f"a.{suffix}"
+    tifffile.imwrite(path, pixels) if suffix == "tif" else save_png(path, pixels)
+    np.testing.assert_allclose(read_image(path, 1), z_scored(pixels), atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0, 7, 65_535, 0.1, 1e30])
+def test_a_constant_image_becomes_zero(tmp_path, value):
+    pixels = np.full((37, 41, 3), value, np.float32 if isinstance(value, float) else np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb")
+    for channels in (1, 3):
+        image = read_image(tmp_path / "a.tif", channels)
+        assert not image.any()
+
+
+def test_labels(tmp_path):
+    values = np.array([[0, 1, 2], [255, 0, 7]], np.uint8)
+    save_png(tmp_path / "a.png", values)
+    assert read_label(tmp_path / "a.png", 1).tolist() == [[0, 1, 1], [1, 0, 1]]
+    assert read_label(tmp_path / "a.png", 9).tolist() == values.tolist()
+    # 1000 instances: the remainder by 256 of an instance may be 0.
+    save_png(tmp_path / "b.png", np.array([[0, 256, 512]], np.uint16))
+    assert read_label(tmp_path / "b.png", 1).tolist() == [[0, 1, 1]]
+    Image.fromarray(values > 0).save(tmp_path / "c.png")
+    assert read_label(tmp_path / "c.png", 1).tolist() == [[0, 1, 1], [1, 0, 1]]
+
+
+# --- tiles ---
+
+
+def same(a, b):
+    return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_an_item_depends_on_seed_epoch_and_item_alone(discs_kept):
+    config = DataConfig(tile=16, tiles_per_image=3)
+    split = split_of(discs_kept)
+    one, other = Tiles(split, config, 5), Tiles(split_of(discs_kept), config, 5)
+    assert len(one) == 12
+    one.set_epoch(2)
+    forwards = [one[n] for n in range(12)]
+    other.set_epoch(1)
+    [other[n] for n in (3, 3, 1)]
+    other.set_epoch(2)
+    backwards = [other[n] for n in reversed(range(12))][::-1]
+    assert all(same(a, b) for a, b in zip(forwards, backwards, strict=True))
+    np.random.seed(1)  # noqa: NPY002 - global state must not matter
+    torch.manual_seed(1)
+    assert same(one[4], forwards[4])
+
+
+def test_another_epoch_item_or_seed_is_another_tile(discs_kept):
+    config = DataConfig(tile=16)
+    split = split_of(discs_kept)
+    tiles, seeded = Tiles(split, config, 0), Tiles(split, config, 1)
+    drawn = [tiles[0], tiles[1], seeded[0]]
+    tiles.set_epoch(1)
+    drawn.append(tiles[0])
+    for a in range(4):
+        for b in range(a):
+            assert not torch.equal(drawn[a][0], drawn[b][0])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("tile", [16, 32])
+def test_shapes_and_binary_labels(discs_kept, channels, tile):
+    tiles = Tiles(split_of(discs_kept, channels=channels), DataConfig(tile=tile, tiles_per_image=8), 0)
+    seen = set()
+    for n in range(len(tiles)):
+        image, label = tiles[n]
+        assert (image.shape, image.dtype) == ((channels, tile, tile), torch.float32)
+        assert (label.shape, label.dtype) == ((tile, tile), torch.uint8)
+        assert type(image) is type(label) is torch.Tensor
+        assert image.is_contiguous()
+        assert image.isfinite().all()
+        seen |= set(label.unique().tolist())
+    assert seen == {0, 1}
+
+
+def test_image_and_label_move_together(discs_kept):
+    # Discs are bright: after every geometric augmentation the label must still lie on the bright pixels.
+    tiles = Tiles(split_of(discs_kept), DataConfig(tile=32, tiles_per_image=10, invert=0), 0)
+    agreeing = []
+    for n in range(len(tiles)):
+        image, label = tiles[n]
+        if 0 < label.sum() < label.numel():
+            inside, outside = image[0][label == 1].mean(), image[0][label == 0].mean()
+            agreeing.append(bool(inside > outside + 0.3))
+    assert len(agreeing) > 20
+    assert all(agreeing)
+
+
+def test_inverting_makes_discs_dark(discs_kept):
+    tiles = Tiles(split_of(discs_kept), DataConfig(tile=32, tiles_per_image=4, invert=1), 0)
+    for n in range(len(tiles)):
+        image, label = tiles[n]
+        if 0 < label.sum() < label.numel():
+            assert image[0][label == 1].mean() < image[0][label == 0].mean()
+
+
+@settings(deadline=None, max_examples=15)
+@given(height=st.integers(1, 60), width=st.integers(1, 60), value=st.sampled_from([0, 255]), tile=st.sampled_from([16, 64]))
+def test_images_of_any_size_give_tiles(tmp_path_factory, height, width, value, tile):
+    """Also those far smaller than a tile, with no foreground or nothing but foreground."""
+    root = tmp_path_factory.mktemp("small")
+    for folder in ("images", "labels"):
+        (root / folder).mkdir()
+    for n, fill in enumerate((value, 255)):
+        save_png(root / "images" / f"{n}.png", RANDOM.integers(0, 256, (height, width), np.uint8))
+        save_png(root / "labels" / f"{n}.png", np.full((height, width), fill, np.uint8))
+    (root / "index.csv").write_text("id,split\n0,train\n1,train\n")
+    tiles = Tiles(split_of(root), DataConfig(tile=tile, tiles_per_image=2), 0)
+    for n in range(len(tiles)):
+        image, label = tiles[n]
+        assert (image.shape, label.shape) == ((1, tile, tile), (tile, tile))
+        assert image.isfinite().all()
+
+
+def test_balance_draws_the_rare_more_often(discs_kept):
+    split = split_of(discs_kept)
+    even, balanced = (Tiles(split, DataConfig(tile=16, balance=b), 0)._weights for b in (None, "stain"))
+    np.testing.assert_allclose(even, 0.25)
+    # One rare, three common images: 1 to 1/sqrt(3) each.
+    np.testing.assert_allclose(balanced, np.array([1, 3**-0.5, 3**-0.5, 3**-0.5]) / (1 + 3**0.5))
+
+
+# --- padding ---
+
+
+@settings(deadline=None)
+@given(height=st.integers(1, 40), width=st.integers(1, 40), divisor=st.sampled_from([2, 8, 16, 32]))
+def test_pad_to(height, width, divisor):
+    image = torch.rand(1, 2, height, width)
+    padded = pad_to(image, divisor)
+    assert all(side % divisor == 0 for side in padded.shape[-2:])
+    assert all(0 <= after - before < divisor for after, before in zip(padded.shape[-2:], (height, width), strict=True))
+    assert torch.equal(padded[..., :height, :width], image)
+    if padded.shape[-1] > width > 1 and 2 * (width - 1) >= padded.shape[-1] - 1 and padded.shape[-2] == height:
+        assert torch.equal(padded[..., width], image[..., width - 2])

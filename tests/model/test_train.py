@@ -1,0 +1,499 @@
+"""The training loop on tiny discs: it learns, and a killed run goes on as if nothing had happened."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from model import checkpoint, train
+from model.baselines import UNet
+from model.config import UNetPlusPlusConfig
+from model.data import DataConfig, DataError, Split, read_index
+from model.network import UNetPlusPlus
+from model.train import OptimisationConfig, RecipeError, TrainConfig, learning_rate, read_recipe
+from server.cli import app
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "model" / "recipes" / "nuclei.toml"
+
+pytestmark = pytest.mark.filterwarnings("ignore:Num foregrounds:UserWarning")
+
+
+def recipe(epochs=4, architecture="unetpp", network=None, data=None, **optimisation):
+    return TrainConfig(
+        architecture=architecture,
+        network=UNetPlusPlusConfig(**{"widths": (4, 6, 8), "norm": "batch", **(network or {})}),
+        data=DataConfig(**{"tile": 16, "tiles_per_image": 4, **(data or {})}),
+        optimisation=OptimisationConfig(
+            **{"batch": 4, "epochs": epochs, "learning_rate": 1e-2, "precision": "fp32", "workers": 0, **optimisation}
+        ),
+    )
+
+
+def rows_of(out):
+    with (out / "log.csv").open(newline="") as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def assert_same_run(a, b):
+    for name in ("last.safetensors", "best.safetensors"):
+        one, other = load_file(a / name), load_file(b / name)
+        assert one.keys() == other.keys()
+        for key in one:
+            assert torch.equal(one[key], other[key]), key
+    assert (a / "log.csv").read_bytes() == (b / "log.csv").read_bytes()
+    assert checkpoint.load(a / "best.safetensors")[1] == checkpoint.load(b / "best.safetensors")[1]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, discs_kept):
+    """Four epochs in one go."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    train.train(recipe(schedule="one-cycle", weight_decay=1e-2), discs_kept, out)
+    return out
+
+
+# --- a run ---
+
+
+def test_the_loss_falls_and_discs_are_found(tmp_path, discs_kept):
+    wanted = recipe(epochs=10, learning_rate=3e-2, schedule="one-cycle", data={"tile": 32, "invert": 0, "scale": 0.1})
+    best = train.train(wanted, discs_kept, tmp_path / "run")
+    rows = rows_of(tmp_path / "run")
+    assert [row["epoch"] for row in rows] == list(range(1, 11))
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    assert max(row["dice_accurate"] for row in rows) > 0.9
+    assert best == tmp_path / "run" / "best.safetensors"
+
+
+def test_what_a_run_writes(finished):
+    assert {p.name for p in finished.iterdir()} == {"best.safetensors", "last.safetensors", "log.csv", "curve.png", "recipe.json"}
+    assert TrainConfig.model_validate_json((finished / "recipe.json").read_text()) == recipe(
+        schedule="one-cycle", weight_decay=1e-2
+    )
+    with Image.open(finished / "curve.png") as curve:
+        assert curve.format == "PNG"
+    rows = rows_of(finished)
+    assert list(rows[0]) == ["epoch", "loss", "dice_L1", "dice_L2", "dice_accurate"]
+    assert all(0 <= row[name] <= 1 for row in rows for name in row if name.startswith("dice"))
+
+
+def test_best_is_the_best_epoch(finished, discs_kept):
+    rows = rows_of(finished)
+    best = max(rows, key=lambda row: (row["dice_accurate"], -row["epoch"]))
+    network, notes = checkpoint.load(finished / "best.safetensors")
+    assert notes["epoch"] == best["epoch"]
+    assert notes["validation"] == {name: best[name] for name in best if name.startswith("dice")}
+    assert TrainConfig.model_validate(notes["recipe"]) == recipe(schedule="one-cycle", weight_decay=1e-2)
+    # The checkpoint alone gives the logged scores again.
+    split = Split("val", read_index(discs_kept)["val"], 1, 1)
+    again = train.evaluate(network, split, torch.device("cpu"), "fp32")
+    assert again == pytest.approx(notes["validation"], abs=1e-3)
+
+
+def test_a_run_repeats_itself(tmp_path, discs_kept, finished):
+    train.train(recipe(schedule="one-cycle", weight_decay=1e-2), discs_kept, tmp_path / "again")
+    assert_same_run(tmp_path / "again", finished)
+
+
+def test_loader_processes_draw_the_same(tmp_path, discs_kept):
+    for workers in (0, 2):
+        train.train(recipe(epochs=1, workers=workers), discs_kept, tmp_path / str(workers))
+    one, other = (load_file(tmp_path / str(w) / "last.safetensors") for w in (0, 2))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_unet_trains_the_same_way(tmp_path, discs_kept):
+    best = train.train(recipe(epochs=1, architecture="unet"), discs_kept, tmp_path)
+    assert isinstance(checkpoint.load(best)[0], UNet)
+    assert list(rows_of(tmp_path)[0]) == ["epoch", "loss", "dice_L2", "dice_accurate"]
+
+
+def test_several_classes_and_bfloat16(tmp_path, discs):
+    for file in (discs / "labels").iterdir():
+        label = (np.asarray(Image.open(file)) > 0).astype(np.uint8)
+        label[:, 16:] *= 2
+        Image.fromarray(label).save(file)
+    train.train(recipe(epochs=2, network={"classes": 3}, precision="bf16"), discs, tmp_path / "run")
+    assert checkpoint.load(tmp_path / "run" / "best.safetensors")[0].config.classes == 3
+    assert np.isfinite([row["loss"] for row in rows_of(tmp_path / "run")]).all()
+
+
+# --- interrupted ---
+
+
+def interrupted_at(monkeypatch, epoch):
+    """Control-C in the middle of that epoch's steps."""
+    loss, calls = train.deep_supervision_loss, [0]
+
+    def interrupting(heads, labels):
+        calls[0] += 1
+        # Four steps per epoch; the second step of the epoch.
+        if calls[0] == 4 * (epoch - 1) + 2:
+            raise KeyboardInterrupt
+        return loss(heads, labels)
+
+    monkeypatch.setattr(train, "deep_supervision_loss", interrupting)
+
+
+def test_resuming_is_exact(tmp_path, discs_kept, finished, monkeypatch):
+    same, out = recipe(schedule="one-cycle", weight_decay=1e-2), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(same, discs_kept, out)
+    assert len(rows_of(out)) == 2
+    torch.manual_seed(99)
+    train.train(same, discs_kept, out)
+    assert_same_run(out, finished)
+
+
+def test_resuming_is_exact_after_every_epoch(tmp_path, discs_kept, finished, monkeypatch):
+    same, out = recipe(schedule="one-cycle", weight_decay=1e-2), tmp_path / "run"
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            interrupted_at(patch, 2)
+            with pytest.raises(KeyboardInterrupt):
+                train.train(same, discs_kept, out)
+    train.train(same, discs_kept, out)
+    assert_same_run(out, finished)
+
+
+@pytest.mark.parametrize("network", [
+    {"norm": "instance", "activation": "silu", "up": "linear", "up_conv": False},
+    {"norm": "none", "down": "strided", "classes": 2, "in_channels": 3},
+])  # fmt: skip
+def test_resuming_is_exact_for_other_networks(tmp_path, discs, monkeypatch, network):
+    for file in (discs / "labels").iterdir():
+        Image.fromarray((np.asarray(Image.open(file)) > 0).astype(np.uint8)).save(file)
+    same = recipe(epochs=2, network=network, learning_rate=1e-3)
+    train.train(same, discs, tmp_path / "a")
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(same, discs, tmp_path / "b")
+    train.train(same, discs, tmp_path / "b")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("victim", ["save_state", "log"])
+def test_a_kill_between_the_files_of_the_last_epoch_loses_nothing(tmp_path, discs_kept, finished, monkeypatch, victim):
+    same, out = recipe(schedule="one-cycle", weight_decay=1e-2), tmp_path / "run"
+    name = {"save_state": "_save_state", "log": "_write_log"}[victim]
+    write, calls = getattr(train, name), [0]
+
+    def killed(*args):
+        calls[0] += 1
+        if calls[0] == 4:
+            raise KeyboardInterrupt
+        write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(same, discs_kept, out)
+    train.train(same, discs_kept, out)
+    assert_same_run(out, finished)
+
+
+def test_a_killed_process_goes_on(tmp_path, discs_kept, finished):
+    """SIGKILL, without any chance to clean up."""
+    out = tmp_path / "run"
+    (tmp_path / "recipe.json").write_text(recipe(schedule="one-cycle", weight_decay=1e-2).model_dump_json())
+    code = (
+        "import sys; from pathlib import Path; from model.train import TrainConfig, train\n"
+        "data, out, recipe = map(Path, sys.argv[1:])\n"
+        "train(TrainConfig.model_validate_json(recipe.read_text()), data, out)"
+    )
+    command = [sys.executable, "-c", code, str(discs_kept), str(out), str(tmp_path / "recipe.json")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (out / "last.safetensors").exists():
+        assert process.poll() is None, "the run ended before its first epoch"
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    train.train(recipe(schedule="one-cycle", weight_decay=1e-2), discs_kept, out)
+    assert_same_run(out, finished)
+
+
+def test_a_finished_run_is_left_as_it_is(finished, discs_kept):
+    before = {p.name: p.read_bytes() for p in finished.iterdir() if p.suffix != ".png"}
+    assert train.train(recipe(schedule="one-cycle", weight_decay=1e-2), discs_kept, finished) == finished / "best.safetensors"
+    assert {p.name: p.read_bytes() for p in finished.iterdir() if p.suffix != ".png"} == before
+
+
+def test_another_recipe_is_not_resumed(finished, discs_kept):
+    before = {p.name: p.read_bytes() for p in finished.iterdir()}
+    with pytest.raises(RecipeError, match=r"holds a run of another recipe.*another --out"):
+        train.train(recipe(epochs=5, schedule="one-cycle", weight_decay=1e-2), discs_kept, finished)
+    assert {p.name: p.read_bytes() for p in finished.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", ["bytes", "checkpoint"])
+def test_a_last_file_that_is_none(tmp_path, discs_kept, finished, content):
+    data = b"damaged" if content == "bytes" else (finished / "best.safetensors").read_bytes()
+    (tmp_path / "last.safetensors").write_bytes(data)
+    with pytest.raises(RecipeError, match=r"last\.safetensors: no run can be resumed from it"):
+        train.train(recipe(), discs_kept, tmp_path)
+
+
+# --- early stop ---
+
+
+def test_early_stop(tmp_path, discs_kept, monkeypatch):
+    scores = iter([0.5, 0.7, 0.7, 0.6, 0.9])
+    monkeypatch.setattr(train, "evaluate", lambda *args: {"dice_L1": 0.0, "dice_L2": 0.0, "dice_accurate": next(scores)})
+    out = tmp_path / "run"
+    train.train(recipe(epochs=9, patience=2), discs_kept, out)
+    # The best was epoch 2; 3 equals it, which is no improvement, and 4 is worse: stop.
+    assert [row["dice_accurate"] for row in rows_of(out)] == [0.5, 0.7, 0.7, 0.6]
+    assert checkpoint.load(out / "best.safetensors")[1]["epoch"] == 2
+    train.train(recipe(epochs=9, patience=2), discs_kept, out)
+    assert len(rows_of(out)) == 4
+
+
+# --- what is refused before the first step ---
+
+
+@pytest.fixture
+def no_step(monkeypatch):
+    def step(*args):
+        raise AssertionError("a step was made")
+
+    monkeypatch.setattr(train, "deep_supervision_loss", step)
+
+
+@pytest.mark.usefixtures("no_step")
+class TestRefused:
+    def test_bad_data(self, discs, tmp_path):
+        (discs / "images" / "val1.png").write_bytes(b"")
+        with pytest.raises(DataError, match=r"val1\.png"):
+            train.train(recipe(), discs, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    def test_no_validation_data(self, discs, tmp_path):
+        (discs / "index.csv").write_text("id,split\ntrain0,train\n")
+        with pytest.raises(DataError, match="'val' has no samples"):
+            train.train(recipe(), discs, tmp_path / "run")
+
+    def test_volumes(self, discs_kept, tmp_path):
+        with pytest.raises(RecipeError, match=r"network\.dims.*trains on images"):
+            train.train(recipe(network={"dims": 3}), discs_kept, tmp_path / "run")
+
+    def test_a_batch_larger_than_an_epoch(self, discs_kept, tmp_path):
+        with pytest.raises(DataError, match="a batch of 17 tiles is more than one epoch holds"):
+            train.train(recipe(batch=17), discs_kept, tmp_path / "run")
+
+    def test_a_tile_that_cannot_be_halved(self, discs_kept, tmp_path):
+        with pytest.raises(RecipeError, match=r"data\.tile.*18.*multiple of 4"):
+            train.train(recipe(data={"tile": 18}), discs_kept, tmp_path / "run")
+
+
+# --- learning rate ---
+
+
+def test_constant():
+    options = OptimisationConfig(learning_rate=0.2)
+    assert {learning_rate(options, step, 50) for step in range(50)} == {0.2}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 100, 1234])
+def test_one_cycle(steps):
+    options = OptimisationConfig(learning_rate=0.2, schedule="one-cycle")
+    rates = [learning_rate(options, step, steps) for step in range(steps)]
+    warm_up = max(steps // 10, 1)
+    assert all(0 < rate <= 0.2 + 1e-12 for rate in rates)
+    # Linear up to the full rate, never zero at the first step.
+    np.testing.assert_allclose(rates[:warm_up], [0.2 * (n + 1) / warm_up for n in range(warm_up)])
+    assert rates[warm_up:] == sorted(rates[warm_up:], reverse=True)
+    if steps >= 100:
+        assert rates[warm_up] == 0.2
+        assert rates[(steps + warm_up) // 2] == pytest.approx(0.1, rel=0.02)
+        assert rates[-1] < 0.2 * 1e-3
+
+
+def test_the_run_follows_the_schedule(tmp_path, discs_kept, monkeypatch):
+    seen = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (seen.append(self.param_groups[0]["lr"]), step(self)))
+    options = recipe(epochs=3, schedule="one-cycle")
+    train.train(options, discs_kept, tmp_path)
+    # 4 images x 4 tiles in batches of 4: four steps in each of three epochs.
+    assert seen == [learning_rate(options.optimisation, n, 12) for n in range(12)]
+
+
+# --- evaluation ---
+
+
+def constant_network(probability, classes=1):
+    network = UNetPlusPlus(UNetPlusPlusConfig(widths=(2, 3), classes=classes)).eval()
+    for parameter in network.parameters():
+        parameter.data.zero_()
+    network.heads["1"].bias.data[-1] = float(np.log(probability / (1 - probability)))
+    return network
+
+
+def labelled_split(*labels):
+    split = object.__new__(Split)
+    split.labels = [np.asarray(label, np.uint8) for label in labels]
+    split.images = [np.zeros((1, *label.shape), np.float32) for label in split.labels]
+    return split
+
+
+def test_dice_by_hand():
+    full, empty = np.ones((5, 7)), np.zeros((5, 7))
+    quarter = np.zeros((8, 8))
+    quarter[:4, :4] = 1
+    cpu = torch.device("cpu")
+    # Everything foreground: Dice is 1, 0 and 2 * 16 / (64 + 16) = 0.4. An odd size is padded, and cropped again.
+    scores = train.evaluate(constant_network(0.9), labelled_split(full, empty, quarter), cpu, "fp32")
+    assert scores == {"dice_L1": pytest.approx(1.4 / 3), "dice_accurate": pytest.approx(1.4 / 3)}
+    # Nothing foreground: 0, both empty counts 1, 0.
+    scores = train.evaluate(constant_network(0.1), labelled_split(full, empty, quarter), cpu, "fp32")
+    assert scores["dice_accurate"] == pytest.approx(1 / 3)
+
+
+def test_dice_of_several_classes_leaves_the_background_out():
+    label = np.zeros((8, 8))
+    label[:4] = 2
+    # Class 2 everywhere: Dice of class 2 is 2 * 32 / (64 + 32) = 2/3, of class 1 (in neither) 1.
+    scores = train.evaluate(constant_network(0.9, classes=3), labelled_split(label), torch.device("cpu"), "fp32")
+    assert scores["dice_L1"] == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_accurate_is_the_mean_of_the_probabilities_not_of_the_masks():
+    network = UNetPlusPlus(UNetPlusPlusConfig(widths=(2, 3, 4))).eval()
+    for parameter in network.parameters():
+        parameter.data.zero_()
+    # Heads say 0.4 and 0.7: the mean 0.55 is foreground, though one head is not.
+    for head, probability in zip(network.heads.values(), (0.4, 0.7), strict=True):
+        head.bias.data.fill_(float(np.log(probability / (1 - probability))))
+    scores = train.evaluate(network, labelled_split(np.ones((4, 4))), torch.device("cpu"), "fp32")
+    assert scores == {"dice_L1": 0, "dice_L2": 1, "dice_accurate": 1}
+
+
+# --- recipes ---
+
+
+def test_the_shipped_recipe_is_valid():
+    config = read_recipe(RECIPE, [])
+    assert config.architecture == "unetpp"
+    assert config.network.widths == (32, 64, 128, 256, 512)
+    assert config.data.tile % config.network.divisor(config.network.depth) == 0
+
+
+def test_overrides():
+    config = read_recipe(
+        RECIPE,
+        [
+            "architecture=unet",
+            "optimisation.epochs=3",
+            "optimisation.schedule=constant",
+            'data.balance="a=b"',
+            "network.widths=[2, 3]",
+        ],
+    )
+    assert (config.architecture, config.optimisation.epochs, config.optimisation.schedule) == ("unet", 3, "constant")
+    assert (config.data.balance, config.network.widths) == ("a=b", (2, 3))
+    assert config.optimisation.batch == read_recipe(RECIPE, []).optimisation.batch
+
+
+def test_an_override_of_a_section_that_the_recipe_leaves_out(tmp_path):
+    (tmp_path / "empty.toml").write_text("")
+    assert read_recipe(tmp_path / "empty.toml", ["optimisation.epochs=3"]).optimisation.epochs == 3
+
+
+@pytest.mark.parametrize(("override", "match"), [
+    ("optimisation.epochs", "expected section.key=value"),
+    ("optimisation.epoch=3", r"optimisation\.epoch: Extra inputs"),
+    ("nowhere.key=3", "nowhere: Extra inputs"),
+    ("optimisation.epochs=many", r"optimisation\.epochs: Input should be a valid integer"),
+    ("optimisation.epochs=0", r"optimisation\.epochs: .*greater than or equal to 1"),
+    ("optimisation.seed=-1", r"optimisation\.seed: .*greater than or equal to 0"),
+    ("architecture=resnet", "architecture: Input should be 'unetpp' or 'unet'"),
+    ("network.widths=[1]", "widths must list 2 to 6"),
+    ("architecture.name=unet", r"override 'architecture\.name=unet': architecture is no section"),
+    ("optimisation.epochs.max=3", r"optimisation\.epochs is no section"),
+])  # fmt: skip
+def test_wrong_overrides(override, match):
+    with pytest.raises(RecipeError, match=match):
+        read_recipe(RECIPE, [override])
+
+
+@pytest.mark.parametrize("content", [b"not toml", b"\xff\xfe", b"[network]\nwidth = [3, 4]\n"])
+def test_wrong_recipes(tmp_path, content):
+    (tmp_path / "a.toml").write_bytes(content)
+    with pytest.raises(RecipeError, match=r"a\.toml"):
+        read_recipe(tmp_path / "a.toml", [])
+
+
+def test_a_missing_recipe(tmp_path):
+    with pytest.raises(RecipeError, match=r"none\.toml"):
+        read_recipe(tmp_path / "none.toml", [])
+
+
+# --- the console ---
+
+
+def test_what_is_said(tmp_path, discs_kept):
+    with (tmp_path / "said.txt").open("w+") as file:
+        train.train(recipe(epochs=1), discs_kept, tmp_path / "run", Console(file=file, width=200))
+        file.seek(0)
+        text = file.read()
+    assert "4 training and 2 validation images; 4 steps per epoch" in text
+    assert "epoch 1: loss" in text
+
+
+ARGUMENTS = ["--set", "network.widths=[4, 6]", "--set", "network.in_channels=1", "--set", "data.tile=16", "--set", "data.tiles_per_image=1",
+             "--set", "optimisation.batch=4", "--set", "optimisation.workers=0", "--set", "optimisation.epochs=1"]  # fmt: skip
+
+
+def test_command_help():
+    result = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert "recipe" in result.output.lower()
+    assert "--set" in result.output
+
+
+def test_command(tmp_path, discs_kept):
+    out = tmp_path / "run"
+    result = CliRunner().invoke(app, ["train", str(RECIPE), "--data", str(discs_kept), "--out", str(out), *ARGUMENTS])
+    assert result.exit_code == 0, result.output
+    assert f"next: unetpp export {out / 'best.safetensors'}" in result.output
+    assert json.loads((out / "recipe.json").read_text())["network"]["widths"] == [4, 6]
+
+
+@pytest.mark.parametrize(("arguments", "text"), [
+    (["--set", "optimisation.epoch=1"], "optimisation.epoch"),
+    (["--set", "network.dims=3"], "network.dims"),
+])  # fmt: skip
+def test_command_says_what_is_wrong(tmp_path, discs_kept, arguments, text):
+    out = str(tmp_path / "run")
+    result = CliRunner().invoke(app, ["train", str(RECIPE), "--data", str(discs_kept), "--out", out, *ARGUMENTS, *arguments])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert text in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_command_on_bad_data_and_interrupted(tmp_path, discs_kept, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    arguments = ["train", str(RECIPE), "--out", str(tmp_path / "run"), *ARGUMENTS, "--data"]
+    result = CliRunner().invoke(app, [*arguments, str(tmp_path / "empty")])
+    assert (result.exit_code, "index.csv: not found" in result.stderr) == (1, True)
+    interrupted_at(monkeypatch, 1)
+    monkeypatch.setattr(train, "deep_supervision_loss", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    result = CliRunner().invoke(app, [*arguments, str(discs_kept)])
+    assert (result.exit_code, "error: interrupted; the same command goes on" in result.stderr) == (1, True)

@@ -1,0 +1,55 @@
+"""The crash and fuzz files of other readers, through a real server."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.conftest import serving
+from tests.server.conftest import fake_app, picture_bytes, resident_mb
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # decoders warn about what they tolerate
+
+GOOD = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[httpx.Client]:
+    """Real decoding and encoding; only the network is left out."""
+    with serving(fake_app(limits={"max_pixels": 20_000_000})) as client:
+        client.timeout = httpx.Timeout(30)
+        yield client
+
+
+def families(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("family", ["go-fuzz", "image-png", "image-rs", "libpng", "nibabel", "nifti-rs", "pillow"])
+def test_none_is_our_fault(server: httpx.Client, bad_inputs: Path, family: str) -> None:
+    files = families(bad_inputs / family)
+    assert files
+    server.post("/segment", content=GOOD)
+    before = resident_mb()
+    for path in files:
+        data = path.read_bytes()
+        answer = server.post("/segment?mode=fast&level=1", content=data)
+        assert answer.status_code in (200, 413, 415, 422), (path, answer.text)
+        if answer.status_code != 200:
+            assert answer.headers["content-type"] == "application/problem+json", path
+        assert server.post("/segment", content=GOOD).status_code == 200, path
+    assert resident_mb() - before < 400
+
+
+def test_as_references(server: httpx.Client, bad_inputs: Path) -> None:
+    for path in families(bad_inputs / "pillow"):
+        answer = server.post("/segment?mode=fast&level=1", files={"file": GOOD, "reference": path.read_bytes()})
+        assert answer.status_code in (200, 413, 415, 422), (path, answer.text)
+
+
+def test_the_shipped_network_meets_them_too(client: httpx.Client, bad_inputs: Path) -> None:
+    for path in families(bad_inputs / "image-rs"):
+        answer = client.post("/segment?mode=fast&level=1", content=path.read_bytes())
+        assert answer.status_code in (200, 413, 415, 422), (path, answer.text)

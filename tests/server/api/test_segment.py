@@ -1,0 +1,353 @@
+import base64
+import concurrent.futures
+import io
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image as Pillow
+from scipy.special import expit
+
+from server.arrays import Tiles
+from server.imaging.encode import ENCODERS
+from tests.conftest import serving
+from tests.server.conftest import bright, fake_app, mask_of, picture_bytes
+
+PNG = {"content-type": "image/png"}
+L1 = "/segment?mode=fast&level=1"
+
+
+def random_picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Like fluorescence: bright round nuclei on a dark ground, one every 30 pixels or so."""
+    random = np.random.default_rng(seed)
+    rows, columns = np.ogrid[:height, :width]
+    picture = random.normal(20, 4, (height, width))
+    for top in range(0, height, 30):
+        for left in range(0, width, 30):
+            (y, x), radius = random.uniform(10, 20, 2), random.uniform(5, 9)
+            cell = slice(top, top + 30), slice(left, left + 30)
+            distance = np.hypot(rows[cell[0]] - top - y, columns[:, cell[1]] - left - x)
+            picture[cell] += random.uniform(100, 180) * expit((radius - distance) * 1.5)
+    return np.clip(picture[..., None] * [0.9, 0.95, 1.0], 0, 255).astype(np.uint8)
+
+
+class TestHappyPath:
+    @pytest.mark.parametrize(
+        ("query", "mode", "level", "requested"),
+        [
+            ("", "accurate", "4", "4"), ("?mode=accurate", "accurate", "4", "4"), ("?level=2", "fast", "2", "2"),
+            *((f"?mode=fast&level={level}", "fast", f"{level}", f"{level}") for level in (1, 2, 3, 4)),
+        ],
+    )  # fmt: skip
+    def test_modes_and_levels(self, client: httpx.Client, query: str, mode: str, level: str, requested: str) -> None:
+        answer = client.post(f"/segment{query}", content=picture_bytes(random_picture(40, 50)), headers=PNG)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["content-type"] == "image/png"
+        assert answer.headers["x-segment-model"] == "nuclei"
+        assert answer.headers["x-segment-mode"] == mode
+        assert answer.headers["x-segment-level"] == level
+        assert answer.headers["x-segment-level-requested"] == requested
+        assert answer.headers["x-segment-precision"] == "fp32"
+        assert "x-segment-iou" not in answer.headers
+        mask = mask_of(answer.content)
+        assert mask.shape == (40, 50)
+        assert set(np.unique(mask)) <= {0, 1}
+
+    def test_server_timing_names_the_phases(self, client: httpx.Client) -> None:
+        answer = client.post(L1, content=picture_bytes(random_picture(20, 20)), headers=PNG)
+        timing = dict(part.split(";dur=") for part in answer.headers["server-timing"].split(", "))
+        assert {"decode", "queue", "infer", "restore", "encode"} <= timing.keys()
+        assert all(float(value) >= 0 for value in timing.values())
+
+    def test_request_id(self, client: httpx.Client) -> None:
+        def given(value: str | None) -> str:
+            headers = PNG | ({} if value is None else {"x-request-id": value})
+            return client.post(L1, content=picture_bytes(random_picture(8, 8)), headers=headers).headers["x-request-id"]
+
+        assert given("mine-1.A_b") == "mine-1.A_b"
+        assert given(None) != given(None)
+        for bad in ("with space", "a" * 65, "semi;colon", ""):
+            assert given(bad) != bad
+
+    @pytest.mark.parametrize("precision", ["auto", "fp32", "int8"])
+    def test_precisions(self, client: httpx.Client, precision: str) -> None:
+        answer = client.post(f"{L1}&precision={precision}", content=picture_bytes(random_picture(20, 20)), headers=PNG)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["x-segment-precision"] == ("fp32" if precision == "auto" else precision)
+
+    @pytest.mark.parametrize("name", ENCODERS)
+    def test_formats(self, client: httpx.Client, name: str) -> None:
+        picture = random_picture(33, 41)
+        plain = mask_of(client.post(L1, content=picture_bytes(picture), headers=PNG).content)
+        answer = client.post(f"{L1}&format={name}&include_mask=true", content=picture_bytes(picture), headers=PNG)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["content-type"] == ENCODERS[name].media_type
+        if name == "npz":
+            with np.load(io.BytesIO(answer.content)) as arrays:
+                assert np.array_equal(arrays["mask"], plain)
+                assert arrays["probabilities"].shape == (1, 33, 41)
+        elif name == "json":
+            report = answer.json()
+            assert report["size"] == {"height": 33, "width": 41}
+            assert report["classes"][0]["pixels"] == plain.sum()
+            assert (report["model"], report["mode"], report["level"], report["precision"]) == ("nuclei", "fast", 1, "fp32")
+            assert report["timings_ms"].keys() >= {"decode", "infer"}
+            assert np.array_equal(mask_of(base64.b64decode(report["mask_png"])), plain)
+        else:
+            assert Pillow.open(io.BytesIO(answer.content)).size == (41, 33)
+
+    def test_json_without_the_mask(self, client: httpx.Client) -> None:
+        answer = client.post(f"{L1}&format=json", content=picture_bytes(random_picture(8, 8)), headers=PNG)
+        assert "mask_png" not in answer.json()
+
+    @pytest.mark.parametrize(("accept", "kind"), [("application/json", "application/json"), ("application/x-npz", "application/x-npz"),
+                                                  ("image/*", "image/png"), ("text/html,*/*;q=0.8", "image/png")])  # fmt: skip
+    def test_accept(self, client: httpx.Client, accept: str, kind: str) -> None:
+        answer = client.post(L1, content=picture_bytes(random_picture(8, 8)), headers=PNG | {"accept": accept})
+        assert answer.headers["content-type"] == kind
+
+    @pytest.mark.parametrize(
+        "declared",
+        ["image/png", "image/tiff", "IMAGE/PNG; x=y", "application/octet-stream", "application/x-www-form-urlencoded", None],
+    )
+    def test_declared_types_of_a_raw_body(self, client: httpx.Client, declared: str | None) -> None:
+        data = picture_bytes(random_picture(24, 24))
+        plain = client.post(L1, content=data, headers=PNG)
+        answer = client.post(L1, content=data, headers={} if declared is None else {"content-type": declared})
+        assert answer.content == plain.content
+
+    @pytest.mark.parametrize("declared", ["image/png", "application/octet-stream", ""])
+    def test_multipart(self, client: httpx.Client, declared: str) -> None:
+        data = picture_bytes(random_picture(24, 24))
+        plain = client.post(L1, content=data, headers=PNG)
+        assert client.post(L1, files={"file": ("a.png", data, declared)}).content == plain.content
+
+    def test_a_body_that_streams_in(self, client: httpx.Client) -> None:
+        data = picture_bytes(random_picture(64, 64))
+        plain = client.post(L1, content=data, headers=PNG)
+        chunked = client.post(L1, content=(data[i : i + 100] for i in range(0, len(data), 100)), headers=PNG)
+        assert chunked.content == plain.content
+
+    @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "WEBP"])
+    @pytest.mark.parametrize("multipart", [False, True])
+    def test_kinds_of_file(self, client: httpx.Client, kind: str, multipart: bool) -> None:
+        picture = random_picture(24, 30)
+        data = picture_bytes(picture, kind, **({"lossless": True} if kind == "WEBP" else {}))
+        plain = client.post(L1, content=picture_bytes(picture), headers=PNG)
+        answer = client.post(L1, files={"file": data}) if multipart else client.post(L1, content=data)
+        assert answer.status_code == 200, answer.text
+        assert answer.content == plain.content
+
+    def test_a_large_tiff_waits_on_disk(self, client: httpx.Client) -> None:
+        picture = random_picture(1300, 1300)
+        out = io.BytesIO()
+        tifffile.imwrite(out, picture, photometric="rgb")
+        assert len(out.getvalue()) > 4 * 1024 * 1024
+        answer = client.post(L1, content=out.getvalue())
+        assert answer.status_code == 200, answer.text
+        assert mask_of(answer.content).shape == (1300, 1300)
+
+    @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+    def test_scientific_tiffs(self, client: httpx.Client, dtype: type) -> None:
+        """The same picture at another depth gives the same mask: only the image's own statistics count."""
+        picture = random_picture(48, 48)[..., 0]
+        scaled = {np.uint8: picture, np.uint16: picture.astype(np.uint16) * 256, np.float32: picture.astype(np.float32) / 1024}[
+            dtype
+        ]
+        out = io.BytesIO()
+        tifffile.imwrite(out, scaled)
+        answer = client.post(L1, content=out.getvalue())
+        assert answer.status_code == 200, answer.text
+        plain = client.post(L1, content=picture_bytes(picture))
+        assert np.mean(mask_of(answer.content) != mask_of(plain.content)) < 1e-3
+
+    def test_pages_are_noted(self, client: httpx.Client) -> None:
+        out = io.BytesIO()
+        tifffile.imwrite(out, np.zeros((3, 16, 16), dtype=np.uint8), photometric="minisblack")
+        answer = client.post(L1, content=out.getvalue())
+        assert "first of 3 pages" in answer.headers["x-segment-note"]
+
+    @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (17, 33), (513, 700)])
+    @pytest.mark.parametrize("query", ["mode=fast&level=1", "mode=fast&level=4"])
+    def test_odd_sizes(self, client: httpx.Client, size: tuple[int, int], query: str) -> None:
+        if size == (513, 700) and query.endswith("4"):
+            pytest.skip("slow, and tiling does not depend on the level")
+        answer = client.post(f"/segment?{query}", content=picture_bytes(random_picture(*size)), headers=PNG)
+        assert answer.status_code == 200, answer.text
+        assert mask_of(answer.content).shape == size
+
+    def test_grey_is_as_good_as_grey_in_colour(self, client: httpx.Client) -> None:
+        grey = random_picture(60, 70)[..., 0]
+        one, three = (client.post(L1, content=picture_bytes(p)).content for p in (grey, np.dstack([grey] * 3)))
+        assert one == three
+
+    def test_a_real_image(self, client: httpx.Client, ihc: np.ndarray) -> None:
+        mask = mask_of(client.post(L1, content=picture_bytes(ihc), headers=PNG).content)
+        assert mask.shape == ihc.shape[:2]
+        assert 0.01 < mask.mean() < 0.9
+
+
+def test_equals_the_graph_run_by_hand(client: httpx.Client, shipped_bundle: Path) -> None:
+    """Nothing of the server's own code stands between the picture and the expected mask."""
+    import onnxruntime
+
+    picture = random_picture(50, 37)
+    mean = picture.mean(axis=(0, 1), dtype=np.float64)
+    inverse_std = 1 / picture.std(axis=(0, 1), dtype=np.float64)
+    padded = np.pad(picture, ((0, 64 - 50), (0, 48 - 37), (0, 0)), mode="reflect").transpose(2, 0, 1)[None].astype(np.float32)
+    feed = {"image": padded} | {
+        key: value.astype(np.float32).reshape(1, 3, 1, 1) for key, value in (("mean", mean), ("inverse_std", inverse_std))
+    }
+    session = onnxruntime.InferenceSession(shipped_bundle / "accurate.onnx", providers=["CPUExecutionProvider"])
+    scores = session.run(["scores"], feed)[0][0, 0, :50, :37]
+    answer = client.post("/segment?precision=fp32&format=npz", content=picture_bytes(picture), headers=PNG)
+    with np.load(io.BytesIO(answer.content)) as arrays:
+        assert np.abs(arrays["probabilities"][0].astype(np.float32) - scores).max() < 1e-3  # float16
+        sure = np.abs(scores - 0.5) > 1e-4
+        assert np.array_equal(arrays["mask"][sure], (scores > 0.5)[sure])
+
+
+class TestReference:
+    def test_of_itself_is_perfect(self, client: httpx.Client) -> None:
+        data = picture_bytes(random_picture(60, 70))
+        own = client.post(L1, content=data, headers=PNG).content
+        assert mask_of(own).any()
+        answer = client.post(L1, files={"file": data, "reference": own})
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["x-segment-iou"] == answer.headers["x-segment-dice"] == "1.0000"
+        assert answer.content == own
+
+    def test_json_has_it_per_class(self, client: httpx.Client) -> None:
+        data = picture_bytes(random_picture(60, 70))
+        mask = mask_of(client.post(L1, content=data, headers=PNG).content)
+        half = mask.copy()
+        half[:30] = 0
+        answer = client.post(f"{L1}&format=json", files={"file": data, "reference": picture_bytes(half * 255)})
+        iou = half.sum() / mask.sum()
+        assert answer.json()["reference"]["nucleus"]["iou"] == pytest.approx(iou)
+        assert float(answer.headers["x-segment-iou"]) == pytest.approx(iou, abs=1e-4)
+
+    def test_instance_map_in_tiff(self, client: httpx.Client) -> None:
+        data = picture_bytes(random_picture(60, 70))
+        mask = mask_of(client.post(L1, content=data, headers=PNG).content)
+        out = io.BytesIO()
+        tifffile.imwrite(out, mask.astype(np.uint16) * np.arange(1, 71, dtype=np.uint16))
+        answer = client.post(L1, files={"file": data, "reference": out.getvalue()})
+        assert answer.headers["x-segment-iou"] == "1.0000"
+
+    @pytest.mark.parametrize(
+        ("reference", "said"),
+        [
+            (picture_bytes(np.zeros((61, 70), dtype=np.uint8)), "70 × 61"),
+            (picture_bytes(random_picture(60, 70)), "colour"),
+            (b"", "0 bytes"),
+            (picture_bytes(random_picture(60, 70))[:200], "cannot be decoded"),
+        ],
+    )
+    def test_that_does_not_fit(self, client: httpx.Client, problem: Callable[..., Any], reference: bytes, said: str) -> None:
+        answer = client.post(L1, files={"file": picture_bytes(random_picture(60, 70)), "reference": reference})
+        assert said in problem(answer, 422).detail
+
+
+def test_concurrent_requests_get_their_own_masks(client: httpx.Client) -> None:
+    sizes = [(40, 50), (64, 64), (33, 80), (64, 64)]
+    jobs = [(f"/segment?mode=fast&level={1 + i % 2}", picture_bytes(random_picture(*sizes[i % 4], seed=i))) for i in range(16)]
+    alone = [client.post(url, content=data, headers=PNG).content for url, data in jobs]
+    assert len(set(alone)) > 8
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(lambda job: client.post(job[0], content=job[1], headers=PNG), jobs))
+    assert [answer.status_code for answer in together] == [200] * 16
+    for answer, expected in zip(together, alone, strict=True):
+        # Batches may round differently in the last digit; a pixel at the threshold may fall either way.
+        assert np.mean(mask_of(answer.content) != mask_of(expected)) < 1e-3
+
+
+def test_too_many_at_once(problem: Callable[..., Any]) -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def slow(tiles: Tiles) -> np.ndarray:
+        inside.set()
+        assert leave.wait(30)
+        return bright(tiles)
+
+    data = picture_bytes(random_picture(16, 16))
+    with serving(fake_app(slow, http={"max_in_flight": 1})) as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.post, "/segment", content=data)
+        assert inside.wait(30)
+        refused = client.post("/segment", content=data)
+        assert "1 request" in problem(refused, 429, "overloaded").detail
+        assert int(refused.headers["retry-after"]) >= 1
+        leave.set()
+        assert first.result().status_code == 200
+        assert client.post("/segment", content=data).status_code == 200
+        metrics = client.get("/metrics").text
+        assert 'unetpp_requests_total{level="none",mode="none",model="none",outcome="refused"} 1.0' in metrics
+        assert "unetpp_requests_in_flight 0.0" in metrics
+
+
+def test_a_failing_engine(problem: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    broken = threading.Event()
+
+    def touchy(tiles: Tiles) -> np.ndarray:
+        if broken.is_set():
+            raise RuntimeError("secret: /home/operator/weights")
+        return bright(tiles)
+
+    data = picture_bytes(random_picture(16, 16))
+    with serving(fake_app(touchy)) as client:
+        assert client.get("/health/ready").status_code == 200
+        broken.set()
+        failed = problem(client.post("/segment?level=2", content=data), 500, "inference-failed")
+        assert "secret" not in str(failed)
+        assert "log" in failed.detail
+        assert "secret" in caplog.text
+        assert 'unetpp_requests_total{level="2",mode="fast",model="fake",outcome="error"} 1.0' in client.get("/metrics").text
+        broken.clear()
+        assert client.post("/segment?level=2", content=data).status_code == 200
+
+
+def test_an_unexpected_error_is_a_problem_too(
+    problem: Callable[..., Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*_: object) -> None:
+        raise ZeroDivisionError("secret")
+
+    data = picture_bytes(random_picture(16, 16))
+    with serving(fake_app()) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr("server.segment.pipeline.make_plan", bug)
+            failed = problem(client.post("/segment", content=data, headers={"x-request-id": "mine"}), 500, "internal")
+            assert "secret" not in str(failed)
+            assert "ZeroDivisionError" in caplog.text
+            for _ in range(5):  # the connection is closed, and the answer says so
+                answer = client.post("/segment", content=data, headers={"x-request-id": "mine"})
+                assert answer.headers["x-request-id"] == "mine"
+                assert answer.headers["connection"] == "close"
+        assert client.post("/segment", content=data).status_code == 200
+
+
+def test_a_client_that_leaves_while_he_sends() -> None:
+    import socket
+
+    data = picture_bytes(random_picture(16, 16))
+    with serving(fake_app()) as client:
+        where = client.base_url.host, client.base_url.port
+        for kind in (b"image/png", b"multipart/form-data; boundary=x"):
+            with socket.create_connection(where, timeout=30) as leaving:
+                leaving.sendall(
+                    b"POST /segment HTTP/1.1\r\nHost: a\r\nContent-Type: " + kind + b"\r\nContent-Length: 100000\r\n\r\n--x\r\n"
+                )
+        assert client.post("/segment", content=data).status_code == 200
+        for _ in range(500):
+            metrics = client.get("/metrics").text
+            if 'outcome="cancelled"} 2.0' in metrics:
+                break
+            time.sleep(0.02)
+        assert 'unetpp_requests_total{level="4",mode="accurate",model="fake",outcome="cancelled"} 2.0' in metrics
+        assert "unetpp_requests_in_flight 0.0" in metrics

@@ -1,0 +1,127 @@
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image as Pillow
+
+from server.arrays import Image, Mask
+from server.errors import UnknownFormat
+from server.imaging import encode as room
+from server.imaging.encode import ENCODERS, Product, choose
+from server.imaging.encode.overlay import displayed
+
+COLORS = {1: (255, 127, 14), 2: (0, 0, 255), 255: (1, 2, 3)}
+NAMES = {1: "one", 2: "two", 255: "last"}
+
+
+def product(classes: np.ndarray, scores: np.ndarray | None = None, image: np.ndarray | None = None) -> Product:
+    return Product(Mask(classes, scores), COLORS, NAMES, None if image is None else Image(image), {"a": "µ", "b": [1]})
+
+
+def test_every_file_has_a_row() -> None:
+    files = {path.stem for path in Path(room.__file__).parent.glob("*.py")} - {"__init__"}
+    assert files == ENCODERS.keys()
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_png_gives_the_classes_back(height: int, width: int, seed: int) -> None:
+    classes = np.random.default_rng(seed).choice(np.array([0, 1, 2, 255], dtype=np.uint8), (height, width))
+    picture = Pillow.open(io.BytesIO(ENCODERS["png"].encode(product(classes))))
+    assert picture.mode == "P"
+    assert np.array_equal(np.asarray(picture), classes)
+    shown = np.asarray(picture.convert("RGB"))
+    for value, color in {0: (0, 0, 0), **COLORS}.items():
+        assert (shown[classes == value] == color).all()
+
+
+def test_png_of_background_alone() -> None:
+    picture = Pillow.open(io.BytesIO(ENCODERS["png"].encode(product(np.zeros((3, 5), dtype=np.uint8)))))
+    assert (picture.mode, picture.size) == ("P", (5, 3))
+    assert not np.asarray(picture).any()
+
+
+def test_png_of_a_view_that_is_not_contiguous() -> None:
+    classes = np.arange(24, dtype=np.uint8).reshape(4, 6) % 3
+    assert np.array_equal(np.asarray(Pillow.open(io.BytesIO(ENCODERS["png"].encode(product(classes.T))))), classes.T)
+
+
+def test_npz(rng: np.random.Generator) -> None:
+    classes, scores = rng.integers(0, 3, (5, 7), dtype=np.uint8), rng.random((3, 5, 7)).astype(np.float16)
+    with np.load(io.BytesIO(ENCODERS["npz"].encode(product(classes, scores)))) as arrays:
+        assert set(arrays.files) == {"mask", "probabilities"}
+        assert np.array_equal(arrays["mask"], classes)
+        assert np.array_equal(arrays["probabilities"], scores)
+        assert arrays["probabilities"].dtype == np.float16
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png16_is_the_foreground_probability(rng: np.random.Generator, channels: int) -> None:
+    scores = rng.random((channels, 5, 7)).astype(np.float16)
+    scores[0, 0, :2] = 0, 1
+    picture = Pillow.open(io.BytesIO(ENCODERS["png16"].encode(product(np.zeros((5, 7), dtype=np.uint8), scores))))
+    assert picture.mode.startswith("I;16")
+    wanted = scores[0].astype(float) if channels == 1 else 1 - scores[0].astype(float)
+    assert np.abs(np.asarray(picture) / 65535 - wanted).max() < 1e-4
+    assert set(np.asarray(picture)[0, :2].tolist()) == {0, 65535}
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_overlay(rng: np.random.Generator, dtype: type, channels: int) -> None:
+    image = (rng.random((20, 30, channels)) * 200).astype(dtype)
+    classes = np.zeros((20, 30), dtype=np.uint8)
+    classes[5:15, 5:15] = 1
+    before = image.copy()
+    picture = Pillow.open(io.BytesIO(ENCODERS["overlay"].encode(product(classes, image=image))))
+    assert (picture.mode, picture.size) == ("RGB", (30, 20))
+    shown = np.asarray(picture)
+    assert np.array_equal(shown[classes == 0], displayed(image)[classes == 0])
+    assert tuple(shown[5, 5]) == COLORS[1]
+    assert tuple(shown[9, 9]) != tuple(displayed(image)[9, 9])
+    assert np.array_equal(image, before)
+
+
+@pytest.mark.parametrize("value", [0, 3.5, -1e30])
+def test_overlay_of_a_constant_float_image(value: float) -> None:
+    image = np.full((4, 4, 1), value, dtype=np.float32)
+    assert Pillow.open(io.BytesIO(ENCODERS["overlay"].encode(product(np.zeros((4, 4), dtype=np.uint8), image=image)))).size == (
+        4,
+        4,
+    )
+
+
+def test_json() -> None:
+    body = ENCODERS["json"].encode(product(np.zeros((1, 1), dtype=np.uint8)))
+    assert json.loads(body) == {"a": "µ", "b": [1]}
+    assert "µ".encode() in body
+
+
+class TestChoose:
+    @pytest.mark.parametrize("name", ENCODERS)
+    def test_a_name_wins(self, name: str) -> None:
+        assert choose(name, "application/json") == name
+
+    @pytest.mark.parametrize(
+        ("accept", "name"),
+        [
+            (None, "png"), ("", "png"), ("*/*", "png"), ("image/*", "png"), ("image/png", "png"), ("application/json", "json"),
+            ("application/x-npz", "npz"), ("APPLICATION/JSON", "json"), ("text/html, application/json;q=0.9", "json"),
+            ("application/pdf, */*;q=0.1", "png"), ("application/json, */*", "json"), ("text/html,application/xhtml+xml,*/*;q=0.8", "png"),
+            ("application/json;q=0.5, image/png", "png"), ("image/png;q=0.2, application/json;q=0.7", "json"),
+            ("image/png;q=0, application/json", "json"), ("image/png;q=nonsense", "png"), ("application/*", "json"),
+        ],
+    )  # fmt: skip
+    def test_accept(self, accept: str | None, name: str) -> None:
+        assert choose(None, accept) == name
+
+    @pytest.mark.parametrize(
+        ("name", "accept"), [("tiff", None), ("", None), ("PNG", None), (None, "application/pdf"), (None, "image/png;q=0")]
+    )
+    def test_nothing_fits(self, name: str | None, accept: str | None) -> None:
+        with pytest.raises(UnknownFormat) as caught:
+            choose(name, accept)
+        assert all(known in str(caught.value) for known in ENCODERS)

@@ -1,0 +1,181 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.errors import BundleDamaged
+from server.runtime.bundle import Manifest, find_bundles, read_bundle
+from tests.server.conftest import calibrated, manifest
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A bundle whose files are small and nonsense, but as the manifest says."""
+    from server.runtime.bundle import FileEntry, sha256
+
+    folder = tmp_path / "fake"
+    folder.mkdir()
+    made = manifest()
+    for name in made.files:
+        (folder / name).write_bytes(name.encode() * 50)
+    files = {name: FileEntry(sha256=sha256(folder / name), bytes=(folder / name).stat().st_size) for name in made.files}
+    (folder / "manifest.json").write_text(made.model_copy(update={"files": files}).model_dump_json(exclude_none=True))
+    return folder
+
+
+NAMES = sorted(manifest().files)
+
+
+def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "manifest.json"
+    document = json.loads(path.read_text())
+    edit(document)
+    path.write_text(json.dumps(document))
+
+
+def damaged(folder: Path, *mentioned: str) -> str:
+    with pytest.raises(BundleDamaged) as caught:
+        read_bundle(folder)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert all(word in text for word in mentioned), text
+    return text
+
+
+def test_a_good_bundle(bundle: Path) -> None:
+    opened = read_bundle(bundle)
+    assert opened.manifest.levels == (1, 2, 3, 4)
+    assert opened.path("L3", "bf16") == bundle / "L3.onnx"
+    assert opened.golden == bundle / "golden.npz"
+
+
+def test_the_shipped_bundle(shipped_bundle: Path) -> None:
+    assert read_bundle(shipped_bundle).manifest.levels == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_truncated(bundle: Path, name: str) -> None:
+    (bundle / name).write_bytes((bundle / name).read_bytes()[:-1])
+    damaged(bundle, str(bundle / name), "differs from the manifest")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_bit_flipped(bundle: Path, name: str) -> None:
+    data = bytearray((bundle / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (bundle / name).write_bytes(data)
+    damaged(bundle, str(bundle / name), "SHA-256")
+
+
+@pytest.mark.parametrize("name", [*NAMES, "manifest.json"])
+def test_missing(bundle: Path, name: str) -> None:
+    (bundle / name).unlink()
+    damaged(bundle, str(bundle / name))
+
+
+@pytest.mark.parametrize("name", [NAMES[0], "manifest.json"])
+def test_a_folder_in_its_place(bundle: Path, name: str) -> None:
+    (bundle / name).unlink()
+    (bundle / name).mkdir()
+    damaged(bundle, str(bundle / name))
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "[]", '{"format": 1}', "\0\0", '{"format": "unetpp.bundle/2"}'])
+def test_broken_manifest(bundle: Path, text: str) -> None:
+    (bundle / "manifest.json").write_text(text)
+    damaged(bundle, "manifest.json")
+
+
+def test_manifest_that_is_not_text(bundle: Path) -> None:
+    (bundle / "manifest.json").write_bytes(b"\xff\xfe\x00")
+    damaged(bundle, "manifest.json")
+
+
+def test_unknown_field(bundle: Path) -> None:
+    change(bundle, lambda d: d.update(colour="blue"))
+    damaged(bundle, "manifest.json", "colour")
+
+
+def test_missing_field_of_a_later_format_is_named(bundle: Path) -> None:
+    change(bundle, lambda d: d.pop("channels"))
+    damaged(bundle, "manifest.json", "channels")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b", "..", ".hidden", "", "a\\b", "a\nb"])
+def test_file_names_stay_inside(bundle: Path, name: str) -> None:
+    change(bundle, lambda d: d["files"].update({name: {"sha256": "0" * 64, "bytes": 0}}))
+    damaged(bundle, "manifest.json", "stay inside")
+
+
+def test_a_link_that_leads_out(bundle: Path, tmp_path: Path) -> None:
+    name = NAMES[0]
+    outside = tmp_path / "outside"
+    shutil.move(bundle / name, outside)
+    (bundle / name).symlink_to(outside)
+    damaged(bundle, name, "leads out")
+
+
+def test_a_bundle_behind_a_link_is_read(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(bundle)
+    read_bundle(tmp_path / "link")
+
+
+@pytest.mark.parametrize(
+    ("edit", "mentioned"),
+    [
+        (lambda d: d["files"].pop("L1.onnx"), "L1.onnx"),
+        (lambda d: d["files"].pop("golden.npz"), "golden.npz"),
+        (lambda d: d["window"].update(size=[64]), "one number per axis"),
+        (lambda d: d["window"].update(size=[64, 72]), "divisor"),
+        (lambda d: d["window"].update(overlap=0.9), "overlap"),
+        (lambda d: d["graphs"][0].update(files={"fp16": "L1.onnx"}), "fp32"),
+        (lambda d: d["graphs"][0].update(name="L9"), "graphs"),
+        (lambda d: d.update(graphs=[]), "graphs"),
+        (lambda d: d.update(classes=[]), "classes"),
+        (lambda d: d.update(name="Bad Name"), "name"),
+        (lambda d: d["classes"][0].update(value=0), "value"),
+        (lambda d: d["classes"][0].update(color="red"), "color"),
+        (lambda d: d.update(calibration=calibrated([], recommended=5)), "recommended level"),
+        (lambda d: d["graphs"][2].update(level=2), "L3"),
+        (lambda d: d.update(graphs=d["graphs"][:4]), "accurate"),
+        (lambda d: d["graphs"].append(d["graphs"][0]), "L1"),
+        (lambda d: d["classes"].append(d["classes"][0]), "classes"),
+        (lambda d: (d["classes"][0].update(value=2), d.update(activation="softmax")), "classes"),
+    ],
+)
+def test_fields_that_contradict(bundle: Path, edit: Callable[[dict[str, Any]], object], mentioned: str) -> None:
+    change(bundle, edit)
+    damaged(bundle, "manifest.json", mentioned)
+
+
+def test_recommended_level() -> None:
+    assert manifest().recommended_level == 4
+    assert manifest(calibration=calibrated([], recommended=2)).recommended_level == 2
+
+
+def test_manifest_survives_json() -> None:
+    made = manifest(calibration=calibrated([("L1", "fp32", 0.5)]))
+    assert Manifest.model_validate_json(made.model_dump_json(exclude_none=True)) == made
+
+
+class TestFindBundles:
+    def test_itself(self, bundle: Path) -> None:
+        assert find_bundles(bundle) == [bundle]
+
+    def test_by_name(self, bundle: Path) -> None:
+        for name in ("b", "a"):
+            shutil.copytree(bundle, bundle.parent / name)
+        (bundle.parent / "no-bundle").mkdir()
+        (bundle.parent / "file").write_text("")
+        assert [path.name for path in find_bundles(bundle.parent)] == ["a", "b", "fake"]
+
+    @pytest.mark.parametrize("there", ["missing", "empty", "file"])
+    def test_none(self, tmp_path: Path, there: str) -> None:
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "file").write_text("")
+        with pytest.raises(BundleDamaged, match="UNETPP_BUNDLES") as caught:
+            find_bundles(tmp_path / there)
+        assert there in str(caught.value)

@@ -1,0 +1,80 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from server.arrays import Tiles
+from server.runtime import engines as room
+from server.runtime.bundle import read_bundle
+from server.runtime.engines import ENGINES
+from server.segment.plan import statistics
+
+
+def test_every_file_has_a_row() -> None:
+    files = {path.stem for path in Path(room.__file__).parent.glob("*.py")} - {"__init__", "fake"}
+    assert files == ENGINES.keys()
+
+
+def test_rows_are_the_settings_choices() -> None:
+    from typing import get_args
+
+    from server.settings import RuntimeSettings
+
+    assert set(get_args(RuntimeSettings.model_fields["engine"].annotation)) == {"auto", *ENGINES}
+
+
+@pytest.fixture(scope="module", params=["shipped_bundle", "tiny_bundle"])
+def bundle(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+def tiles_of(dtype: type, count: int, height: int, width: int) -> Tiles:
+    random = np.random.default_rng(0)
+    pixels = (random.random((count, height, width, 3)) * {np.uint8: 255, np.uint16: 65535, np.float32: 1}[dtype]).astype(dtype)
+    mean, inverse_std = zip(*(statistics(image) for image in pixels), strict=True)
+    return Tiles(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), np.concatenate(mean), np.concatenate(inverse_std))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_engines_agree(bundle: Path, dtype: type) -> None:
+    read = read_bundle(bundle)
+    tiles = tiles_of(dtype, 2, 32, 48)
+    for graph in ("L1", "L3", "accurate"):
+        answers = {name: row.open(read.path(graph, "fp32"), "fp32", "cpu", 1).run(tiles) for name, row in ENGINES.items()}
+        for name, scores in answers.items():
+            assert scores.shape == (2, 1, 32, 48), name
+            assert scores.dtype == np.float32, name
+            assert scores.min() >= 0, name
+            assert scores.max() <= 1, name
+            assert np.abs(scores - answers["onnxruntime"]).max() < 1e-4, name
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_one_tile_at_a_time_is_the_same_and_results_are_kept(shipped_bundle: Path, name: str) -> None:
+    engine = ENGINES[name].open(read_bundle(shipped_bundle).path("L1", "fp32"), "fp32", "cpu", 1)
+    tiles = tiles_of(np.uint8, 3, 32, 32)
+    together = engine.run(tiles)
+    before = together.copy()
+    singly = [engine.run(tiles.one(i)) for i in range(3)]
+    assert np.array_equal(together, before)  # not overwritten by the next run
+    assert np.abs(together - np.concatenate(singly)).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_pixels_that_are_a_view(shipped_bundle: Path, name: str) -> None:
+    """Grey images are repeated by broadcasting: strides of zero."""
+    engine = ENGINES[name].open(read_bundle(shipped_bundle).path("L1", "fp32"), "fp32", "cpu", 1)
+    tiles = tiles_of(np.float32, 1, 32, 32)
+    view = Tiles(np.broadcast_to(tiles.pixels[:, :1], tiles.pixels.shape), tiles.mean, tiles.inverse_std)
+    copy = Tiles(np.ascontiguousarray(view.pixels), tiles.mean, tiles.inverse_std)
+    assert np.array_equal(engine.run(view), engine.run(copy))
+    assert not view.pixels.flags.writeable
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_cpu_is_always_offered(name: str) -> None:
+    row = ENGINES[name]
+    assert row.installed
+    assert "cpu" in row.providers("auto")
+    assert row.providers("cpu") == ["cpu"]
+    assert "fp32" in row.precisions("cpu")

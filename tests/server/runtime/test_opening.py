@@ -1,0 +1,210 @@
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from server.arrays import Tiles
+from server.errors import BundleDamaged, EngineUnavailable
+from server.runtime import opening
+from server.runtime.bundle import Bundle, read_bundle
+from server.runtime.engines import EngineRow
+from server.runtime.engines.fake import FakeEngine
+from server.runtime.opening import _auto, _Candidate, golden_tiles, open_bundle
+from server.settings import RuntimeSettings
+from tests.server.conftest import calibrated, manifest, rewrite_hashes
+
+ORT = {"engine": "onnxruntime", "threads": 1}
+
+
+def retouch_golden(folder: Path, edit: Callable[[dict[str, np.ndarray]], object]) -> None:
+    path = folder / "golden.npz"
+    with np.load(path) as arrays:
+        held = dict(arrays)
+    edit(held)
+    with path.open("wb") as file:
+        np.savez(file, **held)
+    rewrite_hashes(folder)
+
+
+@pytest.fixture
+def golden_engines(monkeypatch: pytest.MonkeyPatch, shipped_bundle: Path) -> dict[str, EngineRow]:
+    """Engines that know the golden answers by heart; rows may be exchanged."""
+    answers = {}
+    for graph, tiles, scores in golden_tiles(shipped_bundle / "golden.npz"):
+        answers[graph, tiles.pixels.tobytes()] = scores
+
+    def open_graph(path: Path, precision: str, provider: str, threads: int) -> FakeEngine:
+        graph = path.name.split(".")[0]
+        engine = FakeEngine(
+            lambda t: answers.get((graph, t.pixels.tobytes()), np.zeros((len(t), 1, *t.pixels.shape[2:]), np.float32))
+        )
+        engine.provider = provider
+        return engine
+
+    rows = {
+        "onnxruntime": EngineRow(open_graph, "numpy", lambda provider: ("fp32", "fp16") if provider == "cuda" else ("fp32", "int8"),
+                                 lambda wanted: ["cuda", "cpu"] if wanted == "auto" else [wanted]),
+    }  # fmt: skip
+    monkeypatch.setattr(opening, "ENGINES", rows)
+    return rows
+
+
+def test_opens_the_shipped_bundle(shipped_bundle: Path) -> None:
+    opened = open_bundle(shipped_bundle, RuntimeSettings(**ORT))
+    assert opened.precisions == ("fp32", "int8")
+    assert opened.engines.keys() == {(g.name, p) for g in opened.bundle.manifest.graphs for p in ("fp32", "int8")}
+    assert {engine.name for engine in opened.engines.values()} == {"onnxruntime"}
+    assert opened.auto.keys() == {"L1", "L2", "L3", "L4", "accurate"}
+
+
+class TestGolden:
+    def test_other_scores(self, copied_bundle: Path) -> None:
+        retouch_golden(copied_bundle, lambda held: held.update({"scores/L2/wide": held["scores/L2/wide"] + 0.01}))
+        with pytest.raises(BundleDamaged, match=r"L2\.onnx.*leaves the golden scores by 0\.01"):
+            open_bundle(copied_bundle, RuntimeSettings(**ORT))
+
+    @pytest.mark.usefixtures("golden_engines")
+    def test_not_a_number(self, copied_bundle: Path) -> None:
+        retouch_golden(copied_bundle, lambda held: held.update({"scores/L2/wide": held["scores/L2/wide"] * np.nan}))
+        with pytest.raises(BundleDamaged, match="L2"):
+            open_bundle(copied_bundle, RuntimeSettings())
+
+    @pytest.mark.usefixtures("golden_engines")
+    def test_another_shape(self, copied_bundle: Path) -> None:
+        retouch_golden(copied_bundle, lambda held: held.update({"scores/L2/wide": held["scores/L2/wide"][..., :-1]}))
+        with pytest.raises(BundleDamaged, match="L2"):
+            open_bundle(copied_bundle, RuntimeSettings())
+
+    @pytest.mark.usefixtures("golden_engines")
+    def test_a_graph_without_a_pair(self, copied_bundle: Path) -> None:
+        retouch_golden(copied_bundle, lambda held: [held.pop(key) for key in list(held) if key.startswith("scores/L2/")])
+        with pytest.raises(BundleDamaged, match=r"golden\.npz.*L2"):
+            open_bundle(copied_bundle, RuntimeSettings())
+
+    @pytest.mark.usefixtures("golden_engines")
+    @pytest.mark.parametrize("data", [b"", b"nonsense", b"PK\3\4nonsense", b"\x93NUMPY\1\0"])
+    def test_not_an_archive(self, copied_bundle: Path, data: bytes) -> None:
+        (copied_bundle / "golden.npz").write_bytes(data)
+        rewrite_hashes(copied_bundle)
+        with pytest.raises(BundleDamaged, match=r"golden\.npz: cannot be read"):
+            open_bundle(copied_bundle, RuntimeSettings())
+
+    @pytest.mark.usefixtures("golden_engines")
+    def test_input_missing(self, copied_bundle: Path) -> None:
+        retouch_golden(copied_bundle, lambda held: held.pop("mean/wide"))
+        with pytest.raises(BundleDamaged, match=r"golden\.npz: cannot be read"):
+            open_bundle(copied_bundle, RuntimeSettings())
+
+
+def test_a_graph_that_is_not_onnx(copied_bundle: Path) -> None:
+    (copied_bundle / "L1.onnx").write_bytes(b"nonsense")
+    rewrite_hashes(copied_bundle)
+    with pytest.raises(BundleDamaged, match=r"L1\.onnx"):
+        open_bundle(copied_bundle, RuntimeSettings(**ORT))
+
+
+def test_cuda_on_a_machine_without(shipped_bundle: Path) -> None:
+    with pytest.raises(EngineUnavailable, match=r"'cuda'.*pip install 'unetpp-server\[gpu\]'"):
+        open_bundle(shipped_bundle, RuntimeSettings(provider="cuda"))
+
+
+def test_openvino_on_cuda(shipped_bundle: Path) -> None:
+    with pytest.raises(EngineUnavailable, match=r"openvino.*cuda"):
+        open_bundle(shipped_bundle, RuntimeSettings(provider="cuda", engine="openvino"))
+
+
+@pytest.mark.usefixtures("golden_engines")
+def test_a_precision_that_is_not_there(shipped_bundle: Path) -> None:
+    with pytest.raises(EngineUnavailable, match="'bf16' cannot be served here; possible: "):
+        open_bundle(shipped_bundle, RuntimeSettings(precision="bf16"))
+
+
+@pytest.mark.usefixtures("golden_engines")
+def test_a_configured_precision_is_auto(shipped_bundle: Path) -> None:
+    opened = open_bundle(shipped_bundle, RuntimeSettings(precision="int8", provider="cpu"))
+    assert set(opened.auto.values()) == {"int8"}
+
+
+def test_an_engine_that_is_not_installed(shipped_bundle: Path, golden_engines: dict[str, EngineRow]) -> None:
+    row = golden_engines["onnxruntime"]
+    golden_engines["onnxruntime"] = EngineRow(row.open, "no_such_module", row.precisions, row.providers)
+    with pytest.raises(EngineUnavailable, match="pip install no_such_module"):
+        open_bundle(shipped_bundle, RuntimeSettings(engine="onnxruntime"))
+    with pytest.raises(EngineUnavailable, match=r"pip install 'unetpp-server\[cpu\]'"):
+        open_bundle(shipped_bundle, RuntimeSettings())
+
+
+@pytest.mark.usefixtures("golden_engines")
+def test_a_gpu_that_works_serves_alone(shipped_bundle: Path) -> None:
+    opened = open_bundle(shipped_bundle, RuntimeSettings())
+    assert {engine.provider for engine in opened.engines.values()} == {"cuda"}
+    assert opened.precisions == ("fp32", "fp16")
+
+
+class TestGpuThatFails:
+    @pytest.fixture(params=["opening", "running"])
+    def failing(self, request: pytest.FixtureRequest, golden_engines: dict[str, EngineRow]) -> None:
+        row = golden_engines["onnxruntime"]
+
+        def open_graph(path: Path, precision: str, provider: str, threads: int) -> Any:
+            if provider == "cuda" and request.param == "opening":
+                raise EngineUnavailable("no driver")
+
+            def broken(tiles: Tiles) -> np.ndarray:
+                raise RuntimeError("no driver")
+
+            return FakeEngine(broken) if provider == "cuda" else row.open(path, precision, provider, threads)
+
+        golden_engines["onnxruntime"] = EngineRow(open_graph, row.module, row.precisions, row.providers)
+
+    @pytest.mark.usefixtures("failing")
+    def test_auto_falls_back_loudly(self, shipped_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level(logging.WARNING):
+            opened = open_bundle(shipped_bundle, RuntimeSettings())
+        assert {engine.provider for engine in opened.engines.values()} == {"cpu"}
+        loud = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert len(loud) == 2  # fp32 and fp16
+        assert all("FALLING BACK" in text and "cuda" in text and "no driver" in text for text in loud)
+
+    @pytest.mark.usefixtures("failing")
+    def test_a_named_one_must_work(self, shipped_bundle: Path) -> None:
+        with pytest.raises(EngineUnavailable, match=r"cuda.*no driver"):
+            open_bundle(shipped_bundle, RuntimeSettings(provider="cuda"))
+
+
+class TestAuto:
+    """`chosen` is in the order of speed."""
+
+    def auto(self, order: list[str], wanted: str = "auto", rows: list[tuple[str, str, float]] | None = None) -> str:
+        known = manifest(calibration=calibrated(rows) if rows is not None else None)
+        return _auto(Bundle(Path(), known), "L2", {p: _Candidate(p, "fake", "cpu") for p in order}, wanted)
+
+    def test_without_calibration_fp32(self) -> None:
+        assert self.auto(["int8", "bf16", "fp16", "fp32"]) == "fp32"
+
+    def test_the_fastest_that_is_close_enough(self) -> None:
+        rows = [("L2", "fp32", 0.8), ("L2", "int8", 0.79), ("L2", "fp16", 0.7951), ("L2", "bf16", 0.8)]
+        assert self.auto(["int8", "fp16", "bf16", "fp32"], rows=rows) == "fp16"
+
+    def test_fp32_where_it_is_faster(self) -> None:
+        assert self.auto(["fp32", "int8"], rows=[("L2", "fp32", 0.8), ("L2", "int8", 0.9)]) == "fp32"
+
+    def test_each_graph_by_its_own_rows(self) -> None:
+        assert self.auto(["int8", "fp32"], rows=[("L1", "fp32", 0.8), ("L1", "int8", 0.8)]) == "fp32"
+        assert self.auto(["int8", "fp32"], rows=[("L2", "int8", 0.8)]) == "fp32"
+
+    def test_configured(self) -> None:
+        assert self.auto(["int8", "fp32"], wanted="int8") == "int8"
+
+    def test_no_fp32_there(self) -> None:
+        assert self.auto(["int8"]) == "int8"
+
+
+def test_copies_are_as_good(copied_bundle: Path, tmp_path: Path) -> None:
+    """A bundle may move: nothing in it names a folder."""
+    moved = shutil.move(copied_bundle, tmp_path / "elsewhere")
+    assert read_bundle(Path(moved)).manifest.name == "nuclei"

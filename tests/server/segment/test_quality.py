@@ -1,0 +1,44 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.errors import InvalidParameter
+from server.segment.quality import Overlap, compare, overlap
+
+
+def test_by_hand() -> None:
+    a = np.array([[1, 1, 0], [0, 1, 0]], dtype=bool)
+    b = np.array([[1, 0, 0], [0, 1, 1]], dtype=bool)
+    assert overlap(a, b) == Overlap(2 / 4, 4 / 6)
+
+
+@pytest.mark.parametrize(("a", "b", "value"), [(0, 0, 1.0), (1, 0, 0.0), (0, 1, 0.0), (1, 1, 1.0)])
+def test_empty_sides(a: int, b: int, value: float) -> None:
+    assert overlap(np.full((2, 2), a, dtype=bool), np.full((2, 2), b, dtype=bool)) == Overlap(value, value)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_dice_follows_from_iou(seed: int) -> None:
+    a, b = np.random.default_rng(seed).random((2, 7, 9)) > 0.5
+    found = overlap(a, b)
+    assert found == overlap(b, a)
+    assert found.dice == pytest.approx(2 * found.iou / (1 + found.iou))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_one_class_takes_masks_and_instance_maps(dtype: type) -> None:
+    classes = np.array([[0, 1, 1], [0, 1, 0]], dtype=np.uint8)
+    for reference in ([[0, 255, 255], [0, 255, 0]], [[0, 3, 3], [0, 17, 0]], [[0, 1, 1], [0, 1, 0]]):
+        assert compare(classes, np.array(reference, dtype=dtype), [1]) == {1: Overlap(1.0, 1.0)}
+
+
+def test_several_classes_are_indices() -> None:
+    classes = np.array([[0, 1, 2, 2]], dtype=np.uint8)
+    reference = np.array([[0, 1, 1, 2]], dtype=np.uint16)
+    assert compare(classes, reference, [1, 2, 3]) == {1: Overlap(1 / 2, 2 / 3), 2: Overlap(1 / 2, 2 / 3), 3: Overlap(1.0, 1.0)}
+
+
+def test_sizes_must_be_alike() -> None:
+    with pytest.raises(InvalidParameter, match="the reference is 3 × 2 pixels, the image 2 × 3"):
+        compare(np.zeros((3, 2), dtype=np.uint8), np.zeros((2, 3), dtype=np.uint8), [1])

@@ -1,0 +1,185 @@
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image as Pillow
+from typer.testing import CliRunner, Result
+
+from server.cli import app
+from tests.server.conftest import mask_of, picture_bytes
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, shipped_bundle: Path) -> None:
+    """One engine, one precision: nothing to measure at start."""
+    monkeypatch.setenv("UNETPP_BUNDLES", str(shipped_bundle))
+    monkeypatch.setenv("UNETPP_RUNTIME__ENGINE", "onnxruntime")
+    monkeypatch.setenv("UNETPP_RUNTIME__PRECISION", "fp32")
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def fails(*arguments: object) -> str:
+    """The one line of an error."""
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def python(code: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+
+
+def without(*modules: str) -> str:
+    """Code that makes modules unimportable, as if they were not installed."""
+    return "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in modules)
+
+
+@pytest.fixture
+def image(tmp_path: Path, ihc: np.ndarray) -> Path:
+    path = tmp_path / "tissue.png"
+    path.write_bytes(picture_bytes(ihc[:200, :240]))
+    return path
+
+
+class TestSegment:
+    def test_is_the_answer_of_the_server(self, image: Path, client: httpx.Client) -> None:
+        result = run("segment", image, "--level", 1)
+        assert result.exit_code == 0, result.output
+        assert "nuclei fast L1 fp32" in result.output
+        answer = client.post("/segment?mode=fast&level=1&precision=fp32", content=image.read_bytes())
+        assert (image.parent / "tissue_mask.png").read_bytes() == answer.content
+
+    def test_reference(self, image: Path, tmp_path: Path) -> None:
+        own = tmp_path / "own.png"
+        assert run("segment", image, "--level", 1, "-o", own).exit_code == 0
+        result = run("segment", image, "--level", 1, "--reference", own)
+        assert "IoU 1.0000  Dice 1.0000" in result.output
+
+    def test_format(self, image: Path) -> None:
+        result = run("segment", image, "--level", 1, "--format", "json")
+        assert result.exit_code == 0, result.output
+        report = json.loads((image.parent / "tissue_mask.json").read_text())
+        assert report["size"] == {"height": 200, "width": 240}
+
+    def test_nothing_is_left_beside_the_answer(self, image: Path) -> None:
+        run("segment", image, "--level", 1)
+        assert sorted(path.name for path in image.parent.iterdir()) == ["tissue.png", "tissue_mask.png"]
+
+    def test_errors(self, image: Path, tmp_path: Path) -> None:
+        assert "there are: png" in fails("segment", image, "--format", "gif")
+        assert "levels 1, 2, 3, 4" in fails("segment", image, "--level", 9)
+        assert "'lungs'" in fails("segment", image, "--model", "lungs")
+        assert "auto, fp32" in fails("segment", image, "--precision", "fp8")
+        (tmp_path / "text.png").write_text("hello there")
+        assert "not an image format" in fails("segment", tmp_path / "text.png", "--level", 1)
+        assert "no/such/folder" in fails("segment", image, "--level", 1, "-o", tmp_path / "no/such/folder/out.png")
+        assert "UNETPP_BUNDLES" in fails("segment", image, "--bundles", tmp_path / "nowhere")
+
+    def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
+        result = run("segment", tmp_path / "missing.png")
+        assert result.exit_code == 2
+        assert "does not exist" in result.stderr
+
+
+class TestModels:
+    def test_lists_the_graphs(self) -> None:
+        result = run("models")
+        assert result.exit_code == 0, result.output
+        assert all(word in result.output for word in ("nuclei", "L1", "L4", "accurate"))
+
+    def test_damaged(self, copied_bundle: Path) -> None:
+        (copied_bundle / "L1.onnx").write_bytes(b"")
+        assert str(copied_bundle / "L1.onnx") in fails("models", "--bundles", copied_bundle)
+
+
+def test_version() -> None:
+    assert run("--version").output.startswith("unetpp ")
+
+
+class TestSettings:
+    def test_a_bad_value_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("UNETPP_HTTP__PORT", "99999")
+        monkeypatch.setenv("UNETPP_RUNTIME__ENGINE", "torch")
+        line = fails("models")
+        assert "UNETPP_HTTP__PORT" in line
+        assert "UNETPP_RUNTIME__ENGINE" in line
+
+    def test_an_unknown_name_in_a_group(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("UNETPP_HTTP__PROT", "80")
+        assert "UNETPP_HTTP__PROT" in fails("models")
+
+    def test_a_group_that_is_no_json(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("UNETPP_HTTP", "port 80")
+        assert "http" in fails("models").lower()
+
+
+class TestServe:
+    @pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors", "L3.onnx"])
+    def test_refuses_a_damaged_bundle(self, copied_bundle: Path, name: str) -> None:
+        data = (copied_bundle / name).read_bytes()
+        (copied_bundle / name).write_bytes(data[: len(data) // 2])
+        ran = subprocess.run(
+            [sys.executable, "-m", "server.cli", "serve", "--bundles", str(copied_bundle), "--port", "1"],
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert ran.returncode == 1
+        (line,) = [line for line in ran.stderr.splitlines() if "error:" in line]
+        assert str(copied_bundle / name) in line
+        assert "Traceback" not in ran.stderr
+
+    def test_two_bundles_of_one_name(self, copied_bundle: Path) -> None:
+        shutil.copytree(copied_bundle, copied_bundle.parent / "again")
+        assert "names must differ" in fails("serve", "--bundles", copied_bundle.parent)
+
+
+@pytest.mark.parametrize("command", ["", "serve", "segment", "models", "train"])
+def test_help_is_quick(command: str) -> None:
+    """Nothing heavy is imported to print it, so that it works without any extra."""
+    ran = python(
+        "import sys\nfrom server.cli import app\n"
+        f"try:\n    app({[*command.split(), '--help']!r})\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'onnxruntime', 'openvino', 'torch', 'onnx', 'monai', 'scipy', 'uvicorn'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "Usage" in ran.stdout
+
+
+class TestMissingExtras:
+    def test_for_training(self, tmp_path: Path) -> None:
+        (tmp_path / "recipe.toml").write_text("")
+        arguments = ["train", str(tmp_path / "recipe.toml"), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+        ran = python(without("torch", "monai", "safetensors", "onnx") + f"from server.cli import app\napp({arguments!r})\n")
+        assert ran.returncode == 1, ran.stderr
+        assert "pip install 'unetpp-server[train]'" in ran.stderr
+        assert "Traceback" not in ran.stderr
+
+    @pytest.mark.parametrize("engine", ["auto", "onnxruntime"])
+    def test_for_serving(self, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+        monkeypatch.setenv("UNETPP_RUNTIME__ENGINE", engine)
+        ran = python(without("onnxruntime", "openvino") + "from server.cli import app\napp(['serve'])\n")
+        assert ran.returncode == 1, ran.stderr
+        (line,) = [line for line in ran.stderr.splitlines() if "error:" in line]
+        assert ("pip install 'unetpp-server[cpu]'" if engine == "auto" else "pip install onnxruntime") in line
+        assert "Traceback" not in ran.stderr
+
+    def test_one_engine_is_enough(self, monkeypatch: pytest.MonkeyPatch, image: Path) -> None:
+        monkeypatch.setenv("UNETPP_RUNTIME__ENGINE", "auto")
+        ran = python(without("onnxruntime") + f"from server.cli import app\napp(['segment', {str(image)!r}, '--level', '1'])\n")
+        assert ran.returncode == 0, ran.stderr
+        mask = mask_of((image.parent / "tissue_mask.png").read_bytes())
+        assert mask.shape == np.asarray(Pillow.open(io.BytesIO(image.read_bytes()))).shape[:2]
