@@ -33,4 +33,4 @@ def train(
         fail(str(error))
     except KeyboardInterrupt:
         fail(f"interrupted; the same command goes on after the last finished epoch in {out}")
-    typer.echo(f"{best}\nnext: unetpp export {best} --data {data} --out bundles/NAME")
+    typer.echo(best)

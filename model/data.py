@@ -297,7 +297,9 @@ class Tiles(Dataset[tuple[Tensor, Tensor]]):
 def _weights(split: Split, balance: str | None) -> NDArray[np.float64]:
     if balance is None:
         return np.full(len(split), 1 / len(split))
-    values = [sample.attributes.get(balance, "") for sample in split.samples]
+    if balance not in split.samples[0].attributes:
+        raise DataError(f"data.balance: index.csv has no column {balance!r}; it has {', '.join(split.samples[0].attributes)}")
+    values = [sample.attributes[balance] for sample in split.samples]
     counts = Counter(values)
     weights = np.array([counts[value] ** -0.5 for value in values])
     return np.asarray(weights / weights.sum())

@@ -7,6 +7,7 @@ Killed at any moment, it goes on from the last finished epoch exactly as if noth
 
 import csv
 import json
+import math
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -133,7 +134,7 @@ def train(recipe: TrainConfig, data: Path, out: Path, console: Console | None = 
 
     Raises:
         DataError: names the files that are wrong, before the first step.
-        RecipeError: `out` holds a run of another recipe, or the recipe is for volumes or has tiles that do not fit.
+        RecipeError: `out` holds a run of another recipe, or the recipe is for volumes has tiles that do not fit, or diverges.
     """
     if recipe.network.dims != 2:
         raise RecipeError("network.dims: this version trains on images (2); networks for volumes (3) can be built, not trained")
@@ -184,6 +185,7 @@ def train(recipe: TrainConfig, data: Path, out: Path, console: Console | None = 
                 optimiser.step()
                 total += loss.item()
                 advance()
+        _check_finite(total, epoch)
         scores = evaluate(network, validation, device, options.precision)
         state.epoch = epoch
         state.rows.append({"epoch": epoch, "loss": total / steps, **scores})
@@ -246,6 +248,11 @@ def _dice(mask: Tensor, truth: Tensor, foreground_classes: int) -> float:
         size = int(a.sum() + b.sum())
         values.append(2 * int((a & b).sum()) / size if size else 1.0)
     return float(np.mean(values))
+
+
+def _check_finite(loss: float, epoch: int) -> None:
+    if not math.isfinite(loss):
+        raise RecipeError(f"the loss is no longer finite in epoch {epoch}; lower optimisation.learning_rate and start anew")
 
 
 def _autocast(device: torch.device, precision: str) -> torch.autocast:

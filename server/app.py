@@ -48,6 +48,8 @@ def open_bundles(settings: Settings) -> dict[str, OpenBundle]:
 def make_segmenter(settings: Settings, bundles: Mapping[str, OpenBundle], metrics: Metrics) -> Segmenter:
     """Joins open bundles, settings and metrics."""
     default = settings.default_model if settings.default_model in bundles else next(iter(bundles))
+    if default != settings.default_model:
+        log.warning("the default model %r is not among the bundles; %r answers instead", settings.default_model, default)
     return Segmenter(
         bundles, default, settings.batching, settings.limits, WORKERS,
         lambda graph, size: metrics.batches.labels(graph).observe(size),

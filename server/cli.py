@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, BinaryIO, NoReturn, cast
 
 import typer
 
@@ -115,26 +115,27 @@ def segment(
     """Segment an image in-process, with the same options as POST /segment."""
     import asyncio
 
+    from rich.console import Console
+    from rich.progress import Progress
+
     from server.app import make_segmenter, open_bundles
     from server.imaging.encode import ENCODERS, choose
     from server.metrics import Metrics
-    from server.segment.pipeline import Answer, SegmentRequest
+    from server.segment.pipeline import SegmentRequest
 
     settings = _settings(bundles)
     row = ENCODERS[choose(format, None)]
     target = output or image.with_name(f"{image.stem}_mask{row.suffix}")
     segmenter = make_segmenter(settings, open_bundles(settings), Metrics())
 
-    async def run() -> Answer:
-        with image.open("rb") as file:
-            wanted = SegmentRequest(model, mode, level, precision, format)
-            if reference is None:
-                return await segmenter.segment(file, wanted)
-            with reference.open("rb") as truth:
-                return await segmenter.segment(file, wanted, truth)
-
+    wanted = SegmentRequest(model, mode, level, precision, format)
+    console = Console(stderr=True)
     try:
-        answer = asyncio.run(run())
+        with contextlib.ExitStack() as files, Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            opened = [files.enter_context(path.open("rb")) if path else None for path in (image, reference)]
+            task = bar.add_task(image.name)
+            show = functools.partial(_show, bar, task)
+            answer = asyncio.run(segmenter.segment(cast("BinaryIO", opened[0]), wanted, opened[1], show))
     finally:
         segmenter.close()
     partial = target.with_name(f".{target.name}.part")
@@ -147,6 +148,10 @@ def segment(
         typer.echo(f"IoU {answer.mean_iou:.4f}  Dice {answer.mean_dice:.4f}")
     if answer.note:
         typer.echo(f"note: {answer.note}")
+
+
+def _show(bar: Any, task: Any, done: int, total: int) -> None:
+    bar.update(task, completed=done, total=total)
 
 
 @app.command()
@@ -186,7 +191,7 @@ def _settings(bundles: Path | None = None, host: str | None = None, port: int | 
     from pydantic import ValidationError
     from pydantic_settings import SettingsError
 
-    from server.settings import Settings
+    from server.settings import Settings, unknown_variables
 
     try:
         settings = Settings()
@@ -195,6 +200,8 @@ def _settings(bundles: Path | None = None, host: str | None = None, port: int | 
     except ValidationError as error:
         lines = [f"UNETPP_{'__'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()]
         fail("the settings in the environment are not valid: " + "; ".join(lines))
+    if unknown := unknown_variables():
+        fail(f"unknown settings in the environment: {', '.join(unknown)}; the README lists those that exist")
     http = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     update: dict[str, Any] = {"http": settings.http.model_copy(update=http)}
     if bundles is not None:

@@ -1,5 +1,6 @@
 """The operator's choices: read once, in the CLI; each room gets only its own group."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -73,17 +74,27 @@ class Settings(BaseSettings):
     limits: LimitsSettings = LimitsSettings()
 
 
-def markdown_table() -> str:
-    """The README's table of settings: variable, default, meaning."""
-    rows = ["| variable | default | meaning |", "|---|---|---|"]
+def _variables() -> dict[str, tuple[object, str | None]]:
+    """(default, description) of every environment variable."""
+    found: dict[str, tuple[object, str | None]] = {}
     for name, field in Settings.model_fields.items():
         group = field.annotation
         if isinstance(group, type) and issubclass(group, _Group):
             for key, inner in group.model_fields.items():
-                rows.append(
-                    f"| `UNETPP_{name}__{key}`".upper().replace("`UNETPP", "`UNETPP")
-                    + f"` | `{inner.default}` | {inner.description} |"
-                )
+                found[f"UNETPP_{name}__{key}".upper()] = (inner.default, inner.description)
         else:
-            rows.append(f"| `UNETPP_{name.upper()}` | `{field.default}` | {field.description} |")
-    return "\n".join(rows) + "\n"
+            found[f"UNETPP_{name}".upper()] = (field.default, field.description)
+    return found
+
+
+def unknown_variables() -> list[str]:
+    """Variables with our prefix that are no setting: most likely misspelt."""
+    # A group as a whole, in JSON, is a setting too.
+    known = _variables().keys() | {f"UNETPP_{name}".upper() for name in Settings.model_fields}
+    return sorted(name for name in os.environ if name.upper().startswith("UNETPP_") and name.upper() not in known)  # noqa: TID251
+
+
+def markdown_table() -> str:
+    """The README's table of settings: variable, default, meaning."""
+    rows = [f"| `{name}` | `{default}` | {description} |" for name, (default, description) in _variables().items()]
+    return "\n".join(["| variable | default | meaning |", "|---|---|---|", *rows]) + "\n"

@@ -43,7 +43,7 @@ def shipped_bundle() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_network() -> "torch.nn.Module":  # type: ignore[name-defined]  # noqa: F821
+def tiny_network() -> "torch.nn.Module":  # type: ignore[name-defined]
     """UNet++ of depth 4 with few channels, batch normalisation and statistics that are not the identity."""
     import torch
 
@@ -81,7 +81,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_network: object) 
 
 
 @pytest.fixture(scope="session")
-def app(shipped_bundle: Path) -> "fastapi.FastAPI":  # type: ignore[name-defined]  # noqa: F821
+def app(shipped_bundle: Path) -> "fastapi.FastAPI":  # type: ignore[name-defined]
     """The application on the shipped bundle, at fp32 on ONNX Runtime so that answers are exact and alike everywhere."""
     from server.app import create_app, open_bundles
     from server.settings import RuntimeSettings, Settings
@@ -91,7 +91,7 @@ def app(shipped_bundle: Path) -> "fastapi.FastAPI":  # type: ignore[name-defined
 
 
 @contextlib.contextmanager
-def serving(app: object) -> Iterator["httpx.Client"]:  # type: ignore[name-defined]  # noqa: F821
+def serving(app: object) -> Iterator["httpx.Client"]:  # type: ignore[name-defined]
     """A real server on a free port of this machine, and a client of it."""
     import httpx
     import uvicorn
@@ -112,7 +112,7 @@ def serving(app: object) -> Iterator["httpx.Client"]:  # type: ignore[name-defin
 
 
 @pytest.fixture(scope="session")
-def client(app: object) -> Iterator["httpx.Client"]:  # type: ignore[name-defined]  # noqa: F821
+def client(app: object) -> Iterator["httpx.Client"]:  # type: ignore[name-defined]
     """A client of the application on a real socket."""
     with serving(app) as client:
         yield client

@@ -13,7 +13,7 @@ from numpy import ndarray
 
 from server.arrays import Scores, Tiles
 from server.errors import BundleDamaged, EngineUnavailable, UnetppError
-from server.runtime.bundle import GRAPH_PRECISIONS, Bundle, read_bundle
+from server.runtime.bundle import GRAPH_PRECISIONS, Bundle, Manifest, read_bundle
 from server.runtime.engines import ENGINES, Engine
 from server.settings import RuntimeSettings
 
@@ -82,13 +82,28 @@ def open_bundle(folder: Path, settings: RuntimeSettings) -> OpenBundle:
         (name, precision): _open(bundle, name, candidate, settings.threads)
         for precision, candidate in chosen.items()
         for name in names
+        if offered(bundle.manifest, name, precision)
     }
     _check_golden(bundle, engines)
-    auto = {name: _auto(bundle, name, chosen, settings.precision) for name in names}
+    auto = {name: _auto(bundle.manifest, name, [p for p in chosen if (name, p) in engines], settings.precision) for name in names}
     for (name, precision), engine in sorted(engines.items()):
         picked = " (auto)" if auto[name] == precision else ""
         log.info("%s %s %s: %s on %s%s", bundle.manifest.name, name, precision, engine.name, engine.provider, picked)
     return OpenBundle(bundle, engines, auto)
+
+
+def faithful(manifest: Manifest, graph: str, precision: str) -> bool | None:
+    """Whether the calibrated IoU is within the tolerance of fp32; None where it was not measured."""
+    calibration = manifest.calibration
+    row = calibration.row(graph, precision) if calibration else None
+    reference = calibration.row(graph, "fp32") if calibration else None
+    return row.iou >= reference.iou - IOU_TOLERANCE if row and reference else None
+
+
+def offered(manifest: Manifest, graph: str, precision: str) -> bool:
+    """Whether requests may have the precision: never one known to lose too much; int8 only where it is known not to."""
+    verdict = precision == "fp32" or faithful(manifest, graph, precision)
+    return verdict is True or (verdict is None and precision != "int8")
 
 
 def candidates(bundle: Bundle, settings: RuntimeSettings) -> list[_Candidate]:
@@ -106,15 +121,16 @@ def candidates(bundle: Bundle, settings: RuntimeSettings) -> list[_Candidate]:
                 raise EngineUnavailable(f"engine {name!r} is not installed; install it with: pip install {row.module}")
             continue
         for provider in row.providers(settings.provider):
-            offered = (p for p in row.precisions(provider) if GRAPH_PRECISIONS[p] in bundle.manifest.graph_precisions)
-            found += [_Candidate(precision, name, provider) for precision in offered]
+            there = (p for p in row.precisions(provider) if GRAPH_PRECISIONS[p] in bundle.manifest.graph_precisions)
+            wanted = (p for p in there if any(offered(bundle.manifest, graph.name, p) for graph in bundle.manifest.graphs))
+            found += [_Candidate(precision, name, provider) for precision in wanted]
         if settings.engine == name and not found:
             raise EngineUnavailable(f"engine {name!r} does not run on provider {settings.provider!r}; set one of them to auto")
     return found
 
 
 def _choose(bundle: Bundle, settings: RuntimeSettings) -> dict[str, _Candidate]:
-    """The fastest candidate of each precision, in the order of `PRECISIONS`, with the measured time logged."""
+    """The fastest candidate of each precision, fastest precision first."""
     pool = candidates(bundle, settings)
     ranking: dict[str, tuple[float, _Candidate]] = {}
     usable_gpu = False
@@ -150,7 +166,7 @@ def _choose(bundle: Bundle, settings: RuntimeSettings) -> dict[str, _Candidate]:
 
 
 def _race(bundle: Bundle, candidate: _Candidate, threads: int) -> float:
-    """Median seconds of one tile through the second-deepest graph: close to the rest, quick to compile."""
+    """Median seconds of one tile through the graph of middle cost: much like the rest, and quick to compile."""
     graph = sorted(bundle.manifest.graphs, key=lambda g: g.macs_per_pixel)[len(bundle.manifest.graphs) // 2]
     engine = _open(bundle, graph.name, candidate, threads)
     tiles = noise(1, len(bundle.manifest.channels), [RACE_TILE] * bundle.manifest.dims)
@@ -173,46 +189,45 @@ def _open(bundle: Bundle, graph: str, candidate: _Candidate, threads: int) -> En
         raise BundleDamaged(f"{path}: {candidate.engine} on {candidate.provider} cannot open it: {error}") from error
 
 
-def _auto(bundle: Bundle, graph: str, chosen: dict[str, _Candidate], wanted: str) -> str:
-    """The configured precision, else the fastest whose calibrated IoU is close enough to fp32."""
-    if wanted != "auto":
+def _auto(manifest: Manifest, graph: str, fastest_first: list[str], wanted: str) -> str:
+    """The configured precision where the graph has it, else the fastest that is known to be close enough to fp32."""
+    if wanted in fastest_first:
         return wanted
-    calibration = bundle.manifest.calibration
-    reference = calibration.row(graph, "fp32") if calibration else None
-    for precision in chosen:
-        if precision == "fp32":
-            return precision
-        row = calibration.row(graph, precision) if calibration else None
-        if row and reference and row.iou >= reference.iou - IOU_TOLERANCE:
-            return precision
-    return next(iter(chosen))
+    if wanted != "auto":
+        log.warning("%s %s is not offered at the configured precision %s", manifest.name, graph, wanted)
+    good = (p for p in fastest_first if p == "fp32" or faithful(manifest, graph, p))
+    return next(good, fastest_first[0])
 
 
 def _check_golden(bundle: Bundle, engines: dict[tuple[str, str], Engine]) -> None:
-    """Also the warm-up: every engine has run once when this returns."""
+    """Also the warm-up: every engine has run once when this returns; those of a bad reduced precision are removed."""
     try:
         pairs = list(golden_tiles(bundle.golden))
     except Exception as error:  # zipfile and zlib raise their own
         raise BundleDamaged(f"{bundle.golden}: cannot be read: {error}") from error
     if missing := {name for name, _ in engines} - {graph for graph, _, _ in pairs}:
         raise BundleDamaged(f"{bundle.golden}: has no pair for {', '.join(sorted(missing))}")
-    for (name, precision), engine in engines.items():
-        for graph, tiles, expected in pairs:
-            if graph != name:
-                continue
-            difference = mean_difference(engine.run(tiles), expected)
-            if not difference <= GOLDEN_TOLERANCE[precision]:
-                raise BundleDamaged(
-                    f"{bundle.path(name, precision)}: {engine.name} on {engine.provider} at {precision} leaves the golden "
-                    f"scores by {difference:.2g} on average (limit {GOLDEN_TOLERANCE[precision]:g})"
-                )
+    for (name, precision), engine in list(engines.items()):
+        difference = max(mean_difference(engine.run(tiles), expected) for graph, tiles, expected in pairs if graph == name)
+        if difference <= GOLDEN_TOLERANCE[precision]:
+            continue
+        problem = (
+            f"{bundle.path(name, precision)}: {engine.name} on {engine.provider} at {precision} leaves the golden "
+            f"scores by {difference:.2g} on average (limit {GOLDEN_TOLERANCE[precision]:g})"
+        )
+        if precision == "fp32":
+            raise BundleDamaged(problem)
+        # The files are sound (their hashes are checked); this machine computes the precision badly.
+        log.error("NOT OFFERED: %s", problem)
+        del engines[name, precision]
 
 
 def mean_difference(scores: Scores, expected: Shaped[ndarray, "N K h w"]) -> float:
-    """Mean absolute difference; infinite where the shapes differ."""
+    """Mean absolute difference; infinite where the shapes differ or a value is not finite."""
     if scores.shape != expected.shape:
         return float("inf")
-    return float(np.abs(scores - expected.astype(np.float32)).mean())
+    difference = float(np.abs(scores - expected.astype(np.float32)).mean())
+    return difference if np.isfinite(difference) else float("inf")
 
 
 def noise(count: int, channels: int, size: list[int]) -> Tiles:

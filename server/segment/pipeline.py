@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -190,16 +191,26 @@ class Segmenter:
         precision = opened.auto[route.graph] if request.precision == "auto" else request.precision
         batcher = self._batchers.get((name, route.graph, precision))
         if batcher is None:
-            raise InvalidParameter(f"precision={precision!r} is not served here; there are: auto, {', '.join(opened.precisions)}")
+            served = [p for p in opened.precisions if (route.graph, p) in opened.engines]
+            raise InvalidParameter(
+                f"precision={precision!r} is not served here for {route.graph}; there are: auto, {', '.join(served)}"
+            )
         return Choice(name, opened.bundle.manifest, route, precision, batcher)
 
-    async def segment(self, file: BinaryIO, request: SegmentRequest, reference: BinaryIO | None = None) -> Answer:
+    async def segment(
+        self,
+        file: BinaryIO,
+        request: SegmentRequest,
+        reference: BinaryIO | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Answer:
         """Segments one image.
 
         Args:
             file: the encoded image, open at its start.
             request: the caller's choices.
             reference: an encoded label image to score against.
+            progress: called with (bands done, bands in all).
 
         Raises:
             CallerError, TryAgain, ServerFault: see `server.errors`.
@@ -211,10 +222,9 @@ class Segmenter:
         async with self._turn(image):
             truth = await clock.off_loop("decode", decode, reference, self._limits.max_pixels, labels=True) if reference else None
             plan, input_ = await clock.off_loop("plan", _plan, image, choice)
-            mask = await self._run(plan, input_, choice, encoder, clock)
+            mask = await self._run(plan, input_, choice, encoder, clock, progress)
             overlaps = await clock.off_loop("restore", _compare, mask, truth, choice.manifest) if truth else {}
-            product = await clock.off_loop("encode", _product, mask, image, choice, encoder, request, overlaps, clock)
-            body = await clock.off_loop("encode", encoder.encode, product)
+            body = await clock.off_loop("encode", _encode, mask, image, choice, encoder, request, overlaps, clock)
         return Answer(body, encoder.media_type, choice, clock.seconds, overlaps, image.note)
 
     @contextlib.asynccontextmanager
@@ -227,7 +237,9 @@ class Segmenter:
         async with self._large:
             yield
 
-    async def _run(self, plan: Plan, image: Image, choice: Choice, encoder: Encoder, clock: _Clock) -> Mask:
+    async def _run(
+        self, plan: Plan, image: Image, choice: Choice, encoder: Encoder, clock: _Clock, progress: Callable[[int, int], None]
+    ) -> Mask:
         """Band by band: cut, run, restore."""
         manifest = choice.manifest
         channels = 1 if manifest.activation == "sigmoid" else len(manifest.classes) + 1
@@ -238,6 +250,7 @@ class Segmenter:
             clock.add("queue", ran.queue_s)
             clock.add("infer", ran.infer_s)
             await clock.off_loop("restore", canvas.add, band, ran.scores)
+            progress(band + 1, len(plan.tops))
         return await clock.off_loop("restore", canvas.mask)
 
 
@@ -252,16 +265,16 @@ def _compare(mask: Mask, reference: Image, manifest: Manifest) -> dict[int, qual
     return quality.compare(mask.classes, reference.pixels[..., 0], [c.value for c in manifest.classes])
 
 
-def _product(
+def _encode(
     mask: Mask, image: Image, choice: Choice, encoder: Encoder, request: SegmentRequest,
     overlaps: dict[int, quality.Overlap], clock: _Clock,
-) -> Product:  # fmt: skip
+) -> bytes:  # fmt: skip
     classes = choice.manifest.classes
     names = {c.value: c.name for c in classes}
     colors = {c.value: rgb(c.color) for c in classes}
     product = Product(mask, colors, names, image if encoder.needs_image else None)
     if not encoder.needs_report:
-        return product
+        return encoder.encode(product)
     height, width = image.size
     report: dict[str, Any] = {
         "model": choice.model,
@@ -279,7 +292,7 @@ def _product(
     if request.include_mask:
         report["mask_png"] = base64.b64encode(ENCODERS["png"].encode(product)).decode()
     report["timings_ms"] = {phase: round(seconds * 1e3, 2) for phase, seconds in clock.seconds.items()}
-    return Product(mask, colors, names, product.image, report)
+    return encoder.encode(dataclasses.replace(product, report=report))
 
 
 def rgb(color: str) -> tuple[int, int, int]:

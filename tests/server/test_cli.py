@@ -122,6 +122,10 @@ class TestSettings:
         monkeypatch.setenv("UNETPP_HTTP__PROT", "80")
         assert "UNETPP_HTTP__PROT" in fails("models")
 
+    def test_an_unknown_name_of_a_group(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("UNETPP_HTPP__PORT", "80")
+        assert "UNETPP_HTPP__PORT" in fails("models")
+
     def test_a_group_that_is_no_json(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("UNETPP_HTTP", "port 80")
         assert "http" in fails("models").lower()

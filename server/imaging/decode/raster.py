@@ -33,8 +33,9 @@ def decode(file: BinaryIO, max_pixels: int, labels: bool) -> Image:
         check_size(picture.height, picture.width, max_pixels)
         frames = getattr(picture, "n_frames", 1)
         picture.load()
-        upright = ImageOps.exif_transpose(picture)
-        pixels = np.asarray(upright)[..., None] if labels and upright.mode == "P" else _pixels(upright)
+        # In place: a copy of a large image is a large image.
+        ImageOps.exif_transpose(picture, in_place=True)
+        pixels = np.asarray(picture)[..., None] if labels and picture.mode == "P" else _pixels(picture)
     note = f"only the first of {frames} frames was read" if frames > 1 else ""
     return Image(pixels, note)
 
@@ -64,9 +65,9 @@ def _pixels(picture: Pillow.Image) -> "np.ndarray[tuple[int, ...], np.dtype[np.g
         fits = values.min() >= 0 and values.max() <= np.iinfo(np.uint16).max
         return values.astype(np.uint16 if fits else np.float32)[..., None]
     if mode in ("1", "L", "LA", "La"):
-        return np.asarray(picture.convert("L"))[..., None]
+        return np.asarray(picture if mode == "L" else picture.convert("L"))[..., None]
     if mode in ("P", "PA") and "transparency" in picture.info:
         picture = picture.convert("RGBA")
     if picture.mode in ("RGBA", "RGBX", "RGBa"):
         return np.ascontiguousarray(np.asarray(picture)[..., :3])
-    return np.asarray(picture.convert("RGB"))
+    return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))

@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 import shutil
 from collections.abc import Callable
@@ -10,10 +11,10 @@ import pytest
 from server.arrays import Tiles
 from server.errors import BundleDamaged, EngineUnavailable
 from server.runtime import opening
-from server.runtime.bundle import Bundle, read_bundle
+from server.runtime.bundle import read_bundle
 from server.runtime.engines import EngineRow
 from server.runtime.engines.fake import FakeEngine
-from server.runtime.opening import _auto, _Candidate, golden_tiles, open_bundle
+from server.runtime.opening import _auto, golden_tiles, offered, open_bundle
 from server.settings import RuntimeSettings
 from tests.server.conftest import calibrated, manifest, rewrite_hashes
 
@@ -55,8 +56,8 @@ def golden_engines(monkeypatch: pytest.MonkeyPatch, shipped_bundle: Path) -> dic
 
 def test_opens_the_shipped_bundle(shipped_bundle: Path) -> None:
     opened = open_bundle(shipped_bundle, RuntimeSettings(**ORT))
-    assert opened.precisions == ("fp32", "int8")
-    assert opened.engines.keys() == {(g.name, p) for g in opened.bundle.manifest.graphs for p in ("fp32", "int8")}
+    shipped = opened.bundle.manifest
+    assert opened.engines.keys() == {(g.name, p) for g in shipped.graphs for p in ("fp32", "int8") if offered(shipped, g.name, p)}
     assert {engine.name for engine in opened.engines.values()} == {"onnxruntime"}
     assert opened.auto.keys() == {"L1", "L2", "L3", "L4", "accurate"}
 
@@ -125,8 +126,8 @@ def test_a_precision_that_is_not_there(shipped_bundle: Path) -> None:
 
 @pytest.mark.usefixtures("golden_engines")
 def test_a_configured_precision_is_auto(shipped_bundle: Path) -> None:
-    opened = open_bundle(shipped_bundle, RuntimeSettings(precision="int8", provider="cpu"))
-    assert set(opened.auto.values()) == {"int8"}
+    opened = open_bundle(shipped_bundle, RuntimeSettings(precision="fp16"))
+    assert set(opened.auto.values()) == {"fp16"}
 
 
 def test_an_engine_that_is_not_installed(shipped_bundle: Path, golden_engines: dict[str, EngineRow]) -> None:
@@ -181,7 +182,7 @@ class TestAuto:
 
     def auto(self, order: list[str], wanted: str = "auto", rows: list[tuple[str, str, float]] | None = None) -> str:
         known = manifest(calibration=calibrated(rows) if rows is not None else None)
-        return _auto(Bundle(Path(), known), "L2", {p: _Candidate(p, "fake", "cpu") for p in order}, wanted)
+        return _auto(known, "L2", order, wanted)
 
     def test_without_calibration_fp32(self) -> None:
         assert self.auto(["int8", "bf16", "fp16", "fp32"]) == "fp32"
@@ -202,6 +203,49 @@ class TestAuto:
 
     def test_no_fp32_there(self) -> None:
         assert self.auto(["int8"]) == "int8"
+
+    def test_configured_but_not_offered(self, caplog: pytest.LogCaptureFixture) -> None:
+        assert self.auto(["bf16", "fp32"], wanted="int8") == "fp32"
+        assert "L2 is not offered at the configured precision int8" in caplog.text
+
+
+def test_a_precision_that_this_machine_computes_badly_is_not_offered(
+    shipped_bundle: Path, golden_engines: dict[str, EngineRow], caplog: pytest.LogCaptureFixture
+) -> None:
+    right = golden_engines["onnxruntime"]
+
+    def open_graph(path: Path, precision: str, provider: str, threads: int) -> Any:
+        engine = right.open(path, precision, provider, threads)
+        if precision != "fp16" or not path.name.startswith("L2"):
+            return engine
+        return FakeEngine(lambda tiles: 1 - engine.run(tiles))
+
+    golden_engines["onnxruntime"] = dataclasses.replace(right, open=open_graph)
+    opened = open_bundle(shipped_bundle, RuntimeSettings())
+    assert ("L2", "fp16") not in opened.engines
+    assert ("L3", "fp16") in opened.engines
+    assert opened.auto["L2"] == "fp32"
+    assert "NOT OFFERED" in caplog.text
+
+
+class TestOffered:
+    """int8 must be known to be good; the others must not be known to be bad."""
+
+    @pytest.mark.parametrize(
+        ("precision", "iou", "expected"),
+        [
+            ("fp32", None, True), ("int8", None, False), ("bf16", None, True), ("fp16", None, True),
+            ("int8", 0.7951, True), ("int8", 0.7949, False), ("bf16", 0.7951, True), ("bf16", 0.7949, False),
+        ],
+    )  # fmt: skip
+    def test_by_calibration(self, precision: str, iou: float | None, expected: bool) -> None:
+        rows = [("L2", "fp32", 0.8), *([("L2", precision, iou)] if iou is not None else [])]
+        assert offered(manifest(calibration=calibrated(rows)), "L2", precision) is expected
+
+    @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+    def test_without_calibration(self, precision: str) -> None:
+        assert offered(manifest(), "L2", precision)
+        assert not offered(manifest(), "L2", "int8")
 
 
 def test_copies_are_as_good(copied_bundle: Path, tmp_path: Path) -> None:
