@@ -279,7 +279,7 @@ def _resume(out: Path, recipe: TrainConfig, network: nn.Module, optimiser: torch
         found, state = TrainConfig.model_validate_json(metadata["recipe"]), State(**json.loads(metadata["state"]))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise RecipeError(f"{path}: no run can be resumed from it ({error!r}); choose another --out to start anew") from error
-    if found != recipe:
+    if _without_length(found) != _without_length(recipe):
         raise RecipeError(f"{out} holds a run of another recipe (see recipe.json there); choose another --out to start anew")
     network.load_state_dict({n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")})
     weights = list(network.parameters())
@@ -292,6 +292,11 @@ def _resume(out: Path, recipe: TrainConfig, network: nn.Module, optimiser: torch
             moments.setdefault(int(index), {})[moment] = like.copy_(tensor)
     optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
     return state
+
+
+def _without_length(recipe: TrainConfig) -> TrainConfig:
+    """A run may be resumed with another number of epochs; the schedule then follows the new length from there on."""
+    return recipe.model_copy(update={"optimisation": recipe.optimisation.model_copy(update={"epochs": 1})})
 
 
 def _write_log(out: Path, rows: list[dict[str, float]]) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -237,8 +238,16 @@ def test_a_finished_run_is_left_as_it_is(finished, discs_kept):
 def test_another_recipe_is_not_resumed(finished, discs_kept):
     before = {p.name: p.read_bytes() for p in finished.iterdir()}
     with pytest.raises(RecipeError, match=r"holds a run of another recipe.*another --out"):
-        train.train(recipe(epochs=5, schedule="one-cycle", weight_decay=1e-2), discs_kept, finished)
+        train.train(recipe(schedule="one-cycle", weight_decay=1e-3), discs_kept, finished)
     assert {p.name: p.read_bytes() for p in finished.iterdir()} == before
+
+
+def test_a_run_goes_on_with_another_number_of_epochs(tmp_path, discs_kept, finished):
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    longer = recipe(schedule="one-cycle", weight_decay=1e-2, epochs=5)
+    train.train(longer, discs_kept, out)
+    assert [row["epoch"] for row in rows_of(out)] == [1, 2, 3, 4, 5]
+    assert rows_of(out)[:4] == rows_of(finished)
 
 
 @pytest.mark.parametrize("content", ["bytes", "checkpoint"])
