@@ -22,8 +22,11 @@ def _results(name: str) -> Any:
 
 
 def levels() -> str:
-    """Parameters, IoU and time of each graph at the precision that `auto` serves."""
+    """Parameters, IoU and time of each graph at the precision that `auto` serves, with what it was measured on."""
     manifest = read_bundle(ROOT / "bundles" / "nuclei").manifest
+    fp32 = {r["graph"]: r["http_ms"]["512"] for r in _results("levels") if r["precision"] == "fp32"}
+    if not manifest.held_out:
+        raise SystemExit("bundles/nuclei has no held-out table: run unetpp calibrate --held-out")
     deepest = manifest.graph("L4").macs_per_pixel
     rows = []
     for row in sorted((r for r in _results("levels") if r["auto"]), key=lambda r: (r["graph"] == "accurate", r["graph"])):
@@ -32,12 +35,15 @@ def levels() -> str:
         rows.append([
             graph.name, f"{graph.parameters:,}", f"{graph.macs_per_pixel / deepest:.0%}", f"{row['iou'] * 100:.2f}",
             f"{row['engine']}, {row['precision']}", f"{row['http_ms']['256']:.0f}", f"{ms:.0f}", f"{torch_ms:.0f}",
-            f"{torch_ms / ms:.1f}×",
+            f"{torch_ms / ms:.1f}×", f"{torch_ms / fp32[graph.name]:.1f}×",
         ])  # fmt: skip
     headings = [
-        "graph", "parameters", "work", "IoU %", "served by (`auto`)", "256² ms", "512² ms", "torch eager fp32, 512² ms", "faster",
+        "graph", "parameters", "work", "IoU %", "served by (`auto`)", "256² ms", "512² ms", "torch eager fp32, 512² ms", "faster", "at fp32",
     ]  # fmt: skip
-    return markdown(headings, rows)
+    held_out = manifest.held_out
+    return f"IoU: foreground, {held_out.images} images ({held_out.data}). Times: {held_out.machine}; CPU only.\n\n" + markdown(
+        headings, rows
+    )
 
 
 def accuracy() -> str:

@@ -44,7 +44,7 @@ def serving(bundles: Path) -> Iterator[Server]:
 
 def _wait(client: httpx.Client, process: "subprocess.Popen[bytes]") -> None:
     for _ in range(600):
-        with contextlib.suppress(httpx.TransportError):
+        with contextlib.suppress(httpx.HTTPError):
             client.get("/health/ready").raise_for_status()
             return
         if process.poll() is not None:

@@ -1,6 +1,7 @@
 """`unetpp export`, `verify` and `calibrate`."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +28,18 @@ def _spoken() -> Iterator[None]:
         fail(str(error))
 
 
+@contextmanager
+def _progress(description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """A progress bar on a terminal, nothing elsewhere; yields rich's `update` of its one task."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        yield functools.partial(bar.update, bar.add_task(description, total=total))
+
+
 def export(
     checkpoint: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="best.safetensors of a training run.")],
     card: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="TOML card, e.g. export/cards/nuclei.toml.")],
@@ -34,17 +47,23 @@ def export(
     data: Annotated[Path | None, DATA] = None,
 ) -> None:
     """Export a checkpoint as a bundle: every level and the averaged network; with --data also in int8."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
     from export.pack import export as run
     from export.pack import read_card
 
-    with _spoken(), Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=Console()) as bar:
-        task = bar.add_task("exporting")
-        bundle = run(checkpoint, read_card(card), out, data, lambda step: bar.update(task, description=f"wrote {step}"))
+    with _spoken(), _progress("exporting", _graph_files(checkpoint, int8=data is not None)) as update:
+        bundle = run(checkpoint, read_card(card), out, data, lambda file: update(advance=1, description=f"wrote {file}"))
     size = sum(entry.bytes for entry in bundle.manifest.files.values())
     typer.echo(f"{out}: {len(bundle.manifest.files)} files, {size / 1e6:.1f} MB\nnext: unetpp verify {out}")
+
+
+def _graph_files(checkpoint: Path, *, int8: bool) -> int | None:
+    """ONNX files that the export of a checkpoint writes; None where it will be refused."""
+    from model.checkpoint import load
+    from model.network import UNetPlusPlus
+
+    network, _ = load(checkpoint)
+    # A graph per head and `accurate`, in fp32 and fp16.
+    return (len(network.heads) + 1) * (2 + int8) if isinstance(network, UNetPlusPlus) else None
 
 
 def verify(bundle: Annotated[Path, BUNDLE]) -> None:
@@ -52,7 +71,7 @@ def verify(bundle: Annotated[Path, BUNDLE]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from export.verify import Verdict
+    from export.verify import Verdict, runnable
     from export.verify import verify as run
     from server.runtime.bundle import read_bundle
 
@@ -61,10 +80,13 @@ def verify(bundle: Annotated[Path, BUNDLE]) -> None:
 
     def add(v: Verdict) -> None:
         table.add_row(v.graph, v.precision, v.engine, f"{v.max_abs:.2e}", f"{v.agreement:.5f}", "ok" if v.passed else "FAILED")
+        update(advance=1)
 
     try:
-        with _spoken(), console.status("comparing with torch"):
-            run(read_bundle(bundle), add)
+        with _spoken(), _progress("comparing with torch") as update:
+            opened = read_bundle(bundle)
+            update(total=len(opened.manifest.graphs) * len(runnable(opened)))
+            run(opened, add)
     finally:
         console.print(table)
 
@@ -87,11 +109,18 @@ def calibrate(
 
     def add(r: CalibrationRow) -> None:
         table.add_row(r.graph, r.precision, r.engine, f"{r.iou:.4f}", f"{r.mean_iou:.4f}", f"{r.dice:.4f}", f"{r.latency_ms:.1f}")
-        status.update(f"measured {r.graph} at {r.precision}")
+        update(description=f"measured {r.graph} at {r.precision} on {r.engine}")
 
-    with _spoken(), console.status("measuring") as status:
-        run(read_bundle(bundle), data, split, held_out=held_out, advance=add)
-    console.print(table)
+    def show(done: int, total: int) -> None:
+        update(completed=done, total=total)
+
+    try:
+        with _spoken(), _progress("measuring images") as update:
+            run(read_bundle(bundle), data, split, held_out=held_out, advance=add, show=show)
+    finally:
+        # It takes minutes: whoever interrupts it gets what is there.
+        if table.row_count:
+            console.print(table)
     manifest = read_bundle(bundle).manifest
     if manifest.calibration and not held_out:
         typer.echo(f"recommended: level {manifest.calibration.recommended.level}: {manifest.calibration.recommended.why}")

@@ -72,7 +72,10 @@ def read_card(path: Path) -> Card:
 
 
 def export(source: Path, card: Card, out: Path, data: Path | None, advance: Callable[[str], None] = lambda step: None) -> Bundle:
-    """Exports a checkpoint as a bundle, atomically: `out` is complete or as it was.
+    """Exports a checkpoint as a bundle: `out` is complete or as it was.
+
+    Only a kill in the moment between the two renames leaves no `out`; the old bundle then lies whole beside it,
+    in a folder `.<name>.*/replaced.old`.
 
     Args:
         source: checkpoint from `unetpp train`.
@@ -113,11 +116,22 @@ def export(source: Path, card: Card, out: Path, data: Path | None, advance: Call
         write_golden(folder / GOLDEN, served, config.in_channels)
         write_manifest(folder, _stamped(manifest))
         read_bundle(folder)
-        if out.exists():
-            # Goes with the scratch folder, but only once the new one is there.
-            out.rename(folder.with_name("replaced.old"))
-        folder.rename(out)
+        _replace(out, folder)
     return read_bundle(out)
+
+
+def _replace(out: Path, folder: Path) -> None:
+    """Moves a finished bundle to `out`; where that fails, the old one is put back."""
+    # Goes with the scratch folder, but only once the new one is there.
+    old = folder.with_name("replaced.old")
+    try:
+        if out.exists():
+            out.rename(old)
+        folder.rename(out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise
 
 
 def _check_fit(config: UNetPlusPlusConfig, card: Card) -> None:

@@ -75,20 +75,17 @@ class Up(nn.Sequential):
     """
 
     def __init__(self, config: UNetPlusPlusConfig, in_channels: int, width: int) -> None:
-        self.out_channels = width
+        layers: list[nn.Module]
         if config.up == "transposed":
-            super().__init__(CONV_TRANSPOSED[config.dims](in_channels, width, kernel_size=2, stride=2))
-            self.out_channels = width
-            return
-        layers: list[nn.Module] = [
-            nn.Upsample(scale_factor=2, mode="nearest")
-            if config.up == "nearest"
-            else nn.Upsample(scale_factor=2, mode=LINEAR[config.dims], align_corners=False)
-        ]
-        if config.up_conv:
+            layers = [CONV_TRANSPOSED[config.dims](in_channels, width, kernel_size=2, stride=2)]
+        elif config.up == "nearest":
+            layers = [nn.Upsample(scale_factor=2, mode="nearest")]
+        else:
+            layers = [nn.Upsample(scale_factor=2, mode=LINEAR[config.dims], align_corners=False)]
+        if config.up != "transposed" and config.up_conv:
             layers.append(CONV[config.dims](in_channels, width, kernel_size=1))
         super().__init__(*layers)
-        self.out_channels = width if config.up_conv else in_channels
+        self.out_channels = width if config.up == "transposed" or config.up_conv else in_channels
 
 
 def head(config: UNetPlusPlusConfig) -> nn.Module:

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import tifffile
@@ -305,10 +304,10 @@ def _weights(split: Split, balance: str | None) -> NDArray[np.float64]:
     return np.asarray(weights / weights.sum())
 
 
-def pad_to(image: Tensor, divisor: int, mode: Literal["reflect"] = "reflect") -> Tensor:
+def pad_to(image: Tensor, divisor: int) -> Tensor:
     """Pads (N, C, H, W) at the lower right so that both axes are multiples of `divisor`."""
     height, width = image.shape[-2:]
     pad = (0, -width % divisor, 0, -height % divisor)
     # Reflection cannot reach further than the image; tiny images repeat their edge instead.
     reachable = pad[1] < width and pad[3] < height
-    return torch.nn.functional.pad(image, pad, mode=mode if reachable else "replicate")
+    return torch.nn.functional.pad(image, pad, mode="reflect" if reachable else "replicate")

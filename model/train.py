@@ -134,7 +134,7 @@ def train(recipe: TrainConfig, data: Path, out: Path, console: Console | None = 
 
     Raises:
         DataError: names the files that are wrong, before the first step.
-        RecipeError: `out` holds a run of another recipe, or the recipe is for volumes has tiles that do not fit, or diverges.
+        RecipeError: `out` holds a run of another recipe, or the recipe is for volumes, has tiles that do not fit, or diverges.
     """
     if recipe.network.dims != 2:
         raise RecipeError("network.dims: this version trains on images (2); networks for volumes (3) can be built, not trained")

@@ -1,6 +1,5 @@
 """The composition root: settings and bundles in, ASGI application out."""
 
-import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,15 +12,13 @@ from server.api import problems
 from server.api.limits import BodyLimit
 from server.api.request_id import RequestId
 from server.api.routes import health, models, segment
-from server.errors import BundleDamaged
+from server.errors import BundleDamaged, UnknownModel
 from server.metrics import Metrics
 from server.runtime.bundle import find_bundles
 from server.runtime.opening import OpenBundle, open_bundle
 from server.segment import modes
 from server.segment.pipeline import Segmenter
 from server.settings import Settings
-
-log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "web" / "index.html"
 
@@ -46,10 +43,16 @@ def open_bundles(settings: Settings) -> dict[str, OpenBundle]:
 
 
 def make_segmenter(settings: Settings, bundles: Mapping[str, OpenBundle], metrics: Metrics) -> Segmenter:
-    """Joins open bundles, settings and metrics."""
-    default = settings.default_model if settings.default_model in bundles else next(iter(bundles))
-    if default != settings.default_model:
-        log.warning("the default model %r is not among the bundles; %r answers instead", settings.default_model, default)
+    """Joins open bundles, settings and metrics.
+
+    Raises:
+        UnknownModel: the configured default model is not among the bundles.
+    """
+    default = settings.default_model
+    if default not in bundles:
+        if "default_model" in settings.model_fields_set:
+            raise UnknownModel(f"UNETPP_DEFAULT_MODEL={default} is not among the bundles: {', '.join(bundles)}")
+        default = next(iter(bundles))
     return Segmenter(
         bundles, default, settings.batching, settings.limits, WORKERS,
         lambda graph, size: metrics.batches.labels(graph).observe(size),
@@ -77,7 +80,8 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle]) -> FastAPI
         version=__version__,
         lifespan=lifespan,
     )
-    app.add_middleware(BodyLimit, max_bytes=settings.limits.max_body_mb * 1024 * 1024)
+    limits = settings.limits
+    app.add_middleware(BodyLimit, max_bytes=limits.max_body_mb * 1024 * 1024, idle_s=limits.idle_upload_s)
     app.add_middleware(RequestId)
     problems.install(app)
     app.include_router(segment.router(segmenter, metrics, settings.http.max_in_flight))

@@ -30,6 +30,9 @@ EXTRAS = {
     "onnxruntime": "cpu", "openvino": "cpu",
 }  # fmt: skip
 
+# How long requests may still take after SIGTERM; without a limit, one client that stalls would keep the server from stopping.
+SHUTDOWN_S = 30
+
 
 def spoken(command: Callable[..., Any]) -> Callable[..., Any]:
     """Turns errors meant for a person into one line and exit code 1, and names a missing extra."""
@@ -43,7 +46,8 @@ def spoken(command: Callable[..., Any]) -> Callable[..., Any]:
             if missing not in EXTRAS:
                 raise
             fail(
-                f"this command needs {missing!r}, which is not installed; install it with: pip install 'unetpp-server[{EXTRAS[missing]}]'"
+                f"this command needs {missing!r}, which is not installed; "
+                f"install it with: pip install '.[{EXTRAS[missing]}]' in the project's folder"
             )
         except (UnetppError, OSError) as error:
             fail(str(error))
@@ -95,7 +99,7 @@ def serve(
     typer.echo(f"page     {shown}/\ndocs     {shown}/docs\nmetrics  {shown}/metrics")
     uvicorn.run(
         create_app(settings, opened), host=http.host, port=http.port, timeout_keep_alive=http.keep_alive_s,
-        access_log=False, log_level="warning", server_header=False,
+        timeout_graceful_shutdown=SHUTDOWN_S, access_log=False, log_level="warning", server_header=False,
     )  # fmt: skip
 
 
@@ -109,6 +113,7 @@ def segment(
     model: Annotated[str | None, typer.Option(help="Bundle name.")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16 or int8.")] = "auto",
     format: Annotated[str, typer.Option(help="png, json, npz, png16 or overlay.")] = "png",  # noqa: A002 - the contract's word
+    include_mask: Annotated[bool, typer.Option("--include-mask", help="With json: the mask as base64 PNG.")] = False,
     reference: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Label image to score against.")] = None,
     bundles: Annotated[Path | None, typer.Option(help="A bundle or a folder of bundles [UNETPP_BUNDLES].")] = None,
 ) -> None:
@@ -128,7 +133,7 @@ def segment(
     target = output or image.with_name(f"{image.stem}_mask{row.suffix}")
     segmenter = make_segmenter(settings, open_bundles(settings), Metrics())
 
-    wanted = SegmentRequest(model, mode, level, precision, format)
+    wanted = SegmentRequest(model, mode, level, precision, format, include_mask)
     console = Console(stderr=True)
     try:
         with contextlib.ExitStack() as files, Progress(console=console, transient=True, disable=not console.is_terminal) as bar:

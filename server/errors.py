@@ -5,6 +5,7 @@ UnetppError
 │   ├── Unreadable            the file is of a known kind but broken
 │   ├── UnsupportedType       not a kind of file that is read here
 │   ├── TooLarge              over a limit; says the limit and the size
+│   ├── UploadStalled         the body stopped coming
 │   ├── UnknownFormat         no such output format
 │   ├── InvalidParameter      mode, level, precision, reference, ...
 │   └── UnknownModel          no such bundle is open
@@ -36,6 +37,10 @@ class UnsupportedType(CallerError):
 
 class TooLarge(CallerError):
     """Over a limit."""
+
+
+class UploadStalled(CallerError):
+    """The body stopped coming."""
 
 
 class UnknownFormat(CallerError):

@@ -54,9 +54,10 @@ class LimitsSettings(_Group):
 
     max_body_mb: int = Field(256, ge=1, description="bytes of a request body, in MiB; checked while it streams in")
     max_pixels: int = Field(100_000_000, ge=1, description="height × width of an image, checked before it is decoded")
-    large_pixels: int = Field(
-        16_000_000, ge=1, description="images above this many pixels are worked on one at a time, to bound memory"
+    pixels_in_flight: int = Field(
+        100_000_000, ge=1, description="pixels of all images decoded at once, which bounds memory; further ones wait in order"
     )
+    idle_upload_s: float = Field(30, gt=0, description="an upload that sends nothing for so long gets 408 and frees its place")
 
 
 class Settings(BaseSettings):

@@ -1,17 +1,26 @@
 """Limits that hold before any route runs: pure ASGI, so that disconnects stay visible."""
 
+import asyncio
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import problems
-from server.errors import TooLarge
+from server.errors import TooLarge, UploadStalled
 
 
 class BodyLimit:
-    """Refuses request bodies over a limit: at once where Content-Length says so, else while they stream in."""
+    """Refuses request bodies over a limit: at once where Content-Length says so, else while they stream in.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    Args:
+        app: the application behind it.
+        max_bytes: of a body.
+        idle_s: a body that sends nothing for so long is given up.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, idle_s: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._idle_s = idle_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
@@ -26,13 +35,20 @@ class BodyLimit:
             await response(scope, receive, send)
             return
         received = 0
+        complete = False
 
         async def counted() -> Message:
-            nonlocal received
-            message = await receive()
+            # What is raised here reaches the route that is reading, and from there the problem handler.
+            nonlocal received, complete
+            try:
+                # Once the body is complete, waiting here means waiting for the client to leave: as long as it likes.
+                async with asyncio.timeout(None if complete else self._idle_s):
+                    message = await receive()
+            except TimeoutError as error:
+                raise UploadStalled(f"the upload sent nothing for {self._idle_s:g} seconds; send it again") from error
             received += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
             if received > self._max_bytes:
-                # Reaches the route that is reading, and from there the problem handler.
                 raise self._too_large("more than that")
             return message
 

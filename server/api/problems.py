@@ -19,6 +19,7 @@ STATUS: dict[type[errors.UnetppError], HTTPStatus] = {
     errors.Unreadable: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.UnsupportedType: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     errors.TooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    errors.UploadStalled: HTTPStatus.REQUEST_TIMEOUT,
     errors.UnknownFormat: HTTPStatus.NOT_ACCEPTABLE,
     errors.InvalidParameter: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.UnknownModel: HTTPStatus.NOT_FOUND,
@@ -29,8 +30,10 @@ STATUS: dict[type[errors.UnetppError], HTTPStatus] = {
     errors.UnetppError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 
-# The same for a person reading a log or a terminal: what to do is in `detail`.
-INTERNAL = "The server failed on this request; its log has the details. The input was not kept."
+# All that a caller learns of our own faults.
+INTERNAL = (
+    "The server failed on this request; its log has the details under the X-Request-Id of this answer. The input was not kept."
+)
 
 
 def status_of(error: errors.UnetppError) -> HTTPStatus:
@@ -44,11 +47,11 @@ def problem(status: HTTPStatus, kind: str, detail: str, headers: dict[str, str] 
     return JSONResponse(body, status.value, headers, MEDIA_TYPE)
 
 
-def of(error: errors.UnetppError) -> JSONResponse:
-    """The problem document of a domain error; details of our own faults stay in the log."""
+def of(error: errors.UnetppError, request_id: str = "") -> JSONResponse:
+    """The problem document of a domain error; details of our own faults stay in the log, under the request's id."""
     status = status_of(error)
     if isinstance(error, errors.ServerFault):
-        log.error("request failed", exc_info=error)
+        log.error("request %s failed", request_id, exc_info=error)
         return problem(status, kind(error), INTERNAL)
     headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, errors.TryAgain) else None
     return problem(status, kind(error), str(error), headers)
@@ -64,8 +67,8 @@ def install(app: FastAPI) -> None:
     """Registers the handlers."""
 
     @app.exception_handler(errors.UnetppError)
-    async def domain(_: Request, error: errors.UnetppError) -> JSONResponse:
-        return of(error)
+    async def domain(request: Request, error: errors.UnetppError) -> JSONResponse:
+        return of(error, _id(request))
 
     @app.exception_handler(RequestValidationError)
     async def validation(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -73,14 +76,22 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:
-        return problem(HTTPStatus(error.status_code), "http", str(error.detail), dict(error.headers or {}))
+        status = HTTPStatus(error.status_code)
+        # E.g. not-found, method-not-allowed.
+        named = status.phrase.lower().replace(" ", "-")
+        return problem(status, named, str(error.detail), dict(error.headers or {}))
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        log.error("unexpected error", exc_info=error)
+        log.error("request %s failed unexpectedly", _id(request), exc_info=error)
         # Starlette raises the error once more after this answer, upon which uvicorn closes the connection: say so.
-        headers = {"X-Request-Id": getattr(request.state, "request_id", ""), "Connection": "close"}
+        headers = {"X-Request-Id": _id(request), "Connection": "close"}
         return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", INTERNAL, headers)
+
+
+def _id(request: Request) -> str:
+    """The id that the RequestId middleware gave."""
+    return str(getattr(request.state, "request_id", ""))
 
 
 def _explain(found: Any) -> str:

@@ -23,7 +23,7 @@ class RequestId:
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         request_id = given.decode() if SANE.fullmatch(given) else uuid.uuid4().hex
 
-        # The handler of unexpected errors sits outside of every middleware and adds the header itself.
+        # For the log; and the handler of unexpected errors, outside of every middleware, adds the header itself.
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def tagged(message: Message) -> None:

@@ -3,12 +3,12 @@
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from server.errors import InvalidParameter, Unreadable, UnsupportedType
@@ -35,7 +35,7 @@ async def receive(request: Request) -> AsyncIterator[Upload]:
     Raises:
         UnsupportedType: the declared Content-Type is not an image.
         InvalidParameter: no `file`, several, or an unknown field.
-        Unreadable: broken multipart.
+        Unreadable: broken or incomplete multipart.
         TooLarge: from the body limit, while streaming.
     """
     declared = request.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -45,9 +45,9 @@ async def receive(request: Request) -> AsyncIterator[Upload]:
         return
     _check_type(declared)
     with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as file:
-        loop = asyncio.get_running_loop()
         async for chunk in request.stream():
-            await loop.run_in_executor(None, file.write, chunk) if len(chunk) > SPOOL_BYTES else file.write(chunk)
+            # In a thread: waiting for the disk must not stop the event loop.
+            await asyncio.to_thread(file.write, chunk)
         file.seek(0)
         yield Upload(cast("BinaryIO", file))
 
@@ -55,9 +55,9 @@ async def receive(request: Request) -> AsyncIterator[Upload]:
 @contextlib.asynccontextmanager
 async def _multipart(request: Request) -> AsyncIterator[Upload]:
     try:
-        form = await request.form(max_files=8, max_fields=8)
-    except HTTPException as error:
-        raise Unreadable(f"the multipart body cannot be read: {error.detail}") from error
+        form = await _WholeForm(request).parse()
+    except MultiPartException as error:
+        raise Unreadable(f"the multipart body cannot be read: {error.message}") from error
     try:
         fields: dict[str, UploadFile] = {}
         for name, value in form.multi_items():
@@ -78,6 +78,25 @@ async def _multipart(request: Request) -> AsyncIterator[Upload]:
         yield Upload(fields["file"].file, reference.file if reference else None)
     finally:
         await form.close()
+
+
+class _WholeForm(MultiPartParser):
+    """Starlette's parser, which alone would drop a file that is cut off in silence."""
+
+    def __init__(self, request: Request) -> None:
+        self._ended = False
+        super().__init__(request.headers, self._to_its_end(request.stream()), max_files=8, max_fields=8)
+
+    def on_end(self) -> None:
+        """The closing boundary was read."""
+        self._ended = True
+
+    async def _to_its_end(self, stream: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+        async for chunk in stream:
+            yield chunk
+        if not self._ended:
+            # Raised here, inside of `parse`, which then closes its files.
+            raise Unreadable("the multipart body ends early; send it again, whole")
 
 
 def _check_type(declared: str) -> None:

@@ -5,6 +5,7 @@ An idle server therefore adds no delay and a busy one batches by itself.
 """
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float32
+from numpy import ndarray
 
 from server.arrays import Scores, Tiles
 from server.errors import InferenceFailed, NotReady
@@ -23,20 +26,25 @@ class Ran:
     """Scores of one caller's tiles, in their order.
 
     Attributes:
-        scores: (N, K, h, w).
+        parts: (K, h, w) per tile.
         queue_s: from handing in to the start of the first batch that held one of the tiles.
         infer_s: the rest, until the last tile was done.
     """
 
-    scores: Scores
+    parts: list[Float32[ndarray, "K h w"]]
     queue_s: float
     infer_s: float
+
+    @property
+    def scores(self) -> Scores:
+        """(N, K, h, w), copied together."""
+        return np.stack(self.parts)
 
 
 @dataclass
 class _Item:
     tile: Tiles
-    done: "asyncio.Future[Scores]"
+    done: 'asyncio.Future[Float32[ndarray, "K h w"]]'
     started: float = 0.0
 
 
@@ -46,9 +54,10 @@ class Batcher:
     Args:
         engine: runs the batches.
         executor: the thread it runs in; batchers that share a device share it.
+        device: held while a batch is formed and run; batchers that share a device share it and take turns.
         max_batch: tiles in one batch.
         max_batch_pixels: pixels in one batch; a single larger tile still runs, alone.
-        observe: called with the size of each batch.
+        observe: called with the size of each batch that succeeded.
     """
 
     def __init__(
@@ -58,12 +67,15 @@ class Batcher:
         max_batch: int,
         max_batch_pixels: int,
         observe: Callable[[int], None] = lambda size: None,
+        device: asyncio.Lock | None = None,
     ) -> None:
         self.engine = engine
         self._executor = executor
         self._max_batch = max_batch
         self._max_batch_pixels = max_batch_pixels
         self._observe = observe
+        self._device = device or asyncio.Lock()
+        self.last_success = -math.inf
         self._queue: deque[_Item] = deque()
         self._pump: asyncio.Task[None] | None = None
         self._closed = False
@@ -92,8 +104,7 @@ class Batcher:
                 item.done.cancel()
             raise
         started = min(item.started for item in items)
-        scores = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return Ran(scores, started - begun, time.perf_counter() - started)
+        return Ran(parts, started - begun, time.perf_counter() - started)
 
     def close(self) -> None:
         """Refuses new tiles and fails the queued ones; a running batch still settles."""
@@ -104,31 +115,38 @@ class Batcher:
                 item.done.set_exception(NotReady("the server is shutting down; try again in a moment"))
 
     async def _serve(self) -> None:
-        """Runs batches until the queue is empty. Never raises: every outcome settles futures."""
-        loop = asyncio.get_running_loop()
+        """Runs batches until the queue is empty; every outcome settles its futures."""
         try:
-            while batch := self._take():
-                now = time.perf_counter()
-                for item in batch:
-                    item.started = now
-                try:
-                    # Stacking copies pixels: that too belongs to the engine's thread.
-                    scores = await loop.run_in_executor(self._executor, self._execute, batch)
-                except Exception as error:  # noqa: BLE001 - whatever the engine raises must reach its callers
-                    failure = InferenceFailed(f"inference failed: {error}")
-                    failure.__cause__ = error
-                    for item in batch:
-                        if not item.done.done():
-                            item.done.set_exception(failure)
-                    continue
-                for index, item in enumerate(batch):
-                    if not item.done.done():
-                        item.done.set_result(scores[index : index + 1])
+            while self._queue:
+                # Formed only when the device is free: what arrives in the meantime still joins.
+                async with self._device:
+                    if batch := self._take():
+                        await self._run(batch)
         finally:
             # Set in the same step of the loop that found the queue empty: no tile can slip in between.
             self._pump = None
 
+    async def _run(self, batch: list[_Item]) -> None:
+        try:
+            scores = await asyncio.get_running_loop().run_in_executor(self._executor, self._execute, batch)
+        except Exception as error:  # noqa: BLE001 - whatever the engine raises must reach its callers
+            failure = InferenceFailed(f"inference failed: {error}")
+            failure.__cause__ = error
+            for item in batch:
+                if not item.done.done():
+                    item.done.set_exception(failure)
+            return
+        self.last_success = time.monotonic()
+        for item, score in zip(batch, scores, strict=True):
+            if not item.done.done():
+                item.done.set_result(score)
+        self._observe(len(batch))
+
     def _execute(self, batch: list[_Item]) -> Scores:
+        """In the engine's thread, to which stacking belongs too: it copies pixels."""
+        now = time.perf_counter()
+        for item in batch:
+            item.started = now
         scores = self.engine.run(Tiles.stack([item.tile for item in batch]))
         if len(scores) != len(batch):
             raise ValueError(f"the engine returned {len(scores)} results for {len(batch)} tiles")
@@ -155,6 +173,4 @@ class Batcher:
                     break
         rest.extend(self._queue)
         self._queue = rest
-        if batch:
-            self._observe(len(batch))
         return batch

@@ -66,7 +66,7 @@ class Graph(_Part):
 
 
 class CalibrationRow(_Part):
-    """One measured point: a graph at a precision.
+    """One measured point: a graph at a precision on an engine.
 
     Attributes:
         graph: which graph.
@@ -103,9 +103,11 @@ class Measured(_Part):
     machine: str
     rows: tuple[CalibrationRow, ...]
 
-    def row(self, graph: str, precision: str) -> CalibrationRow | None:
-        """The measured point, or None."""
-        return next((r for r in self.rows if (r.graph, r.precision) == (graph, precision)), None)
+    def row(self, graph: str, precision: str, engine: str | None = None) -> CalibrationRow | None:
+        """The point measured on the engine, else the one with the lowest IoU on any, so that decisions are safe; or None."""
+        rows = [r for r in self.rows if (r.graph, r.precision) == (graph, precision)]
+        own = [r for r in rows if r.engine == engine]
+        return min(own or rows, key=lambda r: r.iou, default=None)
 
 
 class Calibration(Measured):
@@ -172,9 +174,15 @@ class Manifest(_Part):
             raise ValueError(f"graphs need different names and one must be {ACCURATE!r}: {names}")
         if odd := [graph.name for graph in self.graphs if graph.name not in (ACCURATE, f"L{graph.level}")]:
             raise ValueError(f"graphs whose name and level differ: {odd}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> "Manifest":
         values = [c.value for c in self.classes]
-        if len(set(values)) < len(values) or (self.activation == "softmax" and values != list(range(1, len(values) + 1))):
-            raise ValueError(f"values of classes must differ, and with softmax be 1, 2, ...: {values}")
+        if values != list(range(1, len(values) + 1)):
+            raise ValueError(f"values of classes must be 1, 2, ...: {values}")
+        if self.activation == "sigmoid" and len(values) > 1:
+            raise ValueError(f"activation sigmoid means exactly one class: {[c.name for c in self.classes]}")
         return self
 
     @property

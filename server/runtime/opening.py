@@ -1,9 +1,11 @@
 """Opens a bundle for serving: picks engines by measuring, checks the golden pairs, warms up."""
 
 import logging
+import math
+import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +32,10 @@ GOLDEN_TOLERANCE = {"fp32": 1e-4, "bf16": 0.03, "fp16": 0.01, "int8": 0.08}
 
 RACE_TILE = 128
 RACE_RUNS = 5
+# Of every graph at every precision: few, as a bundle may have fifteen and the server should start within seconds.
+GRAPH_RUNS = 3
+
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True)
@@ -76,33 +82,54 @@ def open_bundle(folder: Path, settings: RuntimeSettings) -> OpenBundle:
         EngineUnavailable: a configured engine, provider or precision cannot run here.
     """
     bundle = read_bundle(folder)
+    settings = settings.model_copy(update={"threads": settings.threads or cores()})
     chosen = _choose(bundle, settings)
     names = [graph.name for graph in bundle.manifest.graphs]
     engines = {
         (name, precision): _open(bundle, name, candidate, settings.threads)
         for precision, candidate in chosen.items()
         for name in names
-        if offered(bundle.manifest, name, precision)
+        if offered(bundle.manifest, name, precision, candidate.engine)
     }
     _check_golden(bundle, engines)
-    auto = {name: _auto(bundle.manifest, name, [p for p in chosen if (name, p) in engines], settings.precision) for name in names}
+    seconds = _race(bundle, engines, GRAPH_RUNS)
+    auto = {}
+    for name in names:
+        ranked = {p: engines[graph, p].name for graph, p in sorted(engines, key=lambda key: seconds[key]) if graph == name}
+        auto[name] = _auto(bundle.manifest, name, ranked, settings.precision)
     for (name, precision), engine in sorted(engines.items()):
         picked = " (auto)" if auto[name] == precision else ""
-        log.info("%s %s %s: %s on %s%s", bundle.manifest.name, name, precision, engine.name, engine.provider, picked)
+        log.info(
+            "%s %s %s: %s on %s, %.1f ms%s", bundle.manifest.name, name, precision, engine.name, engine.provider,
+            seconds[name, precision] * 1e3, picked,
+        )  # fmt: skip
     return OpenBundle(bundle, engines, auto)
 
 
-def faithful(manifest: Manifest, graph: str, precision: str) -> bool | None:
-    """Whether the calibrated IoU is within the tolerance of fp32; None where it was not measured."""
+def cores(quota: Path = CGROUP_QUOTA) -> int:
+    """Cores that this process may really use: its affinity and, in a container, the quota of its cgroup, rounded up."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        microseconds, period = map(int, quota.read_text().split())
+    except (OSError, ValueError):  # no cgroup v2, or "max": no quota
+        return here
+    return min(here, math.ceil(microseconds / period))
+
+
+def faithful(manifest: Manifest, graph: str, precision: str, engine: str | None = None) -> bool | None:
+    """Whether the calibrated IoU is within the tolerance of fp32; None where it was not measured.
+
+    Engines differ at reduced precisions: see `Measured.row` for which row counts.
+    """
     calibration = manifest.calibration
-    row = calibration.row(graph, precision) if calibration else None
+    row = calibration.row(graph, precision, engine) if calibration else None
     reference = calibration.row(graph, "fp32") if calibration else None
     return row.iou >= reference.iou - IOU_TOLERANCE if row and reference else None
 
 
-def offered(manifest: Manifest, graph: str, precision: str) -> bool:
+def offered(manifest: Manifest, graph: str, precision: str, engine: str | None = None) -> bool:
     """Whether requests may have the precision: never one known to lose too much; int8 only where it is known not to."""
-    verdict = precision == "fp32" or faithful(manifest, graph, precision)
+    verdict = precision == "fp32" or faithful(manifest, graph, precision, engine)
     return verdict is True or (verdict is None and precision != "int8")
 
 
@@ -122,7 +149,7 @@ def candidates(bundle: Bundle, settings: RuntimeSettings) -> list[_Candidate]:
             continue
         for provider in row.providers(settings.provider):
             there = (p for p in row.precisions(provider) if GRAPH_PRECISIONS[p] in bundle.manifest.graph_precisions)
-            wanted = (p for p in there if any(offered(bundle.manifest, graph.name, p) for graph in bundle.manifest.graphs))
+            wanted = (p for p in there if any(offered(bundle.manifest, graph.name, p, name) for graph in bundle.manifest.graphs))
             found += [_Candidate(precision, name, provider) for precision in wanted]
         if settings.engine == name and not found:
             raise EngineUnavailable(f"engine {name!r} does not run on provider {settings.provider!r}; set one of them to auto")
@@ -130,53 +157,61 @@ def candidates(bundle: Bundle, settings: RuntimeSettings) -> list[_Candidate]:
 
 
 def _choose(bundle: Bundle, settings: RuntimeSettings) -> dict[str, _Candidate]:
-    """The fastest candidate of each precision, fastest precision first."""
-    pool = candidates(bundle, settings)
-    ranking: dict[str, tuple[float, _Candidate]] = {}
+    """The fastest candidate of each precision."""
+    measured: dict[_Candidate, float] = {}
+    failed: list[str] = []
     usable_gpu = False
-    for candidate in sorted(pool, key=lambda c: c.provider == "cpu"):
+    for candidate in sorted(candidates(bundle, settings), key=lambda c: c.provider == "cpu"):
         # A GPU that works beats every CPU: there is nothing to race.
         if usable_gpu and candidate.provider == "cpu":
             continue
         try:
-            seconds = _race(bundle, candidate, settings.threads)
+            measured[candidate] = _try(bundle, candidate, settings.threads)
         except Exception as error:
-            if settings.engine != "auto" or settings.provider != "auto":
-                raise EngineUnavailable(
-                    f"{candidate.engine} on {candidate.provider} cannot run {bundle.folder}: {error}"
-                ) from error
-            log.warning(
-                "FALLING BACK: %s on %s cannot run %s %s: %s", candidate.engine, candidate.provider,
-                bundle.manifest.name, candidate.precision, error,
-            )  # fmt: skip
+            # Every CPU opens a graph that is sound.
+            if isinstance(error, BundleDamaged) and candidate.provider == "cpu":
+                raise
+            problem = f"{candidate.engine} on {candidate.provider} cannot run {bundle.folder} at {candidate.precision}: {error}"
+            if settings.provider != "auto":
+                raise EngineUnavailable(problem) from error
+            log.warning("FALLING BACK: %s", problem)
+            failed.append(problem)
             continue
         usable_gpu = usable_gpu or candidate.provider != "cpu"
-        log.info("measured %s on %s at %s: %.1f ms", candidate.engine, candidate.provider, candidate.precision, seconds * 1e3)
-        best = ranking.get(candidate.precision)
-        if best is None or seconds < best[0]:
-            ranking[candidate.precision] = (seconds, candidate)
-    if not ranking:
-        raise EngineUnavailable(
-            "no engine can run here; install one with: pip install 'unetpp-server[cpu]' (or [gpu] on a machine with an NVIDIA GPU)"
+        log.info(
+            "measured %s on %s at %s: %.1f ms", candidate.engine, candidate.provider, candidate.precision, measured[candidate] * 1e3
         )
-    if settings.precision != "auto" and settings.precision not in ranking:
-        raise EngineUnavailable(f"precision {settings.precision!r} cannot be served here; possible: {', '.join(ranking)}")
-    by_speed = sorted(ranking, key=lambda precision: ranking[precision][0])
-    return {precision: ranking[precision][1] for precision in by_speed}
+    if not measured:
+        raise EngineUnavailable(
+            "; ".join(failed)
+            or "no engine can run here; install one with: pip install '.[cpu]' in the project's folder "
+            "('.[gpu]' on a machine with an NVIDIA GPU)"
+        )
+    # Of each precision the fastest comes last, and stays.
+    fastest = {c.precision: c for c in sorted(measured, key=lambda c: measured[c], reverse=True)}
+    if settings.precision != "auto" and settings.precision not in fastest:
+        raise EngineUnavailable(f"precision {settings.precision!r} cannot be served here; possible: {', '.join(fastest)}")
+    return fastest
 
 
-def _race(bundle: Bundle, candidate: _Candidate, threads: int) -> float:
+def _try(bundle: Bundle, candidate: _Candidate, threads: int) -> float:
     """Median seconds of one tile through the graph of middle cost: much like the rest, and quick to compile."""
     graph = sorted(bundle.manifest.graphs, key=lambda g: g.macs_per_pixel)[len(bundle.manifest.graphs) // 2]
-    engine = _open(bundle, graph.name, candidate, threads)
+    key = graph.name, candidate.precision
+    return _race(bundle, {key: _open(bundle, graph.name, candidate, threads)}, RACE_RUNS)[key]
+
+
+def _race(bundle: Bundle, engines: Mapping[tuple[str, str], Engine], runs: int) -> dict[tuple[str, str], float]:
+    """Median seconds of one tile through each engine; in turns, so that whatever else runs slows all alike."""
     tiles = noise(1, len(bundle.manifest.channels), [RACE_TILE] * bundle.manifest.dims)
-    engine.run(tiles)
-    times = []
-    for _ in range(RACE_RUNS):
-        begun = time.perf_counter()
-        engine.run(tiles)
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times)
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in engines}
+    for _ in range(1 + runs):
+        for key, engine in engines.items():
+            begun = time.perf_counter()
+            engine.run(tiles)
+            times[key].append(time.perf_counter() - begun)
+    # The first run of a size prepares the next ones.
+    return {key: statistics.median(taken[1:]) for key, taken in times.items()}
 
 
 def _open(bundle: Bundle, graph: str, candidate: _Candidate, threads: int) -> Engine:
@@ -189,14 +224,21 @@ def _open(bundle: Bundle, graph: str, candidate: _Candidate, threads: int) -> En
         raise BundleDamaged(f"{path}: {candidate.engine} on {candidate.provider} cannot open it: {error}") from error
 
 
-def _auto(manifest: Manifest, graph: str, fastest_first: list[str], wanted: str) -> str:
-    """The configured precision where the graph has it, else the fastest that is known to be close enough to fp32."""
+def _auto(manifest: Manifest, graph: str, fastest_first: Mapping[str, str], wanted: str) -> str:
+    """The configured precision where the graph has it, else the fastest that is known to be close enough to fp32.
+
+    Args:
+        manifest: with the calibration, if any.
+        graph: which graph.
+        fastest_first: the engine of each precision that the graph is served at.
+        wanted: the configured precision.
+    """
     if wanted in fastest_first:
         return wanted
     if wanted != "auto":
         log.warning("%s %s is not offered at the configured precision %s", manifest.name, graph, wanted)
-    good = (p for p in fastest_first if p == "fp32" or faithful(manifest, graph, p))
-    return next(good, fastest_first[0])
+    good = (p for p, engine in fastest_first.items() if p == "fp32" or faithful(manifest, graph, p, engine))
+    return next(good, next(iter(fastest_first)))
 
 
 def _check_golden(bundle: Bundle, engines: dict[tuple[str, str], Engine]) -> None:

@@ -1,6 +1,8 @@
 """ONNX Runtime's execution providers: what each one needs, and the precisions it is good for."""
 
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from server.errors import EngineUnavailable
@@ -14,11 +16,22 @@ class Provider:
         execution_provider: ONNX Runtime's name.
         precisions: that run natively there, so that `auto` may pick them.
         options: provider options, each with its reason below.
+        by_precision: further ones for graphs of a precision.
+        in_auto: whether `auto` tries it; otherwise only who names it gets it.
     """
 
     execution_provider: str
     precisions: tuple[str, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    by_precision: dict[str, dict[str, Any]] = field(default_factory=dict)
+    in_auto: bool = True
+
+    def options_for(self, precision: str) -> dict[str, Any]:
+        """Options of a session that runs a graph of this precision."""
+        return self.options | self.by_precision.get(precision, {})
+
+
+TENSORRT_CACHE = str(Path(tempfile.gettempdir()) / "unetpp-tensorrt")
 
 
 # Best first.
@@ -27,7 +40,16 @@ PROVIDERS: dict[str, Provider] = {
         "TensorrtExecutionProvider",
         ("fp32", "fp16", "int8"),
         # Building engines takes minutes: keep them between starts.
-        {"trt_engine_cache_enable": True, "trt_timing_cache_enable": True},
+        {
+            "trt_engine_cache_enable": True,
+            "trt_engine_cache_path": TENSORRT_CACHE,
+            "trt_timing_cache_enable": True,
+            "trt_timing_cache_path": TENSORRT_CACHE,
+        },
+        # Without these it computes in fp32, whatever the graph says.
+        by_precision={"fp16": {"trt_fp16_enable": True}, "int8": {"trt_int8_enable": True}},
+        # Every new tile size waits for an engine of its own.
+        in_auto=False,
     ),
     "cuda": Provider(
         "CUDAExecutionProvider",
@@ -58,10 +80,10 @@ def choose(wanted: str, available: list[str]) -> list[str]:
     """
     here = [name for name, row in PROVIDERS.items() if row.execution_provider in available]
     if wanted == "auto":
-        return here
+        return [name for name in here if PROVIDERS[name].in_auto]
     if wanted not in here:
         raise EngineUnavailable(
             f"provider {wanted!r} is not in this installation of ONNX Runtime (it has: {', '.join(here)}). "
-            "For a GPU install the extra with: pip install 'unetpp-server[gpu]'"
+            "For a GPU install the extra with: pip install '.[gpu]' in the project's folder"
         )
     return [wanted]

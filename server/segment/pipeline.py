@@ -2,11 +2,9 @@
 
 import asyncio
 import base64
-import contextlib
 import dataclasses
-import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, ParamSpec, TypeVar
@@ -16,8 +14,9 @@ import numpy as np
 from server.arrays import Image, Mask
 from server.errors import InferenceFailed, InvalidParameter, NotReady, UnknownModel
 from server.imaging import encode as encoding
-from server.imaging.decode import decode
+from server.imaging.decode import decode, measure
 from server.imaging.encode import ENCODERS, Encoder, Product
+from server.runtime.admission import PixelBudget
 from server.runtime.batcher import Batcher
 from server.runtime.bundle import Manifest
 from server.runtime.opening import OpenBundle, noise
@@ -30,7 +29,7 @@ from server.settings import BatchingSettings, LimitsSettings
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# How long a successful readiness probe counts, and how long one may take.
+# How long a success counts as ready, and how long a test tile may take.
 PROBE_EVERY_S = 5
 PROBE_TIMEOUT_S = 10
 
@@ -139,12 +138,14 @@ class Segmenter:
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="worker")
         # One thread runs all graphs: they share the device, and one run already uses all its cores.
         self._device = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._large = asyncio.Lock()
-        self._probed = -math.inf
+        self._budget = PixelBudget(limits.pixels_in_flight)
+        self._probing = asyncio.Lock()
+        device = asyncio.Lock()
         self._batchers = {
             (name, graph, precision): Batcher(
                 engine, self._device, batching.max_batch, batching.max_batch_pixels,
                 lambda size, graph=graph: observe_batch(graph, size),  # type: ignore[misc]
+                device,
             )
             for name, opened in bundles.items()
             for (graph, precision), engine in opened.engines.items()
@@ -158,23 +159,27 @@ class Segmenter:
         self._workers.shutdown()
 
     async def probe(self) -> None:
-        """Runs a small real tile through every bundle, unless that succeeded moments ago.
+        """Makes sure that every bundle has just answered: a caller, or else a small real tile.
 
         Raises:
             NotReady: a bundle does not answer.
         """
-        if time.monotonic() - self._probed < PROBE_EVERY_S:
-            return
-        for name, opened in self.bundles.items():
-            manifest = opened.bundle.manifest
-            graph = min(manifest.graphs, key=lambda g: g.macs_per_pixel)
-            tiles = noise(1, len(manifest.channels), [graph.divisor] * manifest.dims)
-            try:
-                async with asyncio.timeout(PROBE_TIMEOUT_S):
-                    await self._batchers[name, graph.name, opened.auto[graph.name]].run(tiles)
-            except (InferenceFailed, TimeoutError) as error:
-                raise NotReady(f"model {name!r} does not answer a test tile", retry_after_s=PROBE_EVERY_S) from error
-        self._probed = time.monotonic()
+        async with self._probing:
+            for name in self.bundles:
+                latest = max(b.last_success for (model, _, _), b in self._batchers.items() if model == name)
+                if time.monotonic() - latest > PROBE_EVERY_S:
+                    await self._probe(name)
+
+    async def _probe(self, name: str) -> None:
+        opened = self.bundles[name]
+        manifest = opened.bundle.manifest
+        graph = min(manifest.graphs, key=lambda g: g.macs_per_pixel)
+        tiles = noise(1, len(manifest.channels), [graph.divisor] * manifest.dims)
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                await self._batchers[name, graph.name, opened.auto[graph.name]].run(tiles)
+        except (InferenceFailed, TimeoutError) as error:
+            raise NotReady(f"model {name!r} does not answer a test tile", retry_after_s=PROBE_EVERY_S) from error
 
     def choose(self, request: SegmentRequest) -> Choice:
         """Resolves model, mode, level and precision.
@@ -218,24 +223,25 @@ class Segmenter:
         clock = _Clock(self._workers)
         choice = self.choose(request)
         encoder = ENCODERS[request.format]
-        image = await clock.off_loop("decode", decode, file, self._limits.max_pixels)
-        async with self._turn(image):
-            truth = await clock.off_loop("decode", decode, reference, self._limits.max_pixels, labels=True) if reference else None
+        pixels = await clock.off_loop("decode", measure, file, self._limits.max_pixels)
+        begun = time.perf_counter()
+        async with self._budget.hold(pixels):
+            clock.add("queue", time.perf_counter() - begun)
+            image = await clock.off_loop("decode", decode, file, self._limits.max_pixels)
+            truth = await clock.off_loop("decode", self._decode_reference, reference, image) if reference else None
             plan, input_ = await clock.off_loop("plan", _plan, image, choice)
             mask = await self._run(plan, input_, choice, encoder, clock, progress)
             overlaps = await clock.off_loop("restore", _compare, mask, truth, choice.manifest) if truth else {}
             body = await clock.off_loop("encode", _encode, mask, image, choice, encoder, request, overlaps, clock)
         return Answer(body, encoder.media_type, choice, clock.seconds, overlaps, image.note)
 
-    @contextlib.asynccontextmanager
-    async def _turn(self, image: Image) -> AsyncIterator[None]:
-        """Large images take turns, so that many at once cannot exhaust memory."""
-        height, width = image.size
-        if height * width <= self._limits.large_pixels:
-            yield
-            return
-        async with self._large:
-            yield
+    def _decode_reference(self, reference: BinaryIO, image: Image) -> Image:
+        """A label image of the image's size, refused before any work is done for it."""
+        labels = decode(reference, self._limits.max_pixels, labels=True)
+        if labels.pixels.shape[2] != 1 and np.ptp(labels.pixels, axis=2).any():
+            raise InvalidParameter("the reference is a colour picture; send a label image (one value per pixel)")
+        quality.check_size(image.size, labels.size)
+        return labels
 
     async def _run(
         self, plan: Plan, image: Image, choice: Choice, encoder: Encoder, clock: _Clock, progress: Callable[[int, int], None]
@@ -244,13 +250,13 @@ class Segmenter:
         manifest = choice.manifest
         channels = 1 if manifest.activation == "sigmoid" else len(manifest.classes) + 1
         canvas = Canvas(plan, channels, manifest.threshold, keep_scores=encoder.needs_scores)
-        for band in range(len(plan.tops)):
+        for band in range(len(plan.bands)):
             tiles = await clock.off_loop("plan", plan.cut, image, band)
             ran = await choice.batcher.run(tiles)
             clock.add("queue", ran.queue_s)
             clock.add("infer", ran.infer_s)
-            await clock.off_loop("restore", canvas.add, band, ran.scores)
-            progress(band + 1, len(plan.tops))
+            await clock.off_loop("restore", canvas.add, band, ran.parts)
+            progress(band + 1, len(plan.bands))
         return await clock.off_loop("restore", canvas.mask)
 
 
@@ -260,8 +266,6 @@ def _plan(image: Image, choice: Choice) -> tuple[Plan, Image]:
 
 
 def _compare(mask: Mask, reference: Image, manifest: Manifest) -> dict[int, quality.Overlap]:
-    if reference.pixels.shape[2] != 1 and np.ptp(reference.pixels, axis=2).any():
-        raise InvalidParameter("the reference is a colour picture; send a label image (one value per pixel)")
     return quality.compare(mask.classes, reference.pixels[..., 0], [c.value for c in manifest.classes])
 
 

@@ -18,16 +18,16 @@ STATISTICS_PIXELS = 1_000_000
 
 @dataclass(frozen=True)
 class Plan:
-    """Windows of one size in bands from top to bottom, and the image's statistics.
+    """Windows of one size, in bands that follow each other along the longer side, and the image's statistics.
 
-    An axis that fits into one window is padded at its end by reflection, up to the divisor of the
+    So a band is never longer than the shorter side, and memory grows with that alone. An axis that fits into one window is padded at its end by reflection, up to the divisor of the
     served level; a longer one is covered by overlapping windows without padding.
 
     Attributes:
         size: (H, W) of the image.
         tile: (h, w) of every window.
-        tops: first row of each band of windows.
-        lefts: first column of each window in a band.
+        tops: first row of the windows.
+        lefts: first column of the windows.
         mean: (1, C, 1, 1) float32, per channel, of the whole image.
         inverse_std: (1, C, 1, 1) float32; 1 for a constant channel.
     """
@@ -40,6 +40,21 @@ class Plan:
     inverse_std: Float32[ndarray, "1 C 1 1"]
 
     @property
+    def along_columns(self) -> bool:
+        """Whether the bands follow each other from left to right (a wide image) and not from top to bottom."""
+        return self.size[1] > self.size[0]
+
+    @property
+    def bands(self) -> tuple[int, ...]:
+        """First row (or column) of each band."""
+        return self.lefts if self.along_columns else self.tops
+
+    @property
+    def across(self) -> tuple[int, ...]:
+        """First column (or row) of each window in a band."""
+        return self.tops if self.along_columns else self.lefts
+
+    @property
     def windows(self) -> int:
         """How many windows there are."""
         return len(self.tops) * len(self.lefts)
@@ -49,19 +64,19 @@ class Plan:
 
         Args:
             image: with the network's channels; see `with_channels`.
-            band: index into `tops`.
+            band: index into `bands`.
 
         Returns:
-            Tiles (N, C, h, w) in the image's dtype, one per entry of `lefts`.
+            Tiles (N, C, h, w) in the image's dtype, one per entry of `across`.
         """
         height, width = self.tile
-        top = self.tops[band]
-        rows = image.pixels[top : top + height]
-        missing = [(0, height - rows.shape[0]), (0, max(0, width - rows.shape[1])), (0, 0)]
+        first, count = self.bands[band], len(self.across)
+        strip = image.pixels[:, first : first + width] if self.along_columns else image.pixels[first : first + height]
+        missing = [(0, max(0, height - strip.shape[0])), (0, max(0, width - strip.shape[1])), (0, 0)]
         if any(after for _, after in missing):
-            rows = np.pad(rows, missing, mode="reflect")
-        pixels = np.stack([rows[:, left : left + width].transpose(2, 0, 1) for left in self.lefts])
-        count = len(self.lefts)
+            strip = np.pad(strip, missing, mode="reflect")
+        windows = (strip[s : s + height] if self.along_columns else strip[:, s : s + width] for s in self.across)
+        pixels = np.stack([window.transpose(2, 0, 1) for window in windows])
         return Tiles(pixels, np.repeat(self.mean, count, axis=0), np.repeat(self.inverse_std, count, axis=0))
 
 

@@ -26,6 +26,18 @@ def overlap(a: Shaped[ndarray, "H W"], b: Shaped[ndarray, "H W"]) -> Overlap:
     return Overlap(both / (sizes - both), 2 * both / sizes)
 
 
+def check_size(image: tuple[int, ...], reference: tuple[int, ...]) -> None:
+    """Refuses a reference of another (H, W) than the image's.
+
+    Raises:
+        InvalidParameter: says both.
+    """
+    if image != reference:
+        raise InvalidParameter(
+            f"the reference is {reference[1]} × {reference[0]} pixels, the image {image[1]} × {image[0]}; they must be alike"
+        )
+
+
 def compare(classes: UInt8[ndarray, "H W"], reference: Shaped[ndarray, "rows columns"], values: list[int]) -> dict[int, Overlap]:
     """Overlap per class value.
 
@@ -38,11 +50,7 @@ def compare(classes: UInt8[ndarray, "H W"], reference: Shaped[ndarray, "rows col
     Raises:
         InvalidParameter: the sizes differ.
     """
-    if classes.shape != reference.shape:
-        raise InvalidParameter(
-            f"the reference is {reference.shape[1]} × {reference.shape[0]} pixels, "
-            f"the image {classes.shape[1]} × {classes.shape[0]}; they must be alike"
-        )
+    check_size(classes.shape, reference.shape)
     if len(values) == 1:
         return {values[0]: overlap(classes == values[0], reference > 0)}
     return {value: overlap(classes == value, reference == value) for value in values}

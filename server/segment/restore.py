@@ -1,16 +1,17 @@
 """Scores of windows become the mask in the caller's own pixels: the inverse of `plan.py`.
 
 Neighbouring windows are blended with Gaussian weights. Bands are finished as soon as no further window
-touches them, so memory does not grow with the height of the image.
+touches them, so memory does not grow with the longer side of the image.
 """
 
 import functools
+from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Float32, Shaped, UInt8
 from numpy import ndarray
 
-from server.arrays import Mask, Scores
+from server.arrays import Mask
 from server.segment.plan import Plan
 
 # Standard deviation of the weights as a share of the tile, and the least weight, as is usual for
@@ -20,7 +21,9 @@ LEAST = 1e-3
 
 
 class Canvas:
-    """Collects the bands of a plan, top to bottom.
+    """Collects the bands of a plan, in their order.
+
+    For a plan with bands along columns everything is seen turned: "rows" are the image's columns.
 
     Args:
         plan: where the windows lie.
@@ -32,42 +35,49 @@ class Canvas:
     def __init__(self, plan: Plan, channels: int, threshold: float, *, keep_scores: bool) -> None:
         self._plan = plan
         self._threshold = threshold
-        height, width = plan.size
-        self._classes = np.empty((height, width), dtype=np.uint8)
-        self._scores = np.empty((channels, height, width), dtype=np.float16) if keep_scores else None
-        # Rows [top, top + h) of the image, still open to further windows.
+        self._mask = Mask(
+            np.empty(plan.size, dtype=np.uint8),
+            np.empty((channels, *plan.size), dtype=np.float16) if keep_scores else None,
+        )
+        self._rows, self._columns = self._turned(self._mask.classes).shape
+        tile_rows, tile_columns = plan.tile[::-1] if plan.along_columns else plan.tile
+        self._tile_columns = tile_columns
+        self._weights = importance(tile_rows, tile_columns)
+        # Rows [top, top + tile_rows), still open to further windows.
         self._top = 0
-        self._sum = np.zeros((channels, plan.tile[0], max(width, plan.tile[1])), dtype=np.float32)
+        self._sum = np.zeros((channels, tile_rows, max(self._columns, tile_columns)), dtype=np.float32)
         self._weight = np.zeros(self._sum.shape[1:], dtype=np.float32)
 
-    def add(self, band: int, scores: Scores) -> None:
-        """Adds the scores (N, K, h, w) of one band; bands come in order, each once."""
-        self._finish_rows_above(self._plan.tops[band])
-        if self._plan.windows == 1:
-            self._sum, self._weight = scores[0], np.ones(scores.shape[2:], dtype=np.float32)
-            return
-        weights = importance(*self._plan.tile)
-        for left, window in zip(self._plan.lefts, scores, strict=True):
-            columns = slice(left, left + self._plan.tile[1])
-            self._sum[:, :, columns] += window * weights
-            self._weight[:, columns] += weights
+    def add(self, band: int, windows: Iterable[Float32[ndarray, "K h w"]]) -> None:
+        """Adds the scores of one band's windows, each (K, h, w); bands come in order, each once."""
+        self._finish_rows_above(self._plan.bands[band])
+        for start, window in zip(self._plan.across, windows, strict=True):
+            if self._plan.windows == 1:
+                # Nothing to blend, and no rounding: the scores are the answer.
+                self._sum, self._weight = self._turned(window), np.ones_like(self._weight)
+                return
+            columns = slice(start, start + self._tile_columns)
+            self._sum[:, :, columns] += self._turned(window) * self._weights
+            self._weight[:, columns] += self._weights
 
     def mask(self) -> Mask:
         """The finished mask, after the last band."""
-        self._finish_rows_above(self._plan.size[0])
-        return Mask(self._classes, self._scores)
+        self._finish_rows_above(self._rows)
+        return self._mask
+
+    def _turned(self, array: ndarray) -> ndarray:
+        return array.swapaxes(-1, -2) if self._plan.along_columns else array
 
     def _finish_rows_above(self, top: int) -> None:
         count = top - self._top
         if count <= 0:
             return
-        width = self._plan.size[1]
-        total, weight = self._sum[:, :count, :width], self._weight[:count, :width]
+        total, weight = self._sum[:, :count, : self._columns], self._weight[:count, : self._columns]
         rows = slice(self._top, top)
-        self._classes[rows] = _classes(total, weight, self._threshold)
-        if self._scores is not None:
-            self._scores[:, rows] = total / weight
-        if top < self._plan.size[0]:
+        self._turned(self._mask.classes)[rows] = _classes(total, weight, self._threshold)
+        if self._mask.scores is not None:
+            self._turned(self._mask.scores)[:, rows] = total / weight
+        if top < self._rows:
             for buffer in (self._sum, self._weight):
                 buffer[..., :-count, :] = buffer[..., count:, :].copy()
                 buffer[..., -count:, :] = 0

@@ -33,13 +33,16 @@ def calibrated(small_kept, discs, tmp_path_factory):
     return folder, measured, told
 
 
-def test_a_row_for_every_graph_and_precision(calibrated):
+def test_a_row_for_every_graph_precision_and_engine(calibrated):
     folder, measured, told = calibrated
     bundle = read_bundle(folder)
-    precisions = {precision for _, precision in runnable(bundle)}
-    assert {"fp32", "fp16", "int8"} <= precisions
-    assert {(r.graph, r.precision) for r in measured.rows} == {(g, p) for g in ("L1", "L2", "accurate") for p in precisions}
-    assert len(measured.rows) == 3 * len(precisions)
+    pairs = runnable(bundle)
+    assert {("onnxruntime", "fp32"), ("onnxruntime", "fp16"), ("onnxruntime", "int8")} <= set(pairs)
+    for graph in ("L1", "L2", "accurate"):
+        rows = [r for r in measured.rows if r.graph == graph]
+        # At fp32 the fastest engine speaks for all.
+        assert [r.precision for r in rows].count("fp32") == 1
+        assert sorted((r.engine, r.precision) for r in rows if r.precision != "fp32") == sorted(p for p in pairs if p[1] != "fp32")
     assert tuple(told) == measured.rows
     assert all((r.engine, r.precision) in runnable(bundle) for r in measured.rows)
     assert all(r.latency_ms > 0 for r in measured.rows)
@@ -84,6 +87,15 @@ def test_one_row_computed_independently(calibrated, discs, graph):
     assert 0 < np.mean(ious) < 1
     row = measured.row(graph, "fp32")
     assert (row.iou, row.mean_iou, row.dice) == pytest.approx((np.mean(ious), np.mean(means), np.mean(dices)), abs=2e-3)
+
+
+def test_every_image_of_every_row_is_shown(small_bundle, discs, monkeypatch):
+    pairs = [("onnxruntime", "fp32"), ("openvino", "fp32"), ("onnxruntime", "int8"), ("openvino", "int8")]
+    monkeypatch.setattr(calibrate_module, "runnable", lambda bundle: pairs)
+    shown = []
+    calibrate(small_bundle, discs, "val", held_out=True, show=lambda done, total: shown.append((done, total)))
+    total = 3 * 3 * 2  # graphs, rows of each (one of them for fp32), images
+    assert shown == [(done, total) for done in range(1, total + 1)]
 
 
 def test_held_out_decides_nothing(calibrated, discs):
@@ -146,12 +158,12 @@ def test_several_classes_by_hand():
 
 
 def table(**ious):
-    """Rows from e.g. L1_fp32=(iou, ms)."""
+    """Rows from e.g. L1_fp32=(iou, ms) or L1_int8_openvino=(iou, ms)."""
     rows = []
     for key, (iou, latency) in ious.items():
-        graph, precision = key.split("_")
+        graph, precision, engine = (*key.split("_"), "any")[:3]
         rows.append(
-            CalibrationRow(graph=graph, precision=precision, engine="any", iou=iou, mean_iou=iou, dice=iou, latency_ms=latency)
+            CalibrationRow(graph=graph, precision=precision, engine=engine, iou=iou, mean_iou=iou, dice=iou, latency_ms=latency)
         )
     return Measured(data="made by hand", images=1, machine="none", rows=tuple(rows))
 
@@ -209,3 +221,11 @@ def test_a_level_is_judged_at_the_precision_that_would_be_served(recommended):
     # L1 at fp32 is within half a point of the best, but its int8, which `auto` would serve, is not.
     found = recommended(L1_fp32=(0.797, 4), L1_int8=(0.793, 1), L2_fp32=(0.8, 6), L2_int8=(0.799, 2), accurate_fp32=(0.8, 7))
     assert found[:2] == (2, "int8")
+
+
+def test_of_several_engines_the_fastest_that_is_faithful(recommended):
+    rest = {"L1_fp32": (0.799, 4), "L2_fp32": (0.8, 6), "accurate_fp32": (0.8, 7)}
+    level, precision, why = recommended(**rest, L1_int8_a=(0.7, 1), L1_int8_b=(0.798, 2), L1_int8_c=(0.799, 3))
+    assert (level, precision) == (1, "int8")
+    assert "at int8 it has 0.7980 and takes 2.0 ms" in why
+    assert recommended(**rest, L1_int8_a=(0.7, 1), L1_int8_b=(0.7, 2))[:2] == (1, "fp32")

@@ -1,11 +1,15 @@
 """`unetpp export`, `verify`, `calibrate` as a person types them."""
 
+import contextlib
+import functools
 import shutil
 
 import pytest
+from rich.progress import Progress
 from typer.testing import CliRunner
 
 from export import calibrate as calibrate_module
+from export import cli as export_cli
 from export import pack
 from export import verify as verify_module
 from export.pack import write_manifest
@@ -102,6 +106,49 @@ def test_calibrate(small_bundle, discs):
     manifest = read_bundle(small_bundle.folder).manifest
     assert manifest.calibration == calibration
     assert manifest.held_out.data == "discs, train split"
+
+
+@pytest.mark.usefixtures("quick")
+def test_calibrate_interrupted(small_bundle, discs, monkeypatch):
+    quality = calibrate_module._quality
+
+    def interrupted(engine, manifest, graph, *rest):
+        if graph.name == "L2":
+            raise KeyboardInterrupt
+        return quality(engine, manifest, graph, *rest)
+
+    monkeypatch.setattr(calibrate_module, "_quality", interrupted)
+    result = unetpp("calibrate", small_bundle.folder, "--data", discs)
+    assert result.exit_code != 0
+    # What was measured is shown; nothing is written.
+    assert "L1" in result.output
+    assert "onnxruntime" in result.output
+    assert read_bundle(small_bundle.folder).manifest.calibration is None
+
+
+@pytest.mark.usefixtures("quick")
+def test_bars_end_where_they_should(small_checkpoint, small_bundle, discs, tmp_path, monkeypatch):
+    """What is counted beforehand is what is then done."""
+    proto = pack.onnx.helper.make_model(pack.onnx.helper.make_graph([], "empty", [], []))
+    monkeypatch.setattr(pack, "GRAPH_PRECISIONS", dict.fromkeys(("fp32", "fp16", "int8"), lambda graph, tiles: proto))
+    pairs = [("onnxruntime", "fp32"), ("openvino", "fp32"), ("onnxruntime", "fp16")]
+    for module in (verify_module, calibrate_module):
+        monkeypatch.setattr(module, "runnable", lambda bundle: pairs)
+    bars = []
+
+    @contextlib.contextmanager
+    def progress(description, total=None):
+        bar = Progress(disable=True)
+        task = bar.add_task(description, total=total)
+        bars.append(bar.tasks[0])
+        yield functools.partial(bar.update, task)
+
+    monkeypatch.setattr(export_cli, "_progress", progress)
+    assert unetpp("export", small_checkpoint, "--card", CARD, "--out", tmp_path / "out", "--data", discs).exit_code == 0
+    assert unetpp("verify", small_bundle.folder).exit_code == 0
+    assert unetpp("calibrate", small_bundle.folder, "--data", discs).exit_code == 0
+    # Three graphs: files of three precisions; pairs; and rows (two, as fp32 has one) of two images.
+    assert [(bar.completed, bar.total) for bar in bars] == [(9, 9), (9, 9), (12, 12)]
 
 
 def test_calibrate_says_what_is_wrong(small_bundle, discs, tmp_path):

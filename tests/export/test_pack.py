@@ -1,6 +1,7 @@
 """Writing a bundle: what is refused, and that a failure leaves the old bundle as it was."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +86,19 @@ def test_a_new_bundle_replaces_the_old_one_whole(small_checkpoint, card, small_b
     assert steps == ["L1.onnx", "L1.fp16.onnx", "L2.onnx", "L2.fp16.onnx", "accurate.onnx", "accurate.fp16.onnx"]
 
 
+def test_a_failing_rename_puts_the_old_bundle_back(exported, small_bundle, monkeypatch):
+    out, rename = small_bundle.folder, Path.rename
+
+    def fail(self, target):
+        if (self.name, target) == (out.name, out):
+            raise OSError("no space")
+        return rename(self, target)
+
+    monkeypatch.setattr(pack, "GRAPH_PRECISIONS", dict.fromkeys(("fp32", "fp16"), lambda graph, tiles: torch_free_proto()))
+    monkeypatch.setattr(Path, "rename", fail)
+    exported(OSError, "no space")
+
+
 def test_a_unet_is_refused(exported, tmp_path):
     checkpoint.save(UNet(UNetPlusPlusConfig(in_channels=3, widths=(2, 3))), tmp_path / "unet.safetensors")
     exported(ExportError, r"unet\.safetensors holds a UNet; only UNet\+\+", source=tmp_path / "unet.safetensors")
@@ -154,8 +168,6 @@ def test_other_networks_verify(tmp_path, make_network, card):
 
 
 def test_the_shipped_card_is_valid():
-    from pathlib import Path
-
     card = read_card(Path(pack.__file__).parent / "cards" / "nuclei.toml")
     assert card.name == "nuclei"
     assert len(card.channels) == 3

@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,13 +66,13 @@ def manifest(**changes: Any) -> Manifest:
     return Manifest.model_validate({"files": dict.fromkeys(names, NO_FILE)} | fields)
 
 
-def calibrated(rows: list[tuple[str, str, float]], recommended: int = 2) -> dict[str, Any]:
-    """A calibration of (graph, precision, IoU) rows."""
+def calibrated(rows: Sequence[tuple[Any, ...]], recommended: int = 2) -> dict[str, Any]:
+    """A calibration of (graph, precision, IoU[, engine]) rows."""
     return {
         "data": "d", "images": 1, "machine": "m",
         "rows": [
-            {"graph": g, "precision": p, "engine": "fake", "iou": iou, "mean_iou": iou, "dice": iou, "latency_ms": 1.0}
-            for g, p, iou in rows
+            {"graph": g, "precision": p, "engine": (*engine, "fake")[0], "iou": iou, "mean_iou": iou, "dice": iou, "latency_ms": 1.0}
+            for g, p, iou, *engine in rows
         ],
         "recommended": {"level": recommended, "precision": "fp32", "why": "because"},
     }  # fmt: skip

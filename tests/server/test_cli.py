@@ -1,3 +1,5 @@
+import base64
+import inspect
 import io
 import json
 import shutil
@@ -8,11 +10,12 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from fastapi import FastAPI
 from PIL import Image as Pillow
 from typer.testing import CliRunner, Result
 
-from server.cli import app
-from tests.server.conftest import mask_of, picture_bytes
+from server import cli
+from tests.server.conftest import fake_bundles, mask_of, picture_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +28,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, shipped_bundle: Path) -> None:
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
 
 
 def fails(*arguments: object) -> str:
@@ -74,6 +77,16 @@ class TestSegment:
         assert result.exit_code == 0, result.output
         report = json.loads((image.parent / "tissue_mask.json").read_text())
         assert report["size"] == {"height": 200, "width": 240}
+
+    def test_include_mask(self, image: Path) -> None:
+        result = run("segment", image, "--level", 1, "--format", "json", "--include-mask")
+        assert result.exit_code == 0, result.output
+        report = json.loads((image.parent / "tissue_mask.json").read_text())
+        assert mask_of(base64.b64decode(report["mask_png"])).shape == (200, 240)
+
+    def test_has_the_parameters_of_the_server(self, app: FastAPI) -> None:
+        parameters = {p["name"] for p in app.openapi()["paths"]["/segment"]["post"]["parameters"]}
+        assert parameters <= inspect.signature(cli.segment).parameters.keys()
 
     def test_nothing_is_left_beside_the_answer(self, image: Path) -> None:
         run("segment", image, "--level", 1)
@@ -145,6 +158,14 @@ class TestServe:
         assert str(copied_bundle / name) in line
         assert "Traceback" not in ran.stderr
 
+    def test_a_stalled_client_cannot_keep_it_from_stopping(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: dict[str, object] = {}
+        monkeypatch.setattr("server.app.open_bundles", lambda settings: fake_bundles())
+        monkeypatch.setattr("uvicorn.run", lambda app, **options: asked.update(options))
+        result = run("serve")
+        assert result.exit_code == 0, result.output
+        assert asked["timeout_graceful_shutdown"] == cli.SHUTDOWN_S
+
     def test_two_bundles_of_one_name(self, copied_bundle: Path) -> None:
         shutil.copytree(copied_bundle, copied_bundle.parent / "again")
         assert "names must differ" in fails("serve", "--bundles", copied_bundle.parent)
@@ -169,7 +190,7 @@ class TestMissingExtras:
         arguments = ["train", str(tmp_path / "recipe.toml"), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
         ran = python(without("torch", "monai", "safetensors", "onnx") + f"from server.cli import app\napp({arguments!r})\n")
         assert ran.returncode == 1, ran.stderr
-        assert "pip install 'unetpp-server[train]'" in ran.stderr
+        assert "pip install '.[train]' in the project's folder" in ran.stderr
         assert "Traceback" not in ran.stderr
 
     @pytest.mark.parametrize("engine", ["auto", "onnxruntime"])
@@ -178,7 +199,7 @@ class TestMissingExtras:
         ran = python(without("onnxruntime", "openvino") + "from server.cli import app\napp(['serve'])\n")
         assert ran.returncode == 1, ran.stderr
         (line,) = [line for line in ran.stderr.splitlines() if "error:" in line]
-        assert ("pip install 'unetpp-server[cpu]'" if engine == "auto" else "pip install onnxruntime") in line
+        assert ("pip install '.[cpu]'" if engine == "auto" else "pip install onnxruntime") in line
         assert "Traceback" not in ran.stderr
 
     def test_one_engine_is_enough(self, monkeypatch: pytest.MonkeyPatch, image: Path) -> None:

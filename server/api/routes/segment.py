@@ -1,9 +1,15 @@
 """POST /segment."""
 
 import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, Field
+from starlette.datastructures import QueryParams
 from starlette.requests import ClientDisconnect
 
 from server import errors
@@ -33,13 +39,27 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         "description": "the mask in the image's own pixels, in the format asked for",
         "content": {row.media_type: {} for row in encode.ENCODERS.values()},
     },
-    **{code: {"model": Problem} for code in (404, 406, 413, 415, 422, 429, 500, 503)},
+    **{code: {"model": Problem} for code in (404, 406, 408, 413, 415, 422, 429, 500, 503)},
 }
+
+# model, mode and level of a request that was refused before they were known.
+NONE = ("none", "none", "none")
+
+
+class Parameters(BaseModel):
+    """The query of POST /segment."""
+
+    mode: str | None = Field(None, description="accurate (default): mean of all heads; fast: one level")
+    level: int | None = Field(None, description="1 (fastest) to 4 (deepest); implies mode=fast")
+    model: str | None = Field(None, description="bundle name; see GET /models")
+    precision: Precision = Field("auto", description="auto: the fastest within 0.5 points of IoU of fp32")
+    format: str | None = Field(None, description=" | ".join(encode.ENCODERS))
+    include_mask: bool = Field(False, description="with format=json: the mask as base64 PNG in mask_png")
 
 
 def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int) -> APIRouter:
     """The route, with what it needs."""
-    routes = APIRouter()
+    routes = APIRouter(route_class=_counting(metrics))
     in_flight = 0
 
     @routes.post(
@@ -49,18 +69,10 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int) -> APIRou
         responses=RESPONSES,
         openapi_extra=REQUEST_BODY,
     )
-    async def segment(
-        request: Request,
-        mode: Annotated[str | None, Query(description="accurate (default): mean of all heads; fast: one level")] = None,
-        level: Annotated[int | None, Query(description="1 (fastest) to 4 (deepest); implies mode=fast")] = None,
-        model: Annotated[str | None, Query(description="bundle name; see GET /models")] = None,
-        precision: Annotated[Precision, Query(description="auto: the fastest within 0.5 points of IoU of fp32")] = "auto",
-        format: Annotated[str | None, Query(description=" | ".join(encode.ENCODERS))] = None,  # noqa: A002 - the contract's word
-        include_mask: Annotated[bool, Query(description="with format=json: the mask as base64 PNG in mask_png")] = False,
-    ) -> Response:
+    async def segment(request: Request, asked: Annotated[Parameters, Query()]) -> Response:
         nonlocal in_flight
         begun = time.perf_counter()
-        labels = ("none", "none", "none")
+        labels = NONE
         outcome = "error"
         if in_flight >= max_in_flight:
             metrics.requests.labels(*labels, "refused").inc()
@@ -68,9 +80,9 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int) -> APIRou
         in_flight += 1
         metrics.in_flight.set(in_flight)
         try:
-            wanted = SegmentRequest(
-                model, mode, level, precision, encode.choose(format, request.headers.get("accept")), include_mask
-            )
+            _check_names(request.query_params)
+            format_ = encode.choose(asked.format, request.headers.get("accept"))
+            wanted = SegmentRequest(asked.model, asked.mode, asked.level, asked.precision, format_, asked.include_mask)
             choice = segmenter.choose(wanted)
             labels = (choice.model, choice.route.mode, f"{choice.route.level}")
             async with upload.receive(request) as files:
@@ -95,6 +107,38 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int) -> APIRou
         return Response(answer.body, media_type=answer.media_type, headers=_headers(answer))
 
     return routes
+
+
+def _counting(metrics: Metrics) -> type[APIRoute]:
+    """A kind of route that also counts what FastAPI refuses before the route runs, e.g. level=abc."""
+
+    class Counting(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def counted(request: Request) -> Response:
+                try:
+                    return await handle(request)
+                except RequestValidationError:
+                    metrics.requests.labels(*NONE, "client_error").inc()
+                    raise
+
+            return counted
+
+    return Counting
+
+
+def _check_names(query: QueryParams) -> None:
+    """Refuses what would be ignored: misspelt parameters, and all but the last of several.
+
+    Raises:
+        InvalidParameter: names it.
+    """
+    for name, times in Counter(name for name, _ in query.multi_items()).items():
+        if name not in Parameters.model_fields:
+            raise errors.InvalidParameter(f"unknown parameter {name!r:.60}; there are: {', '.join(Parameters.model_fields)}")
+        if times > 1:
+            raise errors.InvalidParameter(f"{name} is given {times} times; give it once")
 
 
 def _headers(answer: Answer) -> dict[str, str]:

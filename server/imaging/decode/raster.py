@@ -18,9 +18,19 @@ Pillow.MAX_IMAGE_PIXELS = None
 SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
+# The longest side of a JPEG; longer ones are not images but strips of noise, and would take endless windows.
+MOST_SIDE = 65_535
+
+
 def recognises(head: bytes) -> bool:
     """PNG, JPEG, BMP or WebP by their first bytes."""
     return head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM")) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+
+
+def size(file: BinaryIO) -> tuple[int, int]:
+    """(H, W) as the header says, before EXIF orientation."""
+    with Pillow.open(file, formats=FORMATS) as picture:
+        return picture.height, picture.width
 
 
 def decode(file: BinaryIO, max_pixels: int, labels: bool) -> Image:
@@ -54,6 +64,8 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
             f"the image has {width} × {height} = {height * width:,} pixels; the limit is {max_pixels:,}. "
             "Cut or scale it down, or raise UNETPP_LIMITS__MAX_PIXELS on the server"
         )
+    if max(height, width) > MOST_SIDE:
+        raise TooLarge(f"the image is {width} × {height} pixels; the longer side may have {MOST_SIDE:,}. Cut it into pieces")
 
 
 def _pixels(picture: Pillow.Image) -> "np.ndarray[tuple[int, ...], np.dtype[np.generic]]":

@@ -32,6 +32,12 @@ def recognises(head: bytes) -> bool:
     return head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
+def size(file: BinaryIO) -> tuple[int, int]:
+    """(H, W) of the first page, as its tags say."""
+    with tifffile.TiffFile(file, name="upload.tif") as tiff:
+        return tiff.pages.first.imagelength, tiff.pages.first.imagewidth
+
+
 def decode(file: BinaryIO, max_pixels: int, labels: bool) -> Image:
     """Reads the first page; further pages are named in the note. Alpha and extra channels are dropped.
 

@@ -4,12 +4,15 @@ import numpy as np
 from PIL import Image as Pillow
 
 from server.arrays import Mask
-from server.imaging.encode.png import save
+from server.imaging.encode.png import blocks, save
 
 
 def encode(mask: Mask) -> bytes:
     """Probability of the class, or, of several, of any foreground class (1 - background)."""
     assert mask.scores is not None  # noqa: S101 - the table asks for scores
-    scores = mask.scores[0].astype(np.float32)
-    foreground = scores if len(mask.scores) == 1 else 1 - scores
-    return save(Pillow.fromarray(np.rint(np.clip(foreground, 0, 1) * 65535).astype(np.uint16)))
+    picture = np.empty(mask.classes.shape, dtype=np.uint16)
+    for rows in blocks(len(picture)):
+        scores = mask.scores[0, rows].astype(np.float32)
+        foreground = scores if len(mask.scores) == 1 else 1 - scores
+        picture[rows] = np.rint(np.clip(foreground, 0, 1) * 65535)
+    return save(Pillow.fromarray(picture))

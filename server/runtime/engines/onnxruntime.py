@@ -56,7 +56,6 @@ def open_graph(path: Path, precision: str, provider: str, threads: int) -> OnnxR
     """
     import onnxruntime
 
-    del precision  # is in the graph
     if provider in ("cuda", "tensorrt") and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()
     options = onnxruntime.SessionOptions()
@@ -65,9 +64,9 @@ def open_graph(path: Path, precision: str, provider: str, threads: int) -> OnnxR
     # Between batches idle threads would spin and steal the cores from decoding and encoding.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     row = PROVIDERS[provider]
-    chain: list[object] = [(row.execution_provider, row.options)]
+    chain: list[object] = [(row.execution_provider, row.options_for(precision))]
     if provider == "tensorrt":
-        chain.append((PROVIDERS["cuda"].execution_provider, PROVIDERS["cuda"].options))
+        chain.append((PROVIDERS["cuda"].execution_provider, PROVIDERS["cuda"].options_for(precision)))
     if provider != "cpu":
         chain.append(PROVIDERS["cpu"].execution_provider)
     session = onnxruntime.InferenceSession(path, options, providers=chain)
@@ -76,4 +75,6 @@ def open_graph(path: Path, precision: str, provider: str, threads: int) -> OnnxR
             f"ONNX Runtime could not use {row.execution_provider} for {path.name} and fell back to "
             f"{session.get_providers()[0]}; check the driver and the CUDA and cuDNN libraries"
         )
+    # A GPU that fails in the middle of service is an error to report, not a reason to be slow in silence.
+    session.disable_fallback()
     return OnnxRuntimeEngine(session, provider)

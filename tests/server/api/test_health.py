@@ -69,12 +69,13 @@ def test_requests_are_counted() -> None:
             assert client.post("/segment?level=2", content=DATA).status_code == 200
         assert client.post("/segment", content=DATA).status_code == 200
         assert client.post("/segment?level=2", content=b"nonsense").status_code == 415
-        assert client.post("/segment?level=9", content=DATA).status_code == 422
+        for refused in ("level=9", "level=abc", "precision=fp8", "levle=1"):
+            assert client.post(f"/segment?{refused}", content=DATA).status_code == 422
         found = samples(client)
         assert requests(found, model="fake", mode="fast", level="2", outcome="ok") == 3
         assert requests(found, model="fake", mode="accurate", level="4", outcome="ok") == 1
         assert requests(found, model="fake", mode="fast", level="2", outcome="client_error") == 1
-        assert requests(found, model="none", mode="none", level="none", outcome="client_error") == 1
+        assert requests(found, model="none", mode="none", level="none", outcome="client_error") == 4
         assert found["unetpp_request_duration_seconds_count", (("level", "2"), ("mode", "fast"))] == 3
         assert found["unetpp_request_duration_seconds_count", (("level", "4"), ("mode", "accurate"))] == 1
         for phase in PHASES:

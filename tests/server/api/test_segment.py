@@ -303,9 +303,11 @@ def test_a_failing_engine(problem: Callable[..., Any], caplog: pytest.LogCapture
     with serving(fake_app(touchy)) as client:
         assert client.get("/health/ready").status_code == 200
         broken.set()
-        failed = problem(client.post("/segment?level=2", content=data), 500, "inference-failed")
+        failed = problem(client.post("/segment?level=2", content=data, headers={"x-request-id": "mine"}), 500, "inference-failed")
         assert "secret" not in str(failed)
         assert "log" in failed.detail
+        assert "X-Request-Id" in failed.detail
+        assert "request mine failed" in caplog.text
         assert "secret" in caplog.text
         assert 'unetpp_requests_total{level="2",mode="fast",model="fake",outcome="error"} 1.0' in client.get("/metrics").text
         broken.clear()
@@ -324,6 +326,7 @@ def test_an_unexpected_error_is_a_problem_too(
             patch.setattr("server.segment.pipeline.make_plan", bug)
             failed = problem(client.post("/segment", content=data, headers={"x-request-id": "mine"}), 500, "internal")
             assert "secret" not in str(failed)
+            assert "request mine failed" in caplog.text
             assert "ZeroDivisionError" in caplog.text
             for _ in range(5):  # the connection is closed, and the answer says so
                 answer = client.post("/segment", content=data, headers={"x-request-id": "mine"})

@@ -7,12 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Pillow
+from scipy import ndimage
 
 from server.arrays import Image, Mask
 from server.errors import UnknownFormat
 from server.imaging import encode as room
 from server.imaging.encode import ENCODERS, Product, choose
-from server.imaging.encode.overlay import displayed
+from server.imaging.encode.overlay import DISPLAY_PERCENTILES, OPACITY, blend, displayed
+from tests.server.conftest import memory_stays_below
 
 COLORS = {1: (255, 127, 14), 2: (0, 0, 255), 255: (1, 2, 3)}
 NAMES = {1: "one", 2: "two", 255: "last"}
@@ -83,6 +85,40 @@ def test_overlay(rng: np.random.Generator, dtype: type, channels: int) -> None:
     assert tuple(shown[5, 5]) == COLORS[1]
     assert tuple(shown[9, 9]) != tuple(displayed(image)[9, 9])
     assert np.array_equal(image, before)
+
+
+@pytest.mark.parametrize("height", [1, 63, 64, 65, 200])
+def test_blocks_of_rows_change_no_pixel(rng: np.random.Generator, height: int) -> None:
+    picture = rng.integers(0, 256, (height, 31, 3), dtype=np.uint8)
+    classes = ndimage.zoom(rng.integers(0, 3, (height // 9 + 1, 4), dtype=np.uint8), 9, order=0)[:height, :31]
+    wanted = picture.copy()
+    for value, color in COLORS.items():
+        inside = classes == value
+        wanted[inside] = (wanted[inside] * (1 - OPACITY) + np.array(color, dtype=np.float32) * OPACITY).astype(np.uint8)
+        wanted[inside & ~ndimage.binary_erosion(inside)] = color
+    assert np.array_equal(blend(picture, classes, COLORS), wanted)
+
+    for deep in (picture.astype(np.uint16) * 200, picture.astype(np.float32) - 100):
+        low, high = np.percentile(deep, DISPLAY_PERCENTILES)
+        assert np.array_equal(
+            displayed(deep), (np.clip((deep.astype(np.float32) - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+        )
+
+    for channels in (1, 3):
+        scores = rng.random((channels, height, 31)).astype(np.float16)
+        foreground = scores[0].astype(np.float32) if channels == 1 else 1 - scores[0].astype(np.float32)
+        shown = Pillow.open(io.BytesIO(ENCODERS["png16"].encode(product(classes, scores))))
+        assert np.array_equal(np.asarray(shown), np.rint(np.clip(foreground, 0, 1) * 65535).astype(np.uint16))
+
+
+@pytest.mark.parametrize(("name", "megabytes"), [("png16", 60), ("overlay", 130)])
+def test_memory(name: str, megabytes: float) -> None:
+    """At 9 million pixels: 2 bytes each of 16-bit grey; or 3 of the stretched image, 3 of its tinted copy and 2 of shape."""
+    classes = np.ones((3000, 3000), dtype=np.uint8)
+    image = np.full((3000, 3000, 3), 7, dtype=np.uint16)
+    asked = product(classes, np.ones((1, 3000, 3000), dtype=np.float16), image)
+    with memory_stays_below(megabytes):
+        ENCODERS[name].encode(asked)
 
 
 @pytest.mark.parametrize("value", [0, 3.5, -1e30])

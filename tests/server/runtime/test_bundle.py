@@ -143,6 +143,8 @@ def test_a_bundle_behind_a_link_is_read(bundle: Path, tmp_path: Path) -> None:
         (lambda d: d.update(graphs=d["graphs"][:4]), "accurate"),
         (lambda d: d["graphs"].append(d["graphs"][0]), "L1"),
         (lambda d: d["classes"].append(d["classes"][0]), "classes"),
+        (lambda d: d["classes"][0].update(value=255), "values of classes must be 1, 2, ...: [255]"),
+        (lambda d: d["classes"].append(d["classes"][0] | {"value": 2}), "sigmoid means exactly one class"),
         (lambda d: (d["classes"][0].update(value=2), d.update(activation="softmax")), "classes"),
     ],
 )
@@ -154,6 +156,29 @@ def test_fields_that_contradict(bundle: Path, edit: Callable[[dict[str, Any]], o
 def test_recommended_level() -> None:
     assert manifest().recommended_level == 4
     assert manifest(calibration=calibrated([], recommended=2)).recommended_level == 2
+
+
+class TestRow:
+    rows = manifest(
+        calibration=calibrated([("L1", "int8", 0.8, "a"), ("L1", "int8", 0.7, "b"), ("L1", "int8", 0.9, "c"), ("L2", "int8", 0.1)])
+    ).calibration
+
+    @pytest.mark.parametrize(("engine", "iou"), [("a", 0.8), ("b", 0.7), ("c", 0.9), ("not measured", 0.7), (None, 0.7)])
+    def test_of_the_engine_or_else_the_worst(self, engine: str | None, iou: float) -> None:
+        assert self.rows is not None
+        row = self.rows.row("L1", "int8", engine)
+        assert row is not None
+        assert row.iou == iou
+
+    def test_not_measured(self) -> None:
+        assert self.rows is not None
+        assert self.rows.row("L1", "fp16") is None
+        assert self.rows.row("L3", "int8", "a") is None
+
+
+def test_several_classes_with_softmax() -> None:
+    classes = [{"value": value, "name": "x", "color": "#000000"} for value in (1, 2)]
+    assert len(manifest(classes=classes, activation="softmax").classes) == 2
 
 
 def test_manifest_survives_json() -> None:

@@ -78,3 +78,25 @@ def test_cpu_is_always_offered(name: str) -> None:
     assert "cpu" in row.providers("auto")
     assert row.providers("cpu") == ["cpu"]
     assert "fp32" in row.precisions("cpu")
+
+
+def test_onnxruntime_never_falls_back_in_service(shipped_bundle: Path) -> None:
+    """Its Python wrapper would answer from the CPU once a provider fails."""
+    from onnxruntime.capi.onnxruntime_pybind11_state import EPFail
+
+    engine = ENGINES["onnxruntime"].open(read_bundle(shipped_bundle).path("L1", "fp32"), "fp32", "cpu", 1)
+
+    class Failing:
+        def __init__(self, session: object) -> None:
+            self.session = session
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.session, name)
+
+        def run(self, *_: object) -> None:
+            raise EPFail("the GPU is gone")
+
+    session = engine._session  # type: ignore[attr-defined]
+    session._sess = Failing(session._sess)
+    with pytest.raises(EPFail, match="the GPU is gone"):
+        engine.run(tiles_of(np.uint8, 1, 32, 32))

@@ -1,6 +1,9 @@
 import dataclasses
+import json
 import logging
+import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from server.runtime import opening
 from server.runtime.bundle import read_bundle
 from server.runtime.engines import EngineRow
 from server.runtime.engines.fake import FakeEngine
-from server.runtime.opening import _auto, golden_tiles, offered, open_bundle
+from server.runtime.opening import _auto, cores, golden_tiles, offered, open_bundle
 from server.settings import RuntimeSettings
 from tests.server.conftest import calibrated, manifest, rewrite_hashes
 
@@ -108,8 +111,16 @@ def test_a_graph_that_is_not_onnx(copied_bundle: Path) -> None:
         open_bundle(copied_bundle, RuntimeSettings(**ORT))
 
 
+def test_damage_is_no_reason_to_fall_back(copied_bundle: Path) -> None:
+    """L3 is what engines are measured with: on the CPU all of them would fail."""
+    (copied_bundle / "L3.onnx").write_bytes(b"nonsense")
+    rewrite_hashes(copied_bundle)
+    with pytest.raises(BundleDamaged, match=r"L3\.onnx"):
+        open_bundle(copied_bundle, RuntimeSettings(threads=1))
+
+
 def test_cuda_on_a_machine_without(shipped_bundle: Path) -> None:
-    with pytest.raises(EngineUnavailable, match=r"'cuda'.*pip install 'unetpp-server\[gpu\]'"):
+    with pytest.raises(EngineUnavailable, match=r"'cuda'.*pip install '\.\[gpu\]'"):
         open_bundle(shipped_bundle, RuntimeSettings(provider="cuda"))
 
 
@@ -135,7 +146,7 @@ def test_an_engine_that_is_not_installed(shipped_bundle: Path, golden_engines: d
     golden_engines["onnxruntime"] = EngineRow(row.open, "no_such_module", row.precisions, row.providers)
     with pytest.raises(EngineUnavailable, match="pip install no_such_module"):
         open_bundle(shipped_bundle, RuntimeSettings(engine="onnxruntime"))
-    with pytest.raises(EngineUnavailable, match=r"pip install 'unetpp-server\[cpu\]'"):
+    with pytest.raises(EngineUnavailable, match=r"pip install '\.\[cpu\]' in the project's folder"):
         open_bundle(shipped_bundle, RuntimeSettings())
 
 
@@ -163,13 +174,21 @@ class TestGpuThatFails:
         golden_engines["onnxruntime"] = EngineRow(open_graph, row.module, row.precisions, row.providers)
 
     @pytest.mark.usefixtures("failing")
-    def test_auto_falls_back_loudly(self, shipped_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    @pytest.mark.parametrize("engine", ["auto", "onnxruntime"])
+    def test_auto_falls_back_loudly(self, shipped_bundle: Path, caplog: pytest.LogCaptureFixture, engine: str) -> None:
         with caplog.at_level(logging.WARNING):
-            opened = open_bundle(shipped_bundle, RuntimeSettings())
+            opened = open_bundle(shipped_bundle, RuntimeSettings(engine=engine))
         assert {engine.provider for engine in opened.engines.values()} == {"cpu"}
         loud = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
         assert len(loud) == 2  # fp32 and fp16
         assert all("FALLING BACK" in text and "cuda" in text and "no driver" in text for text in loud)
+
+    @pytest.mark.usefixtures("failing")
+    def test_nothing_left_to_fall_back_to(self, shipped_bundle: Path, golden_engines: dict[str, EngineRow]) -> None:
+        row = golden_engines["onnxruntime"]
+        golden_engines["onnxruntime"] = dataclasses.replace(row, providers=lambda wanted: ["cuda"])
+        with pytest.raises(EngineUnavailable, match=r"onnxruntime on cuda cannot run.*no driver"):
+            open_bundle(shipped_bundle, RuntimeSettings(engine="onnxruntime"))
 
     @pytest.mark.usefixtures("failing")
     def test_a_named_one_must_work(self, shipped_bundle: Path) -> None:
@@ -182,7 +201,7 @@ class TestAuto:
 
     def auto(self, order: list[str], wanted: str = "auto", rows: list[tuple[str, str, float]] | None = None) -> str:
         known = manifest(calibration=calibrated(rows) if rows is not None else None)
-        return _auto(known, "L2", order, wanted)
+        return _auto(known, "L2", dict.fromkeys(order, "fake"), wanted)
 
     def test_without_calibration_fp32(self) -> None:
         assert self.auto(["int8", "bf16", "fp16", "fp32"]) == "fp32"
@@ -198,6 +217,12 @@ class TestAuto:
         assert self.auto(["int8", "fp32"], rows=[("L1", "fp32", 0.8), ("L1", "int8", 0.8)]) == "fp32"
         assert self.auto(["int8", "fp32"], rows=[("L2", "int8", 0.8)]) == "fp32"
 
+    def test_by_the_row_of_the_engine_that_serves(self) -> None:
+        rows = [("L2", "fp32", 0.8), ("L2", "int8", 0.8, "good"), ("L2", "int8", 0.7, "bad")]
+        known = manifest(calibration=calibrated(rows))
+        picked = {engine: _auto(known, "L2", {"int8": engine, "fp32": "good"}, "auto") for engine in ("good", "bad", "unknown")}
+        assert picked == {"good": "int8", "bad": "fp32", "unknown": "fp32"}
+
     def test_configured(self) -> None:
         assert self.auto(["int8", "fp32"], wanted="int8") == "int8"
 
@@ -207,6 +232,39 @@ class TestAuto:
     def test_configured_but_not_offered(self, caplog: pytest.LogCaptureFixture) -> None:
         assert self.auto(["bf16", "fp32"], wanted="int8") == "fp32"
         assert "L2 is not offered at the configured precision int8" in caplog.text
+
+
+class Slow(FakeEngine):
+    """Takes a while on top of what it runs."""
+
+    def __init__(self, engine: Any, seconds: float) -> None:
+        super().__init__(engine.run)
+        self.seconds = seconds
+
+    def run(self, tiles: Tiles) -> np.ndarray:
+        time.sleep(self.seconds)
+        return super().run(tiles)
+
+
+def test_auto_is_the_fastest_of_each_graph(
+    copied_bundle: Path, golden_engines: dict[str, EngineRow], caplog: pytest.LogCaptureFixture
+) -> None:
+    """int8 wins the race over L3, but is slower than fp32 at L1."""
+    right = golden_engines["onnxruntime"]
+
+    def open_graph(path: Path, precision: str, provider: str, threads: int) -> Any:
+        seconds = {("L1.int8.onnx", "int8"): 0.02, ("L3.onnx", "fp32"): 0.02}.get((path.name, precision), 0.001)
+        return Slow(right.open(path, precision, provider, threads), seconds)
+
+    golden_engines["onnxruntime"] = dataclasses.replace(right, open=open_graph, providers=lambda wanted: ["cpu"])
+    path = copied_bundle / "manifest.json"
+    rows = [(graph, precision, 0.8) for graph in ("L1", "L3") for precision in ("fp32", "int8")]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"calibration": calibrated(rows)}))
+    with caplog.at_level(logging.INFO):
+        opened = open_bundle(copied_bundle, RuntimeSettings())
+    assert opened.auto["L1"] == "fp32"
+    assert opened.auto["L3"] == "int8"
+    assert re.search(r"nuclei L3 int8: fake on cpu, \d+\.\d ms \(auto\)", caplog.text)
 
 
 def test_a_precision_that_this_machine_computes_badly_is_not_offered(
@@ -242,10 +300,58 @@ class TestOffered:
         rows = [("L2", "fp32", 0.8), *([("L2", precision, iou)] if iou is not None else [])]
         assert offered(manifest(calibration=calibrated(rows)), "L2", precision) is expected
 
+    @pytest.mark.parametrize(("engine", "expected"), [("good", True), ("bad", False), ("unknown", False), (None, False)])
+    def test_each_engine_by_its_own_row(self, engine: str | None, expected: bool) -> None:
+        rows = [("L2", "fp32", 0.8), ("L2", "int8", 0.8, "good"), ("L2", "int8", 0.7, "bad")]
+        assert offered(manifest(calibration=calibrated(rows)), "L2", "int8", engine) is expected
+
     @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
     def test_without_calibration(self, precision: str) -> None:
         assert offered(manifest(), "L2", precision)
         assert not offered(manifest(), "L2", "int8")
+
+
+class TestCores:
+    @pytest.mark.parametrize(
+        ("quota", "expected"),
+        [
+            ("max 100000\n", 8), ("150000 100000\n", 2), ("200000 100000\n", 2), ("1000 100000\n", 1), ("9900000 100000\n", 8),
+            ("", 8), ("nonsense", 8),
+        ],
+    )  # fmt: skip
+    def test_quota(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, expected: int) -> None:
+        monkeypatch.setattr(opening.os, "sched_getaffinity", lambda pid: set(range(8)))
+        (tmp_path / "cpu.max").write_text(quota)
+        assert cores(tmp_path / "cpu.max") == expected
+
+    def test_affinity(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(opening.os, "sched_getaffinity", lambda pid: {1, 5, 7})
+        assert cores(tmp_path / "missing") == 3
+
+    def test_where_there_is_no_affinity(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delattr(opening.os, "sched_getaffinity")
+        monkeypatch.setattr(opening.os, "cpu_count", lambda: 6)
+        assert cores(tmp_path / "missing") == 6
+
+    @pytest.mark.parametrize(("configured", "given"), [(0, 5), (2, 2)])
+    def test_engines_are_told(
+        self,
+        shipped_bundle: Path,
+        golden_engines: dict[str, EngineRow],
+        monkeypatch: pytest.MonkeyPatch,
+        configured: int,
+        given: int,
+    ) -> None:
+        monkeypatch.setattr(opening, "cores", lambda: 5)
+        right, told = golden_engines["onnxruntime"], set()
+
+        def open_graph(path: Path, precision: str, provider: str, threads: int) -> Any:
+            told.add(threads)
+            return right.open(path, precision, provider, threads)
+
+        golden_engines["onnxruntime"] = dataclasses.replace(right, open=open_graph)
+        open_bundle(shipped_bundle, RuntimeSettings(threads=configured))
+        assert told == {given}
 
 
 def test_copies_are_as_good(copied_bundle: Path, tmp_path: Path) -> None:

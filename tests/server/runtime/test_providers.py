@@ -1,3 +1,6 @@
+import tempfile
+from pathlib import Path
+
 import pytest
 
 from server.errors import EngineUnavailable
@@ -30,7 +33,8 @@ def test_rows_are_the_settings_choices() -> None:
     [
         ([CPU], ["cpu"]),
         ([CUDA, CPU], ["cuda", "cpu"]),
-        ([CPU, TENSORRT, CUDA], ["tensorrt", "cuda", "cpu"]),
+        ([CPU, TENSORRT, CUDA], ["cuda", "cpu"]),
+        ([TENSORRT], []),
         (["AzureExecutionProvider", CPU], ["cpu"]),
         ([], []),
     ],
@@ -46,5 +50,19 @@ def test_a_named_one_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["cuda", "tensorrt"])
 def test_a_named_one_that_is_not_there(name: str) -> None:
-    with pytest.raises(EngineUnavailable, match=r"it has: cpu.*pip install 'unetpp-server\[gpu\]'"):
+    with pytest.raises(EngineUnavailable, match=r"it has: cpu.*pip install '\.\[gpu\]' in the project's folder"):
         choose(name, [CPU])
+
+
+@pytest.mark.parametrize(("precision", "switches"), [("fp32", set()), ("fp16", {"trt_fp16_enable"}), ("int8", {"trt_int8_enable"})])
+def test_tensorrt_computes_in_the_precision_of_the_graph(precision: str, switches: set[str]) -> None:
+    options = PROVIDERS["tensorrt"].options_for(precision)
+    assert {name for name in options if name in ("trt_fp16_enable", "trt_int8_enable")} == switches
+    assert options["trt_engine_cache_enable"]
+    assert Path(options["trt_engine_cache_path"]).parent == Path(tempfile.gettempdir())
+
+
+def test_options_of_a_precision_stay_with_it() -> None:
+    before = dict(PROVIDERS["tensorrt"].options)
+    PROVIDERS["tensorrt"].options_for("fp16")["more"] = 1
+    assert PROVIDERS["tensorrt"].options == before

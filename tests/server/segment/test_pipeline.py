@@ -52,7 +52,7 @@ def test_a_window_never_normalises_itself(rng: np.random.Generator) -> None:
 
 def test_large_images_take_turns_and_are_the_same(rng: np.random.Generator) -> None:
     data = picture_bytes(rng.integers(0, 256, (90, 90), dtype=np.uint8))
-    assert segment(data, limits=LimitsSettings(large_pixels=10)).body == segment(data).body
+    assert segment(data, limits=LimitsSettings(pixels_in_flight=10)).body == segment(data).body
 
 
 def test_reference(rng: np.random.Generator) -> None:

@@ -71,9 +71,9 @@ def test_restoring_the_cut_image_gives_it_back(
     plan = plan_of(image, window, overlap, divisor)
     canvas = Canvas(plan, 1, 0.5, keep_scores=True)
     count = 0
-    for band in range(len(plan.tops)):
+    for band in range(len(plan.bands)):
         tiles = plan.cut(image, band)
-        assert tiles.pixels.shape == (len(plan.lefts), 1, *plan.tile)
+        assert tiles.pixels.shape == (len(plan.across), 1, *plan.tile)
         assert tiles.pixels.dtype == np.float32
         assert (tiles.mean == plan.mean).all()
         count += len(tiles)
@@ -95,7 +95,8 @@ def test_cut_keeps_the_type_and_pads_by_reflection(rng: np.random.Generator, dty
     plan = plan_of(image, channels=["r", "g", "b"])
     tiles = plan.cut(image, 0)
     assert tiles.pixels.dtype == dtype
-    assert tiles.pixels.shape == (2, 3, 16, 48)
+    assert (plan.bands, plan.across) == ((0, 22), (0,))  # a wide image goes from left to right
+    assert tiles.pixels.shape == (1, 3, 16, 48)
     assert np.array_equal(tiles.pixels[0, :, :5], image.pixels[:, :48].transpose(2, 0, 1))
     assert np.array_equal(tiles.pixels[0, :, 5], image.pixels[3, :48].T)
 
@@ -104,7 +105,7 @@ def test_cut_keeps_the_type_and_pads_by_reflection(rng: np.random.Generator, dty
 def test_tiny_and_thin(height: int, width: int) -> None:
     image = Image(np.full((height, width, 1), 7, dtype=np.uint8))
     plan = plan_of(image)
-    assert all((plan.cut(image, band).pixels == 7).all() for band in range(len(plan.tops)))
+    assert all((plan.cut(image, band).pixels == 7).all() for band in range(len(plan.bands)))
 
 
 class TestStatistics:

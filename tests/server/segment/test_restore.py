@@ -26,8 +26,8 @@ def test_several_classes_take_the_largest_score(rng: np.random.Generator) -> Non
 def test_threshold(threshold: float, foreground: bool, size: tuple[int, int]) -> None:
     plan = plan_of(Image(np.zeros((*size, 1), dtype=np.uint8)))
     canvas = Canvas(plan, 1, threshold, keep_scores=False)
-    for band in range(len(plan.tops)):
-        canvas.add(band, np.full((len(plan.lefts), 1, *plan.tile), 0.25, dtype=np.float32))
+    for band in range(len(plan.bands)):
+        canvas.add(band, np.full((len(plan.across), 1, *plan.tile), 0.25, dtype=np.float32))
     mask = canvas.mask()
     assert mask.scores is None
     assert mask.classes.dtype == np.uint8
@@ -38,15 +38,17 @@ def test_the_middle_of_a_window_counts_more_than_its_border() -> None:
     plan = plan_of(Image(np.zeros((64, 112, 1), dtype=np.uint8)))
     assert plan.lefts == (0, 48)
     canvas = Canvas(plan, 1, 0.5, keep_scores=True)
-    canvas.add(0, np.stack([np.zeros((1, *plan.tile)), np.ones((1, *plan.tile))]).astype(np.float32))
+    for band in (0, 1):
+        canvas.add(band, np.full((1, 1, *plan.tile), band, dtype=np.float32))
     row = canvas.mask().scores[0, 32]
     assert (row[:48] == 0).all()
     assert (row[64:] == 1).all()
     assert (np.diff(row[48:64].astype(float)) > 0).all()
 
 
-def test_rows_are_finished_as_soon_as_no_window_touches_them() -> None:
-    image = Image(np.zeros((2000, 64, 1), dtype=np.uint8))
+@pytest.mark.parametrize("size", [(2000, 64), (64, 2000)])
+def test_bands_are_finished_as_soon_as_no_window_touches_them(size: tuple[int, int]) -> None:
+    image = Image(np.zeros((*size, 1), dtype=np.uint8))
     canvas = Canvas(plan_of(image), 1, 0.5, keep_scores=False)
     assert canvas._sum.size <= 64 * 64
     assert manifest().window.size == (64, 64)

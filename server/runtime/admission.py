@@ -1,0 +1,44 @@
+"""Who may start: images share a budget of pixels, so that many at once cannot exhaust memory."""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator
+
+
+class PixelBudget:
+    """Hands out pixels, first come first served. All methods belong to the event loop's thread.
+
+    Args:
+        pixels: in the hands of all holders at once; a larger image waits until it can hold them all.
+    """
+
+    def __init__(self, pixels: int) -> None:
+        self._total = self._free = pixels
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @contextlib.asynccontextmanager
+    async def hold(self, pixels: int) -> AsyncIterator[None]:
+        """Waits for so many pixels and keeps them for the block; a cancelled waiter takes none."""
+        share = min(pixels, self._total)
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append((share, turn))
+        self._admit()
+        try:
+            await turn
+            yield
+        finally:
+            if turn.cancelled():
+                with contextlib.suppress(ValueError):
+                    self._waiting.remove((share, turn))
+            else:
+                self._free += share
+            self._admit()
+
+    def _admit(self) -> None:
+        while self._waiting and self._waiting[0][0] <= self._free:
+            share, turn = self._waiting.popleft()
+            if turn.cancelled():
+                continue
+            self._free -= share
+            turn.set_result(None)
