@@ -41,7 +41,9 @@ class RuntimeSettings(_Group):
         "auto", description="auto measures at start, per precision, and takes the faster"
     )
     provider: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
-        "auto", description="ONNX Runtime provider; auto takes the best that works here, a named one must work"
+        "auto",
+        description="ONNX Runtime provider; auto takes CUDA where it works, else the CPU; a named one must work (TensorRT "
+        "builds an engine per tile size, which takes minutes, so it must be named)",
     )
     precision: Precision = Field(
         "auto", description="used where a request says auto: the fastest within 0.5 points of IoU of fp32, or this one"

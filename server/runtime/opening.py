@@ -92,6 +92,8 @@ def open_bundle(folder: Path, settings: RuntimeSettings) -> OpenBundle:
         if offered(bundle.manifest, name, precision, candidate.engine)
     }
     _check_golden(bundle, engines)
+    if bare := [name for name in names if not any(graph == name for graph, _ in engines)]:
+        raise EngineUnavailable(f"{folder}: nothing that runs here may serve {', '.join(bare)}; see the warnings above")
     seconds = _race(bundle, engines, GRAPH_RUNS)
     auto = {}
     for name in names:
