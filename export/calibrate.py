@@ -4,7 +4,7 @@ import itertools
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,11 @@ from numpy import ndarray
 from export.data import Labelled, labelled
 from export.pack import write_manifest
 from export.verify import runnable
+from model.data import DataError
 from server.arrays import Image
 from server.runtime.bundle import Bundle, Calibration, CalibrationRow, Graph, Manifest, Measured, Recommended, read_bundle
 from server.runtime.engines import ENGINES, Engine
-from server.runtime.opening import IOU_TOLERANCE, cores, noise
+from server.runtime.opening import IOU_TOLERANCE, PRECISIONS, cores, noise
 from server.segment.plan import make_plan, with_channels
 from server.segment.quality import overlap
 from server.segment.restore import Canvas
@@ -32,6 +33,7 @@ def calibrate(
     split: str,
     *,
     held_out: bool,
+    precisions: Collection[str] = (),
     advance: Callable[[CalibrationRow], None] = lambda row: None,
     show: Callable[[int, int], None] = lambda done, total: None,
 ) -> Measured:
@@ -42,19 +44,23 @@ def calibrate(
         data: folder with images/, labels/ and index.csv.
         split: which rows of index.csv; decisions belong on validation data.
         held_out: write the table as the held-out result, which decides nothing.
+        precisions: measure only these anew and keep the other rows of the table; none means all.
         advance: called with each row.
         show: called after each image of each row: how many are done, and how many there are in all.
 
     Raises:
-        DataError: the data cannot be read.
+        DataError: the data cannot be read, or rows to keep were measured on other data or another machine.
     """
     manifest = bundle.manifest
     images = list(labelled(data, split, max(1, len(manifest.classes))))
-    total = len(manifest.graphs) * (1 + sum(precision != "fp32" for _, precision in runnable(bundle))) * len(images)
+    facts = {"data": f"{data.name}, {split} split", "images": len(images), "machine": machine()}
+    rows = _kept(manifest.held_out if held_out else manifest.calibration, facts, precisions) if precisions else []
+    pairs = [pair for pair in runnable(bundle) if not precisions or pair[1] in precisions]
+    measured_once = {"fp32"} & {precision for _, precision in pairs}
+    total = len(manifest.graphs) * (len(measured_once) + sum(p != "fp32" for _, p in pairs)) * len(images)
     scored = itertools.count(1)
-    rows = []
     for graph in manifest.graphs:
-        for precision, engines in _engines(bundle, graph):
+        for precision, engines in _engines(bundle, graph, pairs):
             timed = sorted(((_latency(engine, manifest), engine) for engine in engines), key=lambda pair: pair[0])
             # At fp32 `verify` proves that all engines agree to 1e-4: the fastest speaks for them.
             for latency, engine in timed[:1] if precision == "fp32" else timed:
@@ -65,14 +71,24 @@ def calibrate(
                 )  # fmt: skip
                 rows.append(row)
                 advance(row)
-    facts = {"data": f"{data.name}, {split} split", "images": len(images), "machine": machine(), "rows": tuple(rows)}
-    measured = Measured.model_validate(facts)
+    order = [graph.name for graph in manifest.graphs]
+    rows.sort(key=lambda row: (order.index(row.graph), PRECISIONS.index(row.precision), row.latency_ms))
+    measured = Measured.model_validate({**facts, "rows": tuple(rows)})
     update: dict[str, object] = {"held_out": measured}
     if not held_out:
-        update = {"calibration": Calibration.model_validate({**facts, "recommended": recommend(manifest, measured)})}
+        update = {"calibration": Calibration.model_validate({**dict(measured), "recommended": recommend(manifest, measured)})}
     write_manifest(bundle.folder, manifest.model_copy(update=update))
     read_bundle(bundle.folder)
     return measured
+
+
+def _kept(before: Measured | None, facts: dict[str, object], precisions: Collection[str]) -> list[CalibrationRow]:
+    """Rows of the other precisions, where there are some and they may stand beside new ones."""
+    if before is None:
+        return []
+    if before.model_dump(include=set(facts)) != facts:
+        raise DataError(f"the other rows are not of {facts['data']} on this machine; measure all precisions")
+    return [row for row in before.rows if row.precision not in precisions]
 
 
 def recommend(manifest: Manifest, measured: Measured) -> Recommended:
@@ -126,10 +142,10 @@ def machine() -> str:
     return name
 
 
-def _engines(bundle: Bundle, graph: Graph) -> list[tuple[str, list[Engine]]]:
-    """Opened engines per precision."""
+def _engines(bundle: Bundle, graph: Graph, pairs: list[tuple[str, str]]) -> list[tuple[str, list[Engine]]]:
+    """Opened engines per precision, of (engine, precision) pairs."""
     found: dict[str, list[Engine]] = {}
-    for engine, precision in runnable(bundle):
+    for engine, precision in pairs:
         found.setdefault(precision, []).append(ENGINES[engine].open(bundle.path(graph.name, precision), precision, "cpu", cores()))
     return list(found.items())
 

@@ -96,6 +96,9 @@ def calibrate(
     data: Annotated[Path, DATA],
     split: Annotated[str, typer.Option(help="Split of index.csv to measure on.")] = "val",
     held_out: Annotated[bool, typer.Option("--held-out", help="Record as the held-out result, which decides nothing.")] = False,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="Measure only this one anew and keep the other rows; may be repeated.")
+    ] = None,
 ) -> None:
     """Measure IoU, Dice and latency of every level and precision, and recommend a level."""
     from rich.console import Console
@@ -116,7 +119,7 @@ def calibrate(
 
     try:
         with _spoken(), _progress("measuring images") as update:
-            run(read_bundle(bundle), data, split, held_out=held_out, advance=add, show=show)
+            run(read_bundle(bundle), data, split, held_out=held_out, precisions=precision or (), advance=add, show=show)
     finally:
         # It takes minutes: whoever interrupts it gets what is there.
         if table.row_count:

@@ -34,17 +34,18 @@ def test_int8_weights_come_from_the_weights_file(small_kept, name):
     assert wrong_nodes(bundle, name, pruned) == []
 
 
-def test_int8_is_quantised_but_for_the_heads(small_kept):
+def test_int8_is_quantised_but_for_the_first_convolution_and_the_heads(small_kept):
     graph = graph_of(small_kept, "accurate.int8.onnx")
     made_by = {output: node for node in graph.node for output in node.output}
     convolutions = [node for node in graph.node if node.op_type in ("Conv", "ConvTranspose")]
     assert len(convolutions) == 2 * 6 + 3 + 2
     for node in convolutions:
         head = any(f"{PREFIX}heads." in name for name in node.input)
+        first = any(f"{PREFIX}nodes.0_0.0." in name for name in node.input)
         image, weight = (made_by[name].op_type for name in node.input[:2])
-        # A head's weight is used as it is, at float32.
-        assert weight == ("Cast" if head else "DequantizeLinear"), node.name
-        assert image == "DequantizeLinear"
+        # Their weights are used as they are, at float32, and a normalised image is not squeezed into 256 steps.
+        assert weight == ("Cast" if head or first else "DequantizeLinear"), node.name
+        assert image == ("Mul" if first else "DequantizeLinear")
     # Weights: int8, one scale per output channel; activations: uint8, one scale.
     stored = {t.name: t for t in graph.initializer}
     for node in graph.node:
