@@ -45,9 +45,14 @@ async def receive(request: Request) -> AsyncIterator[Upload]:
         return
     _check_type(declared)
     with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as file:
+        received = 0
         async for chunk in request.stream():
-            # In a thread: waiting for the disk must not stop the event loop.
-            await asyncio.to_thread(file.write, chunk)
+            received += len(chunk)
+            if received <= SPOOL_BYTES:
+                file.write(chunk)
+            else:
+                # On disk from here: waiting for it must not stop the event loop.
+                await asyncio.to_thread(file.write, chunk)
         file.seek(0)
         yield Upload(cast("BinaryIO", file))
 
