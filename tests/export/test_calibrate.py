@@ -43,9 +43,27 @@ def test_a_row_for_every_graph_precision_and_engine(calibrated):
         # At fp32 the fastest engine speaks for all.
         assert [r.precision for r in rows].count("fp32") == 1
         assert sorted((r.engine, r.precision) for r in rows if r.precision != "fp32") == sorted(p for p in pairs if p[1] != "fp32")
-    assert tuple(told) == measured.rows
+    assert set(told) == set(measured.rows)
+    assert len(told) == len(measured.rows)
     assert all((r.engine, r.precision) in runnable(bundle) for r in measured.rows)
     assert all(r.latency_ms > 0 for r in measured.rows)
+
+
+def test_one_precision_anew_keeps_the_other_rows(calibrated, discs, tmp_path):
+    folder = shutil.copytree(calibrated[0], tmp_path / "small")
+    told = []
+    again = calibrate(read_bundle(folder), discs, "val", held_out=False, precisions=["int8"], advance=told.append)
+    assert {row.precision for row in told} == {"int8"}
+    others = [row for row in calibrated[1].rows if row.precision != "int8"]
+    assert [row for row in again.rows if row.precision != "int8"] == others
+    assert len(again.rows) == len(calibrated[1].rows)
+    assert read_bundle(folder).manifest.calibration.rows == again.rows
+
+
+def test_rows_of_other_data_are_not_kept(calibrated, discs, tmp_path):
+    folder = shutil.copytree(calibrated[0], tmp_path / "small")
+    with pytest.raises(DataError, match="train split on this machine; measure all precisions"):
+        calibrate(read_bundle(folder), discs, "train", held_out=False, precisions=["int8"])
 
 
 def test_the_manifest_carries_it(calibrated):
