@@ -27,6 +27,10 @@ class Engine(Protocol):
         """(N, C, h, w) tiles of any supported dtype to (N, K, h, w) float32 probabilities."""
         ...
 
+    def release(self) -> None:
+        """Gives working memory back that the last runs left behind; the next run takes it anew."""
+        ...
+
 
 Opener = Callable[[Path, str, str, int], Engine]
 """(ONNX file, precision, provider, threads) to an opened engine; 0 threads = all cores."""

@@ -19,3 +19,6 @@ class FakeEngine:
         """See `Engine.run`."""
         self.batches.append(len(tiles))
         return self._function(tiles)
+
+    def release(self) -> None:
+        """See `Engine.release`."""

@@ -35,6 +35,9 @@ class OnnxRuntimeEngine:
         scores: Scores = self._session.run(["scores"], feed)[0]
         return scores
 
+    def release(self) -> None:
+        """Nothing to do: on the CPU there is no arena, on GPUs it grows only as requested."""
+
 
 def providers(wanted: str) -> list[str]:
     """Providers of this installation to try, best first; see `providers.choose`."""
@@ -60,6 +63,8 @@ def open_graph(path: Path, precision: str, provider: str, threads: int) -> OnnxR
         onnxruntime.preload_dlls()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # The arena would keep the memory of the largest run of every graph.
+    options.enable_cpu_mem_arena = False
     options.log_severity_level = 3
     # Between batches idle threads would spin and steal the cores from decoding and encoding.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
