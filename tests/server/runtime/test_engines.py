@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,6 +8,8 @@ from server.arrays import Tiles
 from server.runtime import engines as room
 from server.runtime.bundle import read_bundle
 from server.runtime.engines import ENGINES
+from server.runtime.engines.openvino import OpenVinoEngine
+from server.runtime.opening import noise
 from server.segment.plan import statistics
 
 
@@ -100,3 +103,36 @@ def test_onnxruntime_never_falls_back_in_service(shipped_bundle: Path) -> None:
     session._sess = Failing(session._sess)
     with pytest.raises(EPFail, match="the GPU is gone"):
         engine.run(tiles_of(np.uint8, 1, 32, 32))
+
+
+class FakeCompiled:
+    """What `OpenVinoEngine` needs of a compiled model; counts how often its memory was given back."""
+
+    def __init__(self) -> None:
+        self.released = 0
+
+    def create_infer_request(self) -> "FakeCompiled":
+        return self
+
+    def infer(self, feed: object, share_inputs: bool) -> None: ...
+
+    def get_output_tensor(self, index: int) -> SimpleNamespace:
+        return SimpleNamespace(data=np.zeros((1, 1, 2, 2)))
+
+    def release_memory(self) -> None:
+        self.released += 1
+
+
+def test_openvino_keeps_one_large_workspace() -> None:
+    first, second = FakeCompiled(), FakeCompiled()
+    engines = [OpenVinoEngine(first), OpenVinoEngine(second)]
+    small, large = noise(1, 1, [96, 96]), noise(1, 1, [129, 129])
+    for engine in engines * 2:
+        engine.run(small)
+    assert (first.released, second.released) == (0, 0)
+    for engine in (engines[0], engines[0], engines[1]):
+        engine.run(large)
+    assert (first.released, second.released) == (1, 0)
+    engines[0].run(small)
+    engines[0].run(large)
+    assert (first.released, second.released) == (1, 1)
