@@ -52,7 +52,7 @@ def calibrate(
         DataError: the data cannot be read, or rows to keep were measured on other data or another machine.
     """
     manifest = bundle.manifest
-    images = list(labelled(data, split, max(1, len(manifest.classes))))
+    images = list(labelled(data, split, len(manifest.classes)))
     facts = {"data": f"{data.name}, {split} split", "images": len(images), "machine": machine()}
     rows = _kept(manifest.held_out if held_out else manifest.calibration, facts, precisions) if precisions else []
     pairs = [pair for pair in runnable(bundle) if not precisions or pair[1] in precisions]
@@ -124,8 +124,7 @@ def segment(engine: Engine, manifest: Manifest, graph: Graph, image: Image) -> U
     """The server's own plan, engine and restore, without its queue."""
     input_ = with_channels(image, len(manifest.channels))
     plan = make_plan(input_, manifest, graph)
-    channels = 1 if manifest.activation == "sigmoid" else len(manifest.classes) + 1
-    canvas = Canvas(plan, channels, manifest.threshold, keep_scores=False)
+    canvas = Canvas(plan, manifest.score_channels, manifest.threshold, keep_scores=False)
     for band in range(len(plan.bands)):
         tiles = plan.cut(input_, band)
         canvas.add(band, [engine.run(tiles.one(i))[0] for i in range(len(tiles))])

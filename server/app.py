@@ -22,7 +22,7 @@ from server.settings import Settings
 
 PAGE = Path(__file__).parent / "web" / "index.html"
 
-# Decoding, planning, restoring and encoding; a few more than cores, as they also wait for disk.
+# Threads for decoding, planning, restoring and encoding, which also wait for disk.
 WORKERS = 4
 
 

@@ -32,8 +32,8 @@ class BatchingSettings(_Group):
     max_batch_pixels: int = Field(
         262_144,
         ge=4096,
-        description="pixels in one run (one tile of 512², or 16 of 128²), which bounds the memory of activations: "
-        "800 MB at L4 in fp32; a larger tile runs alone",
+        description="pixels in one run (one tile of 512², or 16 of 128²), which bounds the memory of activations; "
+        "a larger tile runs alone",
     )
 
 

@@ -191,6 +191,11 @@ class Manifest(_Part):
         return tuple(sorted(graph.level for graph in self.graphs if graph.name != ACCURATE))
 
     @property
+    def score_channels(self) -> int:
+        """K of the scores: one sigmoid class, or softmax over background and the foreground classes."""
+        return 1 if self.activation == "sigmoid" else len(self.classes) + 1
+
+    @property
     def recommended_level(self) -> int:
         """The calibrated recommendation, else the deepest level."""
         return self.calibration.recommended.level if self.calibration else self.levels[-1]

@@ -248,8 +248,7 @@ class Segmenter:
     ) -> Mask:
         """Band by band: cut, run, restore."""
         manifest = choice.manifest
-        channels = 1 if manifest.activation == "sigmoid" else len(manifest.classes) + 1
-        canvas = Canvas(plan, channels, manifest.threshold, keep_scores=encoder.needs_scores)
+        canvas = Canvas(plan, manifest.score_channels, manifest.threshold, keep_scores=encoder.needs_scores)
         for band in range(len(plan.bands)):
             tiles = await clock.off_loop("plan", plan.cut, image, band)
             ran = await choice.batcher.run(tiles)

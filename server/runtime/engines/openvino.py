@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 
 
-# OpenVINO keeps the memory of the largest run of every graph: 800 MB for 512 x 512 pixels at L4 in fp32. All
+# OpenVINO keeps the memory of the largest run of every graph, hundreds of MB for 512 x 512 pixels at L4. All
 # graphs share one device and run one at a time, so one workspace is enough; runs up to this many pixels are
 # small enough to keep their own.
 SMALL_PIXELS = 128 * 128
