@@ -5,10 +5,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import nibabel as nib
 import numpy as np
 import tifffile
 import torch
+from monai.data import MetaTensor
 from monai.transforms import (
     Compose,
     RandAdjustContrastd,
@@ -20,6 +23,7 @@ from monai.transforms import (
     RandRotate90d,
     RandScaleIntensityd,
     RandShiftIntensityd,
+    Spacing,
     SpatialPadd,
 )
 from numpy.typing import NDArray
@@ -28,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.utils.data import Dataset
 
-SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
+SUFFIXES = {2: (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp"), 3: (".nii.gz", ".nii")}
 
 # Pillow's modes whose numbers are no intensities, and what an image in them becomes, as in the server.
 CONVERTED = {"P": "RGB", "PA": "RGB", "LA": "L", "CMYK": "RGB", "YCbCr": "RGB"}
@@ -42,23 +46,35 @@ class DataConfig(BaseModel):
     """How samples are made.
 
     Attributes:
-        tile: side of the square training tiles, in pixels.
+        tile: side of the square or cubic training tiles in pixels or voxels, or one length per axis.
         tiles_per_image: tiles drawn from each image in one epoch, on average.
         balance: column of index.csv whose values are drawn more evenly (by the square root of their
             frequency), or None.
         foreground: share of tiles centred on a foreground pixel.
         scale: largest relative zoom, e.g. 0.4 for 0.6 to 1.4.
+        rotate_degrees: largest rotation, about every axis of a volume.
+        rotate90: whether tiles are also turned by quarters in the plane of the first two axes.
+        flip: axes along which tiles are mirrored at random.
+        spacing: mm per voxel along right, anterior, superior, to which volumes are resampled; None trusts that all agree.
         invert: probability of inverted intensities (dark-on-bright from bright-on-dark).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tile: int = Field(default=128, ge=16)
+    tile: Annotated[int, Field(ge=16)] | tuple[int, int, int] = 128
     tiles_per_image: int = Field(default=4, ge=1)
     balance: str | None = None
     foreground: float = Field(default=0.7, ge=0, le=1)
     scale: float = Field(default=0.4, ge=0, lt=1)
+    rotate_degrees: float = Field(default=45, ge=0, le=180)
+    rotate90: bool = True
+    flip: tuple[int, ...] = (0, 1)
+    spacing: tuple[float, float, float] | None = None
     invert: float = Field(default=0.15, ge=0, le=1)
+
+    def tile_shape(self, dims: int) -> tuple[int, ...]:
+        """Lengths of a tile, one per axis of the image or volume."""
+        return (self.tile,) * dims if isinstance(self.tile, int) else self.tile
 
 
 @dataclass(frozen=True)
@@ -112,26 +128,74 @@ def read_image(path: Path, channels: int) -> NDArray[np.float32]:
         pixels = pixels.mean(axis=-1, keepdims=True)
     elif pixels.shape[-1] == 1:
         pixels = np.repeat(pixels, channels, axis=-1)
-    mean = pixels.mean(axis=(0, 1), dtype=np.float64)
-    std = pixels.std(axis=(0, 1), dtype=np.float64)
+    return _normalised(pixels)
+
+
+def read_volume(path: Path, spacing: tuple[float, float, float] | None) -> NDArray[np.float32]:
+    """A volume as the network sees it: axes right, anterior, superior; z-score over the whole volume.
+
+    Args:
+        path: a NIfTI file with one volume.
+        spacing: mm per voxel to resample to, linearly; None keeps the voxels.
+
+    Returns:
+        (1, H, W, D) float32.
+
+    Raises:
+        DataError: the file cannot be read, or holds no single volume.
+    """
+    return _normalised(_voxels(path, spacing, "bilinear")[..., None])
+
+
+def _normalised(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(H, W[, D], C) raw to (C, H, W[, D]) with mean 0 and variance 1 in each channel."""
+    axes = tuple(range(pixels.ndim - 1))
+    mean = pixels.mean(axis=axes, dtype=np.float64)
+    std = pixels.std(axis=axes, dtype=np.float64)
     normalised = (pixels - mean) / np.where(std > 0, std, 1.0)
-    return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)
+    return np.ascontiguousarray(np.moveaxis(normalised, -1, 0), dtype=np.float32)
 
 
-def read_label(path: Path, classes: int) -> NDArray[np.uint8]:
-    """(H, W) class per pixel; for one class every value above 0 is foreground (instance maps too).
+def _voxels(path: Path, spacing: tuple[float, float, float] | None, mode: str) -> NDArray[np.float32]:
+    """(H, W, D) along right, anterior, superior."""
+    try:
+        volume = nib.as_closest_canonical(nib.load(path))  # type: ignore[no-untyped-call, attr-defined]
+        voxels = np.asarray(volume.dataobj, dtype=np.float32)
+    except Exception as error:  # nibabel raises every kind of exception on damaged files
+        raise DataError(f"{path.parent.name}/{path.name}: cannot be read ({error})") from error
+    voxels = voxels.reshape(voxels.shape[:3]) if voxels.ndim > 3 and voxels.shape[3:] == (1,) * (voxels.ndim - 3) else voxels
+    if voxels.ndim != 3:
+        raise DataError(f"{path.parent.name}/{path.name}: an array of shape {voxels.shape} is no volume")
+    if spacing is None:
+        return voxels
+    resampled = Spacing(spacing, mode=mode)(MetaTensor(voxels[None], affine=volume.affine))
+    array: NDArray[np.float32] = np.asarray(resampled)[0]
+    return array
+
+
+def read_label(path: Path, classes: int, spacing: tuple[float, float, float] | None = None) -> NDArray[np.uint8]:
+    """(H, W[, D]) class per pixel; for one class every value above 0 is foreground (instance maps too).
+
+    Args:
+        path: an image, or a NIfTI volume (by its name).
+        classes: of the network.
+        spacing: as `read_volume`, by nearest neighbour.
 
     Raises:
         DataError: the file cannot be read, or holds no class indices.
     """
-    label: NDArray[np.integer] = read_array(path)  # type: ignore[assignment]
+    label: NDArray[np.generic] = _voxels(path, spacing, "nearest") if path.name.endswith(SUFFIXES[3]) else read_array(path)
     if classes > 1 and not 0 <= label.min(initial=0) <= label.max(initial=0) <= 255:
         raise DataError(f"{path.parent.name}/{path.name}: values from {label.min()} to {label.max()} are no class indices")
     return (label > 0).astype(np.uint8) if classes == 1 else label.astype(np.uint8)
 
 
-def read_index(root: Path) -> dict[str, list[Sample]]:
+def read_index(root: Path, dims: int = 2) -> dict[str, list[Sample]]:
     """Samples of a data folder by split: `images/`, `labels/` and `index.csv` with columns id and split.
+
+    Args:
+        root: the folder.
+        dims: 2 looks for image files, 3 for NIfTI volumes.
 
     Raises:
         DataError: names every missing file, or says what is wrong with index.csv.
@@ -152,7 +216,7 @@ def read_index(root: Path) -> dict[str, list[Sample]]:
     splits: dict[str, list[Sample]] = {}
     missing = []
     for row in rows:
-        files = [_find(root / folder, row["id"]) for folder in ("images", "labels")]
+        files = [_find(root / folder, row["id"], SUFFIXES[dims]) for folder in ("images", "labels")]
         missing += [f"{folder}/{row['id']}.*" for folder, f in zip(("images", "labels"), files, strict=True) if not f]
         if files[0] and files[1]:
             splits.setdefault(row["split"], []).append(Sample(row["id"], files[0], files[1], row))
@@ -161,8 +225,8 @@ def read_index(root: Path) -> dict[str, list[Sample]]:
     return splits
 
 
-def _find(folder: Path, name: str) -> Path | None:
-    return next((p for s in SUFFIXES if (p := folder / f"{name}{s}").is_file()), None)
+def _find(folder: Path, name: str, suffixes: tuple[str, ...]) -> Path | None:
+    return next((p for s in suffixes if (p := folder / f"{name}{s}").is_file()), None)
 
 
 def _report(headline: str, lines: list[str], most: int = 20) -> str:
@@ -173,8 +237,17 @@ def _report(headline: str, lines: list[str], most: int = 20) -> str:
 class Split:
     """The samples of one split, decoded once and kept in memory."""
 
-    def __init__(self, name: str, samples: Iterable[Sample], channels: int, classes: int) -> None:
-        """Reads and checks every file.
+    def __init__(
+        self,
+        name: str,
+        samples: Iterable[Sample],
+        channels: int,
+        classes: int,
+        *,
+        dims: int = 2,
+        spacing: tuple[float, float, float] | None = None,
+    ) -> None:
+        """Reads and checks every file: images, or volumes where `dims` is 3.
 
         Raises:
             DataError: names every file that cannot be read, has other channels than the network, whose
@@ -189,7 +262,8 @@ class Split:
         wrong = []
         for sample in self.samples:
             try:
-                image, label = read_image(sample.image, channels), read_label(sample.label, classes)
+                image = read_image(sample.image, channels) if dims == 2 else read_volume(sample.image, spacing)
+                label = read_label(sample.label, classes, spacing)
             except DataError as error:
                 wrong.append(str(error))
                 continue
@@ -219,19 +293,22 @@ def _problem(sample: Sample, image: NDArray[np.float32], label: NDArray[np.uint8
     return ""
 
 
-def augmentation(config: DataConfig) -> Compose:
-    """Random tiles (C, tile, tile): crop, rotation, zoom, flips, contrast, noise, blur."""
+def augmentation(config: DataConfig, dims: int = 2) -> Compose:
+    """Random tiles (C, h, w[, d]): crop, rotation, zoom, flips, contrast, noise, blur."""
     both = ["image", "label"]
+    tile = config.tile_shape(dims)
     # Wide enough that a rotated, zoomed-out tile still lies inside the crop.
-    reach = int(np.ceil(config.tile * 1.5 / 2) * 2)
+    reach = [int(np.ceil(side * 1.5 / 2) * 2) for side in tile]
+    rotation = np.deg2rad(config.rotate_degrees)
+    blur = {"sigma_x": (0.4, 1.5), "sigma_y": (0.4, 1.5), "sigma_z": (0.4, 1.5)}
     return Compose(
         [
             # Not "reflect": that cannot reach further than the image, and small images are padded by more.
-            SpatialPadd(both, spatial_size=(reach, reach), mode="symmetric"),
+            SpatialPadd(both, spatial_size=reach, mode="symmetric"),
             RandCropByPosNegLabeld(
                 both,
                 label_key="label",
-                spatial_size=(reach, reach),
+                spatial_size=reach,
                 pos=config.foreground,
                 neg=max(1 - config.foreground, 1e-6),
                 allow_smaller=True,
@@ -239,22 +316,22 @@ def augmentation(config: DataConfig) -> Compose:
             RandAffined(
                 both,
                 prob=0.75,
-                rotate_range=np.pi / 4,
-                scale_range=config.scale,
+                rotate_range=rotation if dims == 2 else (rotation,) * 3,
+                # In the plane one axis is enough: quarter turns bring it to the other.
+                scale_range=config.scale if dims == 2 else (config.scale,) * 3,
                 shear_range=0.15,
-                spatial_size=(config.tile, config.tile),
+                spatial_size=tile,
                 mode=("bilinear", "nearest"),
                 padding_mode="reflection",
             ),
-            RandFlipd(both, prob=0.5, spatial_axis=0),
-            RandFlipd(both, prob=0.5, spatial_axis=1),
-            RandRotate90d(both, prob=0.5),
+            *(RandFlipd(both, prob=0.5, spatial_axis=axis) for axis in config.flip),
+            RandRotate90d(both, prob=0.5 * config.rotate90),
             RandAdjustContrastd("image", prob=0.3, gamma=(0.6, 1.6)),
             RandScaleIntensityd("image", factors=0.4, prob=0.5),
             RandShiftIntensityd("image", offsets=0.3, prob=0.5),
             RandScaleIntensityd("image", factors=0.15, prob=0.3, channel_wise=True),
             RandScaleIntensityd("image", factors=(-2.0, -2.0), prob=config.invert),
-            RandGaussianSmoothd("image", sigma_x=(0.4, 1.5), sigma_y=(0.4, 1.5), prob=0.15),
+            RandGaussianSmoothd("image", prob=0.15, **blur),
             RandGaussianNoised("image", std=0.15, prob=0.25),
         ]
     )
@@ -267,11 +344,11 @@ class Tiles(Dataset[tuple[Tensor, Tensor]]):
     loader processes.
     """
 
-    def __init__(self, split: Split, config: DataConfig, seed: int) -> None:
+    def __init__(self, split: Split, config: DataConfig, seed: int, dims: int = 2) -> None:
         self._split = split
         self._seed = seed
         self._epoch = 0
-        self._augment = augmentation(config)
+        self._augment = augmentation(config, dims)
         self._length = len(split) * config.tiles_per_image
         self._weights = _weights(split, config.balance)
 
@@ -283,7 +360,7 @@ class Tiles(Dataset[tuple[Tensor, Tensor]]):
         return self._length
 
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
-        """One tile: image (C, tile, tile) float32, label (tile, tile) uint8."""
+        """One tile: image (C, h, w[, d]) float32, label (h, w[, d]) uint8."""
         random = np.random.default_rng([self._seed, self._epoch, item])
         which = int(random.choice(len(self._split), p=self._weights))
         self._augment.set_random_state(seed=int(random.integers(2**31)))
@@ -305,9 +382,11 @@ def _weights(split: Split, balance: str | None) -> NDArray[np.float64]:
 
 
 def pad_to(image: Tensor, divisor: int) -> Tensor:
-    """Pads (N, C, H, W) at the lower right so that both axes are multiples of `divisor`."""
-    height, width = image.shape[-2:]
-    pad = (0, -width % divisor, 0, -height % divisor)
+    """Pads (N, C, H, W[, D]) at the far end so that every axis is a multiple of `divisor`."""
+    sides = image.shape[2:]
+    lacking = [-side % divisor for side in sides]
     # Reflection cannot reach further than the image; tiny images repeat their edge instead.
-    reachable = pad[1] < width and pad[3] < height
+    reachable = all(pad < side for pad, side in zip(lacking, sides, strict=True))
+    # torch counts from the last axis.
+    pad = [amount for side in reversed(lacking) for amount in (0, side)]
     return torch.nn.functional.pad(image, pad, mode="reflect" if reachable else "replicate")
