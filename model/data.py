@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import nibabel as nib
 import numpy as np
@@ -37,6 +37,8 @@ SUFFIXES = {2: (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp"), 3: (".nii.gz"
 # Pillow's modes whose numbers are no intensities, and what an image in them becomes, as in the server.
 CONVERTED = {"P": "RGB", "PA": "RGB", "LA": "L", "CMYK": "RGB", "YCbCr": "RGB"}
 
+Millimetres = Annotated[float, Field(gt=0)]
+
 
 class DataError(ValueError):
     """The data folder cannot be trained on; the message lists every file that is wrong."""
@@ -53,7 +55,7 @@ class DataConfig(BaseModel):
         foreground: share of tiles centred on a foreground pixel.
         scale: largest relative zoom, e.g. 0.4 for 0.6 to 1.4.
         rotate_degrees: largest rotation, about every axis of a volume.
-        rotate90: whether tiles are also turned by quarters in the plane of the first two axes.
+        rotate90: whether tiles are also turned by quarters in the plane of the first two axes, whose sides must be alike.
         flip: axes along which tiles are mirrored at random.
         spacing: mm per voxel along right, anterior, superior, to which volumes are resampled; None trusts that all agree.
         invert: probability of inverted intensities (dark-on-bright from bright-on-dark).
@@ -61,7 +63,7 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tile: Annotated[int, Field(ge=16)] | tuple[int, int, int] = 128
+    tile: Annotated[int, Field(ge=16)] | tuple[int, ...] = 128
     tiles_per_image: int = Field(default=4, ge=1)
     balance: str | None = None
     foreground: float = Field(default=0.7, ge=0, le=1)
@@ -69,7 +71,7 @@ class DataConfig(BaseModel):
     rotate_degrees: float = Field(default=45, ge=0, le=180)
     rotate90: bool = True
     flip: tuple[int, ...] = (0, 1)
-    spacing: tuple[float, float, float] | None = None
+    spacing: tuple[Millimetres, Millimetres, Millimetres] | None = None
     invert: float = Field(default=0.15, ge=0, le=1)
 
     def tile_shape(self, dims: int) -> tuple[int, ...]:
@@ -157,18 +159,28 @@ def _normalised(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _voxels(path: Path, spacing: tuple[float, float, float] | None, mode: str) -> NDArray[np.float32]:
-    """(H, W, D) along right, anterior, superior."""
+    """(H, W, D) along right, anterior, superior; finite."""
+    name = f"{path.parent.name}/{path.name}"
     try:
-        volume = nib.as_closest_canonical(nib.load(path))  # type: ignore[no-untyped-call, attr-defined]
-        voxels = np.asarray(volume.dataobj, dtype=np.float32)
+        volume = nib.as_closest_canonical(nib.load(path))
+        if volume.get_data_dtype().kind not in "iuf":
+            raise TypeError(f"voxels of type {volume.header.get_value_label('datatype')}, not one real number each")
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below
+            voxels = np.asarray(volume.dataobj, dtype=np.float32)
     except Exception as error:  # nibabel raises every kind of exception on damaged files
-        raise DataError(f"{path.parent.name}/{path.name}: cannot be read ({error})") from error
+        raise DataError(f"{name}: cannot be read ({error})") from error
     voxels = voxels.reshape(voxels.shape[:3]) if voxels.ndim > 3 and voxels.shape[3:] == (1,) * (voxels.ndim - 3) else voxels
-    if voxels.ndim != 3:
-        raise DataError(f"{path.parent.name}/{path.name}: an array of shape {voxels.shape} is no volume")
+    if voxels.ndim != 3 or not voxels.size:
+        raise DataError(f"{name}: an array of shape {voxels.shape} is no volume")
+    # Before resampling, which may step over the voxel.
+    if not np.isfinite(voxels).all():
+        raise DataError(f"{name}: holds values that are not finite")
     if spacing is None:
         return voxels
-    resampled = Spacing(spacing, mode=mode)(MetaTensor(voxels[None], affine=volume.affine))
+    try:
+        resampled = Spacing(spacing, mode=mode)(MetaTensor(voxels[None], affine=volume.affine))
+    except Exception as error:  # as many kinds, where the header's geometry is damaged
+        raise DataError(f"{name}: cannot be resampled to {list(spacing)} mm ({error})") from error
     array: NDArray[np.float32] = np.asarray(resampled)[0]
     return array
 
@@ -184,9 +196,11 @@ def read_label(path: Path, classes: int, spacing: tuple[float, float, float] | N
     Raises:
         DataError: the file cannot be read, or holds no class indices.
     """
-    label: NDArray[np.generic] = _voxels(path, spacing, "nearest") if path.name.endswith(SUFFIXES[3]) else read_array(path)
+    label: NDArray[Any] = _voxels(path, spacing, "nearest") if path.name.endswith(SUFFIXES[3]) else read_array(path)
     if classes > 1 and not 0 <= label.min(initial=0) <= label.max(initial=0) <= 255:
         raise DataError(f"{path.parent.name}/{path.name}: values from {label.min()} to {label.max()} are no class indices")
+    if label.dtype.kind == "f" and (np.isnan(label).any() or (classes > 1 and (label != np.round(label)).any())):
+        raise DataError(f"{path.parent.name}/{path.name}: values that are no whole numbers are no class indices")
     return (label > 0).astype(np.uint8) if classes == 1 else label.astype(np.uint8)
 
 

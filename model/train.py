@@ -32,7 +32,6 @@ from model.cost import parameters
 from model.data import DataConfig, DataError, Split, Tiles, pad_to, read_index
 from model.losses import deep_supervision_loss
 
-
 # Two dimensions or three: convolutions on CPUs and tensor cores are faster this way round.
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
@@ -228,6 +227,8 @@ def _check_tile(recipe: TrainConfig) -> None:
         raise RecipeError(f"network.in_channels: volumes have one channel, the network {network.in_channels}")
     if wrong := [side for side in tile if side < divisor or side % divisor]:
         raise RecipeError(f"data.tile: {wrong[0]} is not a multiple of {divisor}, which a network of depth {network.depth} needs")
+    if recipe.data.rotate90 and tile[0] != tile[1]:
+        raise RecipeError(f"data.rotate90: no quarter turns where the first two sides of data.tile differ, {tile[0]} and {tile[1]}")
     if wrong := [axis for axis in recipe.data.flip if not 0 <= axis < network.dims]:
         raise RecipeError(f"data.flip: there is no axis {wrong[0]} in {network.dims} dimensions; axes count from 0")
 

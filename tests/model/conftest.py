@@ -1,7 +1,8 @@
-"""A tiny labelled data folder of bright discs on a noisy ground."""
+"""Tiny labelled data folders: bright discs, and bright balls, on a noisy ground."""
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
@@ -36,3 +37,35 @@ def discs(tmp_path: Path) -> Path:
 def discs_kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, shared: do not write there."""
     return write_discs(tmp_path_factory.mktemp("data") / "discs", {"train": 4, "val": 2})
+
+
+def write_balls(root: Path, splits: dict[str, int]) -> Path:
+    """As `write_discs`, in NIfTI: the anterior half of each ball is class 1, the posterior class 2."""
+    random = np.random.default_rng(0)
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True)
+    rows = ["id,split"]
+    grid = np.stack(np.mgrid[:18, :22, :16])
+    for split, count in splits.items():
+        for n in range(count):
+            centre = random.uniform([7, 9, 6], [10, 12, 9])[:, None, None, None]
+            ball = ((grid - centre) ** 2).sum(0) < 36
+            label = np.where(grid[1] > centre[1], 1, 2) * ball
+            picture = 60 + 120 * ball + random.normal(0, 8, ball.shape)
+            nib.save(nib.Nifti1Image(picture.astype(np.float32), np.eye(4)), root / "images" / f"{split}{n}.nii.gz")
+            nib.save(nib.Nifti1Image(label.astype(np.uint8), np.eye(4)), root / "labels" / f"{split}{n}.nii.gz")
+            rows.append(f"{split}{n},{split}")
+    (root / "index.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+@pytest.fixture
+def balls(tmp_path: Path) -> Path:
+    """Four training, two validation volumes; a copy that a test may damage."""
+    return write_balls(tmp_path / "balls", {"train": 4, "val": 2})
+
+
+@pytest.fixture(scope="session")
+def balls_kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, shared: do not write there."""
+    return write_balls(tmp_path_factory.mktemp("data") / "balls", {"train": 4, "val": 2})

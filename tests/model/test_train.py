@@ -1,4 +1,4 @@
-"""The training loop on tiny discs: it learns, and a killed run goes on as if nothing had happened."""
+"""The training loop on tiny discs and balls: it learns, and a killed run goes on as if nothing had happened."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from model import checkpoint, train
-from model.baselines import UNet
+from model.baselines import ARCHITECTURES, UNet
 from model.config import UNetPlusPlusConfig
 from model.data import DataConfig, DataError, Split, read_index
 from model.network import UNetPlusPlus
@@ -28,6 +28,7 @@ from server.cli import app
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "model" / "recipes" / "nuclei.toml"
+VOLUMES = ROOT / "model" / "recipes" / "hippocampus.toml"
 
 pytestmark = pytest.mark.filterwarnings("ignore:Num foregrounds:UserWarning")
 
@@ -41,6 +42,11 @@ def recipe(epochs=4, architecture="unetpp", network=None, data=None, **optimisat
             **{"batch": 4, "epochs": epochs, "learning_rate": 1e-2, "precision": "fp32", "workers": 0, **optimisation}
         ),
     )
+
+
+def volume_recipe(epochs=2, data=None, network=None, **more):
+    network = {"dims": 3, "classes": 3, "widths": (2, 3, 4), **(network or {})}
+    return recipe(epochs, network=network, data={"tile": (16, 16, 16), "flip": (0,), "rotate90": False, **(data or {})}, **more)
 
 
 def rows_of(out):
@@ -130,6 +136,94 @@ def test_several_classes_and_bfloat16(tmp_path, discs):
     train.train(recipe(epochs=2, network={"classes": 3}, precision="bf16"), discs, tmp_path / "run")
     assert checkpoint.load(tmp_path / "run" / "best.safetensors")[0].config.classes == 3
     assert np.isfinite([row["loss"] for row in rows_of(tmp_path / "run")]).all()
+
+
+# --- volumes ---
+
+
+@pytest.mark.parametrize("architecture", ["unetpp", "unet"])
+def test_a_run_on_volumes(tmp_path, balls_kept, architecture):
+    wanted = volume_recipe(architecture=architecture, precision="bf16", data={"spacing": (1.5, 1.0, 1.0)})
+    best = train.train(wanted, balls_kept, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"best.safetensors", "last.safetensors", "log.csv", "curve.png", "recipe.json"}
+    rows = rows_of(tmp_path)
+    levels = ["dice_L1", "dice_L2"] if architecture == "unetpp" else ["dice_L2"]
+    assert list(rows[0]) == ["epoch", "loss", *levels, "dice_accurate"]
+    assert np.isfinite([row["loss"] for row in rows]).all()
+    network, notes = checkpoint.load(best)
+    assert (network.config.dims, network.config.classes) == (3, 3)
+    assert TrainConfig.model_validate(notes["recipe"]) == wanted
+    # The checkpoint alone gives the logged scores again; the sides of these volumes are no multiples of 4.
+    split = Split("val", read_index(balls_kept, 3)["val"], 1, 3, dims=3, spacing=(1.5, 1.0, 1.0))
+    assert any(side % 4 for side in split.images[0].shape[1:])
+    again = train.evaluate(network, split, torch.device("cpu"), "fp32")
+    assert again == pytest.approx(notes["validation"], abs=2e-2)
+
+
+def test_balls_are_found_and_their_halves_told_apart(tmp_path, balls_kept):
+    wanted = volume_recipe(
+        epochs=8,
+        learning_rate=3e-2,
+        schedule="one-cycle",
+        network={"widths": (4, 6, 8)},
+        data={"invert": 0, "scale": 0.1, "rotate_degrees": 10},
+    )
+    train.train(wanted, balls_kept, tmp_path)
+    rows = rows_of(tmp_path)
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    # Halves that are not told apart give 2/3 at most.
+    assert max(row["dice_accurate"] for row in rows) > 0.75
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resuming_on_volumes_is_exact(tmp_path, balls_kept, monkeypatch, precision):
+    same = volume_recipe(precision=precision, schedule="one-cycle", weight_decay=1e-2)
+    train.train(same, balls_kept, tmp_path / "a")
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(same, balls_kept, tmp_path / "b")
+    assert len(rows_of(tmp_path / "b")) == 1
+    torch.manual_seed(99)
+    train.train(same, balls_kept, tmp_path / "b")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on CPUs only")
+@pytest.mark.parametrize(("architecture", "deepest"), [("unetpp", "nodes.2_0."), ("unet", "encoder.2.")])
+def test_the_deepest_row_trains_in_fp32(tmp_path, balls_kept, monkeypatch, architecture, deepest):
+    seen = {}
+
+    def watched(config):
+        network = ARCHITECTURES[architecture](config)
+        for name, module in network.named_modules():
+            if isinstance(module, torch.nn.Conv3d | torch.nn.ConvTranspose3d):
+                module.register_forward_hook(lambda _, __, out, name=name: seen.setdefault(name, set()).add(out.dtype))
+        return network
+
+    monkeypatch.setattr(train, "ARCHITECTURES", {architecture: watched})
+    train.train(volume_recipe(epochs=1, architecture=architecture, precision="bf16"), balls_kept, tmp_path)
+    in_fp32 = {name for name, dtypes in seen.items() if dtypes == {torch.float32}}
+    assert in_fp32 == {f"{deepest}0", f"{deepest}3"}
+    assert all(dtypes == {torch.bfloat16} for name, dtypes in seen.items() if name not in in_fp32)
+    assert len(seen) > 8
+
+
+def test_the_shared_volumes_are_trained_on(tmp_path, hippocampus_data):
+    rows = (hippocampus_data / "index.csv").read_text().splitlines()
+    of = {split: [row for row in rows if row.endswith(f",{split}")] for split in ("train", "val")}
+    (tmp_path / "index.csv").write_text("\n".join([rows[0], *of["train"][:2], *of["val"][:1]]) + "\n")
+    for folder in ("images", "labels"):
+        (tmp_path / folder).symlink_to(hippocampus_data / folder)
+    small = [
+        "network.widths=[2, 3, 4]",
+        "data.tiles_per_image=1",
+        "optimisation.batch=2",
+        "optimisation.epochs=1",
+        "optimisation.workers=0",
+    ]
+    train.train(read_recipe(VOLUMES, small), tmp_path, tmp_path / "run")
+    assert np.isfinite(rows_of(tmp_path / "run")[0]["loss"])
 
 
 # --- interrupted ---
@@ -297,9 +391,30 @@ class TestRefused:
         with pytest.raises(DataError, match="'val' has no samples"):
             train.train(recipe(), discs, tmp_path / "run")
 
-    def test_volumes(self, discs_kept, tmp_path):
-        with pytest.raises(RecipeError, match=r"network\.dims.*trains on images"):
-            train.train(recipe(network={"dims": 3}), discs_kept, tmp_path / "run")
+    def test_images_for_a_network_of_volumes_and_the_other_way_round(self, discs_kept, balls_kept, tmp_path):
+        with pytest.raises(DataError, match="12 files named"):
+            train.train(volume_recipe(), discs_kept, tmp_path / "run")
+        with pytest.raises(DataError, match="12 files named"):
+            train.train(recipe(), balls_kept, tmp_path / "run")
+
+    @pytest.mark.parametrize(("wanted", "match"), [
+        (volume_recipe(network={"in_channels": 3}), r"network\.in_channels: volumes have one channel, the network 3"),
+        (volume_recipe(data={"tile": (16, 16)}), r"data\.tile: \[16, 16\] has 2 axes, the network 3"),
+        (recipe(data={"tile": (16, 16, 16)}), r"data\.tile: \[16, 16, 16\] has 3 axes, the network 2"),
+        (volume_recipe(data={"tile": (16, 16, 18)}), r"data\.tile: 18 is not a multiple of 4, which a network of depth 2 needs"),
+        (volume_recipe(data={"tile": (16, 0, 16)}), r"data\.tile: 0 is not a multiple of 4"),
+        (volume_recipe(data={"tile": 18}), r"data\.tile: 18 is not a multiple of 4"),
+        (volume_recipe(data={"flip": (0, 3)}), r"data\.flip: there is no axis 3 in 3 dimensions; axes count from 0"),
+        (volume_recipe(data={"flip": (-1,)}), r"data\.flip: there is no axis -1 in 3 dimensions"),
+        (recipe(data={"flip": (2,)}), r"data\.flip: there is no axis 2 in 2 dimensions"),
+        (volume_recipe(data={"tile": (16, 32, 16), "rotate90": True}),
+         r"data\.rotate90: no quarter turns where the first two sides of data\.tile differ, 16 and 32"),
+        (recipe(data={"tile": (16, 32)}), r"data\.rotate90: no quarter turns"),
+    ])  # fmt: skip
+    def test_recipes_whose_network_and_tiles_do_not_fit(self, discs_kept, balls_kept, tmp_path, wanted, match):
+        with pytest.raises(RecipeError, match=match):
+            train.train(wanted, balls_kept if wanted.network.dims == 3 else discs_kept, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
 
     def test_a_batch_larger_than_an_epoch(self, discs_kept, tmp_path):
         with pytest.raises(DataError, match="a batch of 17 tiles is more than one epoch holds"):
@@ -403,6 +518,24 @@ def test_the_shipped_recipe_is_valid():
     assert config.data.tile % config.network.divisor(config.network.depth) == 0
 
 
+def test_the_shipped_recipe_for_volumes_is_valid():
+    config = read_recipe(VOLUMES, [])
+    train._check_tile(config)
+    # Anterior and posterior are the classes, and must not be mirrored into each other.
+    assert (config.network.classes, config.data.flip, config.data.rotate90) == (3, (0,), False)
+    with torch.device("meta"):
+        network = ARCHITECTURES[config.architecture](config.network)
+        heads = network(torch.empty(1, 1, *config.data.tile_shape(3)))
+    assert not any(isinstance(module, torch.nn.Conv2d) for module in network.modules())
+    assert [head.shape for head in heads] == [(1, 3, 32, 48, 32)] * 4
+
+
+def test_a_recipe_survives_json():
+    for path in (RECIPE, VOLUMES):
+        config = read_recipe(path, [])
+        assert TrainConfig.model_validate_json(config.model_dump_json()) == config
+
+
 def test_overrides():
     config = read_recipe(
         RECIPE,
@@ -431,6 +564,9 @@ def test_an_override_of_a_section_that_the_recipe_leaves_out(tmp_path):
     ("optimisation.epochs=many", r"optimisation\.epochs: Input should be a valid integer"),
     ("optimisation.epochs=0", r"optimisation\.epochs: .*greater than or equal to 1"),
     ("optimisation.seed=-1", r"optimisation\.seed: .*greater than or equal to 0"),
+    ("data.tile=8", r"data\.tile.*: Input should be greater than or equal to 16"),
+    ("data.spacing=[1.0, 0.0, 1.0]", r"data\.spacing\.1: Input should be greater than 0"),
+    ("data.rotate_degrees=181", r"data\.rotate_degrees: .*less than or equal to 180"),
     ("architecture=resnet", "architecture: Input should be 'unetpp' or 'unet'"),
     ("network.widths=[1]", "widths must list 2 to 6"),
     ("architecture.name=unet", r"override 'architecture\.name=unet': architecture is no section"),
@@ -486,7 +622,7 @@ def test_command(tmp_path, discs_kept):
 
 @pytest.mark.parametrize(("arguments", "text"), [
     (["--set", "optimisation.epoch=1"], "optimisation.epoch"),
-    (["--set", "network.dims=3"], "network.dims"),
+    (["--set", "network.dims=3"], "files named in index.csv are missing"),
 ])  # fmt: skip
 def test_command_says_what_is_wrong(tmp_path, discs_kept, arguments, text):
     out = str(tmp_path / "run")
