@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="write the U-Net's row into the bundle's model card")
     arguments = parser.parse_args()
     bundle = read_bundle(arguments.bundle)
-    images = list(labelled(arguments.data, arguments.split, 1))
+    images = list(labelled(arguments.data, arguments.split, bundle.manifest))
     network, _ = checkpoint.load(arguments.bundle / WEIGHTS)
     if not isinstance(network, UNetPlusPlus):
         raise SystemExit("the bundle's weights are not a UNet++")
@@ -63,7 +63,7 @@ def main() -> None:
         networks.append(("U-Net, same recipe", "accurate", unet))
     rows, facts = [], []
     for title, graph, candidate in networks:
-        iou, mean_iou, dice = score(candidate, bundle, bundle.manifest.graph(graph), images, title)
+        iou, mean_iou, dice, *_ = score(candidate, bundle, bundle.manifest.graph(graph), images, title)
         count = parameters(candidate)
         rows.append([title, f"{count:,}", f"{iou * 100:.2f}", f"{mean_iou * 100:.2f}", f"{dice * 100:.2f}"])
         facts.append({"network": title, "parameters": count, "iou": iou, "mean_iou": mean_iou, "dice": dice})

@@ -11,15 +11,15 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from export.data import Labelled, labelled
+from export.data import Labelled, labelled, seen
 from export.pack import write_manifest
 from export.verify import runnable
 from model.data import DataError
-from server.arrays import Image
+from server.arrays import Image, Volume
 from server.runtime.bundle import Bundle, Calibration, CalibrationRow, Graph, Manifest, Measured, Recommended, read_bundle
 from server.runtime.engines import ENGINES, Engine
 from server.runtime.opening import IOU_TOLERANCE, PRECISIONS, cores, noise
-from server.segment.plan import make_plan, with_channels
+from server.segment.plan import make_plan, place
 from server.segment.quality import overlap
 from server.segment.restore import Canvas
 
@@ -52,7 +52,7 @@ def calibrate(
         DataError: the data cannot be read, or rows to keep were measured on other data or another machine.
     """
     manifest = bundle.manifest
-    images = list(labelled(data, split, len(manifest.classes)))
+    images = list(labelled(data, split, manifest))
     facts = {"data": f"{data.name}, {split} split", "images": len(images), "machine": machine()}
     rows = _kept(manifest.held_out if held_out else manifest.calibration, facts, precisions) if precisions else []
     pairs = [pair for pair in runnable(bundle) if not precisions or pair[1] in precisions]
@@ -64,10 +64,10 @@ def calibrate(
             timed = sorted(((_latency(engine, manifest), engine) for engine in engines), key=lambda pair: pair[0])
             # At fp32 `verify` proves that all engines agree to 1e-4: the fastest speaks for them.
             for latency, engine in timed[:1] if precision == "fp32" else timed:
-                iou, mean_iou, dice = _quality(engine, manifest, graph, images, lambda: show(next(scored), total))
+                iou, mean_iou, dice, *by_class = _quality(engine, manifest, graph, images, lambda: show(next(scored), total))
                 row = CalibrationRow(
                     graph=graph.name, precision=precision, engine=engine.name, iou=iou, mean_iou=mean_iou, dice=dice,
-                    latency_ms=round(latency * 1e3, 3),
+                    class_dice=tuple(by_class) if len(by_class) > 1 else (), latency_ms=round(latency * 1e3, 3),
                 )  # fmt: skip
                 rows.append(row)
                 advance(row)
@@ -111,24 +111,26 @@ def recommend(manifest: Manifest, measured: Measured) -> Recommended:
     return Recommended(level=level, precision=row.precision, why=why)
 
 
-def mean_overlap(classes: UInt8[ndarray, "H W"], label: UInt8[ndarray, "H W"], values: list[int]) -> tuple[float, float, float]:
-    """Foreground IoU, IoU with the background averaged in, and foreground Dice of one image."""
+def mean_overlap(classes: UInt8[ndarray, "*size"], label: UInt8[ndarray, "*size"], values: list[int]) -> list[float]:
+    """Foreground IoU, IoU with the background averaged in, foreground Dice, and Dice per class, of one image."""
     foreground = [overlap(classes == value, label == value) for value in values]
     background = overlap(classes == 0, label == 0)
     iou = float(np.mean([o.iou for o in foreground]))
     with_background = float(np.mean([*[o.iou for o in foreground], background.iou]))
-    return iou, with_background, float(np.mean([o.dice for o in foreground]))
+    return [iou, with_background, float(np.mean([o.dice for o in foreground])), *(o.dice for o in foreground)]
 
 
-def segment(engine: Engine, manifest: Manifest, graph: Graph, image: Image) -> UInt8[ndarray, "H W"]:
+def segment(engine: Engine, manifest: Manifest, graph: Graph, image: Image | Volume) -> UInt8[ndarray, "*size"]:
     """The server's own plan, engine and restore, without its queue."""
-    input_ = with_channels(image, len(manifest.channels))
-    plan = make_plan(input_, manifest, graph)
-    canvas = Canvas(plan, manifest.score_channels, manifest.threshold, keep_scores=False)
-    for band in range(len(plan.bands)):
-        tiles = plan.cut(input_, band)
-        canvas.add(band, [engine.run(tiles.one(i))[0] for i in range(len(tiles))])
-    return canvas.mask().classes
+    pixels, flat = seen(image, manifest)
+    plan = make_plan(pixels, manifest, graph, flat=flat)
+    classes = np.empty(image.size, dtype=np.uint8)
+    canvas = Canvas(plan.windows, manifest.score_channels, manifest.threshold, place(image.extent, manifest, "auto").view(classes))
+    for step in plan.windows.steps:
+        tiles = plan.cut(pixels, step)
+        canvas.add(step, [engine.run(tiles.one(i))[0] for i in range(len(tiles))])
+    canvas.finish()
+    return classes
 
 
 def machine() -> str:
@@ -160,13 +162,10 @@ def _latency(engine: Engine, manifest: Manifest) -> float:
     return statistics.median(times)
 
 
-def _quality(
-    engine: Engine, manifest: Manifest, graph: Graph, images: list[Labelled], advance: Callable[[], None]
-) -> tuple[float, float, float]:
+def _quality(engine: Engine, manifest: Manifest, graph: Graph, images: list[Labelled], advance: Callable[[], None]) -> list[float]:
     values = [c.value for c in manifest.classes]
     scores = []
     for item in images:
         scores.append(mean_overlap(segment(engine, manifest, graph, item.image), item.label, values))
         advance()
-    iou, mean_iou, dice = (round(float(np.mean(column)), 5) for column in zip(*scores, strict=True))
-    return iou, mean_iou, dice
+    return [round(float(np.mean(column)), 5) for column in zip(*scores, strict=True)]

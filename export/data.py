@@ -9,51 +9,53 @@ from jaxtyping import UInt8
 from numpy import ndarray
 
 from model.data import DataError, Sample, read_index, read_label
-from server.arrays import Image, Tiles
+from server.arrays import Image, Tiles, Volume
 from server.errors import UnetppError
 from server.imaging.decode import decode
+from server.imaging.reading import Reading
 from server.runtime.bundle import Graph, Manifest
-from server.segment.plan import make_plan, with_channels
+from server.segment.plan import make_plan, place, with_channels
 
-MAX_PIXELS = 100_000_000
+MOST = 250_000_000
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """An image, through the server's own decoder, and its label map."""
+    """An image or volume, through the server's own decoder, and its label map in the same pixels or voxels."""
 
     id: str
-    image: Image
-    label: UInt8[ndarray, "H W"]
+    image: Image | Volume
+    label: UInt8[ndarray, "*size"]
 
 
-def labelled(root: Path, split: str, classes: int) -> Iterator[Labelled]:
-    """The images of a split, one at a time.
+def labelled(root: Path, split: str, manifest: Manifest) -> Iterator[Labelled]:
+    """The images or volumes of a split, one at a time.
 
     Raises:
         DataError: names missing files, those that cannot be read or do not fit, or the split has no rows.
     """
-    for sample in samples(root, split):
-        image, label = _decoded(sample), read_label(sample.label, classes)
+    for sample in samples(root, split, manifest.dims):
+        image = _decoded(sample.image)
+        label = read_label(sample.label, manifest.score_channels) if manifest.dims == 2 else _voxels(sample, manifest)
         if label.shape != image.size:
             raise DataError(f"{sample.id}: image is {image.size}, label is {label.shape}")
         yield Labelled(sample.id, image, label)
 
 
-def samples(root: Path, split: str) -> list[Sample]:
+def samples(root: Path, split: str, dims: int) -> list[Sample]:
     """Rows of a split.
 
     Raises:
         DataError: there are none.
     """
-    splits = read_index(root)
+    splits = read_index(root, dims)
     if not splits.get(split):
         raise DataError(f"{root}: index.csv has no rows with split {split!r}; it has {', '.join(splits)}")
     return splits[split]
 
 
 def calibration_tiles(root: Path, manifest: Manifest, graph: Graph, count: int, seed: int = 0) -> list[Tiles]:
-    """Whole first windows of randomly chosen training images.
+    """Whole first windows of randomly chosen training images or volumes.
 
     Args:
         root: data folder.
@@ -62,18 +64,35 @@ def calibration_tiles(root: Path, manifest: Manifest, graph: Graph, count: int, 
         count: images drawn.
         seed: of the draw.
     """
-    rows = samples(root, "train")
+    rows = samples(root, "train", manifest.dims)
     chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
     tiles = []
     for index in chosen:
-        image = with_channels(_decoded(rows[index]), len(manifest.channels))
-        tiles.append(make_plan(image, manifest, graph).cut(image, 0).one(0))
+        pixels, flat = seen(_decoded(rows[index].image), manifest)
+        tiles.append(make_plan(pixels, manifest, graph, flat=flat).cut(pixels, range(1)))
     return tiles
 
 
-def _decoded(sample: Sample) -> Image:
+def seen(source: Image | Volume, manifest: Manifest) -> tuple[np.ndarray, bool]:
+    """An input in the network's axes, spacing and channels, and whether it is a stack."""
+    placement = place(source.extent, manifest, "auto")
+    return with_channels(placement.resample(placement.view(source.values)), len(manifest.channels)), placement.flat
+
+
+def _decoded(path: Path, *, labels: bool = False) -> Image | Volume:
     try:
-        with sample.image.open("rb") as file:
-            return decode(file, MAX_PIXELS)
+        with path.open("rb") as file:
+            return decode(file, Reading(MOST, MOST, labels=labels))
     except UnetppError as error:
-        raise DataError(f"images/{sample.image.name}: {error}") from error
+        raise DataError(f"{path.parent.name}/{path.name}: {error}") from error
+
+
+def _voxels(sample: Sample, manifest: Manifest) -> UInt8[ndarray, "*size"]:
+    """A label volume in the voxels of its file, as the answer will be."""
+    values = _decoded(sample.label, labels=True).values[..., 0]
+    if len(manifest.classes) == 1:
+        return (values > 0).astype(np.uint8)
+    label = values.astype(np.uint8)
+    if (label != values).any() or label.max(initial=0) > len(manifest.classes):
+        raise DataError(f"labels/{sample.label.name}: values other than the classes 0 to {len(manifest.classes)}")
+    return label

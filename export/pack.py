@@ -6,7 +6,7 @@ import tempfile
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import onnx
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -106,14 +106,14 @@ def export(source: Path, card: Card, out: Path, data: Path | None, advance: Call
         folder = Path(scratch) / out.name
         folder.mkdir()
         checkpoint.save(copy.deepcopy(network).half(), folder / WEIGHTS, {"trained": notes})
-        manifest = _manifest(card, activation, graphs)
+        manifest = _manifest(card, config.dims, _spacing(notes), activation, graphs)
         for graph in graphs:
             tiles = calibration_tiles(data, manifest, graph, INT8_IMAGES) if data else []
             for precision, file in graph.files.items():
                 proto = GRAPH_PRECISIONS[precision](served[graph.name], tiles)
                 onnx.save(point_at_weights(proto, folder / WEIGHTS), folder / file)
                 advance(file)
-        write_golden(folder / GOLDEN, served, config.in_channels)
+        write_golden(folder / GOLDEN, served, config.in_channels, config.dims)
         write_manifest(folder, _stamped(manifest))
         read_bundle(folder)
         _replace(out, folder)
@@ -140,8 +140,6 @@ def _check_fit(config: UNetPlusPlusConfig, card: Card) -> None:
     Raises:
         ExportError: says what differs.
     """
-    if config.dims != 2:
-        raise ExportError("the network is for volumes; this version serves images")
     if len(card.channels) != config.in_channels:
         raise ExportError(f"the card names {len(card.channels)} channels, the network takes {config.in_channels}")
     if len(card.classes) != max(config.classes - 1, 1):
@@ -150,7 +148,19 @@ def _check_fit(config: UNetPlusPlusConfig, card: Card) -> None:
         raise ExportError(f"the values of the card's classes must be 1, 2, ...: got {[c.value for c in card.classes]}")
 
 
-def _manifest(card: Card, activation: Literal["sigmoid", "softmax"], graphs: tuple[Graph, ...]) -> Manifest:
+def _spacing(notes: dict[str, Any]) -> tuple[float, float, float] | None:
+    """The spacing that the network was trained at: what a network has seen is not a matter of the card."""
+    spacing: tuple[float, float, float] | None = notes.get("recipe", {}).get("data", {}).get("spacing")
+    return spacing
+
+
+def _manifest(
+    card: Card,
+    dims: Literal[2, 3],
+    spacing: tuple[float, float, float] | None,
+    activation: Literal["sigmoid", "softmax"],
+    graphs: tuple[Graph, ...],
+) -> Manifest:
     """The manifest, its files still without sizes and hashes.
 
     Raises:
@@ -160,7 +170,10 @@ def _manifest(card: Card, activation: Literal["sigmoid", "softmax"], graphs: tup
         return Manifest(
             **card.model_dump(),
             format=FORMAT,
-            dims=2,
+            dims=dims,
+            # As training reads volumes; see model/data.py.
+            orientation="RAS" if dims == 3 else None,
+            spacing=spacing if dims == 3 else None,
             normalization="zscore",
             activation=activation,
             graphs=graphs,

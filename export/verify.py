@@ -21,8 +21,11 @@ from server.runtime.opening import golden_tiles, noise
 FP32_MAX_ABS = 1e-4
 LEAST_AGREEMENT = {"bf16": 0.98, "fp16": 0.995, "int8": 0.97}
 
-# (tiles, height, width); multiples of 32, the largest divisor, but larger: instance normalisation needs two values.
-SIZES = ((1, 32, 64), (3, 64, 96), (1, 256, 256))
+# (tiles, *size) per dims; multiples of 32, the largest divisor, but one axis larger: instance normalisation needs two values.
+SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
+    2: ((1, 32, 64), (3, 64, 96), (1, 256, 256)),
+    3: ((1, 32, 32, 64), (2, 32, 64, 32), (1, 64, 64, 64)),
+}
 
 
 class VerifyError(ValueError):
@@ -67,7 +70,7 @@ def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: 
         wrong += wrong_nodes(bundle, name, pruned)
         graph = ServedGraph(pruned, manifest.activation).eval()
         golden = [(tiles, scores) for g, tiles, scores in golden_tiles(bundle.golden) if g == name]
-        inputs = _inputs(len(manifest.channels)) + [tiles for tiles, _ in golden]
+        inputs = _inputs(len(manifest.channels), manifest.dims) + [tiles for tiles, _ in golden]
         expected = [torch_scores(graph, tiles) for tiles in inputs]
         if not golden or largest_difference([scores for _, scores in golden], expected[-len(golden) :]) > FP32_MAX_ABS:
             wrong.append(f"{bundle.golden.name}: the scores of {name} are not those of the weights")
@@ -143,6 +146,7 @@ def _answers(bundle: Bundle, name: str, engine: str, precision: str, inputs: lis
         raise VerifyError(f"{name} at {precision} on {engine}: cannot run ({error})") from error
 
 
-def _inputs(channels: int) -> list[Tiles]:
-    cells = [tiles_of([synthetic_cells(h, w, channels, seed) for seed in range(n)]) for n, h, w in SIZES]
-    return cells + [noise(n, channels, [h, w]) for n, h, w in SIZES[:2]]
+def _inputs(channels: int, dims: int) -> list[Tiles]:
+    sizes = [(count, tuple(size)) for count, *size in SIZES[dims]]
+    cells = [tiles_of([synthetic_cells(size, channels, seed) for seed in range(count)]) for count, size in sizes]
+    return cells + [noise(count, channels, list(size)) for count, size in sizes[:2]]

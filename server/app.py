@@ -84,7 +84,7 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle]) -> FastAPI
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_mb * 1024 * 1024, idle_s=limits.idle_upload_s)
     app.add_middleware(RequestId)
     problems.install(app)
-    app.include_router(segment.router(segmenter, metrics, settings.http.max_in_flight))
+    app.include_router(segment.router(segmenter, metrics, settings.http.max_in_flight, limits.max_wait_s))
     app.include_router(models.router(segmenter))
     app.include_router(health.router(segmenter, metrics))
 

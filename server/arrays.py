@@ -1,14 +1,37 @@
 """The values that travel along the request line; all frozen. Axes are written in storage order.
 
-N tiles, C channels, K score channels, H W the image, h w the tile.
+N tiles, C channels, K score channels, H W the image, X Y Z the volume as stored, h w[ d] the tile.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Shaped, UInt8
+from jaxtyping import Float32, Float64, Shaped, UInt8
 from numpy import ndarray
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What the header of a file says, before any pixel is decoded.
+
+    Attributes:
+        size: (H, W) of an image, (X, Y, Z) of a volume or a stack.
+        channels: as will be decoded.
+        sample_bytes: of one decoded value.
+        affine: see `Volume`.
+    """
+
+    size: tuple[int, ...]
+    channels: int = 1
+    sample_bytes: int = 1
+    affine: Float64[ndarray, "4 4"] | None = None
+
+    @property
+    def kind(self) -> str:
+        """One of "image", "volume" (with a place in space) or "stack" (pages)."""
+        return "image" if len(self.size) == 2 else "stack" if self.affine is None else "volume"
 
 
 @dataclass(frozen=True)
@@ -28,20 +51,63 @@ class Image:
         """(H, W)."""
         return self.pixels.shape[0], self.pixels.shape[1]
 
+    @property
+    def values(self) -> Shaped[ndarray, "*size C"]:
+        """The pixels, by the name that images and volumes share."""
+        return self.pixels
+
+    @property
+    def extent(self) -> Extent:
+        """What a header would say."""
+        return Extent(self.size, self.pixels.shape[-1], self.pixels.itemsize)
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A decoded volume, in the axes and voxels of its file.
+
+    Attributes:
+        voxels: (X, Y, Z, C) uint8, uint16, int16 or float32, all finite. The pages of a stack follow each other along Z.
+        affine: (4, 4) voxel index to mm along right, anterior, superior; None for a stack of pages.
+        header: the file's own header, which the answer is written with; None for a stack of pages.
+        note: as `Image.note`.
+    """
+
+    voxels: Shaped[ndarray, "X Y Z C"]
+    affine: Float64[ndarray, "4 4"] | None
+    header: Any = None
+    note: str = ""
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(X, Y, Z)."""
+        x, y, z, _ = self.voxels.shape
+        return x, y, z
+
+    @property
+    def values(self) -> Shaped[ndarray, "*size C"]:
+        """The voxels, by the name that images and volumes share."""
+        return self.voxels
+
+    @property
+    def extent(self) -> Extent:
+        """What a header would say."""
+        return Extent(self.size, self.voxels.shape[-1], self.voxels.itemsize, self.affine)
+
 
 @dataclass(frozen=True)
 class Tiles:
     """Windows cut from one or several images, all of one size.
 
     Attributes:
-        pixels: (N, C, h, w) uint8, uint16 or float32, raw values.
-        mean: (N, C, 1, 1) float32, subtracted by the graph; of the whole image, never of the tile.
-        inverse_std: (N, C, 1, 1) float32, multiplied by the graph.
+        pixels: (N, C, h, w[, d]) uint8, uint16, int16 or float32, raw values.
+        mean: (N, C, 1, 1[, 1]) float32, subtracted by the graph; of the whole image or volume, never of the tile.
+        inverse_std: (N, C, 1, 1[, 1]) float32, multiplied by the graph.
     """
 
-    pixels: Shaped[ndarray, "N C h w"]
-    mean: Float32[ndarray, "N C 1 1"]
-    inverse_std: Float32[ndarray, "N C 1 1"]
+    pixels: Shaped[ndarray, "N C *tile"]
+    mean: Float32[ndarray, "N C *ones"]
+    inverse_std: Float32[ndarray, "N C *ones"]
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -65,18 +131,18 @@ class Tiles:
         )
 
 
-Scores = Float32[ndarray, "N K h w"]
+Scores = Float32[ndarray, "N K *tile"]
 """Probabilities in [0, 1]: K = 1 for a sigmoid class, else one channel per class, background first."""
 
 
 @dataclass(frozen=True)
 class Mask:
-    """The finished answer, in the caller's own pixels.
+    """The finished answer, in the caller's own pixels or voxels.
 
     Attributes:
-        classes: (H, W) uint8, class index per pixel; 0 is background.
-        scores: (K, H, W) float16 probabilities, only where the output format needs them.
+        classes: (H, W) or (X, Y, Z) uint8, class index per pixel; 0 is background.
+        scores: (K, H, W) or (K, X, Y, Z) float16 probabilities, only where the output format needs them.
     """
 
-    classes: UInt8[ndarray, "H W"]
-    scores: Shaped[ndarray, "K H W"] | None = None
+    classes: UInt8[ndarray, "*size"]
+    scores: Shaped[ndarray, "K *size"] | None = None

@@ -106,34 +106,39 @@ def serve(
 @app.command()
 @spoken
 def segment(
-    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The image.")],
+    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The image or volume.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the answer goes [image's name + _mask].")] = None,
     mode: Annotated[str | None, typer.Option(help="accurate (default) or fast.")] = None,
     level: Annotated[int | None, typer.Option(help="1 (fastest) to 4 (deepest); implies fast.")] = None,
     model: Annotated[str | None, typer.Option(help="Bundle name.")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16 or int8.")] = "auto",
-    format: Annotated[str, typer.Option(help="png, json, npz, png16 or overlay.")] = "png",  # noqa: A002 - the contract's word
-    include_mask: Annotated[bool, typer.Option("--include-mask", help="With json: the mask as base64 PNG.")] = False,
-    reference: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Label image to score against.")] = None,
+    format: Annotated[  # noqa: A002 - the contract's word
+        str | None, typer.Option(help="png, nifti, tiff, json, npz, png16 or overlay [as the input].")
+    ] = None,
+    include_mask: Annotated[bool, typer.Option("--include-mask", help="With json: the mask in base64.")] = False,
+    axis: Annotated[str, typer.Option(help="Slices of a volume, for a model of images: auto, 0, 1 or 2.")] = "auto",
+    nonfinite: Annotated[str, typer.Option(help="Values that are NaN or infinite: refuse or zero.")] = "refuse",
+    reference: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Labels to score against.")] = None,
     bundles: Annotated[Path | None, typer.Option(help="A bundle or a folder of bundles [UNETPP_BUNDLES].")] = None,
 ) -> None:
-    """Segment an image in-process, with the same options as POST /segment."""
+    """Segment an image or a volume in-process, with the same options as POST /segment."""
     import asyncio
 
     from rich.console import Console
     from rich.progress import Progress
 
     from server.app import make_segmenter, open_bundles
-    from server.imaging.encode import ENCODERS, choose
+    from server.imaging.encode import choose
     from server.metrics import Metrics
     from server.segment.pipeline import SegmentRequest
 
     settings = _settings(bundles)
-    row = ENCODERS[choose(format, None)]
-    target = output or image.with_name(f"{image.stem}_mask{row.suffix}")
+    choose(format, None)
+    if output and not output.parent.is_dir():
+        fail(f"{output.parent} is not a folder")
     segmenter = make_segmenter(settings, open_bundles(settings), Metrics())
 
-    wanted = SegmentRequest(model, mode, level, precision, format, include_mask)
+    wanted = SegmentRequest(model, mode, level, precision, format, None, include_mask, axis, nonfinite)
     console = Console(stderr=True)
     try:
         with contextlib.ExitStack() as files, Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -143,9 +148,15 @@ def segment(
             answer = asyncio.run(segmenter.segment(cast("BinaryIO", opened[0]), wanted, opened[1], show))
     finally:
         segmenter.close()
+    name = image.name.removesuffix(".gz").removesuffix(image.with_suffix("").suffix if image.suffix == ".gz" else image.suffix)
+    target = output or image.with_name(f"{name}_mask{answer.suffix}")
     partial = target.with_name(f".{target.name}.part")
-    partial.write_bytes(answer.body)
-    partial.replace(target)
+    try:
+        partial.write_bytes(answer.body)
+        partial.replace(target)
+    finally:
+        # Ctrl-C leaves nothing half-written.
+        partial.unlink(missing_ok=True)
     route = answer.choice.route
     typer.echo(f"{target}  {answer.choice.model} {route.mode} L{route.level} {answer.choice.precision}, "
                f"{sum(answer.seconds.values()) * 1e3:.0f} ms")  # fmt: skip
@@ -155,8 +166,8 @@ def segment(
         typer.echo(f"note: {answer.note}")
 
 
-def _show(bar: Any, task: Any, done: int, total: int) -> None:
-    bar.update(task, completed=done, total=total)
+def _show(bar: Any, task: Any, stage: str, done: int, total: int) -> None:
+    bar.update(task, description=stage, completed=done, total=total)
 
 
 @app.command()

@@ -59,8 +59,15 @@ class LimitsSettings(_Group):
 
     max_body_mb: int = Field(256, ge=1, description="bytes of a request body, in MiB; checked while it streams in")
     max_pixels: int = Field(100_000_000, ge=1, description="height × width of an image, checked before it is decoded")
+    max_voxels: int = Field(250_000_000, ge=1, description="voxels of a volume or stack, checked before it is decoded")
+    max_memory_mb: int = Field(
+        4096, ge=64, description="working memory of one request, estimated from the header; more is refused with the numbers"
+    )
+    max_wait_s: float = Field(
+        120, gt=0, description="POST /segment refuses what is estimated to take longer, and points to POST /jobs"
+    )
     pixels_in_flight: int = Field(
-        100_000_000, ge=1, description="pixels of all images decoded at once, which bounds memory; further ones wait in order"
+        100_000_000, ge=1, description="pixels and voxels decoded at once, which bounds memory; further inputs wait in order"
     )
     idle_upload_s: float = Field(30, gt=0, description="an upload that sends nothing for so long gets 408 and frees its place")
 

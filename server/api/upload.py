@@ -18,6 +18,8 @@ SPOOL_BYTES = 4 * 1024 * 1024
 
 # What tools call a body of unknown kind; curl's --data-binary says form-urlencoded.
 UNKNOWN = ("", "application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded")
+# What tools call NIfTI, for which no type is registered.
+VOLUMES = ("application/gzip", "application/x-gzip", "application/x-nifti", "application/nifti")
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,8 @@ class _WholeForm(MultiPartParser):
 
 
 def _check_type(declared: str) -> None:
-    if declared not in UNKNOWN and not declared.startswith("image/"):
+    if declared not in (*UNKNOWN, *VOLUMES) and not declared.startswith("image/"):
         raise UnsupportedType(
-            f"Content-Type {declared!r} is not an image; send image/png, image/tiff, image/jpeg, image/bmp, image/webp "
-            "or application/octet-stream"
+            f"Content-Type {declared!r} is neither an image nor a volume; send image/png, image/tiff, image/jpeg, image/bmp, "
+            "image/webp, application/gzip (.nii.gz) or application/octet-stream"
         )

@@ -1,7 +1,9 @@
 """Tiles of many callers become batches of one graph.
 
 Nothing waits for company: while a batch runs, tiles queue up, and the next batch takes what is there.
-An idle server therefore adds no delay and a busy one batches by itself.
+An idle server therefore adds no delay and a busy one batches by itself. Callers take turns: each batch begins with
+another one's tiles and is filled tile by tile from the rest, so that a volume of a thousand tiles delays a single image by
+one batch.
 """
 
 import asyncio
@@ -26,25 +28,28 @@ class Ran:
     """Scores of one caller's tiles, in their order.
 
     Attributes:
-        parts: (K, h, w) per tile.
-        queue_s: from handing in to the start of the first batch that held one of the tiles.
-        infer_s: the rest, until the last tile was done.
+        parts: (K, h, w[, d]) per tile.
+        submitted: when the tiles were handed in, in seconds of `time.perf_counter`.
+        started: when the first batch began that held one of them.
+        ended: when the last of them was done.
     """
 
-    parts: list[Float32[ndarray, "K h w"]]
-    queue_s: float
-    infer_s: float
+    parts: list[Float32[ndarray, "K *tile"]]
+    submitted: float
+    started: float
+    ended: float
 
     @property
     def scores(self) -> Scores:
-        """(N, K, h, w), copied together."""
+        """(N, K, h, w[, d]), copied together."""
         return np.stack(self.parts)
 
 
 @dataclass
 class _Item:
     tile: Tiles
-    done: 'asyncio.Future[Float32[ndarray, "K h w"]]'
+    caller: object
+    done: 'asyncio.Future[Float32[ndarray, "K *tile"]]'
     started: float = 0.0
 
 
@@ -58,6 +63,7 @@ class Batcher:
         max_batch: tiles in one batch.
         max_batch_pixels: pixels in one batch; a single larger tile still runs, alone.
         observe: called with the size of each batch that succeeded.
+        pace: seconds per pixel to begin with, 0 where it is not known; kept current from the batches.
     """
 
     def __init__(
@@ -68,22 +74,29 @@ class Batcher:
         max_batch_pixels: int,
         observe: Callable[[int], None] = lambda size: None,
         device: asyncio.Lock | None = None,
+        pace: float = 0.0,
     ) -> None:
         self.engine = engine
+        self.pace = pace
         self._executor = executor
         self._max_batch = max_batch
         self._max_batch_pixels = max_batch_pixels
         self._observe = observe
         self._device = device or asyncio.Lock()
         self.last_success = -math.inf
-        self._queue: deque[_Item] = deque()
+        # One queue per caller, never an empty one between batches; the first one's turn is next.
+        self._callers: deque[deque[_Item]] = deque()
         self._pump: asyncio.Task[None] | None = None
         self._closed = False
 
-    async def run(self, tiles: Tiles) -> Ran:
+    async def run(self, tiles: Tiles, caller: object = None) -> Ran:
         """Scores of the tiles, which may travel in several batches together with other callers' tiles.
 
         A cancelled caller's tiles that have not started are not run.
+
+        Args:
+            tiles: of one size.
+            caller: whoever hands in several times before all is done, and shall have one turn for all of it.
 
         Raises:
             InferenceFailed: the engine raised.
@@ -93,8 +106,13 @@ class Batcher:
             raise NotReady("the server is shutting down; try again in a moment")
         loop = asyncio.get_running_loop()
         begun = time.perf_counter()
-        items = [_Item(tiles.one(i), loop.create_future()) for i in range(len(tiles))]
-        self._queue.extend(items)
+        caller = caller or object()
+        items = [_Item(tiles.one(i), caller, loop.create_future()) for i in range(len(tiles))]
+        queue = next((queue for queue in self._callers if queue[-1].caller is caller), None)
+        if queue is None:
+            self._callers.append(deque(items))
+        else:
+            queue.extend(items)
         if self._pump is None:
             self._pump = loop.create_task(self._serve())
         try:
@@ -104,20 +122,20 @@ class Batcher:
                 item.done.cancel()
             raise
         started = min(item.started for item in items)
-        return Ran(parts, started - begun, time.perf_counter() - started)
+        return Ran(parts, begun, started, time.perf_counter())
 
     def close(self) -> None:
         """Refuses new tiles and fails the queued ones; a running batch still settles."""
         self._closed = True
-        while self._queue:
-            item = self._queue.popleft()
+        for item in (item for caller in self._callers for item in caller):
             if not item.done.done():
                 item.done.set_exception(NotReady("the server is shutting down; try again in a moment"))
+        self._callers.clear()
 
     async def _serve(self) -> None:
         """Runs batches until the queue is empty; every outcome settles its futures."""
         try:
-            while self._queue:
+            while self._callers:
                 # Formed only when the device is free: what arrives in the meantime still joins.
                 async with self._device:
                     if batch := self._take():
@@ -137,6 +155,7 @@ class Batcher:
                     item.done.set_exception(failure)
             return
         self.last_success = time.monotonic()
+        self._learn(batch)
         for item, score in zip(batch, scores, strict=True):
             if not item.done.done():
                 item.done.set_result(score)
@@ -152,25 +171,34 @@ class Batcher:
             raise ValueError(f"the engine returned {len(scores)} results for {len(batch)} tiles")
         return scores
 
+    def _learn(self, batch: list[_Item]) -> None:
+        """Follows the pace of the last batches, as a machine's load changes."""
+        pixels = sum(math.prod(item.tile.pixels.shape[2:]) for item in batch)
+        latest = (time.perf_counter() - batch[0].started) / pixels
+        self.pace = latest if self.pace == 0 else 0.9 * self.pace + 0.1 * latest
+
     def _take(self) -> list[_Item]:
-        """The oldest tile and the queued ones of its size, as many as the limits allow."""
+        """A tile of the caller whose turn it is, and tiles of its size from all callers in turn, as many as the limits allow."""
         batch: list[_Item] = []
-        rest: deque[_Item] = deque()
-        most = self._max_batch
-        while self._queue:
-            item = self._queue.popleft()
-            if item.done.done():
-                continue
+        most, shape = self._max_batch, (0,)
+        for caller in self._callers:
+            while caller and caller[0].done.done():
+                caller.popleft()
+        waiting = deque(caller for caller in self._callers if caller)
+        passed: list[deque[_Item]] = []
+        while waiting and len(batch) < most:
+            caller = waiting.popleft()
             if not batch:
-                batch.append(item)
-                height, width = item.tile.pixels.shape[2:]
-                most = max(1, min(self._max_batch, self._max_batch_pixels // (height * width)))
-            elif len(batch) < most and item.tile.pixels.shape[1:] == batch[0].tile.pixels.shape[1:]:
-                batch.append(item)
-            else:
-                rest.append(item)
-                if len(batch) == most:
-                    break
-        rest.extend(self._queue)
-        self._queue = rest
+                shape = caller[0].tile.pixels.shape[1:]
+                most = max(1, min(self._max_batch, self._max_batch_pixels // math.prod(shape[1:])))
+            if caller[0].tile.pixels.shape[1:] != shape:
+                passed.append(caller)
+                continue
+            batch.append(caller.popleft())
+            while caller and caller[0].done.done():
+                caller.popleft()
+            if caller:
+                waiting.append(caller)
+        # Who was passed over comes first in the next, then who was not reached, and last who had a turn.
+        self._callers = deque([*passed, *waiting])
         return batch

@@ -75,6 +75,7 @@ class CalibrationRow(_Part):
         iou: foreground IoU per image, averaged over images (and classes); both empty counts 1.
         mean_iou: the same with the background class averaged in, as the paper reports it.
         dice: foreground Dice per image, averaged.
+        class_dice: the same per class, in the order of the manifest's classes.
         latency_ms: median time of one run of a 256 x 256 tile (64^3 for volumes), batch 1.
     """
 
@@ -84,6 +85,7 @@ class CalibrationRow(_Part):
     iou: float = Field(ge=0, le=1)
     mean_iou: float = Field(ge=0, le=1)
     dice: float = Field(ge=0, le=1)
+    class_dice: tuple[float, ...] = ()
     latency_ms: float = Field(gt=0)
 
 
@@ -127,13 +129,20 @@ class Comparison(_Part):
 
 
 class Manifest(_Part):
-    """What belongs to the network; operators' choices live in settings, the caller's in the request."""
+    """What belongs to the network; operators' choices live in settings, the caller's in the request.
+
+    Attributes:
+        orientation: of a network for volumes: where its axes point, in nibabel's letters, e.g. "RAS".
+        spacing: mm per voxel along them that volumes are resampled to; None takes any.
+    """
 
     format: Literal["unetpp.bundle/1"] = FORMAT
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
     title: str
     description: str
     dims: Literal[2, 3]
+    orientation: str | None = Field(None, pattern=r"^[RLAPSI]{3}$")
+    spacing: tuple[float, float, float] | None = None
     channels: tuple[str, ...]
     normalization: Literal["zscore", "none"]
     activation: Literal["sigmoid", "softmax"]
@@ -165,6 +174,18 @@ class Manifest(_Part):
             raise ValueError("every graph needs an fp32 file")
         if self.calibration and self.calibration.recommended.level not in self.levels:
             raise ValueError("the recommended level does not exist")
+        return self
+
+    @model_validator(mode="after")
+    def _check_space(self) -> "Manifest":
+        if (self.dims == 3) != (self.orientation is not None):
+            raise ValueError("orientation belongs to networks for volumes, and only to them")
+        if self.orientation and not all(set(self.orientation) & set(pair) for pair in ("RL", "AP", "SI")):
+            raise ValueError(
+                f"orientation names each of right/left, anterior/posterior, superior/inferior once: {self.orientation}"
+            )
+        if self.spacing and (self.dims == 2 or min(self.spacing) <= 0):
+            raise ValueError("spacing belongs to networks for volumes and is positive")
         return self
 
     @model_validator(mode="after")

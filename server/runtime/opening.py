@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ IOU_TOLERANCE = 0.005
 # others are judged by IoU in calibration, and here only a broken engine should stand out.
 GOLDEN_TOLERANCE = {"fp32": 1e-4, "bf16": 0.03, "fp16": 0.01, "int8": 0.08}
 
-RACE_TILE = 128
+RACE_TILE = {2: 128, 3: 32}
 RACE_RUNS = 5
 # Of every graph at every precision: few, as a bundle may have fifteen and the server should start within seconds.
 GRAPH_RUNS = 3
@@ -48,11 +48,13 @@ class OpenBundle:
         bundle: what is on disk.
         engines: by (graph, precision).
         auto: the precision behind `precision=auto`, by graph.
+        pace: seconds per pixel or voxel as measured at start, by (graph, precision).
     """
 
     bundle: Bundle
     engines: dict[tuple[str, str], Engine]
     auto: dict[str, str]
+    pace: dict[tuple[str, str], float] = field(default_factory=dict)
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -110,7 +112,8 @@ def open_bundle(folder: Path, settings: RuntimeSettings) -> OpenBundle:
             "%s %s %s: %s on %s, %.1f ms%s", bundle.manifest.name, name, precision, engine.name, engine.provider,
             seconds[name, precision] * 1e3, picked,
         )  # fmt: skip
-    return OpenBundle(bundle, engines, auto)
+    pixels = RACE_TILE[bundle.manifest.dims] ** bundle.manifest.dims
+    return OpenBundle(bundle, engines, auto, {key: seconds[key] / pixels for key in engines})
 
 
 def _return_freed_memory() -> None:
@@ -216,7 +219,7 @@ def _try(bundle: Bundle, candidate: _Candidate, threads: int) -> float:
 
 def _race(bundle: Bundle, engines: Mapping[tuple[str, str], Engine], runs: int) -> dict[tuple[str, str], float]:
     """Median seconds of one tile through each engine; in turns, so that whatever else runs slows all alike."""
-    tiles = noise(1, len(bundle.manifest.channels), [RACE_TILE] * bundle.manifest.dims)
+    tiles = noise(1, len(bundle.manifest.channels), [RACE_TILE[bundle.manifest.dims]] * bundle.manifest.dims)
     times: dict[tuple[str, str], list[float]] = {key: [] for key in engines}
     for _ in range(1 + runs):
         for key, engine in engines.items():

@@ -1,12 +1,18 @@
 """How well a mask agrees with a reference: IoU and Dice per foreground class."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
 from numpy import ndarray
 
+from server.arrays import Volume
 from server.errors import InvalidParameter
+from server.imaging.geometry import spacing
+
+# Voxels by which a reference's grid may differ from the volume's.
+MOST_APART = 0.1
 
 
 @dataclass(frozen=True)
@@ -17,7 +23,7 @@ class Overlap:
     dice: float
 
 
-def overlap(a: Shaped[ndarray, "H W"], b: Shaped[ndarray, "H W"]) -> Overlap:
+def overlap(a: Shaped[ndarray, "*size"], b: Shaped[ndarray, "*size"]) -> Overlap:
     """Overlap of two boolean masks."""
     both = int(np.count_nonzero(a & b))
     sizes = int(np.count_nonzero(a)) + int(np.count_nonzero(b))
@@ -27,18 +33,37 @@ def overlap(a: Shaped[ndarray, "H W"], b: Shaped[ndarray, "H W"]) -> Overlap:
 
 
 def check_size(image: tuple[int, ...], reference: tuple[int, ...]) -> None:
-    """Refuses a reference of another (H, W) than the image's.
+    """Refuses a reference of another size than the input's.
 
     Raises:
         InvalidParameter: says both.
     """
     if image != reference:
+        raise InvalidParameter(f"the reference is {_shown(reference)}, the input {_shown(image)}; they must be alike")
+
+
+def check_place(image: Volume, reference: Volume) -> None:
+    """Refuses a reference whose voxels lie elsewhere in space: it would be compared voxel by voxel.
+
+    Raises:
+        InvalidParameter: says how far away.
+    """
+    if image.affine is None or reference.affine is None:
+        return
+    corners = np.array([(*corner, 1.0) for corner in itertools.product(*((0, side - 1) for side in image.size))])
+    apart = float(np.linalg.norm(corners @ (image.affine - reference.affine).T, axis=1).max())
+    if apart > MOST_APART * min(spacing(image.affine)):
         raise InvalidParameter(
-            f"the reference is {reference[1]} × {reference[0]} pixels, the image {image[1]} × {image[0]}; they must be alike"
+            f"the reference lies up to {apart:.3g} mm away from the volume (other affine); resample it to the volume's grid"
         )
 
 
-def compare(classes: UInt8[ndarray, "H W"], reference: Shaped[ndarray, "rows columns"], values: list[int]) -> dict[int, Overlap]:
+def _shown(size: tuple[int, ...]) -> str:
+    """Width first for images, as people say it."""
+    return f"{size[1]} × {size[0]} pixels" if len(size) == 2 else f"{' × '.join(map(str, size))} voxels"
+
+
+def compare(classes: UInt8[ndarray, "*size"], reference: Shaped[ndarray, "*reference"], values: list[int]) -> dict[int, Overlap]:
     """Overlap per class value.
 
     Args:

@@ -1,7 +1,7 @@
-"""Scores of windows become the mask in the caller's own pixels: the inverse of `plan.py`.
+"""Scores of windows become the mask in the caller's own pixels or voxels: the inverse of `plan.py`.
 
-Neighbouring windows are blended with Gaussian weights. Bands are finished as soon as no further window
-touches them, so memory does not grow with the longer side of the image.
+Neighbouring windows are blended with Gaussian weights. Rows along the axis that orders the windows are finished as soon
+as no further window touches them, so memory grows neither with that axis nor with classes times volume.
 """
 
 import functools
@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float32, Shaped, UInt8
 from numpy import ndarray
 
-from server.arrays import Mask
-from server.segment.plan import Plan
+from server.imaging.geometry import between, lerp
+from server.segment.plan import Windows
 
 # Standard deviation of the weights as a share of the tile, and the least weight, as is usual for
 # sliding windows (nnU-Net, MONAI).
@@ -21,80 +21,125 @@ LEAST = 1e-3
 
 
 class Canvas:
-    """Collects the bands of a plan, in their order.
+    """Collects the scores of windows, in their order, and writes classes (and scores) into the caller's arrays.
 
-    For a plan with bands along columns everything is seen turned: "rows" are the image's columns.
+    Inside, "rows" are positions along the axis that orders the windows, whichever it is.
 
     Args:
-        plan: where the windows lie.
+        windows: where they lie.
         channels: K of the scores.
         threshold: for K = 1, foreground is a score above it; for K > 1 the largest score wins.
-        keep_scores: whether the finished mask carries the scores.
+        classes: uint8, written to; its axes are those of the windows, of the grid's size or another, to which scores are
+            then interpolated linearly before a class is chosen.
+        scores: (K, ...) float16, written to in the same way, or None.
     """
 
-    def __init__(self, plan: Plan, channels: int, threshold: float, *, keep_scores: bool) -> None:
-        self._plan = plan
+    def __init__(
+        self,
+        windows: Windows,
+        channels: int,
+        threshold: float,
+        classes: UInt8[ndarray, "*size"],
+        scores: Shaped[ndarray, "K *size"] | None = None,
+    ) -> None:
+        self._windows = windows
         self._threshold = threshold
-        self._mask = Mask(
-            np.empty(plan.size, dtype=np.uint8),
-            np.empty((channels, *plan.size), dtype=np.float16) if keep_scores else None,
-        )
-        self._rows, self._columns = self._turned(self._mask.classes).shape
-        tile_rows, tile_columns = plan.tile[::-1] if plan.along_columns else plan.tile
-        self._tile_columns = tile_columns
-        self._weights = importance(tile_rows, tile_columns)
-        # Rows [top, top + tile_rows), still open to further windows.
+        self._classes = np.moveaxis(classes, windows.axis, 0)
+        self._scores = None if scores is None else np.moveaxis(scores, windows.axis + 1, 1)
+        self._rows, *self._across = self._rows_first(windows.size)
+        rows, *across = self._rows_first(windows.tile)
+        self._weights = importance((rows, *across)) if windows.blended else np.float32(1)
+        # Rows [top, top + rows), still open to further windows.
         self._top = 0
-        self._sum = np.zeros((channels, tile_rows, max(self._columns, tile_columns)), dtype=np.float32)
-        self._weight = np.zeros(self._sum.shape[1:], dtype=np.float32)
+        padded = [max(side, tile) for side, tile in zip(self._across, across, strict=True)]
+        self._sum = np.zeros((channels, rows, *padded), dtype=np.float32)
+        self._weight = np.zeros((rows, *padded), dtype=np.float32)
+        # Where the caller's rows lie among ours, which of them comes next, and our row before.
+        self._lower, self._share = between(self._rows, len(self._classes))
+        self._next = 0
+        self._before: Float32[ndarray, "K *across"] | None = None
 
-    def add(self, band: int, windows: Iterable[Float32[ndarray, "K h w"]]) -> None:
-        """Adds the scores of one band's windows, each (K, h, w); bands come in order, each once."""
-        self._finish_rows_above(self._plan.bands[band])
-        for start, window in zip(self._plan.across, windows, strict=True):
-            if self._plan.windows == 1:
-                # Nothing to blend, and no rounding: the scores are the answer.
-                self._sum, self._weight = self._turned(window), np.ones_like(self._weight)
-                return
-            columns = slice(start, start + self._tile_columns)
-            self._sum[:, :, columns] += self._turned(window) * self._weights
-            self._weight[:, columns] += self._weights
+    def add(self, step: range, scores: Iterable[Float32[ndarray, "K *tile"]]) -> None:
+        """Adds the scores of a step's windows, each (K, h, w[, d]); steps come in order, each once."""
+        for index, window in zip(step, scores, strict=True):
+            top, *starts = self._rows_first(self._windows.starts[index])
+            self._finish_rows_above(top)
+            turned = np.moveaxis(window[:, None] if self._windows.flat else window, self._windows.axis + 1, 1)
+            place = (slice(None), *(slice(s, s + side) for s, side in zip(starts, turned.shape[2:], strict=True)))
+            self._sum[:, *place] += turned * self._weights
+            self._weight[place] += self._weights
 
-    def mask(self) -> Mask:
-        """The finished mask, after the last band."""
+    def finish(self) -> None:
+        """Writes what is still open, after the last step."""
         self._finish_rows_above(self._rows)
-        return self._mask
 
-    def _turned(self, array: ndarray) -> ndarray:
-        return array.swapaxes(-1, -2) if self._plan.along_columns else array
+    def _rows_first(self, values: tuple[int, ...]) -> tuple[int, ...]:
+        axis = self._windows.axis
+        return (values[axis], *values[:axis], *values[axis + 1 :])
 
     def _finish_rows_above(self, top: int) -> None:
         count = top - self._top
         if count <= 0:
             return
-        total, weight = self._sum[:, :count, : self._columns], self._weight[:count, : self._columns]
-        rows = slice(self._top, top)
-        self._turned(self._mask.classes)[rows] = _classes(total, weight, self._threshold)
-        if self._mask.scores is not None:
-            self._turned(self._mask.scores)[:, rows] = total / weight
+        inside = (slice(count), *(slice(side) for side in self._across))
+        self._write(self._sum[:, *inside], self._weight[inside])
         if top < self._rows:
-            for buffer in (self._sum, self._weight):
-                buffer[..., :-count, :] = buffer[..., count:, :].copy()
-                buffer[..., -count:, :] = 0
+            kept = self._weight.shape[0] - count
+            for row in range(kept):
+                # Row by row: one copy of the whole buffer would double the memory.
+                self._sum[:, row] = self._sum[:, row + count]
+                self._weight[row] = self._weight[row + count]
+            self._sum[:, kept:] = 0
+            self._weight[kept:] = 0
         self._top = top
 
+    def _write(self, total: Float32[ndarray, "K rows *across"], weight: Float32[ndarray, "rows *across"]) -> None:
+        if (self._rows, *self._across) != self._classes.shape:
+            for row in range(len(weight)):
+                self._interpolate(self._top + row, total[:, row] / weight[row])
+            return
+        rows = slice(self._top, self._top + len(weight))
+        self._classes[rows] = _classes(total, weight, self._threshold)
+        if self._scores is not None:
+            self._scores[:, rows] = total / weight
 
-def _classes(total: Float32[ndarray, "K H W"], weight: Float32[ndarray, "H W"], threshold: float) -> UInt8[ndarray, "H W"]:
+    def _interpolate(self, row: int, scores: Float32[ndarray, "K *across"]) -> None:
+        """Writes the caller's rows that lie between our row before this one and this one."""
+        for axis, size in enumerate(self._classes.shape[1:], start=1):
+            scores = lerp(scores, size, axis)
+        last = row == self._rows - 1
+        while self._next < len(self._classes) and (self._lower[self._next] < row or last):
+            share = np.float32(self._share[self._next])
+            # At its ends the grid is continued by its outermost rows, whose share is then 0.
+            before = scores if self._before is None or self._lower[self._next] == row else self._before
+            mixed = before + (scores - before) * share
+            self._classes[self._next] = _classes(mixed, np.ones_like(mixed[0]), self._threshold)
+            if self._scores is not None:
+                self._scores[:, self._next] = mixed
+            self._next += 1
+        self._before = scores
+
+
+def _classes(total: Float32[ndarray, "K *size"], weight: Float32[ndarray, "*size"], threshold: float) -> UInt8[ndarray, "*size"]:
     """Class per pixel; the sums need no division, only the threshold a multiplication."""
-    winner: ndarray = total[0] > weight * np.float32(threshold) if len(total) == 1 else total.argmax(axis=0)
-    return winner.astype(np.uint8)
+    if len(total) == 1:
+        foreground: UInt8[ndarray, "*size"] = (total[0] > weight * np.float32(threshold)).astype(np.uint8)
+        return foreground
+    # Class by class: argmax over the first axis would walk through memory in strides.
+    best = total[0].copy()
+    winner: UInt8[ndarray, "*size"] = np.zeros(best.shape, dtype=np.uint8)
+    for value in range(1, len(total)):
+        winner[total[value] > best] = value
+        np.maximum(best, total[value], out=best)
+    return winner
 
 
 @functools.lru_cache(maxsize=32)
-def importance(height: int, width: int) -> Float32[ndarray, "h w"]:
+def importance(tile: tuple[int, ...]) -> Float32[ndarray, "*tile"]:
     """Gaussian weight of each pixel of a tile, 1 in its middle."""
-    row, column = (_gaussian(length) for length in (height, width))
-    weights = np.maximum(np.outer(row, column), LEAST).astype(np.float32)
+    weights: Float32[ndarray, "*tile"] = np.maximum(functools.reduce(np.multiply.outer, map(_gaussian, tile)), LEAST).astype(
+        np.float32
+    )
     weights.flags.writeable = False
     return weights
 

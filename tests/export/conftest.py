@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from export.pack import Card, export, read_card
 from model import checkpoint
 from model.config import UNetPlusPlusConfig
 from model.network import UNetPlusPlus
-from server.runtime.bundle import Bundle, read_bundle
+from server.runtime.bundle import Bundle, Window, read_bundle
 
 CARDS = Path(__file__).parents[2] / "export" / "cards"
 
@@ -38,6 +39,28 @@ def discs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             picture = np.clip(60 + 120 * disc[..., None] + random.normal(0, 10, (height, width, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(picture).save(root / "images" / f"{split}{n}.png")
             Image.fromarray((disc * 255).astype(np.uint8)).save(root / "labels" / f"{split}{n}.png")
+            rows.append(f"{split}{n},{split}")
+    (root / "index.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def balls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ball whose front half is class 1 and back half class 2, in volumes of several orientations."""
+    root = tmp_path_factory.mktemp("data") / "balls"
+    random = np.random.default_rng(0)
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True)
+    rows = ["id,split"]
+    for split, orientations in {"train": ["RAS", "LPS"], "val": ["RAS", "PIR"]}.items():
+        for n, codes in enumerate(orientations):
+            x, y, z = np.mgrid[:24, :20, :16]
+            ball = (x - 12) ** 2 + (y - 10) ** 2 + (z - 8) ** 2 < 36
+            label = ball * np.where(y > 10, 1, 2)
+            voxels = 100 + 300 * ball + random.normal(0, 20, ball.shape)
+            turn = nib.orientations.ornt_transform(nib.io_orientation(np.eye(4)), nib.orientations.axcodes2ornt(codes))
+            for folder, array in (("images", voxels.astype(np.int16)), ("labels", label.astype(np.uint8))):
+                nib.Nifti1Image(array, np.eye(4)).as_reoriented(turn).to_filename(root / folder / f"{split}{n}.nii.gz")
             rows.append(f"{split}{n},{split}")
     (root / "index.csv").write_text("\n".join(rows) + "\n")
     return root
@@ -83,6 +106,17 @@ def small_kept(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path,
     out = tmp_path_factory.mktemp("bundles") / "small"
     export(small_checkpoint, card, out, discs)
     return out
+
+
+@pytest.fixture(scope="session")
+def volume_kept(tmp_path_factory: pytest.TempPathFactory, balls: Path) -> Path:
+    """A bundle of depth 2 for volumes, of three exclusive classes, in fp32, fp16 and int8; do not write there."""
+    folder = tmp_path_factory.mktemp("bundles")
+    network = lively(dims=3, in_channels=1, classes=3, widths=(3, 4, 5), norm="batch")
+    checkpoint.save(network, folder / "volume.safetensors", {"recipe": {"data": {"spacing": [1.0, 1.0, 1.0]}}})
+    card = read_card(CARDS / "hippocampus.toml").model_copy(update={"name": "volume", "window": Window(size=(16, 16, 16), overlap=0.5)})
+    export(folder / "volume.safetensors", card, folder / "volume", balls)
+    return folder / "volume"
 
 
 @pytest.fixture

@@ -154,22 +154,22 @@ def test_overlap_by_hand():
     found = np.array([[1, 1, 0, 0]], np.uint8)
     truth = np.array([[0, 1, 1, 0]], np.uint8)
     # Foreground: 1 of 3 pixels; background: 1 of 3; Dice 2 * 1 / 4.
-    assert mean_overlap(found, truth, [1]) == pytest.approx((1 / 3, 1 / 3, 1 / 2))
+    assert mean_overlap(found, truth, [1]) == pytest.approx([1 / 3, 1 / 3, 1 / 2, 1 / 2])
 
 
 def test_both_empty_counts_one():
     empty = np.zeros((4, 4), np.uint8)
-    assert mean_overlap(empty, empty, [1]) == (1, 1, 1)
+    assert mean_overlap(empty, empty, [1]) == [1, 1, 1, 1]
     full = np.ones((4, 4), np.uint8)
-    assert mean_overlap(full, empty, [1]) == (0, 0, 0)
-    assert mean_overlap(full, full, [1]) == (1, 1, 1)
+    assert mean_overlap(full, empty, [1]) == [0, 0, 0, 0]
+    assert mean_overlap(full, full, [1]) == [1, 1, 1, 1]
 
 
 def test_several_classes_by_hand():
     found = np.array([[1, 1, 2, 0]], np.uint8)
     truth = np.array([[1, 2, 2, 0]], np.uint8)
     # IoU of class 1: 1/2, of class 2: 1/2, of class 3, in neither: 1; background 1.
-    assert mean_overlap(found, truth, [1, 2, 3]) == pytest.approx((2 / 3, 3 / 4, (2 / 3 + 2 / 3 + 1) / 3))
+    assert mean_overlap(found, truth, [1, 2, 3]) == pytest.approx([2 / 3, 3 / 4, (2 / 3 + 2 / 3 + 1) / 3, 2 / 3, 2 / 3, 1])
 
 
 # --- the recommendation ---
@@ -247,3 +247,13 @@ def test_of_several_engines_the_fastest_that_is_faithful(recommended):
     assert (level, precision) == (1, "int8")
     assert "at int8 it has 0.7980 and takes 2.0 ms" in why
     assert recommended(**rest, L1_int8_a=(0.7, 1), L1_int8_b=(0.7, 2))[:2] == (1, "fp32")
+
+
+def test_volumes_of_several_classes_have_a_dice_for_each(volume_kept, balls, tmp_path):
+    folder = shutil.copytree(volume_kept, tmp_path / "volume")
+    measured = calibrate(read_bundle(folder), balls, "val", held_out=False, precisions=["fp32"])
+    assert {row.graph for row in measured.rows} == {"L1", "L2", "accurate"}
+    for row in measured.rows:
+        assert len(row.class_dice) == 2
+        assert row.dice == pytest.approx(np.mean(row.class_dice), abs=1e-4)
+    assert read_bundle(folder).manifest.calibration.rows == measured.rows

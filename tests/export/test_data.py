@@ -3,20 +3,22 @@
 import dataclasses
 import shutil
 
+import nibabel as nib
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image
 
-from export.data import calibration_tiles, labelled, samples
-from model.data import DataError, read_image
+from export.data import calibration_tiles, labelled, samples, seen
+from model.data import DataError, read_image, read_volume
 from server.imaging.decode import decode
+from server.imaging.reading import Reading
 from server.runtime.bundle import read_bundle
 from server.segment.plan import statistics, with_channels
 
 
-def test_images_and_labels(discs):
-    items = list(labelled(discs, "val", 1))
+def test_images_and_labels(discs, small_kept):
+    items = list(labelled(discs, "val", read_bundle(small_kept).manifest))
     assert [item.id for item in items] == ["val0", "val1"]
     assert [item.image.size for item in items] == [(37, 50), (48, 32)]
     for item in items:
@@ -28,7 +30,7 @@ def test_images_and_labels(discs):
 
 def test_an_unknown_split_names_those_that_exist(discs):
     with pytest.raises(DataError, match="no rows with split 'test'; it has train, val"):
-        samples(discs, "test")
+        samples(discs, "test", 2)
 
 
 @pytest.fixture
@@ -38,10 +40,10 @@ def damaged(discs, tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\ntruncated"])
 @pytest.mark.parametrize("folder", ["images", "labels"])
-def test_an_unreadable_file_is_named(damaged, content, folder):
+def test_an_unreadable_file_is_named(damaged, content, folder, small_kept):
     (damaged / folder / "val1.png").write_bytes(content)
     with pytest.raises(DataError, match=rf"{folder}/val1\.png"):
-        list(labelled(damaged, "val", 1))
+        list(labelled(damaged, "val", read_bundle(small_kept).manifest))
 
 
 def test_an_unreadable_training_image_is_named(damaged, small_kept):
@@ -51,11 +53,11 @@ def test_an_unreadable_training_image_is_named(damaged, small_kept):
         calibration_tiles(damaged, manifest, manifest.graph("L1"), 3)
 
 
-def test_a_label_of_another_size_is_named(damaged):
+def test_a_label_of_another_size_is_named(damaged, small_kept):
     # (1, 32) would broadcast silently against (48, 32).
     Image.fromarray(np.zeros((1, 32), np.uint8)).save(damaged / "labels" / "val1.png")
     with pytest.raises(DataError, match=r"val1: image is \(48, 32\), label is \(1, 32\)"):
-        list(labelled(damaged, "val", 1))
+        list(labelled(damaged, "val", read_bundle(small_kept).manifest))
 
 
 def test_calibration_tiles(discs, small_kept):
@@ -109,7 +111,58 @@ def test_training_and_serving_see_the_same(tmp_path, name, channels):
     path = tmp_path / name
     PICTURES[name](path)
     with path.open("rb") as file:
-        served = with_channels(decode(file, 10_000), channels)
-    mean, inverse_std = statistics(served.pixels)
-    normalised = (served.pixels.transpose(2, 0, 1).astype(np.float64) - mean[0]) * inverse_std[0]
+        served = with_channels(decode(file, Reading(10_000)).values, channels)
+    mean, inverse_std = statistics(served)
+    normalised = ((served.astype(np.float64) - mean) * inverse_std).transpose(2, 0, 1)
     np.testing.assert_allclose(read_image(path, channels), normalised, atol=1e-4)
+
+
+def volume(path):
+    with path.open("rb") as file:
+        return decode(file, Reading(1, 10**6))
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LAS", "PSR", "IPL"])
+def test_training_and_serving_see_the_same_volume(tmp_path, volume_kept, codes, rng):
+    voxels = rng.integers(-50, 900, (20, 24, 17)).astype(np.int16)
+    straight = nib.Nifti1Image(voxels, np.diag([1.0, 1.0, 1.0, 1.0]))
+    turned = straight.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(np.eye(4)), nib.orientations.axcodes2ornt(codes)))
+    turned.to_filename(tmp_path / "volume.nii.gz")
+    source = volume(tmp_path / "volume.nii.gz")
+    pixels, flat = seen(source, read_bundle(volume_kept).manifest)
+    assert not flat
+    mean, inverse_std = statistics(pixels)
+    np.testing.assert_allclose(read_volume(tmp_path / "volume.nii.gz", (1, 1, 1))[0], ((pixels - mean) * inverse_std)[..., 0], atol=1e-4)
+
+
+def test_training_and_serving_resample_alike(tmp_path, volume_kept):
+    # Smooth, so that half a voxel of difference between the two conventions would still show.
+    x, y, z = np.mgrid[:20, :24, :10]
+    voxels = (np.sin(x / 3) + np.cos(y / 4) + z / 5).astype(np.float32)
+    nib.Nifti1Image(voxels, np.diag([1.0, 1.0, 2.0, 1.0])).to_filename(tmp_path / "volume.nii")
+    source = volume(tmp_path / "volume.nii")
+    pixels, _ = seen(source, read_bundle(volume_kept).manifest)
+    trained = read_volume(tmp_path / "volume.nii", (1, 1, 1))[0]
+    mean, inverse_std = statistics(pixels)
+    served = ((pixels - mean) * inverse_std)[..., 0]
+    # Serving keeps the volume's outer faces, training its outer voxels' centres: one voxel less, half of one away.
+    assert served.shape == (20, 24, 20)
+    assert trained.shape == (20, 24, 19)
+    between = (served[:, :, :-1] + served[:, :, 1:]) / 2
+    assert np.abs(between[2:-2, 2:-2, 2:-2] - trained[2:-2, 2:-2, 2:-2]).max() < 0.1
+
+
+def test_volumes_and_their_labels(balls, volume_kept):
+    manifest = read_bundle(volume_kept).manifest
+    items = list(labelled(balls, "val", manifest))
+    assert [item.label.shape for item in items] == [item.image.size for item in items]
+    assert set(np.unique(items[0].label)) == {0, 1, 2}
+    tiles = calibration_tiles(balls, manifest, manifest.graph("L2"), 2)
+    assert [t.pixels.ndim for t in tiles] == [5, 5]
+
+
+def test_a_label_volume_with_other_classes_is_named(balls, tmp_path, volume_kept):
+    folder = shutil.copytree(balls, tmp_path / "data")
+    nib.Nifti1Image(np.full((24, 20, 16), 7, np.uint8), np.eye(4)).to_filename(folder / "labels" / "val0.nii.gz")
+    with pytest.raises(DataError, match=r"labels/val0\.nii\.gz: values other than the classes 0 to 2"):
+        list(labelled(folder, "val", read_bundle(volume_kept).manifest))

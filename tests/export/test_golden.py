@@ -1,6 +1,7 @@
 """Golden pairs: structured, reproducible, and torch's own answers."""
 
 import numpy as np
+import pytest
 import torch
 
 from export.golden import CASES, synthetic_cells, tiles_of, torch_scores, write_golden
@@ -9,16 +10,16 @@ from server.runtime.opening import golden_tiles
 
 
 def test_synthetic_cells():
-    a, b = synthetic_cells(64, 96, 3, 0), synthetic_cells(64, 96, 3, 0)
+    a, b = synthetic_cells((64, 96), 3, 0), synthetic_cells((64, 96), 3, 0)
     assert (a.shape, a.dtype) == ((64, 96, 3), np.uint8)
     assert np.array_equal(a, b)
-    assert not np.array_equal(a, synthetic_cells(64, 96, 3, 1))
+    assert not np.array_equal(a, synthetic_cells((64, 96), 3, 1))
     # Structure, not a grey field.
     assert a.std() > 15
 
 
 def test_each_image_has_its_own_statistics():
-    images = [synthetic_cells(32, 48, 3, seed) for seed in range(2)]
+    images = [synthetic_cells((32, 48), 3, seed) for seed in range(2)]
     tiles = tiles_of(images)
     assert tiles.pixels.shape == (2, 3, 32, 48)
     for n, image in enumerate(images):
@@ -26,12 +27,13 @@ def test_each_image_has_its_own_statistics():
         np.testing.assert_allclose(tiles.inverse_std[n, :, 0, 0], 1 / image.std((0, 1)), rtol=1e-5)
 
 
-def test_written_pairs_are_read_by_the_server(tmp_path, make_network):
-    network = make_network()
+@pytest.mark.parametrize("dims", [2, 3])
+def test_written_pairs_are_read_by_the_server(tmp_path, make_network, dims):
+    network = make_network(dims=dims)
     graphs = {"L1": ServedGraph(network.prune(1), "sigmoid").eval(), "accurate": ServedGraph(network, "sigmoid").eval()}
-    write_golden(tmp_path / "golden.npz", graphs, 3)
+    write_golden(tmp_path / "golden.npz", graphs, 3, dims)
     pairs = list(golden_tiles(tmp_path / "golden.npz"))
-    assert len(pairs) == 2 * len(CASES)
+    assert len(pairs) == 2 * len(CASES[dims])
     for name, tiles, scores in pairs:
         with torch.no_grad():
             image = torch.from_numpy(tiles.pixels.astype(np.float32))

@@ -104,9 +104,11 @@ def test_a_unet_is_refused(exported, tmp_path):
     exported(ExportError, r"unet\.safetensors holds a UNet; only UNet\+\+", source=tmp_path / "unet.safetensors")
 
 
-def test_a_network_for_volumes_is_refused(exported, tmp_path, make_network):
-    checkpoint.save(make_network(dims=3), tmp_path / "volumes.safetensors")
-    exported(ExportError, "volumes; this version serves images", source=tmp_path / "volumes.safetensors")
+def test_a_bundle_for_volumes_says_where_its_axes_point(volume_kept):
+    manifest = read_bundle(volume_kept).manifest
+    assert (manifest.dims, manifest.orientation, manifest.spacing) == (3, "RAS", (1, 1, 1))
+    assert (manifest.activation, manifest.score_channels) == ("softmax", 3)
+    assert manifest.graph_precisions == ("fp32", "fp16", "int8")
 
 
 def test_wrong_channels_and_classes(exported, card):

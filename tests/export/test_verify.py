@@ -30,6 +30,13 @@ def test_a_sound_bundle_passes_at_every_precision_on_every_engine(tiny_bundle):
     assert all(v.max_abs <= 1e-4 for v in verdicts if v.precision == "fp32")
 
 
+def test_a_bundle_for_volumes_passes_too(volume_kept):
+    bundle = read_bundle(volume_kept)
+    verdicts = verify(bundle)
+    assert {v.precision for v in verdicts} >= {"fp32", "fp16", "int8"}
+    assert all(v.passed for v in verdicts)
+
+
 def test_int8_structure(small_kept):
     bundle = read_bundle(small_kept)
     network, _ = checkpoint.load(small_kept / "weights.safetensors")

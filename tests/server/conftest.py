@@ -1,6 +1,7 @@
 """What several rooms' tests share: encoded pictures, a manifest by hand, applications on fake engines."""
 
 import contextlib
+import gzip
 import io
 import json
 import resource
@@ -27,6 +28,37 @@ def picture_bytes(picture: Pillow.Image | np.ndarray, kind: str = "PNG", **optio
     return out.getvalue()
 
 
+def nifti_bytes(voxels: np.ndarray, affine: np.ndarray | None = None) -> bytes:
+    """(X, Y, Z) as .nii.gz, 1 mm RAS unless an affine says otherwise."""
+    import nibabel as nib
+
+    return gzip.compress(nib.Nifti1Image(voxels, np.eye(4) if affine is None else affine).to_bytes(), 1, mtime=0)
+
+
+def volume_of(body: bytes) -> np.ndarray:
+    """Voxels of a .nii.gz as stored."""
+    import nibabel as nib
+
+    return np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(body)).dataobj)
+
+
+def pages_bytes(pages: np.ndarray) -> bytes:
+    """(S, H, W) as a TIFF of S pages."""
+    import tifffile
+
+    out = io.BytesIO()
+    tifffile.imwrite(out, pages, photometric="minisblack")
+    return out.getvalue()
+
+
+def pages_of(body: bytes) -> np.ndarray:
+    """The pages of a TIFF of indices, (S, H, W)."""
+    import tifffile
+
+    with tifffile.TiffFile(io.BytesIO(body)) as tiff:
+        return np.stack([page.asarray() for page in tiff.pages])
+
+
 def mask_of(body: bytes) -> np.ndarray:
     """Class indices of an indexed PNG."""
     picture = Pillow.open(io.BytesIO(body))
@@ -35,7 +67,7 @@ def mask_of(body: bytes) -> np.ndarray:
 
 
 def manifest(**changes: Any) -> Manifest:
-    """A manifest of levels 1 to 4 and `accurate`, whose files do not exist."""
+    """A manifest of levels 1 to 4 and `accurate`, whose files do not exist; `dims=3` brings an orientation and a window."""
     graphs = [
         {
             "name": name,
@@ -61,7 +93,10 @@ def manifest(**changes: Any) -> Manifest:
         "intended_use": "tests",
         "license": {},
         "provenance": {},
-    } | changes
+    }
+    if changes.get("dims") == 3:
+        fields |= {"orientation": "RAS", "window": {"size": [32, 32, 32], "overlap": 0.5}}
+    fields |= changes
     names = ["weights.safetensors", "golden.npz", *(f for g in fields["graphs"] for f in g["files"].values())]
     return Manifest.model_validate({"files": dict.fromkeys(names, NO_FILE)} | fields)
 
@@ -83,23 +118,26 @@ def bright(tiles: Tiles) -> np.ndarray:
     return (tiles.pixels.astype(np.float32).mean(axis=1, keepdims=True) > tiles.mean[:, :1]).astype(np.float32)
 
 
-def fake_bundles(run: Callable[[Tiles], np.ndarray] = bright, **changes: Any) -> dict[str, Any]:
-    """An open bundle whose every graph is a fake engine (one, shared)."""
+def fake_bundles(run: Callable[[Tiles], np.ndarray] = bright, pace: float = 0.0, **changes: Any) -> dict[str, Any]:
+    """An open bundle whose every graph is a fake engine (one, shared), of a known pace if any."""
     from server.runtime.bundle import Bundle
     from server.runtime.opening import OpenBundle
 
     known = manifest(**changes)
     engine = FakeEngine(run)
     engines = {(graph.name, "fp32"): engine for graph in known.graphs}
-    return {known.name: OpenBundle(Bundle(Path("/nowhere"), known), engines, {g.name: "fp32" for g in known.graphs})}
+    auto = {g.name: "fp32" for g in known.graphs}
+    return {known.name: OpenBundle(Bundle(Path("/nowhere"), known), engines, auto, dict.fromkeys(engines, pace))}
 
 
-def fake_app(run: Callable[[Tiles], np.ndarray] = bright, changes: dict[str, Any] | None = None, **settings: Any) -> Any:
+def fake_app(
+    run: Callable[[Tiles], np.ndarray] = bright, changes: dict[str, Any] | None = None, pace: float = 0.0, **settings: Any
+) -> Any:
     """The application on fake engines."""
     from server.app import create_app
     from server.settings import Settings
 
-    return create_app(Settings(**settings), fake_bundles(run, **(changes or {})))
+    return create_app(Settings(**settings), fake_bundles(run, pace, **(changes or {})))
 
 
 def rewrite_hashes(folder: Path) -> None:

@@ -29,6 +29,7 @@ REQUEST_BODY: dict[str, Any] = {
                 "schema": {"type": "object", "required": ["file"], "properties": {"file": BINARY, "reference": BINARY}}
             },
             "image/*": {"schema": BINARY},
+            "application/gzip": {"schema": BINARY},
             "application/octet-stream": {"schema": BINARY},
         },
     }
@@ -36,7 +37,7 @@ REQUEST_BODY: dict[str, Any] = {
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "the mask in the image's own pixels, in the format asked for",
+        "description": "the mask in the input's own pixels or voxels, in the format asked for",
         "content": {row.media_type: {} for row in encode.ENCODERS.values()},
     },
     **{code: {"model": Problem} for code in (404, 406, 408, 413, 415, 422, 429, 500, 503)},
@@ -53,18 +54,20 @@ class Parameters(BaseModel):
     level: int | None = Field(None, description="1 (fastest) to 4 (deepest); implies mode=fast")
     model: str | None = Field(None, description="bundle name; see GET /models")
     precision: Precision = Field("auto", description="auto: the fastest within 0.5 points of IoU of fp32")
-    format: str | None = Field(None, description=" | ".join(encode.ENCODERS))
-    include_mask: bool = Field(False, description="with format=json: the mask as base64 PNG in mask_png")
+    format: str | None = Field(None, description=" | ".join(encode.ENCODERS) + "; else by Accept, else as the input")
+    include_mask: bool = Field(False, description="with format=json: the mask in base64, as mask_png, mask_tiff or mask_nifti")
+    axis: str = Field("auto", description="slices of a volume for a model of images: auto (coarsest spacing), 0, 1, 2")
+    nonfinite: str = Field("refuse", description="values that are NaN or infinite: refuse, or zero")
 
 
-def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int) -> APIRouter:
+def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_s: float) -> APIRouter:
     """The route, with what it needs."""
     routes = APIRouter(route_class=_counting(metrics))
     in_flight = 0
 
     @routes.post(
         "/segment",
-        summary="Segment an image",
+        summary="Segment an image, a volume or a stack",
         response_class=Response,
         responses=RESPONSES,
         openapi_extra=REQUEST_BODY,
@@ -81,12 +84,13 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int) -> APIRou
         metrics.in_flight.set(in_flight)
         try:
             _check_names(request.query_params)
-            format_ = encode.choose(asked.format, request.headers.get("accept"))
-            wanted = SegmentRequest(asked.model, asked.mode, asked.level, asked.precision, format_, asked.include_mask)
+            accept = request.headers.get("accept")
+            encode.choose(asked.format, accept)
+            wanted = SegmentRequest(accept=accept, **asked.model_dump())
             choice = segmenter.choose(wanted)
             labels = (choice.model, choice.route.mode, f"{choice.route.level}")
             async with upload.receive(request) as files:
-                answer = await segmenter.segment(files.file, wanted, files.reference)
+                answer = await segmenter.segment(files.file, wanted, files.reference, patience_s=max_wait_s)
             outcome = "ok"
         except ClientDisconnect:
             outcome = "cancelled"
@@ -149,6 +153,7 @@ def _headers(answer: Answer) -> dict[str, str]:
         "X-Segment-Level": str(route.level),
         "X-Segment-Level-Requested": str(route.level if route.requested is None else route.requested),
         "X-Segment-Precision": answer.choice.precision,
+        "Content-Disposition": f'inline; filename="mask{answer.suffix}"',
         "Server-Timing": ", ".join(f"{phase};dur={seconds * 1e3:.2f}" for phase, seconds in answer.seconds.items()),
     }
     if answer.quality:

@@ -1,12 +1,13 @@
-"""Bytes to `Image`. One row per input format; the bytes decide, not the name or the declared type."""
+"""Bytes to `Image` or `Volume`. One row per input format; the bytes decide, not the name or the declared type."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO, TypeVar
 
-from server.arrays import Image
+from server.arrays import Extent, Image, Volume
 from server.errors import UnetppError, Unreadable, UnsupportedType
-from server.imaging.decode import raster, tiff
+from server.imaging.decode import nifti, raster, tiff
+from server.imaging.reading import Reading
 
 T = TypeVar("T")
 
@@ -18,48 +19,50 @@ class Decoder:
     Attributes:
         formats: as a person calls them.
         recognises: whether the first 16 bytes look like it.
-        size: open file to (H, W), from the header alone; may raise anything on broken input.
-        decode: (open file, most pixels, whether labels are wanted) to Image; may raise anything on broken input.
+        size: open file to its extent, from the header alone; may raise anything on broken input.
+        decode: open file to Image or Volume; may raise anything on broken input.
     """
 
     formats: str
     recognises: Callable[[bytes], bool]
-    size: Callable[[BinaryIO], tuple[int, int]]
-    decode: Callable[[BinaryIO, int, bool], Image]
+    size: Callable[[BinaryIO], Extent]
+    decode: Callable[[BinaryIO, Reading], Image | Volume]
 
 
 DECODERS: dict[str, Decoder] = {
     "raster": Decoder("PNG, JPEG, BMP, WebP", raster.recognises, raster.size, raster.decode),
     "tiff": Decoder("TIFF", tiff.recognises, tiff.size, tiff.decode),
+    "nifti": Decoder("NIfTI", nifti.recognises, nifti.size, nifti.decode),
 }
 
 
-def measure(file: BinaryIO, max_pixels: int) -> int:
-    """Pixels of an encoded image, as its header says, without decoding it.
+def measure(file: BinaryIO, max_pixels: int) -> Extent:
+    """What the header of a file says. Volumes of any size are measured: their limit is a matter of cost, see `segment`.
 
     Raises:
-        Unreadable, UnsupportedType, TooLarge: as `decode`.
+        Unreadable, UnsupportedType: as `decode`.
+        TooLarge: an image over `max_pixels`.
     """
-    height, width = _guarded(file, lambda row: row.size(file))
-    raster.check_size(height, width, max_pixels)
+    extent = _guarded(file, lambda row: row.size(file))
+    if extent.kind == "image":
+        Reading(max_pixels).check_image(*extent.size)
     file.seek(0)
-    return height * width
+    return extent
 
 
-def decode(file: BinaryIO, max_pixels: int, *, labels: bool = False) -> Image:
-    """Decodes an image.
+def decode(file: BinaryIO, reading: Reading) -> Image | Volume:
+    """Decodes an image, a volume or a stack.
 
     Args:
         file: open at its start, seekable.
-        max_pixels: largest height x width; checked before pixels are decoded.
-        labels: the values as stored are wanted: the indices of a palette image, not its colours.
+        reading: limits, checked before pixels are decoded, and choices.
 
     Raises:
-        Unreadable: empty, truncated or broken.
+        Unreadable: empty, truncated or broken, or values that are not finite.
         UnsupportedType: not a format of the table.
-        TooLarge: over `max_pixels`.
+        TooLarge: over a limit.
     """
-    return _guarded(file, lambda row: row.decode(file, max_pixels, labels))
+    return _guarded(file, lambda row: row.decode(file, reading))
 
 
 def _guarded(file: BinaryIO, work: Callable[[Decoder], T]) -> T:
@@ -71,7 +74,7 @@ def _guarded(file: BinaryIO, work: Callable[[Decoder], T]) -> T:
     row = next((row for row in DECODERS.values() if row.recognises(head)), None)
     if row is None:
         known = ", ".join(row.formats for row in DECODERS.values())
-        raise UnsupportedType(f"not an image format that this server reads; it reads {known}")
+        raise UnsupportedType(f"not a format that this server reads; it reads {known}")
     try:
         return work(row)
     except UnetppError:
@@ -81,5 +84,5 @@ def _guarded(file: BinaryIO, work: Callable[[Decoder], T]) -> T:
     except Exception as error:  # decoders raise every kind of exception on hostile bytes
         raise Unreadable(
             f"the file starts like {row.formats} but cannot be decoded (truncated or damaged?); "
-            "open it in an image viewer and save it again"
+            "open it in a viewer and save it again"
         ) from error

@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageOps
 
-from server.arrays import Image
-from server.errors import TooLarge, Unreadable
+from server.arrays import Extent, Image
+from server.imaging.reading import Reading
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 
@@ -18,54 +18,32 @@ Pillow.MAX_IMAGE_PIXELS = None
 SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
-# The longest side of a JPEG; longer ones are not images but strips of noise, and would take endless windows.
-MOST_SIDE = 65_535
-
-
 def recognises(head: bytes) -> bool:
     """PNG, JPEG, BMP or WebP by their first bytes."""
     return head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM")) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
-def size(file: BinaryIO) -> tuple[int, int]:
+def size(file: BinaryIO) -> Extent:
     """(H, W) as the header says, before EXIF orientation."""
     with Pillow.open(file, formats=FORMATS) as picture:
-        return picture.height, picture.width
+        return Extent((picture.height, picture.width), 3)
 
 
-def decode(file: BinaryIO, max_pixels: int, labels: bool) -> Image:
+def decode(file: BinaryIO, reading: Reading) -> Image:
     """Reads the first frame, upright (EXIF orientation applied); alpha is dropped.
 
     Grey, 1-bit and 16-bit images keep one channel, and so do palette images read as labels (their indices);
     other palettes, CMYK and YCbCr become RGB.
     """
     with Pillow.open(file, formats=FORMATS) as picture:
-        check_size(picture.height, picture.width, max_pixels)
+        reading.check_image(picture.height, picture.width)
         frames = getattr(picture, "n_frames", 1)
         picture.load()
         # In place: a copy of a large image is a large image.
         ImageOps.exif_transpose(picture, in_place=True)
-        pixels = np.asarray(picture)[..., None] if labels and picture.mode == "P" else _pixels(picture)
+        pixels = np.asarray(picture)[..., None] if reading.labels and picture.mode == "P" else _pixels(picture)
     note = f"only the first of {frames} frames was read" if frames > 1 else ""
     return Image(pixels, note)
-
-
-def check_size(height: int, width: int, max_pixels: int) -> None:
-    """Refuses sizes over the limit and without pixels.
-
-    Raises:
-        TooLarge: says limit and size.
-        Unreadable: no pixels.
-    """
-    if height < 1 or width < 1:
-        raise Unreadable(f"the image is {width} × {height}: it has no pixels")
-    if height * width > max_pixels:
-        raise TooLarge(
-            f"the image has {width} × {height} = {height * width:,} pixels; the limit is {max_pixels:,}. "
-            "Cut or scale it down, or raise UNETPP_LIMITS__MAX_PIXELS on the server"
-        )
-    if max(height, width) > MOST_SIDE:
-        raise TooLarge(f"the image is {width} × {height} pixels; the longer side may have {MOST_SIDE:,}. Cut it into pieces")
 
 
 def _pixels(picture: Pillow.Image) -> "np.ndarray[tuple[int, ...], np.dtype[np.generic]]":

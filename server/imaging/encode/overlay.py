@@ -14,9 +14,8 @@ OPACITY = 0.35
 DISPLAY_PERCENTILES = (0.5, 99.5)
 
 
-def encode(image: Image | None, mask: Mask, colors: dict[int, tuple[int, int, int]]) -> bytes:
+def encode(image: Image, mask: Mask, colors: dict[int, tuple[int, int, int]]) -> bytes:
     """RGB PNG: classes tinted, their borders opaque."""
-    assert image is not None  # noqa: S101 - the table asks for the image
     return save(Pillow.fromarray(blend(displayed(image.pixels), mask.classes, colors)))
 
 

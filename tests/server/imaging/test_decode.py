@@ -1,7 +1,6 @@
 import contextlib
 import io
 import struct
-import tempfile
 import zlib
 from pathlib import Path
 
@@ -13,25 +12,23 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 from PIL import ImageOps
 
-from server.arrays import Image
+from server.arrays import Image, Volume
 from server.errors import TooLarge, Unreadable, UnsupportedType
 from server.imaging import decode as room
-from server.imaging.decode import DECODERS, decode
+from server.imaging.decode import DECODERS
+from server.imaging.reading import MOST_SIDE
 from tests.server.conftest import memory_stays_below, picture_bytes
-
-LIMIT = 100_000_000
-
-
-def read(data: bytes, *, limit: int = LIMIT, labels: bool = False) -> Image:
-    """As the server does it: from a temporary file that may lie in memory."""
-    with tempfile.SpooledTemporaryFile() as file:
-        file.write(data)
-        file.seek(0)
-        return decode(file, limit, labels=labels)
+from tests.server.imaging.conftest import LIMIT, extent, read
 
 
-def pixels(data: bytes, *, limit: int = LIMIT) -> np.ndarray:
-    decoded = read(data, limit=limit).pixels
+def pixels(data: bytes, *, limit: int = LIMIT, zero_nonfinite: bool = False) -> np.ndarray:
+    picture = read(data, limit=limit, zero_nonfinite=zero_nonfinite)
+    assert isinstance(picture, Image)
+    decoded = picture.pixels
+    measured = extent(data, limit)
+    assert (measured.kind, measured.affine) == ("image", None)
+    assert sorted(measured.size) == sorted(picture.size)  # before EXIF orientation
+    assert measured.channels * measured.sample_bytes >= decoded.itemsize * decoded.shape[2]
     assert decoded.dtype in (np.uint8, np.uint16, np.float32)
     assert decoded.ndim == 3
     assert decoded.shape[2] in (1, 3)
@@ -206,10 +203,73 @@ class TestTiff:
         data = tiff(np.dstack([grey, grey]), photometric="minisblack", planarconfig="contig", extrasamples=["unassalpha"])
         assert np.array_equal(pixels(data), grey[..., None])
 
-    def test_pages(self, grey: np.ndarray) -> None:
-        decoded = read(tiff(np.stack([grey, 255 - grey, grey]), photometric="minisblack"))
+    @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+    @pytest.mark.parametrize("layout", ["grey", "rgb"])
+    @pytest.mark.parametrize("compression", [None, "lzw", "zstd"])
+    def test_pages_that_are_alike_are_a_stack(
+        self, rng: np.random.Generator, dtype: type, layout: str, compression: str | None
+    ) -> None:
+        values = (rng.random((5, 13, 17, 3)[: 3 if layout == "grey" else 4]) * 200).astype(dtype)
+        data = tiff(values, photometric="minisblack" if layout == "grey" else "rgb", compression=compression)
+        stack = read(data)
+        assert isinstance(stack, Volume)
+        assert (stack.affine, stack.header, stack.note) == (None, None, "")
+        assert stack.size == (17, 13, 5)  # columns, rows, pages
+        assert stack.voxels.dtype == dtype
+        assert np.array_equal(np.squeeze(stack.voxels.transpose(2, 1, 0, 3)), values)
+        measured = extent(data, 1)  # the limit of an image is not that of a stack
+        assert (measured.kind, measured.size, measured.sample_bytes) == ("stack", stack.size, np.dtype(dtype).itemsize)
+        assert measured.channels == stack.voxels.shape[-1]
+
+    def test_what_is_measured_is_what_is_decoded(self, grey: np.ndarray) -> None:
+        table = np.zeros((3, 256), dtype=np.uint16)
+        for pages in (1, 2):
+            data = tiff(np.stack([grey] * pages), photometric="palette", colormap=table)
+            assert extent(data).channels == 3  # the colours
+
+    def test_palette_pages_become_colours_or_labels(self, grey: np.ndarray) -> None:
+        tables = np.random.default_rng(1).integers(0, 256, (2, 3, 256)).astype(np.uint16)
+        out = io.BytesIO()
+        with tifffile.TiffWriter(out) as writer:
+            for table in tables:
+                writer.write(grey, photometric="palette", colormap=table * 257, metadata=None, contiguous=False)
+        colours = read(out.getvalue()).voxels
+        for page, table in enumerate(tables.astype(np.uint8)):
+            assert np.array_equal(colours[:, :, page].transpose(1, 0, 2), table[:, grey].transpose(1, 2, 0))
+        labels = read(out.getvalue(), labels=True).voxels
+        assert np.array_equal(labels[:, :, 1, 0].T, grey)
+
+    @pytest.mark.parametrize("other", [(13, 18), (13, 17, 3)])
+    def test_pages_of_several_kinds_give_the_first_and_a_note(self, grey: np.ndarray, other: tuple[int, ...]) -> None:
+        out = io.BytesIO()
+        with tifffile.TiffWriter(out) as writer:
+            writer.write(grey)
+            writer.write(grey)
+            writer.write(np.zeros(other, dtype=np.uint8))
+        decoded = read(out.getvalue())
+        assert isinstance(decoded, Image)
         assert np.array_equal(decoded.pixels[..., 0], grey)
         assert "first of 3 pages" in decoded.note
+
+    def test_limits_of_a_stack(self, grey: np.ndarray) -> None:
+        data = tiff(np.stack([grey] * 3), photometric="minisblack")
+        assert isinstance(read(data, limit=1, voxels=13 * 17 * 3), Volume)
+        with pytest.raises(TooLarge, match=r"17 × 13 × 3 = 663 voxels; the limit is 662.*UNETPP_LIMITS__MAX_VOXELS"):
+            read(data, voxels=662)
+
+    def test_very_many_pages(self) -> None:
+        data = tiff(np.zeros((10_001, 2, 2), dtype=np.uint8), photometric="minisblack")
+        with memory_stays_below(60), pytest.raises(TooLarge, match="10,001 pages; the limit is 10,000"):
+            read(data)
+
+    def test_a_stack_with_values_that_are_not_finite(self) -> None:
+        values = np.ones((3, 4, 5), dtype=np.float32)
+        values[0, 0, 0], values[2, 3, 4] = np.nan, -np.inf
+        with pytest.raises(Unreadable, match="2 of 60 values are not finite"):
+            read(tiff(values, photometric="minisblack"))
+        stack = read(tiff(values, photometric="minisblack"), zero_nonfinite=True)
+        assert stack.note == "2 values that are not finite were read as 0"
+        assert np.array_equal(stack.voxels[..., 0].T, np.nan_to_num(values, posinf=0, neginf=0))
 
     def test_ink_is_not_light(self, colour: np.ndarray, grey: np.ndarray) -> None:
         with pytest.raises(Unreadable, match=r"SEPARATED.*RGB"):
@@ -221,6 +281,13 @@ class TestTiff:
         values.flat[: len(bad)] = bad
         with pytest.raises(Unreadable, match=f"{count} of 100 values are not finite"):
             pixels(tiff(values))
+
+    def test_not_finite_as_zero(self) -> None:
+        values = np.ones((10, 10), dtype=np.float64)
+        values[0, :3] = np.nan, np.inf, 1e300
+        picture = read(tiff(values), zero_nonfinite=True)
+        assert picture.note == "3 values that are not finite were read as 0"
+        assert np.array_equal(picture.pixels[..., 0], np.where(values == 1, 1, 0))
 
     def test_too_large_for_float32_is_not_finite(self) -> None:
         with pytest.raises(Unreadable, match="not finite"):
@@ -242,15 +309,30 @@ def test_empty() -> None:
         pixels(b"")
 
 
-@pytest.mark.parametrize("data", [b"hello, this is no image at all", b"P", b"GIF", b"\x1f\x8b\x08" + b"\0" * 30, b"%PDF-1.7\n"])
+@pytest.mark.parametrize("data", [b"hello, this is no image at all", b"P", b"GIF", b"PK\3\4" + b"\0" * 30, b"%PDF-1.7\n"])
 def test_other_files(data: bytes) -> None:
-    with pytest.raises(UnsupportedType, match="PNG, JPEG, BMP, WebP, TIFF"):
+    with pytest.raises(UnsupportedType, match="PNG, JPEG, BMP, WebP, TIFF, NIfTI"):
         pixels(data)
 
 
 def test_gif_is_not_read(grey: np.ndarray) -> None:
     with pytest.raises(UnsupportedType):
         pixels(picture_bytes(grey, "GIF"))
+
+
+def test_a_strip_of_noise_is_no_image() -> None:
+    wide = picture_bytes(np.zeros((1, MOST_SIDE + 1), dtype=np.uint8))
+    for attempt in (pixels, extent):
+        with pytest.raises(TooLarge, match="65536 × 1 pixels; the longer side may have 65,535"):
+            attempt(wide)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_measuring_holds_the_limit(colour: np.ndarray, kind: str) -> None:
+    data = picture_bytes(colour, kind)
+    assert extent(data, 13 * 17).size == (13, 17)
+    with pytest.raises(TooLarge, match="17 × 13 = 221 pixels; the limit is 220"):
+        extent(data, 220)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -324,6 +406,42 @@ class TestBombs:
 
     def test_tiff_with_a_gigantic_tile(self) -> None:
         self.refused(sparse_tiff(100, 100, tile=100_000), match="10,000,000,000 bytes")
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("target", [8, 0xFFFFFFFF, 9])
+    def test_tiff_whose_pages_go_in_circles(self, grey: np.ndarray, target: int) -> None:
+        data = bytearray(tiff(grey))
+        (count,) = struct.unpack_from("<H", data, 8)
+        struct.pack_into("<I", data, 10 + 12 * count, target)
+        with memory_stays_below(30), contextlib.suppress(Unreadable):
+            assert np.array_equal(pixels(bytes(data))[..., 0], grey)
+
+    def test_tiff_whose_pages_share_their_strips(self) -> None:
+        """A file of 350 kB that would take minutes."""
+        side, pages = 60_000, 1000
+        data = bytearray(b"II*\0" + struct.pack("<I", 8 + 4 * side) + bytes(4 * side))
+        for number in range(pages):
+            tags = [
+                (256, 4, 1, 1), (257, 4, 1, side), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, side, 8),
+                (277, 3, 1, 1), (278, 4, 1, 1), (279, 4, side, 8),
+            ]  # fmt: skip
+            body = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+            data += body + struct.pack("<I", len(data) + len(body) + 4 if number < pages - 1 else 0)
+        for attempt in (read, extent):
+            with memory_stays_below(60), pytest.raises(TooLarge, match="first 17 pages have 1,020,000 strips or tiles"):
+                attempt(bytes(data))
+
+    def test_tiff_of_many_empty_pages(self) -> None:
+        page = bytearray(sparse_tiff(9000, 9000))
+        chained, ifd = bytearray(page[:8]), bytes(page[8:-4])
+        for number in range(3):
+            following = len(chained) + len(ifd) + 4
+            chained += ifd + struct.pack("<I", following if number < 2 else 0)
+        with (
+            memory_stays_below(30),
+            pytest.raises(TooLarge, match="9000 × 9000 × 3 = 243,000,000 voxels; the limit is 100,000,000"),
+        ):
+            read(bytes(chained))
 
     def test_tiff_whose_strips_claim_their_own_size(self, colour: np.ndarray) -> None:
         with memory_stays_below(30), pytest.raises(Unreadable, match="compression JPEG is not read here; save it with LZW"):

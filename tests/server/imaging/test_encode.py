@@ -4,17 +4,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 from scipy import ndimage
 
-from server.arrays import Image, Mask
+from server.arrays import Image, Mask, Volume
 from server.errors import UnknownFormat
 from server.imaging import encode as room
-from server.imaging.encode import ENCODERS, Product, choose
+from server.imaging.encode import DEFAULTS, ENCODERS, Product, choose
 from server.imaging.encode.overlay import DISPLAY_PERCENTILES, OPACITY, blend, displayed
 from tests.server.conftest import memory_stays_below
+from tests.server.imaging.conftest import read
 
 COLORS = {1: (255, 127, 14), 2: (0, 0, 255), 255: (1, 2, 3)}
 NAMES = {1: "one", 2: "two", 255: "last"}
@@ -58,6 +60,14 @@ def test_npz(rng: np.random.Generator) -> None:
         assert np.array_equal(arrays["mask"], classes)
         assert np.array_equal(arrays["probabilities"], scores)
         assert arrays["probabilities"].dtype == np.float16
+
+
+def test_npz_of_a_volume(rng: np.random.Generator) -> None:
+    classes = np.asfortranarray(rng.integers(0, 3, (5, 7, 9), dtype=np.uint8))
+    scores = rng.random((3, 5, 7, 9)).astype(np.float16)
+    with np.load(io.BytesIO(ENCODERS["npz"].encode(product(classes, scores)))) as arrays:
+        assert np.array_equal(arrays["mask"], classes)
+        assert np.array_equal(arrays["probabilities"], scores)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -136,10 +146,48 @@ def test_json() -> None:
     assert "µ".encode() in body
 
 
+class TestTiff:
+    @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 5), st.integers(0, 2**32 - 1))
+    def test_gives_the_classes_back(self, x: int, y: int, z: int, seed: int) -> None:
+        classes = np.random.default_rng(seed).choice(np.array([0, 1, 2, 255], dtype=np.uint8), (x, y, z))
+        for wanted, given_ in ((classes.transpose(2, 1, 0), np.asfortranarray(classes)), (classes[:1, :, 0], classes[:1, :, 0])):
+            with tifffile.TiffFile(io.BytesIO(ENCODERS["tiff"].encode(product(given_)))) as tiff:
+                assert len(tiff.pages) == (len(wanted) if wanted.ndim == 3 else 1)
+                pages = np.stack([page.asarray() for page in tiff.pages])
+                assert pages.dtype == np.uint8
+                assert np.array_equal(pages, wanted if wanted.ndim == 3 else wanted[None])
+                for page in tiff.pages:
+                    assert page.photometric == tifffile.PHOTOMETRIC.PALETTE
+                    colors = np.asarray(page.colormap)
+                    assert colors.shape == (3, 256)
+                    assert all(tuple(colors[:, value] // 257) == color for value, color in {0: (0, 0, 0), **COLORS}.items())
+
+    def test_pillow_shows_the_colours(self) -> None:
+        picture = Pillow.open(io.BytesIO(ENCODERS["tiff"].encode(product(np.array([[0, 1, 2, 255]], dtype=np.uint8)))))
+        assert picture.mode == "P"
+        assert [tuple(color) for color in np.asarray(picture.convert("RGB"))[0].tolist()] == [(0, 0, 0), *COLORS.values()]
+
+    @pytest.mark.parametrize("size", [(13, 17), (17, 13, 4), (1, 1), (1, 1, 2)])
+    def test_our_own_reader_gets_labels(self, rng: np.random.Generator, size: tuple[int, ...]) -> None:
+        classes = rng.choice(np.array([0, 1, 2, 255], dtype=np.uint8), size)
+        again = read(ENCODERS["tiff"].encode(product(classes)), labels=True)
+        values = again.pixels if isinstance(again, Image) else again.voxels
+        assert isinstance(again, Image if len(size) == 2 else Volume)
+        assert np.array_equal(values[..., 0], classes)
+
+    def test_the_same_mask_is_the_same_bytes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = product(np.ones((3, 4, 5), dtype=np.uint8))
+        first = ENCODERS["tiff"].encode(asked)
+        monkeypatch.setattr("time.time", lambda: 1e9)
+        assert ENCODERS["tiff"].encode(asked) == first
+
+
 class TestChoose:
     @pytest.mark.parametrize("name", ENCODERS)
     def test_a_name_wins(self, name: str) -> None:
         assert choose(name, "application/json") == name
+        for kind in ENCODERS[name].kinds:
+            assert choose(name, "application/json", kind) == name
 
     @pytest.mark.parametrize(
         ("accept", "name"),
@@ -149,15 +197,55 @@ class TestChoose:
             ("application/pdf, */*;q=0.1", "png"), ("application/json, */*", "json"), ("text/html,application/xhtml+xml,*/*;q=0.8", "png"),
             ("application/json;q=0.5, image/png", "png"), ("image/png;q=0.2, application/json;q=0.7", "json"),
             ("image/png;q=0, application/json", "json"), ("image/png;q=nonsense", "png"), ("application/*", "json"),
+            ("image/tiff", "tiff"), ("text/html", "png"),
         ],
     )  # fmt: skip
     def test_accept(self, accept: str | None, name: str) -> None:
-        assert choose(None, accept) == name
+        assert choose(None, accept, "image") == name
+        if accept != "application/*":
+            assert choose(None, accept) == name
 
     @pytest.mark.parametrize(
-        ("name", "accept"), [("tiff", None), ("", None), ("PNG", None), (None, "application/pdf"), (None, "image/png;q=0")]
+        ("kind", "accept", "name"),
+        [
+            ("stack", None, "tiff"), ("stack", "*/*", "tiff"), ("stack", "image/*", "tiff"), ("stack", "application/json", "json"),
+            ("stack", "image/png, */*;q=0.1", "tiff"), ("stack", "text/html", "tiff"), ("stack", "application/*", "json"),
+            ("volume", None, "nifti"), ("volume", "*/*", "nifti"), ("volume", "application/gzip", "nifti"), ("volume", "application/*", "nifti"),
+            ("volume", "application/json, */*;q=0.9", "json"), ("volume", "image/png, application/x-npz;q=0.5", "npz"),
+            ("volume", "text/html,application/xhtml+xml,image/webp", "nifti"),
+        ],
+    )  # fmt: skip
+    def test_accept_by_kind(self, kind: str, accept: str | None, name: str) -> None:
+        assert choose(None, accept, kind) == name
+
+    @pytest.mark.parametrize(
+        ("name", "accept"), [("gif", None), ("", None), ("PNG", None), (None, "application/pdf"), (None, "image/png;q=0")]
     )
     def test_nothing_fits(self, name: str | None, accept: str | None) -> None:
         with pytest.raises(UnknownFormat) as caught:
             choose(name, accept)
         assert all(known in str(caught.value) for known in ENCODERS)
+
+    @pytest.mark.parametrize(
+        ("kind", "accept"), [("volume", "image/png"), ("volume", "image/*"), ("stack", "image/png"), ("stack", "application/gzip"), ("image", "application/gzip")]
+    )  # fmt: skip
+    def test_nothing_fits_the_kind(self, kind: str, accept: str) -> None:
+        with pytest.raises(UnknownFormat) as caught:
+            choose(None, accept, kind)
+        for name, row in ENCODERS.items():
+            assert (name in str(caught.value).split("one of: ")[1].split(", ")) == (kind in row.kinds)
+
+    @pytest.mark.parametrize("kind", ["image", "stack", "volume"])
+    @pytest.mark.parametrize("name", ENCODERS)
+    def test_formats_that_do_not_fit_are_refused_by_name(self, kind: str, name: str) -> None:
+        if kind in ENCODERS[name].kinds:
+            assert choose(name, None, kind) == name
+            return
+        shown = {"image": "an image", "stack": "a stack of pages", "volume": "a volume"}[kind]
+        with pytest.raises(UnknownFormat, match=f"does not fit: the input is {shown}; there are: ") as caught:
+            choose(name, None, kind)
+        assert name not in str(caught.value).split("there are: ")[1].split(", ")
+
+    def test_like_is_answered_with_like(self) -> None:
+        assert all(kind in ENCODERS[name].kinds for kind, name in DEFAULTS.items())
+        assert {kind for row in ENCODERS.values() for kind in row.kinds} == DEFAULTS.keys()

@@ -1,5 +1,6 @@
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -63,8 +64,8 @@ def test_one_caller_gets_his_scores_in_order() -> None:
         assert ran.scores[:, 0, 0, 0].tolist() == [2, 4, 6, 8, 10, 12]
         assert ran.scores.shape == (6, 1, 2, 2)
         assert engine.batches == [4, 2]
-        assert ran.queue_s >= 0
-        assert ran.infer_s >= 0
+        assert ran.submitted <= ran.started
+        assert ran.started <= ran.ended
 
     with_batcher(scene)
 
@@ -241,6 +242,161 @@ def test_a_loop_that_stood_still_starts_again() -> None:
     with_batcher(scene)
 
 
+class Stage:
+    """Engines that note whose tiles are in each batch, on one device; the first batch waits for the test."""
+
+    def __init__(self, executor: ThreadPoolExecutor, max_batch: int, graphs: int = 1) -> None:
+        self.batches: list[list[float]] = []
+        self.gate = Gate(self._noted)
+        device = asyncio.Lock()
+        self.batchers = [Batcher(FakeEngine(self.gate), executor, max_batch, 10_000, device=device) for _ in range(graphs)]
+        self.tasks: list[asyncio.Task[Any]] = []
+
+    def _noted(self, batch: Tiles) -> np.ndarray:
+        self.batches.append(batch.pixels[:, 0, 0, 0].tolist())
+        return doubled(batch)
+
+    async def arrive(self, value: float, count: int, size: tuple[int, int] = (2, 2), graph: int = 0, who: object = None) -> None:
+        """A caller all of whose tiles hold `value`; the first one to come is running when this returns."""
+        self.tasks.append(asyncio.create_task(self.batchers[graph].run(tiles([value] * count, size), who)))
+        await (asyncio.sleep(0) if len(self.tasks) > 1 else entered(self.gate))
+
+    async def play(self) -> list[set[float]]:
+        """Who was in each batch after the first."""
+        self.gate.open.set()
+        for ran in await asyncio.gather(*self.tasks):
+            assert np.ptp(ran.scores) == 0  # his own alone
+        return [set(batch) for batch in self.batches[1:]]
+
+
+def staged(scene: Callable[[Stage], Awaitable[Any]], max_batch: int, graphs: int = 1) -> None:
+    async def go() -> None:
+        async with asyncio.timeout(60):
+            await scene(Stage(executor, max_batch, graphs))
+
+    with ThreadPoolExecutor(1) as executor:
+        asyncio.run(go())
+
+
+class TestTurns:
+    """A caller with very many tiles, whose first batch is running, and then others."""
+
+    @pytest.mark.parametrize("max_batch", [1, 2, 16])
+    @pytest.mark.parametrize(("size", "graph"), [((2, 2), 0), ((4, 2), 0), ((2, 2), 1)])
+    def test_one_tile_waits_for_one_further_batch_at_most(self, max_batch: int, size: tuple[int, int], graph: int) -> None:
+        async def scene(stage: Stage) -> None:
+            await stage.arrive(1, 1000)
+            await stage.arrive(2, 1, size, graph)
+            assert any(2 in batch for batch in (await stage.play())[:2])
+            assert sum(map(len, stage.batches)) == 1001
+
+        staged(scene, max_batch, graphs=2)
+
+    @pytest.mark.parametrize("max_batch", [1, 4])
+    def test_who_hands_in_several_times_has_one_turn(self, max_batch: int) -> None:
+        async def scene(stage: Stage) -> None:
+            volume = object()
+            for _ in range(3):
+                await stage.arrive(1, 100, who=volume)
+            await stage.arrive(2, 1)
+            assert any(2 in batch for batch in (await stage.play())[:2])
+
+        staged(scene, max_batch)
+
+    def test_a_full_house_is_served_in_rounds(self) -> None:
+        """Nobody has a second turn before everybody had a first."""
+
+        async def scene(stage: Stage) -> None:
+            for value in range(21):
+                await stage.arrive(value, 40)
+            await stage.play()
+            turns = [value for batch in stage.batches[1:] for value in batch]
+            assert all(set(turns[first : first + 21]) == set(range(21)) for first in range(0, 21 * 30, 21))
+            assert all(len(batch) == 4 for batch in stage.batches[:200])
+
+        staged(scene, 4)
+
+    def test_sizes_take_turns(self) -> None:
+        async def scene(stage: Stage) -> None:
+            await stage.arrive(1, 40)
+            await stage.arrive(2, 40, (4, 4))
+            await stage.arrive(3, 40, (2, 4))
+            batches = await stage.play()
+            for first in range(0, 27, 3):
+                assert set.union(*batches[first : first + 3]) == {1, 2, 3}
+            assert all(len(batch) == 1 for batch in batches)
+
+        staged(scene, 4)
+
+    def test_a_batch_is_filled_from_all(self) -> None:
+        async def scene(stage: Stage) -> None:
+            for value, count in ((1, 50), (2, 5), (3, 5), (4, 5)):
+                await stage.arrive(value, count)
+            await stage.play()
+            assert [sorted(batch) for batch in stage.batches[1:3]] == [[1, 1, 2, 2, 3, 3, 4, 4]] * 2
+            assert all(len(batch) == 8 for batch in stage.batches[1:-1])
+
+        staged(scene, 8)
+
+    def test_who_left_takes_no_turn(self) -> None:
+        async def scene(stage: Stage) -> None:
+            for value in range(4):
+                await stage.arrive(value, 20)
+            for task in stage.tasks[:3]:
+                task.cancel()
+            del stage.tasks[:3]
+            await asyncio.sleep(0)
+            assert set.union(*await stage.play()) == {3}
+
+        staged(scene, 2)
+
+
+def test_pace_follows_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("server.runtime.batcher.time.perf_counter", lambda: now[0])
+    took = [8.0]
+
+    def slow(batch: Tiles) -> np.ndarray:
+        now[0] += took[0]
+        return doubled(batch)
+
+    async def scene(batcher: Batcher, engine: FakeEngine) -> None:
+        assert batcher.pace == 0
+        await batcher.run(tiles([1, 2], (2, 2)))
+        assert batcher.pace == pytest.approx(1.0)  # 8 s for 2 tiles of 4 pixels
+        took[0] = 16.0
+        await batcher.run(tiles([1, 2], (2, 2)))
+        assert batcher.pace == pytest.approx(1.1)
+        for _ in range(100):
+            await batcher.run(tiles([1, 2], (2, 2)))
+        assert batcher.pace == pytest.approx(2.0, rel=1e-3)
+
+    with_batcher(scene, slow)
+
+
+def test_a_failed_batch_teaches_no_pace() -> None:
+    def broken(batch: Tiles) -> np.ndarray:
+        raise RuntimeError
+
+    async def scene(batcher: Batcher, engine: FakeEngine) -> None:
+        with pytest.raises(InferenceFailed):
+            await batcher.run(tiles([1]))
+        assert batcher.pace == 0
+
+    with_batcher(scene, broken)
+
+
+def test_tiles_of_volumes() -> None:
+    async def scene(batcher: Batcher, engine: FakeEngine) -> None:
+        pixels = np.arange(3, dtype=np.float32).reshape(3, 1, 1, 1, 1) + np.zeros((3, 1, 4, 2, 2), dtype=np.float32)
+        ones = np.ones((3, 1, 1, 1, 1), dtype=np.float32)
+        ran = await batcher.run(Tiles(pixels, ones * 0, ones))
+        assert np.array_equal(ran.scores, 2 * pixels)
+        assert engine.batches == [2, 1]
+
+    with_batcher(scene, max_batch_pixels=32)
+
+
 caller = st.tuples(
     st.integers(1, 6),  # tiles
     st.sampled_from([(2, 2), (2, 4), (4, 4)]),
@@ -256,29 +412,35 @@ async def visit(batcher: Batcher, number: int, spec: Any) -> str:
     for _ in range(arrives):
         await asyncio.sleep(0)
     values = [(100 * number + i + 1) * (-1.0 if poisonous else 1.0) for i in range(count)]
-    task = asyncio.create_task(batcher.run(tiles(values, size)))
+    # Every third caller hands in twice at once.
+    halves = [values[:1], values[1:]] if number % 3 == 0 and count > 1 else [values]
+    who = object()
+    task = asyncio.gather(*(batcher.run(tiles(half, size), who) for half in halves))
     if leaves is not None:
         for _ in range(leaves):
             await asyncio.sleep(0)
         task.cancel()
     try:
-        ran = await task
+        scores = np.concatenate([ran.scores for ran in await task])
     except InferenceFailed:
         return "failed"
     except asyncio.CancelledError:
         assert leaves is not None
         return "cancelled"
     assert not poisonous
-    assert ran.scores.shape == (count, 1, *size)
-    assert ran.scores[:, 0, 0, 0].tolist() == [2 * v for v in values]
-    assert (ran.scores == ran.scores[:, :, :1, :1]).all()
+    assert scores.shape == (count, 1, *size)
+    assert scores[:, 0, 0, 0].tolist() == [2 * v for v in values]
+    assert (scores == scores[:, :, :1, :1]).all()
     return "ok"
 
 
 @settings(max_examples=120, deadline=None)
 @given(st.lists(caller, min_size=1, max_size=12), st.integers(1, 5), st.integers(1, 64))
 def test_whatever_comes_every_caller_gets_his_own_or_an_error(callers: list[Any], max_batch: int, max_batch_pixels: int) -> None:
+    ran: Counter[float] = Counter()
+
     def touchy(batch: Tiles) -> np.ndarray:
+        ran.update(batch.pixels[:, 0, 0, 0].tolist())
         assert len(batch) <= max_batch
         assert len(batch) == 1 or len(batch) * batch.pixels[0, 0].size <= max_batch_pixels
         if (batch.pixels < 0).any():
@@ -288,7 +450,8 @@ def test_whatever_comes_every_caller_gets_his_own_or_an_error(callers: list[Any]
     async def scene(batcher: Batcher, engine: FakeEngine) -> list[str]:
         outcomes = await asyncio.gather(*(visit(batcher, number, spec) for number, spec in enumerate(callers)))
         assert (await batcher.run(tiles([7]))).scores[0, 0, 0, 0] == 14
-        assert not batcher._queue
+        assert not batcher._callers
+        assert set(ran.values()) == {1}  # nothing runs twice
         return outcomes
 
     outcomes = with_batcher(scene, touchy, max_batch, max_batch_pixels)

@@ -35,7 +35,8 @@ def tiles_of(dtype: type, count: int, height: int, width: int) -> Tiles:
     random = np.random.default_rng(0)
     pixels = (random.random((count, height, width, 3)) * {np.uint8: 255, np.uint16: 65535, np.float32: 1}[dtype]).astype(dtype)
     mean, inverse_std = zip(*(statistics(image) for image in pixels), strict=True)
-    return Tiles(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), np.concatenate(mean), np.concatenate(inverse_std))
+    facts = (np.reshape(values, (count, 3, 1, 1)).astype(np.float32) for values in (mean, inverse_std))
+    return Tiles(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), *facts)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])

@@ -1,34 +1,90 @@
 import asyncio
+import base64
+import contextlib
+import gc
+import gzip
 import io
-import tempfile
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image as Pillow
+from scipy import ndimage
 
-from server.errors import InvalidParameter, NotReady, TooLarge, UnknownModel
-from server.segment.pipeline import Answer, Segmenter, SegmentRequest
+from server.arrays import Tiles
+from server.errors import InferenceFailed, InvalidParameter, NotReady, TooLarge, UnknownFormat, UnknownModel, Unreadable
+from server.segment.pipeline import Answer, Estimate, Segmenter, SegmentRequest
 from server.settings import BatchingSettings, LimitsSettings
-from tests.server.conftest import bright, fake_bundles, mask_of, picture_bytes
+from tests.server.conftest import (
+    bright,
+    fake_bundles,
+    mask_of,
+    memory_stays_below,
+    nifti_bytes,
+    pages_bytes,
+    pages_of,
+    picture_bytes,
+    volume_of,
+)  # fmt: skip
+
+CLASSES = [{"value": 1, "name": "a", "color": "#ff0000"}, {"value": 2, "name": "b", "color": "#00ff00"}]
+TWO: dict[str, Any] = {"classes": CLASSES, "activation": "softmax"}
+SPATIAL: dict[str, Any] = {"dims": 3}
 
 
-def segment(data: bytes, reference: bytes | None = None, *, limits: LimitsSettings | None = None, run: Any = bright,
-            bundle: dict[str, Any] | None = None, **wanted: Any) -> Answer:  # fmt: skip
-    bundles = fake_bundles(run, **(bundle or {}))
-    segmenter = Segmenter(bundles, "fake", BatchingSettings(), limits or LimitsSettings(), 2)
-
-    async def go() -> Answer:
-        with tempfile.SpooledTemporaryFile() as file, tempfile.SpooledTemporaryFile() as truth:
-            file.write(data)
-            file.seek(0)
-            truth.write(reference or b"")
-            truth.seek(0)
-            return await segmenter.segment(file, SegmentRequest(**wanted), truth if reference else None)
-
+@contextlib.contextmanager
+def segmenting(run: Any = bright, limits: LimitsSettings | None = None, bundle: dict[str, Any] | None = None, pace: float = 0.0,
+               max_batch: int = 16) -> Iterator[Segmenter]:  # fmt: skip
+    """A segmenter on a fake engine, with a known pace."""
+    segmenter = Segmenter(
+        fake_bundles(run, pace, **(bundle or {})), "fake", BatchingSettings(max_batch=max_batch), limits or LimitsSettings(), 2
+    )
     try:
-        return asyncio.run(go())
+        yield segmenter
     finally:
         segmenter.close()
+
+
+class Sent(io.BytesIO):
+    """An upload; these two make it a `BinaryIO` in every respect."""
+
+    name, mode = "upload", "rb"
+
+
+def segment(data: bytes, reference: bytes | None = None, *, progress: Callable[..., None] = lambda *_: None,
+            patience_s: float = math.inf, limits: LimitsSettings | None = None, run: Any = bright,
+            bundle: dict[str, Any] | None = None, pace: float = 0.0, **wanted: Any) -> Answer:  # fmt: skip
+    with segmenting(run, limits, bundle, pace) as segmenter:
+        truth = Sent(reference) if reference is not None else None
+        return asyncio.run(segmenter.segment(Sent(data), SegmentRequest(**wanted), truth, progress, patience_s))
+
+
+def estimate(data: bytes, *, limits: LimitsSettings | None = None, bundle: dict[str, Any] | None = None, pace: float = 0.0,
+             **wanted: Any) -> Estimate:  # fmt: skip
+    with segmenting(limits=limits, bundle=bundle, pace=pace) as segmenter:
+        return asyncio.run(segmenter.estimate(Sent(data), SegmentRequest(**wanted)))
+
+
+def thirds(tiles: Tiles) -> np.ndarray:
+    """Class 1 and 2 where the value says so."""
+    values = tiles.pixels[:, 0]
+    return np.stack([values == 0, values == 1, values == 2], axis=1).astype(np.float32)
+
+
+def smooth(tiles: Tiles) -> np.ndarray:
+    """Scores that depend on a pixel's neighbours in its tile, and on no other tile."""
+    sigma = (0, 0, *(1.5,) * (tiles.pixels.ndim - 2))
+    return ndimage.gaussian_filter(tiles.pixels[:, :1].astype(np.float32), sigma) / np.float32(255)
+
+
+def grey_of(data: bytes) -> np.ndarray:
+    """The grey values of a picture."""
+    return np.asarray(Pillow.open(io.BytesIO(data)))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (63, 65), (64, 64), (129, 200)])
@@ -39,7 +95,7 @@ def test_tiled_equals_untiled(rng: np.random.Generator, size: tuple[int, int], l
     whole = segment(data, level=level, bundle={"window": {"size": [512, 512], "overlap": 0.25}})
     assert mask_of(tiled.body).shape == size
     assert np.array_equal(mask_of(tiled.body), mask_of(whole.body))
-    pixels = np.asarray(__import__("PIL.Image").Image.open(io.BytesIO(data)))
+    pixels = grey_of(data)
     assert np.array_equal(mask_of(whole.body), pixels > np.float32(pixels.mean(dtype=float)))
 
 
@@ -76,7 +132,7 @@ def test_reference_in_colour() -> None:
 
 
 def test_reference_of_another_size() -> None:
-    with pytest.raises(InvalidParameter, match="5 × 4 pixels, the image 4 × 4"):
+    with pytest.raises(InvalidParameter, match="5 × 4 pixels, the input 4 × 4 pixels"):
         segment(picture_bytes(np.zeros((4, 4), dtype=np.uint8)), picture_bytes(np.zeros((4, 5), dtype=np.uint8)))
 
 
@@ -103,14 +159,8 @@ def test_phases_are_all_counted() -> None:
 
 
 def test_several_classes() -> None:
-    classes = [{"value": 1, "name": "a", "color": "#ff0000"}, {"value": 2, "name": "b", "color": "#00ff00"}]
-
-    def thirds(tiles: Any) -> np.ndarray:
-        values = tiles.pixels[:, 0]
-        return np.stack([values == 0, values == 1, values == 2], axis=1).astype(np.float32)
-
     image = np.random.default_rng(0).integers(0, 3, (70, 90), dtype=np.uint8)
-    answer = segment(picture_bytes(image), picture_bytes(image), run=thirds, bundle={"classes": classes, "activation": "softmax"})
+    answer = segment(picture_bytes(image), picture_bytes(image), run=thirds, bundle={"classes": CLASSES, "activation": "softmax"})
     assert np.array_equal(mask_of(answer.body), image)
     assert {value: q.iou for value, q in answer.quality.items()} == {1: 1.0, 2: 1.0}
 
@@ -120,3 +170,467 @@ def test_a_closed_segmenter_says_so() -> None:
     segmenter.close()
     with pytest.raises(NotReady):
         asyncio.run(segmenter.probe())
+
+
+VOLUME = np.random.default_rng(1).integers(0, 256, (23, 40, 31), dtype=np.uint8)
+OBLIQUE = np.array([[0, 0, 2.0, -5], [-1, 0, 0, 7], [0, 1, 0, 3], [0, 0, 0, 1]])
+
+
+class TestSlices:
+    """A volume or a stack through a network of two dimensions."""
+
+    @pytest.mark.parametrize("axis", ["auto", "0", "1", "2"])
+    def test_statistics_are_those_of_the_whole_volume(self, axis: str) -> None:
+        voxels = VOLUME.copy()
+        voxels[12:] //= 8
+        voxels[..., 16:] //= 4
+        answer = segment(nifti_bytes(voxels), axis=axis)
+        assert (answer.media_type, answer.suffix) == ("application/gzip", ".nii.gz")
+        assert np.array_equal(volume_of(answer.body), voxels > voxels.mean())
+
+    @pytest.mark.parametrize("axis", [0, 1, 2])
+    def test_each_slice_is_what_it_is_alone(self, axis: int) -> None:
+        bundle = {"normalization": "none", "window": {"size": [32, 16], "overlap": 0.5}}
+        mask = volume_of(segment(nifti_bytes(VOLUME), run=smooth, bundle=bundle, axis=f"{axis}").body)
+        assert 0.2 < mask.mean() < 0.8
+        for index in range(VOLUME.shape[axis]):
+            # Columns run along the first remaining axis.
+            alone = segment(picture_bytes(VOLUME.take(index, axis).T), run=smooth, bundle=bundle)
+            assert np.array_equal(mask.take(index, axis).T, mask_of(alone.body))
+
+    @pytest.mark.parametrize(
+        ("affine", "tile"), [(np.diag([3.0, 1, 1, 1]), (32, 48)), (np.diag([1.0, 3, 1, 1]), (32, 32)), (OBLIQUE, (48, 32))]
+    )
+    def test_auto_goes_along_the_coarsest_spacing(self, affine: np.ndarray, tile: tuple[int, int]) -> None:
+        shapes = set()
+
+        def seen(tiles: Tiles) -> np.ndarray:
+            shapes.add(tiles.pixels.shape[2:])
+            return bright(tiles)
+
+        segment(nifti_bytes(VOLUME, affine), run=seen)
+        assert shapes == {tile}
+
+    @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+    def test_pages_are_answered_by_pages(self, dtype: type) -> None:
+        pages = VOLUME.astype(dtype)
+        pages[3] //= 4
+        answer = segment(pages_bytes(pages))
+        assert (answer.media_type, answer.suffix, answer.note) == ("image/tiff", ".tif", "")
+        assert np.array_equal(pages_of(answer.body), pages > pages.mean(dtype=float))
+
+    def test_grey_goes_through_a_network_for_colours(self) -> None:
+        answer = segment(nifti_bytes(VOLUME), bundle={"channels": ["r", "g", "b"]})
+        assert np.array_equal(volume_of(answer.body), VOLUME.mean() < VOLUME)
+
+    def test_several_classes_with_scores(self) -> None:
+        voxels = VOLUME % 3
+        answer = segment(
+            nifti_bytes(voxels), run=thirds, format="npz", bundle={"classes": CLASSES, "activation": "softmax"}, axis="1"
+        )
+        with np.load(io.BytesIO(answer.body)) as arrays:
+            assert np.array_equal(arrays["mask"], voxels)
+            assert arrays["probabilities"].shape == (3, *voxels.shape)
+            assert np.array_equal(arrays["probabilities"].argmax(axis=0), voxels)
+
+    def test_steps_are_joined(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole = segment(nifti_bytes(VOLUME), run=smooth)
+        monkeypatch.setattr("server.segment.plan.STEP_PIXELS", 5000)
+        assert segment(nifti_bytes(VOLUME), run=smooth).body == whole.body
+
+
+class TestVolumes:
+    """A volume through a network of three dimensions."""
+
+    @pytest.mark.parametrize("affine", [np.eye(4), np.diag([-1.0, -1, 1, 1]), OBLIQUE])
+    @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+    def test_the_answer_is_on_the_callers_grid(self, affine: np.ndarray, dtype: type) -> None:
+        voxels = VOLUME.astype(dtype)
+        answer = segment(nifti_bytes(voxels, affine), bundle=SPATIAL)
+        found = nib.Nifti1Image.from_bytes(gzip.decompress(answer.body))
+        assert np.array_equal(found.affine, affine)
+        assert np.array_equal(np.asarray(found.dataobj), voxels > voxels.mean(dtype=float))
+
+    def test_resampled_there_and_back(self) -> None:
+        ball = (np.linalg.norm(np.indices((40, 40, 20)) - np.array([20, 20, 10])[:, None, None, None], axis=0) < 8).astype(np.uint8)
+        affine = np.diag([1.0, 1.0, 2.0, 1])
+        answer = segment(nifti_bytes(ball * 200, affine), bundle={**SPATIAL, "spacing": (1.5, 1.5, 1.5)})
+        mask = volume_of(answer.body)
+        assert mask.shape == ball.shape
+        assert 2 * (mask & ball).sum() / (mask.sum() + ball.sum()) > 0.9
+
+    def test_tiled_equals_untiled(self) -> None:
+        whole = segment(nifti_bytes(VOLUME), bundle={**SPATIAL, "window": {"size": [64, 64, 64], "overlap": 0.5}})
+        assert segment(nifti_bytes(VOLUME), bundle=SPATIAL).body == whole.body
+
+    def test_report(self) -> None:
+        voxels = (VOLUME % 3).astype(np.uint8)
+        affine = np.diag([2.0, 2.0, 2.5, 1])
+        answer = segment(
+            nifti_bytes(voxels, affine), nifti_bytes(voxels, affine), run=thirds, format="json", include_mask=True,
+            bundle={**SPATIAL, "classes": CLASSES, "activation": "softmax"},
+        )  # fmt: skip
+        report = json.loads(answer.body)
+        assert report["size"] == {"x": 23, "y": 40, "z": 31}
+        assert report["spacing_mm"] == {"x": 2.0, "y": 2.0, "z": 2.5}
+        for value, row in enumerate(report["classes"], start=1):
+            assert row["voxels"] == (voxels == value).sum()
+            assert row["volume_ml"] == pytest.approx((voxels == value).sum() * 0.01)
+        assert report["reference"] == {name: {"iou": 1.0, "dice": 1.0} for name in ("a", "b")}
+        assert np.array_equal(volume_of(base64.b64decode(report["mask_nifti"])), voxels)
+        assert "mask_png" not in report
+
+
+class TestWhatDoesNotFit:
+    def test_other_inputs_to_a_network_for_volumes(self) -> None:
+        with pytest.raises(
+            InvalidParameter, match=r"model='fake' takes volumes \(NIfTI\), and the input is an image; choose another"
+        ):
+            segment(picture_bytes(VOLUME[0]), bundle={"dims": 3})
+        with pytest.raises(InvalidParameter, match="the input is a stack of pages, whose spacing is not known"):
+            segment(pages_bytes(VOLUME), bundle={"dims": 3})
+
+    @pytest.mark.parametrize("call", [segment, estimate])
+    def test_axis_where_it_does_not_belong(self, call: Any) -> None:
+        with pytest.raises(InvalidParameter, match="axis is for volumes and stacks; the input is one image"):
+            call(picture_bytes(VOLUME[0]), axis="1")
+        with pytest.raises(InvalidParameter, match="axis is for models that work slice by slice; 'fake' takes whole volumes"):
+            call(nifti_bytes(VOLUME), axis="1", bundle={"dims": 3})
+        with pytest.raises(InvalidParameter, match=r"axis='3' does not exist; .* 0, 1, 2 or auto"):
+            call(nifti_bytes(VOLUME), axis="3")
+
+    @pytest.mark.parametrize("call", [segment, estimate])
+    def test_formats_of_another_kind(self, call: Any) -> None:
+        for data, name, kind in ((picture_bytes(VOLUME[0]), "nifti", "an image"), (nifti_bytes(VOLUME), "png", "a volume"),
+                                 (pages_bytes(VOLUME), "overlay", "a stack of pages")):  # fmt: skip
+            with pytest.raises(UnknownFormat, match=f"format='{name}' does not fit: the input is {kind}; there are: "):
+                call(data, format=name)
+
+    @pytest.mark.parametrize("call", [segment, estimate])
+    def test_nonfinite_is_known_before_anything_is_decoded(self, call: Any) -> None:
+        with pytest.raises(InvalidParameter, match="nonfinite='maybe' does not exist; there are: refuse, zero"):
+            call(picture_bytes(VOLUME[0]), nonfinite="maybe")
+
+
+class TestReferencesOfVolumes:
+    @pytest.mark.parametrize("dims", [2, 3])
+    def test_are_scored_per_class(self, dims: int) -> None:
+        voxels = VOLUME % 3
+        truth = np.where(np.arange(31) < 15, voxels, 0).astype(np.int16)
+        answer = segment(nifti_bytes(voxels, OBLIQUE), nifti_bytes(truth, OBLIQUE), run=thirds, bundle={**TWO, "dims": dims})
+        for value in (1, 2):
+            assert answer.quality[value].iou == pytest.approx((truth == value).sum() / (voxels == value).sum())
+
+    def test_pages_by_pages(self) -> None:
+        answer = segment(pages_bytes(VOLUME % 3), pages_bytes(VOLUME % 3), run=thirds, bundle=TWO)
+        assert (answer.mean_iou, answer.mean_dice) == (1.0, 1.0)
+
+    def test_elsewhere_or_of_another_size(self) -> None:
+        ran = []
+        data = nifti_bytes(VOLUME, OBLIQUE)
+        moved = OBLIQUE + np.array([[0, 0, 0, 3.0], *[[0.0] * 4] * 3])
+        for reference, said in (
+            (nifti_bytes(VOLUME, moved), "up to 3 mm away from the volume"),
+            (nifti_bytes(VOLUME[1:], OBLIQUE), "the reference is 22 × 40 × 31 voxels, the input 23 × 40 × 31 voxels"),
+            (picture_bytes(VOLUME[0]), "the reference is 31 × 40 pixels, the input 23 × 40 × 31 voxels"),
+        ):
+            with pytest.raises(InvalidParameter, match=said):
+                segment(data, reference, run=lambda tiles: ran.append(1) or bright(tiles))
+        assert not ran
+
+
+@pytest.mark.parametrize("kind", ["volume", "stack"])
+def test_values_that_are_not_finite(kind: str) -> None:
+    voxels = VOLUME.astype(np.float32)
+    voxels[3, 4, 5], voxels[0, 0, :2] = np.nan, np.inf
+    data = nifti_bytes(voxels) if kind == "volume" else pages_bytes(voxels)
+    with pytest.raises(Unreadable, match=r"3 of 28,520 values are not finite .* nonfinite=zero"):
+        segment(data)
+    answer = segment(data, nonfinite="zero")
+    assert answer.note == "3 values that are not finite were read as 0"
+    zeroed = np.nan_to_num(voxels, nan=0, posinf=0)
+    body = volume_of(answer.body) if kind == "volume" else pages_of(answer.body)
+    assert np.array_equal(body, zeroed > zeroed.mean(dtype=float))
+
+
+class Counted:
+    """`bright`, and what it was asked for."""
+
+    def __init__(self) -> None:
+        self.tiles, self.pixels = 0, 0
+
+    def __call__(self, tiles: Tiles) -> np.ndarray:
+        self.tiles += len(tiles)
+        self.pixels += len(tiles) * math.prod(tiles.pixels.shape[2:])
+        return bright(tiles)
+
+
+INPUTS = {
+    "image": (picture_bytes(VOLUME[0]), {}, {}),
+    "long image": (picture_bytes(np.zeros((40, 700, 3), dtype=np.uint8)), {}, {"level": 1}),
+    "stack": (pages_bytes(VOLUME), {}, {}),
+    "slices": (nifti_bytes(VOLUME), {"window": {"size": [16, 16], "overlap": 0.25}}, {"axis": "0"}),
+    "volume": (nifti_bytes(VOLUME, OBLIQUE), {"dims": 3}, {"level": 2}),
+    "resampled": (nifti_bytes(VOLUME, OBLIQUE), {"dims": 3, "spacing": (0.5, 0.8, 1.0)}, {}),
+}
+
+
+class TestEstimate:
+    @pytest.mark.parametrize("name", INPUTS)
+    def test_counts_what_is_run(self, name: str) -> None:
+        data, bundle, wanted = INPUTS[name]
+        counted, seen = Counted(), []
+        told = estimate(data, bundle=bundle, pace=0.001, **wanted)
+        segment(data, run=counted, bundle=bundle, progress=lambda *now: seen.append(now), **wanted)
+        assert counted.tiles == told.windows == seen[-1][2]
+        assert told.seconds == pytest.approx(0.001 * counted.pixels)
+        assert told.pixels == {"long image": 28000, "image": 1240}.get(name, VOLUME.size)
+
+    def test_a_pace_that_is_not_known_takes_no_time(self) -> None:
+        assert estimate(picture_bytes(VOLUME[0])).seconds == 0
+
+    def test_leaves_the_file_at_its_start(self) -> None:
+        for data, bundle, _ in INPUTS.values():
+            with segmenting(bundle=bundle) as segmenter, Sent(data) as file:
+                asyncio.run(segmenter.estimate(file, SegmentRequest()))
+                assert file.tell() == 0
+
+    def test_pace_comes_from_the_last_runs(self) -> None:
+        with segmenting() as segmenter:
+
+            async def go() -> tuple[float, float]:
+                before = await segmenter.estimate(Sent(picture_bytes(VOLUME[0])), SegmentRequest())
+                await segmenter.segment(Sent(picture_bytes(VOLUME[0])), SegmentRequest())
+                after = await segmenter.estimate(Sent(picture_bytes(VOLUME[0])), SegmentRequest())
+                return before.seconds, after.seconds
+
+            before, after = asyncio.run(go())
+        assert before == 0 < after
+
+    @pytest.mark.parametrize(("bundle", "wanted"), [
+        ({"dims": 3, "activation": "softmax", "classes": CLASSES}, {"format": "npz"}),
+        ({"dims": 3, "activation": "softmax", "classes": CLASSES, "spacing": (0.7, 0.7, 0.7)}, {}),
+        ({"activation": "softmax", "classes": CLASSES}, {"format": "json", "axis": "0"}),
+    ])  # fmt: skip
+    def test_memory_is_not_more(self, bundle: dict[str, Any], wanted: dict[str, Any]) -> None:
+        voxels = np.random.default_rng(0).normal(1, 1, (120, 120, 120)).clip(0, 2).round().astype(np.float32)
+        data = nifti_bytes(voxels)
+        told = estimate(data, bundle=bundle, **wanted)
+        segment(nifti_bytes(VOLUME % 3), run=thirds, bundle=bundle, **wanted)
+        with memory_stays_below(told.memory_bytes / 1e6 + 10):
+            segment(data, run=thirds, bundle=bundle, **wanted)
+
+    @pytest.mark.parametrize("call", [segment, estimate])
+    def test_too_many_voxels(self, call: Any) -> None:
+        said = r"the volume has 23 × 40 × 31 = 28,520 voxels; the limit is 28,000. Here it would take about 4,762 s and \d+ MB. Cut or resample"
+        with pytest.raises(TooLarge, match=said):
+            call(nifti_bytes(VOLUME), limits=LimitsSettings(max_voxels=28_000), pace=0.1)
+        with pytest.raises(TooLarge, match="31 × 40 × 23 = 28,520 voxels; the limit is 28,000"):
+            call(pages_bytes(VOLUME), limits=LimitsSettings(max_voxels=28_000))
+        call(nifti_bytes(VOLUME), limits=LimitsSettings(max_voxels=28_520))
+
+    @pytest.mark.parametrize("call", [segment, estimate])
+    def test_too_much_memory(self, call: Any) -> None:
+        data, bundle = nifti_bytes(np.zeros((100, 100, 100), dtype=np.uint8)), {"dims": 3, "spacing": (0.1, 0.1, 0.1)}
+        with pytest.raises(
+            TooLarge, match=r"this would take about 0 s and \d,\d{3} MB of memory; the limit is 3,000 MB. .*MAX_MEMORY_MB"
+        ):
+            call(data, bundle=bundle, limits=LimitsSettings(max_memory_mb=3000))
+
+    def test_more_than_the_callers_patience(self) -> None:
+        ran = Counted()
+        with pytest.raises(
+            TooLarge, match=r"about 4 s and \d+ MB here, and POST /segment works for at most 3 s. Send .* POST /jobs"
+        ):
+            segment(picture_bytes(np.zeros((64, 64), dtype=np.uint8)), run=ran, pace=1e-3, patience_s=3)
+        assert not ran.tiles
+        segment(picture_bytes(np.zeros((64, 64), dtype=np.uint8)), run=ran, pace=1e-3, patience_s=4.1)
+
+    @pytest.mark.parametrize("bundle", [{}, {"dims": 3}, {"dims": 3, "spacing": (0.001, 0.001, 0.001)}])
+    @pytest.mark.parametrize("header", [nib.Nifti1Header, nib.Nifti2Header])
+    def test_a_header_can_promise_anything(self, bundle: dict[str, Any], header: Any) -> None:
+        """Some hundred bytes must not make the server lay a window for each of them."""
+        made = header()
+        made.set_data_shape((32_767,) * 3 if header is nib.Nifti1Header else (2**40, 2**10, 2**10))
+        out = io.BytesIO()
+        made.set_data_dtype(np.uint8)
+        made.set_sform(np.eye(4), 1)
+        made["magic"] = b"n+1" if header is nib.Nifti1Header else b"n+2"
+        made.write_to(out)
+        with memory_stays_below(50), pytest.raises(TooLarge, match=r"the limit is 250,000,000\. Here it would take about"):
+            estimate(out.getvalue() + bytes(100), bundle=bundle, pace=1e-6)
+
+    def test_endless_slices_of_nothing(self) -> None:
+        """Within the limit of voxels, but each is a slice of its own."""
+        made = nib.Nifti2Header()
+        made.set_data_shape((200_000_000, 1, 1))
+        made.set_data_dtype(np.uint8)
+        made.set_sform(np.eye(4), 1)
+        out = io.BytesIO()
+        made["magic"] = b"n+2"
+        made.write_to(out)
+        with memory_stays_below(50), pytest.raises(TooLarge, match="of memory; the limit is"):
+            estimate(out.getvalue() + bytes(100), axis="0")
+
+
+def test_progress_goes_up_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.segment.plan.STEP_PIXELS", 5000)
+    for data, bundle, wanted in INPUTS.values():
+        seen: list[tuple[str, int, int]] = []
+        segment(data, bundle=bundle, progress=lambda *now, seen=seen: seen.append(now), **wanted)
+        stages, done, totals = zip(*seen, strict=True)
+        assert list(dict.fromkeys(stages)) == ["decode", "infer", "encode"]
+        assert stages == tuple(sorted(stages, key=["decode", "infer", "encode"].index))
+        assert done == tuple(sorted(done))
+        assert done[0] == 0
+        assert set(totals) == {done[-1]}
+        assert done[-2] == done[-1]  # the last step ends the work
+
+
+class Breaks:
+    """An engine that lets a number of batches pass, and then breaks or waits."""
+
+    def __init__(self, after: int, error: Exception | None = None) -> None:
+        self.batches = 0
+        self.reached, self.leave = threading.Event(), threading.Event()
+        self._after, self._error = after, error
+
+    def __call__(self, tiles: Tiles) -> np.ndarray:
+        self.batches += 1
+        if self.batches > self._after:
+            self.reached.set()
+            if self._error:
+                raise self._error
+            assert self.leave.wait(30)
+        return bright(tiles)
+
+    def mend(self) -> None:
+        self._error = None
+        self.leave.set()
+
+    async def at_work(self, *tasks: "asyncio.Task[Any]") -> None:
+        """Until it waits."""
+        while not self.reached.is_set():
+            assert not any(task.done() for task in tasks)
+            await asyncio.sleep(0.001)
+
+
+class TestInTheMiddle:
+    """48 windows in steps of 4, in batches of 2."""
+
+    DATA = pages_bytes(np.random.default_rng(0).integers(0, 256, (48, 32, 32), dtype=np.uint8))
+
+    @pytest.fixture(autouse=True)
+    def steps(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+        monkeypatch.setattr("server.segment.plan.STEP_PIXELS", 4 * 32 * 32)
+        yield
+        gc.collect()
+        assert "never retrieved" not in caplog.text
+        assert not caplog.records
+
+    @pytest.mark.parametrize("after", [0, 1, 5])
+    def test_a_failure_ends_the_work(self, after: int) -> None:
+        engine = Breaks(after, RuntimeError("broken"))
+        with segmenting(engine, max_batch=2) as segmenter:
+
+            async def go() -> None:
+                with pytest.raises(InferenceFailed, match="broken"):
+                    await segmenter.segment(Sent(self.DATA), SegmentRequest())
+                await asyncio.sleep(0.01)
+                assert engine.batches <= after + 3  # of 24: those that began before the caller knew
+                assert not any(batcher._callers for batcher in segmenter._batchers.values())
+                engine.mend()
+                await all_is_given_back(segmenter)
+
+            asyncio.run(go())
+
+    @pytest.mark.parametrize("after", [0, 3])
+    def test_a_caller_who_leaves_ends_it(self, after: int) -> None:
+        engine = Breaks(after)
+        with segmenting(engine, max_batch=2) as segmenter:
+
+            async def go() -> None:
+                task = asyncio.create_task(segmenter.segment(Sent(self.DATA), SegmentRequest()))
+                await engine.at_work(task)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                engine.leave.set()
+                await all_is_given_back(segmenter)
+                assert engine.batches == after + 2  # the one that ran, and the one of the next caller
+
+            asyncio.run(go())
+
+    def test_progress_that_raises_ends_it_too(self) -> None:
+        engine = Counted()
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if done:
+                raise KeyError
+
+        with segmenting(engine, max_batch=2) as segmenter:
+
+            async def go() -> None:
+                with pytest.raises(KeyError):
+                    await segmenter.segment(Sent(self.DATA), SegmentRequest(), progress=tell)
+                await all_is_given_back(segmenter)
+
+            asyncio.run(go())
+        assert engine.tiles < 20
+
+    def test_closing_tells_who_waits(self) -> None:
+        engine = Breaks(1)
+        with segmenting(engine, max_batch=2) as segmenter:
+
+            async def go() -> None:
+                task = asyncio.create_task(segmenter.segment(Sent(self.DATA), SegmentRequest()))
+                await engine.at_work(task)
+                for batcher in segmenter._batchers.values():
+                    batcher.close()
+                engine.leave.set()
+                with pytest.raises(NotReady, match="shutting down"):
+                    await task
+
+            asyncio.run(go())
+        assert engine.batches == 2
+
+
+async def all_is_given_back(segmenter: Segmenter) -> None:
+    """The next caller, who needs the whole budget, is served."""
+    for budget in (segmenter._images, segmenter._volumes):
+        assert budget._free == budget._total
+    await segmenter.segment(Sent(picture_bytes(VOLUME[0])), SegmentRequest())
+
+
+@pytest.mark.parametrize("volumes", [1, 3])
+def test_an_image_passes_volumes(monkeypatch: pytest.MonkeyPatch, volumes: int) -> None:
+    """Though one volume takes the whole budget and others wait for it; it waits for no batch but the one that runs."""
+    monkeypatch.setattr("server.segment.plan.STEP_PIXELS", 4 * 32 * 32)
+    engine, kinds = Breaks(1), []
+
+    def noted(tiles: Tiles) -> np.ndarray:
+        kinds.append(tiles.pixels.shape[2:])
+        return engine(tiles)
+
+    with segmenting(noted, max_batch=1, limits=LimitsSettings(pixels_in_flight=1)) as segmenter:
+
+        async def go() -> None:
+            stack, image = TestInTheMiddle.DATA, picture_bytes(VOLUME[0])
+            long = [asyncio.create_task(segmenter.segment(Sent(stack), SegmentRequest())) for _ in range(volumes)]
+            await engine.at_work(*long)
+            short = asyncio.create_task(segmenter.segment(Sent(image), SegmentRequest()))
+            while not any(len(queue) and queue[-1].tile.pixels.shape[2:] == (48, 32) for queue in queues(segmenter)):
+                assert not short.done()
+                await asyncio.sleep(0.001)
+            engine.leave.set()
+            await short
+            assert not any(task.done() for task in long)
+            await asyncio.gather(*long)
+
+        asyncio.run(go())
+    assert (48, 32) in kinds[2:4]
+    assert len(kinds) == 48 * volumes + 1
+
+
+def queues(segmenter: Segmenter) -> list[Any]:
+    return [queue for batcher in segmenter._batchers.values() for queue in batcher._callers]

@@ -1,0 +1,175 @@
+"""How the network's axes lie in the caller's array. One view serves both ways, so what goes in mirrored comes back mirrored.
+
+Voxels are read through a view with the network's axes, and the mask is written through the same kind of view into an
+array with the caller's: there is no inverse to get wrong.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32, Float64, Shaped
+from nibabel import orientations
+from numpy import ndarray
+from scipy import ndimage
+
+from server.errors import InvalidParameter, Unreadable
+
+# A spacing this near to the network's is not resampled: it would only blur.
+SAME_SPACING = 0.01
+
+# mm; outside of it an affine is a mistake, such as metres or micrometres without their unit.
+LEAST_SPACING, MOST_SPACING = 1e-4, 100.0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The network's grid in the caller's array.
+
+    Attributes:
+        order: network axis k is axis order[k] of the caller's.
+        mirrored: which network axes run against the caller's.
+        size: voxels of the network's grid, along its axes.
+        native: voxels of the caller's grid along the network's axes; another size means resampling.
+        flat: the first axis counts slices for a network of two dimensions.
+    """
+
+    order: tuple[int, ...]
+    mirrored: tuple[bool, ...]
+    size: tuple[int, ...]
+    native: tuple[int, ...]
+    flat: bool = False
+
+    @property
+    def resampled(self) -> bool:
+        """Whether the two grids have different voxels."""
+        return self.size != self.native
+
+    def view(self, array: Shaped[ndarray, "..."], leading: int = 0) -> Shaped[ndarray, "..."]:
+        """The caller's array along the network's axes: no copy, what is written here is written there.
+
+        Args:
+            array: `leading` other axes, the caller's spatial axes, perhaps further axes.
+            leading: axes before the spatial ones, e.g. 1 for scores (K, X, Y, Z).
+        """
+        first, last = range(leading), range(leading + len(self.order), array.ndim)
+        turned = array.transpose(*first, *(leading + axis for axis in self.order), *last)
+        steps = (slice(None, None, -1 if mirrored else 1) for mirrored in self.mirrored)
+        return turned[(*(slice(None) for _ in first), *steps)]
+
+    def resample(self, voxels: Shaped[ndarray, "*native C"]) -> Shaped[ndarray, "*size C"]:
+        """A view's voxels on the network's grid, linearly; the same array where the grids agree."""
+        if not self.resampled:
+            return voxels
+        factors = [size / native for size, native in zip(self.size, self.native, strict=True)]
+        channels = (
+            # grid_mode: voxels are boxes and the boxes' outer faces stay in place.
+            ndimage.zoom(voxels[..., c], factors, output=np.float32, order=1, mode="nearest", grid_mode=True)
+            for c in range(voxels.shape[-1])
+        )
+        return np.stack(list(channels), axis=-1)
+
+
+def place_image(size: tuple[int, ...]) -> Placement:
+    """An image for a network of two dimensions: as it is."""
+    return Placement((0, 1), (False, False), size, size)
+
+
+def place_stack(size: tuple[int, ...], affine: Float64[ndarray, "4 4"] | None, axis: str) -> Placement:
+    """A volume as slices for a network of two dimensions; columns run along the first remaining axis, as viewers show it.
+
+    Args:
+        size: (X, Y, Z).
+        affine: tells the spacing; None for a stack of pages.
+        axis: along which slices follow each other: "0", "1", "2", or "auto": the pages of a stack; an axis of one voxel, else
+            the coarsest, else the last.
+
+    Raises:
+        InvalidParameter: no such axis.
+    """
+    if axis not in ("auto", "0", "1", "2"):
+        raise InvalidParameter(f"axis={axis!r:.20} does not exist; slices can follow each other along axis 0, 1, 2 or auto")
+    if axis != "auto":
+        chosen = int(axis)
+    elif affine is None:
+        chosen = 2
+    elif size.count(1) == 1:
+        chosen = size.index(1)
+    else:
+        mm = spacing(affine)
+        coarsest = max(mm)
+        chosen = max(k for k in range(3) if mm[k] > coarsest * (1 - SAME_SPACING))
+    columns, rows = (k for k in range(3) if k != chosen)
+    order = (chosen, rows, columns)
+    native = tuple(size[k] for k in order)
+    return Placement(order, (False, False, False), native, native, flat=True)
+
+
+def place_volume(
+    size: tuple[int, ...], affine: Float64[ndarray, "4 4"], orientation: str, wanted: tuple[float, ...] | None
+) -> Placement:
+    """A volume for a network of three dimensions.
+
+    Args:
+        size: (X, Y, Z).
+        affine: voxel index to mm.
+        orientation: where the network's axes point, e.g. "RAS".
+        wanted: mm per voxel along them, or None for any.
+    """
+    here = orientations.io_orientation(affine)
+    there = orientations.axcodes2ornt(tuple(orientation))
+    # Row per axis of the caller's: the network's axis, and 1 or -1.
+    transform = orientations.ornt_transform(here, there)
+    order = tuple(int(np.flatnonzero(transform[:, 0] == k)[0]) for k in range(3))
+    mirrored = tuple(bool(transform[axis, 1] < 0) for axis in order)
+    native = tuple(size[axis] for axis in order)
+    network = native
+    if wanted is not None:
+        mm = [spacing(affine)[axis] for axis in order]
+        ratios = [1.0 if abs(m / w - 1) <= SAME_SPACING else m / w for m, w in zip(mm, wanted, strict=True)]
+        network = tuple(max(1, round(n * ratio)) for n, ratio in zip(native, ratios, strict=True))
+    return Placement(order, mirrored, network, native)
+
+
+def spacing(affine: Float64[ndarray, "4 4"]) -> tuple[float, float, float]:
+    """Mm from voxel to voxel along each axis of the array."""
+    with np.errstate(over="ignore"):
+        x, y, z = np.sqrt(np.square(affine[:3, :3]).sum(axis=0)).tolist()
+    return x, y, z
+
+
+def check_affine(affine: Float64[ndarray, "4 4"]) -> None:
+    """Refuses an affine that places voxels nowhere.
+
+    Raises:
+        Unreadable: says what is odd.
+    """
+    if not np.isfinite(affine).all():
+        raise Unreadable("the file's affine holds values that are not finite; repair its qform and sform")
+    steps = spacing(affine)
+    if not all(LEAST_SPACING <= step <= MOST_SPACING for step in steps):
+        shown = " × ".join(f"{step:.4g}" for step in steps)
+        raise Unreadable(
+            f"the voxels are {shown} mm apart; between {LEAST_SPACING:g} and {MOST_SPACING:g} mm is read. Repair the spacing "
+            "(pixdim, sform) or its unit (xyzt_units) in the header"
+        )
+    if abs(np.linalg.det(affine[:3, :3] / np.array(steps))) < 1e-3:
+        raise Unreadable("the file's affine is flat: two axes point the same way; repair its qform and sform")
+
+
+def lerp(array: Float32[ndarray, "K *rest"], size: int, axis: int) -> Float32[ndarray, "K *changed"]:
+    """Resizes one axis linearly, on the same convention as `Placement.resample`."""
+    if array.shape[axis] == size:
+        return array
+    lower, share = between(array.shape[axis], size)
+    upper = np.minimum(lower + 1, array.shape[axis] - 1)
+    share = share.reshape(-1, *(1,) * (array.ndim - 1 - axis)).astype(np.float32)
+    low = np.take(array, lower, axis)
+    resized: Float32[ndarray, "K *changed"] = low + (np.take(array, upper, axis) - low) * share
+    return resized
+
+
+def between(source: int, target: int) -> tuple[Shaped[ndarray, " target"], Float64[ndarray, " target"]]:
+    """Where each of `target` voxels lies among `source` voxels of the same extent: the lower neighbour, and how far beyond it."""
+    position = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
+    lower = position.astype(np.intp)
+    return lower, position - lower

@@ -1,0 +1,89 @@
+"""What every decoder keeps to: limits that hold before pixels are decoded, and how odd values are met."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32
+from numpy import ndarray
+
+from server.errors import TooLarge, Unreadable
+
+# The longest side of a JPEG; longer ones are not images but strips of noise, and would take endless windows.
+MOST_SIDE = 65_535
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a file is to be read.
+
+    Attributes:
+        max_pixels: largest height × width of an image.
+        max_voxels: largest volume or stack.
+        labels: the values as stored are wanted: the indices of a palette image, not its colours.
+        zero_nonfinite: NaN and infinite values become 0 instead of being refused.
+    """
+
+    max_pixels: int
+    max_voxels: int = 0
+    labels: bool = False
+    zero_nonfinite: bool = False
+
+    def check_image(self, height: int, width: int) -> None:
+        """Refuses images over the limit and without pixels.
+
+        Raises:
+            TooLarge: says limit and size.
+            Unreadable: no pixels.
+        """
+        if height < 1 or width < 1:
+            raise Unreadable(f"the image is {width} × {height}: it has no pixels")
+        if height * width > self.max_pixels:
+            raise TooLarge(
+                f"the image has {width} × {height} = {height * width:,} pixels; the limit is {self.max_pixels:,}. "
+                "Cut or scale it down, or raise UNETPP_LIMITS__MAX_PIXELS on the server"
+            )
+        if max(height, width) > MOST_SIDE:
+            raise TooLarge(f"the image is {width} × {height} pixels; the longer side may have {MOST_SIDE:,}. Cut it into pieces")
+
+    def check_volume(self, size: tuple[int, ...], hint: str = "") -> None:
+        """Refuses volumes over the limit and without voxels.
+
+        Args:
+            size: (X, Y, Z).
+            hint: what else the caller should know, e.g. what it would cost.
+
+        Raises:
+            TooLarge: says limit and size.
+            Unreadable: no voxels.
+        """
+        shown, count = " × ".join(map(str, size)), math.prod(size)
+        if count < 1:
+            raise Unreadable(f"the volume is {shown}: it has no voxels")
+        if count > self.max_voxels:
+            raise TooLarge(
+                f"the volume has {shown} = {count:,} voxels; the limit is {self.max_voxels:,}. "
+                f"{hint}Cut or resample it, or raise UNETPP_LIMITS__MAX_VOXELS on the server"
+            )
+
+
+def met(wrong: int, total: int, zero: bool) -> str:
+    """What is said about values that are not finite: a note where they were replaced.
+
+    Raises:
+        Unreadable: they were not to be replaced; says how many there are.
+    """
+    if not wrong:
+        return ""
+    if not zero:
+        raise Unreadable(
+            f"{wrong:,} of {total:,} values are not finite (NaN or infinite); replace them before sending, or add nonfinite=zero"
+        )
+    return f"{wrong:,} values that are not finite were read as 0"
+
+
+def zero_nonfinite(values: Float32[ndarray, "..."]) -> int:
+    """Replaces what is not finite by 0, in place; how many there were."""
+    wrong = ~np.isfinite(values)
+    values[wrong] = 0
+    return int(wrong.sum())

@@ -1,0 +1,70 @@
+"""What the imaging tests share: decoding as the server does it, NIfTI files with odd headers, real volumes."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from server.arrays import Extent, Image, Volume
+from server.imaging.decode import decode, measure
+from server.imaging.reading import Reading
+from tests.conftest import _shared
+
+LIMIT = 100_000_000
+
+
+@contextlib.contextmanager
+def uploaded(data: bytes) -> Iterator[BinaryIO]:
+    """As the server holds it: a temporary file that may lie in memory."""
+    with tempfile.SpooledTemporaryFile() as file:
+        file.write(data)
+        file.seek(0)
+        yield file
+
+
+def read(data: bytes, *, limit: int = LIMIT, voxels: int = LIMIT, **choices: bool) -> Image | Volume:
+    """The image, volume or stack of a file."""
+    with uploaded(data) as file:
+        return decode(file, Reading(limit, voxels, **choices))
+
+
+def extent(data: bytes, limit: int = LIMIT) -> Extent:
+    """What the header says; the file is left at its start."""
+    with uploaded(data) as file:
+        measured = measure(file, limit)
+        assert file.tell() == 0
+    return measured
+
+
+def nifti(values: np.ndarray, affine: np.ndarray | None = None, *, version: int = 1, order: str = "<", **fields: Any) -> bytes:
+    """A NIfTI file built byte by byte from a header: nibabel's writer, which repairs headers, has no say.
+
+    Args:
+        values: written as they are stored, in `order`.
+        affine: of qform and sform, both with code 1; None leaves both at 0.
+        version: 1 or 2.
+        order: "<" or ">".
+        fields: of the header, set last.
+    """
+    header = (nib.Nifti1Header if version == 1 else nib.Nifti2Header)(endianness=order)
+    header.set_data_dtype(values.dtype)
+    header.set_data_shape(values.shape)
+    if affine is not None:
+        header.set_qform(affine, 1)
+        header.set_sform(affine, 1)
+    header["vox_offset"] = 352 if version == 1 else 544
+    header["magic"] = b"n+1" if version == 1 else header["magic"]
+    for name, value in fields.items():
+        header[name] = value
+    return bytes(header.binaryblock) + bytes(4) + values.astype(values.dtype.newbyteorder(order)).tobytes(order="F")
+
+
+@pytest.fixture(scope="session")
+def volumes() -> Path:
+    """Folder of real volumes."""
+    return _shared("volumes")
