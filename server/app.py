@@ -8,11 +8,12 @@ from fastapi import FastAPI
 from fastapi.responses import FileResponse
 
 from server import __version__
-from server.api import problems
+from server.api import asking, problems
 from server.api.limits import BodyLimit
 from server.api.request_id import RequestId
-from server.api.routes import health, models, segment
+from server.api.routes import health, jobs, models, segment
 from server.errors import BundleDamaged, UnknownModel
+from server.jobs.runner import Runner
 from server.metrics import Metrics
 from server.runtime.bundle import find_bundles
 from server.runtime.opening import OpenBundle, open_bundle
@@ -63,6 +64,7 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle]) -> FastAPI
     """The application over bundles that `open_bundles` has opened."""
     metrics = Metrics()
     segmenter = make_segmenter(settings, bundles, metrics)
+    runner = Runner(settings.jobs, segmenter, metrics, asking.headers, problems.explain)
     for name, opened in bundles.items():
         metrics.expect(name, [(route.mode, f"{route.level}") for route in modes.routes(opened.bundle.manifest)])
         for (graph, precision), engine in opened.engines.items():
@@ -71,8 +73,11 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle]) -> FastAPI
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        segmenter.close()
+        try:
+            async with runner:
+                yield
+        finally:
+            segmenter.close()
 
     app = FastAPI(
         title="UNet++ segmentation server",
@@ -85,6 +90,7 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle]) -> FastAPI
     app.add_middleware(RequestId)
     problems.install(app)
     app.include_router(segment.router(segmenter, metrics, settings.http.max_in_flight))
+    app.include_router(jobs.router(runner))
     app.include_router(models.router(segmenter))
     app.include_router(health.router(segmenter, metrics))
 

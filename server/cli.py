@@ -86,10 +86,13 @@ def serve(
     import uvicorn
 
     from server.app import create_app, open_bundles
+    from server.jobs.store import Store
 
     settings = _settings(bundles, host, port)
     log_to_stderr()
     opened = open_bundles(settings)
+    # Opened for good once the server runs; here, a folder that is in use or damaged can still be said in one line.
+    Store(settings.jobs).close()
     http = settings.http
     shown = f"http://{'localhost' if http.host in ('127.0.0.1', '0.0.0.0') else http.host}:{http.port}"  # noqa: S104 - compared, not bound
     for name, bundle in opened.items():
@@ -155,7 +158,8 @@ def segment(
         typer.echo(f"note: {answer.note}")
 
 
-def _show(bar: Any, task: Any, done: int, total: int) -> None:
+def _show(bar: Any, task: Any, stage: str, done: int, total: int) -> None:
+    del stage
     bar.update(task, completed=done, total=total)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,9 @@ T = TypeVar("T")
 # How long a success counts as ready, and how long a test tile may take.
 PROBE_EVERY_S = 5
 PROBE_TIMEOUT_S = 10
+
+# Multiply-accumulates of a CPU with two cores.
+MACS_PER_S = 2e11
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,16 @@ class Answer:
     def mean_dice(self) -> float:
         """Dice with the reference, averaged over the foreground classes."""
         return sum(q.dice for q in self.quality.values()) / len(self.quality)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a request will cost, as far as its header tells."""
+
+    pixels: int
+    windows: int
+    seconds: float
+    memory_bytes: int
 
 
 @dataclass
@@ -202,12 +216,24 @@ class Segmenter:
             )
         return Choice(name, opened.bundle.manifest, route, precision, batcher)
 
+    async def estimate(self, file: BinaryIO, request: SegmentRequest) -> Estimate:
+        """What a request will cost.
+
+        Raises:
+            CallerError: it could never be answered.
+        """
+        choice = self.choose(request)
+        pixels = await _Clock(self._workers).off_loop("decode", measure, file, self._limits.max_pixels)
+        windows = math.ceil(pixels / math.prod(choice.manifest.window.size))
+        macs = pixels * choice.manifest.graph(choice.route.graph).macs_per_pixel
+        return Estimate(pixels, windows, macs / MACS_PER_S, pixels * len(choice.manifest.channels) * 4)
+
     async def segment(
         self,
         file: BinaryIO,
         request: SegmentRequest,
         reference: BinaryIO | None = None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     ) -> Answer:
         """Segments one image.
 
@@ -215,7 +241,7 @@ class Segmenter:
             file: the encoded image, open at its start.
             request: the caller's choices.
             reference: an encoded label image to score against.
-            progress: called with (bands done, bands in all).
+            progress: called with (stage, bands done, bands in all).
 
         Raises:
             CallerError, TryAgain, ServerFault: see `server.errors`.
@@ -244,7 +270,13 @@ class Segmenter:
         return labels
 
     async def _run(
-        self, plan: Plan, image: Image, choice: Choice, encoder: Encoder, clock: _Clock, progress: Callable[[int, int], None]
+        self,
+        plan: Plan,
+        image: Image,
+        choice: Choice,
+        encoder: Encoder,
+        clock: _Clock,
+        progress: Callable[[str, int, int], None],
     ) -> Mask:
         """Band by band: cut, run, restore."""
         manifest = choice.manifest
@@ -255,7 +287,7 @@ class Segmenter:
             clock.add("queue", ran.queue_s)
             clock.add("infer", ran.infer_s)
             await clock.off_loop("restore", canvas.add, band, ran.parts)
-            progress(band + 1, len(plan.bands))
+            progress("infer", band + 1, len(plan.bands))
         return await clock.off_loop("restore", canvas.mask)
 
 

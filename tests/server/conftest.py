@@ -17,6 +17,9 @@ from server.arrays import Tiles
 from server.runtime.bundle import FileEntry, Manifest, sha256
 from server.runtime.engines.fake import FakeEngine
 
+# Emptied by the operating system, as applications have no end that a fixture would see.
+JOBS = Path(tempfile.gettempdir()) / "unetpp-tests"
+
 NO_FILE = {"sha256": "0" * 64, "bytes": 0}
 
 
@@ -95,10 +98,11 @@ def fake_bundles(run: Callable[[Tiles], np.ndarray] = bright, **changes: Any) ->
 
 
 def fake_app(run: Callable[[Tiles], np.ndarray] = bright, changes: dict[str, Any] | None = None, **settings: Any) -> Any:
-    """The application on fake engines."""
+    """The application on fake engines; its jobs go to a new folder, unless one is named."""
     from server.app import create_app
     from server.settings import Settings
 
+    settings["jobs"] = {"folder": JOBS / uuid.uuid4().hex} | settings.get("jobs", {})
     return create_app(Settings(**settings), fake_bundles(run, **(changes or {})))
 
 
