@@ -1,9 +1,13 @@
 """What several rooms' tests share: encoded pictures, a manifest by hand, applications on fake engines."""
 
+import atexit
 import contextlib
 import io
 import json
 import resource
+import shutil
+import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +21,9 @@ from server.arrays import Tiles
 from server.runtime.bundle import FileEntry, Manifest, sha256
 from server.runtime.engines.fake import FakeEngine
 
-# Emptied by the operating system, as applications have no end that a fixture would see.
-JOBS = Path(tempfile.gettempdir()) / "unetpp-tests"
+# Applications have no end that a fixture would see, so their folders go with the process.
+JOBS = Path(tempfile.mkdtemp(prefix="unetpp-jobs-"))
+atexit.register(shutil.rmtree, JOBS, ignore_errors=True)
 
 NO_FILE = {"sha256": "0" * 64, "bytes": 0}
 
@@ -135,8 +140,6 @@ def memory_stays_below(megabytes: float) -> Iterator[None]:
 @pytest.fixture
 def copied_bundle(shipped_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the shipped bundle that a test may damage."""
-    import shutil
-
     return Path(shutil.copytree(shipped_bundle, tmp_path / "nuclei"))
 
 
