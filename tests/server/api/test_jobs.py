@@ -88,7 +88,9 @@ class TestHappyPath:
         assert name == job["state"] == "done"
         assert job == small.get(job["links"]["self"]).json()
         assert (job["stage"], job["queue_position"], job["eta_s"], job["windows"]) == (None, None, None, {"done": 1, "total": 1})
-        created, started, finished, expires = (datetime.fromisoformat(job[t]) for t in ("created", "started", "finished", "expires"))
+        created, started, finished, expires = (
+            datetime.fromisoformat(job[t]) for t in ("created", "started", "finished", "expires")
+        )
         assert created <= started <= finished
         assert expires - finished == timedelta(hours=24)
         assert created.utcoffset() == timedelta(0)
@@ -306,4 +308,3 @@ def test_every_answer_is_in_the_documentation(small: httpx.Client) -> None:
     }  # fmt: skip
     parameters = {p["name"] for p in paths["/jobs"]["post"]["parameters"]}
     assert parameters == {p["name"] for p in paths["/segment"]["post"]["parameters"]} | {"preview"}
-

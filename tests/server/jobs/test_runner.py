@@ -98,7 +98,9 @@ def opened(data: bytes) -> Iterator[BinaryIO]:
         yield file
 
 
-async def submit(runner: Runner, data: bytes = PICTURE, reference: bytes | None = None, *, preview: bool = False, **asked: Any) -> str:
+async def submit(
+    runner: Runner, data: bytes = PICTURE, reference: bytes | None = None, *, preview: bool = False, **asked: Any
+) -> str:
     with opened(data) as file, opened(reference or b"") as truth:
         view = await runner.submit(file, SegmentRequest(**asked), truth if reference else None, preview=preview)
     return view.job.id
@@ -212,7 +214,9 @@ async def _states(runner: Runner, id_: str) -> AsyncIterator[str]:
         yield view.job.state
 
 
-def test_a_silent_job_is_told_again(runners: Callable[..., Runner], segmenter: FakeSegmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_job_is_told_again(
+    runners: Callable[..., Runner], segmenter: FakeSegmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "MOST_S", 0.01)
 
     async def go() -> None:
@@ -426,9 +430,9 @@ class TestRefusals:
             async with runners() as runner:
                 with pytest.raises(error):
                     await submit(runner, data, **asked)
-            assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
         asyncio.run(go())
+        assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
     def test_too_many_wait(self, runners: Callable[..., Runner], segmenter: FakeSegmenter) -> None:
         async def go() -> None:
@@ -436,9 +440,9 @@ class TestRefusals:
             async with runners(max_queued=2) as runner:
                 await until(runner, await submit(runner), lambda view: view.stage == "decode")
                 await submit(runner)
-                with runner.reserve(SegmentRequest()), pytest.raises(Overloaded, match="2 jobs are waiting"):
-                    with runner.reserve(SegmentRequest()):
-                        pass
+                one = runner.reserve(SegmentRequest())
+                with one, pytest.raises(Overloaded, match="2 jobs are waiting"), runner.reserve(SegmentRequest()):
+                    pass
                 with runner.reserve(SegmentRequest()):
                     pass
 
@@ -471,7 +475,10 @@ class TestStop:
                 await anext(watched)
             assert [view async for view in watched] == []
             with contextlib.closing(Store(JobsSettings(folder=tmp_path))) as store:
-                assert [(job.id, job.state, job.attempts) for job in store.waiting()] == [(first, "queued", 0), (second, "queued", 0)]
+                assert [(job.id, job.state, job.attempts) for job in store.waiting()] == [
+                    (first, "queued", 0),
+                    (second, "queued", 0),
+                ]
             segmenter.free = True
             async with runners() as runner:
                 for id_ in (first, second):
@@ -505,7 +512,12 @@ def test_metrics(runners: Callable[..., Runner], segmenter: FakeSegmenter) -> No
             segmenter.step(WINDOWS)
             await end(runner, first)
             text = runner._metrics.render().decode()
-            for line in ("queued 0.0", 'total{outcome="done"} 1.0', 'total{outcome="cancelled"} 1.0', 'total{outcome="failed"} 0.0'):
+            for line in (
+                "queued 0.0",
+                'total{outcome="done"} 1.0',
+                'total{outcome="cancelled"} 1.0',
+                'total{outcome="failed"} 0.0',
+            ):
                 assert f"unetpp_jobs_{line}" in text
 
     asyncio.run(go())

@@ -4,6 +4,8 @@ import io
 import os
 import sqlite3
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,14 @@ import pytest
 
 from server.errors import Interrupted, StoreBroken, StoreFull, UnknownJob
 from server.jobs import store as module
-from server.jobs.store import GRACE_S, Job, Served, Store, Ticket
+from server.jobs.store import FINISHED, GRACE_S, Job, Served, Store, Ticket
 from server.settings import JobsSettings
 
 TICKET = Ticket({"model": None, "level": 2}, True, "fake", "fast", 2, "fp32", 12, 3.5)
 SERVED = Served("image/png", {"X-Segment-Level": "2"})
 PROBLEM = {"type": "urn:unetpp:internal", "title": "t", "status": 500, "detail": "d"}
 HOUR = 3600.0
+ROOT = Path(__file__).parents[3]
 
 
 class Clock:
@@ -287,7 +290,7 @@ class TestDurability:
         fsync = os.fsync
 
         def recorded(handle: int) -> None:
-            synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+            synced.append(Path(f"/proc/self/fd/{handle}").readlink().name)
             fsync(handle)
 
         monkeypatch.setattr(module.os, "fsync", recorded)
@@ -301,13 +304,49 @@ class TestDurability:
         assert store._db.execute("PRAGMA synchronous").fetchone()[0] == 2
         assert store._db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
 
-    def test_interrupted_between_file_and_row(self, store: Store, monkeypatch: pytest.MonkeyPatch, opened: Callable[..., Store]) -> None:
+    def test_interrupted_between_file_and_row(self, store: Store, opened: Callable[..., Store]) -> None:
         id_ = accept(store).id
         store.start(id_)
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(store, "_change", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-            store.finish(id_, b"mask", SERVED)
+        store._keep(id_, "result", b"mask")
         again = opened()
         assert again.get(id_).state == "queued"
         assert not again.path(id_, "result").exists()
         assert again.path(id_, "input").exists()
+
+
+def test_killed_at_any_line(tmp_path: Path) -> None:
+    """Whatever line of the store a kill falls on, what its caller had been told stays true, and nothing else stays."""
+    subprocess.run([sys.executable, str(Path(__file__).with_name("dying.py")), str(tmp_path)], check=True, timeout=300,
+                   env=os.environ | {"PYTHONPATH": str(ROOT)})  # noqa: TID251 - of a child  # fmt: skip
+    deaths = list(tmp_path.glob("*.told"))
+    for told in deaths:
+        check_life(told.with_suffix(""), [tuple(line.split()) for line in told.read_text().splitlines()])
+    assert len(deaths) > 200
+
+
+def check_life(folder: Path, told: list[tuple[str, ...]]) -> None:
+    """Opens a store after its process was killed."""
+    last = {id_: what for what, id_ in told}
+    previewed = {id_ for what, id_ in told if what == "preview"}
+    with contextlib.closing(Store(JobsSettings(folder=folder))) as store:
+        # What is on the disk must be known, even where the kill came before its caller was told.
+        present = {path.parent.name for path in folder.glob("*/*")}
+        gone = {id_ for id_, what in last.items() if what in ("removing", "removed") and id_ not in present}
+        assert {id_ for id_, what in last.items() if what == "removed"} <= gone
+        for id_ in (last.keys() | present) - gone:
+            job = store.get(id_)
+            assert job.state == last.get(id_) or last.get(id_) not in FINISHED
+            assert job.preview or id_ not in previewed
+            check_files(job, {path.name: path.read_bytes() for path in (folder / id_).glob("*")})
+
+
+def check_files(job: Job, files: dict[str, bytes]) -> None:
+    """All that the row speaks of is there, and nothing else."""
+    if job.state == "queued":
+        assert files.pop("input") == b"input"
+        assert files.pop("reference", b"truth") == b"truth"
+        assert files.pop("preview", b"preview") == b"preview"
+    if job.state == "done":
+        assert files.pop("result") == b"result"
+        assert files.pop("preview") == b"preview"
+    assert not files
