@@ -333,6 +333,9 @@ def check_life(folder: Path, told: list[tuple[str, ...]]) -> None:
         present = {path.parent.name for path in folder.glob("*/*")}
         gone = {id_ for id_, what in last.items() if what in ("removing", "removed") and id_ not in present}
         assert {id_ for id_, what in last.items() if what == "removed"} <= gone
+        for id_ in gone:
+            with pytest.raises(UnknownJob):
+                store.get(id_)
         for id_ in (last.keys() | present) - gone:
             job = store.get(id_)
             assert job.state == last.get(id_) or last.get(id_) not in FINISHED
