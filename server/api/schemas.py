@@ -5,7 +5,7 @@ from typing import Literal, overload
 
 from pydantic import BaseModel
 
-from server.jobs.runner import View
+from server.jobs.live import View
 from server.runtime.bundle import Calibration, Class, Comparison, Graph, Manifest, Measured
 from server.runtime.opening import OpenBundle
 

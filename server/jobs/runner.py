@@ -6,12 +6,13 @@ import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, Self
 
 from server.errors import CallerError, Interrupted, NotReady, Overloaded, StoreFull, TryAgain, UnetppError
-from server.jobs.store import FINISHED, Job, Served, Store, Ticket
+from server.jobs.job import FINISHED, Job, Served, Ticket
+from server.jobs.live import Live, View
+from server.jobs.store import Store
 from server.metrics import Metrics
 from server.segment.pipeline import Answer, Choice, Estimate, SegmentRequest
 from server.settings import JobsSettings
@@ -23,9 +24,6 @@ SWEEP_S = 60
 # Watchers hear of a job at most so often, and at least so often, which also keeps proxies from closing the connection.
 LEAST_S = 0.25
 MOST_S = 15
-
-# After so many windows their measured pace is trusted more than the estimate.
-PACED_WINDOWS = 2
 
 # When the store itself fails, e.g. because its disk went away.
 BROKEN_S = 10
@@ -50,80 +48,8 @@ class Segments(Protocol):
         """See `Segmenter.segment`."""
 
 
-@dataclass(frozen=True)
-class View:
-    """A job as its owner may see it now.
-
-    Attributes:
-        job: its row.
-        stage: preview, decode, infer, restore or encode; None unless it runs.
-        done: windows done of the asked-for level, or of the preview while that runs.
-        total: windows in all.
-        position: 0 runs, 1 is next; None when finished.
-        eta_s: until the result is there; None when finished.
-        expires: when a finished job is forgotten, in seconds since 1970.
-    """
-
-    job: Job
-    stage: str | None
-    done: int
-    total: int
-    position: int | None
-    eta_s: float | None
-    expires: float | None
-
-
 class _Stopped(Exception):
     """A running job was told to stop."""
-
-
-@dataclass
-class _Live:
-    """A job that is not finished."""
-
-    job: Job
-    taken: bool = False
-    stop: bool = False
-    stage: str | None = None
-    done: int = 0
-    total: int = 0
-    begun: float = 0.0
-    paced: tuple[float, int] | None = None
-    task: asyncio.Task[Answer] | None = None
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def touch(self) -> None:
-        """Wakes the watchers, who then wait for the next event: leaving costs them nothing."""
-        self.changed.set()
-        self.changed = asyncio.Event()
-
-    def begin(self, taken: bool) -> None:
-        """Starts over, as a running or as a waiting job."""
-        self.taken, self.stage, self.done, self.total = taken, None, 0, self.job.ticket.windows
-        self.begun, self.paced, self.task = time.monotonic(), None, None
-
-    def progress(self, stage: str, done: int, total: int) -> None:
-        """Called by the segmenter."""
-        if stage == "infer" and self.paced is None:
-            self.paced = (time.monotonic(), done)
-        self.stage, self.done, self.total = stage, done, total
-        self.touch()
-
-    def glance(self, _: str, done: int, total: int) -> None:
-        """The same for the preview, whose stages are of no interest."""
-        self.stage, self.done, self.total = "preview", done, total
-        self.touch()
-
-    def eta_s(self) -> float:
-        """Seconds of work left in this job."""
-        if not self.taken:
-            return self.job.ticket.seconds
-        now = time.monotonic()
-        if self.paced and self.done >= self.paced[1] + PACED_WINDOWS:
-            since, first = self.paced
-            return (now - since) / (self.done - first) * (self.total - self.done)
-        return max(0.0, self.job.ticket.seconds - (now - self.begun))
 
 
 class Runner:
@@ -154,7 +80,7 @@ class Runner:
         self._explain = explain
         self._clock = clock
         self._opened: Store | None = None
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, Live] = {}
         self._uploads = 0
         self._arrived = asyncio.Event()
         self._closing = asyncio.Event()
@@ -278,9 +204,10 @@ class Runner:
             self._finished(live, await asyncio.to_thread(self._store.cancel, id_))
         except UnetppError:
             live.taken = False
+            self._arrived.set()
             raise
 
-    async def _stop(self, live: _Live) -> None:
+    async def _stop(self, live: Live) -> None:
         """Ends a running job, waiting until nothing of it is left."""
         id_ = live.job.id
         if live.task:
@@ -296,8 +223,8 @@ class Runner:
             raise NotReady("the server is starting; try again in a moment")
         return self._opened
 
-    def _add(self, job: Job) -> _Live:
-        live = self._live[job.id] = _Live(job, total=job.ticket.windows)
+    def _add(self, job: Job) -> Live:
+        live = self._live[job.id] = Live(job, total=job.ticket.windows)
         self._moved()
         return live
 
@@ -307,14 +234,14 @@ class Runner:
         for live in self._live.values():
             live.touch()
 
-    def _finished(self, live: _Live, job: Job) -> None:
+    def _finished(self, live: Live, job: Job) -> None:
         self._metrics.jobs.labels(job.state).inc()
         del self._live[job.id]
         live.ended.set()
         live.touch()
         self._moved()
 
-    def _view(self, live: _Live) -> View:
+    def _view(self, live: Live) -> View:
         lives = list(self._live.values())
         before = lives[: lives.index(live)]
         eta_s = live.eta_s()
@@ -359,7 +286,7 @@ class Runner:
                 live.begin(taken=False)
                 self._moved()
 
-    async def _attempt(self, live: _Live) -> Job:
+    async def _attempt(self, live: Live) -> Job:
         """One run, whose every outcome is kept."""
         id_ = live.job.id
         try:
@@ -376,7 +303,7 @@ class Runner:
                 log.error("job %s failed", id_, exc_info=error)
             return await asyncio.to_thread(self._store.fail, id_, self._explain(error))
 
-    async def _run(self, live: _Live) -> Job:
+    async def _run(self, live: Live) -> Job:
         """The preview, if one was asked for and is not there from an earlier run, and then the asked-for level."""
         request = SegmentRequest(**live.job.ticket.request)
         if live.job.ticket.preview and live.job.preview is None:
@@ -387,7 +314,7 @@ class Runner:
         return await asyncio.to_thread(self._store.finish, live.job.id, answer.body, self._served(answer))
 
     async def _answer(
-        self, live: _Live, request: SegmentRequest, progress: Callable[[str, int, int], None], *, scored: bool
+        self, live: Live, request: SegmentRequest, progress: Callable[[str, int, int], None], *, scored: bool
     ) -> Answer:
         """The part of a run that can be stopped at any point, as it writes nothing."""
         with contextlib.ExitStack() as opened:
@@ -404,7 +331,7 @@ class Runner:
             finally:
                 live.task = None
 
-    def _must_stop(self, live: _Live) -> bool:
+    def _must_stop(self, live: Live) -> bool:
         return live.stop or self._closing.is_set()
 
     def _open(self, id_: str, opened: contextlib.ExitStack, scored: bool) -> tuple[BinaryIO, BinaryIO | None]:

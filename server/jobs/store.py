@@ -16,11 +16,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from server.errors import Interrupted, StoreBroken, StoreFull, UnknownJob
+from server.jobs.job import Job, Served, Ticket, read
 from server.settings import JobsSettings
 
 VERSION = 1
@@ -51,7 +52,6 @@ FILES = {
     "failed": set[str](),
     "cancelled": set[str](),
 }
-FINISHED = ("done", "failed", "cancelled")
 
 # Expired results stay on disk a little longer than they are offered, for the answers that have just begun.
 GRACE_S = 60
@@ -61,52 +61,6 @@ ID = re.compile("[0-9a-f]{32}")
 
 COPY_BYTES = 1024 * 1024
 RETRY_FULL_S = 60
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """What was accepted.
-
-    Attributes:
-        request: the fields of the `SegmentRequest`.
-        preview: whether a quick look comes first.
-        model: of the route that the request was resolved to, as are mode, level and precision.
-        windows: of the asked-for level.
-        seconds: the whole job's estimate.
-    """
-
-    request: dict[str, Any]
-    preview: bool
-    model: str
-    mode: str
-    level: int
-    precision: str
-    windows: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Served:
-    """How a kept file is answered."""
-
-    media_type: str
-    headers: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One row. Times are seconds since 1970; `attempts` counts runs that were started and not ended in good order."""
-
-    id: str
-    state: str
-    attempts: int
-    created: float
-    started: float | None
-    finished: float | None
-    ticket: Ticket
-    preview: Served | None
-    result: Served | None
-    problem: dict[str, Any] | None
 
 
 class Store:
@@ -369,7 +323,7 @@ class Store:
 
     def _query(self, statement: str, *values: object) -> list[Job]:
         with self._querying, self._disk():
-            return [_job(row) for row in self._db.execute(statement, values).fetchall()]
+            return [read(row) for row in self._db.execute(statement, values).fetchall()]
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
@@ -384,14 +338,6 @@ class Store:
                 f"the jobs folder {self._folder} cannot be used ({error}); make it writable, or move it away if it is damaged, or "
                 "name another with UNETPP_JOBS__FOLDER"
             ) from error
-
-
-def _job(row: sqlite3.Row) -> Job:
-    preview, result, problem = (row[name] and json.loads(row[name]) for name in ("preview", "result", "problem"))
-    return Job(
-        row["id"], row["state"], row["attempts"], row["created"], row["started"], row["finished"],
-        Ticket(**json.loads(row["ticket"])), Served(**preview) if preview else None, Served(**result) if result else None, problem,
-    )  # fmt: skip
 
 
 def _sync(folder: Path) -> None:

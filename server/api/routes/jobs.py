@@ -13,8 +13,9 @@ from server.api import problems, upload
 from server.api.asking import REQUEST_BODY, Parameters
 from server.api.schemas import JobDocument, Problem, job_document
 from server.errors import NotFinished, UnknownJob
-from server.jobs.runner import Runner, View
-from server.jobs.store import FINISHED
+from server.jobs.job import FINISHED
+from server.jobs.live import View
+from server.jobs.runner import Runner
 
 UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": Problem}}
 REFUSED: dict[int | str, dict[str, Any]] = {code: {"model": Problem} for code in (404, 406, 408, 413, 415, 422, 429, 500, 503, 507)}

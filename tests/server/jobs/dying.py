@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from server.jobs import store as module
-from server.jobs.store import Served, Store, Ticket
+from server.jobs.job import Served, Ticket
+from server.jobs.store import Store
 from server.settings import JobsSettings
 
 TICKET = Ticket({}, True, "fake", "accurate", 4, "fp32", 1, 1.0)
 SERVED = Served("image/png", {})
 
 # Their lines change nothing on the disk, so dying there is like dying before or after the call.
-HARMLESS = {"_account", "_disk", "_job", "claim", "expires", "get", "path", "reserve"}
+HARMLESS = {"_account", "_disk", "claim", "expires", "get", "path", "reserve"}
 
 
 def lives(folder: Path, told: Callable[[str, str], None]) -> None:

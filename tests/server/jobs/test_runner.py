@@ -12,8 +12,10 @@ import pytest
 from server.arrays import Tiles
 from server.errors import InferenceFailed, InvalidParameter, NotReady, Overloaded, StoreBroken, StoreFull, UnknownJob, Unreadable
 from server.jobs import runner as module
-from server.jobs.runner import Runner, Segments, View
-from server.jobs.store import FINISHED, Store
+from server.jobs.job import FINISHED, Ticket
+from server.jobs.live import View
+from server.jobs.runner import Runner, Segments
+from server.jobs.store import Store
 from server.metrics import Metrics
 from server.segment.pipeline import Answer, Estimate, Segmenter, SegmentRequest
 from server.settings import BatchingSettings, JobsSettings, LimitsSettings
@@ -384,7 +386,7 @@ class TestFailures:
         async def go() -> None:
             with contextlib.closing(Store(JobsSettings(folder=tmp_path, max_attempts=2))) as store, opened(PICTURE) as file:
                 asked = dataclasses.asdict(SegmentRequest())
-                id_ = store.accept(module.Ticket(asked, False, "fake", "accurate", 4, "fp32", 1, 1.0), file, None).id
+                id_ = store.accept(Ticket(asked, False, "fake", "accurate", 4, "fp32", 1, 1.0), file, None).id
                 store.start(id_)
                 store.start(id_)
             async with runners(max_attempts=2) as runner:

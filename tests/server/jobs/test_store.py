@@ -14,7 +14,8 @@ import pytest
 
 from server.errors import Interrupted, StoreBroken, StoreFull, UnknownJob
 from server.jobs import store as module
-from server.jobs.store import FINISHED, GRACE_S, Job, Served, Store, Ticket
+from server.jobs.job import FINISHED, Job, Served, Ticket
+from server.jobs.store import GRACE_S, Store
 from server.settings import JobsSettings
 
 TICKET = Ticket({"model": None, "level": 2}, True, "fake", "fast", 2, "fp32", 12, 3.5)
