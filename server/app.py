@@ -3,7 +3,9 @@
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from socket import socket
 
+import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
 
@@ -25,6 +27,15 @@ PAGE = Path(__file__).parent / "web" / "index.html"
 
 # Threads for decoding, planning, restoring and encoding, which also wait for disk.
 WORKERS = 4
+
+
+class Server(uvicorn.Server):
+    """Lets the watchers of jobs go before it waits for open answers: theirs end with their jobs."""
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """Called by uvicorn on SIGTERM."""
+        self.config.app.state.drain()  # type: ignore[union-attr]  # our own application, never a name to import
+        await super().shutdown(sockets)
 
 
 def open_bundles(settings: Settings) -> dict[str, OpenBundle]:
@@ -85,6 +96,7 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle]) -> FastAPI
         version=__version__,
         lifespan=lifespan,
     )
+    app.state.drain = runner.drain
     limits = settings.limits
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_mb * 1024 * 1024, idle_s=limits.idle_upload_s)
     app.add_middleware(RequestId)

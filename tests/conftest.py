@@ -97,7 +97,9 @@ def serving(app: object) -> Iterator["httpx.Client"]:  # type: ignore[name-defin
     import httpx
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
+    from server.app import Server
+
+    server = Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -101,18 +101,24 @@ class Runner:
 
     async def __aexit__(self, *_: object) -> None:
         """Running jobs are stopped and wait again; nothing is written after this."""
-        self._closing.set()
-        self._arrived.set()
-        for live in self._live.values():
-            if live.task:
-                live.task.cancel()
+        self.drain()
         try:
             await asyncio.gather(*self._tasks)
         finally:
             for live in self._live.values():
                 live.ended.set()
-                live.touch()
             await asyncio.to_thread(self._store.close)
+
+    def drain(self) -> None:
+        """Stops what runs and lets the watchers go; the first step of closing, for whoever waits for them."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._arrived.set()
+        for live in self._live.values():
+            live.touch()
+            if live.task:
+                live.task.cancel()
 
     @contextlib.contextmanager
     def reserve(self, request: SegmentRequest) -> Iterator[Callable[[int], None]]:

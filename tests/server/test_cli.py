@@ -16,6 +16,7 @@ from PIL import Image as Pillow
 from typer.testing import CliRunner, Result
 
 from server import cli
+from server.app import Server
 from server.jobs.store import Store
 from server.settings import JobsSettings
 from tests.server.conftest import fake_bundles, mask_of, picture_bytes
@@ -163,12 +164,22 @@ class TestServe:
         assert "Traceback" not in ran.stderr
 
     def test_a_stalled_client_cannot_keep_it_from_stopping(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked: dict[str, object] = {}
+        ran: list[Server] = []
+
+        def at_once(server: Server) -> None:
+            server.started = True
+            ran.append(server)
+
         monkeypatch.setattr("server.app.open_bundles", lambda settings: fake_bundles())
-        monkeypatch.setattr("uvicorn.run", lambda app, **options: asked.update(options))
+        monkeypatch.setattr(Server, "run", at_once)
         result = run("serve")
         assert result.exit_code == 0, result.output
-        assert asked["timeout_graceful_shutdown"] == cli.SHUTDOWN_S
+        assert ran[0].config.timeout_graceful_shutdown == cli.SHUTDOWN_S
+
+    def test_a_server_that_does_not_start(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("server.app.open_bundles", lambda settings: fake_bundles())
+        monkeypatch.setattr(Server, "run", lambda server: None)
+        assert run("serve").exit_code == 1
 
     def test_refuses_a_jobs_folder_in_use(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr("server.app.open_bundles", lambda settings: fake_bundles())

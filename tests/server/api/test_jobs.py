@@ -1,3 +1,4 @@
+import contextlib
 import json
 import socket
 import threading
@@ -299,6 +300,21 @@ class TestRestart:
             for id_ in ids:
                 assert events(client, id_)[-1][0] == "done"
                 assert mask_of(client.get(f"/jobs/{id_}/result").content).shape == (16, 16)
+
+    def test_a_watcher_does_not_keep_the_server_from_stopping(self, gate: Gate) -> None:
+        gate.open.clear()
+        with contextlib.ExitStack() as watching:
+            with serving(fake_app(gate)) as client:
+                id_ = post(client)["id"]
+                gate.entered.acquire()
+                watcher = watching.enter_context(httpx.Client(base_url=client.base_url, timeout=60))
+                answer = watching.enter_context(watcher.stream("GET", f"/jobs/{id_}/events"))
+                stream = parsed(answer.iter_lines())
+                next(stream)
+                # The engine's own thread cannot be stopped within a batch.
+                threading.Timer(0.2, gate.open.set).start()
+            # The job was put back, not waited for: its end is never told.
+            assert {name for name, _ in stream} <= {"progress"}
 
 
 def test_every_answer_is_in_the_documentation(small: httpx.Client) -> None:
