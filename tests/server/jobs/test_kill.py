@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -23,7 +24,7 @@ from server.segment.pipeline import Segmenter, SegmentRequest
 from server.settings import BatchingSettings, LimitsSettings
 from tests.server.conftest import fake_bundles, picture_bytes
 
-KILLS = 30
+KILLS = 24
 ROOT = Path(__file__).parents[3]
 
 
@@ -74,21 +75,28 @@ def life(asked: IO[str], told: IO[str]) -> Iterator[tuple[httpx.Client, "Killer"
 
 
 class Killer:
-    """Kills a process, once."""
+    """Kills a process, once: now, or in some seconds."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._once = threading.Lock()
+
+    def kill_in(self, seconds: float) -> None:
+        threading.Timer(seconds, self.kill).start()
 
     def kill(self) -> None:
         if self._once.acquire(blocking=False):
             os.kill(self._pid, signal.SIGKILL)
 
 
-def post_until_killed(client: httpx.Client, bodies: list[bytes], dice: random.Random) -> Iterator[tuple[str, int]]:
+def post_until_killed(client: httpx.Client, killer: Killer, bodies: list[bytes], dice: random.Random) -> Iterator[tuple[str, int]]:
     """(id, index of the picture) of every job that was answered with 202."""
+    # Counted in answers first, so that a slow machine is not killed before it has begun; 0: while it starts.
+    armed_after = dice.randrange(3)
     with contextlib.suppress(httpx.TransportError):
-        while True:
+        for answered in itertools.count():
+            if answered == armed_after:
+                killer.kill_in(dice.uniform(0, 0.6))
             index = dice.randrange(len(bodies))
             preview = dice.choice(("", "?preview=true"))
             answer = client.post(f"/jobs{preview}", content=bodies[index])
@@ -111,11 +119,7 @@ def test_nothing_that_was_accepted_is_lost(tmp_path: Path) -> None:
     with lives(tmp_path) as (asked, told):
         for _ in range(KILLS):
             with life(asked, told) as (client, killer):
-                # From before the first answer to the middle of some job.
-                timer = threading.Timer(dice.uniform(0, 1), killer.kill)
-                timer.start()
-                accepted += post_until_killed(client, bodies, dice)
-                timer.join()
+                accepted += post_until_killed(client, killer, bodies, dice)
         with life(asked, told) as (client, _):
             for id_, index in accepted:
                 assert state_in_the_end(client, id_) == "done"
@@ -132,5 +136,5 @@ def test_nothing_that_was_accepted_is_lost(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as db:
         interrupted = db.execute("SELECT sum(attempts) - count(*) FROM jobs WHERE state = 'done'").fetchone()[0]
     # Else the kills came when nothing ran, and nothing was shown.
-    assert len(accepted) >= KILLS
-    assert interrupted >= KILLS / 3
+    assert len(accepted) >= KILLS / 2
+    assert interrupted
