@@ -3,16 +3,19 @@
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from socket import socket
 
+import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
 
 from server import __version__
-from server.api import problems
+from server.api import asking, problems
 from server.api.limits import BodyLimit
 from server.api.request_id import RequestId
-from server.api.routes import health, models, segment
+from server.api.routes import health, jobs, models, segment
 from server.errors import BundleDamaged, UnknownModel
+from server.jobs.runner import Runner
 from server.metrics import Metrics
 from server.runtime.bundle import find_bundles
 from server.runtime.opening import OpenBundle, open_bundle
@@ -24,6 +27,15 @@ PAGE = Path(__file__).parent / "web" / "index.html"
 
 # Threads for decoding, planning, restoring and encoding, which also wait for disk.
 WORKERS = 4
+
+
+class Server(uvicorn.Server):
+    """Lets the watchers of jobs go before it waits for open answers: theirs end with their jobs."""
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """Called by uvicorn on SIGTERM."""
+        self.config.app.state.drain()  # type: ignore[union-attr]  # our own application, never a name to import
+        await super().shutdown(sockets)
 
 
 def open_bundles(settings: Settings) -> dict[str, OpenBundle]:
@@ -63,6 +75,7 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle]) -> FastAPI
     """The application over bundles that `open_bundles` has opened."""
     metrics = Metrics()
     segmenter = make_segmenter(settings, bundles, metrics)
+    runner = Runner(settings.jobs, segmenter, metrics, asking.headers, problems.explain)
     for name, opened in bundles.items():
         metrics.expect(name, [(route.mode, f"{route.level}") for route in modes.routes(opened.bundle.manifest)])
         for (graph, precision), engine in opened.engines.items():
@@ -71,8 +84,11 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle]) -> FastAPI
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        segmenter.close()
+        try:
+            async with runner:
+                yield
+        finally:
+            segmenter.close()
 
     app = FastAPI(
         title="UNet++ segmentation server",
@@ -80,11 +96,13 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle]) -> FastAPI
         version=__version__,
         lifespan=lifespan,
     )
+    app.state.drain = runner.drain
     limits = settings.limits
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_mb * 1024 * 1024, idle_s=limits.idle_upload_s)
     app.add_middleware(RequestId)
     problems.install(app)
     app.include_router(segment.router(segmenter, metrics, settings.http.max_in_flight, limits.max_wait_s))
+    app.include_router(jobs.router(runner))
     app.include_router(models.router(segmenter))
     app.include_router(health.router(segmenter, metrics))
 

@@ -85,11 +85,14 @@ def serve(
     """Start the HTTP server on every bundle under bundles/."""
     import uvicorn
 
-    from server.app import create_app, open_bundles
+    from server.app import Server, create_app, open_bundles
+    from server.jobs.store import Store
 
     settings = _settings(bundles, host, port)
     log_to_stderr()
     opened = open_bundles(settings)
+    # Opened for good once the server runs; here, a folder that is in use or damaged can still be said in one line.
+    Store(settings.jobs).close()
     http = settings.http
     shown = f"http://{'localhost' if http.host in ('127.0.0.1', '0.0.0.0') else http.host}:{http.port}"  # noqa: S104 - compared, not bound
     for name, bundle in opened.items():
@@ -97,10 +100,14 @@ def serve(
             f"{name}: levels {', '.join(map(str, bundle.bundle.manifest.levels))}, precisions {', '.join(bundle.precisions)}"
         )
     typer.echo(f"page     {shown}/\ndocs     {shown}/docs\nmetrics  {shown}/metrics")
-    uvicorn.run(
+    server = Server(uvicorn.Config(
         create_app(settings, opened), host=http.host, port=http.port, timeout_keep_alive=http.keep_alive_s,
         timeout_graceful_shutdown=SHUTDOWN_S, access_log=False, log_level="warning", server_header=False,
-    )  # fmt: skip
+    ))  # fmt: skip
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()
+    if not server.started:
+        raise typer.Exit(1)
 
 
 @app.command()

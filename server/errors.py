@@ -8,14 +8,19 @@ UnetppError
 │   ├── UploadStalled         the body stopped coming
 │   ├── UnknownFormat         no such output format
 │   ├── InvalidParameter      mode, level, precision, reference, ...
-│   └── UnknownModel          no such bundle is open
+│   ├── UnknownModel          no such bundle is open
+│   ├── UnknownJob            never accepted, deleted or expired
+│   └── NotFinished           the job has no result (yet)
 ├── TryAgain                  the caller can try again later
 │   ├── Overloaded            too many requests at once
-│   └── NotReady              starting or shutting down
+│   ├── NotReady              starting or shutting down
+│   ├── StoreFull             no disk space for jobs and results
+│   └── Interrupted           a job that the server never got to finish
 └── ServerFault               we, or the operator, must fix it
     ├── BundleDamaged         refuse to start; names the file
     ├── EngineUnavailable     a configured engine or provider cannot run here
-    └── InferenceFailed       details are logged, never sent
+    ├── InferenceFailed       details are logged, never sent
+    └── StoreBroken           the folder of the jobs is in use, damaged or not writable
 """
 
 
@@ -55,6 +60,22 @@ class UnknownModel(CallerError):
     """No such bundle is open."""
 
 
+class UnknownJob(CallerError):
+    """Never accepted, deleted or expired."""
+
+
+class NotFinished(CallerError):
+    """The job has no result, or none yet.
+
+    Attributes:
+        retry_after_s: when asking again makes sense; None if never.
+    """
+
+    def __init__(self, text: str, retry_after_s: int | None = None) -> None:
+        super().__init__(text)
+        self.retry_after_s = retry_after_s
+
+
 class TryAgain(UnetppError):
     """The same request may succeed later.
 
@@ -75,6 +96,14 @@ class NotReady(TryAgain):
     """Starting or shutting down."""
 
 
+class StoreFull(TryAgain):
+    """No disk space for jobs and results."""
+
+
+class Interrupted(TryAgain):
+    """A job that was started again and again and never got to its end."""
+
+
 class ServerFault(UnetppError):
     """We or the operator must fix it."""
 
@@ -89,3 +118,7 @@ class EngineUnavailable(ServerFault):
 
 class InferenceFailed(ServerFault):
     """An engine raised while running a batch."""
+
+
+class StoreBroken(ServerFault):
+    """The folder of the jobs is in use, damaged or not writable."""

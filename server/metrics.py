@@ -13,6 +13,7 @@ SECONDS = (
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 PHASES = ("decode", "plan", "queue", "infer", "restore", "encode")
 OUTCOMES = ("ok", "client_error", "refused", "error", "cancelled")
+JOB_OUTCOMES = ("done", "failed", "cancelled")
 
 
 class Metrics:
@@ -50,6 +51,8 @@ class Metrics:
             registry=self.registry,
         )
         self.in_flight = Gauge("unetpp_requests_in_flight", "Segment requests being worked on.", registry=self.registry)
+        self.jobs = Counter("unetpp_jobs", "Jobs that ended, by outcome.", ("outcome",), registry=self.registry)
+        self.jobs_queued = Gauge("unetpp_jobs_queued", "Jobs that wait for their turn.", registry=self.registry)
         self.engines = Gauge(
             "unetpp_engine_info",
             "1 for each engine that serves: bundle, precision, engine, provider, and whether `auto` picks it.",
@@ -58,6 +61,8 @@ class Metrics:
         )
         for phase in PHASES:
             self.phases.labels(phase)
+        for outcome in JOB_OUTCOMES:
+            self.jobs.labels(outcome)
 
     def expect(self, model: str, routes: list[tuple[str, str]]) -> None:
         """Creates the children of a bundle, (mode, level) each, so that rates start at zero."""

@@ -72,6 +72,17 @@ class LimitsSettings(_Group):
     idle_upload_s: float = Field(30, gt=0, description="an upload that sends nothing for so long gets 408 and frees its place")
 
 
+class JobsSettings(_Group):
+    """Work that outlives its request."""
+
+    folder: Path = Field(Path("var/jobs"), description="where jobs and results are kept; one server per folder")
+    keep_results_h: float = Field(24, gt=0, description="hours until a finished job and its result are removed")
+    max_disk_mb: int = Field(10_240, ge=1, description="inputs and results on disk, in MiB; over it a job gets 507")
+    max_queued: int = Field(1000, ge=1, description="jobs that wait; one more gets 429 with Retry-After")
+    max_attempts: int = Field(10, ge=1, description="starts of a job that a crash of the server ended, until it is given up")
+    concurrency: int = Field(1, ge=1, description="jobs that run at once; their memory adds up")
+
+
 class Settings(BaseSettings):
     """All settings; environment variables `UNETPP_...`, groups joined with two underscores."""
 
@@ -85,6 +96,7 @@ class Settings(BaseSettings):
     batching: BatchingSettings = BatchingSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     limits: LimitsSettings = LimitsSettings()
+    jobs: JobsSettings = JobsSettings()
 
 
 def _variables() -> dict[str, tuple[object, str | None]]:

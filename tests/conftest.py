@@ -81,12 +81,13 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_network: object) 
 
 
 @pytest.fixture(scope="session")
-def app(shipped_bundle: Path) -> "fastapi.FastAPI":  # type: ignore[name-defined]
+def app(shipped_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> "fastapi.FastAPI":  # type: ignore[name-defined]
     """The application on the shipped bundle, at fp32 on ONNX Runtime so that answers are exact and alike everywhere."""
     from server.app import create_app, open_bundles
-    from server.settings import RuntimeSettings, Settings
+    from server.settings import JobsSettings, RuntimeSettings, Settings
 
-    settings = Settings(bundles=shipped_bundle, runtime=RuntimeSettings(precision="fp32"))
+    jobs = JobsSettings(folder=tmp_path_factory.mktemp("jobs"))
+    settings = Settings(bundles=shipped_bundle, runtime=RuntimeSettings(precision="fp32"), jobs=jobs)
     return create_app(settings, open_bundles(settings))
 
 
@@ -96,7 +97,9 @@ def serving(app: object) -> Iterator["httpx.Client"]:  # type: ignore[name-defin
     import httpx
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
+    from server.app import Server
+
+    server = Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

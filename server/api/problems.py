@@ -23,9 +23,13 @@ STATUS: dict[type[errors.UnetppError], HTTPStatus] = {
     errors.UnknownFormat: HTTPStatus.NOT_ACCEPTABLE,
     errors.InvalidParameter: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.UnknownModel: HTTPStatus.NOT_FOUND,
+    errors.UnknownJob: HTTPStatus.NOT_FOUND,
+    errors.NotFinished: HTTPStatus.CONFLICT,
     errors.CallerError: HTTPStatus.BAD_REQUEST,
     errors.Overloaded: HTTPStatus.TOO_MANY_REQUESTS,
     errors.NotReady: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.StoreFull: HTTPStatus.INSUFFICIENT_STORAGE,
+    errors.Interrupted: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.TryAgain: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.UnetppError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
@@ -34,6 +38,7 @@ STATUS: dict[type[errors.UnetppError], HTTPStatus] = {
 INTERNAL = (
     "The server failed on this request; its log has the details under the X-Request-Id of this answer. The input was not kept."
 )
+JOB_INTERNAL = "The server failed on this job; its log has the details under the job's id. The input was not kept."
 
 
 def status_of(error: errors.UnetppError) -> HTTPStatus:
@@ -43,8 +48,25 @@ def status_of(error: errors.UnetppError) -> HTTPStatus:
 
 def problem(status: HTTPStatus, kind: str, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """A problem document."""
-    body = {"type": f"urn:unetpp:{kind}", "title": status.phrase, "status": status.value, "detail": detail}
-    return JSONResponse(body, status.value, headers, MEDIA_TYPE)
+    return JSONResponse(document(status, kind, detail), status.value, headers, MEDIA_TYPE)
+
+
+def document(status: HTTPStatus, kind: str, detail: str) -> dict[str, Any]:
+    """The fields of a problem document."""
+    return {"type": f"urn:unetpp:{kind}", "title": status.phrase, "status": status.value, "detail": detail}
+
+
+def explain(error: Exception) -> dict[str, Any]:
+    """The problem document of an error that ended a job, to be kept; details of our own faults are left out."""
+    if not isinstance(error, errors.UnetppError):
+        return document(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", JOB_INTERNAL)
+    detail = JOB_INTERNAL if isinstance(error, errors.ServerFault) else str(error)
+    return document(status_of(error), kind(error), detail)
+
+
+def repeat(kept: dict[str, Any]) -> JSONResponse:
+    """Answers with a problem document that was kept."""
+    return JSONResponse(kept, kept["status"], None, MEDIA_TYPE)
 
 
 def of(error: errors.UnetppError, request_id: str = "") -> JSONResponse:
@@ -53,7 +75,8 @@ def of(error: errors.UnetppError, request_id: str = "") -> JSONResponse:
     if isinstance(error, errors.ServerFault):
         log.error("request %s failed", request_id, exc_info=error)
         return problem(status, kind(error), INTERNAL)
-    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, errors.TryAgain) else None
+    retry_after_s = error.retry_after_s if isinstance(error, errors.TryAgain | errors.NotFinished) else None
+    headers = None if retry_after_s is None else {"Retry-After": str(retry_after_s)}
     return problem(status, kind(error), str(error), headers)
 
 

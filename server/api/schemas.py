@@ -1,7 +1,11 @@
 """What the API returns as JSON, for the documentation."""
 
+from datetime import UTC, datetime
+from typing import Literal, overload
+
 from pydantic import BaseModel
 
+from server.jobs.live import View
 from server.runtime.bundle import Calibration, Class, Comparison, Graph, Manifest, Measured
 from server.runtime.opening import OpenBundle
 
@@ -54,6 +58,63 @@ class Problem(BaseModel):
     detail: str
 
 
+class Windows(BaseModel):
+    """How far the network is."""
+
+    done: int
+    total: int
+
+
+class JobDocument(BaseModel):
+    """A job; times are UTC."""
+
+    id: str
+    state: Literal["queued", "running", "done", "failed", "cancelled"]
+    stage: str | None
+    windows: Windows
+    queue_position: int | None
+    eta_s: float | None
+    created: datetime
+    started: datetime | None
+    finished: datetime | None
+    expires: datetime | None
+    model: str
+    mode: str
+    level: int
+    precision: str
+    links: dict[str, str | None]
+    error: Problem | None
+
+
+def job_document(view: View) -> JobDocument:
+    """What the owner of a job is told."""
+    job, ticket = view.job, view.job.ticket
+    self = f"/jobs/{job.id}"
+    return JobDocument(
+        id=job.id,
+        state=job.state,
+        stage=view.stage,
+        windows=Windows(done=view.done, total=view.total),
+        queue_position=view.position,
+        eta_s=None if view.eta_s is None else round(view.eta_s, 1),
+        created=_utc(job.created),
+        started=_utc(job.started),
+        finished=_utc(job.finished),
+        expires=_utc(view.expires),
+        model=ticket.model,
+        mode=ticket.mode,
+        level=ticket.level,
+        precision=ticket.precision,
+        links={
+            "self": self,
+            "events": f"{self}/events",
+            "result": f"{self}/result" if job.result else None,
+            "preview": f"{self}/preview" if job.preview and job.state != "failed" else None,
+        },
+        error=Problem(**job.problem) if job.problem else None,
+    )
+
+
 def summary(opened: OpenBundle, default: str) -> ModelSummary:
     """The line of an open bundle."""
     return ModelSummary(**_summary(opened.bundle.manifest, opened, default))
@@ -93,3 +154,15 @@ def _summary(manifest: Manifest, opened: OpenBundle, default: str) -> dict[str, 
         "precisions": opened.precisions,
         "default": manifest.name == default,
     }
+
+
+@overload
+def _utc(seconds: float) -> datetime: ...
+
+
+@overload
+def _utc(seconds: float | None) -> datetime | None: ...
+
+
+def _utc(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)

@@ -1,10 +1,14 @@
 """What several rooms' tests share: encoded pictures, a manifest by hand, applications on fake engines."""
 
+import atexit
 import contextlib
 import gzip
 import io
 import json
 import resource
+import shutil
+import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +21,10 @@ from PIL import Image as Pillow
 from server.arrays import Tiles
 from server.runtime.bundle import FileEntry, Manifest, sha256
 from server.runtime.engines.fake import FakeEngine
+
+# Applications have no end that a fixture would see, so their folders go with the process.
+JOBS = Path(tempfile.mkdtemp(prefix="unetpp-jobs-"))
+atexit.register(shutil.rmtree, JOBS, ignore_errors=True)
 
 NO_FILE = {"sha256": "0" * 64, "bytes": 0}
 
@@ -133,10 +141,11 @@ def fake_bundles(run: Callable[[Tiles], np.ndarray] = bright, pace: float = 0.0,
 def fake_app(
     run: Callable[[Tiles], np.ndarray] = bright, changes: dict[str, Any] | None = None, pace: float = 0.0, **settings: Any
 ) -> Any:
-    """The application on fake engines."""
+    """The application on fake engines; its jobs go to a new folder, unless one is named."""
     from server.app import create_app
     from server.settings import Settings
 
+    settings["jobs"] = {"folder": JOBS / uuid.uuid4().hex} | settings.get("jobs", {})
     return create_app(Settings(**settings), fake_bundles(run, pace, **(changes or {})))
 
 
@@ -169,8 +178,6 @@ def memory_stays_below(megabytes: float) -> Iterator[None]:
 @pytest.fixture
 def copied_bundle(shipped_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the shipped bundle that a test may damage."""
-    import shutil
-
     return Path(shutil.copytree(shipped_bundle, tmp_path / "nuclei"))
 
 

@@ -1,4 +1,5 @@
 import base64
+import contextlib
 import inspect
 import io
 import json
@@ -17,17 +18,21 @@ from PIL import Image as Pillow
 from typer.testing import CliRunner, Result
 
 from server import cli
+from server.app import Server
 from server.arrays import Tiles
+from server.jobs.store import Store
+from server.settings import JobsSettings
 from tests.conftest import ROOT
 from tests.server.conftest import bright, fake_bundles, mask_of, nifti_bytes, pages_bytes, pages_of, picture_bytes, volume_of
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch, shipped_bundle: Path) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch, shipped_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """One engine, one precision: nothing to measure at start."""
     monkeypatch.setenv("UNETPP_BUNDLES", str(shipped_bundle))
     monkeypatch.setenv("UNETPP_RUNTIME__ENGINE", "onnxruntime")
     monkeypatch.setenv("UNETPP_RUNTIME__PRECISION", "fp32")
+    monkeypatch.setenv("UNETPP_JOBS__FOLDER", str(tmp_path_factory.mktemp("jobs")))
     monkeypatch.setenv("COLUMNS", "200")
 
 
@@ -283,12 +288,30 @@ class TestServe:
         assert "Traceback" not in ran.stderr
 
     def test_a_stalled_client_cannot_keep_it_from_stopping(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked: dict[str, object] = {}
+        ran: list[Server] = []
+
+        def at_once(server: Server) -> None:
+            server.started = True
+            ran.append(server)
+
         monkeypatch.setattr("server.app.open_bundles", lambda settings: fake_bundles())
-        monkeypatch.setattr("uvicorn.run", lambda app, **options: asked.update(options))
+        monkeypatch.setattr(Server, "run", at_once)
         result = run("serve")
         assert result.exit_code == 0, result.output
-        assert asked["timeout_graceful_shutdown"] == cli.SHUTDOWN_S
+        assert ran[0].config.timeout_graceful_shutdown == cli.SHUTDOWN_S
+
+    def test_a_server_that_does_not_start(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("server.app.open_bundles", lambda settings: fake_bundles())
+        monkeypatch.setattr(Server, "run", lambda server: None)
+        assert run("serve").exit_code == 1
+
+    def test_refuses_a_jobs_folder_in_use(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr("server.app.open_bundles", lambda settings: fake_bundles())
+        monkeypatch.setenv("UNETPP_JOBS__FOLDER", str(tmp_path))
+        with contextlib.closing(Store(JobsSettings(folder=tmp_path))):
+            line = fails("serve")
+        assert f"another server uses the jobs folder {tmp_path}" in line
+        assert "UNETPP_JOBS__FOLDER" in line
 
     def test_two_bundles_of_one_name(self, copied_bundle: Path) -> None:
         shutil.copytree(copied_bundle, copied_bundle.parent / "again")

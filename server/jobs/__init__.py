@@ -1,0 +1,1 @@
+"""Long work: accepted on disk, run in order, outlives the process."""

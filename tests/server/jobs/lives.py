@@ -1,0 +1,38 @@
+"""A server that is started again and again in a moment: what it imports is imported once, and each life is a fork.
+
+python lives.py FOLDER; a line on standard input starts a life, whose process id and port are a line on standard output.
+Whoever starts it also ends its lives; the next line is read when the one before is dead.
+"""
+
+import os
+import socket
+import sys
+import time
+
+import numpy as np
+import uvicorn
+
+from server.arrays import Tiles
+from tests.server.conftest import bright, fake_app
+
+
+def slow(tiles: Tiles) -> np.ndarray:
+    """Each batch takes its time, so that kills fall into the middle of jobs."""
+    time.sleep(0.03)
+    return bright(tiles)
+
+
+def live(folder: str) -> None:
+    """One life of the server."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    print(os.getpid(), listening.getsockname()[1], flush=True)  # noqa: T201 - read by the test
+    app = fake_app(slow, jobs={"folder": folder, "max_attempts": 1000}, batching={"max_batch": 4})
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none")).run([listening])
+
+
+if __name__ == "__main__":
+    for _ in sys.stdin:
+        if not (child := os.fork()):
+            live(sys.argv[1])
+            os._exit(0)
+        os.waitpid(child, 0)
