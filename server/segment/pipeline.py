@@ -379,12 +379,14 @@ def _cost(extent: Extent, placement: Placement, choice: Choice, encoder: Encoder
     windows, tile_pixels = math.prod(grid.counts), math.prod(grid.tile)
     pixels = math.prod(extent.size)
     k = manifest.score_channels
-    resampled = math.prod(placement.size) * 4 * extent.channels if placement.resampled else 0
+    # Twice, while channels are put together.
+    resampled = math.prod(placement.size) * 4 * extent.channels * 2 if placement.resampled else 0
     # Of the axis that orders the windows one window, of the others all.
     sides = (t if a == grid.axis else max(s, t) for a, (s, t) in enumerate(zip(placement.size, grid.tile, strict=True)))
     open_rows = math.prod(sides) * 4
     steps = max(STEP_PIXELS, tile_pixels) * 4 * (len(manifest.channels) + k) * 2 + WINDOW_BYTES * windows
-    kept = 2 * k * pixels if encoder.needs_scores else 0
+    # Of a report, components are labelled with four bytes per pixel.
+    kept = (2 * k if encoder.needs_scores else 5 if encoder.needs_report else 0) * pixels
     # The mask, its encoded form, and what comparing and finding the best class takes in passing.
     memory = pixels * (extent.channels * extent.sample_bytes + 2) + resampled + open_rows * (k + 3) + steps + kept
     return Estimate(pixels, windows, windows * tile_pixels * choice.batcher.pace, memory)

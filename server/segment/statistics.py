@@ -16,7 +16,7 @@ def describe(classes: UInt8[ndarray, "*size"], names: dict[int, str], voxel_mm3:
         names: per class value.
         voxel_mm3: volume of one voxel, where it is known.
     """
-    counts = np.bincount(classes.ravel(), minlength=256) if classes.size < 1 << 24 else _counts(classes)
+    counts = np.bincount(classes.ravel(), minlength=256) if classes.size < 1 << 20 else _counts(classes)
     unit = "pixels" if classes.ndim == 2 else "voxels"
     rows = []
     for value, name in names.items():

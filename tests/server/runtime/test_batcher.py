@@ -415,7 +415,8 @@ async def visit(batcher: Batcher, number: int, spec: Any) -> str:
     # Every third caller hands in twice at once.
     halves = [values[:1], values[1:]] if number % 3 == 0 and count > 1 else [values]
     who = object()
-    task = asyncio.gather(*(batcher.run(tiles(half, size), who) for half in halves))
+    tasks = [asyncio.create_task(batcher.run(tiles(half, size), who)) for half in halves]
+    task = asyncio.gather(*tasks)
     if leaves is not None:
         for _ in range(leaves):
             await asyncio.sleep(0)
@@ -427,6 +428,11 @@ async def visit(batcher: Batcher, number: int, spec: Any) -> str:
     except asyncio.CancelledError:
         assert leaves is not None
         return "cancelled"
+    finally:
+        # As the pipeline does: what waits is not run.
+        for part in tasks:
+            part.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     assert not poisonous
     assert scores.shape == (count, 1, *size)
     assert scores[:, 0, 0, 0].tolist() == [2 * v for v in values]
