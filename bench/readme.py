@@ -61,7 +61,45 @@ def memory() -> str:
     return markdown(["when", "RSS MB", "peak RSS MB"], rows)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"levels": levels, "accuracy": accuracy, "memory": memory, "settings": markdown_table}
+def hippocampus() -> str:
+    """Dice per class and cost of each graph of the volume model, at the precisions with the best time."""
+    manifest = read_bundle(ROOT / "bundles" / "hippocampus").manifest
+    held_out = manifest.held_out
+    if not held_out:
+        raise SystemExit("bundles/hippocampus has no held-out table: run unetpp calibrate --held-out")
+    names = [c.name.removesuffix(" hippocampus") for c in manifest.classes]
+    rows = []
+    for graph in manifest.graphs:
+        measured = [r for r in held_out.rows if r.graph == graph.name]
+        exact = next(r for r in measured if r.precision == "fp32")
+        fastest = min(measured, key=lambda r: r.latency_ms)
+        rows.append([
+            graph.name, f"{graph.parameters:,}", f"{graph.macs_per_pixel / 1e3:.0f}", *(f"{d:.3f}" for d in exact.class_dice),
+            f"{exact.iou:.3f}", f"{exact.latency_ms:.0f}", f"{fastest.latency_ms:.0f} ({fastest.precision})", f"{fastest.dice:.3f}",
+        ])  # fmt: skip
+    headings = [
+        "graph", "parameters", "kMAC/voxel", *(f"Dice {name}" for name in names), "IoU", "64³ ms, fp32", "fastest", "its Dice",
+    ]  # fmt: skip
+    return f"{held_out.images} volumes ({held_out.data}); {held_out.machine}; CPU only.\n\n" + markdown(headings, rows)
+
+
+def volumes() -> str:
+    """Whole volumes against MONAI."""
+    rows = [
+        [
+            r["volume"], r["graph"], r["precision"] + (" (auto)" if r["auto"] else ""), f"{r['monai_s']:.0f}", f"{r['ours_s']:.0f}",
+            f"{r['faster']:.1f}×", f"{r['codec_share']:.0%}", f"{r['monai_peak_mb']:,.0f}", f"{r['peak_mb']:,.0f}",
+        ]
+        for r in _results("volumes")
+    ]  # fmt: skip
+    headings = ["volume", "graph", "precision", "MONAI s", "ours s", "faster", "codec and restore", "MONAI peak MB", "ours"]
+    return markdown(headings, rows)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "levels": levels, "accuracy": accuracy, "memory": memory, "hippocampus": hippocampus, "volumes": volumes,
+    "settings": markdown_table,
+}  # fmt: skip
 
 
 def filled(text: str) -> str:

@@ -67,7 +67,9 @@ class LimitsSettings(_Group):
         120, gt=0, description="POST /segment refuses what is estimated to take longer, and points to POST /jobs"
     )
     pixels_in_flight: int = Field(
-        100_000_000, ge=1, description="pixels and voxels decoded at once, which bounds memory; further inputs wait in order"
+        100_000_000,
+        ge=1,
+        description="pixels of images decoded at once, and as many voxels of volumes, which bounds memory; further ones wait in order",
     )
     idle_upload_s: float = Field(30, gt=0, description="an upload that sends nothing for so long gets 408 and frees its place")
 

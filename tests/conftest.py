@@ -11,8 +11,13 @@ from jaxtyping import install_import_hook
 # Shapes and dtypes in annotations are checked, in tests only; before anything of ours is imported.
 install_import_hook(["server.segment", "server.imaging", "server.arrays", "export.golden"], "beartype.beartype")
 
+import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+
+# How long an example takes is the machine's business.
+hypothesis.settings.register_profile("unetpp", deadline=None)
+hypothesis.settings.load_profile("unetpp")
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"

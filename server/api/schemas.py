@@ -38,6 +38,8 @@ class ModelCard(ModelSummary):
     description: str
     intended_use: str
     channels: tuple[str, ...]
+    orientation: str | None
+    spacing: tuple[float, float, float] | None
     normalization: str
     classes: tuple[Class, ...]
     graphs: tuple[Graph, ...]
@@ -132,6 +134,8 @@ def card(opened: OpenBundle, default: str) -> ModelCard:
         description=manifest.description,
         intended_use=manifest.intended_use,
         channels=manifest.channels,
+        orientation=manifest.orientation,
+        spacing=manifest.spacing,
         normalization=manifest.normalization,
         classes=manifest.classes,
         graphs=manifest.graphs,

@@ -61,12 +61,13 @@ class Placement:
         if not self.resampled:
             return voxels
         factors = [size / native for size, native in zip(self.size, self.native, strict=True)]
-        channels = (
+        resampled = np.empty((*self.size, voxels.shape[-1]), dtype=np.float32)
+        for channel in range(voxels.shape[-1]):
             # grid_mode: voxels are boxes and the boxes' outer faces stay in place.
-            ndimage.zoom(voxels[..., c], factors, output=np.float32, order=1, mode="nearest", grid_mode=True)
-            for c in range(voxels.shape[-1])
-        )
-        return np.stack(list(channels), axis=-1)
+            ndimage.zoom(
+                voxels[..., channel], factors, output=resampled[..., channel], order=1, mode="nearest", grid_mode=True
+            )  # fmt: skip
+        return resampled
 
 
 def place_image(size: tuple[int, ...]) -> Placement:

@@ -379,8 +379,7 @@ def _cost(extent: Extent, placement: Placement, choice: Choice, encoder: Encoder
     windows, tile_pixels = math.prod(grid.counts), math.prod(grid.tile)
     pixels = math.prod(extent.size)
     k = manifest.score_channels
-    # Twice, while channels are put together.
-    resampled = math.prod(placement.size) * 4 * extent.channels * 2 if placement.resampled else 0
+    resampled = math.prod(placement.size) * 4 * extent.channels if placement.resampled else 0
     # Of the axis that orders the windows one window, of the others all.
     sides = (t if a == grid.axis else max(s, t) for a, (s, t) in enumerate(zip(placement.size, grid.tile, strict=True)))
     open_rows = math.prod(sides) * 4

@@ -126,13 +126,17 @@ def volume(path):
 def test_training_and_serving_see_the_same_volume(tmp_path, volume_kept, codes, rng):
     voxels = rng.integers(-50, 900, (20, 24, 17)).astype(np.int16)
     straight = nib.Nifti1Image(voxels, np.diag([1.0, 1.0, 1.0, 1.0]))
-    turned = straight.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(np.eye(4)), nib.orientations.axcodes2ornt(codes)))
+    turned = straight.as_reoriented(
+        nib.orientations.ornt_transform(nib.io_orientation(np.eye(4)), nib.orientations.axcodes2ornt(codes))
+    )
     turned.to_filename(tmp_path / "volume.nii.gz")
     source = volume(tmp_path / "volume.nii.gz")
     pixels, flat = seen(source, read_bundle(volume_kept).manifest)
     assert not flat
     mean, inverse_std = statistics(pixels)
-    np.testing.assert_allclose(read_volume(tmp_path / "volume.nii.gz", (1, 1, 1))[0], ((pixels - mean) * inverse_std)[..., 0], atol=1e-4)
+    np.testing.assert_allclose(
+        read_volume(tmp_path / "volume.nii.gz", (1, 1, 1))[0], ((pixels - mean) * inverse_std)[..., 0], atol=1e-4
+    )
 
 
 def test_training_and_serving_resample_alike(tmp_path, volume_kept):

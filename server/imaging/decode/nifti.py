@@ -165,16 +165,20 @@ def _affine(header: Any) -> Float64[ndarray, "4 4"]:
         Unreadable: it places voxels nowhere.
     """
     try:
-        unit = UNITS.get(header.get_xyzt_units()[0], 1.0)
-    except KeyError:
-        unit = 1.0
-    try:
         affine = np.array(header.get_best_affine(), dtype=np.float64)
     except (ValueError, HeaderDataError) as error:
         raise Unreadable(f"the file's qform is no rotation ({error}); repair its qform and sform") from error
-    affine[:3] *= unit
+    affine[:3] *= _unit(header)
     check_affine(affine)
     return affine
+
+
+def _unit(header: Any) -> float:
+    """How many mm one unit of the header is."""
+    try:
+        return UNITS.get(header.get_xyzt_units()[0], 1.0)
+    except KeyError:
+        return 1.0
 
 
 def _doubts(header: Any, shape: tuple[int, ...]) -> str:
@@ -193,7 +197,7 @@ def _doubts(header: Any, shape: tuple[int, ...]) -> str:
     if not np.isfinite(apart):
         return "the qform holds values that are not finite; the sform was used"
     if apart > 0.1 * min(spacing(sform[0])):
-        return f"sform and qform lie up to {apart:.2g} apart; the sform was used"
+        return f"sform and qform lie up to {apart * _unit(header):.2g} mm apart; the sform was used"
     return ""
 
 
