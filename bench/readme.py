@@ -11,6 +11,7 @@ from typing import Any
 
 from bench.table import RESULTS, markdown
 from server.runtime.bundle import read_bundle
+from server.runtime.opening import offered
 from server.settings import markdown_table
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +73,7 @@ def hippocampus() -> str:
     for graph in manifest.graphs:
         measured = [r for r in held_out.rows if r.graph == graph.name]
         exact = next(r for r in measured if r.precision == "fp32")
-        fastest = min(measured, key=lambda r: r.latency_ms)
+        fastest = min((r for r in measured if offered(manifest, r.graph, r.precision, r.engine)), key=lambda r: r.latency_ms)
         rows.append([
             graph.name, f"{graph.parameters:,}", f"{graph.macs_per_pixel / 1e3:.0f}", *(f"{d:.3f}" for d in exact.class_dice),
             f"{exact.iou:.3f}", f"{exact.latency_ms:.0f}", f"{fastest.latency_ms:.0f} ({fastest.precision})", f"{fastest.dice:.3f}",
@@ -84,16 +85,8 @@ def hippocampus() -> str:
 
 
 def volumes() -> str:
-    """Whole volumes against MONAI."""
-    rows = [
-        [
-            r["volume"], r["graph"], r["precision"] + (" (auto)" if r["auto"] else ""), f"{r['monai_s']:.0f}", f"{r['ours_s']:.0f}",
-            f"{r['faster']:.1f}×", f"{r['codec_share']:.0%}", f"{r['monai_peak_mb']:,.0f}", f"{r['peak_mb']:,.0f}",
-        ]
-        for r in _results("volumes")
-    ]  # fmt: skip
-    headings = ["volume", "graph", "precision", "MONAI s", "ours s", "faster", "codec and restore", "MONAI peak MB", "ours"]
-    return markdown(headings, rows)
+    """Whole volumes against MONAI: the table as it was measured, without what it was measured on."""
+    return (RESULTS / "volumes.md").read_text().split("\n\n", 2)[2]
 
 
 BLOCKS: dict[str, Callable[[], str]] = {

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from export.data import Labelled, labelled, seen
+from export.data import Labelled, labelled
 from export.pack import write_manifest
 from export.verify import runnable
 from model.data import DataError
@@ -19,7 +19,7 @@ from server.arrays import Image, Volume
 from server.runtime.bundle import Bundle, Calibration, CalibrationRow, Graph, Manifest, Measured, Recommended, read_bundle
 from server.runtime.engines import ENGINES, Engine
 from server.runtime.opening import IOU_TOLERANCE, PRECISIONS, cores, noise
-from server.segment.plan import make_plan, place
+from server.segment.plan import make_plan, seen_by
 from server.segment.quality import overlap
 from server.segment.restore import Canvas
 
@@ -122,10 +122,10 @@ def mean_overlap(classes: UInt8[ndarray, "*size"], label: UInt8[ndarray, "*size"
 
 def segment(engine: Engine, manifest: Manifest, graph: Graph, image: Image | Volume) -> UInt8[ndarray, "*size"]:
     """The server's own plan, engine and restore, without its queue."""
-    pixels, flat = seen(image, manifest)
-    plan = make_plan(pixels, manifest, graph, flat=flat)
+    placement, pixels = seen_by(image, manifest)
+    plan = make_plan(pixels, manifest, graph, flat=placement.flat)
     classes = np.empty(image.size, dtype=np.uint8)
-    canvas = Canvas(plan.windows, manifest.score_channels, manifest.threshold, place(image.extent, manifest, "auto").view(classes))
+    canvas = Canvas(plan.windows, manifest.score_channels, manifest.threshold, placement.view(classes))
     for step in plan.windows.steps:
         tiles = plan.cut(pixels, step)
         canvas.add(step, [engine.run(tiles.one(i))[0] for i in range(len(tiles))])

@@ -8,15 +8,16 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from model.data import DataError, Sample, read_index, read_label
+from model.data import DataError, Sample, misplaced, read_index, read_label
 from server.arrays import Image, Tiles, Volume
 from server.errors import UnetppError
 from server.imaging.decode import decode
 from server.imaging.reading import Reading
 from server.runtime.bundle import Graph, Manifest
-from server.segment.plan import make_plan, place, with_channels
+from server.segment.plan import make_plan, seen_by
 
-MOST = 250_000_000
+# Pixels or voxels: whoever calibrates has chosen the files.
+MOST = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def samples(root: Path, split: str, dims: int) -> list[Sample]:
 
 
 def calibration_tiles(root: Path, manifest: Manifest, graph: Graph, count: int, seed: int = 0) -> list[Tiles]:
-    """Whole first windows of randomly chosen training images or volumes.
+    """The middle windows of randomly chosen training images or volumes.
 
     Args:
         root: data folder.
@@ -68,15 +69,12 @@ def calibration_tiles(root: Path, manifest: Manifest, graph: Graph, count: int, 
     chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
     tiles = []
     for index in chosen:
-        pixels, flat = seen(_decoded(rows[index].image), manifest)
-        tiles.append(make_plan(pixels, manifest, graph, flat=flat).cut(pixels, range(1)))
+        placement, pixels = seen_by(_decoded(rows[index].image), manifest)
+        plan = make_plan(pixels, manifest, graph, flat=placement.flat)
+        # The one in the middle: at the corner of a large volume lies air.
+        middle = len(plan.windows) // 2
+        tiles.append(plan.cut(pixels, range(middle, middle + 1)))
     return tiles
-
-
-def seen(source: Image | Volume, manifest: Manifest) -> tuple[np.ndarray, bool]:
-    """An input in the network's axes, spacing and channels, and whether it is a stack."""
-    placement = place(source.extent, manifest, "auto")
-    return with_channels(placement.resample(placement.view(source.values)), len(manifest.channels)), placement.flat
 
 
 def _decoded(path: Path, *, labels: bool = False) -> Image | Volume:
@@ -89,6 +87,8 @@ def _decoded(path: Path, *, labels: bool = False) -> Image | Volume:
 
 def _voxels(sample: Sample, manifest: Manifest) -> UInt8[ndarray, "*size"]:
     """A label volume in the voxels of its file, as the answer will be."""
+    if apart := misplaced(sample):
+        raise DataError(apart)
     values = _decoded(sample.label, labels=True).values[..., 0]
     if len(manifest.classes) == 1:
         return (values > 0).astype(np.uint8)

@@ -26,6 +26,7 @@ from monai.transforms import (
     Spacing,
     SpatialPadd,
 )
+from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field
@@ -178,11 +179,19 @@ def _voxels(path: Path, spacing: tuple[float, float, float] | None, mode: str) -
     if spacing is None:
         return voxels
     try:
-        resampled = Spacing(spacing, mode=mode)(MetaTensor(voxels[None], affine=volume.affine))
+        # By extent: the outer faces of the volume stay in place, as in serving.
+        resampled = Spacing(spacing, mode=mode, scale_extent=True)(MetaTensor(voxels[None], affine=_in_mm(volume)))
     except Exception as error:  # as many kinds, where the header's geometry is damaged
         raise DataError(f"{name}: cannot be resampled to {list(spacing)} mm ({error})") from error
     array: NDArray[np.float32] = np.asarray(resampled)[0]
     return array
+
+
+def _in_mm(volume: Any) -> NDArray[np.float64]:
+    """The affine of a volume, whatever the unit of its header."""
+    factor = {"meter": 1e3, "micron": 1e-3}.get(volume.header.get_xyzt_units()[0], 1.0)
+    affine: NDArray[np.float64] = np.diag([factor, factor, factor, 1.0]) @ volume.affine
+    return affine
 
 
 def read_label(path: Path, classes: int, spacing: tuple[float, float, float] | None = None) -> NDArray[np.uint8]:
@@ -278,10 +287,11 @@ class Split:
             try:
                 image = read_image(sample.image, channels) if dims == 2 else read_volume(sample.image, spacing)
                 label = read_label(sample.label, classes, spacing)
+                apart = misplaced(sample) if dims == 3 else ""
             except DataError as error:
                 wrong.append(str(error))
                 continue
-            if problem := _problem(sample, image, label, channels, classes):
+            if problem := apart or _problem(sample, image, label, channels, classes):
                 wrong.append(problem)
             self.images.append(image)
             self.labels.append(label)
@@ -292,6 +302,17 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+
+def misplaced(sample: Sample) -> str:
+    """Why a label volume does not lie on its image's voxels; empty if it does."""
+    image, label = nib.load(sample.image), nib.load(sample.label)
+    corners = np.array(np.meshgrid(*([0, side - 1] for side in image.shape[:3]), [1])).reshape(4, -1)
+    apart = np.linalg.norm((image.affine - label.affine) @ corners, axis=0).max()
+    # A tenth of a voxel: what rounding in headers makes.
+    if apart > 0.1 * min(voxel_sizes(image.affine)):
+        return f"{sample.id}: the label's affine places it up to {apart:.3g} away from its image"
+    return ""
 
 
 def _problem(sample: Sample, image: NDArray[np.float32], label: NDArray[np.uint8], channels: int, classes: int) -> str:

@@ -157,11 +157,12 @@ def check_affine(affine: Float64[ndarray, "4 4"]) -> None:
         raise Unreadable("the file's affine is flat: two axes point the same way; repair its qform and sform")
 
 
-def lerp(array: Float32[ndarray, "K *rest"], size: int, axis: int) -> Float32[ndarray, "K *changed"]:
-    """Resizes one axis linearly, on the same convention as `Placement.resample`."""
+def lerp(array: Float32[ndarray, "K *rest"], size: int, axis: int, part: slice = slice(None)) -> Float32[ndarray, "K *changed"]:
+    """Resizes one axis linearly to `size`, of which `part` is computed; on the same convention as `Placement.resample`."""
+    lower, share = (values[part] for values in between(array.shape[axis], size))
     if array.shape[axis] == size:
-        return array
-    lower, share = between(array.shape[axis], size)
+        whole: Float32[ndarray, "K *changed"] = np.take(array, lower, axis)
+        return whole
     upper = np.minimum(lower + 1, array.shape[axis] - 1)
     share = share.reshape(-1, *(1,) * (array.ndim - 1 - axis)).astype(np.float32)
     low = np.take(array, lower, axis)

@@ -31,33 +31,31 @@ class Ticket:
 
 
 @dataclass(frozen=True)
-class Served:
-    """How a kept file is answered."""
-
-    media_type: str
-    headers: dict[str, str]
-
-
-@dataclass(frozen=True)
 class Job:
-    """One row. Times are seconds since 1970; `attempts` counts runs that were started and not ended in good order."""
+    """One row. Times are seconds since 1970.
+
+    Attributes:
+        attempts: how many lives of the server began with it and did not end in good order.
+        preview: headers of the answer that serves the kept file; as of `result`.
+        problem: why it failed.
+    """
 
     id: str
     state: str
     attempts: int
     created: float
-    started: float | None
-    finished: float | None
     ticket: Ticket
-    preview: Served | None
-    result: Served | None
-    problem: dict[str, Any] | None
+    started: float | None = None
+    finished: float | None = None
+    preview: dict[str, str] | None = None
+    result: dict[str, str] | None = None
+    problem: dict[str, Any] | None = None
 
 
 def read(row: sqlite3.Row) -> Job:
     """A row of the table."""
     preview, result, problem = (row[name] and json.loads(row[name]) for name in ("preview", "result", "problem"))
     return Job(
-        row["id"], row["state"], row["attempts"], row["created"], row["started"], row["finished"],
-        Ticket(**json.loads(row["ticket"])), Served(**preview) if preview else None, Served(**result) if result else None, problem,
+        row["id"], row["state"], row["attempts"], row["created"], Ticket(**json.loads(row["ticket"])), row["started"], row["finished"],
+        preview, result, problem,
     )  # fmt: skip

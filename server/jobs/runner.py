@@ -4,20 +4,21 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
-from typing import Any, BinaryIO, Protocol, Self
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO, Self, TypeVar
 
-from server.errors import CallerError, Interrupted, NotReady, Overloaded, StoreFull, TryAgain, UnetppError
-from server.jobs.job import FINISHED, Job, Served, Ticket
+from server.errors import CallerError, NotReady, Overloaded, StoreBroken, StoreFull, TryAgain
+from server.jobs.job import Job, Ticket
 from server.jobs.live import Live, View
 from server.jobs.store import Store
 from server.metrics import Metrics
-from server.segment.pipeline import Answer, Choice, Estimate, SegmentRequest
+from server.segment.pipeline import Answer, Segmenter, SegmentRequest
 from server.settings import JobsSettings
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SWEEP_S = 60
 
@@ -25,66 +26,54 @@ SWEEP_S = 60
 LEAST_S = 0.25
 MOST_S = 15
 
-# When the store itself fails, e.g. because its disk went away.
+# When the store itself fails, e.g. because its disk is full or went away.
 BROKEN_S = 10
 
-
-class Segments(Protocol):
-    """What does the work; `Segmenter` is one."""
-
-    def choose(self, request: SegmentRequest) -> Choice:
-        """See `Segmenter.choose`."""
-
-    async def estimate(self, file: BinaryIO, request: SegmentRequest) -> Estimate:
-        """See `Segmenter.estimate`."""
-
-    async def segment(
-        self,
-        file: BinaryIO,
-        request: SegmentRequest,
-        reference: BinaryIO | None = None,
-        progress: Callable[[str, int, int], None] = ...,
-    ) -> Answer:
-        """See `Segmenter.segment`."""
-
-
-class _Stopped(Exception):
-    """A running job was told to stop."""
+# For callers' questions, beside those that keep what the workers made: a slow disk shall hold up nothing but jobs.
+THREADS = 4
 
 
 class Runner:
-    """The queue of jobs; use as `async with`, which opens the store and, in the end, puts running jobs back.
+    """The queue of jobs; use as `async with`, which in the end puts running jobs back and closes the store.
 
     Args:
         settings: of the store, and how many jobs run at once.
+        max_uploads: bodies that arrive at once.
         segmenter: does the work.
         metrics: counts outcomes.
-        describe: an answer's headers, to be kept with the result.
+        describe: the headers of an answer, to be kept with the result.
         explain: the problem document of whatever ended a job.
-        clock: seconds since 1970.
+        store: already open; else it is opened on entering.
     """
 
     def __init__(
         self,
         settings: JobsSettings,
-        segmenter: Segments,
+        max_uploads: int,
+        segmenter: Segmenter,
         metrics: Metrics,
         describe: Callable[[Answer], dict[str, str]],
         explain: Callable[[Exception], dict[str, Any]],
-        clock: Callable[[], float] = time.time,
+        store: Store | None = None,
     ) -> None:
         self._settings = settings
+        self._max_uploads = max_uploads
         self._segmenter = segmenter
         self._metrics = metrics
         self._describe = describe
         self._explain = explain
-        self._clock = clock
+        self._given = store
         self._opened: Store | None = None
-        self._live: dict[str, Live] = {}
         self._uploads = 0
-        self._arrived = asyncio.Event()
-        self._closing = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pool = ThreadPoolExecutor(self._settings.concurrency + THREADS, thread_name_prefix="jobs")
+        self._live: dict[str, Live] = {}
+        self._running: list[Live] = []
+        self._arrived = asyncio.Event()
+        self._closing = False
 
     async def __aenter__(self) -> Self:
         """Opens the store; what was accepted before is taken up again.
@@ -92,8 +81,10 @@ class Runner:
         Raises:
             StoreBroken: see `Store`.
         """
-        self._opened = await asyncio.to_thread(Store, self._settings, self._clock)
-        for job in await asyncio.to_thread(self._opened.waiting):
+        self._reset()
+        store = self._opened = self._given or await self._off_loop(Store, self._settings)
+        self._metrics.jobs_disk_bytes.set_function(lambda: store.files.used_bytes)
+        for job in await self._off_loop(store.waiting):
             self._add(job)
         work = [self._work() for _ in range(self._settings.concurrency)]
         self._tasks = [asyncio.create_task(coroutine) for coroutine in (*work, self._sweep())]
@@ -102,43 +93,54 @@ class Runner:
     async def __aexit__(self, *_: object) -> None:
         """Running jobs are stopped and wait again; nothing is written after this."""
         self.drain()
-        try:
-            await asyncio.gather(*self._tasks)
-        finally:
-            for live in self._live.values():
-                live.ended.set()
-            await asyncio.to_thread(self._store.close)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        store, self._opened = self._store, None
+        # A thread of a worker that is gone may still be keeping a result: the store waits for it.
+        await self._off_loop(store.close)
+        self._pool.shutdown(wait=False)
 
     def drain(self) -> None:
         """Stops what runs and lets the watchers go; the first step of closing, for whoever waits for them."""
-        if self._closing.is_set():
-            return
-        self._closing.set()
-        self._arrived.set()
+        self._closing = True
+        for task in self._tasks:
+            task.cancel()
         for live in self._live.values():
             live.touch()
-            if live.task:
-                live.task.cancel()
+
+    def check(self) -> None:
+        """Whether jobs are worked on.
+
+        Raises:
+            NotReady: no longer.
+        """
+        if any(task.done() for task in self._tasks):
+            raise NotReady("jobs are no longer worked on here; the server is stopping, or its log says why it should be restarted")
 
     @contextlib.contextmanager
     def reserve(self, request: SegmentRequest) -> Iterator[Callable[[int], None]]:
-        """A place in the queue while a body streams in; the function it gives is told the bytes of each piece.
+        """A place for a body that streams in; the function it gives is told the bytes of each piece.
 
         Raises:
             UnknownModel, InvalidParameter: no body could make this request a good one.
-            Overloaded: too many jobs wait.
+            Overloaded: too many jobs wait, or too many bodies arrive.
             StoreFull: from that function, over the disk quota.
         """
         self._segmenter.choose(request)
-        waiting = self._uploads + sum(not live.taken for live in self._live.values())
-        if waiting >= self._settings.max_queued:
-            raise Overloaded(f"{waiting} jobs are waiting, which is the limit; try again when some are done", retry_after_s=30)
-        self._uploads += 1
         try:
-            with self._store.reserve() as claim:
-                yield claim
-        finally:
-            self._uploads -= 1
+            waiting = len(self._live) - len(self._running)
+            if waiting >= self._settings.max_queued:
+                raise Overloaded(f"{waiting} jobs are waiting, which is the limit; try again when some are done", retry_after_s=30)
+            if self._uploads >= self._max_uploads:
+                raise Overloaded(f"{self._uploads} uploads are arriving, which is the limit; try again in a moment")
+            self._uploads += 1
+            try:
+                with self._store.files.reserve() as claim:
+                    yield claim
+            finally:
+                self._uploads -= 1
+        except TryAgain:
+            self._metrics.jobs.labels("refused").inc()
+            raise
 
     async def submit(self, file: BinaryIO, request: SegmentRequest, reference: BinaryIO | None, *, preview: bool) -> View:
         """Accepts a job, unless it could never be done; when this returns, not even a kill can lose it.
@@ -156,7 +158,7 @@ class Runner:
         asked = dataclasses.asdict(request)
         route = choice.route
         ticket = Ticket(asked, preview, choice.model, route.mode, route.level, choice.precision, estimate.windows, seconds)
-        live = self._add(await asyncio.to_thread(self._store.accept, ticket, file, reference))
+        live = self._add(await self._off_loop(self._store.accept, ticket, file, reference))
         self._arrived.set()
         return self._view(live)
 
@@ -168,13 +170,13 @@ class Runner:
         """
         if live := self._live.get(id_):
             return self._view(live)
-        job = await asyncio.to_thread(self._store.get, id_)
+        job = await self._off_loop(self._store.get, id_)
         windows = job.ticket.windows
         return View(job, None, windows if job.state == "done" else 0, windows, None, None, self._store.expires(job))
 
     async def watch(self, id_: str) -> AsyncIterator[View]:
         """A job now, and whenever it has changed, until it is finished or the server stops."""
-        while not self._closing.is_set():
+        while not self._closing:
             live = self._live.get(id_)
             # Taken before anything is awaited, so that no change falls between looking and waiting.
             changed = live.changed if live else None
@@ -186,48 +188,43 @@ class Runner:
                 async with asyncio.timeout(MOST_S):
                     await changed.wait()
 
-    def path(self, job: Job, name: str) -> Path:
-        """Where a result or preview lies."""
-        return self._store.path(job.id, name)
+    async def open(self, job: Job, name: str) -> BinaryIO | None:
+        """A result or preview, if it is still there."""
+        return await self._off_loop(self._store.files.open, job.id, name)
 
     async def delete(self, id_: str) -> None:
         """Cancels a waiting or running job, forgets a finished one.
 
         Raises:
             UnknownJob: never accepted, deleted or expired.
+            StoreFull, StoreBroken, NotReady: nothing has happened to it.
         """
         live = self._live.get(id_)
-        if live is None:
-            await self.get(id_)
-            await asyncio.to_thread(self._store.remove, id_)
-            return
-        live.stop = True
-        if live.taken:
-            await self._stop(live)
-            return
-        live.taken = True  # by us: no worker may begin with it now
-        try:
-            self._finished(live, await asyncio.to_thread(self._store.cancel, id_))
-        except UnetppError:
-            live.taken = False
-            self._arrived.set()
-            raise
-
-    async def _stop(self, live: Live) -> None:
-        """Ends a running job, waiting until nothing of it is left."""
-        id_ = live.job.id
-        if live.task:
-            live.task.cancel()
-        await live.ended.wait()
-        if not self._closing.is_set() and (await asyncio.to_thread(self._store.get, id_)).state != "cancelled":
-            # It came to its end first.
-            await asyncio.to_thread(self._store.remove, id_)
+        job = await self._off_loop(self._store.cancel, id_) if live else None
+        if job is None or job.state != "cancelled":
+            # It had come to its end, or did so first.
+            await self._off_loop(self._store.remove, id_)
+        if live and job:
+            live.cancel()
+            self._ended(live, job)
 
     @property
     def _store(self) -> Store:
         if self._opened is None:
-            raise NotReady("the server is starting; try again in a moment")
+            raise NotReady("the server is starting or stopping; try again in a moment")
         return self._opened
+
+    async def _off_loop(self, call: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
+
+    async def _insist(self, live: Live, call: Callable[..., T], *arguments: object) -> T:
+        """Repeats a call until the disk allows it: the job, and the work that is in it, can wait."""
+        while True:
+            try:
+                return await self._off_loop(call, *arguments)
+            except (StoreBroken, StoreFull):
+                log.exception("job %s waits for its disk", live.job.id)
+            await live.stoppable(asyncio.sleep(BROKEN_S))
 
     def _add(self, job: Job) -> Live:
         live = self._live[job.id] = Live(job, total=job.ticket.windows)
@@ -235,118 +232,103 @@ class Runner:
         return live
 
     def _moved(self) -> None:
-        """The queue changed, and with it everyone's place in it."""
-        self._metrics.jobs_queued.set(sum(not live.taken for live in self._live.values()))
+        """The queue changed: counted once for all, as each of many watchers asks."""
+        self._running = [live for live in self._live.values() if live.taken]
+        position, ahead_s = 0, 0.0
         for live in self._live.values():
-            live.touch()
+            before = live.position
+            if live.taken:
+                live.position = 0
+            else:
+                position += 1
+                live.position, live.ahead_s = position, ahead_s
+                ahead_s += live.eta_s()
+            if live.position != before:
+                live.touch()
+        self._metrics.jobs_queued.set(position)
+        self._metrics.jobs_running.set(len(self._running))
 
-    def _finished(self, live: Live, job: Job) -> None:
-        self._metrics.jobs.labels(job.state).inc()
-        del self._live[job.id]
-        live.ended.set()
-        live.touch()
-        self._moved()
+    def _ended(self, live: Live, job: Job) -> None:
+        """Both the worker and whoever deletes the job may say so."""
+        if self._live.pop(job.id, None):
+            self._metrics.jobs.labels(job.state).inc()
+            live.touch()
+            self._moved()
 
     def _view(self, live: Live) -> View:
-        lives = list(self._live.values())
-        before = lives[: lives.index(live)]
-        eta_s = live.eta_s()
         if live.taken:
-            return View(live.job, live.stage, live.done, live.total, 0, eta_s, None)
-        eta_s += sum(other.eta_s() for other in before) / self._settings.concurrency
-        return View(live.job, None, 0, live.total, 1 + sum(not other.taken for other in before), eta_s, None)
-
-    async def _pause(self, seconds: float) -> bool:
-        """Whether the server goes on after so many seconds."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._closing.wait()
-        return not self._closing.is_set()
+            return View(live.job, live.stage, live.done, live.total, 0, live.eta_s(), None)
+        before_s = live.ahead_s + sum(other.eta_s() for other in self._running)
+        eta_s = live.eta_s() + before_s / self._settings.concurrency
+        return View(live.job, None, 0, live.total, live.position, eta_s, None)
 
     async def _sweep(self) -> None:
-        while await self._pause(SWEEP_S):
+        while True:
+            await asyncio.sleep(SWEEP_S)
             try:
-                await asyncio.to_thread(self._store.sweep)
-            except UnetppError:
+                await self._off_loop(self._store.sweep)
+            except Exception:
                 log.exception("expired jobs could not be removed")
 
     async def _work(self) -> None:
-        while not self._closing.is_set():
+        while True:
             self._arrived.clear()
             live = next((live for live in self._live.values() if not live.taken), None)
             if live is None:
                 await self._arrived.wait()
                 continue
-            live.begin(taken=True)
             try:
-                job = await self._attempt(live)
-            except UnetppError:
-                log.exception("the state of job %s could not be kept; it will run again", live.job.id)
-                await self._pause(BROKEN_S)
-                live.begin(taken=False)
-                continue
-            if job.state in FINISHED:
-                self._finished(live, job)
-            else:
-                live.job = job
+                live.begin(taken=True)
+                self._moved()
+                self._ended(live, await self._attempt(live))
+            except Exception:
+                if live.stop:
+                    continue  # deleted: nothing of it is left
+                log.exception("the end of job %s could not be kept; it will run again", live.job.id)
+                await asyncio.sleep(BROKEN_S)
                 live.begin(taken=False)
                 self._moved()
 
     async def _attempt(self, live: Live) -> Job:
         """One run, whose every outcome is kept."""
-        id_ = live.job.id
         try:
-            live.job = await asyncio.to_thread(self._store.start, id_)
-            self._moved()
             return await self._run(live)
-        except _Stopped:
-            return await asyncio.to_thread(self._store.cancel if live.stop else self._store.requeue, id_)
         except Exception as error:
-            if isinstance(error, TryAgain) and not isinstance(error, StoreFull | Interrupted):
-                await self._pause(error.retry_after_s)
-                return await asyncio.to_thread(self._store.cancel if live.stop else self._store.requeue, id_)
+            if live.stop:
+                raise
             if not isinstance(error, CallerError):
-                log.error("job %s failed", id_, exc_info=error)
-            return await asyncio.to_thread(self._store.fail, id_, self._explain(error))
+                log.error("job %s failed", live.job.id, exc_info=error)
+            return await self._insist(live, self._store.fail, live.job.id, self._explain(error))
 
     async def _run(self, live: Live) -> Job:
         """The preview, if one was asked for and is not there from an earlier run, and then the asked-for level."""
-        request = SegmentRequest(**live.job.ticket.request)
-        if live.job.ticket.preview and live.job.preview is None:
+        id_, ticket = live.job.id, live.job.ticket
+        live.job = await self._insist(live, self._store.start, id_)
+        live.touch()
+        request = SegmentRequest(**ticket.request)
+        if ticket.preview and live.job.preview is None:
             answer = await self._answer(live, _first_look(request), live.glance, scored=False)
-            live.job = await asyncio.to_thread(self._store.keep_preview, live.job.id, answer.body, self._served(answer))
-            live.progress("decode", 0, live.job.ticket.windows)
+            try:
+                live.job = await self._off_loop(self._store.keep_preview, id_, answer.body, self._describe(answer))
+            except (StoreBroken, StoreFull):
+                log.exception("job %s goes on without its preview", id_)
+            live.progress("decode", 0, ticket.windows)
         answer = await self._answer(live, request, live.progress, scored=True)
-        return await asyncio.to_thread(self._store.finish, live.job.id, answer.body, self._served(answer))
+        return await self._insist(live, self._store.finish, id_, answer.body, self._describe(answer))
 
     async def _answer(
         self, live: Live, request: SegmentRequest, progress: Callable[[str, int, int], None], *, scored: bool
     ) -> Answer:
-        """The part of a run that can be stopped at any point, as it writes nothing."""
         with contextlib.ExitStack() as opened:
-            file, reference = await asyncio.to_thread(self._open, live.job.id, opened, scored)
-            if self._must_stop(live):
-                raise _Stopped
-            live.task = asyncio.create_task(self._segmenter.segment(file, request, reference, progress))
-            try:
-                return await live.task
-            except asyncio.CancelledError:
-                if self._must_stop(live):
-                    raise _Stopped from None
-                raise
-            finally:
-                live.task = None
+            file = await self._file(live, opened, "input")
+            reference = await self._file(live, opened, "reference") if scored else None
+            if file is None:
+                raise FileNotFoundError(f"the input of job {live.job.id} is gone")
+            return await live.stoppable(self._segmenter.segment(file, request, reference, progress))
 
-    def _must_stop(self, live: Live) -> bool:
-        return live.stop or self._closing.is_set()
-
-    def _open(self, id_: str, opened: contextlib.ExitStack, scored: bool) -> tuple[BinaryIO, BinaryIO | None]:
-        file = opened.enter_context(self._store.path(id_, "input").open("rb"))
-        path = self._store.path(id_, "reference")
-        return file, opened.enter_context(path.open("rb")) if scored and path.exists() else None
-
-    def _served(self, answer: Answer) -> Served:
-        return Served(answer.media_type, self._describe(answer))
+    async def _file(self, live: Live, opened: contextlib.ExitStack, name: str) -> BinaryIO | None:
+        file = await self._insist(live, self._store.files.open, live.job.id, name)
+        return opened.enter_context(file) if file else None
 
 
 def _first_look(request: SegmentRequest) -> SegmentRequest:

@@ -1,4 +1,4 @@
-"""Who may start: images share a budget of pixels, so that many at once cannot exhaust memory."""
+"""Who may start: inputs share a budget of pixels or voxels, so that many at once cannot exhaust memory."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,7 @@ class PixelBudget:
     """Hands out pixels, first come first served. All methods belong to the event loop's thread.
 
     Args:
-        pixels: in the hands of all holders at once; a larger image waits until it can hold them all.
+        pixels: in the hands of all holders at once; a larger input waits until it can hold them all.
     """
 
     def __init__(self, pixels: int) -> None:

@@ -22,6 +22,9 @@ from server.arrays import Scores, Tiles
 from server.errors import InferenceFailed, NotReady
 from server.runtime.engines import Engine
 
+# A batch of so many pixels counts fully towards the pace.
+PACE_PIXELS = 65_536
+
 
 @dataclass(frozen=True)
 class Ran:
@@ -169,13 +172,17 @@ class Batcher:
         scores = self.engine.run(Tiles.stack([item.tile for item in batch]))
         if len(scores) != len(batch):
             raise ValueError(f"the engine returned {len(scores)} results for {len(batch)} tiles")
+        if not np.isfinite(scores).all():
+            # Compared with anything they would be background, without a word.
+            raise ValueError("the engine returned scores that are not numbers")
         return scores
 
     def _learn(self, batch: list[_Item]) -> None:
-        """Follows the pace of the last batches, as a machine's load changes."""
+        """Follows the pace of the last batches, as a machine's load changes; small ones, which pay for starting up, count less."""
         pixels = sum(math.prod(item.tile.pixels.shape[2:]) for item in batch)
         latest = (time.perf_counter() - batch[0].started) / pixels
-        self.pace = latest if self.pace == 0 else 0.9 * self.pace + 0.1 * latest
+        share = 0.1 * min(1.0, pixels / PACE_PIXELS)
+        self.pace = latest if self.pace == 0 else (1 - share) * self.pace + share * latest
 
     def _take(self) -> list[_Item]:
         """A tile of the caller whose turn it is, and tiles of its size from all callers in turn, as many as the limits allow."""

@@ -69,7 +69,7 @@ class _Candidate:
     provider: str
 
 
-def golden_tiles(file: Path) -> Iterator[tuple[str, Tiles, Shaped[ndarray, "N K h w"]]]:
+def golden_tiles(file: Path) -> Iterator[tuple[str, Tiles, Shaped[ndarray, "N K *tile"]]]:
     """The golden pairs of a bundle: (graph, input, expected fp32 scores), one or more per graph."""
     with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
         for key in sorted(name for name in arrays.files if name.startswith("scores/")):
@@ -280,7 +280,7 @@ def _check_golden(bundle: Bundle, engines: dict[tuple[str, str], Engine]) -> Non
         del engines[name, precision]
 
 
-def mean_difference(scores: Scores, expected: Shaped[ndarray, "N K h w"]) -> float:
+def mean_difference(scores: Scores, expected: Shaped[ndarray, "N K *tile"]) -> float:
     """Mean absolute difference; infinite where the shapes differ or a value is not finite."""
     if scores.shape != expected.shape:
         return float("inf")
@@ -291,6 +291,6 @@ def mean_difference(scores: Scores, expected: Shaped[ndarray, "N K h w"]) -> flo
 def noise(count: int, channels: int, size: list[int]) -> Tiles:
     """Seeded random tiles with the statistics of z-scored noise."""
     random = np.random.default_rng(0)
-    pixels: Float32[ndarray, "N C h w"] = random.standard_normal((count, channels, *size), dtype=np.float32)
+    pixels: Float32[ndarray, "N C *tile"] = random.standard_normal((count, channels, *size), dtype=np.float32)
     ones = np.ones((count, channels, *[1] * len(size)), dtype=np.float32)
     return Tiles(pixels, ones * 0, ones)

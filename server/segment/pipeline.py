@@ -1,33 +1,31 @@
 """One request, from bytes to bytes, as a straight line. Serves HTTP and the command line alike."""
 
 import asyncio
-import base64
-import dataclasses
+import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, ParamSpec, TypeVar
+from typing import BinaryIO, ParamSpec, TypeVar
 
 import numpy as np
 
 from server.arrays import Extent, Image, Mask, Volume
-from server.errors import InferenceFailed, InvalidParameter, NotReady, TooLarge, UnknownModel
+from server.errors import InferenceFailed, InvalidParameter, NotReady, Overloaded, TooLarge, UnknownModel
 from server.imaging import encode as encoding
-from server.imaging import geometry
 from server.imaging.decode import decode, measure
-from server.imaging.encode import ENCODERS, Encoder, Product
-from server.imaging.geometry import Placement
+from server.imaging.encode import ENCODERS, Encoder
 from server.imaging.reading import Reading
 from server.runtime.admission import PixelBudget
 from server.runtime.batcher import Batcher, Ran
 from server.runtime.bundle import Manifest
 from server.runtime.opening import OpenBundle, noise
-from server.segment import modes, quality, statistics
+from server.segment import cost, modes, quality, report
+from server.segment.cost import Estimate
 from server.segment.modes import Route
-from server.segment.plan import STEP_PIXELS, Plan, make_plan, place, tile_grid, with_channels
+from server.segment.plan import make_plan, place, seen_by
 from server.segment.restore import Canvas
 from server.settings import BatchingSettings, LimitsSettings
 
@@ -38,8 +36,8 @@ T = TypeVar("T")
 PROBE_EVERY_S = 5
 PROBE_TIMEOUT_S = 10
 
-# Of the place of one window; a stack of tiny slices has more windows than pixels in one.
-WINDOW_BYTES = 100
+# Threads for volumes, whose decoding and resampling take seconds each.
+VOLUME_WORKERS = 2
 
 
 @dataclass(frozen=True)
@@ -69,23 +67,12 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What a request will take, from the file's header alone.
+class _Order:
+    """What the header and the request settle, before any pixel is decoded."""
 
-    Attributes:
-        pixels: pixels or voxels of the input.
-        windows: to be run.
-        seconds: of the runs, at the pace of the last ones; 0 where that is not known yet.
-        memory_bytes: of the decoded input, the open scores and the mask at their most.
-    """
-
-    pixels: int
-    windows: int
-    seconds: float
-    memory_bytes: int
-
-    def __str__(self) -> str:
-        return f"about {self.seconds:,.0f} s and {self.memory_bytes / 1e6:,.0f} MB"
+    encoder: Encoder
+    reading: Reading
+    estimate: Estimate
 
 
 @dataclass(frozen=True)
@@ -169,6 +156,8 @@ class Segmenter:
         self.default = default
         self._limits = limits
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="worker")
+        # Their own, so that images need not wait for a thread either.
+        self._volume_workers = ThreadPoolExecutor(VOLUME_WORKERS, thread_name_prefix="volume")
         # One thread runs all graphs: they share the device, and one run already uses all its cores.
         self._device = ThreadPoolExecutor(1, thread_name_prefix="engine")
         # Each kind waits for its own: a volume can take a whole budget for minutes, and images shall pass it.
@@ -192,6 +181,7 @@ class Segmenter:
             batcher.close()
         self._device.shutdown()
         self._workers.shutdown()
+        self._volume_workers.shutdown()
 
     async def probe(self) -> None:
         """Makes sure that every bundle has just answered: a caller, or else a small real tile.
@@ -243,30 +233,29 @@ class Segmenter:
         Raises:
             CallerError: it could not be segmented at all, or is over a limit.
         """
-        clock = _Clock(self._workers)
         choice = self.choose(request)
-        extent = await clock.off_loop("decode", measure, file, self._limits.max_pixels)
-        return self._estimate(extent, request, choice)
+        extent = await _Clock(self._workers).off_loop("decode", measure, file, self._limits.max_pixels)
+        return self._order(extent, None, request, choice).estimate
 
-    def _estimate(self, extent: Extent, request: SegmentRequest, choice: Choice) -> Estimate:
+    def _order(self, extent: Extent, reference: Extent | None, request: SegmentRequest, choice: Choice) -> _Order:
         """Checks everything that the header tells.
 
         Raises:
-            UnknownFormat, InvalidParameter: the input does not fit the format or the model.
+            UnknownFormat, InvalidParameter: the input does not fit the format, the model or the reference.
             TooLarge: says what it would take.
         """
+        if request.nonfinite not in ("refuse", "zero"):
+            raise InvalidParameter(f"nonfinite={request.nonfinite!r:.20} does not exist; there are: refuse, zero")
+        limits, manifest = self._limits, choice.manifest
         encoder = ENCODERS[encoding.choose(request.format, request.accept, extent.kind)]
-        self._reading(request)
-        estimate = _cost(extent, place(extent, choice.manifest, request.axis), choice, encoder)
-        if extent.kind != "image":
-            hint = f"Here it would take {estimate}. "
-            Reading(0, self._limits.max_voxels).check_volume(extent.size, hint)
-        if estimate.memory_bytes > self._limits.max_memory_mb * 1e6:
-            raise TooLarge(
-                f"this would take {estimate} of memory; the limit is {self._limits.max_memory_mb:,} MB. Crop the input, ask for "
-                "a format without probabilities, or raise UNETPP_LIMITS__MAX_MEMORY_MB on the server"
-            )
-        return estimate
+        placement = place(extent, manifest, request.axis)
+        graph = manifest.graph(choice.route.graph)
+        estimate = cost.estimate(extent, reference, placement, manifest, graph, encoder, choice.batcher.pace)
+        cost.check(estimate, extent, limits)
+        # An image may still lie on its side (EXIF).
+        if reference and (extent.kind != "image" or sorted(extent.size) != sorted(reference.size)):
+            quality.check_grid(extent, reference)
+        return _Order(encoder, Reading(limits.max_pixels, limits.max_voxels, zero_nonfinite=request.nonfinite == "zero"), estimate)
 
     async def segment(
         self,
@@ -288,60 +277,79 @@ class Segmenter:
         Raises:
             CallerError, TryAgain, ServerFault: see `server.errors`.
         """
-        clock = _Clock(self._workers)
         choice = self.choose(request)
+        clock = _Clock(self._workers)
         extent = await clock.off_loop("decode", measure, file, self._limits.max_pixels)
-        estimate = self._estimate(extent, request, choice)
-        if estimate.seconds > patience_s:
+        beside = await clock.off_loop("decode", measure, reference, self._limits.max_pixels) if reference else None
+        order = self._order(extent, beside, request, choice)
+        if extent.kind != "image":
+            clock.workers = self._volume_workers
+        total = order.estimate.windows
+        async with self._admitted(extent, order.estimate, patience_s, clock):
+            progress("decode", 0, total)
+            source = await clock.off_loop("decode", decode, file, order.reading)
+            truth = await clock.off_loop("decode", self._decode_reference, reference, source) if reference else None
+            mask = await self._run(source, choice, request, order.encoder, clock, progress)
+            overlaps = await clock.off_loop("restore", _compare, mask, truth, choice.manifest) if truth else {}
+            progress("encode", total, total)
+            facts = {"model": choice.model, "mode": choice.route.mode, "level": choice.route.level, "precision": choice.precision,
+                     "engine": choice.batcher.engine.name}  # fmt: skip
+            body = await clock.off_loop(
+                "encode", report.encode, mask, source, choice.manifest, order.encoder, facts, overlaps, clock.seconds,
+                include_mask=request.include_mask,
+            )  # fmt: skip
+        return Answer(body, order.encoder.media_type, order.encoder.suffix, choice, clock.seconds, overlaps, source.note)
+
+    @contextlib.asynccontextmanager
+    async def _admitted(self, extent: Extent, estimate: Estimate, patience_s: float, clock: _Clock) -> AsyncIterator[None]:
+        """Holds a share of the budget for the block.
+
+        Raises:
+            TooLarge: the work alone would take longer than the caller's patience.
+            Overloaded: the wait for others would.
+        """
+        spare_s = patience_s - estimate.seconds
+        if spare_s < 0:
             raise TooLarge(
                 f"this would take {estimate} here, and POST /segment works for at most {patience_s:g} s. Send the same "
                 "request to POST /jobs, or choose a shallower level"
             )
         begun = time.perf_counter()
-        budget = self._images if extent.kind == "image" else self._volumes
-        async with budget.hold(estimate.pixels):
+        async with contextlib.AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(None if spare_s == math.inf else spare_s):
+                    await held.enter_async_context(
+                        (self._images if extent.kind == "image" else self._volumes).hold(estimate.pixels)
+                    )
+            except TimeoutError as error:
+                raise Overloaded(
+                    f"others were worked on for {spare_s:.0f} s, which leaves no time for this; try again, or send it to POST /jobs"
+                ) from error
             clock.add("queue", time.perf_counter() - begun)
-            progress("decode", 0, estimate.windows)
-            source = await clock.off_loop("decode", decode, file, self._reading(request))
-            truth = await clock.off_loop("decode", self._decode_reference, reference, source) if reference else None
-            placement = place(source.extent, choice.manifest, request.axis)
-            plan, pixels = await clock.off_loop("plan", _plan, source, placement, choice)
-            encoder = ENCODERS[encoding.choose(request.format, request.accept, source.extent.kind)]
-            mask = await self._run(plan, pixels, source, placement, choice, encoder, clock, progress)
-            # Of a resampled volume they are another copy.
-            del pixels
-            overlaps = await clock.off_loop("restore", _compare, mask, truth, choice.manifest) if truth else {}
-            progress("encode", estimate.windows, estimate.windows)
-            body = await clock.off_loop("encode", _encode, mask, source, choice, encoder, request, overlaps, clock)
-        return Answer(body, encoder.media_type, encoder.suffix, choice, clock.seconds, overlaps, source.note)
-
-    def _reading(self, request: SegmentRequest) -> Reading:
-        if request.nonfinite not in ("refuse", "zero"):
-            raise InvalidParameter(f"nonfinite={request.nonfinite!r:.20} does not exist; there are: refuse, zero")
-        limits = self._limits
-        return Reading(limits.max_pixels, limits.max_voxels, zero_nonfinite=request.nonfinite == "zero")
+            yield
 
     def _decode_reference(self, reference: BinaryIO, source: Image | Volume) -> Image | Volume:
-        """Labels on the input's grid, refused before any work is done for them."""
-        labels = decode(reference, Reading(self._limits.max_pixels, self._limits.max_voxels, labels=True))
-        values = labels.values
-        if values.shape[-1] != 1 and np.ptp(values, axis=-1).any():
+        """Labels on the input's grid."""
+        decoded = decode(reference, Reading(self._limits.max_pixels, self._limits.max_voxels, labels=True, zero_nonfinite=True))
+        if decoded.values.shape[-1] != 1 and np.ptp(decoded.values, axis=-1).any():
             raise InvalidParameter("the reference is a colour picture; send labels (one value per pixel)")
-        quality.check_size(source.size, labels.size)
-        if isinstance(source, Volume) and isinstance(labels, Volume):
-            quality.check_place(source, labels)
-        return labels
+        # Again, as an image is now upright.
+        quality.check_grid(source.extent, decoded.extent)
+        return decoded
 
     async def _run(
-        self, plan: Plan, pixels: "np.ndarray[Any, np.dtype[Any]]", source: Image | Volume, placement: Placement,
-        choice: Choice, encoder: Encoder, clock: _Clock, progress: Callable[[str, int, int], None],
+        self, source: Image | Volume, choice: Choice, request: SegmentRequest, encoder: Encoder, clock: _Clock,
+        progress: Callable[[str, int, int], None],
     ) -> Mask:  # fmt: skip
         """Step by step: cut, run, restore; one step is cut and waits for the device while the one before it is restored."""
-        channels = choice.manifest.score_channels
+        manifest = choice.manifest
+        placement, pixels = await clock.off_loop("plan", seen_by, source, manifest, request.axis)
+        graph = manifest.graph(choice.route.graph)
+        plan = await clock.off_loop("plan", make_plan, pixels, manifest, graph, flat=placement.flat)
         classes = np.empty(source.size, dtype=np.uint8, order="C" if isinstance(source, Image) else "F")
-        scores = np.empty((channels, *source.size), dtype=np.float16) if encoder.needs_scores else None
+        scores = np.empty((manifest.score_channels, *source.size), dtype=np.float16) if encoder.needs_scores else None
         written = placement.view(scores, leading=1) if scores is not None else None
-        canvas = Canvas(plan.windows, channels, choice.manifest.threshold, placement.view(classes), written)
+        canvas = Canvas(plan.windows, manifest.score_channels, manifest.threshold, placement.view(classes), written)
         running: deque[tuple[range, asyncio.Task[Ran]]] = deque()
         free = 0.0
 
@@ -373,69 +381,5 @@ class Segmenter:
         return Mask(classes, scores)
 
 
-def _cost(extent: Extent, placement: Placement, choice: Choice, encoder: Encoder) -> Estimate:
-    manifest = choice.manifest
-    grid = tile_grid(placement.size, manifest, manifest.graph(choice.route.graph), flat=placement.flat)
-    windows, tile_pixels = math.prod(grid.counts), math.prod(grid.tile)
-    pixels = math.prod(extent.size)
-    k = manifest.score_channels
-    resampled = math.prod(placement.size) * 4 * extent.channels if placement.resampled else 0
-    # Of the axis that orders the windows one window, of the others all.
-    sides = (t if a == grid.axis else max(s, t) for a, (s, t) in enumerate(zip(placement.size, grid.tile, strict=True)))
-    open_rows = math.prod(sides) * 4
-    steps = max(STEP_PIXELS, tile_pixels) * 4 * (len(manifest.channels) + k) * 2 + WINDOW_BYTES * windows
-    # Of a report, components are labelled with four bytes per pixel.
-    kept = (2 * k if encoder.needs_scores else 5 if encoder.needs_report else 0) * pixels
-    # The mask, its encoded form, and what comparing and finding the best class takes in passing.
-    memory = pixels * (extent.channels * extent.sample_bytes + 2) + resampled + open_rows * (k + 3) + steps + kept
-    return Estimate(pixels, windows, windows * tile_pixels * choice.batcher.pace, memory)
-
-
-def _plan(source: Image | Volume, placement: Placement, choice: Choice) -> "tuple[Plan, np.ndarray[Any, np.dtype[Any]]]":
-    manifest = choice.manifest
-    seen = placement.resample(placement.view(source.values))
-    pixels = with_channels(seen, len(manifest.channels))
-    return make_plan(pixels, manifest, manifest.graph(choice.route.graph), flat=placement.flat), pixels
-
-
 def _compare(mask: Mask, reference: Image | Volume, manifest: Manifest) -> dict[int, quality.Overlap]:
     return quality.compare(mask.classes, reference.values[..., 0], [c.value for c in manifest.classes])
-
-
-def _encode(
-    mask: Mask, source: Image | Volume, choice: Choice, encoder: Encoder, request: SegmentRequest,
-    overlaps: dict[int, quality.Overlap], clock: _Clock,
-) -> bytes:  # fmt: skip
-    classes = choice.manifest.classes
-    names = {c.value: c.name for c in classes}
-    colors = {c.value: rgb(c.color) for c in classes}
-    product = Product(mask, colors, names, source)
-    if not encoder.needs_report:
-        return encoder.encode(product)
-    mm = geometry.spacing(source.affine) if isinstance(source, Volume) and source.affine is not None else None
-    report: dict[str, Any] = {
-        "model": choice.model,
-        "mode": choice.route.mode,
-        "level": choice.route.level,
-        "precision": choice.precision,
-        "engine": choice.batcher.engine.name,
-        "size": dict(zip(("height", "width") if isinstance(source, Image) else ("x", "y", "z"), source.size, strict=True)),
-        "classes": statistics.describe(mask.classes, names, math.prod(mm) if mm else None),
-    }
-    if mm:
-        report["spacing_mm"] = dict(zip("xyz", mm, strict=True))
-    if overlaps:
-        report["reference"] = {names[value]: {"iou": q.iou, "dice": q.dice} for value, q in overlaps.items()}
-    if source.note:
-        report["note"] = source.note
-    if request.include_mask:
-        like = encoding.DEFAULTS[source.extent.kind]
-        report[f"mask_{like}"] = base64.b64encode(ENCODERS[like].encode(product)).decode()
-    report["timings_ms"] = {phase: round(seconds * 1e3, 2) for phase, seconds in clock.seconds.items()}
-    return encoder.encode(dataclasses.replace(product, report=report))
-
-
-def rgb(color: str) -> tuple[int, int, int]:
-    """Three bytes of "#rrggbb"."""
-    red, green, blue = bytes.fromhex(color.removeprefix("#"))
-    return red, green, blue

@@ -13,7 +13,7 @@ from jaxtyping import Float32, Float64, Shaped, UInt8
 from numpy import ndarray
 from PIL import Image as Pillow
 
-from server.arrays import Extent, Tiles
+from server.arrays import Extent, Image, Tiles, Volume
 from server.errors import InvalidParameter
 from server.imaging import geometry
 from server.imaging.geometry import Placement
@@ -24,6 +24,8 @@ STATISTICS_PIXELS = 1_000_000
 
 # Pixels of the windows that are cut, run and restored in one step; several steps follow each other in the pipeline.
 STEP_PIXELS = 2_097_152
+# And how many at most: each is handed to the event loop.
+STEP_WINDOWS = 256
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Windows:
     @property
     def steps(self) -> list[range]:
         """Indices of the windows that are worked on together."""
-        count = max(1, STEP_PIXELS // self.tile_pixels)
+        count = min(STEP_WINDOWS, max(1, STEP_PIXELS // self.tile_pixels))
         return [range(first, min(first + count, len(self))) for first in range(0, len(self), count)]
 
 
@@ -144,6 +146,16 @@ def place(extent: Extent, manifest: Manifest, axis: str) -> Placement:
     return geometry.place_volume(extent.size, extent.affine, manifest.orientation or "RAS", manifest.spacing)
 
 
+def seen_by(source: Image | Volume, manifest: Manifest, axis: str = "auto") -> tuple[Placement, Shaped[ndarray, "*size C"]]:
+    """An input as the network sees it: in its axes, at its spacing, with its channels; and how it lies there.
+
+    Raises:
+        InvalidParameter: see `place` and `with_channels`.
+    """
+    placement = place(source.extent, manifest, axis)
+    return placement, with_channels(placement.resample(placement.view(source.values)), len(manifest.channels))
+
+
 def lay_windows(size: tuple[int, ...], manifest: Manifest, graph: Graph, *, flat: bool = False) -> Windows:
     """Windows over a grid for a graph.
 
@@ -175,12 +187,20 @@ def tile_grid(size: tuple[int, ...], manifest: Manifest, graph: Graph, *, flat: 
 
 
 def make_plan(pixels: Shaped[ndarray, "*size C"], manifest: Manifest, graph: Graph, *, flat: bool = False) -> Plan:
-    """Plans an input (already with the network's channels) for a graph."""
+    """Plans an input (already with the network's channels) for a graph.
+
+    Raises:
+        InvalidParameter: its values cannot be normalised.
+    """
     windows = lay_windows(pixels.shape[:-1], manifest, graph, flat=flat)
     channels = pixels.shape[-1]
     mean, inverse_std = statistics(pixels) if manifest.normalization == "zscore" else (np.zeros(channels), np.ones(channels))
     shape = (1, channels, *(1,) * manifest.dims)
-    return Plan(windows, mean.reshape(shape).astype(np.float32), inverse_std.reshape(shape).astype(np.float32))
+    with np.errstate(over="ignore"):
+        mean, inverse_std = (values.reshape(shape).astype(np.float32) for values in (mean, inverse_std))
+    if not (np.isfinite(mean).all() and np.isfinite(inverse_std).all()):
+        raise InvalidParameter("the values are too large or too alike to be normalised in single precision; rescale them")
+    return Plan(windows, mean, inverse_std)
 
 
 def axis_tiles(size: int, window: int, overlap: int, divisor: int) -> tuple[int, int]:
@@ -233,8 +253,8 @@ def statistics(pixels: Shaped[ndarray, "*size C"]) -> tuple[Float64[ndarray, " C
         pixels = pixels[..., :1]
     mean, variance = _moments_of_bytes(pixels) if pixels.dtype == np.uint8 and pixels.ndim == 3 else _moments(pixels)
     # Rounding leaves a constant channel with a variance of a few ulps; it must not be blown up to noise.
-    flat = variance <= np.square(1e-6 * np.maximum(np.abs(mean), 1e-30))
-    inverse_std = np.where(flat, 1.0, 1.0 / np.sqrt(np.where(flat, 1.0, variance)))
+    constant = variance <= np.square(1e-6 * np.maximum(np.abs(mean), 1e-30))
+    inverse_std = np.where(constant, 1.0, 1.0 / np.sqrt(np.where(constant, 1.0, variance)))
     return np.broadcast_to(mean, channels), np.broadcast_to(inverse_std, channels)
 
 

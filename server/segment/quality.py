@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 from numpy import ndarray
 
-from server.arrays import Volume
+from server.arrays import Extent
 from server.errors import InvalidParameter
 from server.imaging.geometry import spacing
 
@@ -42,12 +42,13 @@ def check_size(image: tuple[int, ...], reference: tuple[int, ...]) -> None:
         raise InvalidParameter(f"the reference is {_shown(reference)}, the input {_shown(image)}; they must be alike")
 
 
-def check_place(image: Volume, reference: Volume) -> None:
-    """Refuses a reference whose voxels lie elsewhere in space: it would be compared voxel by voxel.
+def check_grid(image: Extent, reference: Extent) -> None:
+    """Refuses a reference on another grid than the input's: it would be compared voxel by voxel.
 
     Raises:
-        InvalidParameter: says how far away.
+        InvalidParameter: says both sizes, or how far away in space it lies.
     """
+    check_size(image.size, reference.size)
     if image.affine is None or reference.affine is None:
         return
     corners = np.array([(*corner, 1.0) for corner in itertools.product(*((0, side - 1) for side in image.size))])

@@ -5,6 +5,7 @@ as no further window touches them, so memory grows neither with that axis nor wi
 """
 
 import functools
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -18,6 +19,9 @@ from server.segment.plan import Windows
 # sliding windows (nnU-Net, MONAI).
 SIGMA = 1 / 8
 LEAST = 1e-3
+
+# Pixels of the caller's grid that are interpolated at a time.
+STRIP_PIXELS = 262_144
 
 
 class Canvas:
@@ -105,19 +109,27 @@ class Canvas:
 
     def _interpolate(self, row: int, scores: Float32[ndarray, "K *across"]) -> None:
         """Writes the caller's rows that lie between our row before this one and this one."""
-        for axis, size in enumerate(self._classes.shape[1:], start=1):
-            scores = lerp(scores, size, axis)
         last = row == self._rows - 1
         while self._next < len(self._classes) and (self._lower[self._next] < row or last):
             share = np.float32(self._share[self._next])
             # At its ends the grid is continued by its outermost rows, whose share is then 0.
             before = scores if self._before is None or self._lower[self._next] == row else self._before
-            mixed = before + (scores - before) * share
-            self._classes[self._next] = _classes(mixed, np.ones_like(mixed[0]), self._threshold)
-            if self._scores is not None:
-                self._scores[:, self._next] = mixed
+            self._enlarge(before + (scores - before) * share)
             self._next += 1
         self._before = scores
+
+    def _enlarge(self, plane: Float32[ndarray, "K *across"]) -> None:
+        """Writes the caller's next row from ours, strip by strip: its plane may be far larger than ours."""
+        first, *rest = self._classes.shape[1:]
+        count = max(1, STRIP_PIXELS // math.prod(rest))
+        for start in range(0, first, count):
+            strip = slice(start, min(start + count, first))
+            scores = lerp(plane, first, 1, strip)
+            for axis, size in enumerate(rest, start=2):
+                scores = lerp(scores, size, axis)
+            self._classes[self._next, strip] = _classes(scores, np.ones_like(scores[0]), self._threshold)
+            if self._scores is not None:
+                self._scores[:, self._next, strip] = scores
 
 
 def _classes(total: Float32[ndarray, "K *size"], weight: Float32[ndarray, "*size"], threshold: float) -> UInt8[ndarray, "*size"]:

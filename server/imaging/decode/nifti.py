@@ -220,7 +220,7 @@ def _values(stream: Stream, header: Any, count: int) -> tuple[Shaped[ndarray, " 
     """All values in the order of the file, and how many were not finite (now 0)."""
     stored, kept, (slope, inter) = header.get_data_dtype(), _kept(header), _scaling(header)
     values = np.empty(count, dtype=kept)
-    length, wrong = BLOCK // stored.itemsize, 0
+    length, wrong = BLOCK // max(stored.itemsize, 8), 0
     for first in range(0, count, length):
         part = values[first : first + length]
         raw = np.frombuffer(_exactly(stream, len(part) * stored.itemsize, "voxels"), dtype=stored)

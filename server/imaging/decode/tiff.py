@@ -1,5 +1,6 @@
 """TIFF through tifffile: 1, 8 and 16 bits, float; LZW, deflate and the usual compressions."""
 
+import contextlib
 import math
 from typing import BinaryIO
 
@@ -65,17 +66,19 @@ def decode(file: BinaryIO, reading: Reading) -> Image | Volume:
             left = f"only the first of {len(tiff.pages)} pages was read" if len(tiff.pages) > 1 else ""
             return Image(pixels, _notes(left, met(wrong, pixels.size, reading.zero_nonfinite)))
         reading.check_volume((page.imagewidth, page.imagelength, pages))
-        _check_page(page, reading.max_voxels)
+        _check_page(page, reading.max_pixels)
         stack, wrong = None, 0
         for index in range(pages):
             # Alike is what the tags say; each page's own strips are counted too.
-            _check_page(tiff.pages[index], reading.max_voxels)
+            _check_page(tiff.pages[index], reading.max_pixels)
             pixels, odd = _pixels(tiff.pages[index], reading.labels)
             stack = np.empty((pages, *pixels.shape), pixels.dtype) if stack is None else stack
             stack[index] = pixels
             wrong += odd
+        # Which page is which channel or time is told in ways of their own.
+        mixed = "pages were taken as slices, also where they are channels or times" if tiff.is_imagej or tiff.is_ome else ""
     assert stack is not None  # noqa: S101 - there are pages
-    return Volume(stack.transpose(2, 1, 0, 3), None, note=met(wrong, stack.size, reading.zero_nonfinite))
+    return Volume(stack.transpose(2, 1, 0, 3), None, note=_notes(mixed, met(wrong, stack.size, reading.zero_nonfinite)))
 
 
 def _notes(*notes: str) -> str:
@@ -84,9 +87,11 @@ def _notes(*notes: str) -> str:
 
 def _alike(tiff: "tifffile.TiffFile") -> int:
     """Pages of the stack: all, where their size, samples and type are those of the first; else one."""
+    with contextlib.suppress(IndexError):
+        # Seeks no further than that, while counting would walk through millions.
+        tiff.pages[MOST_PAGES]
+        raise TooLarge(f"the TIFF has more than {MOST_PAGES:,} pages, which is the limit. Split it")
     first, count = tiff.pages.first, len(tiff.pages)
-    if count > MOST_PAGES:
-        raise TooLarge(f"the TIFF has {count:,} pages; the limit is {MOST_PAGES:,}. Split it")
     segments = 0
     for index in range(count):
         page = tiff.pages[index]

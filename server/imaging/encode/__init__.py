@@ -19,7 +19,7 @@ class Product:
         mask: the answer; with scores where the row asks for them.
         colors: RGB per class value, e.g. {1: (255, 0, 0)}.
         names: class names per value.
-        source: the decoded input, where the row asks for it.
+        source: the decoded input.
         report: statistics and facts for JSON.
     """
 
@@ -39,28 +39,27 @@ class Encoder:
     encode: Callable[[Product], bytes]
     kinds: tuple[str, ...] = ("image", "stack", "volume")
     needs_scores: bool = False
-    needs_source: bool = False
     needs_report: bool = False
 
 
 def _nifti(product: Product) -> bytes:
-    assert isinstance(product.source, Volume)  # noqa: S101 - the table asks for it
+    assert isinstance(product.source, Volume)  # noqa: S101 - the row's kinds say so
     return nifti.encode(product.source, product.mask, product.colors, product.names)
 
 
 def _overlay(product: Product) -> bytes:
-    assert isinstance(product.source, Image)  # noqa: S101 - the table asks for it
+    assert isinstance(product.source, Image)  # noqa: S101 - the row's kinds say so
     return overlay.encode(product.source, product.mask, product.colors)
 
 
 ENCODERS: dict[str, Encoder] = {
     "png": Encoder("image/png", ".png", lambda p: png.encode(p.mask, p.colors), kinds=("image",)),
-    "nifti": Encoder("application/gzip", ".nii.gz", _nifti, kinds=("volume",), needs_source=True),
+    "nifti": Encoder("application/gzip", ".nii.gz", _nifti, kinds=("volume",)),
     "tiff": Encoder("image/tiff", ".tif", lambda p: tiff.encode(p.mask, p.colors), kinds=("image", "stack")),
     "json": Encoder("application/json", ".json", lambda p: json.encode(p.report), needs_report=True),
     "npz": Encoder("application/x-npz", ".npz", lambda p: npz.encode(p.mask), needs_scores=True),
     "png16": Encoder("image/png", ".png", lambda p: png16.encode(p.mask), kinds=("image",), needs_scores=True),
-    "overlay": Encoder("image/png", ".png", _overlay, kinds=("image",), needs_source=True),
+    "overlay": Encoder("image/png", ".png", _overlay, kinds=("image",)),
 }
 
 # What answers like with like.

@@ -12,6 +12,8 @@ from server.arrays import Mask, Volume
 
 # Caret's label table (Connectome Workbench reads it, and TotalSegmentator writes it).
 CARET = 30
+# Of the file's extensions comments alone are kept: others (DICOM, AFNI) describe the source's values, or the patient.
+COMMENT = 6
 
 # The fastest level that still makes a mask a few percent of its size.
 COMPRESSION = 1
@@ -28,8 +30,8 @@ def encode(volume: Volume, mask: Mask, colors: dict[int, tuple[int, int, int]], 
     header.set_intent("label")
     # They were the window of the source's intensities, in which labels would be black.
     header["cal_min"] = header["cal_max"] = 0
-    others = [extension for extension in header.extensions if extension.get_code() != CARET]
-    header.extensions[:] = [*others, nib.nifti1.Nifti1Extension(CARET, _label_table(colors, names))]
+    comments = [extension for extension in header.extensions if extension.get_code() == COMMENT]
+    header.extensions[:] = [*comments, nib.nifti1.Nifti1Extension(CARET, _label_table(colors, names))]
     # Zero lets nibabel compute it, with the extensions.
     header["vox_offset"] = 0
     start = io.BytesIO()

@@ -24,7 +24,7 @@ class Engine(Protocol):
         ...
 
     def run(self, tiles: Tiles) -> Scores:
-        """(N, C, h, w) tiles of any supported dtype to (N, K, h, w) float32 probabilities."""
+        """(N, C, h, w[, d]) tiles of any supported dtype to (N, K, h, w[, d]) float32 probabilities."""
         ...
 
     def release(self) -> None:

@@ -253,14 +253,21 @@ class TestTiff:
 
     def test_limits_of_a_stack(self, grey: np.ndarray) -> None:
         data = tiff(np.stack([grey] * 3), photometric="minisblack")
-        assert isinstance(read(data, limit=1, voxels=13 * 17 * 3), Volume)
+        assert isinstance(read(data, limit=13 * 17, voxels=13 * 17 * 3), Volume)
+        with pytest.raises(TooLarge, match="the TIFF page takes 221 bytes when decoded; the limit is 12"):
+            read(data, limit=1, voxels=13 * 17 * 3)
         with pytest.raises(TooLarge, match=r"17 × 13 × 3 = 663 voxels; the limit is 662.*UNETPP_LIMITS__MAX_VOXELS"):
             read(data, voxels=662)
 
     def test_very_many_pages(self) -> None:
         data = tiff(np.zeros((10_001, 2, 2), dtype=np.uint8), photometric="minisblack")
-        with memory_stays_below(60), pytest.raises(TooLarge, match="10,001 pages; the limit is 10,000"):
+        with memory_stays_below(60), pytest.raises(TooLarge, match="more than 10,000 pages, which is the limit"):
             read(data)
+
+    def test_channels_and_times_are_not_told_apart(self, grey: np.ndarray) -> None:
+        out = io.BytesIO()
+        tifffile.imwrite(out, np.stack([grey] * 6).reshape(3, 2, *grey.shape), imagej=True, metadata={"axes": "ZCYX"})
+        assert "also where they are channels or times" in read(out.getvalue()).note
 
     def test_a_stack_with_values_that_are_not_finite(self) -> None:
         values = np.ones((3, 4, 5), dtype=np.float32)
@@ -413,7 +420,7 @@ class TestBombs:
         data = bytearray(tiff(grey))
         (count,) = struct.unpack_from("<H", data, 8)
         struct.pack_into("<I", data, 10 + 12 * count, target)
-        with memory_stays_below(30), contextlib.suppress(Unreadable):
+        with memory_stays_below(30), contextlib.suppress(Unreadable, TooLarge):
             assert np.array_equal(pixels(bytes(data))[..., 0], grey)
 
     def test_tiff_whose_pages_share_their_strips(self) -> None:

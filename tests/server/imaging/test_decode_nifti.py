@@ -291,7 +291,7 @@ class TestPlace:
     def test_the_sform_wins_where_they_disagree(self) -> None:
         volume = self.placed(qoffset_x=5.0)
         assert np.array_equal(volume.affine, TURNED)
-        assert volume.note == "sform and qform lie up to 10 apart; the sform was used"
+        assert volume.note == "sform and qform lie up to 10 mm apart; the sform was used"
         assert self.placed(qoffset_x=-5.01).note == ""
 
     @pytest.mark.parametrize("quatern", [2.0, np.nan])

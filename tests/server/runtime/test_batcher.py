@@ -354,6 +354,7 @@ class TestTurns:
 def test_pace_follows_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("server.runtime.batcher.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("server.runtime.batcher.PACE_PIXELS", 8)
     took = [8.0]
 
     def slow(batch: Tiles) -> np.ndarray:
@@ -372,6 +373,35 @@ def test_pace_follows_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
         assert batcher.pace == pytest.approx(2.0, rel=1e-3)
 
     with_batcher(scene, slow)
+
+
+def test_tiny_batches_hardly_change_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of the readiness probe: most of their time is that of starting a run."""
+    now = [0.0]
+    monkeypatch.setattr("server.runtime.batcher.time.perf_counter", lambda: now[0])
+
+    def slow(batch: Tiles) -> np.ndarray:
+        now[0] += 0.001
+        return doubled(batch)
+
+    async def scene(batcher: Batcher, engine: FakeEngine) -> None:
+        batcher.pace = 1e-7
+        for _ in range(100):
+            await batcher.run(tiles([1], (2, 2)))
+        assert batcher.pace < 4e-7
+
+    with_batcher(scene, slow)
+
+
+def test_scores_that_are_no_numbers_are_no_answer() -> None:
+    def broken(batch: Tiles) -> np.ndarray:
+        return doubled(batch) * np.float32("nan")
+
+    async def scene(batcher: Batcher, engine: FakeEngine) -> None:
+        with pytest.raises(InferenceFailed, match="not numbers"):
+            await batcher.run(tiles([1], (2, 2)))
+
+    with_batcher(scene, broken)
 
 
 def test_a_failed_batch_teaches_no_pace() -> None:

@@ -384,7 +384,9 @@ class TestEstimate:
         segment(data, run=counted, bundle=bundle, progress=lambda *now: seen.append(now), **wanted)
         assert counted.tiles == told.windows == seen[-1][2]
         assert told.seconds == pytest.approx(0.001 * counted.pixels)
-        assert told.pixels == {"long image": 28000, "image": 1240}.get(name, VOLUME.size)
+        # Of the grid that has more: of a resampled volume that may be the network's.
+        least = {"long image": 28000, "image": 1240}.get(name, VOLUME.size)
+        assert told.pixels > least if name == "resampled" else told.pixels == least
 
     def test_a_pace_that_is_not_known_takes_no_time(self) -> None:
         assert estimate(picture_bytes(VOLUME[0])).seconds == 0

@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.arrays import Volume
+from server.arrays import Extent, Volume
 from server.errors import InvalidParameter
-from server.segment.quality import Overlap, check_place, compare, overlap
+from server.segment.quality import Overlap, check_grid, compare, overlap
 
 
 def test_by_hand() -> None:
@@ -47,19 +47,19 @@ def test_sizes_must_be_alike() -> None:
         compare(np.zeros((4, 2, 3), dtype=np.uint8), np.zeros((4, 3, 2), dtype=np.uint8), [1])
 
 
-def volume(affine: np.ndarray | None, size: tuple[int, ...] = (50, 40, 30)) -> Volume:
-    return Volume(np.zeros((*size, 1), dtype=np.uint8), affine)
+def volume(affine: np.ndarray | None, size: tuple[int, ...] = (50, 40, 30)) -> Extent:
+    return Volume(np.zeros((*size, 1), dtype=np.uint8), affine).extent
 
 
 class TestPlace:
     AFFINE = np.array([[0, 0, 2.0, -5], [-1, 0, 0, 7], [0, 1, 0, 3], [0, 0, 0, 1]])
 
     def test_rounding_is_no_other_place(self) -> None:
-        check_place(volume(self.AFFINE), volume(self.AFFINE.astype(np.float32).astype(float) + 1e-5))
+        check_grid(volume(self.AFFINE), volume(self.AFFINE.astype(np.float32).astype(float) + 1e-5))
 
     def test_of_pages_nothing_is_known(self) -> None:
-        check_place(volume(None), volume(self.AFFINE))
-        check_place(volume(self.AFFINE), volume(None))
+        check_grid(volume(None), volume(self.AFFINE))
+        check_grid(volume(self.AFFINE), volume(None))
 
     @pytest.mark.parametrize("at", [(0, 3), (1, 0), (2, 2)])
     def test_elsewhere_is_refused_with_the_distance(self, at: tuple[int, int]) -> None:
@@ -67,5 +67,5 @@ class TestPlace:
         other[at] += 0.5
         away = 0.5 * (1, *(np.array([50, 40, 30]) - 1))[(at[1] + 1) % 4] if at[1] < 3 else 0.5
         with pytest.raises(InvalidParameter, match=rf"up to {away:.3g} mm away from the volume"):
-            check_place(volume(self.AFFINE), volume(other))
-        check_place(volume(self.AFFINE, (1, 1, 1)), volume(self.AFFINE, (1, 1, 1)))
+            check_grid(volume(self.AFFINE), volume(other))
+        check_grid(volume(self.AFFINE, (1, 1, 1)), volume(self.AFFINE, (1, 1, 1)))

@@ -1,0 +1,83 @@
+"""What a request will take, told from the file's header alone, and the limits that it is held against."""
+
+import math
+from dataclasses import dataclass
+
+from server.arrays import Extent
+from server.errors import TooLarge
+from server.imaging.encode import Encoder
+from server.imaging.geometry import Placement
+from server.imaging.reading import Reading
+from server.runtime.bundle import Graph, Manifest
+from server.segment.plan import STEP_PIXELS, tile_grid
+from server.settings import LimitsSettings
+
+# Of the place of one window; a stack of tiny slices has more windows than pixels in one.
+WINDOW_BYTES = 100
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a request will take.
+
+    Attributes:
+        pixels: pixels or voxels of the input, or of the network's grid where that has more.
+        windows: to be run.
+        seconds: of the runs, at the pace of the last ones; 0 where that is not known yet.
+        memory_bytes: of the decoded input, the open scores and the mask at their most.
+    """
+
+    pixels: int
+    windows: int
+    seconds: float
+    memory_bytes: int
+
+    def __str__(self) -> str:
+        return f"about {self.seconds:,.0f} s and {self.memory_bytes / 1e6:,.0f} MB"
+
+
+def estimate(
+    extent: Extent, reference: Extent | None, placement: Placement, manifest: Manifest, graph: Graph, encoder: Encoder, pace: float
+) -> Estimate:
+    """Adds up time and memory.
+
+    Args:
+        extent: of the input.
+        reference: of the reference, if there is one.
+        placement: of the network's grid.
+        manifest: of the network.
+        graph: to be run.
+        encoder: of the answer.
+        pace: seconds per pixel.
+    """
+    grid = tile_grid(placement.size, manifest, graph, flat=placement.flat)
+    windows, tile_pixels = math.prod(grid.counts), math.prod(grid.tile)
+    pixels, network, k = math.prod(extent.size), math.prod(placement.size), manifest.score_channels
+    # The network's own copy: resampled, or colours averaged to grey.
+    copied = network * 4 * extent.channels if placement.resampled else 0
+    copied += network * 4 if extent.channels > len(manifest.channels) else 0
+    # Of the axis that orders the windows one window, of the others all.
+    sides = (t if a == grid.axis else max(s, t) for a, (s, t) in enumerate(zip(placement.size, grid.tile, strict=True)))
+    open_rows = math.prod(sides) * 4 * (2 * k + 3)
+    steps = max(STEP_PIXELS, tile_pixels) * 4 * (len(manifest.channels) + k) * 2 + WINDOW_BYTES * windows
+    # Probabilities, and them encoded; or the four bytes per pixel in which components are labelled.
+    kept = (6 * k if encoder.needs_scores else 5 if encoder.needs_report else 0) * pixels
+    compared = math.prod(reference.size) * (reference.channels * reference.sample_bytes + 3) if reference else 0
+    # The mask, its encoded form, and what finding the best class takes in passing.
+    memory = pixels * (extent.channels * extent.sample_bytes + 2) + copied + open_rows + steps + kept + compared
+    return Estimate(max(pixels, network), windows, windows * tile_pixels * pace, memory)
+
+
+def check(found: Estimate, extent: Extent, limits: LimitsSettings) -> None:
+    """Refuses what is over a limit.
+
+    Raises:
+        TooLarge: says what it would take.
+    """
+    if extent.kind != "image":
+        Reading(0, limits.max_voxels).check_volume(extent.size, f"Here it would take {found}. ")
+    if found.memory_bytes > limits.max_memory_mb * 1e6:
+        raise TooLarge(
+            f"this would take {found} of memory; the limit is {limits.max_memory_mb:,} MB. Crop the input, ask for "
+            "a format without probabilities, or raise UNETPP_LIMITS__MAX_MEMORY_MB on the server"
+        )
