@@ -16,6 +16,7 @@ from server.api.request_id import RequestId
 from server.api.routes import health, jobs, models, segment
 from server.errors import BundleDamaged, UnknownModel
 from server.jobs.runner import Runner
+from server.jobs.store import Store
 from server.metrics import Metrics
 from server.runtime.bundle import find_bundles
 from server.runtime.opening import OpenBundle, open_bundle
@@ -71,11 +72,11 @@ def make_segmenter(settings: Settings, bundles: Mapping[str, OpenBundle], metric
     )  # fmt: skip
 
 
-def create_app(settings: Settings, bundles: Mapping[str, OpenBundle]) -> FastAPI:
-    """The application over bundles that `open_bundles` has opened."""
+def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Store | None = None) -> FastAPI:
+    """The application over bundles that `open_bundles` has opened, and a store of jobs, which else is opened on start-up."""
     metrics = Metrics()
     segmenter = make_segmenter(settings, bundles, metrics)
-    runner = Runner(settings.jobs, segmenter, metrics, asking.headers, problems.explain)
+    runner = Runner(settings.jobs, settings.http.max_in_flight, segmenter, metrics, asking.headers, problems.explain, store)
     for name, opened in bundles.items():
         metrics.expect(name, [(route.mode, f"{route.level}") for route in modes.routes(opened.bundle.manifest)])
         for (graph, precision), engine in opened.engines.items():
@@ -104,7 +105,7 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle]) -> FastAPI
     app.include_router(segment.router(segmenter, metrics, settings.http.max_in_flight, limits.max_wait_s))
     app.include_router(jobs.router(runner))
     app.include_router(models.router(segmenter))
-    app.include_router(health.router(segmenter, metrics))
+    app.include_router(health.router(segmenter, runner, metrics))
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:

@@ -90,22 +90,22 @@ def serve(
 
     settings = _settings(bundles, host, port)
     log_to_stderr()
-    opened = open_bundles(settings)
-    # Opened for good once the server runs; here, a folder that is in use or damaged can still be said in one line.
-    Store(settings.jobs).close()
-    http = settings.http
-    shown = f"http://{'localhost' if http.host in ('127.0.0.1', '0.0.0.0') else http.host}:{http.port}"  # noqa: S104 - compared, not bound
-    for name, bundle in opened.items():
-        typer.echo(
-            f"{name}: levels {', '.join(map(str, bundle.bundle.manifest.levels))}, precisions {', '.join(bundle.precisions)}"
-        )
-    typer.echo(f"page     {shown}/\ndocs     {shown}/docs\nmetrics  {shown}/metrics")
-    server = Server(uvicorn.Config(
-        create_app(settings, opened), host=http.host, port=http.port, timeout_keep_alive=http.keep_alive_s,
-        timeout_graceful_shutdown=SHUTDOWN_S, access_log=False, log_level="warning", server_header=False,
-    ))  # fmt: skip
-    with contextlib.suppress(KeyboardInterrupt):
-        server.run()
+    # First and for good: a folder that is in use or damaged is said in one line, before minutes of warming up.
+    with contextlib.closing(Store(settings.jobs)) as store:
+        opened = open_bundles(settings)
+        http = settings.http
+        shown = f"http://{'localhost' if http.host in ('127.0.0.1', '0.0.0.0') else http.host}:{http.port}"  # noqa: S104 - compared, not bound
+        for name, bundle in opened.items():
+            typer.echo(
+                f"{name}: levels {', '.join(map(str, bundle.bundle.manifest.levels))}, precisions {', '.join(bundle.precisions)}"
+            )
+        typer.echo(f"page     {shown}/\ndocs     {shown}/docs\nmetrics  {shown}/metrics")
+        server = Server(uvicorn.Config(
+            create_app(settings, opened, store), host=http.host, port=http.port, timeout_keep_alive=http.keep_alive_s,
+            timeout_graceful_shutdown=SHUTDOWN_S, access_log=False, log_level="warning", server_header=False,
+        ))  # fmt: skip
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run()
     if not server.started:
         raise typer.Exit(1)
 

@@ -13,7 +13,7 @@ SECONDS = (
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 PHASES = ("decode", "plan", "queue", "infer", "restore", "encode")
 OUTCOMES = ("ok", "client_error", "refused", "error", "cancelled")
-JOB_OUTCOMES = ("done", "failed", "cancelled")
+JOB_OUTCOMES = ("done", "failed", "cancelled", "refused")
 
 
 class Metrics:
@@ -51,8 +51,15 @@ class Metrics:
             registry=self.registry,
         )
         self.in_flight = Gauge("unetpp_requests_in_flight", "Segment requests being worked on.", registry=self.registry)
-        self.jobs = Counter("unetpp_jobs", "Jobs that ended, by outcome.", ("outcome",), registry=self.registry)
+        self.jobs = Counter(
+            "unetpp_jobs",
+            "Jobs that ended, by outcome; refused: there was no room for one, so it never was.",
+            ("outcome",),
+            registry=self.registry,
+        )
         self.jobs_queued = Gauge("unetpp_jobs_queued", "Jobs that wait for their turn.", registry=self.registry)
+        self.jobs_running = Gauge("unetpp_jobs_running", "Jobs being worked on.", registry=self.registry)
+        self.jobs_disk_bytes = Gauge("unetpp_jobs_disk_bytes", "Size of the inputs and results of jobs.", registry=self.registry)
         self.engines = Gauge(
             "unetpp_engine_info",
             "1 for each engine that serves: bundle, precision, engine, provider, and whether `auto` picks it.",

@@ -21,7 +21,9 @@ class HttpSettings(_Group):
     port: int = Field(8000, ge=1, le=65535, description="TCP port")
     keep_alive_s: int = Field(65, ge=1, description="idle connections stay open this long (proxies expect over 60)")
     max_in_flight: int = Field(
-        64, ge=1, description="segment requests worked on or waiting at once; one more gets 429 with Retry-After"
+        64,
+        ge=1,
+        description="segment requests worked on or waiting at once, and as many uploads to /jobs; one more gets 429 with Retry-After",
     )
 
 
@@ -79,9 +81,9 @@ class JobsSettings(_Group):
 
     folder: Path = Field(Path("var/jobs"), description="where jobs and results are kept; one server per folder")
     keep_results_h: float = Field(24, gt=0, description="hours until a finished job and its result are removed")
-    max_disk_mb: int = Field(10_240, ge=1, description="inputs and results on disk, in MiB; over it a job gets 507")
+    max_disk_mb: int = Field(10_240, ge=1, description="inputs and results on disk, in MiB; over it a new job gets 507")
     max_queued: int = Field(1000, ge=1, description="jobs that wait; one more gets 429 with Retry-After")
-    max_attempts: int = Field(10, ge=1, description="starts of a job that a crash of the server ended, until it is given up")
+    max_attempts: int = Field(3, ge=1, description="starts of a job that a crash of the server ended, until it is given up")
     concurrency: int = Field(1, ge=1, description="jobs that run at once; their memory adds up")
 
 

@@ -67,6 +67,7 @@ def headers(answer: Answer) -> dict[str, str]:
     """The headers of an answer."""
     route = answer.choice.route
     found = {
+        "Content-Type": answer.media_type,
         "X-Segment-Model": answer.choice.model,
         "X-Segment-Mode": route.mode,
         "X-Segment-Level": str(route.level),

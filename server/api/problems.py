@@ -29,7 +29,6 @@ STATUS: dict[type[errors.UnetppError], HTTPStatus] = {
     errors.Overloaded: HTTPStatus.TOO_MANY_REQUESTS,
     errors.NotReady: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.StoreFull: HTTPStatus.INSUFFICIENT_STORAGE,
-    errors.Interrupted: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.TryAgain: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.UnetppError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
@@ -61,12 +60,14 @@ def explain(error: Exception) -> dict[str, Any]:
     if not isinstance(error, errors.UnetppError):
         return document(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", JOB_INTERNAL)
     detail = JOB_INTERNAL if isinstance(error, errors.ServerFault) else str(error)
-    return document(status_of(error), kind(error), detail)
+    # The job is over: of what a new request may try again later, nothing comes of asking for this one again.
+    status = HTTPStatus.INTERNAL_SERVER_ERROR if isinstance(error, errors.TryAgain) else status_of(error)
+    return document(status, kind(error), detail)
 
 
-def repeat(kept: dict[str, Any]) -> JSONResponse:
+def repeat(kept: dict[str, Any], headers: dict[str, str]) -> JSONResponse:
     """Answers with a problem document that was kept."""
-    return JSONResponse(kept, kept["status"], None, MEDIA_TYPE)
+    return JSONResponse(kept, kept["status"], headers, MEDIA_TYPE)
 
 
 def of(error: errors.UnetppError, request_id: str = "") -> JSONResponse:

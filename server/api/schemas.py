@@ -91,7 +91,7 @@ class JobDocument(BaseModel):
 def job_document(view: View) -> JobDocument:
     """What the owner of a job is told."""
     job, ticket = view.job, view.job.ticket
-    self = f"/jobs/{job.id}"
+    here = f"/jobs/{job.id}"
     return JobDocument(
         id=job.id,
         state=job.state,
@@ -108,10 +108,10 @@ def job_document(view: View) -> JobDocument:
         level=ticket.level,
         precision=ticket.precision,
         links={
-            "self": self,
-            "events": f"{self}/events",
-            "result": f"{self}/result" if job.result else None,
-            "preview": f"{self}/preview" if job.preview and job.state != "failed" else None,
+            "self": here,
+            "events": f"{here}/events",
+            "result": f"{here}/result" if job.result else None,
+            "preview": f"{here}/preview" if job.preview else None,
         },
         error=Problem(**job.problem) if job.problem else None,
     )

@@ -12,6 +12,9 @@ from server.errors import TooLarge, Unreadable
 # The longest side of a JPEG; longer ones are not images but strips of noise, and would take endless windows.
 MOST_SIDE = 65_535
 
+# Beyond it differences leave single precision, in which networks compute: as good as infinite.
+MOST_VALUE = 1e30
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -77,13 +80,14 @@ def met(wrong: int, total: int, zero: bool) -> str:
         return ""
     if not zero:
         raise Unreadable(
-            f"{wrong:,} of {total:,} values are not finite (NaN or infinite); replace them before sending, or add nonfinite=zero"
+            f"{wrong:,} of {total:,} values are not finite (NaN, infinite or beyond 1e30); replace them before sending, or add nonfinite=zero"
         )
     return f"{wrong:,} values that are not finite were read as 0"
 
 
 def zero_nonfinite(values: Float32[ndarray, "..."]) -> int:
     """Replaces what is not finite by 0, in place; how many there were."""
-    wrong = ~np.isfinite(values)
+    # Also true of NaN, which is not less than anything.
+    wrong = ~(np.abs(values) <= np.float32(MOST_VALUE))
     values[wrong] = 0
     return int(wrong.sum())

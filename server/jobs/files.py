@@ -50,13 +50,21 @@ class Files:
         """Whose folders there are."""
         return [path.name for path in self._folder.iterdir() if ID.fullmatch(path.name) and path.is_dir()]
 
-    def open(self, id_: str, name: str) -> BinaryIO | None:
-        """A job's file, if it has it."""
-        with self.disk():
-            try:
-                return self.path(id_, name).open("rb")
-            except FileNotFoundError:
-                return None
+    def inputs(self, id_: str) -> tuple[BinaryIO, BinaryIO | None]:
+        """A job's input and reference, open.
+
+        Raises:
+            FileNotFoundError: the input is gone, and will not come back.
+            StoreFull, StoreBroken: what may pass.
+        """
+        path, beside = self.path(id_, "input"), self.path(id_, "reference")
+        with contextlib.ExitStack() as opened, self.disk():
+            if path.exists():
+                file = opened.enter_context(path.open("rb"))
+                reference = opened.enter_context(beside.open("rb")) if beside.exists() else None
+                opened.pop_all()
+                return file, reference
+        raise FileNotFoundError(f"the input of job {id_} is gone")
 
     def write(self, id_: str, name: str, source: BinaryIO) -> None:
         """A file that is there, whole, when this returns. Whatever the quota: that is for what comes in.

@@ -1,4 +1,4 @@
-"""How far a job is: kept in memory, for those who watch."""
+"""The jobs that are not finished, and how far they are: kept in memory, for those who watch."""
 
 import asyncio
 import time
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from server.jobs.job import Job
+from server.metrics import Metrics
 
 T = TypeVar("T")
 
@@ -122,3 +123,81 @@ class Live:
             since, first = self.paced
             return (now() - since) / (self.done - first) * (self.total - self.done)
         return max(0.0, self.job.ticket.seconds - (now() - self.begun))
+
+
+class Queue:
+    """Jobs in their order.
+
+    Args:
+        concurrency: how many run at once.
+        metrics: shows how many wait and run.
+
+    Attributes:
+        waiting: how many have not begun.
+    """
+
+    def __init__(self, concurrency: int, metrics: Metrics) -> None:
+        self._concurrency = concurrency
+        self._metrics = metrics
+        self._live: dict[str, Live] = {}
+        self._running: list[Live] = []
+        self.waiting = 0
+
+    def get(self, id_: str) -> Live | None:
+        """A job, unless it is finished."""
+        return self._live.get(id_)
+
+    def add(self, job: Job) -> Live:
+        """The last in the queue."""
+        live = self._live[job.id] = Live(job, total=job.ticket.windows)
+        self._moved()
+        return live
+
+    def take(self) -> Live | None:
+        """The first that waits, which runs from now on."""
+        live = next((live for live in self._live.values() if not live.taken), None)
+        if live:
+            live.begin(taken=True)
+            self._moved()
+        return live
+
+    def put_back(self, live: Live) -> None:
+        """It waits again, at its old place."""
+        live.begin(taken=False)
+        self._moved()
+
+    def end(self, live: Live, job: Job) -> None:
+        """It is finished; its worker and whoever deletes it may both say so."""
+        if self._live.pop(job.id, None):
+            self._metrics.jobs.labels(job.state).inc()
+            live.touch()
+            self._moved()
+
+    def touch(self) -> None:
+        """Wakes all watchers."""
+        for live in self._live.values():
+            live.touch()
+
+    def view(self, live: Live) -> View:
+        """A job as it stands."""
+        if live.taken:
+            return View(live.job, live.stage, live.done, live.total, 0, live.eta_s(), None)
+        before_s = live.ahead_s + sum(other.eta_s() for other in self._running)
+        return View(live.job, None, 0, live.total, live.position, live.eta_s() + before_s / self._concurrency, None)
+
+    def _moved(self) -> None:
+        """Counts places once for all, as each of many watchers will ask; wakes those whose place is another."""
+        self._running = [live for live in self._live.values() if live.taken]
+        self.waiting, ahead_s = 0, 0.0
+        for live in self._live.values():
+            before = live.position
+            if live.taken:
+                live.position = 0
+            else:
+                self.waiting += 1
+                live.position, live.ahead_s = self.waiting, ahead_s
+                ahead_s += live.eta_s()
+            if live.position != before:
+                live.touch()
+        self._metrics.jobs_queued.set(self.waiting)
+        self._metrics.jobs_running.set(len(self._running))

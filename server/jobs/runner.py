@@ -4,13 +4,15 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
 
 from server.errors import CallerError, NotReady, Overloaded, StoreBroken, StoreFull, TryAgain
 from server.jobs.job import Job, Ticket
-from server.jobs.live import Live, View
+from server.jobs.live import Live, Queue, View
 from server.jobs.store import Store
 from server.metrics import Metrics
 from server.segment.pipeline import Answer, Segmenter, SegmentRequest
@@ -70,8 +72,7 @@ class Runner:
 
     def _reset(self) -> None:
         self._pool = ThreadPoolExecutor(self._settings.concurrency + THREADS, thread_name_prefix="jobs")
-        self._live: dict[str, Live] = {}
-        self._running: list[Live] = []
+        self._queue = Queue(self._settings.concurrency, self._metrics)
         self._arrived = asyncio.Event()
         self._closing = False
 
@@ -82,10 +83,11 @@ class Runner:
             StoreBroken: see `Store`.
         """
         self._reset()
-        store = self._opened = self._given or await self._off_loop(Store, self._settings)
+        store: Store = self._given or await self._off_loop(Store, self._settings)
+        self._opened = store
         self._metrics.jobs_disk_bytes.set_function(lambda: store.files.used_bytes)
         for job in await self._off_loop(store.waiting):
-            self._add(job)
+            self._queue.add(job)
         work = [self._work() for _ in range(self._settings.concurrency)]
         self._tasks = [asyncio.create_task(coroutine) for coroutine in (*work, self._sweep())]
         return self
@@ -104,8 +106,7 @@ class Runner:
         self._closing = True
         for task in self._tasks:
             task.cancel()
-        for live in self._live.values():
-            live.touch()
+        self._queue.touch()
 
     def check(self) -> None:
         """Whether jobs are worked on.
@@ -127,8 +128,7 @@ class Runner:
         """
         self._segmenter.choose(request)
         try:
-            waiting = len(self._live) - len(self._running)
-            if waiting >= self._settings.max_queued:
+            if (waiting := self._queue.waiting) >= self._settings.max_queued:
                 raise Overloaded(f"{waiting} jobs are waiting, which is the limit; try again when some are done", retry_after_s=30)
             if self._uploads >= self._max_uploads:
                 raise Overloaded(f"{self._uploads} uploads are arriving, which is the limit; try again in a moment")
@@ -158,9 +158,9 @@ class Runner:
         asked = dataclasses.asdict(request)
         route = choice.route
         ticket = Ticket(asked, preview, choice.model, route.mode, route.level, choice.precision, estimate.windows, seconds)
-        live = self._add(await self._off_loop(self._store.accept, ticket, file, reference))
+        live = self._queue.add(await self._off_loop(self._store.accept, ticket, file, reference))
         self._arrived.set()
-        return self._view(live)
+        return self._queue.view(live)
 
     async def get(self, id_: str) -> View:
         """A job now.
@@ -168,8 +168,8 @@ class Runner:
         Raises:
             UnknownJob: never accepted, deleted or expired.
         """
-        if live := self._live.get(id_):
-            return self._view(live)
+        if live := self._queue.get(id_):
+            return self._queue.view(live)
         job = await self._off_loop(self._store.get, id_)
         windows = job.ticket.windows
         return View(job, None, windows if job.state == "done" else 0, windows, None, None, self._store.expires(job))
@@ -177,7 +177,7 @@ class Runner:
     async def watch(self, id_: str) -> AsyncIterator[View]:
         """A job now, and whenever it has changed, until it is finished or the server stops."""
         while not self._closing:
-            live = self._live.get(id_)
+            live = self._queue.get(id_)
             # Taken before anything is awaited, so that no change falls between looking and waiting.
             changed = live.changed if live else None
             yield await self.get(id_)
@@ -188,9 +188,13 @@ class Runner:
                 async with asyncio.timeout(MOST_S):
                     await changed.wait()
 
-    async def open(self, job: Job, name: str) -> BinaryIO | None:
+    async def find(self, job: Job, name: str) -> tuple[Path, os.stat_result] | None:
         """A result or preview, if it is still there."""
-        return await self._off_loop(self._store.files.open, job.id, name)
+        path = self._store.files.path(job.id, name)
+        try:
+            return path, await self._off_loop(path.stat)
+        except FileNotFoundError:
+            return None
 
     async def delete(self, id_: str) -> None:
         """Cancels a waiting or running job, forgets a finished one.
@@ -199,14 +203,14 @@ class Runner:
             UnknownJob: never accepted, deleted or expired.
             StoreFull, StoreBroken, NotReady: nothing has happened to it.
         """
-        live = self._live.get(id_)
+        live = self._queue.get(id_)
         job = await self._off_loop(self._store.cancel, id_) if live else None
         if job is None or job.state != "cancelled":
             # It had come to its end, or did so first.
             await self._off_loop(self._store.remove, id_)
         if live and job:
             live.cancel()
-            self._ended(live, job)
+            self._queue.end(live, job)
 
     @property
     def _store(self) -> Store:
@@ -226,42 +230,6 @@ class Runner:
                 log.exception("job %s waits for its disk", live.job.id)
             await live.stoppable(asyncio.sleep(BROKEN_S))
 
-    def _add(self, job: Job) -> Live:
-        live = self._live[job.id] = Live(job, total=job.ticket.windows)
-        self._moved()
-        return live
-
-    def _moved(self) -> None:
-        """The queue changed: counted once for all, as each of many watchers asks."""
-        self._running = [live for live in self._live.values() if live.taken]
-        position, ahead_s = 0, 0.0
-        for live in self._live.values():
-            before = live.position
-            if live.taken:
-                live.position = 0
-            else:
-                position += 1
-                live.position, live.ahead_s = position, ahead_s
-                ahead_s += live.eta_s()
-            if live.position != before:
-                live.touch()
-        self._metrics.jobs_queued.set(position)
-        self._metrics.jobs_running.set(len(self._running))
-
-    def _ended(self, live: Live, job: Job) -> None:
-        """Both the worker and whoever deletes the job may say so."""
-        if self._live.pop(job.id, None):
-            self._metrics.jobs.labels(job.state).inc()
-            live.touch()
-            self._moved()
-
-    def _view(self, live: Live) -> View:
-        if live.taken:
-            return View(live.job, live.stage, live.done, live.total, 0, live.eta_s(), None)
-        before_s = live.ahead_s + sum(other.eta_s() for other in self._running)
-        eta_s = live.eta_s() + before_s / self._settings.concurrency
-        return View(live.job, None, 0, live.total, live.position, eta_s, None)
-
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
@@ -273,21 +241,18 @@ class Runner:
     async def _work(self) -> None:
         while True:
             self._arrived.clear()
-            live = next((live for live in self._live.values() if not live.taken), None)
+            live = self._queue.take()
             if live is None:
                 await self._arrived.wait()
                 continue
             try:
-                live.begin(taken=True)
-                self._moved()
-                self._ended(live, await self._attempt(live))
+                self._queue.end(live, await self._attempt(live))
             except Exception:
                 if live.stop:
                     continue  # deleted: nothing of it is left
                 log.exception("the end of job %s could not be kept; it will run again", live.job.id)
                 await asyncio.sleep(BROKEN_S)
-                live.begin(taken=False)
-                self._moved()
+                self._queue.put_back(live)
 
     async def _attempt(self, live: Live) -> Job:
         """One run, whose every outcome is kept."""
@@ -319,16 +284,9 @@ class Runner:
     async def _answer(
         self, live: Live, request: SegmentRequest, progress: Callable[[str, int, int], None], *, scored: bool
     ) -> Answer:
-        with contextlib.ExitStack() as opened:
-            file = await self._file(live, opened, "input")
-            reference = await self._file(live, opened, "reference") if scored else None
-            if file is None:
-                raise FileNotFoundError(f"the input of job {live.job.id} is gone")
-            return await live.stoppable(self._segmenter.segment(file, request, reference, progress))
-
-    async def _file(self, live: Live, opened: contextlib.ExitStack, name: str) -> BinaryIO | None:
-        file = await self._insist(live, self._store.files.open, live.job.id, name)
-        return opened.enter_context(file) if file else None
+        file, reference = await self._insist(live, self._store.files.inputs, live.job.id)
+        with file, reference or contextlib.nullcontext():
+            return await live.stoppable(self._segmenter.segment(file, request, reference if scored else None, progress))
 
 
 def _first_look(request: SegmentRequest) -> SegmentRequest:

@@ -3,11 +3,12 @@
 from fastapi import APIRouter, Response
 
 from server.api.schemas import Problem
+from server.jobs.runner import Runner
 from server.metrics import Metrics
 from server.segment.pipeline import Segmenter
 
 
-def router(segmenter: Segmenter, metrics: Metrics) -> APIRouter:
+def router(segmenter: Segmenter, runner: Runner, metrics: Metrics) -> APIRouter:
     """The routes, with what they need."""
     routes = APIRouter()
 
@@ -15,8 +16,13 @@ def router(segmenter: Segmenter, metrics: Metrics) -> APIRouter:
     async def live() -> dict[str, bool]:
         return {"live": True}
 
-    @routes.get("/health/ready", summary="Every bundle answers a real forward pass", responses={503: {"model": Problem}})
+    @routes.get(
+        "/health/ready",
+        summary="Every bundle answers a real forward pass, and jobs are worked on",
+        responses={503: {"model": Problem}},
+    )
     async def ready() -> dict[str, bool]:
+        runner.check()
         await segmenter.probe()
         return {"ready": True}
 

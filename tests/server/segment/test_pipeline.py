@@ -17,8 +17,10 @@ from PIL import Image as Pillow
 from scipy import ndimage
 
 from server.arrays import Tiles
-from server.errors import InferenceFailed, InvalidParameter, NotReady, TooLarge, UnknownFormat, UnknownModel, Unreadable
-from server.segment.pipeline import Answer, Estimate, Segmenter, SegmentRequest
+from server.errors import InferenceFailed, InvalidParameter, NotReady, Overloaded, TooLarge, UnknownFormat, UnknownModel, Unreadable
+from server.segment import pipeline
+from server.segment.cost import Estimate
+from server.segment.pipeline import Answer, Segmenter, SegmentRequest
 from server.settings import BatchingSettings, LimitsSettings
 from tests.server.conftest import (
     bright,
@@ -636,3 +638,49 @@ def test_an_image_passes_volumes(monkeypatch: pytest.MonkeyPatch, volumes: int) 
 
 def queues(segmenter: Segmenter) -> list[Any]:
     return [queue for batcher in segmenter._batchers.values() for queue in batcher._callers]
+
+
+class TestAdmission:
+    def test_who_would_wait_too_long_for_others_is_sent_to_jobs(self) -> None:
+        async def go(segmenter: Segmenter) -> None:
+            async with segmenter._volumes.hold(LimitsSettings().pixels_in_flight):
+                with pytest.raises(Overloaded, match="leaves no time for this; try again, or send it to POST /jobs"):
+                    await segmenter.segment(Sent(nifti_bytes(VOLUME)), SegmentRequest(), patience_s=0.05)
+                # Images do not wait for volumes.
+                await segmenter.segment(Sent(picture_bytes(VOLUME[0])), SegmentRequest(), patience_s=60)
+            # Who gave up left no claim behind.
+            await segmenter.segment(Sent(nifti_bytes(VOLUME)), SegmentRequest(), patience_s=60)
+
+        with segmenting() as segmenter:
+            asyncio.run(go(segmenter))
+
+    def test_a_reference_on_another_grid_is_refused_by_its_header(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        huge = nifti_bytes(np.zeros((2, 2, 2), dtype=np.uint8))
+        huge = huge[:42] + np.array([2000, 2000, 60], dtype="<i2").tobytes() + huge[48:]
+        monkeypatch.setattr(pipeline, "decode", lambda *_: pytest.fail("decoded"))
+        with pytest.raises(InvalidParameter, match="the reference is 2000 × 2000 × 60 voxels"):
+            segment(nifti_bytes(VOLUME), huge)
+
+    def test_a_reference_counts_towards_memory(self) -> None:
+        big = nifti_bytes(np.zeros((200, 200, 200), dtype=np.float32))
+        alone = estimate(big).memory_bytes
+        limits = LimitsSettings(max_memory_mb=int(alone / 1e6) + 5)
+        assert segment(big, limits=limits).body
+        with pytest.raises(TooLarge, match="UNETPP_LIMITS__MAX_MEMORY_MB"):
+            segment(big, big, limits=limits)
+
+
+def test_the_volume_of_a_voxel_between_slanted_axes() -> None:
+    slanted = np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, np.tan(np.deg2rad(20)), 2, 0], [0, 0, 0, 1]])
+    answer = segment(nifti_bytes(np.zeros((4, 5, 6), dtype=np.uint8), slanted), run=lambda t: np.ones_like(t.pixels, dtype=np.float32),
+                     format="json")  # fmt: skip
+    (row,) = json.loads(answer.body)["classes"]
+    assert row["volume_ml"] == pytest.approx(120 * 2 / 1e3)
+
+
+def test_values_beyond_single_precision_are_met_like_infinite_ones() -> None:
+    values = np.array([3e38, -3e38] * 60, dtype=np.float32).reshape(4, 5, 6)
+    with pytest.raises(Unreadable, match="120 of 120 values are not finite"):
+        segment(nifti_bytes(values))
+    tiny = np.array([0, 1e-42] * 60, dtype=np.float32).reshape(4, 5, 6)
+    assert segment(nifti_bytes(tiny)).body

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.errors import InvalidParameter
-from server.segment.plan import Plan, axis_starts, axis_tiles, make_plan, statistics, tile_grid, with_channels
+from server.segment.plan import Plan, axis_starts, axis_tiles, lay_windows, make_plan, statistics, tile_grid, with_channels
 from tests.server.conftest import manifest
 
 DIVISORS = (2, 4, 8, 16)
@@ -267,3 +267,9 @@ class TestChannels:
     def test_another_number(self) -> None:
         with pytest.raises(InvalidParameter, match="3 channels, the model takes 2"):
             with_channels(np.zeros((2, 2, 3), dtype=np.uint8), 2)
+
+
+def test_a_step_never_holds_very_many_windows() -> None:
+    windows = lay_windows((10_000, 2, 2), manifest(), manifest().graph("L1"), flat=True)
+    assert max(len(step) for step in windows.steps) == 256
+    assert [index for step in windows.steps for index in step] == list(range(len(windows)))

@@ -160,6 +160,15 @@ class TestResampling:
                 canvas.add(range(index, index + 1), [scores])
             canvas.finish()
 
+    def test_memory_does_not_grow_with_the_callers_plane(self) -> None:
+        """One row of the caller's holds 16 million voxels; their scores in one piece would take 200 MB, several times over."""
+        windows = plan_of(np.zeros((3, 16, 16, 1), dtype=np.uint8), 16, 0.5).windows
+        answer = np.zeros((1, 4000, 4000), dtype=np.uint8)
+        with memory_stays_below(90):
+            canvas = Canvas(windows, 3, 0.5, answer)
+            canvas.add(range(len(windows)), [np.ones((3, *windows.tile), dtype=np.float32)] * len(windows))
+            canvas.finish()
+
 
 def zoomed(values: np.ndarray, target: tuple[int, ...]) -> np.ndarray:
     factors = [wanted / have for wanted, have in zip(target, values.shape, strict=True)]
