@@ -14,7 +14,7 @@ from numpy import ndarray
 from export.data import Labelled, labelled
 from export.pack import write_manifest
 from export.verify import runnable
-from model.data import DataError
+from model.reading import DataError
 from server.arrays import Image, Volume
 from server.runtime.bundle import Bundle, Calibration, CalibrationRow, Graph, Manifest, Measured, Recommended, read_bundle
 from server.runtime.engines import ENGINES, Engine

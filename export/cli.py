@@ -20,7 +20,7 @@ def _spoken() -> Iterator[None]:
     from export.pack import ExportError
     from export.verify import VerifyError
     from model.checkpoint import CheckpointError
-    from model.data import DataError
+    from model.reading import DataError
 
     try:
         yield

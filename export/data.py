@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from model.data import DataError, Sample, misplaced, read_index, read_label
+from model.reading import DataError, Sample, misplaced, read_index, read_label
 from server.arrays import Image, Tiles, Volume
 from server.errors import UnetppError
 from server.imaging.decode import decode

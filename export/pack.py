@@ -171,7 +171,7 @@ def _manifest(
             **card.model_dump(),
             format=FORMAT,
             dims=dims,
-            # As training reads volumes; see model/data.py.
+            # As training reads volumes; see model/reading.py.
             orientation="RAS" if dims == 3 else None,
             spacing=spacing if dims == 3 else None,
             normalization="zscore",

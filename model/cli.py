@@ -23,7 +23,7 @@ def train(
     """Train a UNet++ (or a U-Net the same way), deep supervision on all heads; resumable."""
     from rich.console import Console
 
-    from model.data import DataError
+    from model.reading import DataError
     from model.train import RecipeError, read_recipe
     from model.train import train as run
 

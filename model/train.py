@@ -29,8 +29,9 @@ from model import checkpoint
 from model.baselines import ARCHITECTURES, UNet
 from model.config import UNetPlusPlusConfig
 from model.cost import parameters
-from model.data import DataConfig, DataError, Split, Tiles, pad_to, read_index
+from model.data import DataConfig, Split, Tiles, pad_to
 from model.losses import deep_supervision_loss
+from model.reading import DataError, read_index
 
 # Two dimensions or three: convolutions on CPUs and tensor cores are faster this way round.
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}

@@ -30,6 +30,12 @@ def nuclei_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def hippocampus_data() -> Path:
+    """Folder with images/, labels/ (NIfTI) and index.csv."""
+    return _shared("hippocampus")
+
+
+@pytest.fixture(scope="session")
 def bad_inputs() -> Path:
     """Folder of crash and fuzz files."""
     return _shared("bad_inputs")
@@ -45,6 +51,12 @@ def _shared(name: str) -> Path:
 def shipped_bundle() -> Path:
     """The nuclei bundle of the repository."""
     return ROOT / "bundles" / "nuclei"
+
+
+@pytest.fixture(scope="session")
+def volume_bundle() -> Path:
+    """The hippocampus bundle of the repository."""
+    return ROOT / "bundles" / "hippocampus"
 
 
 @pytest.fixture(scope="session")

@@ -83,10 +83,10 @@ class Runner:
             StoreBroken: see `Store`.
         """
         self._reset()
-        store: Store = self._given or await self._off_loop(Store, self._settings)
-        self._opened = store
-        self._metrics.jobs_disk_bytes.set_function(lambda: store.files.used_bytes)
-        for job in await self._off_loop(store.waiting):
+        self._opened = self._given or await self._off_loop(Store, self._settings)
+        files = self._store.files
+        self._metrics.jobs_disk_bytes.set_function(lambda: files.used_bytes)
+        for job in await self._off_loop(self._store.waiting):
             self._queue.add(job)
         work = [self._work() for _ in range(self._settings.concurrency)]
         self._tasks = [asyncio.create_task(coroutine) for coroutine in (*work, self._sweep())]

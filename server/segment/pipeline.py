@@ -280,17 +280,17 @@ class Segmenter:
         choice = self.choose(request)
         clock = _Clock(self._workers)
         extent = await clock.off_loop("decode", measure, file, self._limits.max_pixels)
-        beside = await clock.off_loop("decode", measure, reference, self._limits.max_pixels) if reference else None
-        order = self._order(extent, beside, request, choice)
+        reference_extent = await clock.off_loop("decode", measure, reference, self._limits.max_pixels) if reference else None
+        order = self._order(extent, reference_extent, request, choice)
         if extent.kind != "image":
             clock.workers = self._volume_workers
         total = order.estimate.windows
         async with self._admitted(extent, order.estimate, patience_s, clock):
             progress("decode", 0, total)
             source = await clock.off_loop("decode", decode, file, order.reading)
-            truth = await clock.off_loop("decode", self._decode_reference, reference, source) if reference else None
+            expected = await clock.off_loop("decode", self._decode_reference, reference, source) if reference else None
             mask = await self._run(source, choice, request, order.encoder, clock, progress)
-            overlaps = await clock.off_loop("restore", _compare, mask, truth, choice.manifest) if truth else {}
+            overlaps = await clock.off_loop("restore", _compare, mask, expected, choice.manifest) if expected else {}
             progress("encode", total, total)
             facts = {"model": choice.model, "mode": choice.route.mode, "level": choice.route.level, "precision": choice.precision,
                      "engine": choice.batcher.engine.name}  # fmt: skip

@@ -10,7 +10,7 @@ from PIL import Image
 from export import calibrate as calibrate_module
 from export.calibrate import calibrate, mean_overlap, recommend
 from export.verify import runnable
-from model.data import DataError
+from model.reading import DataError
 from server.runtime.bundle import CalibrationRow, Measured, read_bundle
 
 

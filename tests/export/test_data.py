@@ -10,7 +10,8 @@ import tifffile
 from PIL import Image
 
 from export.data import calibration_tiles, labelled, samples
-from model.data import DataError, Split, read_image, read_volume
+from model.data import Split
+from model.reading import DataError, read_image, read_volume
 from server.imaging.decode import decode
 from server.imaging.reading import Reading
 from server.runtime.bundle import read_bundle

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from model.data import DataConfig, DataError, Split, Tiles, pad_to, read_image, read_index, read_label, read_volume
+from model.data import DataConfig, Split, Tiles, pad_to
+from model.reading import DataError, read_image, read_index, read_label, read_volume
 
 # MONAI says so once for each image without foreground; such images are meant.
 pytestmark = pytest.mark.filterwarnings("ignore:Num foregrounds:UserWarning")
@@ -431,9 +432,10 @@ def test_labels_of_another_size_or_class_than_the_volume(balls):
 def test_a_ramp_stays_a_ramp_at_the_new_spacing(tmp_path):
     voxels = np.broadcast_to(np.arange(8.0), (4, 6, 8))
     volume = read_volume(save_volume(tmp_path / "a.nii.gz", voxels, np.diag([1, 2, 2.5, 1])), (1.0, 1.0, 0.5))
-    # From the first voxel's centre to the last's: 5 steps of 2 mm, 7 of 2.5.
-    assert volume.shape == (1, 4, 11, 36)
-    np.testing.assert_allclose(volume, z_scored_volume(np.broadcast_to(np.arange(36.0), (4, 11, 36))), atol=1e-4)
+    # The outer faces stay in place: 12 mm in steps of 1, 20 mm in steps of 0.5; beyond the outermost centres the value stays.
+    assert volume.shape == (1, 4, 12, 40)
+    ramp = np.interp((np.arange(40) + 0.5) / 5 - 0.5, np.arange(8), np.arange(8.0))
+    np.testing.assert_allclose(volume, z_scored_volume(np.broadcast_to(ramp, (4, 12, 40))), atol=1e-4)
 
 
 def test_the_spacing_it_has_changes_nothing(tmp_path):
@@ -454,7 +456,7 @@ def test_image_and_label_fit_after_resampling(balls, zooms):
     split = volumes_of(balls, classes=8, spacing=(1.0, 1.0, 1.0))
     image, label = split.images[0][0], split.labels[0]
     assert image.shape == label.shape
-    np.testing.assert_allclose(label.shape, [(n - 1) * z + 1 for n, z in zip(ball.shape, zooms, strict=True)], atol=1)
+    np.testing.assert_allclose(label.shape, [n * z for n, z in zip(ball.shape, zooms, strict=True)], atol=1)
     assert set(np.unique(label)) == {0, 7}
     bright = image > (image.min() + image.max()) / 2
     assert 2 * (bright & (label == 7)).sum() / (bright.sum() + (label == 7).sum()) > 0.9

@@ -21,8 +21,9 @@ from typer.testing import CliRunner
 from model import checkpoint, train
 from model.baselines import ARCHITECTURES, UNet
 from model.config import UNetPlusPlusConfig
-from model.data import DataConfig, DataError, Split, read_index
+from model.data import DataConfig, Split
 from model.network import UNetPlusPlus
+from model.reading import DataError, read_index
 from model.train import OptimisationConfig, RecipeError, TrainConfig, learning_rate, read_recipe
 from server.cli import app
 

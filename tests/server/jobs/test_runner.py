@@ -2,6 +2,8 @@ import asyncio
 import contextlib
 import dataclasses
 import tempfile
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,10 +13,12 @@ import pytest
 
 from server.arrays import Tiles
 from server.errors import InferenceFailed, InvalidParameter, NotReady, Overloaded, StoreBroken, StoreFull, UnknownJob, Unreadable
+from server.jobs import live
 from server.jobs import runner as module
-from server.jobs.job import FINISHED, Ticket
+from server.jobs.files import Files
+from server.jobs.job import FINISHED, Job, Ticket
 from server.jobs.live import View
-from server.jobs.runner import Runner, Segments
+from server.jobs.runner import Runner
 from server.jobs.store import Store
 from server.metrics import Metrics
 from server.segment.pipeline import Answer, Estimate, Segmenter, SegmentRequest
@@ -64,7 +68,7 @@ class FakeSegmenter:
         finally:
             self.active -= 1
         self.ran.append((data, choice.route.level, reference.read() if reference else None))
-        return Answer(data + b"@%d" % choice.route.level, "image/png", choice, {}, {}, "")
+        return Answer(data + b"@%d" % choice.route.level, "image/png", choice, {}, {}, {}, "")
 
 
 @pytest.fixture
@@ -79,14 +83,14 @@ def runners(segmenter: FakeSegmenter, tmp_path: Path, monkeypatch: pytest.Monkey
     """Makes one more runner on the same folder."""
     monkeypatch.setattr(module, "LEAST_S", 0)
 
-    def make(segments: Segments = segmenter, **settings: Any) -> Runner:
+    def make(segments: Any = segmenter, uploads: int = 10, **settings: Any) -> Runner:
         def explain(error: Exception) -> dict[str, Any]:
             return {"type": type(error).__name__, "detail": str(error)}
 
         def describe(answer: Answer) -> dict[str, str]:
             return {"X-Level": f"{answer.choice.route.level}"}
 
-        return Runner(JobsSettings(folder=tmp_path, **settings), segments, Metrics(), describe, explain)
+        return Runner(JobsSettings(folder=tmp_path, **settings), uploads, segments, Metrics(), describe, explain)
 
     return make
 
@@ -110,10 +114,15 @@ async def submit(
 
 async def until(runner: Runner, id_: str, holds: Callable[[View], object]) -> View:
     """The first view that holds."""
-    async for view in runner.watch(id_):
-        if holds(view):
-            return view
+    async with asyncio.timeout(60):
+        async for view in runner.watch(id_):
+            if holds(view):
+                return view
     raise AssertionError(view)
+
+
+def kept(runner: Runner, job: Job, name: str) -> bytes:
+    return runner._store.files.path(job.id, name).read_bytes()
 
 
 async def end(runner: Runner, id_: str) -> View:
@@ -128,8 +137,8 @@ def test_a_job(runners: Callable[..., Runner], segmenter: FakeSegmenter) -> None
             assert view.job.state == "done"
             assert (view.done, view.total, view.position, view.eta_s) == (WINDOWS, WINDOWS, None, None)
             assert view.expires == view.job.finished + 24 * 3600
-            assert (view.job.result.media_type, view.job.result.headers) == ("image/png", {"X-Level": "3"})
-            assert runner.path(view.job, "result").read_bytes() == PICTURE + b"@3"
+            assert view.job.result == {"X-Level": "3"}
+            assert kept(runner, view.job, "result") == PICTURE + b"@3"
             assert segmenter.ran == [(PICTURE, 3, b"truth")]
 
     asyncio.run(go())
@@ -165,7 +174,7 @@ def test_several_at_once(runners: Callable[..., Runner], segmenter: FakeSegmente
 
 def test_progress_place_and_eta(runners: Callable[..., Runner], segmenter: FakeSegmenter, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(live, "now", lambda: now)
 
     async def go() -> None:
         nonlocal now
@@ -245,11 +254,11 @@ class TestPreview:
                 segmenter.step(WINDOWS)
                 view = await until(runner, id_, lambda view: view.job.preview)
                 assert (view.job.state, view.job.result, view.done) == ("running", None, 0)
-                assert runner.path(view.job, "preview").read_bytes() == PICTURE + b"@1"
+                assert kept(runner, view.job, "preview") == PICTURE + b"@1"
                 segmenter.step(WINDOWS)
                 view = await end(runner, id_)
-                assert runner.path(view.job, "result").read_bytes() == PICTURE + b"@4"
-                assert view.job.preview.headers == {"X-Level": "1"}
+                assert kept(runner, view.job, "result") == PICTURE + b"@4"
+                assert view.job.preview == {"X-Level": "1"}
                 # The preview is not scored: nobody would see it.
                 assert segmenter.ran == [(PICTURE, 1, None), (PICTURE, 4, b"truth")]
 
@@ -339,7 +348,7 @@ class TestDelete:
             try:
                 async with runners(real) as runner:
                     id_ = await submit(runner, picture_bytes(rng.integers(0, 256, (500, 500), dtype=np.uint8)))
-                    await began.wait()
+                    await asyncio.wait_for(began.wait(), 60)
                     await runner.delete(id_)
                     assert (await runner.get(id_)).job.state == "cancelled"
                     gate.set()
@@ -365,20 +374,23 @@ class TestFailures:
 
         asyncio.run(go())
 
-    def test_try_again_is_tried_again(self, runners: Callable[..., Runner], segmenter: FakeSegmenter) -> None:
+    def test_what_is_cancelled_from_within_fails_alone(self, runners: Callable[..., Runner], segmenter: FakeSegmenter) -> None:
         async def go() -> None:
-            segmenter.fails = [NotReady("busy", retry_after_s=0), NotReady("busy", retry_after_s=0)]
-            async with runners(max_attempts=1) as runner:
-                assert (await end(runner, await submit(runner))).job.state == "done"
+            segmenter.fails = [asyncio.CancelledError()]
+            async with runners() as runner:
+                failed, good = await submit(runner), await submit(runner)
+                assert (await end(runner, failed)).job.state == "failed"
+                assert (await end(runner, good)).job.state == "done"
+                runner.check()
 
         asyncio.run(go())
 
-    def test_a_result_that_does_not_fit(self, runners: Callable[..., Runner], segmenter: FakeSegmenter) -> None:
+    def test_a_result_over_the_quota_is_kept(self, runners: Callable[..., Runner], segmenter: FakeSegmenter) -> None:
         async def go() -> None:
             async with runners(max_disk_mb=1) as runner:
-                job = (await end(runner, await submit(runner, PICTURE + bytes(700_000)))).job
-                assert (job.state, job.problem["type"]) == ("failed", "StoreFull")
-                assert "1 MiB" in job.problem["detail"]
+                id_ = await submit(runner, PICTURE + bytes(700_000), preview=True)
+                job = (await end(runner, id_)).job
+                assert (job.state, bool(job.preview)) == ("done", True)
 
         asyncio.run(go())
 
@@ -387,8 +399,7 @@ class TestFailures:
             with contextlib.closing(Store(JobsSettings(folder=tmp_path, max_attempts=2))) as store, opened(PICTURE) as file:
                 asked = dataclasses.asdict(SegmentRequest())
                 id_ = store.accept(Ticket(asked, False, "fake", "accurate", 4, "fp32", 1, 1.0), file, None).id
-                store.start(id_)
-                store.start(id_)
+                store._query("UPDATE jobs SET attempts = 2")
             async with runners(max_attempts=2) as runner:
                 job = (await end(runner, id_)).job
                 assert (job.state, job.problem["type"]) == ("failed", "Interrupted")
@@ -396,27 +407,118 @@ class TestFailures:
 
         asyncio.run(go())
 
-    def test_a_store_that_fails_for_a_while(
+    @pytest.mark.parametrize("error", [StoreBroken("locked"), StoreFull("full")], ids=["broken", "full"])
+    @pytest.mark.parametrize("call", ["start", "inputs", "finish", "fail"])
+    def test_a_disk_that_fails_for_a_while(
+        self, runners: Callable[..., Runner], segmenter: FakeSegmenter, monkeypatch: pytest.MonkeyPatch, call: str, error: Exception
+    ) -> None:
+        monkeypatch.setattr(module, "BROKEN_S", 0)
+        of = Files if call == "inputs" else Store
+        real = getattr(of, call)
+        fails = [error, error]
+
+        def breaks(*arguments: Any) -> Any:
+            if fails:
+                raise fails.pop()
+            return real(*arguments)
+
+        monkeypatch.setattr(of, call, breaks)
+        segmenter.fails = [Unreadable("broken")] if call == "fail" else []
+
+        async def go() -> None:
+            async with runners(max_attempts=1) as runner:
+                job = (await end(runner, await submit(runner))).job
+                assert (job.state, job.attempts, fails) == ("failed" if call == "fail" else "done", 1, [])
+                assert len(segmenter.ran) == (call != "fail")
+
+        asyncio.run(go())
+
+    def test_a_job_that_waits_for_its_disk_can_be_deleted(
+        self, runners: Callable[..., Runner], segmenter: FakeSegmenter, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def go() -> None:
+            loop, asked = asyncio.get_running_loop(), asyncio.Event()
+
+            def full(*_: object) -> None:
+                loop.call_soon_threadsafe(asked.set)
+                raise StoreFull("full")
+
+            async with runners() as runner, asyncio.timeout(9):
+                with monkeypatch.context() as patch:
+                    patch.setattr(Store, "finish", full)
+                    id_ = await submit(runner)
+                    await asked.wait()
+                    await runner.delete(id_)
+                assert (await runner.get(id_)).job.state == "cancelled"
+                assert (await end(runner, await submit(runner))).job.state == "done"
+
+        asyncio.run(go())
+
+    def test_without_room_for_a_preview(
+        self, runners: Callable[..., Runner], segmenter: FakeSegmenter, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object) -> None:
+            raise StoreFull("full")
+
+        async def go() -> None:
+            async with runners() as runner:
+                job = (await end(runner, await submit(runner, preview=True))).job
+                assert (job.state, job.preview) == ("done", None)
+
+        monkeypatch.setattr(Store, "keep_preview", full)
+        asyncio.run(go())
+
+    def test_an_input_that_is_gone(self, runners: Callable[..., Runner], segmenter: FakeSegmenter) -> None:
+        async def go() -> None:
+            segmenter.free = False
+            async with runners() as runner:
+                first, second = await submit(runner), await submit(runner)
+                await until(runner, first, lambda view: view.stage == "decode")
+                runner._store.files.path(second, "input").unlink()
+                segmenter.step(WINDOWS)
+                assert (await end(runner, second)).job.problem["type"] == "FileNotFoundError"
+
+        asyncio.run(go())
+
+    def test_a_bug_ends_neither_workers_nor_sweeper(
         self, runners: Callable[..., Runner], segmenter: FakeSegmenter, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(module, "BROKEN_S", 0)
-        finish = Store.finish
-        broken = iter((True, False))
+        monkeypatch.setattr(module, "SWEEP_S", 0)
+        fails = [OSError("raw"), OSError("raw")]
+        fail = Store.fail
 
         def breaks(*arguments: Any) -> Any:
-            if next(broken):
-                raise StoreBroken("gone")
-            return finish(*arguments)
-
-        def cannot(*_: object) -> None:
-            raise StoreBroken("gone too")
+            if fails:
+                raise fails.pop()
+            return fail(*arguments)
 
         async def go() -> None:
-            monkeypatch.setattr(Store, "finish", breaks)
-            monkeypatch.setattr(Store, "fail", cannot)
+            loop, swept = asyncio.get_running_loop(), asyncio.Semaphore(0)
+
+            def sweeps(_: Store) -> None:
+                loop.call_soon_threadsafe(swept.release)
+                raise OSError("raw")
+
+            segmenter.fails = [ValueError("a bug")] * 3
+            monkeypatch.setattr(Store, "fail", breaks)
+            monkeypatch.setattr(Store, "sweep", sweeps)
+            async with runners() as runner, asyncio.timeout(60):
+                assert (await end(runner, await submit(runner))).job.state == "failed"
+                for _ in range(3):
+                    await swept.acquire()
+                runner.check()
+
+        asyncio.run(go())
+
+    def test_without_workers_it_is_not_ready(self, runners: Callable[..., Runner]) -> None:
+        async def go() -> None:
             async with runners() as runner:
-                assert (await end(runner, await submit(runner))).job.state == "done"
-                assert len(segmenter.ran) == 2
+                runner.check()
+                runner._tasks[0].cancel()
+                await asyncio.wait(runner._tasks[:1])
+                with pytest.raises(NotReady):
+                    runner.check()
 
         asyncio.run(go())
 
@@ -439,11 +541,19 @@ class TestRefusals:
     def test_too_many_wait(self, runners: Callable[..., Runner], segmenter: FakeSegmenter) -> None:
         async def go() -> None:
             segmenter.free = False
-            async with runners(max_queued=2) as runner:
+            async with runners(max_queued=1) as runner:
                 await until(runner, await submit(runner), lambda view: view.stage == "decode")
                 await submit(runner)
+                with pytest.raises(Overloaded, match="1 jobs are waiting"), runner.reserve(SegmentRequest()):
+                    pass
+
+        asyncio.run(go())
+
+    def test_too_many_uploads(self, runners: Callable[..., Runner]) -> None:
+        async def go() -> None:
+            async with runners(uploads=1, max_queued=1) as runner:
                 one = runner.reserve(SegmentRequest())
-                with one, pytest.raises(Overloaded, match="2 jobs are waiting"), runner.reserve(SegmentRequest()):
+                with one, pytest.raises(Overloaded, match="1 uploads are arriving"), runner.reserve(SegmentRequest()):
                     pass
                 with runner.reserve(SegmentRequest()):
                     pass
@@ -489,6 +599,68 @@ class TestStop:
 
         asyncio.run(go())
 
+    def test_can_be_entered_again(self, runners: Callable[..., Runner]) -> None:
+        runner = runners()
+
+        async def go() -> None:
+            async with runner:
+                assert (await end(runner, await submit(runner))).job.state == "done"
+
+        for _ in range(2):
+            asyncio.run(go())
+
+    def test_a_job_deleted_while_draining_does_not_come_back(
+        self, runners: Callable[..., Runner], segmenter: FakeSegmenter, tmp_path: Path
+    ) -> None:
+        async def go() -> None:
+            segmenter.free = False
+            async with runners() as runner:
+                running, waiting = await submit(runner), await submit(runner)
+                await until(runner, running, lambda view: view.stage == "decode")
+                runner.drain()
+                async with asyncio.timeout(60):
+                    await runner.delete(running)
+                    await runner.delete(waiting)
+            with pytest.raises(NotReady):
+                await runner.delete(running)
+            with contextlib.closing(Store(JobsSettings(folder=tmp_path))) as store:
+                assert {store.get(id_).state for id_ in (running, waiting)} == {"cancelled"}
+
+        asyncio.run(go())
+
+    def test_a_job_that_ends_while_draining_is_deleted(
+        self, runners: Callable[..., Runner], segmenter: FakeSegmenter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        finish = Store.finish
+        gate = threading.Event()
+
+        async def go() -> None:
+            loop, finishing = asyncio.get_running_loop(), asyncio.Event()
+
+            def slow(*arguments: Any) -> Any:
+                loop.call_soon_threadsafe(finishing.set)
+                assert gate.wait(60)
+                return finish(*arguments)
+
+            monkeypatch.setattr(Store, "finish", slow)
+            async with runners() as runner, asyncio.timeout(60):
+                deleted, kept_ = await submit(runner), await submit(runner)
+                await finishing.wait()
+                runner.drain()
+                gate.set()
+                await asyncio.to_thread(lambda: until_done(runner, deleted))
+                await runner.delete(deleted)
+                with pytest.raises(UnknownJob):
+                    await runner.get(deleted)
+            with contextlib.closing(Store(JobsSettings(folder=tmp_path))) as store:
+                assert [job.id for job in store.waiting()] == [kept_]
+
+        def until_done(runner: Runner, id_: str) -> None:
+            while runner._store.get(id_).state != "done":
+                time.sleep(0.01)
+
+        asyncio.run(go())
+
 
 def test_expired_jobs_are_swept(runners: Callable[..., Runner], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SWEEP_S", 0.01)
@@ -497,7 +669,7 @@ def test_expired_jobs_are_swept(runners: Callable[..., Runner], tmp_path: Path, 
     async def go() -> None:
         loop = asyncio.get_running_loop()
         monkeypatch.setattr(Store, "sweep", lambda _: loop.call_soon_threadsafe(swept.set))
-        async with runners():
+        async with runners(), asyncio.timeout(60):
             await swept.wait()
 
     asyncio.run(go())
@@ -509,13 +681,19 @@ def test_metrics(runners: Callable[..., Runner], segmenter: FakeSegmenter) -> No
         async with runners() as runner:
             first, second = await submit(runner), await submit(runner)
             await until(runner, first, lambda view: view.stage == "decode")
-            assert "unetpp_jobs_queued 1.0" in runner._metrics.render().decode()
+            text = runner._metrics.render().decode()
+            for line in ("queued 1.0", "running 1.0", f"disk_bytes {2.0 * len(PICTURE)}"):
+                assert f"unetpp_jobs_{line}" in text
             await runner.delete(second)
             segmenter.step(WINDOWS)
             await end(runner, first)
+            with pytest.raises(StoreFull), runner.reserve(SegmentRequest()) as claim:
+                claim(10**12)
             text = runner._metrics.render().decode()
             for line in (
                 "queued 0.0",
+                "running 0.0",
+                'total{outcome="refused"} 1.0',
                 'total{outcome="done"} 1.0',
                 'total{outcome="cancelled"} 1.0',
                 'total{outcome="failed"} 0.0',

@@ -655,8 +655,8 @@ class TestAdmission:
             asyncio.run(go(segmenter))
 
     def test_a_reference_on_another_grid_is_refused_by_its_header(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        huge = nifti_bytes(np.zeros((2, 2, 2), dtype=np.uint8))
-        huge = huge[:42] + np.array([2000, 2000, 60], dtype="<i2").tobytes() + huge[48:]
+        small = gzip.decompress(nifti_bytes(np.zeros((2, 2, 2), dtype=np.uint8)))
+        huge = small[:42] + np.array([2000, 2000, 60], dtype="<i2").tobytes() + small[48:]
         monkeypatch.setattr(pipeline, "decode", lambda *_: pytest.fail("decoded"))
         with pytest.raises(InvalidParameter, match="the reference is 2000 × 2000 × 60 voxels"):
             segment(nifti_bytes(VOLUME), huge)
