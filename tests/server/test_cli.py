@@ -1,3 +1,4 @@
+import asyncio
 import base64
 import contextlib
 import inspect
@@ -20,8 +21,9 @@ from typer.testing import CliRunner, Result
 from server import cli
 from server.app import Server
 from server.arrays import Tiles
+from server.errors import StoreBroken
 from server.jobs.store import Store
-from server.settings import JobsSettings
+from server.settings import JobsSettings, Settings
 from tests.conftest import ROOT
 from tests.server.conftest import bright, fake_bundles, mask_of, nifti_bytes, pages_bytes, pages_of, picture_bytes, volume_of
 
@@ -306,12 +308,31 @@ class TestServe:
         assert run("serve").exit_code == 1
 
     def test_refuses_a_jobs_folder_in_use(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setattr("server.app.open_bundles", lambda settings: fake_bundles())
+        monkeypatch.setattr("server.app.open_bundles", lambda settings: pytest.fail("takes minutes"))
         monkeypatch.setenv("UNETPP_JOBS__FOLDER", str(tmp_path))
         with contextlib.closing(Store(JobsSettings(folder=tmp_path))):
             line = fails("serve")
         assert f"another server uses the jobs folder {tmp_path}" in line
         assert "UNETPP_JOBS__FOLDER" in line
+
+    def test_its_jobs_folder_is_its_own_from_the_first_check_on(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        def warming(settings: Settings) -> dict[str, Any]:
+            with pytest.raises(StoreBroken, match="another server uses"):
+                Store(settings.jobs)
+            return fake_bundles()
+
+        def at_once(server: Server) -> None:
+            async def life() -> None:
+                app = server.config.app
+                async with app.router.lifespan_context(app):
+                    server.started = True
+
+            asyncio.run(life())
+
+        monkeypatch.setattr("server.app.open_bundles", warming)
+        monkeypatch.setattr(Server, "run", at_once)
+        result = run("serve")
+        assert result.exit_code == 0, result.output
 
     def test_two_bundles_of_one_name(self, copied_bundle: Path) -> None:
         shutil.copytree(copied_bundle, copied_bundle.parent / "again")

@@ -1,7 +1,11 @@
 import contextlib
+import dataclasses
+import errno
 import json
 import socket
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -10,9 +14,16 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from fastapi import FastAPI
 
+from server.api.routes import jobs
 from server.arrays import Tiles
 from server.errors import InferenceFailed
+from server.jobs.job import Job, Ticket
+from server.jobs.runner import Runner
+from server.jobs.store import Store
+from server.segment.pipeline import SegmentRequest
+from server.settings import JobsSettings
 from tests.conftest import serving
 from tests.server.conftest import bright, fake_app, mask_of, picture_bytes
 
@@ -37,6 +48,21 @@ class Gate:
         if (tiles.pixels == 3).all():
             raise ValueError("a secret of the engine")
         return bright(tiles)
+
+    def wait(self) -> None:
+        """Until a batch has come."""
+        assert self.entered.acquire(timeout=60)
+
+    def opens_after_drain(self, app: FastAPI) -> FastAPI:
+        """Not before: the engine's own thread cannot be stopped within a batch."""
+        drain = app.state.drain
+
+        def drained() -> None:
+            drain()
+            self.open.set()
+
+        app.state.drain = drained
+        return app
 
 
 @pytest.fixture
@@ -125,6 +151,23 @@ class TestHappyPath:
         whole = small.get(f"/jobs/{job['id']}/result").content
         part = small.get(f"/jobs/{job['id']}/result", headers={"range": "bytes=10-19"})
         assert (part.status_code, part.content) == (206, whole[10:20])
+        head = small.head(f"/jobs/{job['id']}/result")
+        assert (head.status_code, head.headers["content-length"], head.headers["content-type"]) == (
+            200,
+            str(len(whole)),
+            "image/png",
+        )
+        assert small.head(f"/jobs/{job['id']}/preview").status_code == 409
+
+    def test_a_browser_does_not_come_back_for_more(self, small: httpx.Client) -> None:
+        id_ = post(small)["id"]
+        with small.stream("GET", f"/jobs/{id_}/events") as answer:
+            assert answer.headers["cache-control"] == "no-store, no-transform"
+            last = answer.read().decode().strip().split("\n\n")[-1].splitlines()
+        assert last[:2] == ["event: done", "id: end"]
+        again = small.get(f"/jobs/{id_}/events", headers={"last-event-id": "end"})
+        assert (again.status_code, again.content) == (204, b"")
+        assert [name for name, _ in events(small, id_)] == ["done"]
 
     def test_the_shipped_network(self, client: httpx.Client, ihc: np.ndarray) -> None:
         body = picture_bytes(ihc[:200, :200])
@@ -140,7 +183,7 @@ class TestProgress:
     def test_waiting_running_and_preview(self, small: httpx.Client, gate: Gate, problem: Checked) -> None:
         gate.open.clear()
         first, second = post(small, "?preview=true"), post(small)
-        gate.entered.acquire()
+        gate.wait()
         assert small.get(f"/jobs/{first['id']}").json()["queue_position"] == 0
         assert small.get(f"/jobs/{second['id']}").json()["queue_position"] == 1
         for job, where in ((first, "running, 0 of 1 windows"), (second, "queued at place 1")):
@@ -160,7 +203,7 @@ class TestProgress:
     def test_watchers(self, small: httpx.Client, gate: Gate) -> None:
         gate.open.clear()
         id_ = post(small)["id"]
-        gate.entered.acquire()
+        gate.wait()
         with small.stream("GET", f"/jobs/{id_}/events") as one, small.stream("GET", f"/jobs/{id_}/events") as other:
             streams = [parsed(answer.iter_lines()) for answer in (one, other)]
             for stream in streams:
@@ -178,7 +221,7 @@ class TestProgress:
     def test_a_job_that_is_deleted_ends_its_stream(self, small: httpx.Client, gate: Gate) -> None:
         gate.open.clear()
         id_ = post(small)["id"]
-        gate.entered.acquire()
+        gate.wait()
         with small.stream("GET", f"/jobs/{id_}/events") as answer:
             stream = parsed(answer.iter_lines())
             next(stream)
@@ -191,7 +234,7 @@ class TestDelete:
     def test_waiting_and_running(self, small: httpx.Client, gate: Gate, problem: Checked) -> None:
         gate.open.clear()
         running, waiting = post(small), post(small)
-        gate.entered.acquire()
+        gate.wait()
         for job in (waiting, running):
             assert small.delete(f"/jobs/{job['id']}").status_code == 204
             assert small.get(f"/jobs/{job['id']}").json()["state"] == "cancelled"
@@ -209,8 +252,54 @@ class TestDelete:
             detail = problem(small.request(method, f"/jobs/{id_}{path}"), 404, "unknown-job").detail
             assert "kept for 24 hours" in detail
 
+    def test_a_cancelled_job_offers_no_preview(self, small: httpx.Client, gate: Gate) -> None:
+        id_ = post(small, "?preview=true")["id"]
+        assert events(small, id_)[-1][1]["links"]["preview"]
+        gate.open.clear()
+        id_ = post(small, "?preview=true")["id"]
+        gate.wait()
+        assert small.delete(f"/jobs/{id_}").status_code == 204
+        assert small.get(f"/jobs/{id_}").json()["links"]["preview"] is None
+
+    @pytest.mark.parametrize("name", ["result", "preview"])
+    def test_while_its_file_is_asked_for(
+        self, small: httpx.Client, monkeypatch: pytest.MonkeyPatch, problem: Checked, name: str
+    ) -> None:
+        """Between its row and its file, where the row had said that it is there."""
+        id_ = post(small, "?preview=true")["id"]
+        events(small, id_)
+        find = Runner.find
+
+        async def slower(runner: Runner, job: Job, name: str) -> Any:
+            monkeypatch.setattr(Runner, "find", find)
+            await runner.delete(job.id)
+            return await find(runner, job, name)
+
+        monkeypatch.setattr(Runner, "find", slower)
+        problem(small.get(f"/jobs/{id_}/{name}"), 404, "unknown-job")
+
 
 class TestFailures:
+    def test_a_file_that_is_lost(self, gate: Gate, tmp_path: Path, problem: Checked) -> None:
+        with serving(fake_app(gate, jobs={"folder": tmp_path})) as client:
+            id_ = post(client)["id"]
+            events(client, id_)
+            (tmp_path / id_ / "result").unlink()
+            problem(client.get(f"/jobs/{id_}/result"), 500, "store-broken")
+
+    def test_given_up(self, gate: Gate, tmp_path: Path, problem: Checked) -> None:
+        """Its end is no hint to ask again."""
+        with contextlib.closing(Store(JobsSettings(folder=tmp_path))) as store, tempfile.TemporaryFile() as file:
+            file.write(GOOD)
+            asked = dataclasses.asdict(SegmentRequest())
+            id_ = store.accept(Ticket(asked, False, "fake", "accurate", 4, "fp32", 1, 1.0), file, None).id
+            store._query("UPDATE jobs SET attempts = 3")
+        with serving(fake_app(gate, jobs={"folder": tmp_path})) as client:
+            assert events(client, id_)[-1][0] == "failed"
+            answer = client.get(f"/jobs/{id_}/result")
+            assert "started 3 times" in problem(answer, 500, "interrupted").detail
+            assert answer.headers["cache-control"] == "no-store"
+
     def test_of_the_server(self, small: httpx.Client, problem: Checked) -> None:
         id_ = post(small, body=DARK)["id"]
         name, job = events(small, id_)[-1]
@@ -269,33 +358,58 @@ class TestRefusals:
     def test_too_many_wait(self, small: httpx.Client, gate: Gate, problem: Checked) -> None:
         gate.open.clear()
         post(small)
-        gate.entered.acquire()
-        jobs = [post(small), post(small)]
+        gate.wait()
+        waiting = [post(small), post(small)]
         answer = small.post("/jobs", content=GOOD)
         assert "2 jobs are waiting" in problem(answer, 429, "overloaded").detail
         assert int(answer.headers["retry-after"]) >= 1
         gate.open.set()
-        for job in jobs:
+        for job in waiting:
             assert events(small, job["id"])[-1][0] == "done"
+
+    def test_too_many_uploads(self, gate: Gate, problem: Checked) -> None:
+        with serving(fake_app(gate, http={"max_in_flight": 1})) as client:
+            with socket.create_connection((client.base_url.host, client.base_url.port), timeout=10) as raw:
+                raw.sendall(b"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n12")
+                deadline = time.monotonic() + 60
+                while (answer := client.post("/jobs", content=GOOD)).status_code == 202:
+                    assert time.monotonic() < deadline
+                assert "1 uploads are arriving" in problem(answer, 429, "overloaded").detail
+            assert 'unetpp_jobs_total{outcome="refused"} 1.0' in client.get("/metrics").text
+
+    def test_a_disk_that_fills_up_while_a_body_arrives(
+        self, small: httpx.Client, monkeypatch: pytest.MonkeyPatch, problem: Checked
+    ) -> None:
+        class Full(tempfile.SpooledTemporaryFile):
+            def write(self, _: bytes) -> int:
+                raise OSError(errno.ENOSPC, "no space left on device")
+
+        monkeypatch.setattr(tempfile, "SpooledTemporaryFile", Full)
+        problem(small.post("/jobs", content=GOOD), 507, "store-full")
+
+    def test_too_many_streams(self, small: httpx.Client, monkeypatch: pytest.MonkeyPatch, problem: Checked) -> None:
+        id_ = post(small)["id"]
+        events(small, id_)
+        monkeypatch.setattr(jobs, "MAX_STREAMS", 0)
+        assert "0 event streams are open" in problem(small.get(f"/jobs/{id_}/events"), 429, "overloaded").detail
 
     def test_an_upload_that_breaks_off_frees_its_place(self, small: httpx.Client) -> None:
         for _ in range(5):
             with socket.create_connection((small.base_url.host, small.base_url.port), timeout=10) as raw:
                 raw.sendall(b"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 900000\r\n\r\n" + bytes(800_000))
         # Answered in the order of the connections' ends, so the last one may still be noticed while this one comes.
+        deadline = time.monotonic() + 60
         while (answer := small.post("/jobs", content=GOOD + bytes(800_000))).status_code in (429, 507):
-            pass
+            assert time.monotonic() < deadline, answer.text
         assert answer.status_code == 202
 
 
 class TestRestart:
     def test_what_waited_goes_on(self, gate: Gate, tmp_path: Path) -> None:
         gate.open.clear()
-        with serving(fake_app(gate, jobs={"folder": tmp_path})) as client:
+        with serving(gate.opens_after_drain(fake_app(gate, jobs={"folder": tmp_path}))) as client:
             ids = [post(client)["id"] for _ in range(3)]
-            gate.entered.acquire()
-            # The engine's own thread cannot be stopped within a batch.
-            threading.Timer(0.2, gate.open.set).start()
+            gate.wait()
         with serving(fake_app(gate, jobs={"folder": tmp_path})) as client:
             for id_ in ids:
                 assert events(client, id_)[-1][0] == "done"
@@ -304,15 +418,13 @@ class TestRestart:
     def test_a_watcher_does_not_keep_the_server_from_stopping(self, gate: Gate) -> None:
         gate.open.clear()
         with contextlib.ExitStack() as watching:
-            with serving(fake_app(gate)) as client:
+            with serving(gate.opens_after_drain(fake_app(gate))) as client:
                 id_ = post(client)["id"]
-                gate.entered.acquire()
+                gate.wait()
                 watcher = watching.enter_context(httpx.Client(base_url=client.base_url, timeout=60))
                 answer = watching.enter_context(watcher.stream("GET", f"/jobs/{id_}/events"))
                 stream = parsed(answer.iter_lines())
                 next(stream)
-                # The engine's own thread cannot be stopped within a batch.
-                threading.Timer(0.2, gate.open.set).start()
             # The job was put back, not waited for: its end is never told.
             assert {name for name, _ in stream} <= {"progress"}
 

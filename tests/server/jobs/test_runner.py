@@ -68,7 +68,7 @@ class FakeSegmenter:
         finally:
             self.active -= 1
         self.ran.append((data, choice.route.level, reference.read() if reference else None))
-        return Answer(data + b"@%d" % choice.route.level, "image/png", choice, {}, {}, {}, "")
+        return Answer(data + b"@%d" % choice.route.level, "image/png", ".png", choice, {}, {}, "")
 
 
 @pytest.fixture
