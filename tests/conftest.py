@@ -129,6 +129,7 @@ def serving(app: object) -> Iterator["httpx.Client"]:  # type: ignore[name-defin
     finally:
         server.should_exit = True
         thread.join(30)
+        assert not thread.is_alive(), "the server did not stop"
 
 
 @pytest.fixture(scope="session")

@@ -50,20 +50,18 @@ class Files:
         """Whose folders there are."""
         return [path.name for path in self._folder.iterdir() if ID.fullmatch(path.name) and path.is_dir()]
 
-    def inputs(self, id_: str) -> tuple[BinaryIO, BinaryIO | None]:
-        """A job's input and reference, open.
+    def inputs(self, id_: str, opened: contextlib.ExitStack) -> tuple[BinaryIO, BinaryIO | None]:
+        """A job's input and reference, which `opened` closes.
 
         Raises:
             FileNotFoundError: the input is gone, and will not come back.
             StoreFull, StoreBroken: what may pass.
         """
         path, beside = self.path(id_, "input"), self.path(id_, "reference")
-        with contextlib.ExitStack() as opened, self.disk():
+        with self.disk():
             if path.exists():
                 file = opened.enter_context(path.open("rb"))
-                reference = opened.enter_context(beside.open("rb")) if beside.exists() else None
-                opened.pop_all()
-                return file, reference
+                return file, opened.enter_context(beside.open("rb")) if beside.exists() else None
         raise FileNotFoundError(f"the input of job {id_} is gone")
 
     def write(self, id_: str, name: str, source: BinaryIO) -> None:

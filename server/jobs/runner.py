@@ -97,12 +97,13 @@ class Runner:
         self.drain()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         store, self._opened = self._store, None
-        # A thread of a worker that is gone may still be keeping a result: the store waits for it.
         await self._off_loop(store.close)
         self._pool.shutdown(wait=False)
 
     def drain(self) -> None:
         """Stops what runs and lets the watchers go; the first step of closing, for whoever waits for them."""
+        if self._closing:
+            return
         self._closing = True
         for task in self._tasks:
             task.cancel()
@@ -219,7 +220,12 @@ class Runner:
         return self._opened
 
     async def _off_loop(self, call: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
+        """A call in a thread, for whose end even the cancelled wait: nothing goes on behind their backs."""
+        future = asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
+        try:
+            return await asyncio.shield(future)
+        finally:
+            await asyncio.wait([future])
 
     async def _insist(self, live: Live, call: Callable[..., T], *arguments: object) -> T:
         """Repeats a call until the disk allows it: the job, and the work that is in it, can wait."""
@@ -284,8 +290,8 @@ class Runner:
     async def _answer(
         self, live: Live, request: SegmentRequest, progress: Callable[[str, int, int], None], *, scored: bool
     ) -> Answer:
-        file, reference = await self._insist(live, self._store.files.inputs, live.job.id)
-        with file, reference or contextlib.nullcontext():
+        with contextlib.ExitStack() as opened:
+            file, reference = await self._insist(live, self._store.files.inputs, live.job.id, opened)
             return await live.stoppable(self._segmenter.segment(file, request, reference if scored else None, progress))
 
 

@@ -19,6 +19,7 @@ from typing import IO
 
 import httpx
 import numpy as np
+import pytest
 
 from server.segment.pipeline import Segmenter, SegmentRequest
 from server.settings import BatchingSettings, LimitsSettings
@@ -111,6 +112,7 @@ def state_in_the_end(client: httpx.Client, id_: str) -> str:
     return str(json.loads(last.removeprefix("data: "))["state"])
 
 
+@pytest.mark.long
 def test_nothing_that_was_accepted_is_lost(tmp_path: Path) -> None:
     dice = random.Random(0)  # noqa: S311 - seeded on purpose
     bodies = pictures()

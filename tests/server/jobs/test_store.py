@@ -119,7 +119,7 @@ class TestRoundTrip:
 
     def test_what_is_finished_stays_as_it_is(self, store: Store, folder: Path) -> None:
         done, cancelled = accept(store).id, accept(store).id
-        ends = {id_: end for id_, end in ((done, store.finish(done, b"mask", SERVED)), (cancelled, store.cancel(cancelled)))}
+        ends = {done: store.finish(done, b"mask", SERVED), cancelled: store.cancel(cancelled)}
         for id_, end in ends.items():
             assert store.start(id_) == store.keep_preview(id_, b"late", SERVED) == store.finish(id_, b"late", SERVED) == end
             assert store.cancel(id_) == store.fail(id_, PROBLEM) == end
@@ -399,6 +399,7 @@ class TestDurability:
         assert again.files.path(id_, "input").exists()
 
 
+@pytest.mark.long
 def test_killed_at_any_line(tmp_path: Path) -> None:
     """Whatever line of the store a kill falls on, what its caller had been told stays true, and nothing else stays."""
     subprocess.run([sys.executable, str(Path(__file__).with_name("dying.py")), str(tmp_path)], check=True, timeout=300,
