@@ -83,7 +83,7 @@ class JobsSettings(_Group):
     keep_results_h: float = Field(24, gt=0, description="hours until a finished job and its result are removed")
     max_disk_mb: int = Field(10_240, ge=1, description="inputs and results on disk, in MiB; over it a new job gets 507")
     max_queued: int = Field(1000, ge=1, description="jobs that wait; one more gets 429 with Retry-After")
-    max_attempts: int = Field(3, ge=1, description="starts of a job that a crash of the server ended, until it is given up")
+    max_attempts: int = Field(5, ge=1, description="starts of a job that a crash of the server ended, until it is given up")
     concurrency: int = Field(1, ge=1, description="jobs that run at once; their memory adds up")
 
 

@@ -284,11 +284,11 @@ class TestFailures:
             file.write(GOOD)
             asked = dataclasses.asdict(SegmentRequest())
             id_ = store.accept(Ticket(asked, False, "fake", "accurate", 4, "fp32", 1, 1.0), file, None).id
-            store._query("UPDATE jobs SET attempts = 3")
+            store._query("UPDATE jobs SET attempts = 5")
         with serving(fake_app(gate, jobs={"folder": tmp_path})) as client:
             assert events(client, id_)[-1][0] == "failed"
             answer = client.get(f"/jobs/{id_}/result")
-            assert "started 3 times" in problem(answer, 500, "interrupted").detail
+            assert "started 5 times" in problem(answer, 500, "interrupted").detail
             assert answer.headers["cache-control"] == "no-store"
 
     def test_of_the_server(self, small: httpx.Client, problem: Checked) -> None:
