@@ -239,8 +239,8 @@ def main() -> None:
             facts += found
             rows += [_row(fact) for fact in found]
     caption = (
-        f"From .nii.gz to .nii.gz; torch eager with MONAI's sliding windows against ours. Brain: median of {arguments.rounds}, "
-        "CT: one run. (Goals: 2.5 times faster at auto, 1.3 times at fp32, at most half of the memory with 25 classes, all but "
+        f"From .nii.gz to .nii.gz; torch eager with MONAI's sliding windows against ours. Brain: median of {arguments.rounds} "
+        "rounds, CT: one. (Goals: 2.5 times faster at auto, 1.3 times at fp32, at most half of the memory with 25 classes, all but "
         "the network at most 15 % of the time.)"
     )
     headings = [
