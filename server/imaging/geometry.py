@@ -4,6 +4,7 @@ Voxels are read through a view with the network's axes, and the mask is written 
 array with the caller's: there is no inverse to get wrong.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,9 @@ SAME_SPACING = 0.01
 
 # mm; outside of it an affine is a mistake, such as metres or micrometres without their unit.
 LEAST_SPACING, MOST_SPACING = 1e-4, 100.0
+
+# Voxels by which two affines may differ and still mean the same place: what rounding in headers makes.
+SAME_PLACE = 0.1
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,12 @@ def spacing(affine: Float64[ndarray, "4 4"]) -> tuple[float, float, float]:
     with np.errstate(over="ignore"):
         x, y, z = np.sqrt(np.square(affine[:3, :3]).sum(axis=0)).tolist()
     return x, y, z
+
+
+def apart(size: tuple[int, ...], a: Float64[ndarray, "4 4"], b: Float64[ndarray, "4 4"]) -> float:
+    """How far two affines place the same voxel from each other at most, in their unit: at a corner of the volume."""
+    corners = np.array([(*corner, 1.0) for corner in itertools.product(*((0, side - 1) for side in size))])
+    return float(np.linalg.norm(corners @ (a - b).T, axis=1).max())
 
 
 def check_affine(affine: Float64[ndarray, "4 4"]) -> None:

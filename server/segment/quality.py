@@ -1,6 +1,5 @@
 """How well a mask agrees with a reference: IoU and Dice per foreground class."""
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,10 +8,7 @@ from numpy import ndarray
 
 from server.arrays import Extent
 from server.errors import InvalidParameter
-from server.imaging.geometry import spacing
-
-# Voxels by which a reference's grid may differ from the volume's.
-MOST_APART = 0.1
+from server.imaging.geometry import SAME_PLACE, apart, spacing
 
 
 @dataclass(frozen=True)
@@ -51,11 +47,10 @@ def check_grid(image: Extent, reference: Extent) -> None:
     check_size(image.size, reference.size)
     if image.affine is None or reference.affine is None:
         return
-    corners = np.array([(*corner, 1.0) for corner in itertools.product(*((0, side - 1) for side in image.size))])
-    apart = float(np.linalg.norm(corners @ (image.affine - reference.affine).T, axis=1).max())
-    if apart > MOST_APART * min(spacing(image.affine)):
+    distance = apart(image.size, image.affine, reference.affine)
+    if distance > SAME_PLACE * min(spacing(image.affine)):
         raise InvalidParameter(
-            f"the reference lies up to {apart:.3g} mm away from the volume (other affine); resample it to the volume's grid"
+            f"the reference lies up to {distance:.3g} mm away from the volume (other affine); resample it to the volume's grid"
         )
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import logging
 from collections.abc import Iterator
 from typing import Any, BinaryIO, Literal, Protocol, cast, runtime_checkable
@@ -16,7 +15,7 @@ from numpy import ndarray
 
 from server.arrays import Extent, Volume
 from server.errors import TooLarge, Unreadable
-from server.imaging.geometry import check_affine, spacing
+from server.imaging.geometry import SAME_PLACE, apart, check_affine, spacing
 from server.imaging.reading import Reading, met, zero_nonfinite
 
 GZIP = b"\x1f\x8b"
@@ -192,12 +191,11 @@ def _doubts(header: Any, shape: tuple[int, ...]) -> str:
         return "the header gives no orientation; axes were taken as left, anterior, superior"
     if not sform[1] or not qform[1]:
         return ""
-    corners = np.array([(*corner, 1) for corner in itertools.product(*((0, side - 1) for side in shape))])
-    apart = float(np.linalg.norm((corners @ (sform[0] - qform[0]).T), axis=1).max())
-    if not np.isfinite(apart):
+    distance = apart(shape, sform[0], qform[0])
+    if not np.isfinite(distance):
         return "the qform holds values that are not finite; the sform was used"
-    if apart > 0.1 * min(spacing(sform[0])):
-        return f"sform and qform lie up to {apart * _unit(header):.2g} mm apart; the sform was used"
+    if distance > SAME_PLACE * min(spacing(sform[0])):
+        return f"sform and qform lie up to {distance * _unit(header):.2g} mm apart; the sform was used"
     return ""
 
 

@@ -15,7 +15,7 @@ CARET = 30
 # Of the file's extensions comments alone are kept: others (DICOM, AFNI) describe the source's values, or the patient.
 COMMENT = 6
 
-# The fastest level that still makes a mask a few percent of its size.
+# Fast, and masks are still small.
 COMPRESSION = 1
 
 # Voxels written at a time.
