@@ -1,1 +1,4 @@
 """Measurements: each script prints a table with both sides of a claim in one run, and writes it to results/."""
+
+# Before ONNX Runtime, which some scripts load first; see there.
+import server  # noqa: F401

@@ -49,6 +49,7 @@ def synthetic_ct(path: Path) -> None:
 
 def ours(bundle: Bundle, volume: Path, graph: str, precision: str, engine_name: str, out: Path) -> dict[str, Any]:
     """The server's request line without HTTP, with the one engine that the request needs."""
+    from server.metrics import Metrics
     from server.runtime.engines import ENGINES
     from server.runtime.opening import OpenBundle, cores
     from server.segment.pipeline import Segmenter, SegmentRequest
@@ -60,7 +61,7 @@ def ours(bundle: Bundle, volume: Path, graph: str, precision: str, engine_name: 
     # On the file's own grid, as the other side.
     plain = Bundle(bundle.folder, bundle.manifest.model_copy(update={"spacing": None}))
     opened = OpenBundle(plain, {(graph, precision): engine}, {graph: precision})
-    segmenter = Segmenter({"load": opened}, "load", settings.batching, settings.limits, workers=4)
+    segmenter = Segmenter({"load": opened}, "load", settings.batching, settings.limits, 4, Metrics())
     mode, level = ("accurate", None) if graph == "accurate" else ("fast", int(graph[1:]))
     wanted = SegmentRequest(mode=mode, level=level)
     windows = 0

@@ -106,7 +106,7 @@ def export(source: Path, card: Card, out: Path, data: Path | None, advance: Call
         folder = Path(scratch) / out.name
         folder.mkdir()
         checkpoint.save(copy.deepcopy(network).half(), folder / WEIGHTS, {"trained": notes})
-        manifest = _manifest(card, config.dims, _spacing(notes), activation, graphs)
+        manifest = _manifest(card, config, _spacing(notes), activation, graphs)
         for graph in graphs:
             tiles = calibration_tiles(data, manifest, graph, INT8_IMAGES) if data else []
             for precision, file in graph.files.items():
@@ -156,7 +156,7 @@ def _spacing(notes: dict[str, Any]) -> tuple[float, float, float] | None:
 
 def _manifest(
     card: Card,
-    dims: Literal[2, 3],
+    config: UNetPlusPlusConfig,
     spacing: tuple[float, float, float] | None,
     activation: Literal["sigmoid", "softmax"],
     graphs: tuple[Graph, ...],
@@ -170,11 +170,12 @@ def _manifest(
         return Manifest(
             **card.model_dump(),
             format=FORMAT,
-            dims=dims,
+            dims=config.dims,
             # As training reads volumes; see model/reading.py.
-            orientation="RAS" if dims == 3 else None,
-            spacing=spacing if dims == 3 else None,
+            orientation="RAS" if config.dims == 3 else None,
+            spacing=spacing if config.dims == 3 else None,
             normalization="zscore",
+            norm=config.norm,
             activation=activation,
             graphs=graphs,
             files={name: FileEntry(sha256="0" * 64, bytes=0) for name in _files(graphs)},

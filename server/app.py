@@ -47,7 +47,7 @@ def open_bundles(settings: Settings) -> dict[str, OpenBundle]:
     """
     opened: dict[str, OpenBundle] = {}
     for folder in find_bundles(settings.bundles):
-        bundle = open_bundle(folder, settings.runtime)
+        bundle = open_bundle(folder, settings.runtime, settings.batching)
         name = bundle.bundle.manifest.name
         if name in opened:
             raise BundleDamaged(f"{folder}: a bundle named {name!r} is already open; names must differ")
@@ -66,10 +66,7 @@ def make_segmenter(settings: Settings, bundles: Mapping[str, OpenBundle], metric
         if "default_model" in settings.model_fields_set:
             raise UnknownModel(f"UNETPP_DEFAULT_MODEL={default} is not among the bundles: {', '.join(bundles)}")
         default = next(iter(bundles))
-    return Segmenter(
-        bundles, default, settings.batching, settings.limits, WORKERS,
-        lambda graph, size: metrics.batches.labels(graph).observe(size),
-    )  # fmt: skip
+    return Segmenter(bundles, default, settings.batching, settings.limits, WORKERS, metrics)
 
 
 def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Store | None = None) -> FastAPI:

@@ -8,11 +8,13 @@ UnetppError
 │   ├── UploadStalled         the body stopped coming
 │   ├── UnknownFormat         no such output format
 │   ├── InvalidParameter      mode, level, precision, reference, ...
+│   ├── DeadlineTooShort      even an idle server could not meet it
 │   ├── UnknownModel          no such bundle is open
 │   ├── UnknownJob            never accepted, deleted or expired
 │   └── NotFinished           the job has no result (yet)
 ├── TryAgain                  the caller can try again later
 │   ├── Overloaded            too many requests at once
+│   ├── DeadlinePassed        the request's time was up before its answer was there
 │   ├── NotReady              starting or shutting down
 │   ├── StoreFull             no disk space for jobs and results
 │   └── Interrupted           a job that the server never got to finish
@@ -56,6 +58,10 @@ class InvalidParameter(CallerError):
     """A parameter of the request is wrong."""
 
 
+class DeadlineTooShort(CallerError):
+    """The work alone takes longer than the caller has time for."""
+
+
 class UnknownModel(CallerError):
     """No such bundle is open."""
 
@@ -90,6 +96,10 @@ class TryAgain(UnetppError):
 
 class Overloaded(TryAgain):
     """Too many requests at once."""
+
+
+class DeadlinePassed(TryAgain):
+    """The caller's time was up before the answer was there."""
 
 
 class NotReady(TryAgain):

@@ -12,7 +12,10 @@ SECONDS = (
 )  # fmt: skip
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 PHASES = ("decode", "plan", "queue", "infer", "restore", "encode")
-OUTCOMES = ("ok", "client_error", "refused", "error", "cancelled")
+OUTCOMES = ("ok", "client_error", "refused", "late", "error", "cancelled")
+# Why windows of an admitted request were not run.
+DROPS = ("cancelled", "late", "error")
+REASONS = ("deadline", "load")
 JOB_OUTCOMES = ("done", "failed", "cancelled", "refused")
 
 
@@ -50,6 +53,27 @@ class Metrics:
             buckets=BATCH_SIZES,
             registry=self.registry,
         )
+        self.dropped = Counter(
+            "unetpp_windows_dropped",
+            "Windows of admitted requests that were not run: the client left, its deadline passed, or another of them failed.",
+            ("reason",),
+            registry=self.registry,
+        )
+        self.pixels = Counter(
+            "unetpp_pixels",
+            "Pixels and voxels of the windows of admitted requests: the input's own, and padding around it.",
+            ("kind",),
+            registry=self.registry,
+        )
+        self.degraded = Counter(
+            "unetpp_degraded",
+            "Requests that were served at a shallower level than they asked for, which their min_level allowed.",
+            ("model", "requested", "served", "reason"),
+            registry=self.registry,
+        )
+        self.backlog_s = Gauge(
+            "unetpp_backlog_seconds", "Predicted device time of all admitted requests, jobs left out.", registry=self.registry
+        )
         self.in_flight = Gauge("unetpp_requests_in_flight", "Segment requests being worked on.", registry=self.registry)
         self.jobs = Counter(
             "unetpp_jobs",
@@ -68,6 +92,10 @@ class Metrics:
         )
         for phase in PHASES:
             self.phases.labels(phase)
+        for reason in DROPS:
+            self.dropped.labels(reason)
+        for kind in ("input", "padding"):
+            self.pixels.labels(kind)
         for outcome in JOB_OUTCOMES:
             self.jobs.labels(outcome)
 

@@ -1,5 +1,6 @@
 """What the routes that segment have in common: their query, their body, and what the answer's headers say."""
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -29,7 +30,7 @@ REQUEST_BODY: dict[str, Any] = {
 
 
 class Parameters(BaseModel):
-    """The query of POST /segment."""
+    """The query of whatever segments."""
 
     mode: str | None = Field(None, description="accurate (default): mean of all heads; fast: one level")
     level: int | None = Field(None, description="1 (fastest) to 4 (deepest); implies mode=fast")
@@ -51,7 +52,9 @@ class Parameters(BaseModel):
         accept = request.headers.get("accept")
         # Before the body comes; what it holds may leave less to choose from.
         encode.choose(self.format, accept)
-        return SegmentRequest(accept=accept, **self.model_dump(include=set(Parameters.model_fields)))
+        return SegmentRequest(
+            accept=accept, **self.model_dump(include={field.name for field in dataclasses.fields(SegmentRequest)})
+        )
 
     def _check_names(self, query: QueryParams) -> None:
         """Refuses what would be ignored: misspelt parameters, and all but the last of several."""
@@ -71,7 +74,8 @@ def headers(answer: Answer) -> dict[str, str]:
         "X-Segment-Model": answer.choice.model,
         "X-Segment-Mode": route.mode,
         "X-Segment-Level": str(route.level),
-        "X-Segment-Level-Requested": str(route.level if route.requested is None else route.requested),
+        "X-Segment-Mode-Requested": answer.requested.mode,
+        "X-Segment-Level-Requested": str(answer.requested.level),
         "X-Segment-Precision": answer.choice.precision,
         "Content-Disposition": f'inline; filename="mask{answer.suffix}"',
         "Server-Timing": ", ".join(f"{phase};dur={seconds * 1e3:.2f}" for phase, seconds in answer.seconds.items()),
@@ -79,6 +83,8 @@ def headers(answer: Answer) -> dict[str, str]:
     if answer.quality:
         found["X-Segment-IoU"] = f"{answer.mean_iou:.4f}"
         found["X-Segment-Dice"] = f"{answer.mean_dice:.4f}"
+    if answer.degraded:
+        found["X-Segment-Degraded"] = answer.degraded
     if answer.note:
         found["X-Segment-Note"] = answer.note
     return found

@@ -15,7 +15,7 @@ from server.jobs.job import Job, Ticket
 from server.jobs.live import Live, Queue, View
 from server.jobs.store import Store
 from server.metrics import Metrics
-from server.segment.pipeline import Answer, Segmenter, SegmentRequest
+from server.segment.pipeline import Answer, Segmenter, SegmentRequest, Terms
 from server.settings import JobsSettings
 
 log = logging.getLogger(__name__)
@@ -292,7 +292,8 @@ class Runner:
     ) -> Answer:
         with contextlib.ExitStack() as opened:
             file, reference = await self._insist(live, self._store.files.inputs, live.job.id, opened)
-            return await live.stoppable(self._segmenter.segment(file, request, reference if scored else None, progress))
+            truth = reference if scored else None
+            return await live.stoppable(self._segmenter.segment(file, request, truth, progress, Terms(urgent=False)))
 
 
 def _first_look(request: SegmentRequest) -> SegmentRequest:

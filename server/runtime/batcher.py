@@ -1,29 +1,36 @@
-"""Tiles of many callers become batches of one graph.
+"""Tiles of many callers become batches of one graph, one after the other, as all graphs share the device.
 
-Nothing waits for company: while a batch runs, tiles queue up, and the next batch takes what is there.
-An idle server therefore adds no delay and a busy one batches by itself. Callers take turns: each batch begins with
-another one's tiles and is filled tile by tile from the rest, so that a volume of a thousand tiles delays a single image by
-one batch.
+While a batch runs, tiles queue up, and the next batch takes what is there. A batch that is not full waits a moment for
+callers who are known to be on their way, and only for them: an idle server adds no delay and a busy one batches by itself.
+
+Whose turn it is follows start-time fair queueing (Goyal et al., SIGCOMM 1996): each tile is charged to its caller with the
+device time it should take, and the caller who was charged least is next. So a volume of a thousand tiles delays a single
+image by one batch, and one caller at L4 gets no more of the device than another at L1. Callers that are not urgent get
+what the others leave: places in their batches, and the device when nobody else waits.
 """
 
 import asyncio
+import contextlib
+import heapq
+import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float32
 from numpy import ndarray
 
 from server.arrays import Scores, Tiles
-from server.errors import InferenceFailed, NotReady
-from server.runtime.engines import Engine
+from server.errors import DeadlinePassed, InferenceFailed, NotReady, UnetppError
+from server.metrics import Metrics
+from server.runtime.line import Caller, Lane, Line
 
-# A batch of so many pixels counts fully towards the pace.
-PACE_PIXELS = 65_536
+# A tile is not run where this share of its usual time would be too long: not all of it, as estimates err, and only a run
+# corrects them.
+HOPE = 0.5
 
 
 @dataclass(frozen=True)
@@ -42,170 +49,214 @@ class Ran:
     started: float
     ended: float
 
-    @property
-    def scores(self) -> Scores:
-        """(N, K, h, w[, d]), copied together."""
-        return np.stack(self.parts)
 
+@dataclass(eq=False)
+class _Hand:
+    """Tiles that one caller handed in together, and the one future that tells how they fared."""
 
-@dataclass
-class _Item:
-    tile: Tiles
-    caller: object
-    done: 'asyncio.Future[Float32[ndarray, "K *tile"]]'
+    lane: Lane
+    tiles: Tiles
+    done: asyncio.Future[None]
+    submitted: float
+    taken: int = 0
     started: float = 0.0
+    parts: dict[int, Float32[ndarray, "K *tile"]] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> tuple[Lane, tuple[int, ...]]:
+        """What may share a run: one lane, channels and size. Layers that look at all of a tile must not see another size."""
+        return self.lane, self.tiles.pixels.shape[1:]
+
+    def settle(self, error: UnetppError | None = None) -> None:
+        """Once; who was cancelled meanwhile is not told."""
+        if self.done.done():
+            return
+        if error:
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(None)
+
+
+_Batch = list[tuple[_Hand, int]]
 
 
 class Batcher:
-    """The queue in front of one engine. All methods belong to the event loop's thread.
+    """The queue in front of one device. All methods belong to the event loop's thread.
 
     Args:
-        engine: runs the batches.
-        executor: the thread it runs in; batchers that share a device share it.
-        device: held while a batch is formed and run; batchers that share a device share it and take turns.
-        max_batch: tiles in one batch.
-        max_batch_pixels: pixels in one batch; a single larger tile still runs, alone.
-        observe: called with the size of each batch that succeeded.
-        pace: seconds per pixel to begin with, 0 where it is not known; kept current from the batches.
+        executor: the thread that runs the graphs.
+        line: of those admitted.
+        metrics: counts batches.
+        max_wait_s: that a batch waits for callers who are on their way.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        executor: Executor,
-        max_batch: int,
-        max_batch_pixels: int,
-        observe: Callable[[int], None] = lambda size: None,
-        device: asyncio.Lock | None = None,
-        pace: float = 0.0,
-    ) -> None:
-        self.engine = engine
-        self.pace = pace
+    def __init__(self, executor: Executor, line: Line, metrics: Metrics, max_wait_s: float = 0.0) -> None:
         self._executor = executor
-        self._max_batch = max_batch
-        self._max_batch_pixels = max_batch_pixels
-        self._observe = observe
-        self._device = device or asyncio.Lock()
-        self.last_success = -math.inf
-        # One queue per caller, never an empty one between batches; the first one's turn is next.
-        self._callers: deque[deque[_Item]] = deque()
+        self._line = line
+        self._metrics = metrics
+        self._max_wait_s = max_wait_s
+        self._waiting: dict[Caller, deque[_Hand]] = {}
+        # Where the last turn was, by urgency: who comes anew starts there, and cannot claim turns of the past.
+        self._turns = {True: 0.0, False: 0.0}
+        # Ties go to whoever was not served for longest.
+        self._count = itertools.count()
+        self._served: dict[Caller, int] = {}
         self._pump: asyncio.Task[None] | None = None
         self._closed = False
 
-    async def run(self, tiles: Tiles, caller: object = None) -> Ran:
+    async def run(self, lane: Lane, tiles: Tiles, caller: Caller | None = None) -> Ran:
         """Scores of the tiles, which may travel in several batches together with other callers' tiles.
 
         A cancelled caller's tiles that have not started are not run.
 
         Args:
+            lane: what runs them.
             tiles: of one size.
-            caller: whoever hands in several times before all is done, and shall have one turn for all of it.
+            caller: whoever hands in several times has one turn for all of it.
 
         Raises:
             InferenceFailed: the engine raised.
+            DeadlinePassed: the caller's deadline came first.
             NotReady: the batcher is closed.
         """
         if self._closed:
-            raise NotReady("the server is shutting down; try again in a moment")
+            raise _stopping()
+        caller = caller or Caller()
         loop = asyncio.get_running_loop()
-        begun = time.perf_counter()
-        caller = caller or object()
-        items = [_Item(tiles.one(i), caller, loop.create_future()) for i in range(len(tiles))]
-        queue = next((queue for queue in self._callers if queue[-1].caller is caller), None)
-        if queue is None:
-            self._callers.append(deque(items))
-        else:
-            queue.extend(items)
+        hand = _Hand(lane, tiles, loop.create_future(), time.perf_counter())
+        if caller not in self._waiting:
+            self._waiting[caller] = deque()
+            self._served[caller] = next(self._count)
+            caller.turn = max(caller.turn, self._turns[caller.urgent])
+        self._waiting[caller].append(hand)
+        caller.handed += len(tiles)
+        self._line.moved.set()
         if self._pump is None:
             self._pump = loop.create_task(self._serve())
-        try:
-            parts = await asyncio.gather(*(item.done for item in items))
-        except BaseException:
-            for item in items:
-                item.done.cancel()
-            raise
-        started = min(item.started for item in items)
-        return Ran(parts, begun, started, time.perf_counter())
+        await hand.done
+        return Ran([hand.parts[index] for index in range(len(tiles))], hand.submitted, hand.started, time.perf_counter())
 
     def close(self) -> None:
         """Refuses new tiles and fails the queued ones; a running batch still settles."""
         self._closed = True
-        for item in (item for caller in self._callers for item in caller):
-            if not item.done.done():
-                item.done.set_exception(NotReady("the server is shutting down; try again in a moment"))
-        self._callers.clear()
+        for hand in itertools.chain.from_iterable(self._waiting.values()):
+            # Some of its tiles may be running: they will find it settled.
+            hand.settle(_stopping())
+        self._waiting.clear()
+        self._served.clear()
+        self._line.moved.set()
 
     async def _serve(self) -> None:
-        """Runs batches until the queue is empty; every outcome settles its futures."""
+        """Runs batches until nobody waits; every outcome settles its futures."""
         try:
-            while self._callers:
-                # Formed only when the device is free: what arrives in the meantime still joins.
-                async with self._device:
-                    if batch := self._take():
-                        await self._run(batch)
+            while self._waiting:
+                await self._company()
+                if batch := self._take():
+                    await self._run(batch)
         finally:
-            # Set in the same step of the loop that found the queue empty: no tile can slip in between.
+            # Set in the same step of the loop that found nobody waiting: no tile can slip in between.
             self._pump = None
 
-    async def _run(self, batch: list[_Item]) -> None:
+    async def _company(self) -> None:
+        """Waits while the next batch has room and somebody who could share it is on his way."""
+        until = time.perf_counter() + self._max_wait_s
+        while (remaining := until - time.perf_counter()) > 0 and (caller := self._next()):
+            lane, (_, *tile) = self._waiting[caller][0].kind
+            ready = sum(len(h.tiles) - h.taken for h in itertools.chain.from_iterable(self._waiting.values()) if h.lane is lane)
+            if ready >= lane.most(tuple(tile)) or not self._line.coming(lane):
+                return
+            self._line.moved.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(remaining):
+                    await self._line.moved.wait()
+
+    async def _run(self, batch: _Batch) -> None:
+        hands = dict.fromkeys(hand for hand, _ in batch)
+        lane, (_, *tile) = batch[0][0].kind
+        pixels = math.prod(tile)
+        self._line.busy_until = time.monotonic() + len(batch) * lane.pace.seconds(pixels)
         try:
-            scores = await asyncio.get_running_loop().run_in_executor(self._executor, self._execute, batch)
+            scores, seconds = await asyncio.get_running_loop().run_in_executor(self._executor, _execute, lane, batch)
         except Exception as error:  # noqa: BLE001 - whatever the engine raises must reach its callers
-            failure = InferenceFailed(f"inference failed: {error}")
-            failure.__cause__ = error
-            for item in batch:
-                if not item.done.done():
-                    item.done.set_exception(failure)
+            lane.last_failure = time.monotonic()
+            for hand in hands:
+                failure = InferenceFailed(f"inference failed: {error}")
+                failure.__cause__ = error
+                hand.settle(failure)
             return
-        self.last_success = time.monotonic()
-        self._learn(batch)
-        for item, score in zip(batch, scores, strict=True):
-            if not item.done.done():
-                item.done.set_result(score)
-        self._observe(len(batch))
+        finally:
+            self._line.busy_until = -math.inf
+        lane.last_success = time.monotonic()
+        lane.pace.learn(pixels, seconds / len(batch))
+        for (hand, index), score in zip(batch, scores, strict=True):
+            hand.parts[index] = score
+        for hand in hands:
+            if len(hand.parts) == len(hand.tiles):
+                hand.settle()
+        self._metrics.batches.labels(lane.graph).observe(len(batch))
 
-    def _execute(self, batch: list[_Item]) -> Scores:
-        """In the engine's thread, to which stacking belongs too: it copies pixels."""
-        now = time.perf_counter()
-        for item in batch:
-            item.started = now
-        scores = self.engine.run(Tiles.stack([item.tile for item in batch]))
-        if len(scores) != len(batch):
-            raise ValueError(f"the engine returned {len(scores)} results for {len(batch)} tiles")
-        if not np.isfinite(scores).all():
-            # Compared with anything they would be background, without a word.
-            raise ValueError("the engine returned scores that are not numbers")
-        return scores
+    def _next(self) -> Caller | None:
+        """Whose turn it is, once those are gone who no longer wait or need not."""
+        now = time.monotonic()
+        for caller, hands in list(self._waiting.items()):
+            while hands and (hands[0].done.done() or self._too_late(caller, hands[0], now)):
+                hands.popleft()
+            if not hands:
+                del self._waiting[caller], self._served[caller]
+        return min(self._waiting, key=self._rank, default=None)
 
-    def _learn(self, batch: list[_Item]) -> None:
-        """Follows the pace of the last batches, as a machine's load changes; small ones, which pay for starting up, count less."""
-        pixels = sum(math.prod(item.tile.pixels.shape[2:]) for item in batch)
-        latest = (time.perf_counter() - batch[0].started) / pixels
-        share = 0.1 * min(1.0, pixels / PACE_PIXELS)
-        self.pace = latest if self.pace == 0 else (1 - share) * self.pace + share * latest
+    def _too_late(self, caller: Caller, hand: _Hand, now: float) -> bool:
+        if caller.deadline == math.inf:
+            return False
+        pixels = math.prod(hand.tiles.pixels.shape[2:])
+        late = now + HOPE * hand.lane.pace.seconds(pixels) > caller.deadline
+        if late:
+            hand.settle(DeadlinePassed("the deadline came before this request's turn; nothing more of it is run"))
+        return late
 
-    def _take(self) -> list[_Item]:
-        """A tile of the caller whose turn it is, and tiles of its size from all callers in turn, as many as the limits allow."""
-        batch: list[_Item] = []
-        most, shape = self._max_batch, (0,)
-        for caller in self._callers:
-            while caller and caller[0].done.done():
-                caller.popleft()
-        waiting = deque(caller for caller in self._callers if caller)
-        passed: list[deque[_Item]] = []
-        while waiting and len(batch) < most:
-            caller = waiting.popleft()
-            if not batch:
-                shape = caller[0].tile.pixels.shape[1:]
-                most = max(1, min(self._max_batch, self._max_batch_pixels // math.prod(shape[1:])))
-            if caller[0].tile.pixels.shape[1:] != shape:
-                passed.append(caller)
-                continue
-            batch.append(caller.popleft())
-            while caller and caller[0].done.done():
-                caller.popleft()
-            if caller:
-                waiting.append(caller)
-        # Who was passed over comes first in the next, then who was not reached, and last who had a turn.
-        self._callers = deque([*passed, *waiting])
+    def _rank(self, caller: Caller) -> tuple[bool, bool, float, int]:
+        return not caller.ahead, not caller.urgent, caller.turn, self._served[caller]
+
+    def _take(self) -> _Batch:
+        """A tile of the caller whose turn it is, and tiles of its kind from all callers in turn, as many as the limits allow."""
+        first = self._next()
+        if first is None:
+            return []
+        kind = self._waiting[first][0].kind
+        lane, (_, *tile) = kind
+        cost_s = lane.pace.seconds(math.prod(tile))
+        self._turns[first.urgent] = first.turn
+        sharing = [(self._rank(caller), caller) for caller, hands in self._waiting.items() if hands[0].kind == kind]
+        heapq.heapify(sharing)
+        batch: _Batch = []
+        while sharing and len(batch) < lane.most(tuple(tile)):
+            _, caller = heapq.heappop(sharing)
+            hands = self._waiting[caller]
+            batch.append((hands[0], hands[0].taken))
+            hands[0].taken += 1
+            if hands[0].taken == len(hands[0].tiles):
+                hands.popleft()
+            caller.turn += cost_s
+            caller.ran += 1
+            self._served[caller] = next(self._count)
+            if hands and hands[0].kind == kind and not hands[0].done.done():
+                heapq.heappush(sharing, (self._rank(caller), caller))
         return batch
+
+
+def _stopping() -> NotReady:
+    return NotReady("the server is shutting down; try again in a moment")
+
+
+def _execute(lane: Lane, batch: _Batch) -> tuple[Scores, float]:
+    """The scores, and the seconds they took; in the engine's thread, to which stacking belongs too: it copies pixels."""
+    now = time.perf_counter()
+    for hand, _ in batch:
+        hand.started = hand.started or now
+    scores = lane.engine.run(Tiles.stack([hand.tiles.one(index) for hand, index in batch]))
+    if len(scores) != len(batch):
+        raise ValueError(f"the engine returned {len(scores)} results for {len(batch)} tiles")
+    if not np.isfinite(scores).all():
+        # Compared with anything they would be background, without a word.
+        raise ValueError("the engine returned scores that are not numbers")
+    return scores, time.perf_counter() - now

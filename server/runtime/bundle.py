@@ -134,6 +134,7 @@ class Manifest(_Part):
     Attributes:
         orientation: of a network for volumes: where its axes point, in nibabel's letters, e.g. "RAS".
         spacing: mm per voxel along them that volumes are resampled to; None takes any.
+        norm: layers of the network that normalise. "instance" looks at all of a tile, whose scores change with its padding.
     """
 
     format: Literal["unetpp.bundle/1"] = FORMAT
@@ -147,6 +148,7 @@ class Manifest(_Part):
     normalization: Literal["zscore", "none"]
     activation: Literal["sigmoid", "softmax"]
     aggregation: Literal["mean-probability"] = "mean-probability"
+    norm: Literal["none", "batch", "instance"] | None = None
     threshold: float = Field(0.5, gt=0, lt=1)
     classes: tuple[Class, ...] = Field(min_length=1)
     window: Window

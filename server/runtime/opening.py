@@ -19,7 +19,7 @@ from server.arrays import Scores, Tiles
 from server.errors import BundleDamaged, EngineUnavailable, UnetppError
 from server.runtime.bundle import GRAPH_PRECISIONS, Bundle, Manifest, read_bundle
 from server.runtime.engines import ENGINES, Engine
-from server.settings import RuntimeSettings
+from server.settings import BatchingSettings, RuntimeSettings
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,9 @@ RACE_RUNS = 5
 # Of every graph at every precision: few, as a bundle may have fifteen and the server should start within seconds.
 GRAPH_RUNS = 3
 
+# A batch is doubled for as long as that makes a tile so much faster; more would only delay those who come next.
+WORTHWHILE = 0.95
+
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -48,13 +51,17 @@ class OpenBundle:
         bundle: what is on disk.
         engines: by (graph, precision).
         auto: the precision behind `precision=auto`, by graph.
-        pace: seconds per pixel or voxel as measured at start, by (graph, precision).
+        pace: seconds per pixel or voxel of one tile, as measured at start, by (graph, precision).
+        measured_pixels: of that tile.
+        batch_pixels: what one run should hold at most, as measured at start, by (graph, precision).
     """
 
     bundle: Bundle
     engines: dict[tuple[str, str], Engine]
     auto: dict[str, str]
     pace: dict[tuple[str, str], float] = field(default_factory=dict)
+    measured_pixels: int = 1
+    batch_pixels: dict[tuple[str, str], int] = field(default_factory=dict)
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -78,14 +85,15 @@ def golden_tiles(file: Path) -> Iterator[tuple[str, Tiles, Shaped[ndarray, "N K 
             yield graph, Tiles(pixels, mean, inverse_std), arrays[key]
 
 
-def open_bundle(folder: Path, settings: RuntimeSettings) -> OpenBundle:
-    """Reads, checks, opens and warms a bundle.
+def open_bundle(folder: Path, settings: RuntimeSettings, batching: BatchingSettings | None = None) -> OpenBundle:
+    """Reads, checks, opens and warms a bundle, and finds how much each graph should run at once.
 
     Raises:
         BundleDamaged: a file is damaged, or an engine's scores leave the golden ones; names which.
         EngineUnavailable: a configured engine, provider or precision cannot run here.
     """
     bundle = read_bundle(folder)
+    batching = batching or BatchingSettings()
     settings = settings.model_copy(update={"threads": settings.threads or cores()})
     chosen = _choose(bundle, settings)
     names = [graph.name for graph in bundle.manifest.graphs]
@@ -99,6 +107,9 @@ def open_bundle(folder: Path, settings: RuntimeSettings) -> OpenBundle:
     if bare := [name for name in names if not any(graph == name for graph, _ in engines)]:
         raise EngineUnavailable(f"{folder}: nothing that runs here may serve {', '.join(bare)}; see the warnings above")
     seconds = _race(bundle, engines, GRAPH_RUNS)
+    pixels = RACE_TILE[bundle.manifest.dims] ** bundle.manifest.dims
+    most = min(batching.max_batch, batching.max_batch_pixels // pixels)
+    tiles = {key: _worthwhile(bundle, engine, most) for key, engine in engines.items()}
     for engine in engines.values():
         engine.release()
     _return_freed_memory()
@@ -109,11 +120,35 @@ def open_bundle(folder: Path, settings: RuntimeSettings) -> OpenBundle:
     for (name, precision), engine in sorted(engines.items()):
         picked = " (auto)" if auto[name] == precision else ""
         log.info(
-            "%s %s %s: %s on %s, %.1f ms%s", bundle.manifest.name, name, precision, engine.name, engine.provider,
-            seconds[name, precision] * 1e3, picked,
+            "%s %s %s: %s on %s, %.1f ms, batches of %d%s", bundle.manifest.name, name, precision, engine.name, engine.provider,
+            seconds[name, precision] * 1e3, tiles[name, precision], picked,
         )  # fmt: skip
-    pixels = RACE_TILE[bundle.manifest.dims] ** bundle.manifest.dims
-    return OpenBundle(bundle, engines, auto, {key: seconds[key] / pixels for key in engines})
+    pace = {key: seconds[key] / pixels for key in engines}
+    return OpenBundle(bundle, engines, auto, pace, pixels, {key: count * pixels for key, count in tiles.items()})
+
+
+def _worthwhile(bundle: Bundle, engine: Engine, most: int) -> int:
+    """Tiles of one run: doubled while a tile becomes clearly faster by it, and the device has the memory."""
+    dims = bundle.manifest.dims
+    best, count = math.inf, 1
+    while count <= most:
+        tiles = noise(count, len(bundle.manifest.channels), [RACE_TILE[dims]] * dims)
+        try:
+            engine.run(tiles)
+            taken = min(_timed(engine, tiles) for _ in range(GRAPH_RUNS)) / count
+        except Exception as error:  # noqa: BLE001 - every runtime has its own for a device whose memory is full
+            log.warning("a batch of %d tiles fails, smaller ones are run: %s", count, error)
+            break
+        if taken > WORTHWHILE * best:
+            break
+        best, count = taken, 2 * count
+    return max(1, count // 2)
+
+
+def _timed(engine: Engine, tiles: Tiles) -> float:
+    begun = time.perf_counter()
+    engine.run(tiles)
+    return time.perf_counter() - begun
 
 
 def _return_freed_memory() -> None:
@@ -223,9 +258,7 @@ def _race(bundle: Bundle, engines: Mapping[tuple[str, str], Engine], runs: int) 
     times: dict[tuple[str, str], list[float]] = {key: [] for key in engines}
     for _ in range(1 + runs):
         for key, engine in engines.items():
-            begun = time.perf_counter()
-            engine.run(tiles)
-            times[key].append(time.perf_counter() - begun)
+            times[key].append(_timed(engine, tiles))
     # The first run of a size prepares the next ones.
     return {key: statistics.median(taken[1:]) for key, taken in times.items()}
 

@@ -9,6 +9,7 @@ from server.imaging.encode import Encoder
 from server.imaging.geometry import Placement
 from server.imaging.reading import Reading
 from server.runtime.bundle import Graph, Manifest
+from server.runtime.pace import Pace
 from server.segment.plan import STEP_PIXELS, tile_grid
 from server.settings import LimitsSettings
 
@@ -23,12 +24,18 @@ class Estimate:
     Attributes:
         pixels: pixels or voxels of the input, or of the network's grid where that has more.
         windows: to be run.
-        seconds: of the runs, at the pace of the last ones; 0 where that is not known yet.
+        tile_pixels: of each window.
+        padding: pixels of all windows that are not the input's.
+        seconds: of the runs, at the pace of the last ones: what the request costs the others. It is padded pixels times seconds
+            per pixel of the graph, as measured, rather than times its MACs, with which time does not go (the top rows wait for
+            memory); 0 where the pace is not known yet.
         memory_bytes: of the decoded input, the open scores and the mask at their most.
     """
 
     pixels: int
     windows: int
+    tile_pixels: int
+    padding: int
     seconds: float
     memory_bytes: int
 
@@ -37,7 +44,7 @@ class Estimate:
 
 
 def estimate(
-    extent: Extent, reference: Extent | None, placement: Placement, manifest: Manifest, graph: Graph, encoder: Encoder, pace: float
+    extent: Extent, reference: Extent | None, placement: Placement, manifest: Manifest, graph: Graph, encoder: Encoder, pace: Pace
 ) -> Estimate:
     """Adds up time and memory.
 
@@ -48,7 +55,7 @@ def estimate(
         manifest: of the network.
         graph: to be run.
         encoder: of the answer.
-        pace: seconds per pixel.
+        pace: of that graph.
     """
     grid = tile_grid(placement.size, manifest, graph, flat=placement.flat)
     windows, tile_pixels = math.prod(grid.counts), math.prod(grid.tile)
@@ -65,7 +72,9 @@ def estimate(
     compared = math.prod(reference.size) * (reference.channels * reference.sample_bytes + 3) if reference else 0
     # The mask, its encoded form, and what finding the best class takes in passing.
     memory = pixels * (extent.channels * extent.sample_bytes + 2) + copied + open_rows + steps + kept + compared
-    return Estimate(max(pixels, network), windows, windows * tile_pixels * pace, memory)
+    covered = math.prod(min(s, t) for s, t in zip(placement.size, grid.tile, strict=True))
+    padding = windows * (tile_pixels - covered)
+    return Estimate(max(pixels, network), windows, tile_pixels, padding, windows * pace.seconds(tile_pixels), memory)
 
 
 def check(found: Estimate, extent: Extent, limits: LimitsSettings) -> None:

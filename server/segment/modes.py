@@ -13,13 +13,11 @@ class Route:
 
     Attributes:
         mode: "accurate" or "fast".
-        requested: the level that was asked for, or None.
-        level: depth that is served.
+        level: depth of the graph.
         graph: name of the graph in the manifest.
     """
 
     mode: str
-    requested: int | None
     level: int
     graph: str
 
@@ -30,14 +28,14 @@ def _accurate(manifest: Manifest, level: int | None) -> Route:
             f"level={level} does not go with mode=accurate, which averages all heads; "
             f"use mode=fast&level={level}, or leave the level out"
         )
-    return Route("accurate", None, manifest.graph(ACCURATE).level, ACCURATE)
+    return Route("accurate", manifest.graph(ACCURATE).level, ACCURATE)
 
 
 def _fast(manifest: Manifest, level: int | None) -> Route:
     served = manifest.recommended_level if level is None else level
     if served not in manifest.levels:
         raise InvalidParameter(f"level={level} does not exist in {manifest.name!r}; it has levels {_listed(manifest.levels)}")
-    return Route("fast", level, served, f"L{served}")
+    return Route("fast", served, f"L{served}")
 
 
 def _listed(values: tuple[int, ...]) -> str:
@@ -57,6 +55,21 @@ def resolve(manifest: Manifest, mode: str | None, level: int | None) -> Route:
     if name not in MODES:
         raise InvalidParameter(f"mode={name!r} does not exist; there are: {', '.join(MODES)}")
     return MODES[name](manifest, level)
+
+
+def shallower(manifest: Manifest, route: Route, least: int | None) -> list[Route]:
+    """What may be served instead of a route, deepest first, down to the level that the caller accepts.
+
+    Raises:
+        InvalidParameter: `least` is not a level at or above which there is something to choose.
+    """
+    if least is None:
+        return []
+    if least not in manifest.levels or least > route.level:
+        raise InvalidParameter(
+            f"min_level={least} must be one of {_listed(manifest.levels)} and no deeper than the level asked for, which is {route.level}"
+        )
+    return [_fast(manifest, level) for level in sorted(manifest.levels, reverse=True) if least <= level < route.level]
 
 
 def routes(manifest: Manifest) -> list[Route]:

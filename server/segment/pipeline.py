@@ -2,39 +2,50 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import BinaryIO, ParamSpec, TypeVar
 
 import numpy as np
+from jaxtyping import Shaped
+from numpy import ndarray
 
-from server.arrays import Extent, Image, Mask, Volume
-from server.errors import InferenceFailed, InvalidParameter, NotReady, Overloaded, TooLarge, UnknownModel
+from server.arrays import Extent, Image, Mask, Tiles, Volume
+from server.errors import (
+    DeadlinePassed,
+    DeadlineTooShort,
+    InvalidParameter,
+    Overloaded,
+    TooLarge,
+    UnknownModel,
+)
 from server.imaging import encode as encoding
 from server.imaging.decode import decode, measure
 from server.imaging.encode import ENCODERS, Encoder
 from server.imaging.reading import Reading
+from server.metrics import Metrics
 from server.runtime.admission import PixelBudget
-from server.runtime.batcher import Batcher, Ran
+from server.runtime.batcher import HOPE, Batcher, Ran
 from server.runtime.bundle import Manifest
-from server.runtime.opening import OpenBundle, noise
+from server.runtime.line import Caller, Lane, Line
+from server.runtime.opening import OpenBundle
+from server.runtime.pace import Margin, Pace
 from server.segment import cost, modes, quality, report
 from server.segment.cost import Estimate
+from server.segment.depth import Depth
 from server.segment.modes import Route
-from server.segment.plan import make_plan, place, seen_by
+from server.segment.plan import Plan, make_plan, place, seen_by
+from server.segment.probe import Probe
 from server.segment.restore import Canvas
 from server.settings import BatchingSettings, LimitsSettings
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-# How long a success counts as ready, and how long a test tile may take.
-PROBE_EVERY_S = 5
-PROBE_TIMEOUT_S = 10
 
 # Threads for volumes, whose decoding and resampling take seconds each.
 VOLUME_WORKERS = 2
@@ -53,6 +64,30 @@ class SegmentRequest:
     include_mask: bool = False
     axis: str = "auto"
     nonfinite: str = "refuse"
+    min_level: int | None = None
+
+
+@dataclass(frozen=True)
+class Terms:
+    """When an answer is of use.
+
+    Attributes:
+        patience_s: what is predicted to take longer is refused.
+        deadline: in seconds of `time.monotonic`, after which nothing more is done.
+        urgent: somebody waits for it; see `Caller`.
+    """
+
+    patience_s: float = math.inf
+    deadline: float = math.inf
+    urgent: bool = True
+
+    @property
+    def allowed_s(self) -> float:
+        """From now on."""
+        return min(self.patience_s, self.deadline - time.monotonic())
+
+
+ANY_TIME = Terms()
 
 
 @dataclass(frozen=True)
@@ -63,16 +98,45 @@ class Choice:
     manifest: Manifest
     route: Route
     precision: str
-    batcher: Batcher
+    lane: Lane
 
 
 @dataclass(frozen=True)
 class _Order:
-    """What the header and the request settle, before any pixel is decoded."""
+    """What the header and the request settle, before any pixel is decoded.
 
+    Attributes:
+        choice: what will be served.
+        requested: what was asked for.
+        predicted_s: until the answer is there, waiting included.
+        degraded: why they differ: "deadline", "load", or "" if they do not.
+    """
+
+    choice: Choice
+    requested: Route
     encoder: Encoder
     reading: Reading
     estimate: Estimate
+    predicted_s: float
+    degraded: str = ""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A decoded input, and what it takes to segment it.
+
+    Attributes:
+        pixels: as the network sees them.
+        first: the tiles of the first step.
+    """
+
+    source: Image | Volume
+    expected: Image | Volume | None
+    pixels: Shaped[ndarray, "*size C"]
+    plan: Plan
+    first: Tiles
+    mask: Mask
+    canvas: Canvas
 
 
 @dataclass(frozen=True)
@@ -83,7 +147,9 @@ class Answer:
         body: encoded mask.
         media_type: of the body.
         suffix: of a file that holds it.
+        requested: what was asked for.
         choice: what was served.
+        degraded: why less was served than asked for: "deadline", "load", or "".
         seconds: time per phase: decode, plan, queue, infer, restore, encode.
         quality: overlap with the reference per class value, if one was given.
         note: what the caller should know, e.g. that further pages were not read.
@@ -92,7 +158,9 @@ class Answer:
     body: bytes
     media_type: str
     suffix: str
+    requested: Route
     choice: Choice
+    degraded: str
     seconds: dict[str, float]
     quality: dict[int, quality.Overlap]
     note: str
@@ -118,21 +186,40 @@ class _Clock:
     def add(self, phase: str, seconds: float) -> None:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - begun)
+
     async def off_loop(self, phase: str, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Runs `work` in a worker thread; counts its own time, not the wait for a thread."""
+        """Runs `work` in a worker thread; counts its own time, not the wait for a thread, unless `phase` is "".
+
+        Whoever is cancelled waits for the thread's end too: until then it uses memory, and the caller's files.
+        """
 
         def timed() -> T:
-            begun = time.perf_counter()
-            try:
+            with self.phase(phase) if phase else contextlib.nullcontext():
                 return work(*args, **kwargs)
-            finally:
-                self.add(phase, time.perf_counter() - begun)
 
-        return await asyncio.get_running_loop().run_in_executor(self.workers, timed)
+        future = self.workers.submit(timed)
+        wrapped = asyncio.wrap_future(future)
+        try:
+            return await asyncio.shield(wrapped)
+        except asyncio.CancelledError:
+            if not future.cancel():
+                while not wrapped.done():
+                    with contextlib.suppress(asyncio.CancelledError):  # once is enough
+                        await asyncio.wait([wrapped])
+                # Nobody asks any more how it went.
+                wrapped.exception()
+            raise
 
 
 class Segmenter:
-    """Everything that is open: bundles, batchers and worker threads.
+    """Everything that is open: bundles, the queue in front of the device, and worker threads.
 
     Args:
         bundles: by name.
@@ -140,7 +227,7 @@ class Segmenter:
         batching: limits of a batch.
         limits: limits of a request.
         workers: threads for decoding, planning, restoring and encoding.
-        observe_batch: called with (graph name, size) of every batch.
+        metrics: counts batches, windows and levels.
     """
 
     def __init__(
@@ -150,11 +237,12 @@ class Segmenter:
         batching: BatchingSettings,
         limits: LimitsSettings,
         workers: int,
-        observe_batch: Callable[[str, int], None] = lambda graph, size: None,
+        metrics: Metrics,
     ) -> None:
         self.bundles = bundles
         self.default = default
         self._limits = limits
+        self._metrics = metrics
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="worker")
         # Their own, so that images need not wait for a thread either.
         self._volume_workers = ThreadPoolExecutor(VOLUME_WORKERS, thread_name_prefix="volume")
@@ -162,49 +250,31 @@ class Segmenter:
         self._device = ThreadPoolExecutor(1, thread_name_prefix="engine")
         # Each kind waits for its own: a volume can take a whole budget for minutes, and images shall pass it.
         self._images, self._volumes = PixelBudget(limits.pixels_in_flight), PixelBudget(limits.pixels_in_flight)
-        self._probing = asyncio.Lock()
-        device = asyncio.Lock()
-        self._batchers = {
-            (name, graph, precision): Batcher(
-                engine, self._device, batching.max_batch, batching.max_batch_pixels,
-                lambda size, graph=graph: observe_batch(graph, size),  # type: ignore[misc]
-                device,
-                opened.pace.get((graph, precision), 0.0),
+        self.line = Line()
+        self._batcher = Batcher(self._device, self.line, metrics, batching.max_wait_ms / 1000)
+        self._depth = Depth()
+        # Seconds per pixel beside the device: decoding, restoring, encoding, and waiting for a thread.
+        self._beside = {"image": Pace(), "volume": Pace(), "stack": Pace()}
+        self._margin = Margin()
+        self._lanes = {
+            (name, graph, precision): Lane(
+                name, graph, precision, engine,
+                Pace({opened.measured_pixels: opened.pace.get((graph, precision), 0.0)}),
+                batching.max_batch,
+                opened.batch_pixels.get((graph, precision), batching.max_batch_pixels),
             )
             for name, opened in bundles.items()
             for (graph, precision), engine in opened.engines.items()
         }  # fmt: skip
+        self.probe = Probe(bundles, self._lanes, self._batcher)
+        metrics.backlog_s.set_function(self.line.backlog_s)
 
     def close(self) -> None:
         """Fails what is queued, waits for what runs, ends the threads."""
-        for batcher in self._batchers.values():
-            batcher.close()
+        self._batcher.close()
         self._device.shutdown()
         self._workers.shutdown()
         self._volume_workers.shutdown()
-
-    async def probe(self) -> None:
-        """Makes sure that every bundle has just answered: a caller, or else a small real tile.
-
-        Raises:
-            NotReady: a bundle does not answer.
-        """
-        async with self._probing:
-            for name in self.bundles:
-                latest = max(b.last_success for (model, _, _), b in self._batchers.items() if model == name)
-                if time.monotonic() - latest > PROBE_EVERY_S:
-                    await self._probe(name)
-
-    async def _probe(self, name: str) -> None:
-        opened = self.bundles[name]
-        manifest = opened.bundle.manifest
-        graph = min(manifest.graphs, key=lambda g: g.macs_per_pixel)
-        tiles = noise(1, len(manifest.channels), [graph.divisor] * manifest.dims)
-        try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S):
-                await self._batchers[name, graph.name, opened.auto[graph.name]].run(tiles)
-        except (InferenceFailed, TimeoutError) as error:
-            raise NotReady(f"model {name!r} does not answer a test tile", retry_after_s=PROBE_EVERY_S) from error
 
     def choose(self, request: SegmentRequest) -> Choice:
         """Resolves model, mode, level and precision.
@@ -217,15 +287,18 @@ class Segmenter:
         opened = self.bundles.get(name)
         if opened is None:
             raise UnknownModel(f"model={name!r} is not open here; there are: {', '.join(self.bundles)}")
-        route = modes.resolve(opened.bundle.manifest, request.mode, request.level)
-        precision = opened.auto[route.graph] if request.precision == "auto" else request.precision
-        batcher = self._batchers.get((name, route.graph, precision))
-        if batcher is None:
+        return self._choice(name, modes.resolve(opened.bundle.manifest, request.mode, request.level), request.precision)
+
+    def _choice(self, name: str, route: Route, wanted: str) -> Choice:
+        opened = self.bundles[name]
+        precision = opened.auto[route.graph] if wanted == "auto" else wanted
+        lane = self._lanes.get((name, route.graph, precision))
+        if lane is None:
             served = [p for p in opened.precisions if (route.graph, p) in opened.engines]
             raise InvalidParameter(
                 f"precision={precision!r} is not served here for {route.graph}; there are: auto, {', '.join(served)}"
             )
-        return Choice(name, opened.bundle.manifest, route, precision, batcher)
+        return Choice(name, opened.bundle.manifest, route, precision, lane)
 
     async def estimate(self, file: BinaryIO, request: SegmentRequest) -> Estimate:
         """What a request would take; the file is left at its start.
@@ -250,12 +323,27 @@ class Segmenter:
         encoder = ENCODERS[encoding.choose(request.format, request.accept, extent.kind)]
         placement = place(extent, manifest, request.axis)
         graph = manifest.graph(choice.route.graph)
-        estimate = cost.estimate(extent, reference, placement, manifest, graph, encoder, choice.batcher.pace)
+        estimate = cost.estimate(extent, reference, placement, manifest, graph, encoder, choice.lane.pace)
         cost.check(estimate, extent, limits)
         # An image may still lie on its side (EXIF).
         if reference and (extent.kind != "image" or sorted(extent.size) != sorted(reference.size)):
             quality.check_grid(extent, reference)
-        return _Order(encoder, Reading(limits.max_pixels, limits.max_voxels, zero_nonfinite=request.nonfinite == "zero"), estimate)
+        reading = Reading(limits.max_pixels, limits.max_voxels, zero_nonfinite=request.nonfinite == "zero")
+        beside_s = self._beside[extent.kind].seconds(estimate.pixels)
+        predicted_s = self.line.wait_s(estimate.seconds) + estimate.seconds + beside_s
+        return _Order(choice, choice.route, encoder, reading, estimate, predicted_s)
+
+    def check_wait(self, request: SegmentRequest, terms: Terms) -> Choice:
+        """What can be told before the body is there.
+
+        Raises:
+            UnknownModel, InvalidParameter: see `choose`.
+            Overloaded: whatever it holds, it would have to wait too long.
+        """
+        choice = self.choose(request)
+        modes.shallower(choice.manifest, choice.route, request.min_level)
+        self._check_wait(self.line.wait_s(), terms.allowed_s)
+        return choice
 
     async def segment(
         self,
@@ -263,7 +351,7 @@ class Segmenter:
         request: SegmentRequest,
         reference: BinaryIO | None = None,
         progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-        patience_s: float = math.inf,
+        terms: Terms = ANY_TIME,
     ) -> Answer:
         """Segments one image, volume or stack.
 
@@ -272,50 +360,100 @@ class Segmenter:
             request: the caller's choices.
             reference: an encoded label image or volume to score against.
             progress: called with (stage, windows done, windows in all); stages are decode, infer, encode.
-            patience_s: what is estimated to take longer is refused.
+            terms: when the answer is of use.
 
         Raises:
             CallerError, TryAgain, ServerFault: see `server.errors`.
         """
-        choice = self.choose(request)
+        begun = time.perf_counter()
+        requested = self.choose(request)
         clock = _Clock(self._workers)
-        extent = await clock.off_loop("decode", measure, file, self._limits.max_pixels)
-        reference_extent = await clock.off_loop("decode", measure, reference, self._limits.max_pixels) if reference else None
-        order = self._order(extent, reference_extent, request, choice)
-        if extent.kind != "image":
-            clock.workers = self._volume_workers
-        total = order.estimate.windows
-        async with self._admitted(extent, order.estimate, patience_s, clock):
-            progress("decode", 0, total)
-            source = await clock.off_loop("decode", decode, file, order.reading)
-            expected = await clock.off_loop("decode", self._decode_reference, reference, source) if reference else None
-            mask = await self._run(source, choice, request, order.encoder, clock, progress)
-            overlaps = await clock.off_loop("restore", _compare, mask, expected, choice.manifest) if expected else {}
-            progress("encode", total, total)
-            facts = {"model": choice.model, "mode": choice.route.mode, "level": choice.route.level, "precision": choice.precision,
-                     "engine": choice.batcher.engine.name}  # fmt: skip
-            body = await clock.off_loop(
-                "encode", report.encode, mask, source, choice.manifest, order.encoder, facts, overlaps, clock.seconds,
-                include_mask=request.include_mask,
-            )  # fmt: skip
-        return Answer(body, order.encoder.media_type, order.encoder.suffix, choice, clock.seconds, overlaps, source.note)
+        async with _until(terms.deadline):
+            extents = await clock.off_loop("decode", self._measure, file, reference)
+            order = self._decide(*extents, request, requested, terms)
+            if extents[0].kind != "image":
+                clock.workers = self._volume_workers
+            caller = Caller(urgent=terms.urgent, deadline=terms.deadline)
+            async with self._admitted(extents[0], order, caller, terms, clock):
+                progress("decode", 0, order.estimate.windows)
+                work = await clock.off_loop("", self._prepare, file, reference, request, order, clock)
+                last = await self._run(work, order, caller, clock, progress)
+                progress("encode", order.estimate.windows, order.estimate.windows)
+                answer = await clock.off_loop("", self._finish, work, last, request, order, clock)
+        beside_s = time.perf_counter() - begun - clock.seconds["queue"] - clock.seconds["infer"]
+        self._beside[extents[0].kind].learn(order.estimate.pixels, max(0.0, beside_s))
+        return answer
 
-    @contextlib.asynccontextmanager
-    async def _admitted(self, extent: Extent, estimate: Estimate, patience_s: float, clock: _Clock) -> AsyncIterator[None]:
-        """Holds a share of the budget for the block.
+    def _measure(self, file: BinaryIO, reference: BinaryIO | None) -> tuple[Extent, Extent | None]:
+        limit = self._limits.max_pixels
+        return measure(file, limit), measure(reference, limit) if reference else None
+
+    def _decide(self, extent: Extent, reference: Extent | None, request: SegmentRequest, requested: Choice, terms: Terms) -> _Order:
+        """The requested level, or the deepest one in time that the caller allows instead.
 
         Raises:
-            TooLarge: the work alone would take longer than the caller's patience.
-            Overloaded: the wait for others would.
+            TooLarge, DeadlineTooShort: the work alone would take too long.
+            Overloaded: with the wait for others it would.
         """
-        spare_s = patience_s - estimate.seconds
-        if spare_s < 0:
+        order = self._order(extent, reference, request, requested)
+        allowed_s = terms.allowed_s
+        if allowed_s == math.inf:
+            return order
+        orders = [order]
+        why = "deadline" if allowed_s < terms.patience_s else "load"
+        for route in modes.shallower(requested.manifest, requested.route, request.min_level):
+            with contextlib.suppress(InvalidParameter):  # not at the precision asked for
+                less = self._order(extent, reference, request, self._choice(requested.model, route, request.precision))
+                orders.append(dataclasses.replace(less, requested=requested.route, degraded=why))
+        if len(orders) > 1 and allowed_s > 0:
+            levels = [o.choice.route.level for o in orders]
+            predicted_s = [o.predicted_s * self._margin.factor for o in orders]
+            picked = self._depth.pick(requested.model, allowed_s, levels, predicted_s, idle=self.line.idle())
+            if picked is not None:
+                return orders[picked]
+        # The last is what comes soonest.
+        self._check_possible(extent, orders[-1].estimate, terms, allowed_s)
+        if not self.line.idle():
+            self._check_wait(orders[-1].predicted_s, allowed_s)
+        return orders[-1]
+
+    def _check_possible(self, extent: Extent, estimate: Estimate, terms: Terms, allowed_s: float) -> None:
+        """Refuses what would take too long even if nobody else waited."""
+        alone_s = estimate.seconds + self._beside[extent.kind].seconds(estimate.pixels)
+        if alone_s > terms.patience_s:
             raise TooLarge(
-                f"this would take {estimate} here, and POST /segment works for at most {patience_s:g} s. Send the same "
+                f"this would take {estimate} here, and POST /segment works for at most {terms.patience_s:g} s. Send the same "
                 "request to POST /jobs, or choose a shallower level"
             )
+        # Where nobody waits it is tried all the same, unless hopeless: estimates err, and only a run corrects them.
+        if alone_s * (HOPE if self.line.idle() else 1) > allowed_s:
+            raise DeadlineTooShort(
+                f"this takes about {alone_s * 1e3:,.0f} ms here even when nobody else waits, and the deadline leaves "
+                f"{max(0.0, allowed_s) * 1e3:,.0f} ms; allow more, or choose a shallower level (min_level lets the server choose)"
+            )
+
+    def _check_wait(self, predicted_s: float, allowed_s: float) -> None:
+        """Refuses what would come too late, and says when to ask again."""
+        likely_s, left_s = predicted_s * self._margin.factor, max(0.0, allowed_s)
+        if likely_s > left_s:
+            raise Overloaded(
+                f"others wait already: the answer would take {likely_s:,.1f} s and is of use for {left_s:,.1f} s; try again later, send "
+                "it to POST /jobs, or let the server choose a shallower level with min_level",
+                retry_after_s=math.ceil(likely_s - left_s),
+            )
+
+    @contextlib.asynccontextmanager
+    async def _admitted(self, extent: Extent, order: _Order, caller: Caller, terms: Terms, clock: _Clock) -> AsyncIterator[None]:
+        """A place in the line, and a share of the budget of memory, for the block.
+
+        Raises:
+            Overloaded: others kept the budget for too long.
+        """
+        estimate, choice = order.estimate, order.choice
+        spare_s = terms.patience_s - estimate.seconds
         begun = time.perf_counter()
         async with contextlib.AsyncExitStack() as held:
+            held.enter_context(self.line.join(caller, choice.lane, estimate.tile_pixels, estimate.windows))
             try:
                 async with asyncio.timeout(None if spare_s == math.inf else spare_s):
                     await held.enter_async_context(
@@ -326,7 +464,36 @@ class Segmenter:
                     f"others were worked on for {spare_s:.0f} s, which leaves no time for this; try again, or send it to POST /jobs"
                 ) from error
             clock.add("queue", time.perf_counter() - begun)
-            yield
+            self._metrics.pixels.labels("input").inc(estimate.windows * estimate.tile_pixels - estimate.padding)
+            self._metrics.pixels.labels("padding").inc(estimate.padding)
+            if order.degraded:
+                levels = f"{order.requested.level}", f"{choice.route.level}"
+                self._metrics.degraded.labels(choice.model, *levels, order.degraded).inc()
+            try:
+                yield
+            except BaseException as error:
+                why = _why(error, caller)
+                self._metrics.dropped.labels(why).inc(estimate.windows - caller.ran)
+                if why == "late":
+                    self._margin.learn(order.predicted_s, time.perf_counter() - begun)
+                raise
+            if terms.urgent:
+                self._margin.learn(order.predicted_s, time.perf_counter() - begun)
+
+    def _prepare(self, file: BinaryIO, reference: BinaryIO | None, request: SegmentRequest, order: _Order, clock: _Clock) -> _Work:
+        """Decodes, and cuts the tiles of the first step."""
+        manifest, encoder = order.choice.manifest, order.encoder
+        with clock.phase("decode"):
+            source = decode(file, order.reading)
+            expected = self._decode_reference(reference, source) if reference else None
+        with clock.phase("plan"):
+            placement, pixels = seen_by(source, manifest, request.axis)
+            plan = make_plan(pixels, manifest, manifest.graph(order.choice.route.graph), flat=placement.flat)
+            classes = np.empty(source.size, dtype=np.uint8, order="C" if isinstance(source, Image) else "F")
+            scores = np.empty((manifest.score_channels, *source.size), dtype=np.float16) if encoder.needs_scores else None
+            written = placement.view(scores, leading=1) if scores is not None else None
+            canvas = Canvas(plan.windows, manifest.score_channels, manifest.threshold, placement.view(classes), written)
+            return _Work(source, expected, pixels, plan, plan.cut(pixels, plan.windows.steps[0]), Mask(classes, scores), canvas)
 
     def _decode_reference(self, reference: BinaryIO, source: Image | Volume) -> Image | Volume:
         """Labels on the input's grid."""
@@ -338,47 +505,94 @@ class Segmenter:
         return decoded
 
     async def _run(
-        self, source: Image | Volume, choice: Choice, request: SegmentRequest, encoder: Encoder, clock: _Clock,
-        progress: Callable[[str, int, int], None],
-    ) -> Mask:  # fmt: skip
-        """Step by step: cut, run, restore; one step is cut and waits for the device while the one before it is restored."""
-        manifest = choice.manifest
-        placement, pixels = await clock.off_loop("plan", seen_by, source, manifest, request.axis)
-        graph = manifest.graph(choice.route.graph)
-        plan = await clock.off_loop("plan", make_plan, pixels, manifest, graph, flat=placement.flat)
-        classes = np.empty(source.size, dtype=np.uint8, order="C" if isinstance(source, Image) else "F")
-        scores = np.empty((manifest.score_channels, *source.size), dtype=np.float16) if encoder.needs_scores else None
-        written = placement.view(scores, leading=1) if scores is not None else None
-        canvas = Canvas(plan.windows, manifest.score_channels, manifest.threshold, placement.view(classes), written)
-        running: deque[tuple[range, asyncio.Task[Ran]]] = deque()
+        self, work: _Work, order: _Order, caller: Caller, clock: _Clock, progress: Callable[[str, int, int], None]
+    ) -> Ran:
+        """Step by step: cut, run, restore; one step is cut and waits for the device while the one before it is restored.
+
+        Returns:
+            What the last step gave, which is still to be restored.
+        """
+        steps, total = work.plan.windows.steps, len(work.plan.windows)
+        running: deque[asyncio.Task[Ran]] = deque()
         free = 0.0
 
-        async def restore_first() -> None:
+        async def first_of() -> Ran:
             nonlocal free
-            step, task = running[0]
-            ran = await task
+            ran = await running[0]
             running.popleft()
             # Waiting for the step before, which is our own, is neither: it has been counted.
             clock.add("queue", max(0.0, ran.started - max(ran.submitted, free)))
             clock.add("infer", ran.ended - max(ran.started, free))
             free = ran.ended
-            await clock.off_loop("restore", canvas.add, step, ran.parts)
-            progress("infer", step.stop, len(plan.windows))
+            return ran
 
         try:
-            for step in plan.windows.steps:
-                tiles = await clock.off_loop("plan", plan.cut, pixels, step)
-                running.append((step, asyncio.create_task(choice.batcher.run(tiles, canvas))))
-                if len(running) > 1:
-                    await restore_first()
-            await restore_first()
+            for number, step in enumerate(steps):
+                tiles = await clock.off_loop("plan", work.plan.cut, work.pixels, step) if number else work.first
+                running.append(asyncio.create_task(self._batcher.run(order.choice.lane, tiles, caller)))
+                if number:
+                    ran = await first_of()
+                    await clock.off_loop("restore", work.canvas.add, steps[number - 1], ran.parts)
+                    progress("infer", steps[number - 1].stop, total)
+            ran = await first_of()
+            progress("infer", total, total)
+            return ran
         finally:
             # Where something failed or the caller left: windows that wait are not run.
-            for _, task in running:
+            for task in running:
                 task.cancel()
-            await asyncio.gather(*(task for _, task in running), return_exceptions=True)
-        await clock.off_loop("restore", canvas.finish)
-        return Mask(classes, scores)
+            await asyncio.gather(*running, return_exceptions=True)
+
+    def _finish(self, work: _Work, last: Ran, request: SegmentRequest, order: _Order, clock: _Clock) -> Answer:
+        """Restores the last step, and encodes."""
+        choice, encoder = order.choice, order.encoder
+        with clock.phase("restore"):
+            work.canvas.add(work.plan.windows.steps[-1], last.parts)
+            work.canvas.finish()
+            overlaps = _compare(work.mask, work.expected, choice.manifest) if work.expected else {}
+        facts = {"model": choice.model, "mode": choice.route.mode, "level": choice.route.level, "precision": choice.precision,
+                 "engine": choice.lane.engine.name}  # fmt: skip
+        if order.degraded:
+            facts |= {"requested": {"mode": order.requested.mode, "level": order.requested.level}, "degraded": order.degraded}
+        with clock.phase("encode"):
+            body = report.encode(
+                work.mask, work.source, choice.manifest, encoder, facts, overlaps, clock.seconds,
+                include_mask=request.include_mask,
+            )  # fmt: skip
+        return Answer(
+            body,
+            encoder.media_type,
+            encoder.suffix,
+            order.requested,
+            choice,
+            order.degraded,
+            clock.seconds,
+            overlaps,
+            work.source.note,
+        )
+
+
+@contextlib.asynccontextmanager
+async def _until(deadline: float) -> AsyncIterator[None]:
+    """Ends the block at the deadline.
+
+    Raises:
+        DeadlinePassed: it was.
+    """
+    try:
+        async with asyncio.timeout_at(None if deadline == math.inf else deadline) as limit:
+            yield
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise DeadlinePassed("the deadline passed before the answer was there; what was left of the work is not done") from error
+
+
+def _why(error: BaseException, caller: Caller) -> str:
+    """The reason that windows of an admitted request are not run."""
+    if isinstance(error, DeadlinePassed) or time.monotonic() >= caller.deadline:
+        return "late"
+    return "cancelled" if isinstance(error, asyncio.CancelledError) else "error"
 
 
 def _compare(mask: Mask, reference: Image | Volume, manifest: Manifest) -> dict[int, quality.Overlap]:

@@ -27,6 +27,10 @@ STEP_PIXELS = 2_097_152
 # And how many at most: each is handed to the event loop.
 STEP_WINDOWS = 256
 
+# Sides of the tiles of images are multiples of these, up to 128 pixels and above: engines prepare each new shape anew, which
+# takes as long as a run or more, and tiles can share a batch only with others of their shape.
+SIDES = 16, 32
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -180,6 +184,10 @@ def tile_grid(size: tuple[int, ...], manifest: Manifest, graph: Graph, *, flat: 
         axis_tiles(length, window, math.ceil(window * overlap), graph.divisor)
         for length, window in zip(size[flat:], manifest.window.size, strict=True)
     ]
+    # Volumes come in few sizes, and one step more of each of three axes is dear. Where a network looks at all of a tile, or
+    # nobody knows whether it does, tiles are as the network needs them, whatever else is served.
+    if manifest.dims == 2 and manifest.norm in ("none", "batch"):
+        axes = [(min(window, rounded(tile)), n) for (tile, n), window in zip(axes, manifest.window.size, strict=True)]
     if flat:
         axes.insert(0, (1, size[0]))
     axis = 0 if flat else size.index(max(size))
@@ -211,6 +219,12 @@ def axis_tiles(size: int, window: int, overlap: int, divisor: int) -> tuple[int,
         return math.ceil(size / divisor) * divisor, 1
     count = math.ceil((size - overlap) / (window - overlap))
     return math.ceil((size + (count - 1) * overlap) / count / divisor) * divisor, count
+
+
+def rounded(side: int) -> int:
+    """The next side of the few that tiles have."""
+    step = SIDES[side > 128]
+    return math.ceil(side / step) * step
 
 
 def axis_starts(size: int, tile: int, count: int) -> tuple[int, ...]:

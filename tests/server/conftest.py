@@ -126,8 +126,10 @@ def bright(tiles: Tiles) -> np.ndarray:
     return (tiles.pixels.astype(np.float32).mean(axis=1, keepdims=True) > tiles.mean[:, :1]).astype(np.float32)
 
 
-def fake_bundles(run: Callable[[Tiles], np.ndarray] = bright, pace: float = 0.0, **changes: Any) -> dict[str, Any]:
-    """An open bundle whose every graph is a fake engine (one, shared), of a known pace if any."""
+def fake_bundles(
+    run: Callable[[Tiles], np.ndarray] = bright, pace: float | dict[str, float] = 0.0, **changes: Any
+) -> dict[str, Any]:
+    """An open bundle whose every graph is a fake engine (one, shared), of a known pace if any, the same for all or by graph."""
     from server.runtime.bundle import Bundle
     from server.runtime.opening import OpenBundle
 
@@ -135,11 +137,15 @@ def fake_bundles(run: Callable[[Tiles], np.ndarray] = bright, pace: float = 0.0,
     engine = FakeEngine(run)
     engines = {(graph.name, "fp32"): engine for graph in known.graphs}
     auto = {g.name: "fp32" for g in known.graphs}
-    return {known.name: OpenBundle(Bundle(Path("/nowhere"), known), engines, auto, dict.fromkeys(engines, pace))}
+    paces = {key: pace.get(key[0], 0.0) if isinstance(pace, dict) else pace for key in engines}
+    return {known.name: OpenBundle(Bundle(Path("/nowhere"), known), engines, auto, paces)}
 
 
 def fake_app(
-    run: Callable[[Tiles], np.ndarray] = bright, changes: dict[str, Any] | None = None, pace: float = 0.0, **settings: Any
+    run: Callable[[Tiles], np.ndarray] = bright,
+    changes: dict[str, Any] | None = None,
+    pace: float | dict[str, float] = 0.0,
+    **settings: Any,
 ) -> Any:
     """The application on fake engines; its jobs go to a new folder, unless one is named."""
     from server.app import create_app

@@ -23,7 +23,7 @@ def router(segmenter: Segmenter, runner: Runner, metrics: Metrics) -> APIRouter:
     )
     async def ready() -> dict[str, bool]:
         runner.check()
-        await segmenter.probe()
+        await segmenter.probe.check()
         return {"ready": True}
 
     @routes.get("/metrics", summary="Prometheus metrics", response_class=Response)

@@ -1,12 +1,16 @@
 """POST /segment."""
 
+import asyncio
+import contextlib
+import math
 import time
 from collections.abc import Callable, Coroutine
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from pydantic import Field
 from starlette.requests import ClientDisconnect
 
 from server import errors
@@ -15,18 +19,34 @@ from server.api.asking import REQUEST_BODY, Parameters, headers
 from server.api.schemas import Problem
 from server.imaging import encode
 from server.metrics import Metrics
-from server.segment.pipeline import Segmenter
+from server.segment.pipeline import Segmenter, Terms
+
+T = TypeVar("T")
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "the mask in the input's own pixels or voxels, in the format asked for",
         "content": {row.media_type: {} for row in encode.ENCODERS.values()},
     },
-    **{code: {"model": Problem} for code in (404, 406, 408, 413, 415, 422, 429, 500, 503)},
+    **{code: {"model": Problem} for code in (404, 406, 408, 413, 415, 422, 429, 500, 503, 504)},
 }
 
 # model, mode and level of a request that was refused before they were known.
 NONE = ("none", "none", "none")
+
+
+class SegmentParameters(Parameters):
+    """The query of POST /segment."""
+
+    deadline_ms: float | None = Field(
+        None,
+        description="milliseconds from now after which the answer is of no use, also as X-Deadline-Ms: refused at once where it "
+        "cannot be met (429, or 422 if it never could be), given up when it has passed (504)",
+    )
+    min_level: int | None = Field(
+        None,
+        description="under load the answer may be of a shallower level, down to this one, and its headers say so; never without",
+    )
 
 
 def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_s: float) -> APIRouter:
@@ -41,22 +61,25 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_
         responses=RESPONSES,
         openapi_extra=REQUEST_BODY,
     )
-    async def segment(request: Request, asked: Annotated[Parameters, Query()]) -> Response:
+    async def segment(request: Request, asked: Annotated[SegmentParameters, Query()]) -> Response:
         nonlocal in_flight
         begun = time.perf_counter()
         labels = NONE
         outcome = "error"
         if in_flight >= max_in_flight:
             metrics.requests.labels(*labels, "refused").inc()
-            raise errors.Overloaded(f"{in_flight} requests are being worked on, which is the limit; try again in a moment")
+            # One of so many is done in about that part of the time for all.
+            wait_s = math.ceil(segmenter.line.backlog_s() / in_flight)
+            raise errors.Overloaded(f"{in_flight} requests are being worked on, which is the limit; try again in a moment", wait_s)
         in_flight += 1
         metrics.in_flight.set(in_flight)
         try:
+            terms = Terms(max_wait_s, _deadline(asked.deadline_ms, request))
             wanted = asked.wanted(request)
-            choice = segmenter.choose(wanted)
+            choice = segmenter.check_wait(wanted, terms)
             labels = (choice.model, choice.route.mode, f"{choice.route.level}")
             async with upload.receive(request) as files:
-                answer = await segmenter.segment(files.file, wanted, files.reference, patience_s=max_wait_s)
+                answer = await _unless_gone(request, segmenter.segment(files.file, wanted, files.reference, terms=terms))
             outcome = "ok"
         except ClientDisconnect:
             outcome = "cancelled"
@@ -64,19 +87,66 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_
         except errors.CallerError:
             outcome = "client_error"
             raise
-        except errors.TryAgain:
+        except errors.DeadlinePassed:
+            outcome = "late"
+            raise
+        except (errors.TryAgain, asyncio.CancelledError):
+            # Cancelled is what the server could not finish before it had to stop, and what is answered with 503.
             outcome = "refused"
             raise
         finally:
             in_flight -= 1
             metrics.in_flight.set(in_flight)
             metrics.requests.labels(*labels, outcome).inc()
-        metrics.duration.labels(*labels[1:]).observe(time.perf_counter() - begun)
+        route = answer.choice.route
+        metrics.duration.labels(route.mode, f"{route.level}").observe(time.perf_counter() - begun)
         for phase, seconds in answer.seconds.items():
             metrics.phases.labels(phase).observe(seconds)
         return Response(answer.body, media_type=answer.media_type, headers=headers(answer))
 
     return routes
+
+
+def _deadline(query_ms: float | None, request: Request) -> float:
+    """When the answer is of no more use, in seconds of `time.monotonic`; from the query or the header.
+
+    Raises:
+        InvalidParameter: it is no time, or given in both.
+    """
+    given = request.headers.getlist("x-deadline-ms") + ([] if query_ms is None else [str(query_ms)])
+    if not given:
+        return math.inf
+    if len(given) > 1:
+        raise errors.InvalidParameter("the deadline is given twice; give deadline_ms or X-Deadline-Ms, once")
+    with contextlib.suppress(ValueError):
+        milliseconds = float(given[0])
+        if 0 < milliseconds < math.inf:
+            return time.monotonic() + milliseconds / 1000
+    raise errors.InvalidParameter(f"the deadline {given[0]!r:.40} is not a positive number of milliseconds")
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Work that is given up when the client leaves.
+
+    Raises:
+        ClientDisconnect: it did.
+    """
+    task = asyncio.ensure_future(work)
+    # The body has been read: whatever comes now is the end.
+    watch = asyncio.ensure_future(request.receive())
+    watch.add_done_callback(lambda _: task.cancel())
+    try:
+        return await task
+    except asyncio.CancelledError as error:
+        if watch.done() and not watch.cancelled():
+            raise ClientDisconnect from error
+        raise
+    finally:
+        watch.cancel()
+        if not task.done():
+            # Cancelled from above.
+            task.cancel()
+            await asyncio.wait([task])
 
 
 def _counting(metrics: Metrics) -> type[APIRoute]:

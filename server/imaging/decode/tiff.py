@@ -1,6 +1,7 @@
 """TIFF through tifffile: 1, 8 and 16 bits, float; LZW, deflate and the usual compressions."""
 
 import contextlib
+import logging
 import math
 from typing import BinaryIO
 
@@ -10,6 +11,9 @@ import tifffile
 from server.arrays import Extent, Image, Volume
 from server.errors import TooLarge, Unreadable
 from server.imaging.reading import Reading, met, zero_nonfinite
+
+# What is wrong with a file is said to its owner; in the log it would be a stranger's to fill.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 # What microscopes and scanners write; the exotic codecs are not offered to strangers' bytes, nor is JPEG:
 # each strip brings a size of its own, which the decoder would allocate whatever the page says.

@@ -1,5 +1,6 @@
 """ONNX Runtime: the engine everywhere; on GPUs the only one."""
 
+import functools
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +37,7 @@ class OnnxRuntimeEngine:
         return scores
 
     def release(self) -> None:
-        """Nothing to do: on the CPU there is no arena, on GPUs it grows only as requested."""
+        """Nothing to do: on the CPU all graphs share one arena, on GPUs it grows only as requested."""
 
 
 def providers(wanted: str) -> list[str]:
@@ -51,6 +52,19 @@ def precisions(provider: str) -> tuple[str, ...]:
     return PROVIDERS[provider].precisions
 
 
+@functools.cache
+def _share_arena() -> None:
+    """One arena for all graphs, which run one at a time: each with its own would keep the memory of its largest run.
+
+    Without any, the buffers of large tiles would be mapped and cleared by the system anew in every run.
+    """
+    import onnxruntime
+
+    memory = onnxruntime.OrtMemoryInfo("Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT)
+    # No limit; grows by what is asked for, not to the next power of two.
+    onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(0, 1, -1, -1))
+
+
 def open_graph(path: Path, precision: str, provider: str, threads: int) -> OnnxRuntimeEngine:
     """Opens an ONNX file.
 
@@ -63,8 +77,9 @@ def open_graph(path: Path, precision: str, provider: str, threads: int) -> OnnxR
         onnxruntime.preload_dlls()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # The arena would keep the memory of the largest run of every graph.
-    options.enable_cpu_mem_arena = False
+    if provider == "cpu":
+        _share_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
     options.log_severity_level = 3
     # Between batches idle threads would spin and steal the cores from decoding and encoding.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

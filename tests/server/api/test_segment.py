@@ -1,9 +1,14 @@
 import base64
 import concurrent.futures
+import contextlib
+import http.client
 import io
+import json
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image as Pillow
+from prometheus_client.parser import text_string_to_metric_families
 from scipy.special import expit
 
 from server.arrays import Tiles
@@ -347,8 +353,6 @@ def test_an_unexpected_error_is_a_problem_too(
 
 
 def test_a_client_that_leaves_while_he_sends() -> None:
-    import socket
-
     data = picture_bytes(random_picture(16, 16))
     with serving(fake_app()) as client:
         where = client.base_url.host, client.base_url.port
@@ -365,3 +369,257 @@ def test_a_client_that_leaves_while_he_sends() -> None:
             time.sleep(0.02)
         assert 'unetpp_requests_total{level="4",mode="accurate",model="fake",outcome="cancelled"} 2.0' in metrics
         assert "unetpp_requests_in_flight 0.0" in metrics
+
+
+# One tile of 16 × 16, whose run should take so many seconds by graph; none of them really passes.
+GREY = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
+DEAR = {graph: seconds / 256 for graph, seconds in (("L1", 0.001), ("L2", 20.0), ("L3", 100.0), ("L4", 100.0), ("accurate", 100.0))}
+
+
+class Held:
+    """An engine that waits for the test, and counts its batches."""
+
+    def __init__(self) -> None:
+        self.inside, self.leave = threading.Event(), threading.Event()
+        self.batches = 0
+
+    def __call__(self, tiles: Tiles) -> np.ndarray:
+        self.batches += 1
+        self.inside.set()
+        assert self.leave.wait(60)
+        return bright(tiles)
+
+
+@contextlib.contextmanager
+def holding(app: Any, engine: Held, *urls: str, data: bytes = GREY) -> Iterator[httpx.Client]:
+    """A client, while requests wait for the engine; they are answered at the end."""
+    with serving(app) as client, concurrent.futures.ThreadPoolExecutor(len(urls)) as pool:
+        waiting = [pool.submit(client.post, url, content=data) for url in urls]
+        try:
+            assert engine.inside.wait(30)
+            yield client
+        finally:
+            engine.leave.set()
+        assert [answer.result().status_code for answer in waiting] == [200] * len(urls)
+
+
+def samples(client: httpx.Client, name: str) -> list[Any]:
+    """The samples of a metric."""
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    return [sample for family in families for sample in family.samples if sample.name == name]
+
+
+def outcomes(client: httpx.Client) -> dict[str, int]:
+    """Requests by outcome, those that were not left out."""
+    found: Counter[str] = Counter()
+    for sample in samples(client, "unetpp_requests_total"):
+        found[sample.labels["outcome"]] += int(sample.value)
+    return +found
+
+
+def dropped(client: httpx.Client) -> dict[str, int]:
+    """Windows that were not run, by reason, zeros left out."""
+    return {s.labels["reason"]: int(s.value) for s in samples(client, "unetpp_windows_dropped_total") if s.value}
+
+
+def settled(client: httpx.Client, wanted: dict[str, int]) -> dict[str, int]:
+    """The outcomes, once they are those wanted or some seconds have passed."""
+    for _ in range(500):
+        if outcomes(client) == wanted:
+            break
+        time.sleep(0.02)
+    return outcomes(client)
+
+
+@pytest.fixture(scope="module")
+def dear() -> Iterator[httpx.Client]:
+    """A server that thinks its deeper graphs are slow."""
+    with serving(fake_app(pace=DEAR)) as client:
+        yield client
+
+
+class TestDeadline:
+    @pytest.mark.parametrize("given", [{"params": {"deadline_ms": "60000"}}, {"params": {"deadline_ms": "6e4"}},
+                                       {"headers": {"X-Deadline-Ms": "60000"}}, {"headers": {"x-deadline-ms": "60000.5"}}])  # fmt: skip
+    def test_one_that_is_met(self, dear: httpx.Client, given: dict[str, Any]) -> None:
+        answer = dear.post("/segment", content=GREY, params={"level": "1"} | given.get("params", {}), headers=given.get("headers"))
+        assert answer.status_code == 200, answer.text
+
+    @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "-inf", "abc", "", "1 2", "0x10", "1e999"])
+    @pytest.mark.parametrize("where", ["query", "header"])
+    def test_what_is_no_time(self, dear: httpx.Client, problem: Callable[..., Any], value: str, where: str) -> None:
+        before = outcomes(dear).get("client_error", 0)
+        if where == "query":
+            answer = dear.post(L1, content=GREY, params={"deadline_ms": value, "level": "1"})
+        else:
+            answer = dear.post(L1, content=GREY, headers={"X-Deadline-Ms": value})
+        assert problem(answer, 422, "invalid-parameter").detail
+        assert outcomes(dear)["client_error"] == before + 1
+
+    @pytest.mark.parametrize("headers", [[("X-Deadline-Ms", "9000")], [("X-Deadline-Ms", "1000"), ("X-Deadline-Ms", "9000")]])
+    def test_two_of_them(self, dear: httpx.Client, problem: Callable[..., Any], headers: list[tuple[str, str]]) -> None:
+        url = L1 if len(headers) > 1 else f"{L1}&deadline_ms=9000"
+        assert "twice" in problem(dear.post(url, content=GREY, headers=headers), 422, "invalid-parameter").detail
+        assert problem(dear.post(f"{L1}&deadline_ms=9000&deadline_ms=9000", content=GREY), 422, "invalid-parameter")
+
+    def test_one_that_could_never_be_met(self, dear: httpx.Client, problem: Callable[..., Any]) -> None:
+        answer = dear.post("/segment?level=4&deadline_ms=30000", content=GREY)
+        said = problem(answer, 422, "deadline-too-short").detail
+        assert "even when nobody else waits" in said
+        assert "min_level" in said
+        assert "retry-after" not in answer.headers
+
+    @pytest.mark.parametrize("milliseconds", ["0.000001", "0.001"])
+    def test_no_time_at_all_is_no_overload(self, problem: Callable[..., Any], milliseconds: str) -> None:
+        """Nobody else is there: to try again later is no advice."""
+        with serving(fake_app(pace=DEAR)) as client:
+            answer = client.post(f"{L1}&deadline_ms={milliseconds}", content=GREY)
+            assert problem(answer, answer.status_code).type in ("urn:unetpp:deadline-too-short", "urn:unetpp:deadline-passed")
+            assert outcomes(client).keys() <= {"client_error", "late"}
+
+    def test_one_that_others_prevent(self, problem: Callable[..., Any]) -> None:
+        """Refused before the body is read, of which nothing has come here."""
+        engine = Held()
+        with holding(fake_app(engine, pace=DEAR, limits={"max_wait_s": 150.0}), engine, "/segment?level=4") as client:
+            head = b"POST /segment?level=2&deadline_ms=50000 HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\n"
+            with socket.create_connection((client.base_url.host, client.base_url.port), timeout=30) as raw:
+                raw.sendall(head)
+                answer = http.client.HTTPResponse(raw)
+                answer.begin()
+                assert answer.status == 429
+                assert json.loads(answer.read())["type"] == "urn:unetpp:overloaded"
+                # 100 s for the batch that runs; 50 s would be of use.
+                assert 40 <= int(answer.headers["retry-after"]) <= 120
+            # By its own cost, which its header tells.
+            refused = client.post("/segment?level=4", content=GREY)
+            assert "others wait already" in problem(refused, 429, "overloaded").detail
+            assert int(refused.headers["retry-after"]) >= 1
+            assert outcomes(client) == {"refused": 2}
+        assert engine.batches == 1
+
+    @pytest.mark.parametrize("through", ["query", "header"])
+    def test_one_that_passes(self, problem: Callable[..., Any], through: str) -> None:
+        engine = Held()
+        with holding(fake_app(engine), engine, "/segment?level=4") as client:
+            url, headers = (
+                ("/segment?level=4&deadline_ms=200", {}) if through == "query" else ("/segment?level=4", {"X-Deadline-Ms": "200"})
+            )
+            answer = client.post(url, content=GREY, headers=headers)
+            # While the engine is still at work.
+            assert "deadline passed" in problem(answer, 504, "deadline-passed").detail
+            assert (outcomes(client), dropped(client)) == ({"late": 1}, {"late": 1})
+            labels = {"model": "fake", "mode": "fast", "level": "4", "outcome": "late"}
+            assert [s.labels for s in samples(client, "unetpp_requests_total") if s.value] == [labels]
+            # Whoever made way is not waited for.
+            engine.leave.set()
+            assert client.post("/segment?level=4", content=GREY).status_code == 200
+        assert engine.batches == 2
+
+
+class TestMinLevel:
+    @pytest.mark.parametrize(
+        ("query", "asked", "served"),
+        [
+            ("level=4&min_level=1", ("fast", "4"), ("fast", "2")),
+            ("level=4&min_level=2", ("fast", "4"), ("fast", "2")),
+            ("min_level=1", ("accurate", "4"), ("fast", "2")),
+            ("level=2&min_level=1", ("fast", "2"), ("fast", "2")),
+            ("level=1", ("fast", "1"), ("fast", "1")),
+            ("level=1&min_level=1", ("fast", "1"), ("fast", "1")),
+        ],
+    )
+    def test_headers_tell_what_was_asked_and_what_was_served(
+        self, dear: httpx.Client, query: str, asked: tuple[str, str], served: tuple[str, str]
+    ) -> None:
+        answer = dear.post(f"/segment?{query}&deadline_ms=60000&format=json", content=GREY)
+        assert answer.status_code == 200, answer.text
+        told = answer.headers
+        assert (told["x-segment-mode-requested"], told["x-segment-level-requested"]) == asked
+        assert (told["x-segment-mode"], told["x-segment-level"]) == served
+        assert told.get("x-segment-degraded") == (None if asked == served else "deadline")
+        facts = answer.json()
+        assert (facts["mode"], facts["level"]) == (served[0], int(served[1]))
+        assert facts.get("degraded") == (None if asked == served else "deadline")
+        assert facts.get("requested") == (None if asked == served else {"mode": asked[0], "level": int(asked[1])})
+
+    def test_a_queue_that_is_too_long_is_a_reason_too(self) -> None:
+        with serving(fake_app(pace=DEAR, limits={"max_wait_s": 60.0})) as client:
+            answer = client.post("/segment?level=4&min_level=1", content=GREY)
+            assert (answer.headers["x-segment-level"], answer.headers["x-segment-degraded"]) == ("2", "load")
+            assert client.post("/segment?level=4", content=GREY).status_code == 413
+            (sample,) = samples(client, "unetpp_degraded_total")
+            assert (sample.labels, sample.value) == ({"model": "fake", "requested": "4", "served": "2", "reason": "load"}, 1)
+
+    @pytest.mark.parametrize(
+        "query", ["min_level=0", "min_level=5", "level=2&min_level=3", "min_level=abc", "min_level=", "min_level=1&min_level=2"]
+    )
+    def test_what_is_no_level(self, dear: httpx.Client, problem: Callable[..., Any], query: str) -> None:
+        assert "min_level" in problem(dear.post(f"/segment?{query}", content=GREY), 422, "invalid-parameter").detail
+
+    @pytest.mark.parametrize("name", ["deadline_ms", "min_level"])
+    def test_neither_is_for_jobs(self, dear: httpx.Client, problem: Callable[..., Any], name: str) -> None:
+        answer = dear.post(f"/jobs?{name}=1", content=GREY)
+        assert f"unknown parameter '{name}'" in problem(answer, 422, "invalid-parameter").detail
+
+
+def test_a_client_that_leaves_while_his_windows_wait() -> None:
+    """Of 48 windows, in batches of 2, those of the batch that runs are the only ones."""
+    data, engine = pages_bytes(np.random.default_rng(0).integers(0, 256, (48, 16, 16), dtype=np.uint8)), Held()
+    with serving(fake_app(engine, batching={"max_batch": 2})) as client:
+        head = f"POST {L1} HTTP/1.1\r\nHost: a\r\nContent-Type: image/tiff\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        with socket.create_connection((client.base_url.host, client.base_url.port), timeout=30) as leaving:
+            leaving.sendall(head + data)
+            assert engine.inside.wait(30)
+            assert samples(client, "unetpp_requests_in_flight")[0].value == 1
+        # The engine is still at work.
+        assert settled(client, {"cancelled": 1}) == {"cancelled": 1}
+        assert dropped(client) == {"cancelled": 46}
+        assert samples(client, "unetpp_requests_in_flight")[0].value == 0
+        labels = {"model": "fake", "mode": "fast", "level": "1", "outcome": "cancelled"}
+        assert [s.labels for s in samples(client, "unetpp_requests_total") if s.value] == [labels]
+        engine.leave.set()
+        assert client.post(L1, content=GREY).status_code == 200
+        assert engine.batches == 2
+
+
+def test_a_client_that_keeps_the_connection_has_not_left() -> None:
+    """Several requests over one connection, each of whose ends is watched for."""
+    with serving(fake_app()) as client:
+        for _ in range(5):
+            assert client.post(L1, content=GREY).status_code == 200
+            assert client.post(L1, files={"file": GREY}).status_code == 200
+        assert outcomes(client) == {"ok": 10}
+
+
+def test_every_request_has_one_outcome() -> None:
+    engine = Held()
+    with (
+        serving(fake_app(engine, pace=DEAR, limits={"max_wait_s": 150.0})) as client,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        sent: Counter[str] = Counter()
+        first = pool.submit(client.post, "/segment?level=4", content=GREY)
+        assert engine.inside.wait(30)
+        assert client.post("/segment?level=4", content=GREY).status_code == 429
+        assert client.post("/segment?level=4&deadline_ms=50000", content=GREY).status_code == 429
+        sent["refused"] += 2
+        engine.leave.set()
+        assert first.result().status_code == 200
+        sent["ok"] += 1
+        with socket.create_connection((client.base_url.host, client.base_url.port), timeout=30) as leaving:
+            leaving.sendall(b"POST /segment?level=1 HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\nabc")
+        sent["cancelled"] += 1
+        for query, data, status in (
+            ("level=1", GREY, 200), ("level=1&deadline_ms=60000&min_level=1", GREY, 200), ("level=abc", GREY, 422),
+            ("level=9", GREY, 422), ("model=none", GREY, 404), ("format=gif", GREY, 406), ("levle=1", GREY, 422),
+            ("level=1", b"nonsense", 415), ("level=1", GREY[:45], 422), ("level=4&deadline_ms=30000", GREY, 422),
+            ("deadline_ms=0", GREY, 422), ("min_level=9", GREY, 422), ("level=1&precision=int9", GREY, 422),
+        ):  # fmt: skip
+            answer = client.post(f"/segment?{query}", content=data)
+            assert answer.status_code == status, (query, answer.content)
+            sent["ok" if status == 200 else "client_error"] += 1
+        assert settled(client, dict(sent)) == dict(sent)
+        assert sum(s.value for s in samples(client, "unetpp_request_duration_seconds_count")) == sent["ok"]
+        assert samples(client, "unetpp_requests_in_flight")[0].value == 0
+        assert samples(client, "unetpp_backlog_seconds")[0].value == 0
+        assert sum(s.value for s in samples(client, "unetpp_requests_total")) == sent.total()

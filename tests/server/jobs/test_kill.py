@@ -21,6 +21,7 @@ import httpx
 import numpy as np
 import pytest
 
+from server.metrics import Metrics
 from server.segment.pipeline import Segmenter, SegmentRequest
 from server.settings import BatchingSettings, LimitsSettings
 from tests.server.conftest import fake_bundles, picture_bytes
@@ -37,7 +38,7 @@ def pictures() -> list[bytes]:
 
 def results(bodies: list[bytes]) -> list[bytes]:
     """The right answers, computed directly."""
-    segmenter = Segmenter(fake_bundles(), "fake", BatchingSettings(), LimitsSettings(), 1)
+    segmenter = Segmenter(fake_bundles(), "fake", BatchingSettings(), LimitsSettings(), 1, Metrics())
 
     async def answer(body: bytes) -> bytes:
         with tempfile.SpooledTemporaryFile() as file:

@@ -21,7 +21,7 @@ from server.jobs.live import View
 from server.jobs.runner import Runner
 from server.jobs.store import Store
 from server.metrics import Metrics
-from server.segment.pipeline import Answer, Estimate, Segmenter, SegmentRequest
+from server.segment.pipeline import ANY_TIME, Answer, Estimate, Segmenter, SegmentRequest, Terms
 from server.settings import BatchingSettings, JobsSettings, LimitsSettings
 from tests.server.conftest import bright, fake_bundles, picture_bytes
 
@@ -49,11 +49,18 @@ class FakeSegmenter:
 
     async def estimate(self, file: BinaryIO, request: SegmentRequest) -> Estimate:
         await self._real.estimate(file, request)
-        return Estimate(256, WINDOWS, 100.0, 0)
+        return Estimate(256, WINDOWS, tile_pixels=256, padding=0, seconds=100.0, memory_bytes=0)
 
     async def segment(
-        self, file: BinaryIO, request: SegmentRequest, reference: BinaryIO | None = None, progress: Progress = lambda *_: None
+        self,
+        file: BinaryIO,
+        request: SegmentRequest,
+        reference: BinaryIO | None = None,
+        progress: Progress = lambda *_: None,
+        terms: Terms = ANY_TIME,
     ) -> Answer:
+        # Jobs leave the device to whoever waits for an answer, and are never late.
+        assert terms == Terms(urgent=False)
         choice = self.choose(request)
         data = file.read()
         self.active += 1
@@ -68,12 +75,12 @@ class FakeSegmenter:
         finally:
             self.active -= 1
         self.ran.append((data, choice.route.level, reference.read() if reference else None))
-        return Answer(data + b"@%d" % choice.route.level, "image/png", ".png", choice, {}, {}, "")
+        return Answer(data + b"@%d" % choice.route.level, "image/png", ".png", choice.route, choice, "", {}, {}, "")
 
 
 @pytest.fixture
 def segmenter() -> Iterator[FakeSegmenter]:
-    real = Segmenter(fake_bundles(), "fake", BatchingSettings(), LimitsSettings(), 1)
+    real = Segmenter(fake_bundles(), "fake", BatchingSettings(), LimitsSettings(), 1, Metrics())
     yield FakeSegmenter(real)
     real.close()
 
@@ -344,7 +351,7 @@ class TestDelete:
 
             bundles = fake_bundles(held)
             engine = bundles["fake"].engines["L1", "fp32"]
-            real = Segmenter(bundles, "fake", BatchingSettings(max_batch=2), LimitsSettings(), 2)
+            real = Segmenter(bundles, "fake", BatchingSettings(max_batch=2), LimitsSettings(), 2, Metrics())
             try:
                 async with runners(real) as runner:
                     id_ = await submit(runner, picture_bytes(rng.integers(0, 256, (500, 500), dtype=np.uint8)))

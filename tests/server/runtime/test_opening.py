@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import logging
 import re
@@ -14,11 +15,11 @@ import pytest
 from server.arrays import Tiles
 from server.errors import BundleDamaged, EngineUnavailable
 from server.runtime import opening
-from server.runtime.bundle import read_bundle
+from server.runtime.bundle import Bundle, read_bundle
 from server.runtime.engines import EngineRow
 from server.runtime.engines.fake import FakeEngine
-from server.runtime.opening import _auto, cores, golden_tiles, offered, open_bundle
-from server.settings import RuntimeSettings
+from server.runtime.opening import GRAPH_RUNS, RACE_TILE, WORTHWHILE, _auto, _worthwhile, cores, golden_tiles, offered, open_bundle
+from server.settings import BatchingSettings, RuntimeSettings
 from tests.server.conftest import calibrated, manifest, rewrite_hashes
 
 ORT = {"engine": "onnxruntime", "threads": 1}
@@ -264,7 +265,7 @@ def test_auto_is_the_fastest_of_each_graph(
         opened = open_bundle(copied_bundle, RuntimeSettings())
     assert opened.auto["L1"] == "fp32"
     assert opened.auto["L3"] == "int8"
-    assert re.search(r"nuclei L3 int8: fake on cpu, \d+\.\d ms \(auto\)", caplog.text)
+    assert re.search(r"nuclei L3 int8: fake on cpu, \d+\.\d ms, batches of \d+ \(auto\)", caplog.text)
 
 
 def test_a_precision_that_this_machine_computes_badly_is_not_offered(
@@ -358,3 +359,87 @@ def test_copies_are_as_good(copied_bundle: Path, tmp_path: Path) -> None:
     """A bundle may move: nothing in it names a folder."""
     moved = shutil.move(copied_bundle, tmp_path / "elsewhere")
     assert read_bundle(Path(moved)).manifest.name == "nuclei"
+
+
+class TestWorthwhile:
+    """How many tiles one run should hold, with the seconds of a run by how many it holds."""
+
+    def found(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        seconds: Callable[[int], float],
+        most: int = 64,
+        breaks_at: int = 10**9,
+        dims: int = 2,
+    ) -> tuple[int, list[int]]:
+        """The answer, and the sizes of all runs."""
+
+        def run(tiles: Tiles) -> np.ndarray:
+            if len(tiles) >= breaks_at:
+                raise RuntimeError("out of memory")
+            assert tiles.pixels.shape[2:] == (RACE_TILE[dims],) * dims
+            return np.zeros((len(tiles), 1, *tiles.pixels.shape[2:]), np.float32)
+
+        def timed(engine: FakeEngine, tiles: Tiles) -> float:
+            engine.run(tiles)
+            return seconds(len(tiles))
+
+        monkeypatch.setattr(opening, "_timed", timed)
+        engine = FakeEngine(run)
+        bundle = Bundle(Path("/nowhere"), manifest(dims=dims))
+        return _worthwhile(bundle, engine, most), engine.batches
+
+    def test_stops_where_doubling_no_longer_pays(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Of a run 8 parts are for starting it, and one for each tile: 9, 5, 3, 2, 1.5, 1.25, ...
+        assert self.found(monkeypatch, lambda n: 8.0 + n)[0] == 64
+        for start, best in ((0.0, 1), (0.05, 1), (0.2, 2), (1.0, 16), (2.0, 32)):
+            count, runs = self.found(monkeypatch, lambda n, start=start: start + n)
+            assert count == best
+            # It looked no further than one doubling that did not pay.
+            assert set(runs) == {2**k for k in range(best.bit_length() + 1)}
+
+    @pytest.mark.parametrize(("gain", "best"), [(0.0, 1), (0.04, 1), (0.06, 64)])
+    def test_a_tile_must_be_clearly_faster(self, monkeypatch: pytest.MonkeyPatch, gain: float, best: int) -> None:
+        assert pytest.approx(0.05) == 1 - WORTHWHILE
+        assert self.found(monkeypatch, lambda n: n * (1 - gain) ** np.log2(n))[0] == best
+
+    def test_a_device_that_gets_slower_is_not_pressed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.found(monkeypatch, lambda n: 1.0 if n <= 8 else 100.0)[0] == 8
+
+    @pytest.mark.parametrize(("most", "count"), [(0, 1), (1, 1), (2, 2), (3, 2), (16, 16), (48, 32), (64, 64)])
+    def test_never_more_than_allowed(self, monkeypatch: pytest.MonkeyPatch, most: int, count: int) -> None:
+        found, runs = self.found(monkeypatch, lambda n: 1.0, most)
+        assert found == count
+        assert max(runs, default=0) <= most
+
+    @pytest.mark.parametrize(("breaks_at", "count"), [(1, 1), (2, 1), (8, 4), (40, 32)])
+    def test_a_device_that_is_full_is_not_pressed(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, breaks_at: int, count: int
+    ) -> None:
+        found, runs = self.found(monkeypatch, lambda n: 1.0, breaks_at=breaks_at)
+        assert found == count
+        assert sum(size >= breaks_at for size in runs) == 1
+        assert "tiles fails, smaller ones are run: out of memory" in caplog.text
+
+    def test_the_best_of_some_runs_counts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The rest was slowed by whatever else goes on."""
+        turn = itertools.count()
+        assert self.found(monkeypatch, lambda n: 1.0 if next(turn) % GRAPH_RUNS == 1 else 1000.0 * n)[0] == 64
+
+    def test_volumes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.found(monkeypatch, lambda n: 1.0 + n, dims=3)[0] == 16
+
+
+@pytest.mark.usefixtures("golden_engines")
+@pytest.mark.parametrize(
+    ("max_batch", "max_pixels", "tiles"), [(64, 4_194_304, 64), (4, 4_194_304, 4), (64, 40_000, 2), (64, 4096, 1)]
+)
+def test_what_is_found_is_within_the_settings(
+    monkeypatch: pytest.MonkeyPatch, shipped_bundle: Path, max_batch: int, max_pixels: int, tiles: int
+) -> None:
+    monkeypatch.setattr(opening, "_timed", lambda engine, tiles: 1.0)
+    opened = open_bundle(shipped_bundle, RuntimeSettings(), BatchingSettings(max_batch=max_batch, max_batch_pixels=max_pixels))
+    assert opened.batch_pixels.keys() == opened.engines.keys() == opened.pace.keys()
+    assert opened.measured_pixels == 128 * 128
+    assert set(opened.batch_pixels.values()) == {tiles * 128 * 128}
+    assert set(opened.pace.values()) == {1 / (128 * 128)}

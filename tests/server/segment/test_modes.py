@@ -1,7 +1,7 @@
 import pytest
 
 from server.errors import InvalidParameter
-from server.segment.modes import MODES, Route, resolve, routes
+from server.segment.modes import MODES, Route, resolve, routes, shallower
 from tests.server.conftest import calibrated, manifest
 
 FAKE = manifest()
@@ -9,18 +9,18 @@ RECOMMENDING = manifest(calibration=calibrated([], recommended=2))
 
 
 def test_accurate_is_the_default() -> None:
-    assert resolve(FAKE, None, None) == resolve(FAKE, "accurate", None) == Route("accurate", None, 4, "accurate")
+    assert resolve(FAKE, None, None) == resolve(FAKE, "accurate", None) == Route("accurate", 4, "accurate")
 
 
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
 @pytest.mark.parametrize("mode", [None, "fast"])
 def test_a_level_means_fast(mode: str | None, level: int) -> None:
-    assert resolve(FAKE, mode, level) == Route("fast", level, level, f"L{level}")
+    assert resolve(FAKE, mode, level) == Route("fast", level, f"L{level}")
 
 
 def test_fast_alone_serves_the_recommended_level() -> None:
-    assert resolve(RECOMMENDING, "fast", None) == Route("fast", None, 2, "L2")
-    assert resolve(FAKE, "fast", None) == Route("fast", None, 4, "L4")
+    assert resolve(RECOMMENDING, "fast", None) == Route("fast", 2, "L2")
+    assert resolve(FAKE, "fast", None) == Route("fast", 4, "L4")
 
 
 @pytest.mark.parametrize("level", [-1, 0, 5, 9, 10**30])
@@ -46,3 +46,37 @@ def test_routes_lists_everything_that_can_be_served() -> None:
         ("accurate", 4, "accurate"), ("fast", 1, "L1"), ("fast", 2, "L2"), ("fast", 3, "L3"), ("fast", 4, "L4"),
     ]  # fmt: skip
     assert {route.mode for route in routes(FAKE)} == set(MODES)
+
+
+class TestShallower:
+    """What may be served instead."""
+
+    def test_without_consent_nothing_is(self) -> None:
+        assert all(shallower(FAKE, route, None) == [] for route in routes(FAKE))
+
+    @pytest.mark.parametrize("least", [1, 2, 3, 4])
+    @pytest.mark.parametrize("level", [1, 2, 3, 4])
+    def test_is_fast_and_goes_from_deep_to_shallow(self, level: int, least: int) -> None:
+        if least > level:
+            with pytest.raises(
+                InvalidParameter, match=f"min_level={least} must be .* no deeper than the level asked for, which is {level}"
+            ):
+                shallower(FAKE, resolve(FAKE, "fast", level), least)
+            return
+        found = shallower(FAKE, resolve(FAKE, "fast", level), least)
+        assert found == [Route("fast", k, f"L{k}") for k in range(level - 1, least - 1, -1)]
+
+    def test_accurate_is_followed_by_the_next_level(self) -> None:
+        """Its deepest head alone is no cheaper than all of them."""
+        assert [route.graph for route in shallower(FAKE, resolve(FAKE, "accurate", None), 1)] == ["L3", "L2", "L1"]
+        assert shallower(FAKE, resolve(FAKE, "accurate", None), 4) == []
+
+    def test_the_recommended_level_is_what_was_asked_for(self) -> None:
+        assert [route.level for route in shallower(RECOMMENDING, resolve(RECOMMENDING, "fast", None), 1)] == [1]
+        with pytest.raises(InvalidParameter, match="which is 2"):
+            shallower(RECOMMENDING, resolve(RECOMMENDING, "fast", None), 3)
+
+    @pytest.mark.parametrize("least", [-1, 0, 5, 10**30])
+    def test_levels_that_do_not_exist(self, least: int) -> None:
+        with pytest.raises(InvalidParameter, match=rf"min_level={least} must be one of 1, 2, 3, 4 and"):
+            shallower(FAKE, resolve(FAKE, None, None), least)

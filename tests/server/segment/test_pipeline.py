@@ -7,20 +7,38 @@ import io
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image as Pillow
 from scipy import ndimage
 
 from server.arrays import Tiles
-from server.errors import InferenceFailed, InvalidParameter, NotReady, Overloaded, TooLarge, UnknownFormat, UnknownModel, Unreadable
+from server.errors import (
+    DeadlinePassed,
+    DeadlineTooShort,
+    InferenceFailed,
+    InvalidParameter,
+    NotReady,
+    Overloaded,
+    TooLarge,
+    UnknownFormat,
+    UnknownModel,
+    Unreadable,
+)
+from server.metrics import Metrics
+from server.runtime.engines.fake import FakeEngine
+from server.runtime.line import Caller, Lane
+from server.runtime.pace import Margin, Pace
 from server.segment import pipeline
 from server.segment.cost import Estimate
-from server.segment.pipeline import Answer, Segmenter, SegmentRequest
+from server.segment.pipeline import Answer, Segmenter, SegmentRequest, Terms
 from server.settings import BatchingSettings, LimitsSettings
 from tests.server.conftest import (
     bright,
@@ -44,8 +62,9 @@ def segmenting(run: Any = bright, limits: LimitsSettings | None = None, bundle: 
                max_batch: int = 16) -> Iterator[Segmenter]:  # fmt: skip
     """A segmenter on a fake engine, with a known pace."""
     segmenter = Segmenter(
-        fake_bundles(run, pace, **(bundle or {})), "fake", BatchingSettings(max_batch=max_batch), limits or LimitsSettings(), 2
-    )
+        fake_bundles(run, pace, **(bundle or {})), "fake", BatchingSettings(max_batch=max_batch), limits or LimitsSettings(), 2,
+        Metrics(),
+    )  # fmt: skip
     try:
         yield segmenter
     finally:
@@ -63,7 +82,7 @@ def segment(data: bytes, reference: bytes | None = None, *, progress: Callable[.
             bundle: dict[str, Any] | None = None, pace: float = 0.0, **wanted: Any) -> Answer:  # fmt: skip
     with segmenting(run, limits, bundle, pace) as segmenter:
         truth = Sent(reference) if reference is not None else None
-        return asyncio.run(segmenter.segment(Sent(data), SegmentRequest(**wanted), truth, progress, patience_s))
+        return asyncio.run(segmenter.segment(Sent(data), SegmentRequest(**wanted), truth, progress, Terms(patience_s)))
 
 
 def estimate(data: bytes, *, limits: LimitsSettings | None = None, bundle: dict[str, Any] | None = None, pace: float = 0.0,
@@ -168,10 +187,10 @@ def test_several_classes() -> None:
 
 
 def test_a_closed_segmenter_says_so() -> None:
-    segmenter = Segmenter(fake_bundles(), "fake", BatchingSettings(), LimitsSettings(), 1)
+    segmenter = Segmenter(fake_bundles(), "fake", BatchingSettings(), LimitsSettings(), 1, Metrics())
     segmenter.close()
     with pytest.raises(NotReady):
-        asyncio.run(segmenter.probe())
+        asyncio.run(segmenter.probe.check())
 
 
 VOLUME = np.random.default_rng(1).integers(0, 256, (23, 40, 31), dtype=np.uint8)
@@ -446,7 +465,7 @@ class TestEstimate:
         with pytest.raises(
             TooLarge, match=r"about 4 s and \d+ MB here, and POST /segment works for at most 3 s. Send .* POST /jobs"
         ):
-            segment(picture_bytes(np.zeros((64, 64), dtype=np.uint8)), run=ran, pace=1e-3, patience_s=3)
+            segment(picture_bytes(np.zeros((64, 64), dtype=np.uint8)), run=ran, pace=1e-3, patience_s=3.0)
         assert not ran.tiles
         segment(picture_bytes(np.zeros((64, 64), dtype=np.uint8)), run=ran, pace=1e-3, patience_s=4.1)
 
@@ -542,7 +561,7 @@ class TestInTheMiddle:
                     await segmenter.segment(Sent(self.DATA), SegmentRequest())
                 await asyncio.sleep(0.01)
                 assert engine.batches <= after + 3  # of 24: those that began before the caller knew
-                assert not any(batcher._callers for batcher in segmenter._batchers.values())
+                assert not segmenter._batcher._waiting
                 engine.mend()
                 await all_is_given_back(segmenter)
 
@@ -589,8 +608,7 @@ class TestInTheMiddle:
             async def go() -> None:
                 task = asyncio.create_task(segmenter.segment(Sent(self.DATA), SegmentRequest()))
                 await engine.at_work(task)
-                for batcher in segmenter._batchers.values():
-                    batcher.close()
+                segmenter._batcher.close()
                 engine.leave.set()
                 with pytest.raises(NotReady, match="shutting down"):
                     await task
@@ -623,7 +641,9 @@ def test_an_image_passes_volumes(monkeypatch: pytest.MonkeyPatch, volumes: int) 
             long = [asyncio.create_task(segmenter.segment(Sent(stack), SegmentRequest())) for _ in range(volumes)]
             await engine.at_work(*long)
             short = asyncio.create_task(segmenter.segment(Sent(image), SegmentRequest()))
-            while not any(len(queue) and queue[-1].tile.pixels.shape[2:] == (48, 32) for queue in queues(segmenter)):
+            while not any(
+                hand.tiles.pixels.shape[2:] == (48, 32) for hands in segmenter._batcher._waiting.values() for hand in hands
+            ):
                 assert not short.done()
                 await asyncio.sleep(0.001)
             engine.leave.set()
@@ -636,20 +656,16 @@ def test_an_image_passes_volumes(monkeypatch: pytest.MonkeyPatch, volumes: int) 
     assert len(kinds) == 48 * volumes + 1
 
 
-def queues(segmenter: Segmenter) -> list[Any]:
-    return [queue for batcher in segmenter._batchers.values() for queue in batcher._callers]
-
-
 class TestAdmission:
     def test_who_would_wait_too_long_for_others_is_sent_to_jobs(self) -> None:
         async def go(segmenter: Segmenter) -> None:
             async with segmenter._volumes.hold(LimitsSettings().pixels_in_flight):
                 with pytest.raises(Overloaded, match="leaves no time for this; try again, or send it to POST /jobs"):
-                    await segmenter.segment(Sent(nifti_bytes(VOLUME)), SegmentRequest(), patience_s=0.05)
+                    await segmenter.segment(Sent(nifti_bytes(VOLUME)), SegmentRequest(), terms=Terms(0.05))
                 # Images do not wait for volumes.
-                await segmenter.segment(Sent(picture_bytes(VOLUME[0])), SegmentRequest(), patience_s=60)
+                await segmenter.segment(Sent(picture_bytes(VOLUME[0])), SegmentRequest(), terms=Terms(60.0))
             # Who gave up left no claim behind.
-            await segmenter.segment(Sent(nifti_bytes(VOLUME)), SegmentRequest(), patience_s=60)
+            await segmenter.segment(Sent(nifti_bytes(VOLUME)), SegmentRequest(), terms=Terms(60.0))
 
         with segmenting() as segmenter:
             asyncio.run(go(segmenter))
@@ -684,3 +700,457 @@ def test_values_beyond_single_precision_are_met_like_infinite_ones() -> None:
         segment(nifti_bytes(values))
     tiny = np.array([0, 1e-42] * 60, dtype=np.float32).reshape(4, 5, 6)
     assert segment(nifti_bytes(tiny)).body
+
+
+GRAPHS = {"L1": 10.0, "L2": 20.0, "L3": 30.0, "L4": 40.0, "accurate": 50.0}
+IMAGE = picture_bytes(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8))
+
+
+class Fixed(Pace):
+    """So many seconds for a tile, of whatever size, for ever."""
+
+    def __init__(self, tile_s: float) -> None:
+        super().__init__()
+        self._tile_s = tile_s
+
+    def seconds(self, pixels: int) -> float:
+        return self._tile_s
+
+    def learn(self, pixels: int, seconds: float) -> None:
+        pass
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predictions are held against what is allowed as they are."""
+    monkeypatch.setattr(Margin, "factor", 1.0)
+
+
+@contextlib.contextmanager
+def costing(run: Any = bright, graphs: dict[str, float] | None = None, **options: Any) -> Iterator[Segmenter]:
+    """A segmenter that thinks its graphs take so many seconds for a tile, of which `IMAGE` is one; no time really passes."""
+    with segmenting(run, **options) as segmenter:
+        for (_, graph, _), lane in segmenter._lanes.items():
+            lane.pace = Fixed((graphs or GRAPHS)[graph])
+        yield segmenter
+
+
+@contextlib.contextmanager
+def crowd(segmenter: Segmenter, seconds: int, *, urgent: bool = True) -> Iterator[list[Caller]]:
+    """Others in the line, whom everybody has to wait for: one tile of a second each."""
+    lane = Lane("other", "L1", "fp32", FakeEngine(bright), Fixed(1.0), 1, 1)
+    others = [Caller(urgent) for _ in range(seconds)]
+    with contextlib.ExitStack() as line:
+        for other in others:
+            line.enter_context(segmenter.line.join(other, lane, 1, 1))
+        yield others
+
+
+def asked(
+    segmenter: Segmenter, within_s: float = math.inf, patience_s: float = math.inf, data: bytes = IMAGE, **wanted: Any
+) -> Answer:
+    """The answer to a request whose deadline is so many seconds from now."""
+    terms = Terms(patience_s, time.monotonic() + within_s)
+    return asyncio.run(segmenter.segment(Sent(data), SegmentRequest(**wanted), terms=terms))
+
+
+def counted(segmenter: Segmenter, name: str, **labels: str) -> float:
+    """A sample of the metrics."""
+    return segmenter._metrics.registry.get_sample_value(f"unetpp_{name}", labels) or 0.0
+
+
+@pytest.mark.usefixtures("exact")
+class TestInTime:
+    def test_what_an_idle_server_could_not_do_is_the_callers_to_mend(self) -> None:
+        ran = Counted()
+        with costing(ran) as segmenter:
+            said = r"takes about 40,\d{3} ms here even when nobody else waits, and the deadline leaves 1\d,\d{3} ms; allow more"
+            with pytest.raises(DeadlineTooShort, match=said):
+                asked(segmenter, 19.0, level=4)
+            assert not ran.tiles
+            # Estimates err: where nobody waits, what may be done in time with luck is tried.
+            assert asked(segmenter, 21.0, level=4).choice.route.level == 4
+            with crowd(segmenter, 1), pytest.raises(DeadlineTooShort):
+                asked(segmenter, 39.0, level=4)
+
+    def test_what_only_the_others_prevent_is_not(self) -> None:
+        ran = Counted()
+        with costing(ran) as segmenter:
+            with (
+                crowd(segmenter, 70),
+                pytest.raises(Overloaded, match=r"would take 110\.0 s and is of use for .* min_level") as caught,
+            ):
+                asked(segmenter, 100.0, level=4)
+            assert caught.value.retry_after_s in (10, 11)
+            assert not ran.tiles
+            with crowd(segmenter, 70):
+                assert asked(segmenter, 115.0, level=4).body
+                assert asked(segmenter, 100.0, level=2).body
+
+    def test_patience_is_a_limit_like_a_deadline(self) -> None:
+        with costing() as segmenter, crowd(segmenter, 70):
+            with pytest.raises(Overloaded):
+                asked(segmenter, patience_s=100.0, level=4)
+            with pytest.raises(TooLarge, match="POST /segment works for at most 35 s"):
+                asked(segmenter, patience_s=35.0, level=4)
+            assert asked(segmenter, 1e6, patience_s=111.0, level=4).body
+
+    def test_retry_after_falls_as_the_line_empties(self) -> None:
+        told = []
+        with costing() as segmenter, crowd(segmenter, 100) as others:
+            for other in others[:80:10]:
+                with pytest.raises(Overloaded) as caught:
+                    asked(segmenter, patience_s=60.0, level=4)
+                told.append(caught.value.retry_after_s)
+                for gone in others[others.index(other) :][:10]:
+                    gone.ran = 1
+            assert told == [80, 70, 60, 50, 40, 30, 20, 10]
+            assert asked(segmenter, patience_s=60.5, level=4).body
+
+    def test_a_hair_too_late_is_still_a_second(self) -> None:
+        with costing() as segmenter, crowd(segmenter, 20), pytest.raises(Overloaded) as caught:
+            asked(segmenter, patience_s=59.99, level=4)
+        assert caught.value.retry_after_s == 1
+
+    def test_jobs_refuse_nobody(self) -> None:
+        with costing() as segmenter, crowd(segmenter, 1000, urgent=False):
+            assert segmenter.line.idle()
+            segmenter.check_wait(SegmentRequest(), Terms(0.1))
+            assert asked(segmenter, 100.0).body
+
+    def test_windows_of_jobs_are_not_waited_for_but_for_those_that_run(self) -> None:
+        engine = Breaks(0)
+        with costing(engine, max_batch=2) as segmenter:
+
+            async def go() -> None:
+                job = segmenter.segment(Sent(TestInTheMiddle.DATA), SegmentRequest(level=1), terms=Terms(urgent=False))
+                task = asyncio.create_task(job)
+                await engine.at_work(task)
+                # Two of 48 windows, at 10 s each.
+                assert 0 < segmenter.line.wait_s(math.inf) <= 20
+                engine.leave.set()
+                await task
+
+            asyncio.run(go())
+
+    def test_the_wait_alone_may_refuse_before_the_body_is_there(self) -> None:
+        with costing() as segmenter, crowd(segmenter, 70):
+            with pytest.raises(Overloaded) as caught:
+                segmenter.check_wait(SegmentRequest(), Terms(50.5))
+            assert caught.value.retry_after_s == 20
+            assert segmenter.check_wait(SegmentRequest(level=2), Terms(71.0)).route.level == 2
+            with pytest.raises(UnknownModel):
+                segmenter.check_wait(SegmentRequest(model="none"), Terms(50.5))
+            with pytest.raises(InvalidParameter, match="min_level=3"):
+                segmenter.check_wait(SegmentRequest(level=2, min_level=3), Terms(1e6))
+
+    def test_no_time_at_all_is_no_overload(self) -> None:
+        """A deadline that is over when the headers are read; nobody else is there to be waited for."""
+        with costing() as segmenter, contextlib.suppress(DeadlineTooShort, DeadlinePassed):
+            segmenter.check_wait(SegmentRequest(), Terms(120.0, time.monotonic() - 0.001))
+
+    def test_a_deadline_that_is_over_runs_nothing(self) -> None:
+        ran = Counted()
+        with costing(ran) as segmenter:
+            with pytest.raises(DeadlinePassed):
+                asked(segmenter, -1.0)
+            assert not ran.tiles
+            assert segmenter.line.idle()
+
+    def test_a_small_image_says_little_of_a_large_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Some ms beside the device for 256 pixels, as for any request, are no hours for a photograph."""
+        decode = pipeline.decode
+
+        def slow(*args: Any) -> Any:
+            time.sleep(0.02)
+            return decode(*args)
+
+        monkeypatch.setattr(pipeline, "decode", slow)
+        with segmenting() as segmenter:
+            assert asked(segmenter, patience_s=10.0, data=picture_bytes(np.zeros((16, 16), dtype=np.uint8))).body
+            # BUG: `_beside` takes time per pixel of the nearest size known, however far that is; and as what is refused is
+            # never run, nothing is learned: large images are refused for ever. 20 ms for 16² pixels make 82 s for 1024².
+            assert asked(segmenter, patience_s=10.0, data=picture_bytes(np.zeros((1024, 1024), dtype=np.uint8))).body
+
+
+@pytest.mark.usefixtures("exact")
+class TestConsent:
+    """Level 4 takes 40 s, each shallower one 10 s less, accurate 50 s; 100 s are allowed."""
+
+    @pytest.mark.parametrize(
+        ("wait", "wanted", "served"),
+        [
+            (0, {}, "accurate"), (45, {}, "accurate"), (55, {}, "L3"), (65, {}, "L3"), (75, {}, "L2"), (85, {}, "L1"), (95, {}, None),
+            (55, {"level": 4}, "L4"), (65, {"level": 4}, "L3"), (85, {"level": 3}, "L1"), (85, {"level": 1}, "L1"),
+            (75, {"min_level": 2}, "L2"), (85, {"min_level": 2}, None), (55, {"min_level": 3}, "L3"), (75, {"min_level": 3}, None),
+            (55, {"min_level": 4}, None), (45, {"min_level": 4}, "accurate"), (65, {"level": 4, "min_level": 4}, None),
+        ],
+    )  # fmt: skip
+    @pytest.mark.parametrize("limit", ["within_s", "patience_s"])
+    def test_the_deepest_in_time_is_served(self, wait: int, wanted: dict[str, Any], served: str | None, limit: str) -> None:
+        with costing() as segmenter, crowd(segmenter, wait):
+            allowed = {"within_s": 100.0, "patience_s": 1e6} if limit == "within_s" else {"patience_s": 100.0}
+            if served is None:
+                with pytest.raises(Overloaded):
+                    asked(segmenter, **allowed, **{"min_level": 1} | wanted)
+                return
+            answer = asked(segmenter, **allowed, **{"min_level": 1} | wanted, format="json")
+            requested = f"L{wanted['level']}" if "level" in wanted else "accurate"
+            assert (answer.choice.route.graph, answer.requested.graph) == (served, requested)
+            why = "" if served == requested else "deadline" if limit == "within_s" else "load"
+            assert answer.degraded == why
+            facts = json.loads(answer.body)
+            assert (facts["mode"], facts["level"]) == (answer.choice.route.mode, answer.choice.route.level)
+            told = {"degraded": why, "requested": {"mode": answer.requested.mode, "level": answer.requested.level}}
+            assert {key: facts[key] for key in ("degraded", "requested") if key in facts} == (told if why else {})
+            levels = {"model": "fake", "requested": f"{answer.requested.level}", "served": f"{answer.choice.route.level}"}
+            assert counted(segmenter, "degraded_total", **levels, reason=why) == bool(why)
+            assert segmenter._batcher._metrics.registry.get_sample_value("unetpp_batch_size_tiles_count", {"graph": served}) == 1
+
+    @settings(max_examples=40)
+    @given(st.integers(0, 150), st.sampled_from([None, 1, 2, 3, 4]), st.floats(1, 200), st.booleans())
+    def test_without_it_nothing_is_ever_degraded(self, wait: int, level: int | None, allowed_s: float, patience: bool) -> None:
+        with costing() as segmenter, crowd(segmenter, wait):
+            try:
+                answer = asked(segmenter, *(math.inf, allowed_s) if patience else (allowed_s,), level=level)
+            except (Overloaded, DeadlineTooShort, TooLarge):
+                return
+            assert answer.choice.route == answer.requested == segmenter.choose(SegmentRequest(level=level)).route
+            assert answer.degraded == ""
+
+    @settings(max_examples=30)
+    @given(st.sampled_from([None, 2, 3, 4]), st.integers(1, 2), st.floats(1.05, 100))
+    def test_an_idle_server_degrades_nothing_that_it_can_do_in_time(self, level: int | None, least: int, spare: float) -> None:
+        with costing() as segmenter:
+            takes_s = GRAPHS[f"L{level}" if level else "accurate"]
+            answer = asked(segmenter, takes_s * spare, level=level, min_level=least)
+            assert (answer.choice.route, answer.degraded) == (answer.requested, "")
+
+    def test_nor_does_one_that_is_idle_again(self) -> None:
+        with costing() as segmenter:
+            assert asked(segmenter, 60.0, min_level=1).degraded == ""
+            with crowd(segmenter, 35):
+                assert asked(segmenter, 60.0, min_level=1).choice.route.level == 2
+            # 50 s of 60 s leave little to spare, but nobody needs it.
+            assert asked(segmenter, 60.0, min_level=1).degraded == ""
+
+    def test_where_not_even_the_shallowest_is_in_time_the_caller_is_told_why(self) -> None:
+        with costing() as segmenter:
+            with pytest.raises(DeadlineTooShort, match=r"takes about 10,\d{3} ms"):
+                asked(segmenter, 4.0, min_level=1)
+            with pytest.raises(DeadlineTooShort, match=r"takes about 20,\d{3} ms"):
+                asked(segmenter, 8.0, min_level=2)
+
+    def test_a_precision_that_is_asked_for_is_kept(self) -> None:
+        with costing() as segmenter, crowd(segmenter, 65):
+            answer = asked(segmenter, 100.0, min_level=1, precision="fp32")
+            assert (answer.choice.precision, answer.choice.route.graph) == ("fp32", "L3")
+
+    def test_what_is_asked_for_must_exist(self) -> None:
+        with costing() as segmenter:
+            for wanted in ({"min_level": 0}, {"min_level": 5}, {"level": 2, "min_level": 3}):
+                with pytest.raises(InvalidParameter, match="min_level"):
+                    asked(segmenter, 1000.0, **wanted)
+
+
+class Slow:
+    """Takes the place of a function: it waits in its thread until it may go on."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.entered, self.leave = threading.Event(), threading.Event()
+        self.inside = False
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        self.inside = True
+        self.entered.set()
+        assert self.leave.wait(30)
+        self.inside = False
+        return self._function(*args)
+
+
+async def holds(true: Callable[[], Any]) -> None:
+    """Until it is; whatever happens meanwhile happens in threads."""
+    while not true():  # noqa: ASYNC110 - those have no event of the loop
+        await asyncio.sleep(0.001)
+
+
+class TestGivenUp:
+    """48 windows in steps of 4, in batches of 2."""
+
+    @pytest.fixture(autouse=True)
+    def steps(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("server.segment.plan.STEP_PIXELS", 4 * 32 * 32)
+
+    @pytest.mark.parametrize("after", [0, 3])
+    def test_a_deadline_that_passes_while_it_runs(self, after: int) -> None:
+        engine = Breaks(after)
+        with segmenting(engine, max_batch=2) as segmenter:
+
+            async def go() -> None:
+                with pytest.raises(DeadlinePassed, match="what was left of the work is not done"):
+                    await segmenter.segment(
+                        Sent(TestInTheMiddle.DATA), SegmentRequest(), terms=Terms(deadline=time.monotonic() + 0.3)
+                    )
+                # The device was not waited for.
+                assert not engine.leave.is_set()
+                engine.leave.set()
+                await all_is_given_back(segmenter)
+
+            asyncio.run(go())
+            late = counted(segmenter, "windows_dropped_total", reason="late")
+            # What did not run was counted, and did not: the last batch is the next caller's.
+            assert late == 48 - 2 * (engine.batches - 1)
+            assert engine.batches <= after + 2
+            assert counted(segmenter, "windows_dropped_total", reason="cancelled") == 0
+
+    def test_one_that_passes_while_it_waits(self) -> None:
+        engine = Breaks(0)
+        with segmenting(engine, max_batch=2) as segmenter:
+
+            async def go() -> None:
+                first = asyncio.create_task(segmenter.segment(Sent(TestInTheMiddle.DATA), SegmentRequest()))
+                await engine.at_work(first)
+                with pytest.raises(DeadlinePassed):
+                    await segmenter.segment(Sent(IMAGE), SegmentRequest(), terms=Terms(deadline=time.monotonic() + 0.2))
+                assert engine.batches == 1
+                engine.leave.set()
+                await first
+
+            asyncio.run(go())
+            assert engine.batches == 24
+            assert counted(segmenter, "windows_dropped_total", reason="late") == 1
+
+    @pytest.mark.parametrize("after", [0, 3])
+    def test_a_caller_who_leaves(self, after: int) -> None:
+        engine = Breaks(after)
+        with segmenting(engine, max_batch=2) as segmenter:
+
+            async def go() -> None:
+                task = asyncio.create_task(segmenter.segment(Sent(TestInTheMiddle.DATA), SegmentRequest()))
+                await engine.at_work(task)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                engine.leave.set()
+                await all_is_given_back(segmenter)
+
+            asyncio.run(go())
+            assert counted(segmenter, "windows_dropped_total", reason="cancelled") == 48 - 2 * (after + 1)
+            assert counted(segmenter, "windows_dropped_total", reason="late") == 0
+
+    @pytest.mark.parametrize("after", [0, 3])
+    def test_a_batch_that_fails(self, after: int) -> None:
+        engine = Breaks(after, RuntimeError("broken"))
+        with segmenting(engine, max_batch=2) as segmenter:
+
+            async def go() -> None:
+                with pytest.raises(InferenceFailed):
+                    await segmenter.segment(Sent(TestInTheMiddle.DATA), SegmentRequest())
+                # A batch of the next step may have begun already, and counts as run.
+                await holds(lambda: segmenter._batcher._pump is None)
+
+            asyncio.run(go())
+            assert counted(segmenter, "windows_dropped_total", reason="error") == 48 - 2 * engine.batches
+
+    @pytest.mark.parametrize("times", [1, 2, 3])
+    @pytest.mark.parametrize("where", ["decode", "measure"])
+    def test_no_thread_goes_on_behind_the_callers_back(self, monkeypatch: pytest.MonkeyPatch, where: str, times: int) -> None:
+        """Nobody may close the file that it reads; nor if he is cancelled again while he waits for its end."""
+        slow = Slow(getattr(pipeline, where))
+        monkeypatch.setattr(pipeline, where, slow)
+        with segmenting() as segmenter:
+
+            async def go() -> None:
+                task = asyncio.create_task(segmenter.segment(Sent(IMAGE), SegmentRequest()))
+                await holds(slow.entered.is_set)
+                for _ in range(times):
+                    task.cancel()
+                    await asyncio.sleep(0.01)
+                # As of a client that leaves just after its deadline.
+                try:
+                    assert not task.done()
+                finally:
+                    slow.leave.set()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert not slow.inside
+
+            asyncio.run(go())
+
+    def test_a_deadline_waits_for_the_thread_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        slow = Slow(pipeline.decode)
+        monkeypatch.setattr(pipeline, "decode", slow)
+        with segmenting() as segmenter:
+
+            async def go() -> None:
+                terms = Terms(deadline=time.monotonic() + 0.1)
+                task = asyncio.create_task(segmenter.segment(Sent(IMAGE), SegmentRequest(), terms=terms))
+                await holds(lambda: time.monotonic() > terms.deadline + 0.05)
+                # It came in time to be decoded, or was not begun.
+                assert task.done() != slow.inside
+                slow.leave.set()
+                with pytest.raises(DeadlinePassed):
+                    await task
+                assert not slow.inside
+
+            asyncio.run(go())
+
+
+class TestPixels:
+    @pytest.mark.parametrize(
+        ("size", "norm", "windows", "tile", "covered"),
+        [
+            ((64, 64), "batch", 1, (64, 64), 64 * 64),
+            ((63, 50), "batch", 1, (64, 64), 63 * 50),
+            ((33, 17), "batch", 1, (48, 32), 33 * 17),
+            ((33, 17), None, 1, (34, 18), 33 * 17),
+            ((1, 1), "batch", 1, (16, 16), 1),
+            ((1, 1), "instance", 1, (2, 2), 1),
+            # Two windows that share 16 pixels at least, each of which has all of the 20 columns: 72 rows and 48.
+            ((110, 20), None, 2, (64, 20), 64 * 20),
+            ((110, 20), "batch", 2, (64, 32), 64 * 20),
+            ((80, 70), "none", 4, (48, 48), 48 * 48),
+        ],
+    )
+    def test_padding_is_what_is_not_the_inputs(
+        self, size: tuple[int, int], norm: str | None, windows: int, tile: tuple[int, int], covered: int
+    ) -> None:
+        engine, data = Counted(), picture_bytes(np.zeros(size, dtype=np.uint8))
+        with segmenting(engine, bundle={"norm": norm}) as segmenter:
+            told = asyncio.run(segmenter.estimate(Sent(data), SegmentRequest(level=1)))
+            assert (told.pixels, told.windows, told.tile_pixels) == (math.prod(size), windows, math.prod(tile))
+            assert told.padding == windows * (math.prod(tile) - covered)
+            # Asking counts nothing; the run is as was told.
+            assert counted(segmenter, "pixels_total", kind="input") == counted(segmenter, "pixels_total", kind="padding") == 0
+            assert asked(segmenter, data=data, level=1).body
+            assert engine.pixels == told.windows * told.tile_pixels
+            assert counted(segmenter, "pixels_total", kind="padding") == told.padding
+            assert counted(segmenter, "pixels_total", kind="input") == windows * covered
+
+    def test_pixels_of_all_requests_add_up(self) -> None:
+        engine = Counted()
+        with segmenting(engine) as segmenter:
+            for data, _, wanted in (INPUTS["image"], INPUTS["long image"]):
+                assert asked(segmenter, data=data, **wanted).body
+            assert asked(segmenter, data=nifti_bytes(VOLUME)).body
+            with pytest.raises(Unreadable):
+                asked(segmenter, data=IMAGE[:200])
+            # It was admitted by its header, and its window dropped.
+            assert counted(segmenter, "windows_dropped_total", reason="error") == 1
+            assert sum(counted(segmenter, "pixels_total", kind=kind) for kind in ("input", "padding")) == engine.pixels + 64 * 64
+
+    @pytest.mark.parametrize("size", [(300, 64), (64, 300), (120, 40), (40, 120)])
+    def test_a_picture_on_its_side_is_promised_as_it_is_run(self, size: tuple[int, int]) -> None:
+        """EXIF turns it by a quarter, which windows that are not square do not fit alike."""
+        picture = Pillow.fromarray(np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8))
+        exif = picture.getexif()
+        exif[0x112] = 6
+        engine = Counted()
+        with segmenting(engine, bundle={"window": {"size": [32, 128], "overlap": 0.25}}) as segmenter:
+            data = picture_bytes(picture, exif=exif)
+            told = asyncio.run(segmenter.estimate(Sent(data), SegmentRequest()))
+            assert asked(segmenter, data=data).body
+            # BUG: windows are counted before the picture is turned. Where more are run than were promised `left_s` is negative,
+            # and `dropped` is asked to count down, which raises; where fewer are, the line waits for windows that never come.
+            assert engine.tiles == told.windows

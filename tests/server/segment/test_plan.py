@@ -8,7 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.errors import InvalidParameter
-from server.segment.plan import Plan, axis_starts, axis_tiles, lay_windows, make_plan, statistics, tile_grid, with_channels
+from server.segment.plan import (
+    SIDES,
+    Plan,
+    axis_starts,
+    axis_tiles,
+    lay_windows,
+    make_plan,
+    rounded,
+    statistics,
+    tile_grid,
+    with_channels,
+)
 from tests.server.conftest import manifest
 
 DIVISORS = (2, 4, 8, 16)
@@ -44,7 +55,11 @@ def inputs(draw: st.DrawFn) -> tuple[np.ndarray, dict[str, Any]]:
         size[0] = draw(st.integers(1, 5))
     window = tuple(draw(st.sampled_from(windows)) for _ in range(3 if kind == "volume" else 2))
     values = np.random.default_rng(draw(st.integers(0, 9))).integers(0, 257, size)
-    options = {"overlap": draw(st.sampled_from([0.0, 0.25, 0.5, 0.7])), "divisor": draw(st.sampled_from(DIVISORS))}
+    options = {
+        "overlap": draw(st.sampled_from([0.0, 0.25, 0.5, 0.7])),
+        "divisor": draw(st.sampled_from(DIVISORS)),
+        "norm": draw(st.sampled_from([None, "none", "batch", "instance"])),
+    }
     # Multiples of 1/256 are exact in the float16 that finished scores are kept in.
     return (values[..., None] / 256).astype(np.float32), {"window": window, "flat": kind == "stack", **options}
 
@@ -107,7 +122,7 @@ def test_every_pixel_is_covered_by_windows_in_order(planned: tuple[np.ndarray, d
 def test_counting_windows_is_the_same_as_laying_them(planned: tuple[np.ndarray, dict[str, Any]]) -> None:
     pixels, options = planned
     windows = plan_of(pixels, **options).windows
-    made = manifest_of(options["window"], options["overlap"], options["divisor"])
+    made = manifest_of(options["window"], options["overlap"], options["divisor"], norm=options["norm"])
     grid = tile_grid(windows.size, made, made.graph("L1"), flat=options["flat"])
     assert (math.prod(grid.counts), grid.tile, grid.axis) == (len(windows), windows.tile, windows.axis)
 
@@ -273,3 +288,61 @@ def test_a_step_never_holds_very_many_windows() -> None:
     windows = lay_windows((10_000, 2, 2), manifest(), manifest().graph("L1"), flat=True)
     assert max(len(step) for step in windows.steps) == 256
     assert [index for step in windows.steps for index in step] == list(range(len(windows)))
+
+
+def grid_of(size: tuple[int, ...], window: tuple[int, ...], divisor: int, norm: str | None, *, flat: bool = False) -> Any:
+    made = manifest_of(window, divisor=divisor, norm=norm)
+    return tile_grid(size, made, made.graph("L1"), flat=flat)
+
+
+class TestSides:
+    """Tiles of images come in few sizes, so that they can share batches."""
+
+    @pytest.mark.parametrize("norm", ["none", "batch"])
+    @pytest.mark.parametrize("divisor", DIVISORS)
+    @pytest.mark.parametrize("window", [(512, 512), (96, 512), (48, 80)])
+    def test_of_images_are_few(self, norm: str, divisor: int, window: tuple[int, int]) -> None:
+        seen: set[int] = set()
+        for side in range(1, 1100):
+            grid = grid_of((side, 1101 - side), window, divisor, norm)
+            for tile, most in zip(grid.tile, window, strict=True):
+                assert tile <= most
+                assert tile % divisor == 0
+                assert tile == most or tile % SIDES[tile > 128] == 0
+            seen.update(grid.tile)
+        assert len(seen) <= 128 // SIDES[0] + (512 - 128) // SIDES[1]
+
+    @pytest.mark.parametrize(
+        ("side", "tile"),
+        [(1, 16), (16, 16), (17, 32), (96, 96), (128, 128), (129, 160), (160, 160), (161, 192), (500, 512), (512, 512), (520, 352)],
+    )
+    def test_the_next_one_is_taken(self, side: int, tile: int) -> None:
+        assert grid_of((side, 16), (512, 512), 2, "batch").tile == (tile, 16)
+
+    def test_no_more_windows_than_without(self) -> None:
+        for side in range(1, 3000, 7):
+            assert grid_of((side, 50), (512, 512), 4, "batch").counts == grid_of((side, 50), (512, 512), 4, "instance").counts
+
+    @pytest.mark.parametrize("norm", [None, "instance"])
+    @pytest.mark.parametrize("divisor", DIVISORS)
+    def test_where_a_network_looks_at_all_of_a_tile_they_are_as_it_needs_them(self, norm: str | None, divisor: int) -> None:
+        for side in range(1, 600, 5):
+            tile, _ = axis_tiles(side, 512, 128, divisor)
+            assert grid_of((side, 30), (512, 512), divisor, norm).tile == (tile, math.ceil(30 / divisor) * divisor)
+
+    @pytest.mark.parametrize("norm", [None, "none", "batch", "instance"])
+    @pytest.mark.parametrize("divisor", [2, 8])
+    def test_of_volumes_are_as_the_network_needs_them(self, norm: str | None, divisor: int) -> None:
+        for side in range(1, 100):
+            tile, _ = axis_tiles(side, 64, 16, divisor)
+            assert grid_of((side, 9, 40), (64, 64, 64), divisor, norm).tile == (tile, math.ceil(9 / divisor) * divisor, 40)
+
+    @pytest.mark.parametrize("norm", ["batch", "instance"])
+    def test_of_stacks_are_those_of_images(self, norm: str) -> None:
+        for side in (3, 18, 130, 700):
+            flat = grid_of((5, side, 50), (512, 512), 4, norm, flat=True)
+            assert flat.tile == (1, *grid_of((side, 50), (512, 512), 4, norm).tile)
+
+    @pytest.mark.parametrize("side", [1, 15, 16, 17, 127, 128, 129, 1000])
+    def test_rounding_again_changes_nothing(self, side: int) -> None:
+        assert rounded(rounded(side)) == rounded(side) >= side
