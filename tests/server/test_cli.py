@@ -298,9 +298,10 @@ class TestServe:
 
         monkeypatch.setattr("server.app.open_bundles", lambda settings: fake_bundles())
         monkeypatch.setattr(Server, "run", at_once)
+        monkeypatch.setenv("UNETPP_HTTP__STOP_S", "7")
         result = run("serve")
         assert result.exit_code == 0, result.output
-        assert ran[0].config.timeout_graceful_shutdown == cli.SHUTDOWN_S
+        assert ran[0].config.timeout_graceful_shutdown == 7
 
     def test_a_server_that_does_not_start(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("server.app.open_bundles", lambda settings: fake_bundles())

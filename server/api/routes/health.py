@@ -3,12 +3,13 @@
 from fastapi import APIRouter, Response
 
 from server.api.schemas import Problem
+from server.api.stopping import Stopping
 from server.jobs.runner import Runner
 from server.metrics import Metrics
 from server.segment.pipeline import Segmenter
 
 
-def router(segmenter: Segmenter, runner: Runner, metrics: Metrics) -> APIRouter:
+def router(segmenter: Segmenter, runner: Runner, metrics: Metrics, stopping: Stopping) -> APIRouter:
     """The routes, with what they need."""
     routes = APIRouter()
 
@@ -18,10 +19,11 @@ def router(segmenter: Segmenter, runner: Runner, metrics: Metrics) -> APIRouter:
 
     @routes.get(
         "/health/ready",
-        summary="Every bundle answers a real forward pass, and jobs are worked on",
+        summary="Every bundle answers a real forward pass, jobs are worked on, and the server is not stopping",
         responses={503: {"model": Problem}},
     )
     async def ready() -> dict[str, bool]:
+        stopping.check()
         runner.check()
         await segmenter.probe()
         return {"ready": True}
