@@ -86,7 +86,8 @@ class Batcher:
         self._max_batch_pixels = max_batch_pixels
         self._observe = observe
         self._device = device or asyncio.Lock()
-        self.last_success = -math.inf
+        # In seconds of `time.monotonic`.
+        self.last_success = self.last_failure = -math.inf
         # One queue per caller, never an empty one between batches; the first one's turn is next.
         self._callers: deque[deque[_Item]] = deque()
         self._pump: asyncio.Task[None] | None = None
@@ -153,6 +154,7 @@ class Batcher:
         except Exception as error:  # noqa: BLE001 - whatever the engine raises must reach its callers
             failure = InferenceFailed(f"inference failed: {error}")
             failure.__cause__ = error
+            self.last_failure = time.monotonic()
             for item in batch:
                 if not item.done.done():
                     item.done.set_exception(failure)

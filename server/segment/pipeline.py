@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import math
 import time
 from collections import deque
@@ -32,9 +33,15 @@ from server.settings import BatchingSettings, LimitsSettings
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# How long a success counts as ready, and how long a test tile may take.
+log = logging.getLogger(__name__)
+
+# How long a success counts as ready, how long a test tile may take, and how long none is run after one.
 PROBE_EVERY_S = 5
 PROBE_TIMEOUT_S = 10
+PROBE_RETRY_S = 1
+
+# Test tiles that fail in a row until only a restart is expected to help: at ten seconds each a device that hangs has half a minute.
+MAX_FAILURES = 3
 
 # Threads for volumes, whose decoding and resampling take seconds each.
 VOLUME_WORKERS = 2
@@ -162,12 +169,16 @@ class Segmenter:
         self._device = ThreadPoolExecutor(1, thread_name_prefix="engine")
         # Each kind waits for its own: a volume can take a whole budget for minutes, and images shall pass it.
         self._images, self._volumes = PixelBudget(limits.pixels_in_flight), PixelBudget(limits.pixels_in_flight)
-        self._probing = asyncio.Lock()
+        self._probing: asyncio.Task[None] | None = None
+        self._probed = -math.inf
+        self._silent: str | None = None
+        self._failures = 0
+        self._observe_batch = observe_batch
         device = asyncio.Lock()
         self._batchers = {
             (name, graph, precision): Batcher(
                 engine, self._device, batching.max_batch, batching.max_batch_pixels,
-                lambda size, graph=graph: observe_batch(graph, size),  # type: ignore[misc]
+                lambda size, graph=graph: self._succeeded(graph, size),  # type: ignore[misc]
                 device,
                 opened.pace.get((graph, precision), 0.0),
             )
@@ -183,28 +194,69 @@ class Segmenter:
         self._workers.shutdown()
         self._volume_workers.shutdown()
 
+    def _succeeded(self, graph: str, size: int) -> None:
+        self._failures = 0
+        self._observe_batch(graph, size)
+
     async def probe(self) -> None:
         """Makes sure that every bundle has just answered: a caller, or else a small real tile.
 
         Raises:
             NotReady: a bundle does not answer.
         """
-        async with self._probing:
-            for name in self.bundles:
-                latest = max(b.last_success for (model, _, _), b in self._batchers.items() if model == name)
-                if time.monotonic() - latest > PROBE_EVERY_S:
-                    await self._probe(name)
+        self._start_probe()
+        if self._probing:
+            await asyncio.wait([self._probing])
+        if self._silent in self._doubtful():
+            raise NotReady(f"model {self._silent!r} does not answer a test tile")
 
-    async def _probe(self, name: str) -> None:
+    def check_device(self) -> None:
+        """Whether a restart is not called for; sees to it that this is known, and does not wait for it.
+
+        Only test tiles count: a batch that fails may be its caller's doing, who shall not be able to have the server restarted.
+
+        Raises:
+            NotReady: the device has failed too often in a row.
+        """
+        self._start_probe()
+        if self._failures >= MAX_FAILURES:
+            raise NotReady(f"{self._failures} test tiles in a row have failed; the server should be restarted")
+
+    def _doubtful(self) -> list[str]:
+        """The bundles of which it is not known that they answer."""
+        doubtful = []
+        for name in self.bundles:
+            batchers = [b for (model, _, _), b in self._batchers.items() if model == name]
+            latest = max(b.last_success for b in batchers)
+            if latest < time.monotonic() - PROBE_EVERY_S or latest < max(b.last_failure for b in batchers):
+                doubtful.append(name)
+        return doubtful
+
+    def _start_probe(self) -> None:
+        if not self._probing and time.monotonic() - self._probed >= PROBE_RETRY_S and (doubtful := self._doubtful()):
+            self._probing = asyncio.create_task(self._probe(doubtful))
+
+    async def _probe(self, names: list[str]) -> None:
+        """One for all who ask at the same time."""
+        self._silent = None
+        for name in names:
+            try:
+                async with asyncio.timeout(PROBE_TIMEOUT_S):
+                    await self._run_test_tile(name)
+            except (InferenceFailed, NotReady, TimeoutError) as error:
+                self._silent = name
+                self._failures += 1
+                why = error if self._failures == 1 else None
+                log.error("model %r does not answer a test tile, %d in a row", name, self._failures, exc_info=why)
+                break
+        self._probing, self._probed = None, time.monotonic()
+
+    async def _run_test_tile(self, name: str) -> None:
         opened = self.bundles[name]
         manifest = opened.bundle.manifest
         graph = min(manifest.graphs, key=lambda g: g.macs_per_pixel)
         tiles = noise(1, len(manifest.channels), [graph.divisor] * manifest.dims)
-        try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S):
-                await self._batchers[name, graph.name, opened.auto[graph.name]].run(tiles)
-        except (InferenceFailed, TimeoutError) as error:
-            raise NotReady(f"model {name!r} does not answer a test tile", retry_after_s=PROBE_EVERY_S) from error
+        await self._batchers[name, graph.name, opened.auto[graph.name]].run(tiles)
 
     def choose(self, request: SegmentRequest) -> Choice:
         """Resolves model, mode, level and precision.

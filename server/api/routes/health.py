@@ -13,8 +13,13 @@ def router(segmenter: Segmenter, runner: Runner, metrics: Metrics, stopping: Sto
     """The routes, with what they need."""
     routes = APIRouter()
 
-    @routes.get("/health/live", summary="The process answers")
+    @routes.get(
+        "/health/live",
+        summary="The process answers, and its device has not failed again and again: else restart it",
+        responses={503: {"model": Problem}},
+    )
     async def live() -> dict[str, bool]:
+        segmenter.check_device()
         return {"live": True}
 
     @routes.get(
