@@ -1,6 +1,7 @@
 """SIGTERM, SIGINT and restarts of real processes: `unetpp serve` on fake engines."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -8,7 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from http.client import HTTPConnection
@@ -26,6 +29,8 @@ PIXELS = np.arange(64, dtype=np.uint8).repeat(64).reshape(64, 64)
 PICTURE = picture_bytes(PIXELS)
 # In seconds; nothing here waits for its end.
 FOREVER = "600"
+
+RESTARTS = 3  # of each of two servers
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -381,3 +386,89 @@ class TestStartUp:
             _, errors = outside.communicate(timeout=60)
         assert outside.returncode == 128 + number
         assert "Traceback" not in errors
+
+
+class Caller:
+    """A small client that knows all servers and tries again, as the README asks for; belongs to one thread."""
+
+    def __init__(self, urls: list[str]) -> None:
+        self._urls = deque(urls)
+        self._client = httpx.Client(timeout=60)
+        self.statuses: Counter[int] = Counter()
+        self.unanswered: Counter[str] = Counter()
+
+    def call(self, body: bytes) -> httpx.Response:
+        for _ in range(1000):
+            # The load is spread; and after a failure it is another one's turn, too.
+            self._urls.rotate()
+            try:
+                answer = self._client.post(f"{self._urls[0]}/segment?level=1", content=body)
+            except httpx.TransportError as error:
+                self.unanswered[type(error).__name__] += 1
+                time.sleep(0.01)
+                continue
+            self.statuses[answer.status_code] += 1
+            if answer.status_code not in (429, 503):
+                return answer
+            time.sleep(int(answer.headers["retry-after"]))
+        raise AssertionError("nobody answers")
+
+    def call_until(self, enough: threading.Event, seed: int) -> int:
+        """Calls with pictures of its own, and checks their answers; how many there were."""
+        random = np.random.default_rng(seed)
+        with self._client:
+            for answered in itertools.count():
+                if enough.is_set():
+                    return answered
+                pixels = random.integers(0, 256, (64, 64), dtype=np.uint8)
+                answer = self.call(picture_bytes(pixels))
+                assert answer.status_code == 200, answer.text
+                assert np.array_equal(mask_of(answer.content), pixels.mean() < pixels)
+        raise AssertionError
+
+    @property
+    def answered(self) -> int:
+        return self.statuses[200]
+
+
+def count_ok(life: Life) -> int:
+    """Of a life that has ended."""
+    lines = (life.folder / "metrics").read_text().splitlines()
+    return sum(int(float(line.split()[1])) for line in lines if "unetpp_requests_total{" in line and 'outcome="ok"' in line)
+
+
+@pytest.mark.long
+def test_a_rolling_restart_loses_no_request(process: "subprocess.Popen[str]", tmp_path: Path) -> None:
+    with contextlib.ExitStack() as opened:
+        launchers = []
+        for name, launching_ in (("a", process), ("b", opened.enter_context(launching()))):
+            (tmp_path / name).mkdir()
+            launchers.append(Launcher(launching_, tmp_path / name))
+            opened.callback(launchers[-1].close)
+        lives = [launch(drain_s="0.5") for launch in launchers]
+        callers = [Caller([life.url for life in lives]) for _ in range(4)]
+        enough = threading.Event()
+        pool = opened.enter_context(ThreadPoolExecutor(len(callers)))
+        opened.callback(enough.set)
+        running = [pool.submit(caller.call_until, enough, seed) for seed, caller in enumerate(callers)]
+        ok = 0
+        for _ in range(RESTARTS):
+            for index, launch in enumerate(launchers):
+                before = sum(caller.answered for caller in callers)
+                until(lambda before=before: sum(caller.answered for caller in callers) > before + 20)  # type: ignore[misc]
+                lives[index].kill(signal.SIGTERM)
+                ended_well(lives[index])
+                ok += count_ok(lives[index])
+                lives[index] = launch(drain_s="0.5")
+        enough.set()
+        answered = sum(future.result() for future in running)
+        for life in lives:
+            life.kill(signal.SIGTERM)
+            ended_well(life)
+            ok += count_ok(life)
+    assert set().union(*(caller.statuses for caller in callers)) <= {200, 429, 503}
+    # What was worked on was answered: a request that met a closed door was not worked on.
+    assert ok == answered == sum(caller.answered for caller in callers)
+    assert set().union(*(caller.unanswered for caller in callers)) <= {"ConnectError", "ReadError", "RemoteProtocolError"}
+    # Else the restarts came when nobody called.
+    assert all(caller.unanswered for caller in callers)
