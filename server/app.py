@@ -73,8 +73,9 @@ class Server(uvicorn.Server):
         self.config.app.state.stopping.begun = True  # type: ignore[union-attr]  # our own application, never a name to import
         drain_s = self._drain_s if sig == signal.SIGTERM else 0.0
         self._listens_until = time.monotonic() + drain_s
-        # Threads cannot be ended, e.g. one whose device never returns; this one, of C, says where they are and ends the process.
-        faulthandler.dump_traceback_later(drain_s + (self.config.timeout_graceful_shutdown or 0) + CLOSING_S, exit=True)
+        if (patience_s := self.config.timeout_graceful_shutdown) is not None:
+            # A thread whose device never returns would keep the process; this says where it is and ends both.
+            faulthandler.dump_traceback_later(drain_s + patience_s + CLOSING_S, exit=True)
         asyncio.get_running_loop().call_soon_threadsafe(
             log.info, "%s: not ready any more, listening for %g s, then finishing", signal.Signals(sig).name, drain_s
         )

@@ -33,7 +33,8 @@ class LastAnswers:
     """Closes the connection with each answer of a server that stops, and answers for requests that are cut off.
 
     Clients and proxies that keep connections alive would otherwise send their next request into the moment in which
-    theirs is closed, and would have to guess whether it was worked on.
+    theirs is closed, and would have to guess whether it was worked on. An answer that does not wait for the whole body, e.g. 429,
+    leaves this to the next one: closing while bytes arrive resets the connection, and the answer would be lost.
 
     Args:
         app: the application behind it.
@@ -46,26 +47,36 @@ class LastAnswers:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+        await (self._answer if scope["type"] == "http" else self._app)(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arriving = _has_body(scope)
         answered = False
+
+        async def followed() -> Message:
+            nonlocal arriving
+            message = await receive()
+            arriving = message.get("more_body", False)
+            return message
 
         async def last(message: Message) -> None:
             nonlocal answered
             if message["type"] == "http.response.start":
                 answered = True
-                if self._stopping.begun:
+                if self._stopping.begun and not arriving:
                     MutableHeaders(scope=message)["Connection"] = "close"
             await send(message)
 
         try:
-            await self._app(scope, receive, last)
+            await self._app(scope, followed, last)
         except asyncio.CancelledError:
             # Only uvicorn cancels requests, and only when their time is up; it would say 500.
             if not self._stopping.begun:
                 raise
             log.warning("%s %s was cut off, as the server stops", scope["method"], scope["path"])
             if not answered:
-                late = NotReady("the server had to stop before this was done; send it again")
-                await problems.of(late)(scope, receive, last)
+                await problems.of(NotReady("the server had to stop before this was done; send it again"))(scope, receive, last)
+
+
+def _has_body(scope: Scope) -> bool:
+    return any(name in (b"content-length", b"transfer-encoding") and value != b"0" for name, value in scope["headers"])

@@ -212,6 +212,19 @@ class TestListeningOn:
             kept.getresponse().read()
             assert kept.sock is None
 
+    def test_an_answer_that_comes_before_the_body_is_not_lost(self, life: Life) -> None:
+        life.kill(signal.SIGTERM)
+        until(lambda: not life.ready())
+        for _ in range(5):
+            with contextlib.closing(HTTPConnection("127.0.0.1", life.port)) as kept:
+                kept.request("POST", "/segment?model=unknown", b"x" * 20_000_000)
+                answer = kept.getresponse()
+                assert (answer.status, answer.headers["connection"]) == (404, None)
+                answer.read()
+                kept.request("POST", "/segment?model=unknown")
+                answer = kept.getresponse()
+                assert (answer.status, answer.headers["connection"]) == (404, "close")
+
     def test_jobs_go_on(self, serve: Launcher) -> None:
         life = serve("gated", drain_s=FOREVER)
         id_ = httpx.post(f"{life.url}/jobs", content=PICTURE).json()["id"]
