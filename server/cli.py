@@ -5,6 +5,8 @@ Heavy imports happen inside the subcommands, so that `unetpp --help` is quick an
 
 import contextlib
 import functools
+import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -29,9 +31,6 @@ EXTRAS = {
     "torch": "train", "monai": "train", "safetensors": "train", "matplotlib": "train", "onnx": "train", "onnxscript": "train",
     "onnxruntime": "cpu", "openvino": "cpu",
 }  # fmt: skip
-
-# How long requests may still take after SIGTERM; without a limit, one client that stalls would keep the server from stopping.
-SHUTDOWN_S = 30
 
 
 def spoken(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,6 +89,9 @@ def serve(
 
     settings = _settings(bundles, host, port)
     log_to_stderr()
+    if os.getpid() == 1:
+        # The kernel spares a container's first process from signals that it does not handle, i.e. until the server listens.
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
     # First and for good: a folder that is in use or damaged is said in one line, before minutes of warming up.
     with contextlib.closing(Store(settings.jobs)) as store:
         opened = open_bundles(settings)
@@ -102,10 +104,9 @@ def serve(
         typer.echo(f"page     {shown}/\ndocs     {shown}/docs\nmetrics  {shown}/metrics")
         server = Server(uvicorn.Config(
             create_app(settings, opened, store), host=http.host, port=http.port, timeout_keep_alive=http.keep_alive_s,
-            timeout_graceful_shutdown=SHUTDOWN_S, access_log=False, log_level="warning", server_header=False,
-        ))  # fmt: skip
-        with contextlib.suppress(KeyboardInterrupt):
-            server.run()
+            timeout_graceful_shutdown=http.stop_s, access_log=False, log_level="warning", server_header=False,
+        ), http.drain_s)  # fmt: skip
+        server.run()
     if not server.started:
         raise typer.Exit(1)
 

@@ -25,6 +25,20 @@ class HttpSettings(_Group):
         ge=1,
         description="segment requests worked on or waiting at once, and as many uploads to /jobs; one more gets 429 with Retry-After",
     )
+    drain_s: float = Field(
+        5,
+        ge=0,
+        le=3600,
+        description="after SIGTERM the server is not ready and still answers for so long: balancers that ask every second or two have "
+        "then noticed; Ctrl-C skips it",
+    )
+    stop_s: int = Field(
+        20,
+        ge=0,
+        le=3600,
+        description="then it listens no more, and requests may take so long until they get 503; with `drain_s` it stays below the 30 s "
+        "after which Kubernetes kills (docker stop: 10 s), so raise both where POST /segment shall finish long work",
+    )
 
 
 class BatchingSettings(_Group):

@@ -76,7 +76,8 @@ class Caller:
     @property
     def left_s(self) -> float:
         """Device time of what is still to be run."""
-        return (self.promised - self.ran) * self.tile_s
+        # A picture may be found to lie on its side only when it is decoded, and have other windows then.
+        return max(0, self.promised - self.ran) * self.tile_s
 
 
 class Line:

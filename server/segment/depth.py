@@ -31,6 +31,7 @@ class Depth:
         ceiling = levels[0] if idle else max(self._ceilings.get(key, levels[0]), levels[-1])
         for index, (level, seconds) in enumerate(zip(levels, predicted_s, strict=True)):
             if seconds <= allowed_s * (1 if level <= ceiling else RETURN):
-                self._ceilings[key] = level
+                # Who is served as it asks takes nothing from those who ask for more.
+                self._ceilings[key] = max(level, ceiling) if index == 0 else level
                 return index
         return None

@@ -47,6 +47,10 @@ from server.settings import BatchingSettings, LimitsSettings
 P = ParamSpec("P")
 T = TypeVar("T")
 
+# Seconds per pixel beside the device: decoding, restoring, encoding, and waiting for a thread. Roughly those of an image of 512²,
+# until some have been measured; what is known of small ones alone says nothing of large ones.
+BESIDE = {512 * 512: 5e-8}
+
 # Threads for volumes, whose decoding and resampling take seconds each.
 VOLUME_WORKERS = 2
 
@@ -253,8 +257,7 @@ class Segmenter:
         self.line = Line()
         self._batcher = Batcher(self._device, self.line, metrics, batching.max_wait_ms / 1000)
         self._depth = Depth()
-        # Seconds per pixel beside the device: decoding, restoring, encoding, and waiting for a thread.
-        self._beside = {"image": Pace(), "volume": Pace(), "stack": Pace()}
+        self._beside = {"image": Pace(BESIDE), "volume": Pace(BESIDE), "stack": Pace(BESIDE)}
         self._margin = Margin()
         self._lanes = {
             (name, graph, precision): Lane(
@@ -473,7 +476,7 @@ class Segmenter:
                 yield
             except BaseException as error:
                 why = _why(error, caller)
-                self._metrics.dropped.labels(why).inc(estimate.windows - caller.ran)
+                self._metrics.dropped.labels(why).inc(max(0, estimate.windows - caller.ran))
                 if why == "late":
                     self._margin.learn(order.predicted_s, time.perf_counter() - begun)
                 raise

@@ -6,8 +6,12 @@ import io
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -298,9 +302,10 @@ class TestServe:
 
         monkeypatch.setattr("server.app.open_bundles", lambda settings: fake_bundles())
         monkeypatch.setattr(Server, "run", at_once)
+        monkeypatch.setenv("UNETPP_HTTP__STOP_S", "7")
         result = run("serve")
         assert result.exit_code == 0, result.output
-        assert ran[0].config.timeout_graceful_shutdown == cli.SHUTDOWN_S
+        assert ran[0].config.timeout_graceful_shutdown == 7
 
     def test_a_server_that_does_not_start(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("server.app.open_bundles", lambda settings: fake_bundles())
@@ -333,6 +338,46 @@ class TestServe:
         monkeypatch.setattr(Server, "run", at_once)
         result = run("serve")
         assert result.exit_code == 0, result.output
+
+    @pytest.mark.long
+    def test_sigterm_under_load(self, ihc: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The shipped bundle: whoever was let in is answered, and the process ends well."""
+        monkeypatch.setenv("UNETPP_HTTP__DRAIN_S", "0.5")
+        body = picture_bytes(ihc[:256, :256])
+        with socket.socket() as held:
+            # Bound and not listening: nobody else gets this port.
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            held.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{held.getsockname()[1]}"
+            command = [sys.executable, "-m", "server.cli", "serve", "--port", url.rpartition(":")[2]]
+            with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+
+                def call(called: threading.Semaphore) -> list[httpx.Response]:
+                    """Until the server is gone."""
+                    answers: list[httpx.Response] = []
+                    with httpx.Client(base_url=url, timeout=60) as client, contextlib.suppress(httpx.TransportError):
+                        while True:
+                            answers.append(client.post("/segment?level=2", content=body))
+                            called.release()
+                    return answers
+
+                while process.poll() is None:
+                    with contextlib.suppress(httpx.TransportError):
+                        if httpx.get(f"{url}/health/ready").status_code == 200:
+                            break
+                    time.sleep(0.1)
+                called = threading.Semaphore(0)
+                with ThreadPoolExecutor(4) as pool:
+                    calling = [pool.submit(call, called) for _ in range(4)]
+                    for _ in range(8):
+                        called.acquire()
+                    process.send_signal(signal.SIGTERM)
+                    answers = [answer for future in calling for answer in future.result()]
+                _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        assert "Traceback" not in errors
+        assert {answer.status_code for answer in answers} == {200}
+        assert any(answer.headers.get("connection") == "close" for answer in answers)
 
     def test_two_bundles_of_one_name(self, copied_bundle: Path) -> None:
         shutil.copytree(copied_bundle, copied_bundle.parent / "again")

@@ -18,6 +18,7 @@ from nibabel import orientations
 from scipy.spatial.transform import Rotation
 
 from server.arrays import Tiles
+from server.metrics import Metrics
 from server.segment.pipeline import Answer, Segmenter, SegmentRequest
 from server.settings import BatchingSettings, LimitsSettings
 from tests.server.conftest import fake_bundles
@@ -68,7 +69,7 @@ def segment(data: bytes, run: Callable[[Tiles], np.ndarray] = by_intensity, orie
         run, dims=dims, orientation=orientation, spacing=spacing, activation="softmax", normalization="none", classes=classes,
         window={"size": [window] * dims, "overlap": 0.5},
     )  # fmt: skip
-    segmenter = Segmenter(bundles, "fake", BatchingSettings(), LimitsSettings(), 1)
+    segmenter = Segmenter(bundles, "fake", BatchingSettings(), LimitsSettings(), 1, Metrics())
 
     async def go() -> Answer:
         with tempfile.SpooledTemporaryFile() as file:

@@ -3,25 +3,32 @@
 from fastapi import APIRouter, Response
 
 from server.api.schemas import Problem
+from server.api.stopping import Stopping
 from server.jobs.runner import Runner
 from server.metrics import Metrics
 from server.segment.pipeline import Segmenter
 
 
-def router(segmenter: Segmenter, runner: Runner, metrics: Metrics) -> APIRouter:
+def router(segmenter: Segmenter, runner: Runner, metrics: Metrics, stopping: Stopping) -> APIRouter:
     """The routes, with what they need."""
     routes = APIRouter()
 
-    @routes.get("/health/live", summary="The process answers")
+    @routes.get(
+        "/health/live",
+        summary="The process answers, and its device has not failed again and again: else restart it",
+        responses={503: {"model": Problem}},
+    )
     async def live() -> dict[str, bool]:
+        segmenter.probe.check_device()
         return {"live": True}
 
     @routes.get(
         "/health/ready",
-        summary="Every bundle answers a real forward pass, and jobs are worked on",
+        summary="Every bundle answers a real forward pass, jobs are worked on, and the server is not stopping",
         responses={503: {"model": Problem}},
     )
     async def ready() -> dict[str, bool]:
+        stopping.check()
         runner.check()
         await segmenter.probe.check()
         return {"ready": True}

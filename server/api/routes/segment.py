@@ -69,7 +69,7 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_
         if in_flight >= max_in_flight:
             metrics.requests.labels(*labels, "refused").inc()
             # One of so many is done in about that part of the time for all.
-            wait_s = math.ceil(segmenter.line.backlog_s() / in_flight)
+            wait_s = max(1, math.ceil(segmenter.line.backlog_s() / in_flight))
             raise errors.Overloaded(f"{in_flight} requests are being worked on, which is the limit; try again in a moment", wait_s)
         in_flight += 1
         metrics.in_flight.set(in_flight)

@@ -14,6 +14,10 @@ FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 # Our own limit is checked from the header, before any pixel is decoded.
 Pillow.MAX_IMAGE_PIXELS = None
 
+# The EXIF tag, and its values for pictures that are turned by a quarter.
+ORIENTATION = 0x0112
+ON_ITS_SIDE = (5, 6, 7, 8)
+
 # 16-bit grey; Pillow reads 16-bit colour PNG as 8 bits per channel.
 SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 
@@ -24,9 +28,12 @@ def recognises(head: bytes) -> bool:
 
 
 def size(file: BinaryIO) -> Extent:
-    """(H, W) as the header says, before EXIF orientation."""
+    """(H, W) as the header says, and upright as far as it tells: PNG may have its EXIF behind the pixels."""
     with Pillow.open(file, formats=FORMATS) as picture:
-        return Extent((picture.height, picture.width), 3)
+        exif = Pillow.Exif()
+        exif.load(picture.info.get("exif", b""))
+        height, width = (picture.width, picture.height) if exif.get(ORIENTATION) in ON_ITS_SIDE else (picture.height, picture.width)
+        return Extent((height, width), 3)
 
 
 def decode(file: BinaryIO, reading: Reading) -> Image:

@@ -1,5 +1,8 @@
+import math
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -9,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.arrays import Tiles
 from server.metrics import OUTCOMES, PHASES
+from server.segment import probe
 from tests.conftest import serving
 from tests.server.conftest import bright, fake_app, picture_bytes
 
@@ -25,28 +29,180 @@ def requests(found: dict[Any, float], **labels: str) -> float:
     return found["unetpp_requests_total", tuple(sorted(labels.items()))]
 
 
+class Device:
+    """A function of tiles whose faults a test turns on and off: `well`, `raises`, `returns nothing`, `blocks`."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.works_for = math.inf
+        self._state = "well"
+        self._free = threading.Event()
+        self._free.set()
+
+    def turn(self, state: str) -> None:
+        self._state = state
+        (self._free.clear if state == "blocks" else self._free.set)()
+
+    def __call__(self, tiles: Tiles) -> np.ndarray:
+        self.calls += 1
+        self._free.wait()
+        if self._state == "raises" or self.calls > self.works_for:
+            raise RuntimeError("secret")
+        return bright(tiles)[: 0 if self._state == "returns nothing" else None]
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    """Asked anew each time, which gives up soon."""
+    monkeypatch.setattr(probe, "PROBE_EVERY_S", 0)
+    monkeypatch.setattr(probe, "PROBE_RETRY_S", 0)
+    monkeypatch.setattr(probe, "PROBE_TIMEOUT_S", 0.2)
+    return Device()
+
+
+@pytest.fixture
+def client(device: Device) -> Iterator[httpx.Client]:
+    with serving(fake_app(device)) as client:
+        yield client
+        device.turn("well")
+
+
+def alive(client: httpx.Client) -> bool:
+    return client.get("/health/live").status_code == 200
+
+
+def ready(client: httpx.Client) -> bool:
+    return client.get("/health/ready").status_code == 200
+
+
+def until(condition: Callable[[], bool]) -> None:
+    given_up = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < given_up
+        time.sleep(0.01)
+
+
 def test_live_and_ready(client: httpx.Client) -> None:
     assert client.get("/health/live").json() == {"live": True}
     assert client.get("/health/ready").json() == {"ready": True}
 
 
-@pytest.mark.parametrize("failing", ["raises", "returns nothing"])
-def test_not_ready_where_an_engine_fails(problem: Callable[..., Any], failing: str) -> None:
-    broken = threading.Event()
-    broken.set()
+FAULTS = ("raises", "returns nothing", "blocks")
 
-    def touchy(tiles: Tiles) -> np.ndarray:
-        if broken.is_set() and failing == "raises":
-            raise RuntimeError("secret")
-        return bright(tiles)[: 0 if broken.is_set() else None]
 
-    with serving(fake_app(touchy)) as client:
-        answer = client.get("/health/ready")
-        assert "fake" in problem(answer, 503, "not-ready").detail
-        assert int(answer.headers["retry-after"]) >= 1
-        assert client.get("/health/live").status_code == 200
-        broken.clear()
-        assert client.get("/health/ready").status_code == 200
+@pytest.mark.parametrize("fault", FAULTS)
+class TestDeviceFails:
+    def test_first_not_ready_then_not_live(
+        self, client: httpx.Client, device: Device, problem: Callable[..., Any], fault: str
+    ) -> None:
+        assert ready(client)
+        device.turn(fault)
+        for _ in range(probe.MAX_FAILURES - 1):
+            answer = client.get("/health/ready")
+            assert "fake" in problem(answer, 503, "not-ready").detail
+            assert int(answer.headers["retry-after"]) >= 1
+        assert not ready(client)
+        answer = client.get("/health/live")
+        assert "restart" in problem(answer, 503, "not-ready").detail
+        assert "secret" not in answer.text
+        device.turn("well")
+        until(lambda: ready(client))
+        assert alive(client)
+
+    def test_a_single_failure_is_no_reason_to_restart(self, client: httpx.Client, device: Device, fault: str) -> None:
+        for _ in range(2 * probe.MAX_FAILURES):
+            device.turn(fault)
+            assert not ready(client)
+            device.turn("well")
+            until(lambda: ready(client))
+        assert alive(client)
+
+    def test_where_nobody_asks_for_readiness(self, client: httpx.Client, device: Device, fault: str) -> None:
+        """Liveness itself sees to it that the device is asked, and never waits for it."""
+        device.turn(fault)
+        assert alive(client)
+        until(lambda: not alive(client))
+        device.turn("well")
+        until(lambda: alive(client))
+
+    def test_a_callers_success_is_one(
+        self, client: httpx.Client, device: Device, fault: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        device.turn(fault)
+        until(lambda: not alive(client))
+        monkeypatch.setattr(probe, "PROBE_RETRY_S", math.inf)  # no more test tiles
+        device.turn("well")
+        until(lambda: client.post("/segment?level=2", content=DATA).status_code == 200)
+        assert alive(client)
+
+    def test_hammered(self, client: httpx.Client, device: Device, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However many ask, a failing device is not kept busy with being asked."""
+        monkeypatch.setattr(probe, "PROBE_RETRY_S", math.inf)
+        device.turn(fault)
+        with ThreadPoolExecutor(16) as pool:
+            statuses = set(pool.map(lambda _: client.get("/health/ready").status_code, range(64)))
+            list(pool.map(lambda _: alive(client), range(64)))
+        assert statuses == {503}
+        assert device.calls == 1
+
+
+def test_hammered_while_well(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "PROBE_EVERY_S", 3600)
+    with serving(fake_app(device)) as client, ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(lambda _: ready(client), range(64)))
+        assert device.calls == 1
+
+
+class TestCallersOfAFailingDevice:
+    def test_are_answered(self, client: httpx.Client, device: Device, problem: Callable[..., Any]) -> None:
+        device.works_for = 5
+        posts = [client.post("/segment?level=1", content=DATA) for _ in range(8)]
+        assert [answer.status_code for answer in posts] == [200] * 5 + [500] * 3
+        assert "secret" not in problem(posts[-1], 500, "inference-failed").detail
+        assert not ready(client)
+        until(lambda: not alive(client))
+
+    def test_are_answered_once_it_goes_on(self, client: httpx.Client, device: Device) -> None:
+        device.turn("blocks")
+        with ThreadPoolExecutor(4) as pool:
+            posted = [pool.submit(client.post, "/segment?level=1", content=DATA) for _ in range(4)]
+            until(lambda: not alive(client))
+            device.turn("well")
+            assert [post.result().status_code for post in posted] == [200] * 4
+        assert ready(client)
+        assert alive(client)
+
+    def test_a_failure_is_found_out_before_the_last_success_is_old(self, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(probe, "PROBE_EVERY_S", 3600)
+        with serving(fake_app(device)) as client:
+            assert ready(client)
+            device.turn("raises")
+            assert ready(client)
+            assert client.post("/segment?level=1", content=DATA).status_code == 500
+            assert not ready(client)
+
+
+class TestCallersDoNotRestartTheServer:
+    def test_with_bad_requests(self, client: httpx.Client) -> None:
+        for _ in range(2 * probe.MAX_FAILURES):
+            assert client.post("/segment?level=1", content=b"nonsense").status_code == 415
+            assert client.post("/segment?level=9", content=DATA).status_code == 422
+        assert alive(client)
+        assert ready(client)
+
+    def test_with_an_input_that_an_engine_cannot_bear(self, device: Device) -> None:
+        """Only our own test tiles count: an overflow to NaN, or memory that is not enough, is the input's doing."""
+
+        def touchy(tiles: Tiles) -> np.ndarray:
+            if tiles.pixels.max() == 63:
+                raise RuntimeError("out of memory")
+            return device(tiles)
+
+        with serving(fake_app(touchy)) as client:
+            for _ in range(2 * probe.MAX_FAILURES):
+                assert client.post("/segment?level=1", content=DATA).status_code == 500
+                assert alive(client)
+                assert ready(client)
 
 
 def test_children_exist_at_the_start() -> None:

@@ -11,6 +11,7 @@ import pytest
 from server.app import create_app
 from server.arrays import Tiles
 from server.runtime.batcher import Batcher
+from server.runtime.line import Caller, Lane
 from server.settings import Settings
 from tests.conftest import serving
 from tests.server.conftest import (
@@ -192,10 +193,10 @@ def test_an_image_is_answered_in_the_middle_of_a_volume(monkeypatch: pytest.Monk
     calls: list[tuple[int, ...]] = []
     hand_in = Batcher.run
 
-    async def noted(self: Batcher, tiles: Tiles, caller: object = None) -> Any:
+    async def noted(self: Batcher, lane: Lane, tiles: Tiles, caller: Caller | None = None) -> Any:
         if tiles.pixels.shape[2:] == (48, 32):
             image_waits.set()
-        return await hand_in(self, tiles, caller)
+        return await hand_in(self, lane, tiles, caller)
 
     def engine(tiles: Tiles) -> np.ndarray:
         calls.append(tiles.pixels.shape[2:])

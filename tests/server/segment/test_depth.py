@@ -92,8 +92,6 @@ def test_a_caller_who_asks_for_less_takes_nothing_from_the_others() -> None:
     assert served(depth, load) == 4
     # Served as it asks.
     assert served(depth, load, levels=[2, 1]) == 2
-    # BUG: the level of whoever asked for less, and got it, becomes the others' ceiling: though there is time enough for
-    # level 4, they are degraded.
     assert served(depth, load) == 4
 
 

@@ -724,6 +724,7 @@ class Fixed(Pace):
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Predictions are held against what is allowed as they are."""
     monkeypatch.setattr(Margin, "factor", 1.0)
+    monkeypatch.setattr(pipeline, "BESIDE", {})
 
 
 @contextlib.contextmanager
@@ -868,8 +869,7 @@ class TestInTime:
         monkeypatch.setattr(pipeline, "decode", slow)
         with segmenting() as segmenter:
             assert asked(segmenter, patience_s=10.0, data=picture_bytes(np.zeros((16, 16), dtype=np.uint8))).body
-            # BUG: `_beside` takes time per pixel of the nearest size known, however far that is; and as what is refused is
-            # never run, nothing is learned: large images are refused for ever. 20 ms for 16² pixels make 82 s for 1024².
+            # 20 ms for 16² pixels would make 82 s for 1024²; and as what is refused is never run, nothing would be learned.
             assert asked(segmenter, patience_s=10.0, data=picture_bytes(np.zeros((1024, 1024), dtype=np.uint8))).body
 
 
@@ -1151,6 +1151,4 @@ class TestPixels:
             data = picture_bytes(picture, exif=exif)
             told = asyncio.run(segmenter.estimate(Sent(data), SegmentRequest()))
             assert asked(segmenter, data=data).body
-            # BUG: windows are counted before the picture is turned. Where more are run than were promised `left_s` is negative,
-            # and `dropped` is asked to count down, which raises; where fewer are, the line waits for windows that never come.
             assert engine.tiles == told.windows
