@@ -1,13 +1,16 @@
 """A real server in a process of its own, for the benchmarks."""
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import IO
 
 import httpx
 
@@ -17,7 +20,12 @@ class Server:
     """A running server: a client of it, and its process."""
 
     client: httpx.Client
-    pid: int
+    process: "subprocess.Popen[bytes]"
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self.process.pid
 
     def memory(self, field: str) -> float:
         """A field of /proc/PID/status in MB: VmRSS now, VmHWM at most so far."""
@@ -26,17 +34,26 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(bundles: Path) -> Iterator[Server]:
-    """Starts `unetpp serve` on a free port and waits until it is ready."""
+def serving(
+    bundles: Path, environment: Mapping[str, str] = MappingProxyType({}), log: int | IO[bytes] = subprocess.DEVNULL
+) -> Iterator[Server]:
+    """Starts `unetpp serve` on a free port and waits until it is ready.
+
+    Args:
+        bundles: a bundle, or a folder of bundles.
+        environment: variables beside those of this process.
+        log: where the server's log goes.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "server.cli", "serve", "--bundles", str(bundles), "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    variables = {**os.environ, **environment}  # noqa: TID251 - handed on, not read
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=variables)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
             _wait(client, process)
-            yield Server(client, process.pid)
+            yield Server(client, process)
     finally:
         process.terminate()
         process.wait(30)

@@ -299,7 +299,6 @@ def test_too_many_at_once(problem: Callable[..., Any]) -> None:
         assert inside.wait(30)
         refused = client.post("/segment", content=data)
         assert "1 request" in problem(refused, 429, "overloaded").detail
-        # BUG: 0 where nothing is known of the pace, or nothing is left to run but decoding and encoding.
         assert int(refused.headers["retry-after"]) >= 1
         leave.set()
         assert first.result().status_code == 200

@@ -867,6 +867,7 @@ class TestInTime:
             return decode(*args)
 
         monkeypatch.setattr(pipeline, "decode", slow)
+        monkeypatch.setattr(pipeline, "BESIDE", {512 * 512: 5e-8})
         with segmenting() as segmenter:
             assert asked(segmenter, patience_s=10.0, data=picture_bytes(np.zeros((16, 16), dtype=np.uint8))).body
             # 20 ms for 16² pixels would make 82 s for 1024²; and as what is refused is never run, nothing would be learned.
