@@ -2,6 +2,7 @@ import base64
 import concurrent.futures
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -187,7 +188,7 @@ def test_metrics_count_volumes_and_their_batches() -> None:
 
 
 @pytest.mark.parametrize("kind", ["stack, same network", "volume, other network"])
-def test_an_image_is_answered_in_the_middle_of_a_volume(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_an_image_is_answered_in_the_middle_of_a_volume(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str) -> None:
     """After one further batch at most; the volume is not allowed to end before."""
     begun, image_waits, answered = threading.Event(), threading.Event(), threading.Event()
     calls: list[tuple[int, ...]] = []
@@ -215,7 +216,7 @@ def test_an_image_is_answered_in_the_middle_of_a_volume(monkeypatch: pytest.Monk
         url, data = "/segment?model=spatial", nifti_bytes(np.zeros((100, 16, 32), dtype=np.uint8))
     else:
         url, data = "/segment", pages_bytes(np.zeros((100, 64, 64), dtype=np.uint8))
-    settings = Settings(default_model="fake", batching={"max_batch": 1})
+    settings = Settings(default_model="fake", batching={"max_batch": 1}, jobs={"folder": tmp_path})
     with serving(create_app(settings, bundles)) as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
         volume = pool.submit(client.post, url, content=data)
         assert begun.wait(30)
