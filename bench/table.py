@@ -18,7 +18,9 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
 
 
-def write(name: str, caption: str, headings: Sequence[str], rows: Sequence[Sequence[object]], facts: Any, folder: Path = RESULTS) -> None:
+def write(
+    name: str, caption: str, headings: Sequence[str], rows: Sequence[Sequence[object]], facts: Any, folder: Path = RESULTS
+) -> None:
     """Prints the table and writes FOLDER/NAME.md and FOLDER/NAME.json."""
     text = f"{caption}\n\nMeasured {datetime.now(UTC).date()} on {machine()}, Python {platform.python_version()}.\n\n"
     text += markdown(headings, rows)

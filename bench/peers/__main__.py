@@ -225,12 +225,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     names = list(contenders(2))
-    parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--install", action="store_true", help="make the peers' virtual environments, and stop")
     parser.add_argument("--contenders", nargs="+", choices=names, default=names, metavar="NAME", help=" ".join(names))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS), metavar="LOAD", help=" ".join(LOADS))
-    parser.add_argument("--rate", nargs="+", type=float, default=[], help="requests per second of the open loops, instead of × capacity")
+    parser.add_argument(
+        "--rate", nargs="+", type=float, default=[], help="requests per second of the open loops, instead of × capacity"
+    )
     parser.add_argument("--seconds", type=float, default=4, help="of one level of load")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2, help="of one run of a graph; `auto` decides for itself")

@@ -41,7 +41,7 @@ PEERS = {
     "litserve": ("litserve==0.2.19", "python-multipart==0.0.34"),
     "bentoml": ("bentoml==1.4.39",),
     "ray": ("ray[serve]==2.60.0",),
-    "mlserver": ("mlserver==1.7.1",),
+    "mlserver": ("mlserver==1.7.1", "uvloop==0.21.0"),
 }
 
 
@@ -59,10 +59,12 @@ class Case:
 
     @property
     def name(self) -> str:
+        """In the table."""
         return f"L{self.level} {self.side}²"
 
     @property
     def graph(self) -> Path:
+        """The level's ONNX file."""
         return BUNDLE / f"L{self.level}.onnx"
 
 
@@ -159,14 +161,14 @@ def bentoml(case: Case, threads: int, port: int, _: Path) -> list[str]:
     given = {"graph": case.graph, "threads": threads, "max_batch": case.max_batch}
     options = [part for name, value in given.items() for part in ("--arg", f"{name}={value}")]
     command = [str(python("bentoml").parent / "bentoml"), "serve", "bench.peers.bentoml:Segment", "--working-dir", str(ROOT)]
-    return [*command, "--host", "127.0.0.1", "--port", str(port), *options]
+    return [*command, "--host", "127.0.0.1", "--port", str(port), "--quiet", *options]
 
 
 def mlserver(case: Case, threads: int, port: int, folder: Path) -> list[str]:
     """`mlserver start` on a folder with its two files of settings."""
     server = {
         "debug": False, "host": "127.0.0.1", "http_port": port, "grpc_port": free_port(), "metrics_port": free_port(),
-        "metrics_dir": str(folder), "parallel_workers": 1,
+        "metrics_dir": str(folder), "parallel_workers": 0,
     }  # fmt: skip
     model = {
         "name": "segment", "implementation": "bench.peers.mlserver.Segment", "max_batch_size": case.max_batch, "max_batch_time": 0.005,

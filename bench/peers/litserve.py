@@ -33,7 +33,7 @@ class Segment(litserve.LitAPI):
 
     def decode_request(self, request: Request) -> NDArray[np.uint8]:
         """A form with one file."""
-        return decode(request["image"].file.read())  # type: ignore[index]
+        return decode(request["image"].file.read())
 
     def batch(self, inputs: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
         """Stacking is part of the shared work."""

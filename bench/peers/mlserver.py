@@ -6,10 +6,11 @@ https://docs.seldon.ai/mlserver/user-guide/custom (`load` and `predict`, `decode
 the Open Inference Protocol, whose JSON carries files as base64, both ways. `debug` is off, as for production.
 """
 
-from bench.peers.common import Model
 from mlserver import MLModel
 from mlserver.codecs import Base64Codec
 from mlserver.types import InferenceRequest, InferenceResponse
+
+from bench.peers.common import Model
 
 
 class Segment(MLModel):

@@ -10,6 +10,7 @@ blocking operations in your request path", so the graph runs in a thread.
 
 import asyncio
 import signal
+from typing import Any
 
 import ray
 from ray import serve
@@ -42,7 +43,8 @@ def main() -> None:
     given = arguments()
     ray.init(num_cpus=given.threads, include_dashboard=False, configure_logging=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": given.port})
-    replica = Segment.options(ray_actor_options={"num_cpus": given.threads})
+    deployment: Any = Segment  # the decorator made it one
+    replica = deployment.options(ray_actor_options={"num_cpus": given.threads})
     serve.run(replica.bind(str(given.graph.resolve()), given.threads, given.max_batch), route_prefix="/segment")
     signal.sigwait({signal.SIGTERM, signal.SIGINT})
     serve.shutdown()

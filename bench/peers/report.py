@@ -45,7 +45,9 @@ def line(turn: dict[str, Any]) -> str:
     """A turn in few words, while it runs."""
     if "unfit" in turn:
         return str(turn["unfit"])
-    return ", ".join(f"{load}: {s.throughput:.1f}/s p99 {s.p99:.0f} ms {s.errors or ''}".strip() for load, s in turn["levels"].items())
+    return ", ".join(
+        f"{load}: {s.throughput:.1f}/s p99 {s.p99:.0f} ms {s.errors or ''}".strip() for load, s in turn["levels"].items()
+    )
 
 
 def table(rows: Rows, run: dict[str, Any]) -> list[list[str]]:
@@ -53,19 +55,18 @@ def table(rows: Rows, run: dict[str, Any]) -> list[list[str]]:
     about: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for turn in run["turns"]:
         about[turn["case"], turn["contender"]].append(turn)
-    lines = []
-    for case in run["deadlines_ms"]:
-        for name in [*(n for n in ["bare", *contenders(2)] if (case, n) in about)]:
-            turns = about[case, name]
-            unfit = next((turn["unfit"] for turn in turns if "unfit" in turn), None)
-            if unfit:
-                lines.append([CASES[case].name, label(name), f"not measured: {unfit}", *["–"] * 10])
-            for (n, c, load), summary in rows.items():
-                if (n, c) == (name, case):
-                    lines.append([CASES[case].name, label(name), load_label(load), *cells(summary, capacity(rows, n, c)), *costs(turns)])
-    for name in run["not_installed"]:
-        lines.append(["all", label(name), "not installed", *["–"] * 10])
-    return lines
+    wanted = [(case, name) for case in run["deadlines_ms"] for name in ["bare", *contenders(2)] if (case, name) in about]
+    lines = [row for case, name in wanted for row in section(rows, case, name, about[case, name])]
+    return lines + [["all", label(name), "not installed", *["–"] * 10] for name in run["not_installed"]]
+
+
+def section(rows: Rows, case: str, name: str, turns: list[dict[str, Any]]) -> list[list[str]]:
+    """One contender on one case: its levels of load, or why there are none."""
+    start = [CASES[case].name, label(name)]
+    lines = [[*start, f"not measured: {turn['unfit']}", *["–"] * 10] for turn in turns if "unfit" in turn]
+    levels = {load: summary for (n, c, load), summary in rows.items() if (n, c) == (name, case)}
+    best = capacity(rows, name, case)
+    return lines + [[*start, load_label(load), *cells(summary, best), *costs(turns)] for load, summary in levels.items()]
 
 
 def load_label(load: str) -> str:
@@ -86,7 +87,8 @@ def cells(summary: Summary, best: float) -> list[str]:
 def costs(turns: list[dict[str, Any]]) -> list[str]:
     """Peak memory and start-up of a contender on a case."""
     return [
-        number(statistics.median([turn[what] for turn in turns if what in turn] or [math.nan])) for what in ("peak_rss_mb", "start_up_s")
+        number(statistics.median([turn[what] for turn in turns if what in turn] or [math.nan]))
+        for what in ("peak_rss_mb", "start_up_s")
     ]
 
 
@@ -116,7 +118,9 @@ def throughput_goals(rows: Rows, case: str) -> list[list[str]]:
     lines.append(ratio(case, f"best throughput, of {peer}", capacity(rows, "ours", case), best, factor))
     lines.append(ratio(case, f"auto: best throughput, of {peer}", capacity(rows, "auto", case), best, 2.0))
     if case == "L4":
-        lines.append(ratio(case, "best throughput, of the bare loop", capacity(rows, "ours", case), capacity(rows, "bare", case), 0.95))
+        lines.append(
+            ratio(case, "best throughput, of the bare loop", capacity(rows, "ours", case), capacity(rows, "bare", case), 0.95)
+        )
     return [row for row in lines if row]
 
 
@@ -162,10 +166,12 @@ def ratio(case: str, what: str, ours: float, theirs: float, least: float) -> lis
     """A goal of the form ours / theirs ≥ least; empty where either was not measured."""
     if math.isnan(ours) or math.isnan(theirs) or not theirs:
         return []
-    return verdict(case, f"{what} ≥ {least:g}", f"{ours / theirs:.2f} ({number(ours)}/s, {number(theirs)}/s)", ours / theirs >= least)
+    return verdict(
+        case, f"{what} ≥ {least:g}", f"{ours / theirs:.2f} ({number(ours)}/s, {number(theirs)}/s)", ours / theirs >= least
+    )
 
 
-def verdict(case: str, what: str, measured: str, met: bool) -> list[str]:  # noqa: FBT001
+def verdict(case: str, what: str, measured: str, met: bool) -> list[str]:
     """One row of the goals."""
     return [CASES[case].name, what, measured, "met" if met else "missed"]
 
