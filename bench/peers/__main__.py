@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from subprocess import Popen
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 import httpx
 import numpy as np
@@ -70,16 +70,28 @@ class Trial:
     deadline: float
 
 
-def alone(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Runs a function in a fresh process and returns what it returns."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args, **kwargs).result()
+class Elsewhere:
+    """Runs functions in a process of its own, which this one waits for."""
+
+    def __init__(self) -> None:
+        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def __call__(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """What the function returns."""
+        return self._pool.submit(function, *args, **kwargs).result()
 
 
 def prepare(case: Case, threads: int) -> Trial:
     """Bodies, right masks and the deadline."""
     files = bodies(case.side)
-    loop = alone(bare.loop, case.graph, threads, files, 2)
+    with Elsewhere() as elsewhere:
+        loop = elsewhere(bare.loop, case.graph, threads, files, 2)
     return Trial(case, files, loop.masks, max(0.25, DEADLINES * loop.p50 / 1e3))
 
 
@@ -131,17 +143,17 @@ def agreement(mask: Any, reference: Any) -> float:
     return float(np.mean(mask == reference)) if mask.shape == reference.shape else 0.0
 
 
-def measure(contender: Contender, trial: Trial, port: int, options: argparse.Namespace) -> dict[str, Summary]:
+def measure(contender: Contender, trial: Trial, port: int, options: argparse.Namespace, fire: Elsewhere) -> dict[str, Summary]:
     """All levels of load on a running contender, by name."""
     url = f"http://127.0.0.1:{port}{contender.path(trial.case)}"
     files, types = zip(*map(contender.request, trial.files), strict=True)
     target = Target(url, files, types[0])
     # Batches of every size once, so that memory has grown and what learns has learnt.
-    alone(closed_loop, target, 8, min(2, options.seconds))
+    fire(closed_loop, target, 8, min(2, options.seconds))
     found = {
-        load: summarise(alone(closed_loop, target, int(load), options.seconds)) for load in options.loads if not load.endswith("x")
+        load: summarise(fire(closed_loop, target, int(load), options.seconds)) for load in options.loads if not load.endswith("x")
     }
-    overload = partial(offer, target, trial, seconds=max(options.seconds, 8 * trial.deadline))
+    overload = partial(offer, fire, target, trial, seconds=max(options.seconds, 8 * trial.deadline))
     for rate in options.rate:
         found[f"{rate:g}/s"] = overload(rate)
     if options.rate:
@@ -150,7 +162,7 @@ def measure(contender: Contender, trial: Trial, port: int, options: argparse.Nam
     for load in options.loads:
         if load.endswith("x"):
             seconds = max(options.seconds, 8 * trial.deadline) if load == "1.3x" else options.seconds
-            found[load] = offer(target, trial, capacity * float(load[:-1]), seconds)
+            found[load] = offer(fire, target, trial, capacity * float(load[:-1]), seconds)
     if contender.ours and "1.3x" in options.loads:
         asked = f"&deadline_ms={math.ceil(trial.deadline * 1e3)}"
         found[f"1.3x{report.DEADLINE}"] = overload(1.3 * capacity, asked=asked)
@@ -159,15 +171,15 @@ def measure(contender: Contender, trial: Trial, port: int, options: argparse.Nam
     return found
 
 
-def offer(target: Target, trial: Trial, rate: float, seconds: float, asked: str = "") -> Summary:
+def offer(fire: Elsewhere, target: Target, trial: Trial, rate: float, seconds: float, asked: str = "") -> Summary:
     """An open loop; what arrives in the first part only fills the queue and is not counted."""
     settling = min(trial.deadline, seconds / 4)
     arrivals = poisson(rate, settling + seconds, seed=trial.case.level)
-    shots = alone(open_loop, Target(target.url + asked, target.bodies, target.content_type), arrivals)
+    shots = fire(open_loop, Target(target.url + asked, target.bodies, target.content_type), arrivals)
     return summarise(shots, (settling, settling + seconds), trial.deadline)
 
 
-def turn(name: str, contender: Contender, trial: Trial, options: argparse.Namespace) -> dict[str, Any]:
+def turn(name: str, contender: Contender, trial: Trial, options: argparse.Namespace, fire: Elsewhere) -> dict[str, Any]:
     """One contender on one case, from start to stop.
 
     Raises:
@@ -182,14 +194,15 @@ def turn(name: str, contender: Contender, trial: Trial, options: argparse.Namesp
             first_answer(contender, trial, port, process)
             start_up = time.perf_counter() - begun
             same = check(contender, trial, port)
-            levels = measure(contender, trial, port, options)
+            levels = measure(contender, trial, port, options, fire)
             peak = sum(memory(one.pid, "VmHWM") for one in tree(process.pid))
     return {"start_up_s": start_up, "peak_rss_mb": peak, "agreement": same, "levels": levels}
 
 
 def bare_turn(trial: Trial, options: argparse.Namespace) -> dict[str, Any]:
     """The bare loop, as a turn."""
-    loop = alone(bare.loop, trial.case.graph, options.threads, trial.files, options.seconds)
+    with Elsewhere() as elsewhere:
+        loop = elsewhere(bare.loop, trial.case.graph, options.threads, trial.files, options.seconds)
     return {"levels": {"1": Summary(0, loop.throughput, loop.p50, loop.p99)}}
 
 
@@ -200,19 +213,21 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     trials = {name: prepare(CASES[name], options.threads) for name in options.cases}
     turns: list[dict[str, Any]] = []
     shuffle = random.Random(options.seed).shuffle  # noqa: S311 - an order, not a secret
-    for number in range(options.rounds):
-        order = [(name, case) for name in ["bare", *present] for case in trials]
-        shuffle(order)
-        for name, case in order:
-            found: dict[str, Any] = {"contender": name, "case": case, "round": number}
-            try:
-                work = bare_turn(trials[case], options) if name == "bare" else turn(name, field[name], trials[case], options)
-                found |= work
-            except Unfit as unfit:
-                found |= {"levels": {}, "unfit": str(unfit)}
-            turns.append(found)
-            print(f"round {number + 1}, {case}, {name}: {report.line(found)}", flush=True)
-            (HOME / "turns.json").write_text(json.dumps(turns, default=asdict, indent=1))
+    with Elsewhere() as fire:
+        for number in range(options.rounds):
+            order = [(name, case) for name in ["bare", *present] for case in trials]
+            shuffle(order)
+            for name, case in order:
+                found: dict[str, Any] = {"contender": name, "case": case, "round": number}
+                try:
+                    found |= (
+                        bare_turn(trials[case], options) if name == "bare" else turn(name, field[name], trials[case], options, fire)
+                    )
+                except Unfit as unfit:
+                    found |= {"levels": {}, "unfit": str(unfit)}
+                turns.append(found)
+                print(f"round {number + 1}, {case}, {name}: {report.line(found)}", flush=True)
+                (HOME / "turns.json").write_text(json.dumps(turns, default=asdict, indent=1))
     return {
         "turns": turns,
         "deadlines_ms": {name: trial.deadline * 1e3 for name, trial in trials.items()},

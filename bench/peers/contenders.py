@@ -168,7 +168,7 @@ def mlserver(case: Case, threads: int, port: int, folder: Path) -> list[str]:
     """`mlserver start` on a folder with its two files of settings."""
     server = {
         "debug": False, "host": "127.0.0.1", "http_port": port, "grpc_port": free_port(), "metrics_port": free_port(),
-        "metrics_dir": str(folder), "parallel_workers": 0,
+        "metrics_dir": str(folder), "parallel_workers": 1,
     }  # fmt: skip
     model = {
         "name": "segment", "implementation": "bench.peers.mlserver.Segment", "max_batch_size": case.max_batch, "max_batch_time": 0.005,

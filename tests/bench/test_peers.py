@@ -1,6 +1,5 @@
 """The benchmark against peers: its arithmetic, its load generator, its checks; no peer is needed."""
 
-import argparse
 import asyncio
 import contextlib
 import io
@@ -273,16 +272,20 @@ class TestOptions:
         assert "closed" in capsys.readouterr().err
         assert peers.parse(["--loads", "0.8x", "--rate", "5"]).rate == [5]
 
-    def test_deadlines_are_asked_of_ours_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        options = peers.parse(["--loads", "1", "1.3x", "--seconds", "1"])
-        names = {name: self.loads(monkeypatch, name, options) for name in ("ours", "litserve")}
-        assert names["litserve"] == ["1", "1.3x"]
-        assert names["ours"] == ["1", "1.3x", f"1.3x{report.DEADLINE}", f"1.5x{report.MIN_LEVEL}"]
+    @pytest.mark.parametrize(("name", "more"), [("litserve", []), ("ours", [f"1.3x{report.DEADLINE}", f"1.5x{report.MIN_LEVEL}"])])
+    def test_deadlines_are_asked_of_ours_only(self, name: str, more: list[str]) -> None:
+        urls = []
 
-    def loads(self, monkeypatch: pytest.MonkeyPatch, name: str, options: argparse.Namespace) -> list[str]:
-        monkeypatch.setattr(peers, "alone", lambda function, *_: [Shot(0, 1, "ok")])
+        class Fire(peers.Elsewhere):
+            def __call__(self, function: object, target: Target, *_: object) -> list[Shot]:  # type: ignore[override]
+                urls.append(target.url)
+                return [Shot(0, 1, "ok")]
+
+        options = peers.parse(["--loads", "1", "1.3x", "--seconds", "1"])
         trial = peers.Trial(CASES["L3"], [b""], [], 0.5)
-        return list(peers.measure(contenders(2)[name], trial, 0, options))
+        with Fire() as fire:
+            assert list(peers.measure(contenders(2)[name], trial, 0, options, fire)) == ["1", "1.3x", *more]
+        assert [("deadline_ms=500" in url, "min_level=1" in url) for url in urls[3:]] == [(True, False), (True, True)][: len(more)]
 
 
 class TestReport:
