@@ -242,7 +242,7 @@ def plot(rows: Rows, cases: list[str], path: Path) -> None:
         top.set(title=CASES[case].name, xlabel="concurrency", ylabel="answers per second", ylim=(0, None))
         top.legend(fontsize=7)
         bars(middle, [(label(n), rows[n, case, "0.8x"].p99, colors[n]) for n in names if (n, case, "0.8x") in rows])
-        middle.set(xlabel="p99 at 0.8 × capacity, ms", xscale="log")
+        middle.set(xlabel="p99 at 0.8 × capacity, ms", xscale="log" if middle.patches else "linear")
         overload = [(n, load) for n in names for load in ("1.3x", f"1.3x{DEADLINE}", f"1.5x{MIN_LEVEL}") if (n, case, load) in rows]
         bars(
             bottom,
