@@ -1,18 +1,25 @@
 """Who takes part, how each is installed and started, and how it is asked.
 
-| peer | batch waits | what else was set, and why |
+| peer | a batch waits | what else was set, and why |
 |---|---|---|
 | LitServe | 5 ms | request timeout 600 s, not 30 s: a long queue is not an error |
-| BentoML | adaptive | max_latency_ms stays at its default of 60 s; lower values answer 503 sooner |
+| BentoML | adaptive | max_latency_ms stays at its default of 60 s: a lower one answers 503 sooner; no access log |
 | Ray Serve | 5 ms | max_ongoing_requests 1000, not 5; the documented throughput flags; no dashboard |
-| MLServer | 5 ms | debug off; one parallel worker, the default: inference in the server's own process was slower (see below) |
-| FastAPI + torch | no batches | as many pool threads as cores; channels first or last, whichever is faster |
+| MLServer | 5 ms | debug off; one parallel worker, its default: inference in the server's own process (0) was slower at 96² |
+| FastAPI + torch | no batches | as many pool threads as cores, not 40; channels first or last, whichever is faster |
 
-Largest batch: `Case.max_batch`, the same for all peers. Batches of these networks gain little on a CPU: measured
-on 2 cores with bare ONNX Runtime, 16 images of 96² run 1.1 times as fast as one by one, and larger batches of 256² and
-512² only take longer and gigabytes of memory, so the limit grows with what a batch still gains.
-The wait of 5 ms is short against a run (6 ms and up), as Ray's and LitServe's documentation advise; under load a batch is full before.
-Each peer has one worker process with the same number of threads of the same ONNX Runtime.
+Each peer has one worker process, with the same number of threads of the same ONNX Runtime.
+
+The largest batch is `Case.max_batch`, the same for all peers. Batches of these networks gain little on a CPU: on 2 cores
+bare ONNX Runtime runs 16 images of 96² 1.1 times as fast as one by one; 4 of 256² and 2 of 512² take as long as one by
+one, and more of them take longer and gigabytes of memory. So each peer may batch, up to where it does not harm.
+
+The wait is short against a run (6 ms and more), as Ray's and LitServe's documentation advise for latency; under load a
+batch is full before. LitServe cannot do without: with its default, 0, an idle worker polls and takes one core.
+
+Requests are as each project's documentation sends files: the bare body (ours, Ray Serve), a multipart form (LitServe, BentoML,
+FastAPI), or base64 in JSON (MLServer, whose batches are formed for the Open Inference Protocol only). The bodies are prepared
+before the load starts.
 """
 
 import base64
@@ -29,13 +36,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage import data
 
+from bench.peers.common import BATCH_WAIT_S
 from bench.serving import ROOT, free_port, serve_command
 
 BUNDLE = ROOT / "bundles" / "nuclei"
 # Virtual environments of the peers, whose requirements contradict each other and ours.
 HOME = ROOT / "var" / "peers"
 
-# What `--install` installs, by name and version.
+# What `--install` installs, by name and version; none of it asks for torch. Beside the peers themselves: LitServe's forms need
+# python-multipart; MLServer's worker does not start with uvloop 0.22 and later, which make no event loop unasked.
 COMMON = ("onnxruntime==1.31.1", "numpy==2.4.6", "pillow==13.0.0")
 PEERS = {
     "litserve": ("litserve==0.2.19", "python-multipart==0.0.34"),
@@ -171,7 +180,7 @@ def mlserver(case: Case, threads: int, port: int, folder: Path) -> list[str]:
         "metrics_dir": str(folder), "parallel_workers": 1,
     }  # fmt: skip
     model = {
-        "name": "segment", "implementation": "bench.peers.mlserver.Segment", "max_batch_size": case.max_batch, "max_batch_time": 0.005,
+        "name": "segment", "implementation": "bench.peers.mlserver.Segment", "max_batch_size": case.max_batch, "max_batch_time": BATCH_WAIT_S,
         "parameters": {"uri": str(case.graph), "extra": {"threads": threads}},
     }  # fmt: skip
     (folder / "settings.json").write_text(json.dumps(server))

@@ -2,7 +2,8 @@
 
 Followed: https://fastapi.tiangolo.com/async/ (blocking work belongs in a `def` route, which runs in the thread pool) and
 https://fastapi.tiangolo.com/tutorial/request-files/ (`UploadFile`); https://www.starlette.io/threadpool/ for the pool's size:
-more runs at once than there are cores only compete for them and each takes the memory of its activations.
+more runs at once than there are cores only compete for them, and each takes the memory of its activations.
+Choosing the layout is part of the first request, and so of the start-up.
 
 The weights are those of the bundle, the network is pruned to the level.
 """

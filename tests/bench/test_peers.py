@@ -103,11 +103,14 @@ class TestPoisson:
 
 
 class Behaviour:
-    """A server whose answers are known: per request, in order, a status, or None for never."""
+    """A server whose answers are known: per request, in order, a status, or None for never.
 
-    def __init__(self, statuses: Sequence[int | None], wait_s: float = 0) -> None:
+    None is answered before `first` requests have come.
+    """
+
+    def __init__(self, statuses: Sequence[int | None], first: int = 1) -> None:
         self.statuses = statuses
-        self.wait_s = wait_s
+        self.first, self.open = first, asyncio.Event()
         self.seen: list[bytes] = []
         self.in_flight = self.most = 0
 
@@ -118,8 +121,10 @@ class Behaviour:
         self.in_flight += 1
         self.most = max(self.most, self.in_flight)
         status = self.statuses[index % len(self.statuses)]
+        if len(self.seen) >= self.first:
+            self.open.set()
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.sleep(self.wait_s if status else 30)
+            await (self.open if status else asyncio.Event()).wait()
         self.in_flight -= 1
         return Response(b"", status or 200)
 
@@ -146,23 +151,23 @@ def target(url: str, timeout_s: float = 20) -> Target:
 
 class TestLoops:
     def test_closed_loop_keeps_its_concurrency(self) -> None:
-        behaviour = Behaviour([200], wait_s=0.02)
+        behaviour = Behaviour([200], first=4)
         with running(behaviour) as url:
-            found = closed_loop(target(url), 4, 0.5)
+            found = closed_loop(target(url), 4, 1)
         assert behaviour.most == 4
-        assert len(found) == len(behaviour.seen) > 4
+        assert len(found) == len(behaviour.seen) >= 4
         assert {shot.kind for shot in found} == {"ok"}
         assert set(behaviour.seen) == {b"a", b"b", b"c"}
 
     def test_open_loop_sends_whatever_has_been_answered(self) -> None:
         # Nothing is answered before all has been sent, and still all is sent.
-        behaviour = Behaviour([200], wait_s=1)
+        behaviour = Behaviour([200], first=20)
         arrivals = [0.01 * index for index in range(20)]
         with running(behaviour) as url:
             found = open_loop(target(url), arrivals)
         assert behaviour.most == 20
         assert [shot.due for shot in found] == arrivals
-        assert all(shot.latency >= 1 for shot in found)
+        assert {shot.kind for shot in found} == {"ok"}
 
     def test_open_loop_counts_from_when_it_was_due(self) -> None:
         # Due before the loop began: the wait for the client itself is latency too.
@@ -172,9 +177,9 @@ class TestLoops:
 
     @pytest.mark.parametrize("opened", [True, False])
     def test_every_request_is_accounted_for_by_kind(self, opened: bool) -> None:
-        behaviour = Behaviour([200, 429, 503, 500], wait_s=0.01)
+        behaviour = Behaviour([200, 429, 503, 500])
         with running(behaviour) as url:
-            found = open_loop(target(url), [0.005 * k for k in range(40)]) if opened else closed_loop(target(url), 3, 0.4)
+            found = open_loop(target(url), [0.005 * k for k in range(40)]) if opened else closed_loop(target(url), 3, 1)
         summary = summarise(found)
         assert summary.offered == len(found) == len(behaviour.seen)
         good = round(summary.throughput * (max(s.ended for s in found) - min(s.due for s in found)))
@@ -183,7 +188,7 @@ class TestLoops:
 
     def test_timeouts(self) -> None:
         with running(Behaviour([200, None])) as url:
-            found = open_loop(target(url, timeout_s=0.3), [0.0, 0.1, 0.2, 0.3])
+            found = open_loop(target(url, timeout_s=2), [0.0, 0.1, 0.2, 0.3])
         assert sorted(shot.kind for shot in found) == ["ok", "ok", "timeout", "timeout"]
 
     def test_nobody_listens(self) -> None:
