@@ -183,13 +183,15 @@ def publish(run: dict[str, Any], folder: Path) -> None:
     deadlines = ", ".join(f"{CASES[case].name} {ms:.0f} ms" for case, ms in run["deadlines_ms"].items())
     versions = ", ".join(run["versions"].values()).replace("==", " ")
     same = ", ".join(f"{label(n)} {share:.2%}" for n, share in agreements(run["turns"]).items())
+    busy = max((turn.get("busy_before", 0) for turn in run["turns"]), default=0)
     caption = (
         f"Our server against {versions}, and FastAPI with torch eager: same graph (fp32), same PNG files, "
         f"{options['threads']} threads; {options['rounds']} rounds in random order, {options['seconds']:g} s per level of load and until "
         f"the last answer, medians. `ours`: ONNX Runtime, fp32, as the peers; `ours, auto`: our own choice of engine and precision. "
         f"Open loops: Poisson, × each contender's own best closed-loop throughput, latency from the time at which a request was due. "
         f"In time: {deadlines}. Peak RSS sums the peaks of all processes of a contender; start-up is from launch to the first mask. "
-        f"Pixels that agree with the bare loop's masks, worst answer: {same}.\n\n"
+        f"Pixels that agree with the bare loop's masks, worst answer: {same}. "
+        f"Before each turn others used at most {busy:.0f} % of the processors.\n\n"
         + markdown(["case", "goal", "measured", ""], goals(rows, run["deadlines_ms"]))
     )
     headings = [
