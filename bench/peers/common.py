@@ -20,7 +20,7 @@ from PIL import Image
 COLOR = (255, 127, 14)
 
 # How long a batch waits for company, in seconds, wherever a peer wants a fixed time.
-BATCH_WAIT_S = 0.005
+BATCH_WAIT_S = 0.002
 
 
 def open_session(graph: Path | str, threads: int) -> onnxruntime.InferenceSession:

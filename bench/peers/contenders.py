@@ -2,20 +2,20 @@
 
 | peer | a batch waits | what else was set, and why |
 |---|---|---|
-| LitServe | 5 ms | request timeout 600 s, not 30 s: a long queue is not an error |
+| LitServe | 2 ms | request timeout 600 s, not 30 s: a long queue is not an error |
 | BentoML | adaptive | max_latency_ms stays at its default of 60 s: a lower one answers 503 sooner; no access log |
-| Ray Serve | 5 ms | max_ongoing_requests 1000, not 5; the documented throughput flags; no dashboard |
-| MLServer | 5 ms | debug off; one parallel worker, its default: inference in the server's own process (0) was slower at 96² |
+| Ray Serve | 2 ms | max_ongoing_requests 1000, not 5; the documented throughput flags; no dashboard |
+| MLServer | 2 ms | debug off; one parallel worker, its default: inference in the server's own process (0) was slower at 96² |
 | FastAPI + torch | no batches | as many pool threads as cores, not 40; channels first or last, whichever is faster |
 
 Each peer has one worker process, with the same number of threads of the same ONNX Runtime.
 
 The largest batch is `Case.max_batch`, the same for all peers. Batches of these networks gain little on a CPU: on 2 cores
-bare ONNX Runtime runs 16 images of 96² 1.1 times as fast as one by one; 4 of 256² and 2 of 512² take as long as one by
+bare ONNX Runtime runs 16 images of 96² 1.1 times as fast as one by one (in a quiet moment); 4 of 256² and 2 of 512² take as long as one by
 one, and more of them take longer and gigabytes of memory. So each peer may batch, up to where it does not harm.
 
-The wait is short against a run (6 ms and more), as Ray's and LitServe's documentation advise for latency; under load a
-batch is full before. LitServe cannot do without: with its default, 0, an idle worker polls and takes one core.
+The wait is no longer than the shortest run, so that a lone request pays little for it; under load requests wait together
+for the run before theirs anyway. LitServe cannot do without: with its default, 0, an idle worker polls and takes one core.
 
 Requests are as each project's documentation sends files: the bare body (ours, Ray Serve), a multipart form (LitServe, BentoML,
 FastAPI), or base64 in JSON (MLServer, whose batches are formed for the Open Inference Protocol only). The bodies are prepared
