@@ -6,13 +6,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import IO
 
 import httpx
+import psutil
+
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -29,34 +30,84 @@ class Server:
 
     def memory(self, field: str) -> float:
         """A field of /proc/PID/status in MB: VmRSS now, VmHWM at most so far."""
-        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
+        return memory(self.pid, field)
 
 
 @contextlib.contextmanager
-def serving(
-    bundles: Path, environment: Mapping[str, str] = MappingProxyType({}), log: int | IO[bytes] = subprocess.DEVNULL
-) -> Iterator[Server]:
+def serving(bundles: Path, environment: Mapping[str, str] | None = None, log: Path = Path(os.devnull)) -> Iterator[Server]:
     """Starts `unetpp serve` on a free port and waits until it is ready.
 
     Args:
         bundles: a bundle, or a folder of bundles.
-        environment: variables beside those of this process.
-        log: where the server's log goes.
+        environment: settings, UNETPP_...
+        log: gets what it prints.
     """
+    port = free_port()
+    with (
+        running(serve_command(bundles.resolve(), port), environment, log) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client,
+    ):
+        _wait(client, process)
+        yield Server(client, process)
+
+
+def serve_command(bundles: Path, port: int) -> list[str]:
+    """`unetpp serve` of this checkout."""
+    return [sys.executable, "-m", "server.cli", "serve", "--bundles", str(bundles), "--port", str(port)]
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "server.cli", "serve", "--bundles", str(bundles), "--port", str(port)]
-    variables = {**os.environ, **environment}  # noqa: TID251 - handed on, not read
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=variables)
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def running(
+    command: Sequence[str], environment: Mapping[str, str] | None = None, log: Path = Path(os.devnull)
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process for as long as the block runs; whatever it started ends with it.
+
+    Args:
+        command: run in the root of the repository.
+        environment: added to this process's own.
+        log: gets what it prints.
+    """
+    variables = {**os.environ, **(environment or {})}  # noqa: TID251 - passed on, not read
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=variables, cwd=ROOT)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
-            _wait(client, process)
-            yield Server(client, process)
+        yield process
     finally:
+        family = tree(process.pid)
         process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        _, left = psutil.wait_procs(family, timeout=5)
+        for one in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
         process.wait(30)
+
+
+def tree(pid: int) -> list[psutil.Process]:
+    """A process and all that descend from it."""
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def memory(pid: int, field: str) -> float:
+    """A field of /proc/PID/status in MB; 0 for a process that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:")), 0)
 
 
 def _wait(client: httpx.Client, process: "subprocess.Popen[bytes]") -> None:

@@ -150,7 +150,7 @@ def run(minutes: float, clients: int = 6, seed: int = 0) -> Report:
         temporary.mkdir()
         own = {"TMPDIR": str(temporary), "UNETPP_JOBS__FOLDER": str(jobs)}
         ledger = Ledger()
-        with log.open("wb") as written, serving(BUNDLES, ENVIRONMENT | own, written) as server:
+        with serving(BUNDLES, ENVIRONMENT | own, log) as server:
             warm_up(server, ledger, seed)
             before, _ = idle(server, ledger)
             begun = time.monotonic()

@@ -18,11 +18,13 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
 
 
-def write(name: str, caption: str, headings: Sequence[str], rows: Sequence[Sequence[object]], facts: Any) -> None:
-    """Prints the table and writes results/NAME.md and results/NAME.json."""
+def write(
+    name: str, caption: str, headings: Sequence[str], rows: Sequence[Sequence[object]], facts: Any, folder: Path = RESULTS
+) -> None:
+    """Prints the table and writes FOLDER/NAME.md and FOLDER/NAME.json."""
     text = f"{caption}\n\nMeasured {datetime.now(UTC).date()} on {machine()}, Python {platform.python_version()}.\n\n"
     text += markdown(headings, rows)
     print(text)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text(text)
-    (RESULTS / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.md").write_text(text)
+    (folder / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -1,0 +1,300 @@
+"""Our server against LitServe, BentoML, Ray Serve, MLServer, and FastAPI with torch, in one run and one table.
+
+    python -m bench.peers --install     (once: the peers' virtual environments, in var/peers)
+    python -m bench.peers               (about 50 minutes on 2 cores; half with --rounds 1)
+    python -m bench.peers --contenders ours litserve --cases L1 --seconds 2 --rounds 1
+
+Same ONNX graph and weights, same PNG files, same number of threads; see contenders.py for how each is set up.
+One contender runs at a time, alone on the machine, in random order, several rounds; medians are quoted. The load comes
+from a process of its own on the same machine. A contender whose masks are wrong is not measured.
+
+- Closed loops at concurrency 1, 4, 16 and 64. Capacity of a contender = its best throughput among them.
+- Open loops (Poisson) at 0.5, 0.8 and 1.3 × its own capacity; every contender gets the same pattern of arrivals.
+- In time = within `DEADLINES` × the latency of a bare ONNX Runtime loop, at least 250 ms, for all alike. At 1.3 ×
+  the loop lasts at least four deadlines, or a queue would still hide what does not keep up.
+- Our server also at 1.3 × with `deadline_ms`, and at 1.5 × with `deadline_ms` and `min_level=1` (with 1.3 × offered,
+  chance alone would decide whether 1.3 × is answered).
+
+A part of a run (--contenders, --cases, --loads) is written to var/peers, a whole run to bench/results.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from subprocess import Popen
+from typing import Any, ParamSpec, Self, TypeVar
+
+import httpx
+import numpy as np
+import psutil
+
+from bench.peers import bare, report
+from bench.peers.contenders import CASES, HOME, PEERS, Case, Contender, bodies, contenders, install, installed
+from bench.peers.load import Summary, Target, closed_loop, open_loop, poisson, summarise
+from bench.serving import free_port, memory, running, tree
+from bench.table import RESULTS
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+LOADS = ("1", "4", "16", "64", "0.5x", "0.8x", "1.3x")
+# The deadline, in latencies of the bare loop, and how long an overload lasts, in deadlines.
+DEADLINES = 8
+LASTS = 4
+# Requests in an open loop, at least: of fewer there is no 99th percentile to speak of.
+FEWEST = 15
+# Processors that others may keep busy when a turn begins, of all, in percent; and how long to wait for that, in seconds.
+QUIET = 10
+PATIENCE_S = 20
+# A server that has not answered after so long, in seconds, does not start.
+START_UP_S = 90
+
+
+class Unfit(Exception):
+    """A contender that does not start or answers wrongly; the text says which."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One case as all contenders get it.
+
+    Attributes:
+        files: PNG.
+        reference: masks of the bare loop.
+        deadline: seconds.
+    """
+
+    case: Case
+    files: list[bytes]
+    reference: list[Any]
+    deadline: float
+
+
+class Elsewhere:
+    """Runs functions in a process of its own, which this one waits for."""
+
+    def __init__(self) -> None:
+        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def __call__(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """What the function returns."""
+        return self._pool.submit(function, *args, **kwargs).result()
+
+
+def prepare(case: Case, threads: int) -> Trial:
+    """Bodies, right masks and the deadline."""
+    files = bodies(case.side)
+    quiet()
+    with Elsewhere() as elsewhere:
+        loop = elsewhere(bare.loop, case.graph, threads, files, 2)
+    return Trial(case, files, loop.masks, max(0.25, DEADLINES * loop.p50 / 1e3))
+
+
+def post(contender: Contender, trial: Trial, port: int, index: int) -> httpx.Response:
+    """One request outside the measurement."""
+    body, content_type = contender.request(trial.files[index])
+    url = f"http://127.0.0.1:{port}{contender.path(trial.case)}"
+    return httpx.post(url, content=body, headers={"Content-Type": content_type}, timeout=60)
+
+
+def first_answer(contender: Contender, trial: Trial, port: int, process: "Popen[bytes]") -> None:
+    """Waits until a request is answered.
+
+    Raises:
+        Unfit: the process ended, or START_UP_S passed.
+    """
+    last: object = None
+    until = time.perf_counter() + START_UP_S
+    while time.perf_counter() < until and process.poll() is None:
+        try:
+            last = post(contender, trial, port, 0)
+            if last.status_code == 200:
+                return
+        except httpx.HTTPError as error:
+            last = error
+        time.sleep(0.05)
+    raise Unfit(f"did not start, exit code {process.poll()}, last answer {last!r}")
+
+
+def check(contender: Contender, trial: Trial, port: int) -> float:
+    """Share of pixels that agree with the bare loop's mask, in the worst answer.
+
+    Raises:
+        Unfit: an answer is wrong.
+    """
+    worst = 1.0
+    for index, reference in enumerate(trial.reference):
+        try:
+            answer = post(contender, trial, port, index)
+        except httpx.HTTPError as error:
+            raise Unfit(f"did not answer: {error!r}") from error
+        if answer.status_code != 200:
+            raise Unfit(f"answered {answer.status_code}: {answer.text[:200]}")
+        worst = min(worst, agreement(contender.mask(answer.content), reference))
+    if worst < 1 - contender.tolerance:
+        raise Unfit(f"masks agree with the bare loop's in only {worst:.2%} of the pixels")
+    return worst
+
+
+def agreement(mask: Any, reference: Any) -> float:
+    """Share of equal pixels; 0 for another shape."""
+    return float(np.mean(mask == reference)) if mask.shape == reference.shape else 0.0
+
+
+def measure(contender: Contender, trial: Trial, port: int, options: argparse.Namespace, fire: Elsewhere) -> dict[str, Summary]:
+    """All levels of load on a running contender, by name."""
+    url = f"http://127.0.0.1:{port}{contender.path(trial.case)}"
+    files, types = zip(*map(contender.request, trial.files), strict=True)
+    target = Target(url, files, types[0])
+    # Batches of every size once, so that memory has grown and what learns has learnt.
+    fire(closed_loop, target, 8, min(2, options.seconds))
+    found = {
+        load: summarise(fire(closed_loop, target, int(load), options.seconds)) for load in options.loads if not load.endswith("x")
+    }
+    overload = partial(offer, fire, target, trial, seconds=max(options.seconds, LASTS * trial.deadline))
+    for rate in options.rate:
+        found[f"{rate:g}/s"] = overload(rate)
+    if options.rate:
+        return found
+    capacity = max((s.throughput for s in found.values()), default=0)
+    if not capacity:
+        return found
+    for load in options.loads:
+        if load.endswith("x"):
+            seconds = max(options.seconds, LASTS * trial.deadline) if load == "1.3x" else options.seconds
+            found[load] = offer(fire, target, trial, capacity * float(load[:-1]), seconds)
+    if contender.ours and "1.3x" in options.loads:
+        asked = f"&deadline_ms={math.ceil(trial.deadline * 1e3)}"
+        found[f"1.3x{report.DEADLINE}"] = overload(1.3 * capacity, asked=asked)
+        if trial.case.level > 1:
+            found[f"1.5x{report.MIN_LEVEL}"] = overload(1.5 * capacity, asked=f"{asked}&min_level=1")
+    return found
+
+
+def offer(fire: Elsewhere, target: Target, trial: Trial, rate: float, seconds: float, asked: str = "") -> Summary:
+    """An open loop; what arrives in the first part only fills the queue and is not counted."""
+    seconds = max(seconds, FEWEST / rate)
+    settling = min(trial.deadline, seconds / 4)
+    arrivals = poisson(rate, settling + seconds, seed=trial.case.level)
+    shots = fire(open_loop, Target(target.url + asked, target.bodies, target.content_type), arrivals)
+    return summarise(shots, (settling, settling + seconds), trial.deadline)
+
+
+def turn(name: str, contender: Contender, trial: Trial, options: argparse.Namespace, fire: Elsewhere) -> dict[str, Any]:
+    """One contender on one case, from start to stop.
+
+    Raises:
+        Unfit: see `first_answer` and `check`.
+    """
+    port = free_port()
+    log = HOME / f"{name}.log"
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        command = contender.command(trial.case, options.threads, port, Path(folder))
+        begun = time.perf_counter()
+        with running(command, {"PYTHONPATH": ".", "RAY_TMPDIR": folder, **contender.environment}, log) as process:
+            first_answer(contender, trial, port, process)
+            start_up = time.perf_counter() - begun
+            same = check(contender, trial, port)
+            levels = measure(contender, trial, port, options, fire)
+            peak = sum(memory(one.pid, "VmHWM") for one in tree(process.pid))
+    return {"start_up_s": start_up, "peak_rss_mb": peak, "agreement": same, "levels": levels}
+
+
+def quiet() -> float:
+    """Waits for others on this machine to be done, but not for ever; their share of the processors, in percent."""
+    until = time.perf_counter() + PATIENCE_S
+    while (busy := float(psutil.cpu_percent(1))) > QUIET and time.perf_counter() < until:
+        pass
+    return busy
+
+
+def bare_turn(trial: Trial, options: argparse.Namespace) -> dict[str, Any]:
+    """The bare loop, as a turn."""
+    with Elsewhere() as elsewhere:
+        loop = elsewhere(bare.loop, trial.case.graph, options.threads, trial.files, options.seconds)
+    return {"levels": {"1": Summary(0, loop.throughput, loop.p50, loop.p99)}}
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything, as the report wants it."""
+    field = contenders(options.threads)
+    present = {name: field[name] for name in options.contenders if installed(name)}
+    trials = {name: prepare(CASES[name], options.threads) for name in options.cases}
+    turns: list[dict[str, Any]] = []
+    shuffle = random.Random(options.seed).shuffle  # noqa: S311 - an order, not a secret
+    with Elsewhere() as fire:
+        for number in range(options.rounds):
+            order = [(name, case) for name in ["bare", *present] for case in trials]
+            shuffle(order)
+            for name, case in order:
+                found: dict[str, Any] = {"contender": name, "case": case, "round": number, "busy_before": quiet()}
+                try:
+                    found |= (
+                        bare_turn(trials[case], options) if name == "bare" else turn(name, field[name], trials[case], options, fire)
+                    )
+                except Unfit as unfit:
+                    found |= {"levels": {}, "unfit": str(unfit)}
+                turns.append(found)
+                print(f"round {number + 1}, {case}, {name}: {report.line(found)}", flush=True)
+                (HOME / "turns.json").write_text(json.dumps(turns, default=asdict, indent=1))
+    return {
+        "turns": turns,
+        "deadlines_ms": {name: trial.deadline * 1e3 for name, trial in trials.items()},
+        "not_installed": [name for name in options.contenders if not installed(name)],
+        "options": {name: value for name, value in vars(options).items() if name != "install"},
+        "versions": {name: packages[0] for name, packages in PEERS.items()},
+    }
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    names = list(contenders(2))
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--install", action="store_true", help="make the peers' virtual environments, and stop")
+    parser.add_argument("--contenders", nargs="+", choices=names, default=names, metavar="NAME", help=" ".join(names))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS), metavar="LOAD", help=" ".join(LOADS))
+    parser.add_argument(
+        "--rate", nargs="+", type=float, default=[], help="requests per second of the open loops, instead of × capacity"
+    )
+    parser.add_argument("--seconds", type=float, default=3, help="of one level of load")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of one run of a graph; `auto` decides for itself")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of turns")
+    options = parser.parse_args(arguments)
+    closed = [load for load in options.loads if not load.endswith("x")]
+    if not closed and not options.rate:
+        parser.error("open loops need a closed one among --loads, for the capacity, or --rate")
+    return options
+
+
+def main() -> None:
+    """Measures, prints, writes results/peers.{md,json,png}."""
+    options = parse()
+    if options.install:
+        install()
+        return
+    HOME.mkdir(parents=True, exist_ok=True)
+    whole = vars(parse([])).items() >= {k: vars(options)[k] for k in ("contenders", "cases", "loads", "rate")}.items()
+    report.publish(run(options), RESULTS if whole else HOME)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What every peer does with a request, so that each peer's own file holds only its project's boilerplate.
+
+    PNG (RGB) → pixels → mean and 1 / standard deviation per channel → ONNX Runtime → score > 0.5 → indexed PNG
+
+The same steps and the same parameters of the PNG as in our server. This file is imported in every peer's own
+virtual environment, which holds numpy, Pillow and ONNX Runtime, and nothing else of ours.
+"""
+
+import argparse
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from PIL import Image
+
+# Index 1 of the mask's palette, as in the bundle's manifest.
+COLOR = (255, 127, 14)
+
+# How long a batch waits for company, in seconds, wherever a peer wants a fixed time.
+BATCH_WAIT_S = 0.002
+
+
+def open_session(graph: Path | str, threads: int) -> onnxruntime.InferenceSession:
+    """As any script would, but for the number of threads."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+class Model:
+    """One level's graph and what goes with it.
+
+    Args:
+        graph: ONNX file; its weights lie beside it.
+        threads: of one run.
+    """
+
+    def __init__(self, graph: Path | str, threads: int) -> None:
+        self.session = open_session(graph, threads)
+
+    def run(self, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+        """One batch.
+
+        Args:
+            images: (h, w, 3) each, all of one size, sides divisible by 16.
+
+        Returns:
+            Masks (h, w) of 0 and 1.
+        """
+        scores = self.session.run(["scores"], feed(images))[0]
+        return [foreground(score[0]) for score in scores]
+
+    def answer(self, bodies: Sequence[bytes]) -> list[bytes]:
+        """PNG files in, PNG files out, in one batch."""
+        return [encode(mask) for mask in self.run([decode(body) for body in bodies])]
+
+
+def decode(body: bytes) -> NDArray[np.uint8]:
+    """Pixels (h, w, 3) of a PNG file."""
+    return np.asarray(Image.open(io.BytesIO(body)))
+
+
+def feed(images: Sequence[NDArray[np.uint8]]) -> dict[str, NDArray[np.float32]]:
+    """The graph's inputs: pixels as they are, statistics per image and channel; the graph itself normalises.
+
+    Returns:
+        image (N, 3, h, w), mean (N, 3, 1, 1) and inverse_std (N, 3, 1, 1), float32.
+    """
+    pixels = np.stack([image.transpose(2, 0, 1) for image in images])
+    mean, std = pixels.mean(axis=(2, 3), keepdims=True), pixels.std(axis=(2, 3), keepdims=True)
+    # A constant channel stays constant: zero after the mean is taken off.
+    inverse_std = 1 / np.where(std > 0, std, 1)
+    found = {"image": pixels, "mean": mean, "inverse_std": inverse_std}
+    return {name: values.astype(np.float32) for name, values in found.items()}
+
+
+def foreground(scores: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """1 where the score is above one half."""
+    return (scores > 0.5).astype(np.uint8)
+
+
+def encode(mask: NDArray[np.uint8]) -> bytes:
+    """Indexed PNG: the index is the class."""
+    picture = Image.fromarray(mask)
+    picture.putpalette(bytes(3) + bytes(COLOR) + bytes(762))
+    out = io.BytesIO()
+    picture.save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+def arguments() -> argparse.Namespace:
+    """--graph, --threads, --max-batch and --port of the peers that are scripts."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--graph", type=Path, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--max-batch", type=int, required=True)
+    parser.add_argument("--port", type=int, required=True)
+    return parser.parse_args()

@@ -1,0 +1,263 @@
+"""The table, the goals and the picture of a run."""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench.peers.contenders import CASES, contenders
+from bench.peers.load import REFUSALS, Summary, median
+from bench.table import markdown, write
+
+# Suffixes of our server's own levels of load.
+DEADLINE = " deadline_ms"
+MIN_LEVEL = " deadline_ms, min_level=1"
+
+OURS = ("ours", "auto", "bare")
+CONCURRENCIES = ("1", "4", "16", "64")
+
+Rows = dict[tuple[str, str, str], Summary]
+
+
+def label(name: str) -> str:
+    """A contender in the table."""
+    return "bare ONNX Runtime loop" if name == "bare" else contenders(2)[name].label
+
+
+def gather(turns: Iterable[dict[str, Any]]) -> Rows:
+    """Rounds as one, by (contender, case, load)."""
+    found: dict[tuple[str, str, str], list[Summary]] = defaultdict(list)
+    for turn in turns:
+        for load, summary in turn["levels"].items():
+            found[turn["contender"], turn["case"], load].append(summary)
+    return {key: median(summaries) for key, summaries in found.items()}
+
+
+def capacity(rows: Rows, name: str, case: str) -> float:
+    """Best throughput of the closed loops, per second; NaN where none was measured."""
+    return max((s.throughput for (n, c, load), s in rows.items() if (n, c) == (name, case) and load.isdigit()), default=math.nan)
+
+
+def line(turn: dict[str, Any]) -> str:
+    """A turn in few words, while it runs."""
+    if "unfit" in turn:
+        return str(turn["unfit"])
+    return ", ".join(
+        f"{load}: {s.throughput:.1f}/s p99 {s.p99:.0f} ms {s.errors or ''}".strip() for load, s in turn["levels"].items()
+    )
+
+
+def table(rows: Rows, run: dict[str, Any]) -> list[list[str]]:
+    """One row per case, contender and load."""
+    about: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for turn in run["turns"]:
+        about[turn["case"], turn["contender"]].append(turn)
+    wanted = [(case, name) for case in run["deadlines_ms"] for name in ["bare", *contenders(2)] if (case, name) in about]
+    lines = [row for case, name in wanted for row in section(rows, case, name, about[case, name])]
+    return lines + [["all", label(name), "not installed", *["–"] * 10] for name in run["not_installed"]]
+
+
+def section(rows: Rows, case: str, name: str, turns: list[dict[str, Any]]) -> list[list[str]]:
+    """One contender on one case: its levels of load, or why there are none."""
+    start = [CASES[case].name, label(name)]
+    lines = [[*start, f"not measured: {turn['unfit']}", *["–"] * 10] for turn in turns if "unfit" in turn]
+    levels = {load: summary for (n, c, load), summary in rows.items() if (n, c) == (name, case)}
+    best = capacity(rows, name, case)
+    return lines + [[*start, load_label(load), *cells(summary, best), *costs(turns)] for load, summary in levels.items()]
+
+
+def load_label(load: str) -> str:
+    """A closed loop by its concurrency, an open one by its rate."""
+    return f"closed, {load}" if load.isdigit() else f"open, {load.replace('x', ' ×', 1)}"
+
+
+def cells(summary: Summary, best: float) -> list[str]:
+    """The numbers of one level of load."""
+    errors = ", ".join(f"{count} × {kind}" for kind, count in summary.errors.items())
+    share = summary.goodput / best
+    return [
+        number(summary.throughput), number(summary.p50), number(summary.p99), number(summary.goodput),
+        "–" if math.isnan(share) else f"{share:.2f}", errors or "–", number(summary.refusal_p50), str(summary.degraded or "–"),
+    ]  # fmt: skip
+
+
+def costs(turns: list[dict[str, Any]]) -> list[str]:
+    """Peak memory and start-up of a contender on a case."""
+    return [
+        number(statistics.median([turn[what] for turn in turns if what in turn] or [math.nan]))
+        for what in ("peak_rss_mb", "start_up_s")
+    ]
+
+
+def number(value: float) -> str:
+    """Three digits are enough."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def goals(rows: Rows, cases: Iterable[str]) -> list[list[str]]:
+    """Each goal with what was measured, and whether it is met."""
+    lines: list[list[str]] = []
+    for case in cases:
+        lines += [*throughput_goals(rows, case), *latency_goal(rows, case), *overload_goals(rows, case)]
+    return lines
+
+
+def throughput_goals(rows: Rows, case: str) -> list[list[str]]:
+    """Ours against the best peer at each concurrency and over all, against the bare loop, and auto."""
+    factor = 1.3 if case == "L1" else 1.0
+    lines = []
+    for load in CONCURRENCIES:
+        peer, best = best_peer(rows, case, lambda name, load=load: rate(rows, name, case, load), max)  # type: ignore[misc]
+        lines.append(ratio(case, f"throughput at concurrency {load}, of {peer}", rate(rows, "ours", case, load), best, factor))
+    peer, best = best_peer(rows, case, lambda name: capacity(rows, name, case), max)
+    lines.append(ratio(case, f"best throughput, of {peer}", capacity(rows, "ours", case), best, factor))
+    lines.append(ratio(case, f"auto: best throughput, of {peer}", capacity(rows, "auto", case), best, 2.0))
+    if case == "L4":
+        lines.append(
+            ratio(case, "best throughput, of the bare loop", capacity(rows, "ours", case), capacity(rows, "bare", case), 0.95)
+        )
+    return [row for row in lines if row]
+
+
+def latency_goal(rows: Rows, case: str) -> list[list[str]]:
+    """p99 at 0.8 of the capacity, each at its own."""
+    own = rows.get(("ours", case, "0.8x"))
+    peer, best = best_peer(rows, case, lambda name: rows[name, case, "0.8x"].p99 if (name, case, "0.8x") in rows else math.nan, min)
+    if own is None or math.isnan(best):
+        return []
+    return [verdict(case, f"p99 at 0.8 × no worse than that of {peer}", f"{own.p99:.0f} ms, {best:.0f} ms", own.p99 <= best)]
+
+
+def overload_goals(rows: Rows, case: str) -> list[list[str]]:
+    """In time and refused fast at 1.3 × capacity, and what `min_level` adds."""
+    lines = []
+    best = capacity(rows, "ours", case)
+    if strict := rows.get(("ours", case, f"1.3x{DEADLINE}")):
+        lines.append(ratio(case, "in time at 1.3 × with deadline_ms, of capacity", strict.goodput, best, 0.95))
+        refused = sum(strict.errors.get(status, 0) for status in REFUSALS)
+        if refused:
+            lines.append(verdict(case, "refusals within 50 ms", f"{strict.refusal_p50:.1f} ms", strict.refusal_p50 < 50))
+    if willing := rows.get(("ours", case, f"1.5x{MIN_LEVEL}")):
+        lines.append(ratio(case, "in time at 1.5 × with min_level=1, of capacity", willing.goodput, best, 1.3))
+    return [row for row in lines if row]
+
+
+def rate(rows: Rows, name: str, case: str, load: str) -> float:
+    """Throughput at a level of load; NaN where it was not measured."""
+    return rows[name, case, load].throughput if (name, case, load) in rows else math.nan
+
+
+def best_peer(
+    rows: Rows, case: str, value: Callable[[str], float], best: Callable[..., tuple[float, str]]
+) -> tuple[str, float]:  # fmt: skip
+    """Label and value of the best of the others; NaN without any."""
+    names = {name for name, c, _ in rows if c == case and name not in OURS}
+    known = [(value(name), label(name)) for name in sorted(names) if not math.isnan(value(name))]
+    found, name = best(known, default=(math.nan, "no peer"))
+    return name, found
+
+
+def ratio(case: str, what: str, ours: float, theirs: float, least: float) -> list[str]:
+    """A goal of the form ours / theirs ≥ least; empty where either was not measured."""
+    if math.isnan(ours) or math.isnan(theirs) or not theirs:
+        return []
+    return verdict(
+        case, f"{what} ≥ {least:g}", f"{ours / theirs:.2f} ({number(ours)}/s, {number(theirs)}/s)", ours / theirs >= least
+    )
+
+
+def verdict(case: str, what: str, measured: str, met: bool) -> list[str]:
+    """One row of the goals."""
+    return [CASES[case].name, what, measured, "met" if met else "missed"]
+
+
+def publish(run: dict[str, Any], folder: Path) -> None:
+    """Prints and writes peers.{md,json,png}."""
+    rows = gather(run["turns"])
+    options = run["options"]
+    deadlines = ", ".join(f"{CASES[case].name} {ms:.0f} ms" for case, ms in run["deadlines_ms"].items())
+    versions = ", ".join(run["versions"].values()).replace("==", " ")
+    same = ", ".join(f"{label(n)} {share:.2%}" for n, share in agreements(run["turns"]).items())
+    busy = max((turn.get("busy_before", 0) for turn in run["turns"]), default=0)
+    caption = (
+        f"Our server against {versions}, and FastAPI with torch eager: same graph (fp32), same PNG files, "
+        f"{options['threads']} threads; {options['rounds']} rounds in random order, {options['seconds']:g} s per level of load and until "
+        f"the last answer, medians. `ours`: ONNX Runtime, fp32, as the peers; `ours, auto`: our own choice of engine and precision. "
+        f"Open loops: Poisson, × each contender's own best closed-loop throughput, latency from the time at which a request was due. "
+        f"In time: {deadlines}. Peak RSS sums the peaks of all processes of a contender; start-up is from launch to the first mask. "
+        f"Pixels that agree with the bare loop's masks, worst answer: {same}. "
+        f"Before each turn others used at most {busy:.0f} % of the processors.\n\n"
+        + markdown(["case", "goal", "measured", ""], goals(rows, run["deadlines_ms"]))
+    )
+    headings = [
+        "case", "contender", "load", "answers/s", "p50 ms", "p99 ms", "in time/s", "in time, of capacity", "errors", "refusal p50 ms",
+        "degraded", "peak RSS MB", "start-up s",
+    ]  # fmt: skip
+    facts = run | {"turns": [{**t, "levels": {load: asdict(s) for load, s in t["levels"].items()}} for t in run["turns"]]}
+    write("peers", caption, headings, table(rows, run), clean(facts), folder)
+    plot(rows, list(run["deadlines_ms"]), folder / "peers.png")
+    if run["not_installed"]:
+        print(f"Not installed: {', '.join(run['not_installed'])}; `python -m bench.peers --install` installs them.")
+
+
+def agreements(turns: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """The worst per contender."""
+    found: dict[str, float] = {}
+    for turn in turns:
+        if "agreement" in turn:
+            found[turn["contender"]] = min(turn["agreement"], found.get(turn["contender"], 1.0))
+    return found
+
+
+def clean(value: Any) -> Any:
+    """NaN is not JSON."""
+    if isinstance(value, dict):
+        return {key: clean(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [clean(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def plot(rows: Rows, cases: list[str], path: Path) -> None:
+    """Per case: throughput by concurrency, p99 at 0.8 ×, answers in time at 1.3 ×."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, grid = plt.subplots(3, len(cases), figsize=(5 * len(cases), 11), squeeze=False)
+    names = [name for name in contenders(2) if any(n == name for n, _, _ in rows)]
+    colors = {name: f"C{index}" for index, name in enumerate(names)}
+    for column, case in enumerate(cases):
+        top, middle, bottom = grid[:, column]
+        for name in names:
+            loads = [load for load in CONCURRENCIES if (name, case, load) in rows]
+            top.plot(loads, [rate(rows, name, case, load) for load in loads], "o-", label=label(name), color=colors[name])
+        bare = capacity(rows, "bare", case)
+        if not math.isnan(bare):
+            top.axhline(bare, color="grey", linestyle=":", label=label("bare"))
+        top.set(title=CASES[case].name, xlabel="concurrency", ylabel="answers per second", ylim=(0, None))
+        top.legend(fontsize=7)
+        bars(middle, [(label(n), rows[n, case, "0.8x"].p99, colors[n]) for n in names if (n, case, "0.8x") in rows])
+        middle.set(xlabel="p99 at 0.8 × capacity, ms")
+        overload = [(n, load) for n in names for load in ("1.3x", f"1.3x{DEADLINE}", f"1.5x{MIN_LEVEL}") if (n, case, load) in rows]
+        bars(
+            bottom,
+            [(label(n) + load[4:], rows[n, case, load].goodput / capacity(rows, n, case), colors[n]) for n, load in overload],
+        )
+        bottom.set(xlabel="in time at 1.3 × capacity (min_level: 1.5 ×), of capacity")
+        bottom.axvline(1, color="grey", linestyle=":")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def bars(axes: Any, values: list[tuple[str, float, str]]) -> None:
+    """Horizontal bars, the first on top."""
+    axes.barh([v[0] for v in values], [v[1] for v in values], color=[v[2] for v in values])
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=7)
