@@ -72,10 +72,12 @@ def running(
 
     Args:
         command: run in the root of the repository.
-        environment: added to this process's own.
+        environment: added to this process's own, less the settings of our server (UNETPP_...) in it: a developer's are not
+            measured.
         log: gets what it prints.
     """
-    variables = {**os.environ, **(environment or {})}  # noqa: TID251 - passed on, not read
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("UNETPP_")}  # noqa: TID251 - of a child
+    variables = {**inherited, **(environment or {})}
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=variables, cwd=ROOT)
     try:

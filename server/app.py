@@ -62,6 +62,13 @@ class Server(uvicorn.Server):
         self._drain_s = drain_s
         self._listens_until = 0.0
 
+    def run(self, sockets: list[socket] | None = None) -> None:
+        """Serves until it is asked to stop."""
+        try:
+            super().run(sockets)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called in the main thread, between any two of its steps: flags only, no locks."""
         del frame

@@ -14,7 +14,7 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 PHASES = ("decode", "plan", "queue", "infer", "restore", "encode")
 OUTCOMES = ("ok", "client_error", "refused", "late", "error", "cancelled")
 # Why windows of an admitted request were not run.
-DROPS = ("cancelled", "late", "error")
+DROPS = ("cancelled", "late", "unreadable", "error")
 REASONS = ("deadline", "load")
 JOB_OUTCOMES = ("done", "failed", "cancelled", "refused")
 
@@ -28,13 +28,14 @@ class Metrics:
             collector(registry=self.registry)
         self.requests = Counter(
             "unetpp_requests",
-            "Segment requests by outcome; mode and level are 'none' where the request failed before they were known.",
+            "Segment requests by outcome, mode and level as asked for ('none' where the request failed before they were known); bodies over "
+            "the limit by their own Content-Length are not among them.",
             ("model", "mode", "level", "outcome"),
             registry=self.registry,
         )
         self.duration = Histogram(
             "unetpp_request_duration_seconds",
-            "Time from the first byte of a segment request to its answer, successful requests.",
+            "Time from the first byte of a segment request to its answer, successful requests, by mode and level as served.",
             ("mode", "level"),
             buckets=SECONDS,
             registry=self.registry,
@@ -55,7 +56,7 @@ class Metrics:
         )
         self.dropped = Counter(
             "unetpp_windows_dropped",
-            "Windows of admitted requests that were not run: the client left, its deadline passed, or another of them failed.",
+            "Windows of admitted requests that were not run: the client left, its deadline passed, the file broke off, or something failed.",
             ("reason",),
             registry=self.registry,
         )
@@ -103,6 +104,9 @@ class Metrics:
         """Creates the children of a bundle, (mode, level) each, so that rates start at zero."""
         for mode, level in routes:
             self.duration.labels(mode, level)
+            for served in (other for _, other in routes if other < level):
+                for reason in REASONS:
+                    self.degraded.labels(model, level, served, reason)
             for outcome in OUTCOMES:
                 self.requests.labels(model, mode, level, outcome)
 

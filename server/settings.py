@@ -54,8 +54,8 @@ class BatchingSettings(_Group):
     max_wait_ms: float = Field(
         2,
         ge=0,
-        description="a batch with room waits so long for requests that are admitted but still being decoded; nothing waits "
-        "where nobody is on the way, nor on CPUs, whose batches are full with few tiles",
+        description="a batch with room waits so long for requests that are admitted and being decoded; nothing waits where nobody is on "
+        "the way, other work waits, or start-up found that a run of one tile is as good",
     )
 
 
@@ -94,7 +94,7 @@ class LimitsSettings(_Group):
     pixels_in_flight: int = Field(
         100_000_000,
         ge=1,
-        description="pixels of images decoded at once, and as many voxels of volumes, which bounds memory; further ones wait in order",
+        description="pixels of images decoded at once, as many voxels of volumes, and as much again for jobs, which bounds memory; further ones wait in order, but inputs below a hundredth of it",
     )
     idle_upload_s: float = Field(30, gt=0, description="an upload that sends nothing for so long gets 408 and frees its place")
 

@@ -1,36 +1,40 @@
 """Our server against LitServe, BentoML, Ray Serve, MLServer, and FastAPI with torch, in one run and one table.
 
     python -m bench.peers --install     (once: the peers' virtual environments, in var/peers)
-    python -m bench.peers               (about 50 minutes on 2 cores; half with --rounds 1)
-    python -m bench.peers --contenders ours litserve --cases L1 --seconds 2 --rounds 1
+    python -m bench.peers               (about 25 minutes on 2 cores)
+    python -m bench.peers --contenders ours litserve --cases L1
 
 Same ONNX graph and weights, same PNG files, same number of threads; see contenders.py for how each is set up.
-One contender runs at a time, alone on the machine, in random order, several rounds; medians are quoted. The load comes
-from a process of its own on the same machine. A contender whose masks are wrong is not measured.
+One contender runs at a time, alone on the machine, in random order; of several rounds medians are quoted, and percentiles
+of all their latencies together. The load comes from a process of its own on the same machine. A contender whose masks are
+wrong, before the load or after it, is not measured.
 
 - Closed loops at concurrency 1, 4, 16 and 64. Capacity of a contender = its best throughput among them.
-- Open loops (Poisson) at 0.5, 0.8 and 1.3 × its own capacity; every contender gets the same pattern of arrivals.
+- Open loops (Poisson, given its count) at 0.5, 0.8 and 1.3 × its own capacity, at least 30 requests.
 - In time = within `DEADLINES` × the latency of a bare ONNX Runtime loop, at least 250 ms, for all alike. At 1.3 ×
   the loop lasts at least four deadlines, or a queue would still hide what does not keep up.
 - Our server also at 1.3 × with `deadline_ms`, and at 1.5 × with `deadline_ms` and `min_level=1` (with 1.3 × offered,
   chance alone would decide whether 1.3 × is answered).
 
-A part of a run (--contenders, --cases, --loads) is written to var/peers, a whole run to bench/results.
+A whole run in which every contender was fit is written to bench/results; any other is written to var/peers and ends with
+exit code 1.
 """
 
 import argparse
 import json
 import math
 import multiprocessing
+import platform
 import random
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from subprocess import Popen
 from typing import Any, ParamSpec, Self, TypeVar
 
 import httpx
@@ -38,9 +42,9 @@ import numpy as np
 import psutil
 
 from bench.peers import bare, report
-from bench.peers.contenders import CASES, HOME, PEERS, Case, Contender, bodies, contenders, install, installed
+from bench.peers.contenders import CASES, COMMON, HOME, PEERS, Case, Contender, bodies, contenders, install, installed
 from bench.peers.load import Summary, Target, closed_loop, open_loop, poisson, summarise
-from bench.serving import free_port, memory, running, tree
+from bench.serving import ROOT, free_port, memory, running, tree
 from bench.table import RESULTS
 
 P = ParamSpec("P")
@@ -51,12 +55,14 @@ LOADS = ("1", "4", "16", "64", "0.5x", "0.8x", "1.3x")
 DEADLINES = 8
 LASTS = 4
 # Requests in an open loop, at least: of fewer there is no 99th percentile to speak of.
-FEWEST = 15
+FEWEST = 30
 # Processors that others may keep busy when a turn begins, of all, in percent; and how long to wait for that, in seconds.
 QUIET = 10
 PATIENCE_S = 20
 # A server that has not answered after so long, in seconds, does not start.
 START_UP_S = 90
+# Ours, whose versions are written down; the peers' are in contenders.py.
+PACKAGES = ("onnxruntime", "openvino", "numpy", "pillow", "torch", "fastapi", "uvicorn")
 
 
 class Unfit(Exception):
@@ -112,7 +118,7 @@ def post(contender: Contender, trial: Trial, port: int, index: int) -> httpx.Res
     return httpx.post(url, content=body, headers={"Content-Type": content_type}, timeout=60)
 
 
-def first_answer(contender: Contender, trial: Trial, port: int, process: "Popen[bytes]") -> None:
+def first_answer(contender: Contender, trial: Trial, port: int, process: "subprocess.Popen[bytes]") -> None:
     """Waits until a request is answered.
 
     Raises:
@@ -131,24 +137,42 @@ def first_answer(contender: Contender, trial: Trial, port: int, process: "Popen[
     raise Unfit(f"did not start, exit code {process.poll()}, last answer {last!r}")
 
 
-def check(contender: Contender, trial: Trial, port: int) -> float:
+def check(contender: Contender, trial: Trial, port: int, at_once: int = 1) -> float:
     """Share of pixels that agree with the bare loop's mask, in the worst answer.
+
+    With several requests `at_once` they are answered in batches, whose masks could be mixed up.
 
     Raises:
         Unfit: an answer is wrong.
     """
-    worst = 1.0
-    for index, reference in enumerate(trial.reference):
-        try:
-            answer = post(contender, trial, port, index)
-        except httpx.HTTPError as error:
-            raise Unfit(f"did not answer: {error!r}") from error
-        if answer.status_code != 200:
-            raise Unfit(f"answered {answer.status_code}: {answer.text[:200]}")
-        worst = min(worst, agreement(contender.mask(answer.content), reference))
+
+    def one(index: int) -> float:
+        return agreement(answered(contender, trial, port, index), trial.reference[index])
+
+    with ThreadPoolExecutor(at_once) as pool:
+        worst = min(pool.map(one, range(len(trial.reference))))
     if worst < 1 - contender.tolerance:
         raise Unfit(f"masks agree with the bare loop's in only {worst:.2%} of the pixels")
     return worst
+
+
+def answered(contender: Contender, trial: Trial, port: int, index: int) -> Any:
+    """The mask of one request.
+
+    Raises:
+        Unfit: there is none in the answer.
+    """
+    try:
+        answer = post(contender, trial, port, index)
+    except httpx.HTTPError as error:
+        raise Unfit(f"did not answer: {error!r}") from error
+    if answer.status_code != 200:
+        raise Unfit(f"answered {answer.status_code}: {answer.text[:200]}")
+    try:
+        return contender.mask(answer.content)
+    # What JSON, base64 and Pillow raise for what is not theirs; Pillow also SyntaxError.
+    except (KeyError, IndexError, TypeError, ValueError, OSError, SyntaxError) as error:
+        raise Unfit(f"answered what holds no mask: {error!r}") from error
 
 
 def agreement(mask: Any, reference: Any) -> float:
@@ -156,8 +180,10 @@ def agreement(mask: Any, reference: Any) -> float:
     return float(np.mean(mask == reference)) if mask.shape == reference.shape else 0.0
 
 
-def measure(contender: Contender, trial: Trial, port: int, options: argparse.Namespace, fire: Elsewhere) -> dict[str, Summary]:
-    """All levels of load on a running contender, by name."""
+def measure(
+    contender: Contender, trial: Trial, port: int, number: int, options: argparse.Namespace, fire: Elsewhere
+) -> dict[str, Summary]:
+    """All levels of load on a running contender, by name, in one round."""
     url = f"http://127.0.0.1:{port}{contender.path(trial.case)}"
     files, types = zip(*map(contender.request, trial.files), strict=True)
     target = Target(url, files, types[0])
@@ -166,9 +192,10 @@ def measure(contender: Contender, trial: Trial, port: int, options: argparse.Nam
     found = {
         load: summarise(fire(closed_loop, target, int(load), options.seconds)) for load in options.loads if not load.endswith("x")
     }
-    overload = partial(offer, fire, target, trial, seconds=max(options.seconds, LASTS * trial.deadline))
+    lasting = max(options.seconds, LASTS * trial.deadline)
+    offered = partial(offer, fire, target, trial, number)
     for rate in options.rate:
-        found[f"{rate:g}/s"] = overload(rate)
+        found[f"{rate:g}/s"] = offered(f"{rate:g}/s", rate, lasting)
     if options.rate:
         return found
     capacity = max((s.throughput for s in found.values()), default=0)
@@ -176,30 +203,33 @@ def measure(contender: Contender, trial: Trial, port: int, options: argparse.Nam
         return found
     for load in options.loads:
         if load.endswith("x"):
-            seconds = max(options.seconds, LASTS * trial.deadline) if load == "1.3x" else options.seconds
-            found[load] = offer(fire, target, trial, capacity * float(load[:-1]), seconds)
+            found[load] = offered(load, capacity * float(load[:-1]), lasting if load == "1.3x" else options.seconds)
     if contender.ours and "1.3x" in options.loads:
         asked = f"&deadline_ms={math.ceil(trial.deadline * 1e3)}"
-        found[f"1.3x{report.DEADLINE}"] = overload(1.3 * capacity, asked=asked)
+        found[f"1.3x{report.DEADLINE}"] = offered("1.3x", 1.3 * capacity, lasting, asked)
         if trial.case.level > 1:
-            found[f"1.5x{report.MIN_LEVEL}"] = overload(1.5 * capacity, asked=f"{asked}&min_level=1")
+            found[f"1.5x{report.MIN_LEVEL}"] = offered("1.5x", 1.5 * capacity, lasting, f"{asked}&min_level=1")
     return found
 
 
-def offer(fire: Elsewhere, target: Target, trial: Trial, rate: float, seconds: float, asked: str = "") -> Summary:
+def offer(
+    fire: Elsewhere, target: Target, trial: Trial, number: int, load: str, rate: float, seconds: float, asked: str = ""
+) -> Summary:
     """An open loop; what arrives in the first part only fills the queue and is not counted."""
     seconds = max(seconds, FEWEST / rate)
     settling = min(trial.deadline, seconds / 4)
-    arrivals = poisson(rate, settling + seconds, seed=trial.case.level)
+    arrivals = poisson(rate, settling + seconds, seed=f"{trial.case.name}, {load}, {number}")
     shots = fire(open_loop, Target(target.url + asked, target.bodies, target.content_type), arrivals)
     return summarise(shots, (settling, settling + seconds), trial.deadline)
 
 
-def turn(name: str, contender: Contender, trial: Trial, options: argparse.Namespace, fire: Elsewhere) -> dict[str, Any]:
-    """One contender on one case, from start to stop.
+def turn(
+    name: str, contender: Contender, trial: Trial, number: int, options: argparse.Namespace, fire: Elsewhere
+) -> dict[str, Any]:
+    """One contender on one case, from start to stop, in one round.
 
     Raises:
-        Unfit: see `first_answer` and `check`.
+        Unfit: see `first_answer` and `check`; or it ended under load.
     """
     port = free_port()
     log = HOME / f"{name}.log"
@@ -210,8 +240,11 @@ def turn(name: str, contender: Contender, trial: Trial, options: argparse.Namesp
             first_answer(contender, trial, port, process)
             start_up = time.perf_counter() - begun
             same = check(contender, trial, port)
-            levels = measure(contender, trial, port, options, fire)
+            levels = measure(contender, trial, port, number, options, fire)
+            if process.poll() is not None:
+                raise Unfit(f"ended under load, exit code {process.poll()}")
             peak = sum(memory(one.pid, "VmHWM") for one in tree(process.pid))
+            same = min(same, check(contender, trial, port, at_once=8))
     return {"start_up_s": start_up, "peak_rss_mb": peak, "agreement": same, "levels": levels}
 
 
@@ -245,20 +278,30 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 found: dict[str, Any] = {"contender": name, "case": case, "round": number, "busy_before": quiet()}
                 try:
                     found |= (
-                        bare_turn(trials[case], options) if name == "bare" else turn(name, field[name], trials[case], options, fire)
+                        bare_turn(trials[case], options)
+                        if name == "bare"
+                        else turn(name, field[name], trials[case], number, options, fire)
                     )
                 except Unfit as unfit:
                     found |= {"levels": {}, "unfit": str(unfit)}
                 turns.append(found)
                 print(f"round {number + 1}, {case}, {name}: {report.line(found)}", flush=True)
-                (HOME / "turns.json").write_text(json.dumps(turns, default=asdict, indent=1))
+                (HOME / "turns.json").write_text(json.dumps(report.facts(turns), indent=1))
     return {
         "turns": turns,
         "deadlines_ms": {name: trial.deadline * 1e3 for name, trial in trials.items()},
         "not_installed": [name for name in options.contenders if not installed(name)],
         "options": {name: value for name, value in vars(options).items() if name != "install"},
         "versions": {name: packages[0] for name, packages in PEERS.items()},
+        "ours": {"commit": commit(), "python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "peers_packages": {name: [*packages, *COMMON] for name, packages in PEERS.items()},
     }
+
+
+def commit() -> str:
+    """Of this checkout, with `-dirty` where it has changes."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -274,8 +317,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--rate", nargs="+", type=float, default=[], help="requests per second of the open loops, instead of × capacity"
     )
-    parser.add_argument("--seconds", type=float, default=3, help="of one level of load")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=2, help="of one level of load, at least")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2, help="of one run of a graph; `auto` decides for itself")
     parser.add_argument("--seed", type=int, default=0, help="of the order of turns")
     options = parser.parse_args(arguments)
@@ -286,14 +329,24 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures, prints, writes results/peers.{md,json,png}."""
+    """Measures, prints, writes peers.{md,json,png}.
+
+    Raises:
+        SystemExit: the run was not whole, or a contender was not fit.
+    """
     options = parse()
     if options.install:
         install()
         return
     HOME.mkdir(parents=True, exist_ok=True)
     whole = vars(parse([])).items() >= {k: vars(options)[k] for k in ("contenders", "cases", "loads", "rate")}.items()
-    report.publish(run(options), RESULTS if whole else HOME)
+    found = run(options)
+    fit = not found["not_installed"] and not any("unfit" in turn for turn in found["turns"])
+    report.publish(found, RESULTS if whole and fit else HOME)
+    if not whole:
+        raise SystemExit(f"Not a whole run: written to {HOME}.")
+    if not fit:
+        raise SystemExit(f"Not all contenders could be measured: written to {HOME}.")
 
 
 if __name__ == "__main__":

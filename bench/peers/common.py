@@ -24,9 +24,14 @@ BATCH_WAIT_S = 0.002
 
 
 def open_session(graph: Path | str, threads: int) -> onnxruntime.InferenceSession:
-    """As any script would, but for the number of threads."""
+    """As any script would, but for the number of threads, which do not spin, as in our server.
+
+    With ONNX Runtime's default they spin for a while after each run, on the cores that HTTP and PNG need: at L1 and
+    concurrency 16, LitServe answered 237 instead of 173 per second without, MLServer 160 instead of 122.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
@@ -70,11 +75,19 @@ def feed(images: Sequence[NDArray[np.uint8]]) -> dict[str, NDArray[np.float32]]:
         image (N, 3, h, w), mean (N, 3, 1, 1) and inverse_std (N, 3, 1, 1), float32.
     """
     pixels = np.stack([image.transpose(2, 0, 1) for image in images])
-    mean, std = pixels.mean(axis=(2, 3), keepdims=True), pixels.std(axis=(2, 3), keepdims=True)
+    mean, variance = np.moveaxis(np.array([[moments(channel) for channel in image] for image in pixels]), -1, 0)[..., None, None]
     # A constant channel stays constant: zero after the mean is taken off.
-    inverse_std = 1 / np.where(std > 0, std, 1)
+    inverse_std = 1 / np.sqrt(np.where(variance > 0, variance, 1))
     found = {"image": pixels, "mean": mean, "inverse_std": inverse_std}
     return {name: values.astype(np.float32) for name, values in found.items()}
+
+
+def moments(channel: NDArray[np.uint8]) -> tuple[float, float]:
+    """Mean and variance of (h, w) from its histogram: exact, and faster than a float per pixel; as in our server."""
+    values = np.arange(256, dtype=np.float64)
+    histogram = np.array(Image.fromarray(channel).histogram(), dtype=np.float64)
+    mean = histogram @ values / histogram.sum()
+    return mean, histogram @ np.square(values - mean) / histogram.sum()
 
 
 def foreground(scores: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -2,13 +2,13 @@
 
 | peer | a batch waits | what else was set, and why |
 |---|---|---|
-| LitServe | 2 ms | request timeout 600 s, not 30 s: a long queue is not an error |
+| LitServe | 2 ms | request timeout 600 s, not 30 s: a long queue is not an error; its queue for many requests |
 | BentoML | adaptive | max_latency_ms stays at its default of 60 s: a lower one answers 503 sooner; no access log |
 | Ray Serve | 2 ms | max_ongoing_requests 1000, not 5; the documented throughput flags; no dashboard |
 | MLServer | 2 ms | debug off; one parallel worker, its default: inference in the server's own process (0) was slower at 96² |
 | FastAPI + torch | no batches | as many pool threads as cores, not 40; channels first or last, whichever is faster |
 
-Each peer has one worker process, with the same number of threads of the same ONNX Runtime.
+Each peer has one worker process, with the same number of threads of the same ONNX Runtime, which do not spin (faster: common.py).
 
 The largest batch is `Case.max_batch`, the same for all peers. Batches of these networks gain little on a CPU: on 2 cores
 bare ONNX Runtime runs 16 images of 96² 1.1 times as fast as one by one (in a quiet moment); 4 of 256² and 2 of 512² take as long as one by
@@ -201,8 +201,8 @@ def settings(threads: int) -> dict[str, str]:
 def contenders(threads: int) -> dict[str, Contender]:
     """All that take part, by the name that `--contenders` knows."""
 
-    def serve(_: Case, __: int, port: int, ___: Path) -> list[str]:
-        return serve_command(BUNDLE, port)
+    def serve(_: Case, __: int, port: int, folder: Path) -> list[str]:
+        return ["env", f"UNETPP_JOBS__FOLDER={folder / 'jobs'}", *serve_command(BUNDLE, port)]
 
     # Another engine and precision may differ at the edges of nuclei.
     auto = Contender("ours, auto", serve, ours, tolerance=0.02, ours=True)

@@ -6,7 +6,8 @@ gets as a mapping when its argument is annotated `Request`
 (https://github.com/Lightning-AI/LitServe/pull/80: "there is no good way to post files ... base64, which increases the
 payload size"). `timeout` is raised from its 30 s, as its own log advises ("You can adjust the timeout by providing the
 `timeout` argument"), so that a long queue is not an error. A `batch_timeout` of 0, the default, makes the worker
-poll its queue without pause, which takes a whole core even when idle.
+poll its queue without pause, which takes a whole core even when idle. `fast_queue` is on, as `LitServer` documents for more
+than 100 requests per second; on 2 busy cores, taking turns with the default, it was as fast (101 and 97 per second at L1).
 """
 
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ def main() -> None:
     """Serves until it is stopped."""
     given = arguments()
     api: Any = Segment(str(given.graph), given.threads, given.max_batch)
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1, timeout=600)
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1, timeout=600, fast_queue=True)
     server.run(host="127.0.0.1", port=given.port, log_level="warning", generate_client_file=False)
 
 

@@ -4,12 +4,12 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from bench.peers.contenders import CASES, contenders
-from bench.peers.load import REFUSALS, Summary, median
+from bench.peers.load import PROMPT_S, REFUSALS, Summary, median
 from bench.table import markdown, write
 
 # Suffixes of our server's own levels of load.
@@ -31,8 +31,10 @@ def gather(turns: Iterable[dict[str, Any]]) -> Rows:
     """Rounds as one, by (contender, case, load)."""
     found: dict[tuple[str, str, str], list[Summary]] = defaultdict(list)
     for turn in turns:
-        for load, summary in turn["levels"].items():
-            found[turn["contender"], turn["case"], load].append(summary)
+        levels = turn["levels"]
+        best = max((s.throughput for load, s in levels.items() if load.isdigit()), default=0) or math.nan
+        for load, summary in levels.items():
+            found[turn["contender"], turn["case"], load].append(replace(summary, share=summary.goodput / best))
     return {key: median(summaries) for key, summaries in found.items()}
 
 
@@ -65,8 +67,7 @@ def section(rows: Rows, case: str, name: str, turns: list[dict[str, Any]]) -> li
     start = [CASES[case].name, label(name)]
     lines = [[*start, f"not measured: {turn['unfit']}", *["–"] * 10] for turn in turns if "unfit" in turn]
     levels = {load: summary for (n, c, load), summary in rows.items() if (n, c) == (name, case)}
-    best = capacity(rows, name, case)
-    return lines + [[*start, load_label(load), *cells(summary, best), *costs(turns)] for load, summary in levels.items()]
+    return lines + [[*start, load_label(load), *cells(summary), *costs(turns)] for load, summary in levels.items()]
 
 
 def load_label(load: str) -> str:
@@ -74,13 +75,12 @@ def load_label(load: str) -> str:
     return f"closed, {load}" if load.isdigit() else f"open, {load.replace('x', ' ×', 1)}"
 
 
-def cells(summary: Summary, best: float) -> list[str]:
+def cells(summary: Summary) -> list[str]:
     """The numbers of one level of load."""
     errors = ", ".join(f"{count} × {kind}" for kind, count in summary.errors.items())
-    share = summary.goodput / best
     return [
         number(summary.throughput), number(summary.p50), number(summary.p99), number(summary.goodput),
-        "–" if math.isnan(share) else f"{share:.2f}", errors or "–", number(summary.refusal_p50), str(summary.degraded or "–"),
+        number(summary.share), errors or "–", number(summary.refusal_p50), str(summary.degraded or "–"),
     ]  # fmt: skip
 
 
@@ -93,9 +93,11 @@ def costs(turns: list[dict[str, Any]]) -> list[str]:
 
 
 def number(value: float) -> str:
-    """Three digits are enough."""
+    """Three digits are enough; infinite is the latency of a failure."""
     if math.isnan(value):
         return "–"
+    if math.isinf(value):
+        return "> deadline"
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -121,30 +123,45 @@ def throughput_goals(rows: Rows, case: str) -> list[list[str]]:
         lines.append(
             ratio(case, "best throughput, of the bare loop", capacity(rows, "ours", case), capacity(rows, "bare", case), 0.95)
         )
-    return [row for row in lines if row]
+    return lines
 
 
 def latency_goal(rows: Rows, case: str) -> list[list[str]]:
     """p99 at 0.8 of the capacity, each at its own."""
     own = rows.get(("ours", case, "0.8x"))
     peer, best = best_peer(rows, case, lambda name: rows[name, case, "0.8x"].p99 if (name, case, "0.8x") in rows else math.nan, min)
+    what = f"p99 at 0.8 × no worse than that of {peer}"
     if own is None or math.isnan(best):
-        return []
-    return [verdict(case, f"p99 at 0.8 × no worse than that of {peer}", f"{own.p99:.0f} ms, {best:.0f} ms", own.p99 <= best)]
+        return [unmeasured(case, what)]
+    return [verdict(case, what, f"{number(own.p99)}, {number(best)} ms", math.isfinite(own.p99) and own.p99 <= best)]
 
 
 def overload_goals(rows: Rows, case: str) -> list[list[str]]:
     """In time and refused fast at 1.3 × capacity, and what `min_level` adds."""
-    lines = []
-    best = capacity(rows, "ours", case)
-    if strict := rows.get(("ours", case, f"1.3x{DEADLINE}")):
-        lines.append(ratio(case, "in time at 1.3 × with deadline_ms, of capacity", strict.goodput, best, 0.95))
-        refused = sum(strict.errors.get(status, 0) for status in REFUSALS)
-        if refused:
-            lines.append(verdict(case, "refusals within 50 ms", f"{strict.refusal_p50:.1f} ms", strict.refusal_p50 < 50))
-    if willing := rows.get(("ours", case, f"1.5x{MIN_LEVEL}")):
-        lines.append(ratio(case, "in time at 1.5 × with min_level=1, of capacity", willing.goodput, best, 1.3))
-    return [row for row in lines if row]
+    strict, willing = (rows.get(("ours", case, load)) for load in (f"1.3x{DEADLINE}", f"1.5x{MIN_LEVEL}"))
+    lines = [share(case, "in time at 1.3 × with deadline_ms, of capacity", strict, 0.95), refusal_goal(case, strict)]
+    if CASES[case].level > 1:
+        lines.append(share(case, "in time at 1.5 × with min_level=1, of capacity", willing, 1.3))
+    return lines
+
+
+def share(case: str, what: str, summary: Summary | None, least: float) -> list[str]:
+    """A goal of what came in time, of the capacity that was found in the same turn."""
+    what = f"{what} ≥ {least:g}"
+    if summary is None or math.isnan(summary.share):
+        return unmeasured(case, what)
+    return verdict(case, what, f"{summary.share:.2f} ({number(summary.goodput)}/s)", summary.share >= least)
+
+
+def refusal_goal(case: str, strict: Summary | None) -> list[str]:
+    """Who gets no answer in time is told so at once."""
+    what = f"refused within {PROMPT_S * 1e3:.0f} ms, of those not answered in time at 1.3 × with deadline_ms ≥ 0.99"
+    if strict is None:
+        return unmeasured(case, what)
+    late = strict.missed - sum(strict.errors.get(status, 0) for status in REFUSALS)
+    prompt = strict.prompt / strict.missed if strict.missed else 1.0
+    measured = f"{prompt:.3f} of {strict.missed}; median refusal {number(strict.refusal_p50)} ms; {late} late, 504 or other"
+    return verdict(case, what, measured, prompt >= 0.99)
 
 
 def rate(rows: Rows, name: str, case: str, load: str) -> float:
@@ -163,9 +180,9 @@ def best_peer(
 
 
 def ratio(case: str, what: str, ours: float, theirs: float, least: float) -> list[str]:
-    """A goal of the form ours / theirs ≥ least; empty where either was not measured."""
+    """A goal of the form ours / theirs ≥ least."""
     if math.isnan(ours) or math.isnan(theirs) or not theirs:
-        return []
+        return unmeasured(case, f"{what} ≥ {least:g}")
     return verdict(
         case, f"{what} ≥ {least:g}", f"{ours / theirs:.2f} ({number(ours)}/s, {number(theirs)}/s)", ours / theirs >= least
     )
@@ -174,6 +191,19 @@ def ratio(case: str, what: str, ours: float, theirs: float, least: float) -> lis
 def verdict(case: str, what: str, measured: str, met: bool) -> list[str]:
     """One row of the goals."""
     return [CASES[case].name, what, measured, "met" if met else "missed"]
+
+
+def unmeasured(case: str, what: str) -> list[str]:
+    """A goal of which nothing can be said: not silently left out."""
+    return [CASES[case].name, what, "–", "not measured"]
+
+
+def facts(turns: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turns for JSON, without every single latency."""
+    found: list[dict[str, Any]] = clean(
+        [{**turn, "levels": {load: asdict(replace(s, latencies=[])) for load, s in turn["levels"].items()}} for turn in turns]
+    )
+    return found
 
 
 def publish(run: dict[str, Any], folder: Path) -> None:
@@ -186,10 +216,10 @@ def publish(run: dict[str, Any], folder: Path) -> None:
     busy = max((turn.get("busy_before", 0) for turn in run["turns"]), default=0)
     caption = (
         f"Our server against {versions}, and FastAPI with torch eager: same graph (fp32), same PNG files, "
-        f"{options['threads']} threads; {options['rounds']} rounds in random order, {options['seconds']:g} s per level of load and until "
-        f"the last answer, medians. `ours`: ONNX Runtime, fp32, as the peers; `ours, auto`: our own choice of engine and precision. "
-        f"Open loops: Poisson, × each contender's own best closed-loop throughput, latency from the time at which a request was due. "
-        f"In time: {deadlines}. Peak RSS sums the peaks of all processes of a contender; start-up is from launch to the first mask. "
+        f"{options['threads']} threads; {options['rounds']} round(s) in random order, at least {options['seconds']:g} s per level of load and "
+        f"until the last answer; medians of rounds, percentiles of all latencies, a failure being later than any deadline. `ours`: ONNX Runtime, fp32, as the peers; `ours, auto`: our own choice of engine and precision. "
+        f"Open loops: Poisson with a fixed count, × each contender's own best closed-loop throughput, latency from the time at which a request was due. "
+        f"In time: {deadlines}. Peak RSS sums the peaks of all processes of a contender and so counts pages that processes share once for each; start-up is from launch to the first mask. "
         f"Pixels that agree with the bare loop's masks, worst answer: {same}. "
         f"Before each turn others used at most {busy:.0f} % of the processors.\n\n"
         + markdown(["case", "goal", "measured", ""], goals(rows, run["deadlines_ms"]))
@@ -198,8 +228,7 @@ def publish(run: dict[str, Any], folder: Path) -> None:
         "case", "contender", "load", "answers/s", "p50 ms", "p99 ms", "in time/s", "in time, of capacity", "errors", "refusal p50 ms",
         "degraded", "peak RSS MB", "start-up s",
     ]  # fmt: skip
-    facts = run | {"turns": [{**t, "levels": {load: asdict(s) for load, s in t["levels"].items()}} for t in run["turns"]]}
-    write("peers", caption, headings, table(rows, run), clean(facts), folder)
+    write("peers", caption, headings, table(rows, run), clean(run | {"turns": facts(run["turns"])}), folder)
     plot(rows, list(run["deadlines_ms"]), folder / "peers.png")
     if run["not_installed"]:
         print(f"Not installed: {', '.join(run['not_installed'])}; `python -m bench.peers --install` installs them.")
@@ -215,12 +244,12 @@ def agreements(turns: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 
 def clean(value: Any) -> Any:
-    """NaN is not JSON."""
+    """NaN and infinity are not JSON."""
     if isinstance(value, dict):
         return {key: clean(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [clean(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def plot(rows: Rows, cases: list[str], path: Path) -> None:
@@ -243,12 +272,19 @@ def plot(rows: Rows, cases: list[str], path: Path) -> None:
             top.axhline(bare, color="grey", linestyle=":", label=label("bare"))
         top.set(title=CASES[case].name, xlabel="concurrency", ylabel="answers per second", ylim=(0, None))
         top.legend(fontsize=7)
-        bars(middle, [(label(n), rows[n, case, "0.8x"].p99, colors[n]) for n in names if (n, case, "0.8x") in rows])
+        bars(
+            middle,
+            [
+                (label(n), rows[n, case, "0.8x"].p99, colors[n])
+                for n in names
+                if (n, case, "0.8x") in rows and math.isfinite(rows[n, case, "0.8x"].p99)
+            ],
+        )
         middle.set(xlabel="p99 at 0.8 × capacity, ms")
         overload = [(n, load) for n in names for load in ("1.3x", f"1.3x{DEADLINE}", f"1.5x{MIN_LEVEL}") if (n, case, load) in rows]
         bars(
             bottom,
-            [(label(n) + load[4:], rows[n, case, load].goodput / capacity(rows, n, case), colors[n]) for n, load in overload],
+            [(label(n) + load[4:], rows[n, case, load].share, colors[n]) for n, load in overload],
         )
         bottom.set(xlabel="in time at 1.3 × capacity (min_level: 1.5 ×), of capacity")
         bottom.axvline(1, color="grey", linestyle=":")

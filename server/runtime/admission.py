@@ -5,6 +5,9 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncIterator
 
+# What takes no more than this part of the budget does not wait, as one large input at the head of the line would hold up all.
+SMALL = 1 / 100
+
 
 class PixelBudget:
     """Hands out pixels, first come first served. All methods belong to the event loop's thread.
@@ -20,6 +23,9 @@ class PixelBudget:
     @contextlib.asynccontextmanager
     async def hold(self, pixels: int) -> AsyncIterator[None]:
         """Waits for so many pixels and keeps them for the block; a cancelled waiter takes none."""
+        if pixels <= SMALL * self._total:
+            yield
+            return
         share = min(pixels, self._total)
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append((share, turn))

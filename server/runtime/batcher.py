@@ -101,8 +101,13 @@ class Batcher:
         # Ties go to whoever was not served for longest.
         self._count = itertools.count()
         self._served: dict[Caller, int] = {}
-        self._pump: asyncio.Task[None] | None = None
+        self._running: asyncio.Task[None] | None = None
+        # Whether `_start` will be called in this round of the loop; what ends the wait of the next batch, and whether it has.
+        self._woken = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._waited = False
         self._closed = False
+        line.moved = self._wake
 
     async def run(self, lane: Lane, tiles: Tiles, caller: Caller | None = None) -> Ran:
         """Scores of the tiles, which may travel in several batches together with other callers' tiles.
@@ -130,10 +135,14 @@ class Batcher:
             caller.turn = max(caller.turn, self._turns[caller.urgent])
         self._waiting[caller].append(hand)
         caller.handed += len(tiles)
-        self._line.moved.set()
-        if self._pump is None:
-            self._pump = loop.create_task(self._serve())
-        await hand.done
+        self._wake()
+        try:
+            await hand.done
+        except BaseException:
+            # Nobody waits for what is left of it, and it may be large.
+            with contextlib.suppress(KeyError, ValueError):
+                self._waiting[caller].remove(hand)
+            raise
         return Ran([hand.parts[index] for index in range(len(tiles))], hand.submitted, hand.started, time.perf_counter())
 
     def close(self) -> None:
@@ -144,37 +153,53 @@ class Batcher:
             hand.settle(_stopping())
         self._waiting.clear()
         self._served.clear()
-        self._line.moved.set()
 
-    async def _serve(self) -> None:
-        """Runs batches until nobody waits; every outcome settles its futures."""
-        try:
-            while self._waiting:
-                await self._company()
-                if batch := self._take():
-                    await self._run(batch)
-        finally:
-            # Set in the same step of the loop that found nobody waiting: no tile can slip in between.
-            self._pump = None
+    def _wake(self) -> None:
+        """Something has changed; all that changes in one round of the loop is looked at together."""
+        if self._waiting and not self._woken:
+            self._woken = True
+            asyncio.get_running_loop().call_soon(self._start)
 
-    async def _company(self) -> None:
-        """Waits while the next batch has room and somebody who could share it is on his way."""
-        until = time.perf_counter() + self._max_wait_s
-        while (remaining := until - time.perf_counter()) > 0 and (caller := self._next()):
-            lane, (_, *tile) = self._waiting[caller][0].kind
-            ready = sum(len(h.tiles) - h.taken for h in itertools.chain.from_iterable(self._waiting.values()) if h.lane is lane)
-            if ready >= lane.most(tuple(tile)) or not self._line.coming(lane):
-                return
-            self._line.moved.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(remaining):
-                    await self._line.moved.wait()
+    def _start(self) -> None:
+        """Hands the next batch to the device, if it is free."""
+        self._woken = False
+        if self._running or not (caller := self._next()):
+            return
+        lane, (_, *tile) = kind = self._waiting[caller][0].kind
+        most = lane.most(tuple(tile))
+        if not self._waited and self._expects(kind, most):
+            self._timer = self._timer or asyncio.get_running_loop().call_later(self._max_wait_s, self._wait_no_longer)
+            return
+        if self._timer:
+            self._timer.cancel()
+        self._timer, self._waited = None, False
+        batch = self._take(caller, most)
+        self._line.busy_until = time.monotonic() + len(batch) * lane.pace.seconds(math.prod(tile))
+        self._running = asyncio.get_running_loop().create_task(self._run(batch))
+        self._running.add_done_callback(self._ended)
+
+    def _ended(self, _: asyncio.Task[None]) -> None:
+        self._running = None
+        self._wake()
+
+    def _wait_no_longer(self) -> None:
+        self._timer, self._waited = None, True
+        self._wake()
+
+    def _expects(self, kind: tuple[Lane, tuple[int, ...]], most: int) -> bool:
+        """Whether the next batch should wait: it has room, nobody else needs the device, and somebody for it is on his way."""
+        if most == 1 or not self._max_wait_s or not self._line.coming(kind[0]):
+            return False
+        hands = [hand for hand in itertools.chain.from_iterable(self._waiting.values()) if not hand.done.done()]
+        return all(hand.kind == kind for hand in hands) and sum(len(hand.tiles) - hand.taken for hand in hands) < most
 
     async def _run(self, batch: _Batch) -> None:
+        # Since it was taken, callers may have left, or all may have been told that the server stops.
+        batch = [(hand, index) for hand, index in batch if not hand.done.done()]
+        if not batch:
+            return
         hands = dict.fromkeys(hand for hand, _ in batch)
         lane, (_, *tile) = batch[0][0].kind
-        pixels = math.prod(tile)
-        self._line.busy_until = time.monotonic() + len(batch) * lane.pace.seconds(pixels)
         try:
             scores, seconds = await asyncio.get_running_loop().run_in_executor(self._executor, _execute, lane, batch)
         except Exception as error:  # noqa: BLE001 - whatever the engine raises must reach its callers
@@ -187,7 +212,7 @@ class Batcher:
         finally:
             self._line.busy_until = -math.inf
         lane.last_success = time.monotonic()
-        lane.pace.learn(pixels, seconds / len(batch))
+        lane.pace.learn(math.prod(tile), seconds / len(batch))
         for (hand, index), score in zip(batch, scores, strict=True):
             hand.parts[index] = score
         for hand in hands:
@@ -209,7 +234,9 @@ class Batcher:
         if caller.deadline == math.inf:
             return False
         pixels = math.prod(hand.tiles.pixels.shape[2:])
-        late = now + HOPE * hand.lane.pace.seconds(pixels) > caller.deadline
+        # Where nobody else waits it costs nobody anything to try, and teaches how long it takes.
+        hope = HOPE if len(self._waiting) > 1 else 0
+        late = now + hope * hand.lane.pace.seconds(pixels) > caller.deadline
         if late:
             hand.settle(DeadlinePassed("the deadline came before this request's turn; nothing more of it is run"))
         return late
@@ -217,11 +244,8 @@ class Batcher:
     def _rank(self, caller: Caller) -> tuple[bool, bool, float, int]:
         return not caller.ahead, not caller.urgent, caller.turn, self._served[caller]
 
-    def _take(self) -> _Batch:
-        """A tile of the caller whose turn it is, and tiles of its kind from all callers in turn, as many as the limits allow."""
-        first = self._next()
-        if first is None:
-            return []
+    def _take(self, first: Caller, most: int) -> _Batch:
+        """A tile of the caller whose turn it is, and tiles of its kind from all callers in turn, `most` at most."""
         kind = self._waiting[first][0].kind
         lane, (_, *tile) = kind
         cost_s = lane.pace.seconds(math.prod(tile))
@@ -229,7 +253,7 @@ class Batcher:
         sharing = [(self._rank(caller), caller) for caller, hands in self._waiting.items() if hands[0].kind == kind]
         heapq.heapify(sharing)
         batch: _Batch = []
-        while sharing and len(batch) < lane.most(tuple(tile)):
+        while sharing and len(batch) < most:
             _, caller = heapq.heappop(sharing)
             hands = self._waiting[caller]
             batch.append((hands[0], hands[0].taken))

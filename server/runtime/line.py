@@ -1,10 +1,9 @@
 """Who waits for the device, for what, and how long a newcomer would have to wait."""
 
-import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from server.runtime.engines import Engine
@@ -51,8 +50,9 @@ class Caller:
         ahead: goes before everybody else; for single test tiles.
         deadline: in seconds of `time.monotonic`, after which the answer is of no use.
         lane: that its tiles go to, once it is admitted.
-        tile_pixels: of each.
+        tile_s: device time of each, as predicted then.
         promised: tiles that it will hand in.
+        coming: it has what it needs to hand them in soon.
         handed: tiles that it has handed in.
         ran: tiles whose run has begun.
         turn: device time that it is charged with, in seconds; who has the least is next.
@@ -62,16 +62,12 @@ class Caller:
     ahead: bool = False
     deadline: float = math.inf
     lane: Lane | None = None
-    tile_pixels: int = 0
+    tile_s: float = 0.0
     promised: int = 0
+    coming: bool = True
     handed: int = 0
     ran: int = 0
     turn: float = 0.0
-
-    @property
-    def tile_s(self) -> float:
-        """Device time of one tile."""
-        return self.lane.pace.seconds(self.tile_pixels) if self.lane else 0.0
 
     @property
     def left_s(self) -> float:
@@ -85,21 +81,21 @@ class Line:
 
     def __init__(self) -> None:
         self._callers: set[Caller] = set()
-        # Set when somebody has come or gone.
-        self.moved = asyncio.Event()
-        # When the batch that runs should be done.
+        # Called when somebody has gone.
+        self.moved: Callable[[], None] = lambda: None
+        # When what the device has been given should be done.
         self.busy_until = -math.inf
 
     @contextlib.contextmanager
     def join(self, caller: Caller, lane: Lane, tile_pixels: int, tiles: int) -> Iterator[None]:
         """A place in the line for the block."""
-        caller.lane, caller.tile_pixels, caller.promised = lane, tile_pixels, tiles
+        caller.lane, caller.tile_s, caller.promised = lane, lane.pace.seconds(tile_pixels), tiles
         self._callers.add(caller)
         try:
             yield
         finally:
             self._callers.discard(caller)
-            self.moved.set()
+            self.moved()
 
     def wait_s(self, cost_s: float = 0.0) -> float:
         """Time that others will have the device for before a newcomer with so much device time to do has had all of it.
@@ -107,7 +103,11 @@ class Line:
         Turns are fair, so each of the others gets at most as much as the newcomer in the meantime, or the tile it waits for.
         """
         ahead = sum(min(caller.left_s, max(cost_s, caller.tile_s)) for caller in self._callers if caller.urgent)
-        return ahead + max(0.0, self.busy_until - time.monotonic())
+        return ahead + self.busy_s()
+
+    def busy_s(self) -> float:
+        """Until what the device has been given should be done."""
+        return max(0.0, self.busy_until - time.monotonic())
 
     def backlog_s(self) -> float:
         """Until all is done that is admitted and urgent."""
@@ -118,5 +118,5 @@ class Line:
         return not any(caller.urgent for caller in self._callers)
 
     def coming(self, lane: Lane) -> bool:
-        """Whether somebody is admitted whose tiles are not there yet."""
-        return any(caller.lane is lane and not caller.handed for caller in self._callers)
+        """Whether somebody's first tiles will be there soon."""
+        return any(caller.lane is lane and caller.coming and not caller.handed for caller in self._callers)

@@ -124,7 +124,8 @@ def open_bundle(folder: Path, settings: RuntimeSettings, batching: BatchingSetti
             seconds[name, precision] * 1e3, tiles[name, precision], picked,
         )  # fmt: skip
     pace = {key: seconds[key] / pixels for key in engines}
-    return OpenBundle(bundle, engines, auto, pace, pixels, {key: count * pixels for key, count in tiles.items()})
+    found = {key: min(count * pixels, batching.max_batch_pixels) for key, count in tiles.items()}
+    return OpenBundle(bundle, engines, auto, pace, pixels, found)
 
 
 def _worthwhile(bundle: Bundle, engine: Engine, most: int) -> int:

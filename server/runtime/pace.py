@@ -43,6 +43,8 @@ class Margin:
     """
 
     MOST = 4.0
+    # Of shorter ones the ratio says more about the event loop than about the line.
+    LEAST_S = 0.05
 
     def __init__(self) -> None:
         self._mean, self._deviation = 1.0, 0.1
@@ -50,11 +52,11 @@ class Margin:
     @property
     def factor(self) -> float:
         """By which a prediction is multiplied that must hold."""
-        return min(self._mean + 2 * self._deviation, self.MOST)
+        return min(max(1.0, self._mean + 2 * self._deviation), self.MOST)
 
     def learn(self, predicted_s: float, taken_s: float) -> None:
         """Compares a prediction with what became of it."""
-        if predicted_s <= 0:
+        if predicted_s < self.LEAST_S:
             return
         ratio = min(taken_s / predicted_s, self.MOST)
         self._deviation += (abs(ratio - self._mean) - self._deviation) / 8

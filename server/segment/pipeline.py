@@ -17,6 +17,7 @@ from numpy import ndarray
 
 from server.arrays import Extent, Image, Mask, Tiles, Volume
 from server.errors import (
+    CallerError,
     DeadlinePassed,
     DeadlineTooShort,
     InvalidParameter,
@@ -25,7 +26,7 @@ from server.errors import (
     UnknownModel,
 )
 from server.imaging import encode as encoding
-from server.imaging.decode import decode, measure
+from server.imaging.decode import decode, is_quick, measure
 from server.imaging.encode import ENCODERS, Encoder
 from server.imaging.reading import Reading
 from server.metrics import Metrics
@@ -50,6 +51,14 @@ T = TypeVar("T")
 # Seconds per pixel beside the device: decoding, restoring, encoding, and waiting for a thread. Roughly those of an image of 512²,
 # until some have been measured; what is known of small ones alone says nothing of large ones.
 BESIDE = {512 * 512: 5e-8}
+
+# A PNG of so few bytes and pixels is decoded, restored and encoded on the event loop: each takes some tenths of a millisecond, and
+# handing them to a thread and back takes longer. That is a fifth of all that a request of 96² at L1 costs.
+SMALL_BYTES = 32 * 1024
+SMALL_PIXELS = 128 * 128
+
+# How often an idle server tries a deadline that cannot be met by all it knows.
+RETRY_S = 30.0
 
 # Threads for volumes, whose decoding and resampling take seconds each.
 VOLUME_WORKERS = 2
@@ -77,21 +86,25 @@ class Terms:
 
     Attributes:
         patience_s: what is predicted to take longer is refused.
-        deadline: in seconds of `time.monotonic`, after which nothing more is done.
+        deadline: in seconds of `time.monotonic`, after which nothing more is begun.
         urgent: somebody waits for it; see `Caller`.
+        begun: when the deadline was set.
     """
 
     patience_s: float = math.inf
     deadline: float = math.inf
     urgent: bool = True
+    begun: float = field(default_factory=time.monotonic)
+
+    @property
+    def given_s(self) -> float:
+        """At first."""
+        return min(self.patience_s, self.deadline - self.begun)
 
     @property
     def allowed_s(self) -> float:
         """From now on."""
         return min(self.patience_s, self.deadline - time.monotonic())
-
-
-ANY_TIME = Terms()
 
 
 @dataclass(frozen=True)
@@ -182,9 +195,13 @@ class Answer:
 
 @dataclass
 class _Clock:
-    """Collects seconds per phase and runs work off the event loop."""
+    """Collects seconds per phase and runs work off the event loop.
 
-    workers: ThreadPoolExecutor
+    Attributes:
+        workers: the threads to run it in; None for work that is over before a thread would have begun.
+    """
+
+    workers: ThreadPoolExecutor | None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, phase: str, seconds: float) -> None:
@@ -208,6 +225,8 @@ class _Clock:
             with self.phase(phase) if phase else contextlib.nullcontext():
                 return work(*args, **kwargs)
 
+        if self.workers is None:
+            return timed()
         future = self.workers.submit(timed)
         wrapped = asyncio.wrap_future(future)
         try:
@@ -252,13 +271,17 @@ class Segmenter:
         self._volume_workers = ThreadPoolExecutor(VOLUME_WORKERS, thread_name_prefix="volume")
         # One thread runs all graphs: they share the device, and one run already uses all its cores.
         self._device = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        # Each kind waits for its own: a volume can take a whole budget for minutes, and images shall pass it.
-        self._images, self._volumes = PixelBudget(limits.pixels_in_flight), PixelBudget(limits.pixels_in_flight)
+        # Images, volumes, and the jobs of each wait for their own: one volume can take a whole budget for minutes, and one job for
+        # as long as others keep the device busy.
+        self._budgets = {
+            (image, urgent): PixelBudget(limits.pixels_in_flight) for image in (True, False) for urgent in (True, False)
+        }
         self.line = Line()
         self._batcher = Batcher(self._device, self.line, metrics, batching.max_wait_ms / 1000)
         self._depth = Depth()
         self._beside = {"image": Pace(BESIDE), "volume": Pace(BESIDE), "stack": Pace(BESIDE)}
         self._margin = Margin()
+        self._tried = time.monotonic()
         self._lanes = {
             (name, graph, precision): Lane(
                 name, graph, precision, engine,
@@ -336,17 +359,16 @@ class Segmenter:
         predicted_s = self.line.wait_s(estimate.seconds) + estimate.seconds + beside_s
         return _Order(choice, choice.route, encoder, reading, estimate, predicted_s)
 
-    def check_wait(self, request: SegmentRequest, terms: Terms) -> Choice:
+    def check_wait(self, choice: Choice, request: SegmentRequest, terms: Terms) -> None:
         """What can be told before the body is there.
 
         Raises:
-            UnknownModel, InvalidParameter: see `choose`.
+            InvalidParameter: min_level does not go with the level.
             Overloaded: whatever it holds, it would have to wait too long.
         """
-        choice = self.choose(request)
         modes.shallower(choice.manifest, choice.route, request.min_level)
-        self._check_wait(self.line.wait_s(), terms.allowed_s)
-        return choice
+        if self.line.wait_s() > terms.allowed_s:
+            self._check_wait(self.line.wait_s(), terms.allowed_s)
 
     async def segment(
         self,
@@ -354,7 +376,7 @@ class Segmenter:
         request: SegmentRequest,
         reference: BinaryIO | None = None,
         progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-        terms: Terms = ANY_TIME,
+        terms: Terms | None = None,
     ) -> Answer:
         """Segments one image, volume or stack.
 
@@ -363,17 +385,19 @@ class Segmenter:
             request: the caller's choices.
             reference: an encoded label image or volume to score against.
             progress: called with (stage, windows done, windows in all); stages are decode, infer, encode.
-            terms: when the answer is of use.
+            terms: when the answer is of use; at any time, if not given.
 
         Raises:
             CallerError, TryAgain, ServerFault: see `server.errors`.
         """
-        begun = time.perf_counter()
+        terms = terms or Terms()
         requested = self.choose(request)
-        clock = _Clock(self._workers)
-        async with _until(terms.deadline):
+        clock = _Clock(None if reference is None and is_quick(file, SMALL_BYTES) else self._workers)
+        async with until(terms.deadline):
             extents = await clock.off_loop("decode", self._measure, file, reference)
             order = self._decide(*extents, request, requested, terms)
+            if not clock.workers and (math.prod(extents[0].size) > SMALL_PIXELS or order.encoder is not ENCODERS["png"]):
+                clock.workers = self._workers
             if extents[0].kind != "image":
                 clock.workers = self._volume_workers
             caller = Caller(urgent=terms.urgent, deadline=terms.deadline)
@@ -383,8 +407,12 @@ class Segmenter:
                 last = await self._run(work, order, caller, clock, progress)
                 progress("encode", order.estimate.windows, order.estimate.windows)
                 answer = await clock.off_loop("", self._finish, work, last, request, order, clock)
-        beside_s = time.perf_counter() - begun - clock.seconds["queue"] - clock.seconds["infer"]
-        self._beside[extents[0].kind].learn(order.estimate.pixels, max(0.0, beside_s))
+        # Without waiting for a thread, which says something about this moment only.
+        beside_s = sum(seconds for phase, seconds in clock.seconds.items() if phase not in ("queue", "infer"))
+        self._beside[extents[0].kind].learn(order.estimate.pixels, beside_s)
+        if order.degraded:
+            levels = f"{order.requested.level}", f"{order.choice.route.level}"
+            self._metrics.degraded.labels(order.choice.model, *levels, order.degraded).inc()
         return answer
 
     def _measure(self, file: BinaryIO, reference: BinaryIO | None) -> tuple[Extent, Extent | None]:
@@ -405,13 +433,16 @@ class Segmenter:
         orders = [order]
         why = "deadline" if allowed_s < terms.patience_s else "load"
         for route in modes.shallower(requested.manifest, requested.route, request.min_level):
-            with contextlib.suppress(InvalidParameter):  # not at the precision asked for
+            with contextlib.suppress(
+                InvalidParameter, TooLarge
+            ):  # not at the precision asked for, or just over a limit by its padding
                 less = self._order(extent, reference, request, self._choice(requested.model, route, request.precision))
                 orders.append(dataclasses.replace(less, requested=requested.route, degraded=why))
         if len(orders) > 1 and allowed_s > 0:
             levels = [o.choice.route.level for o in orders]
             predicted_s = [o.predicted_s * self._margin.factor for o in orders]
-            picked = self._depth.pick(requested.model, allowed_s, levels, predicted_s, idle=self.line.idle())
+            like = requested.model, order.estimate.pixels.bit_length()
+            picked = self._depth.pick(like, allowed_s, levels, predicted_s, idle=self.line.idle())
             if picked is not None:
                 return orders[picked]
         # The last is what comes soonest.
@@ -428,11 +459,17 @@ class Segmenter:
                 f"this would take {estimate} here, and POST /segment works for at most {terms.patience_s:g} s. Send the same "
                 "request to POST /jobs, or choose a shallower level"
             )
-        # Where nobody waits it is tried all the same, unless hopeless: estimates err, and only a run corrects them.
-        if alone_s * (HOPE if self.line.idle() else 1) > allowed_s:
+        if allowed_s <= 0:
+            raise DeadlinePassed("the deadline had passed before anything could be done")
+        # Where nobody waits it is tried all the same, unless hopeless, and even then now and again: estimates err, and only a run
+        # corrects them.
+        now, idle = time.monotonic(), self.line.idle()
+        if idle and now - self._tried >= RETRY_S:
+            self._tried = now
+        elif alone_s * (HOPE if idle else 1) > terms.given_s:
             raise DeadlineTooShort(
                 f"this takes about {alone_s * 1e3:,.0f} ms here even when nobody else waits, and the deadline leaves "
-                f"{max(0.0, allowed_s) * 1e3:,.0f} ms; allow more, or choose a shallower level (min_level lets the server choose)"
+                f"{terms.given_s * 1e3:,.0f} ms; allow more, or choose a shallower level (min_level lets the server choose)"
             )
 
     def _check_wait(self, predicted_s: float, allowed_s: float) -> None:
@@ -455,24 +492,16 @@ class Segmenter:
         estimate, choice = order.estimate, order.choice
         spare_s = terms.patience_s - estimate.seconds
         begun = time.perf_counter()
+        # Not before it has its memory; and nobody waits for jobs.
+        caller.coming = False
         async with contextlib.AsyncExitStack() as held:
             held.enter_context(self.line.join(caller, choice.lane, estimate.tile_pixels, estimate.windows))
             try:
-                async with asyncio.timeout(None if spare_s == math.inf else spare_s):
-                    await held.enter_async_context(
-                        (self._images if extent.kind == "image" else self._volumes).hold(estimate.pixels)
-                    )
-            except TimeoutError as error:
-                raise Overloaded(
-                    f"others were worked on for {spare_s:.0f} s, which leaves no time for this; try again, or send it to POST /jobs"
-                ) from error
-            clock.add("queue", time.perf_counter() - begun)
-            self._metrics.pixels.labels("input").inc(estimate.windows * estimate.tile_pixels - estimate.padding)
-            self._metrics.pixels.labels("padding").inc(estimate.padding)
-            if order.degraded:
-                levels = f"{order.requested.level}", f"{choice.route.level}"
-                self._metrics.degraded.labels(choice.model, *levels, order.degraded).inc()
-            try:
+                await self._hold(held, self._budgets[extent.kind == "image", terms.urgent], estimate, spare_s)
+                clock.add("queue", time.perf_counter() - begun)
+                self._metrics.pixels.labels("input").inc(estimate.windows * estimate.tile_pixels - estimate.padding)
+                self._metrics.pixels.labels("padding").inc(estimate.padding)
+                caller.coming = terms.urgent
                 yield
             except BaseException as error:
                 why = _why(error, caller)
@@ -482,6 +511,15 @@ class Segmenter:
                 raise
             if terms.urgent:
                 self._margin.learn(order.predicted_s, time.perf_counter() - begun)
+
+    async def _hold(self, held: contextlib.AsyncExitStack, budget: PixelBudget, estimate: Estimate, spare_s: float) -> None:
+        try:
+            async with asyncio.timeout(None if spare_s == math.inf else spare_s):
+                await held.enter_async_context(budget.hold(estimate.pixels))
+        except TimeoutError as error:
+            raise Overloaded(
+                f"others were worked on for {spare_s:.0f} s, which leaves no time for this; try again, or send it to POST /jobs"
+            ) from error
 
     def _prepare(self, file: BinaryIO, reference: BinaryIO | None, request: SegmentRequest, order: _Order, clock: _Clock) -> _Work:
         """Decodes, and cuts the tiles of the first step."""
@@ -576,26 +614,33 @@ class Segmenter:
 
 
 @contextlib.asynccontextmanager
-async def _until(deadline: float) -> AsyncIterator[None]:
-    """Ends the block at the deadline.
+async def until(deadline: float) -> AsyncIterator[None]:
+    """Ends the block at the deadline, in seconds of `time.monotonic`.
 
     Raises:
         DeadlinePassed: it was.
     """
+    late = "the deadline passed before the answer was there; what was left of the work is not done"
     try:
-        async with asyncio.timeout_at(None if deadline == math.inf else deadline) as limit:
+        async with asyncio.timeout(None if deadline == math.inf else deadline - time.monotonic()) as limit:
             yield
     except TimeoutError as error:
         if not limit.expired():
             raise
-        raise DeadlinePassed("the deadline passed before the answer was there; what was left of the work is not done") from error
+        raise DeadlinePassed(late) from error
+    # Work on the event loop itself is not interrupted.
+    if time.monotonic() > deadline:
+        raise DeadlinePassed(late)
 
 
 def _why(error: BaseException, caller: Caller) -> str:
     """The reason that windows of an admitted request are not run."""
-    if isinstance(error, DeadlinePassed) or time.monotonic() >= caller.deadline:
+    # Timers of event loops go by milliseconds, and may be early by one.
+    if isinstance(error, DeadlinePassed) or time.monotonic() + 0.002 >= caller.deadline:
         return "late"
-    return "cancelled" if isinstance(error, asyncio.CancelledError) else "error"
+    if isinstance(error, asyncio.CancelledError):
+        return "cancelled"
+    return "unreadable" if isinstance(error, CallerError) else "error"
 
 
 def _compare(mask: Mask, reference: Image | Volume, manifest: Manifest) -> dict[int, quality.Overlap]:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 
-from server.errors import InferenceFailed, NotReady
+from server.errors import NotReady
 from server.runtime.batcher import Batcher
 from server.runtime.line import Caller, Lane
 from server.runtime.opening import OpenBundle, noise
@@ -88,7 +88,7 @@ class Probe:
             try:
                 async with asyncio.timeout(PROBE_TIMEOUT_S):
                     await self._run_test_tile(name)
-            except (InferenceFailed, NotReady, TimeoutError) as error:
+            except Exception as error:
                 self._silent = name
                 self._failures.append(time.monotonic())
                 why = error if len(self._failures) == 1 else None

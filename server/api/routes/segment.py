@@ -19,7 +19,7 @@ from server.api.asking import REQUEST_BODY, Parameters, headers
 from server.api.schemas import Problem
 from server.imaging import encode
 from server.metrics import Metrics
-from server.segment.pipeline import Segmenter, Terms
+from server.segment.pipeline import Segmenter, Terms, until
 
 T = TypeVar("T")
 
@@ -76,9 +76,10 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_
         try:
             terms = Terms(max_wait_s, _deadline(asked.deadline_ms, request))
             wanted = asked.wanted(request)
-            choice = segmenter.check_wait(wanted, terms)
+            choice = segmenter.choose(wanted)
             labels = (choice.model, choice.route.mode, f"{choice.route.level}")
-            async with upload.receive(request) as files:
+            segmenter.check_wait(choice, wanted, terms)
+            async with until(terms.deadline), upload.receive(request) as files:
                 answer = await _unless_gone(request, segmenter.segment(files.file, wanted, files.reference, terms=terms))
             outcome = "ok"
         except ClientDisconnect:

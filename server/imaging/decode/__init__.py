@@ -50,6 +50,18 @@ def measure(file: BinaryIO, max_pixels: int) -> Extent:
     return extent
 
 
+def is_quick(file: BinaryIO, most: int) -> bool:
+    """Whether the header of a file is read in no time, whoever made it; leaves the file at its start.
+
+    Args:
+        file: open at its start, seekable.
+        most: bytes of such a file.
+    """
+    data = file.read(most + 1)
+    file.seek(0)
+    return len(data) <= most and raster.is_plain_png(data)
+
+
 def decode(file: BinaryIO, reading: Reading) -> Image | Volume:
     """Decodes an image, a volume or a stack.
 

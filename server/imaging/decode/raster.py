@@ -14,6 +14,8 @@ FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 # Our own limit is checked from the header, before any pixel is decoded.
 Pillow.MAX_IMAGE_PIXELS = None
 
+PNG = b"\x89PNG\r\n\x1a\n"
+
 # The EXIF tag, and its values for pictures that are turned by a quarter.
 ORIENTATION = 0x0112
 ON_ITS_SIDE = (5, 6, 7, 8)
@@ -24,7 +26,12 @@ SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 
 def recognises(head: bytes) -> bool:
     """PNG, JPEG, BMP or WebP by their first bytes."""
-    return head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM")) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+    return head.startswith((PNG, b"\xff\xd8\xff", b"BM")) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+
+
+def is_plain_png(data: bytes) -> bool:
+    """A PNG without compressed texts and profiles, which can be a thousand times as long as they look."""
+    return data.startswith(PNG) and not any(chunk in data for chunk in (b"zTXt", b"iTXt", b"iCCP"))
 
 
 def size(file: BinaryIO) -> Extent:

@@ -729,13 +729,27 @@ class TestDeadlines:
         async def go() -> None:
             scene = Scene([10.0])
             caller = Caller(deadline=clock.now + left_s)
+            task, other = scene.arrive(1, 1, caller), scene.arrive(2, 1)
             if runs:
-                assert first_of(await scene.arrive(1, 1, caller)) == 2
+                assert first_of(await task) == 2
             else:
                 with pytest.raises(DeadlinePassed):
-                    await scene.arrive(1, 1, caller)
-            assert scene.ran == [1] * runs
+                    await task
+            assert first_of(await other) == 4
+            assert scene.ran == [1] * runs + [2]
             assert caller.ran == runs
+
+        play(go)
+
+    @pytest.mark.parametrize(("left_s", "runs"), [(0.1, True), (0.0, True), (-0.1, False)])
+    def test_where_nobody_else_waits_anything_is_tried_until_it_is_late(self, clock: Clock, left_s: float, runs: bool) -> None:
+        async def go() -> None:
+            scene = Scene([10.0])
+            task = scene.arrive(1, 1, Caller(deadline=clock.now + left_s))
+            assert [type(outcome) for outcome in await asyncio.gather(task, return_exceptions=True)] == [
+                Ran if runs else DeadlinePassed
+            ]
+            assert scene.ran == [1] * runs
 
         play(go)
 
@@ -860,7 +874,7 @@ class TestCompany:
                 with pytest.raises(NotReady):
                     await task
                 await steps()
-                assert scene.batcher._pump is None
+                assert not scene.batcher._running
 
         play(go)
 
@@ -1009,7 +1023,8 @@ class Party:
             (hand,) = [hand for hand in visitor.waiting if value in hand]
             hand.remove(value)
             assert not self._late(visitor)
-        urgent = [v for v in self.visitors if v.spec.urgent and any(v.waiting) and not self._late(v)]
+        hopeful = [v for v in self.visitors if self._clock.now + HOPE * self.PACES[v.spec.lane] <= v.caller.deadline]
+        urgent = [v for v in hopeful if v.spec.urgent and any(v.waiting)]
         assert not urgent or any(self.visitors[number].spec.urgent for number in aboard)
 
     def _answer(self, lane: int, batch: Tiles) -> np.ndarray:
@@ -1026,7 +1041,8 @@ class Party:
         return doubled(batch)
 
     def _late(self, visitor: Visitor) -> bool:
-        return self._clock.now + HOPE * self.PACES[visitor.spec.lane] > visitor.caller.deadline
+        """For certain; who is not yet may be given up too, where others wait."""
+        return self._clock.now > visitor.caller.deadline
 
 
 @settings(max_examples=150, deadline=None)
@@ -1059,7 +1075,7 @@ def test_whatever_comes_every_caller_gets_his_own_or_an_error(
             else:
                 with pytest.raises(NotReady):
                     await party.batcher.run(party.lanes[0], tiles([7]))
-            while party.batcher._pump:  # noqa: ASYNC110 - it has no event
+            while party.batcher._running or party.batcher._woken:  # noqa: ASYNC110 - it has no event
                 await asyncio.sleep(0)
         assert not party.batcher._waiting
         assert not party.batcher._served

@@ -91,14 +91,6 @@ def test_the_batch_that_runs_is_waited_for(clock: SimpleNamespace) -> None:
     assert line.wait_s() == 0
 
 
-def test_a_pace_that_changes_changes_the_wait() -> None:
-    line, lane = Line(), lane_of(2.0)
-    with line.join(Caller(), lane, 4, 10):
-        for _ in range(200):
-            lane.pace.learn(4, 6.0)
-        assert line.backlog_s() == pytest.approx(60, rel=1e-3)
-
-
 def test_who_leaves_in_whatever_way_is_gone() -> None:
     line = Line()
     for error in (KeyError, KeyboardInterrupt, GeneratorExit):

@@ -441,5 +441,5 @@ def test_what_is_found_is_within_the_settings(
     opened = open_bundle(shipped_bundle, RuntimeSettings(), BatchingSettings(max_batch=max_batch, max_batch_pixels=max_pixels))
     assert opened.batch_pixels.keys() == opened.engines.keys() == opened.pace.keys()
     assert opened.measured_pixels == 128 * 128
-    assert set(opened.batch_pixels.values()) == {tiles * 128 * 128}
+    assert set(opened.batch_pixels.values()) == {min(tiles * 128 * 128, max_pixels)}
     assert set(opened.pace.values()) == {1 / (128 * 128)}

@@ -619,7 +619,7 @@ class TestInTheMiddle:
 
 async def all_is_given_back(segmenter: Segmenter) -> None:
     """The next caller, who needs the whole budget, is served."""
-    for budget in (segmenter._images, segmenter._volumes):
+    for budget in segmenter._budgets.values():
         assert budget._free == budget._total
     await segmenter.segment(Sent(picture_bytes(VOLUME[0])), SegmentRequest())
 
@@ -659,7 +659,7 @@ def test_an_image_passes_volumes(monkeypatch: pytest.MonkeyPatch, volumes: int) 
 class TestAdmission:
     def test_who_would_wait_too_long_for_others_is_sent_to_jobs(self) -> None:
         async def go(segmenter: Segmenter) -> None:
-            async with segmenter._volumes.hold(LimitsSettings().pixels_in_flight):
+            async with segmenter._budgets[False, True].hold(VOLUME.size):
                 with pytest.raises(Overloaded, match="leaves no time for this; try again, or send it to POST /jobs"):
                     await segmenter.segment(Sent(nifti_bytes(VOLUME)), SegmentRequest(), terms=Terms(0.05))
                 # Images do not wait for volumes.
@@ -667,7 +667,7 @@ class TestAdmission:
             # Who gave up left no claim behind.
             await segmenter.segment(Sent(nifti_bytes(VOLUME)), SegmentRequest(), terms=Terms(60.0))
 
-        with segmenting() as segmenter:
+        with segmenting(limits=LimitsSettings(pixels_in_flight=VOLUME.size)) as segmenter:
             asyncio.run(go(segmenter))
 
     def test_a_reference_on_another_grid_is_refused_by_its_header(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -725,6 +725,11 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Predictions are held against what is allowed as they are."""
     monkeypatch.setattr(Margin, "factor", 1.0)
     monkeypatch.setattr(pipeline, "BESIDE", {})
+
+
+def check_wait(segmenter: Segmenter, request: SegmentRequest, terms: Terms) -> None:
+    """As the route does before the body is there."""
+    segmenter.check_wait(segmenter.choose(request), request, terms)
 
 
 @contextlib.contextmanager
@@ -816,7 +821,7 @@ class TestInTime:
     def test_jobs_refuse_nobody(self) -> None:
         with costing() as segmenter, crowd(segmenter, 1000, urgent=False):
             assert segmenter.line.idle()
-            segmenter.check_wait(SegmentRequest(), Terms(0.1))
+            check_wait(segmenter, SegmentRequest(), Terms(0.1))
             assert asked(segmenter, 100.0).body
 
     def test_windows_of_jobs_are_not_waited_for_but_for_those_that_run(self) -> None:
@@ -837,18 +842,16 @@ class TestInTime:
     def test_the_wait_alone_may_refuse_before_the_body_is_there(self) -> None:
         with costing() as segmenter, crowd(segmenter, 70):
             with pytest.raises(Overloaded) as caught:
-                segmenter.check_wait(SegmentRequest(), Terms(50.5))
+                check_wait(segmenter, SegmentRequest(), Terms(50.5))
             assert caught.value.retry_after_s == 20
-            assert segmenter.check_wait(SegmentRequest(level=2), Terms(71.0)).route.level == 2
-            with pytest.raises(UnknownModel):
-                segmenter.check_wait(SegmentRequest(model="none"), Terms(50.5))
+            check_wait(segmenter, SegmentRequest(level=2), Terms(71.0))
             with pytest.raises(InvalidParameter, match="min_level=3"):
-                segmenter.check_wait(SegmentRequest(level=2, min_level=3), Terms(1e6))
+                check_wait(segmenter, SegmentRequest(level=2, min_level=3), Terms(1e6))
 
     def test_no_time_at_all_is_no_overload(self) -> None:
         """A deadline that is over when the headers are read; nobody else is there to be waited for."""
         with costing() as segmenter, contextlib.suppress(DeadlineTooShort, DeadlinePassed):
-            segmenter.check_wait(SegmentRequest(), Terms(120.0, time.monotonic() - 0.001))
+            check_wait(segmenter, SegmentRequest(), Terms(120.0, time.monotonic() - 0.001))
 
     def test_a_deadline_that_is_over_runs_nothing(self) -> None:
         ran = Counted()
@@ -1049,7 +1052,7 @@ class TestGivenUp:
                 with pytest.raises(InferenceFailed):
                     await segmenter.segment(Sent(TestInTheMiddle.DATA), SegmentRequest())
                 # A batch of the next step may have begun already, and counts as run.
-                await holds(lambda: segmenter._batcher._pump is None)
+                await holds(lambda: not segmenter._batcher._running)
 
             asyncio.run(go())
             assert counted(segmenter, "windows_dropped_total", reason="error") == 48 - 2 * engine.batches
@@ -1060,6 +1063,7 @@ class TestGivenUp:
         """Nobody may close the file that it reads; nor if he is cancelled again while he waits for its end."""
         slow = Slow(getattr(pipeline, where))
         monkeypatch.setattr(pipeline, where, slow)
+        monkeypatch.setattr(pipeline, "SMALL_BYTES", 0)
         with segmenting() as segmenter:
 
             async def go() -> None:
@@ -1082,6 +1086,7 @@ class TestGivenUp:
     def test_a_deadline_waits_for_the_thread_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
         slow = Slow(pipeline.decode)
         monkeypatch.setattr(pipeline, "decode", slow)
+        monkeypatch.setattr(pipeline, "SMALL_BYTES", 0)
         with segmenting() as segmenter:
 
             async def go() -> None:
@@ -1138,7 +1143,7 @@ class TestPixels:
             with pytest.raises(Unreadable):
                 asked(segmenter, data=IMAGE[:200])
             # It was admitted by its header, and its window dropped.
-            assert counted(segmenter, "windows_dropped_total", reason="error") == 1
+            assert counted(segmenter, "windows_dropped_total", reason="unreadable") == 1
             assert sum(counted(segmenter, "pixels_total", kind=kind) for kind in ("input", "padding")) == engine.pixels + 64 * 64
 
     @pytest.mark.parametrize("size", [(300, 64), (64, 300), (120, 40), (40, 120)])
