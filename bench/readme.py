@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.peers.contenders import CASES
+from bench.peers.report import label
 from bench.table import RESULTS, markdown
 from server.runtime.bundle import read_bundle
 from server.runtime.opening import offered
@@ -89,9 +91,27 @@ def volumes() -> str:
     return (RESULTS / "volumes.md").read_text().split("\n\n", 2)[2]
 
 
+def peers() -> str:
+    """Best throughput and p99 of each server, and the goals."""
+    run = _results("peers")
+    measured = {(turn["contender"], turn["case"]): turn for turn in run["turns"] if turn["levels"]}
+    rows = []
+    for name in dict.fromkeys(["bare", "ours", "auto", *(name for name, _ in measured)]):
+        row = [label(name)]
+        for case in run["deadlines_ms"]:
+            levels = measured[name, case]["levels"] if (name, case) in measured else {}
+            best = max((s["throughput"] for load, s in levels.items() if load.isdigit()), default=None)
+            p99 = levels.get("0.8x", {}).get("p99")
+            row += ["–" if best is None else f"{best:.3g}", "–" if p99 is None else f"{p99:,.0f}"]
+        rows.append(row)
+    headings = ["", *(f"{CASES[case].name} {what}" for case in run["deadlines_ms"] for what in ("answers/s", "p99 ms at 0.8 ×"))]
+    goals = (RESULTS / "peers.md").read_text().split("\n\n")[1]
+    return f"{markdown(headings, rows)}\n{goals}\n"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "levels": levels, "accuracy": accuracy, "memory": memory, "hippocampus": hippocampus, "volumes": volumes,
-    "settings": markdown_table,
+    "peers": peers, "settings": markdown_table,
 }  # fmt: skip
 
 

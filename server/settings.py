@@ -33,11 +33,12 @@ class HttpSettings(_Group):
         "then noticed; Ctrl-C skips it",
     )
     stop_s: int = Field(
-        20,
+        15,
         ge=0,
         le=3600,
-        description="then it listens no more, and requests may take so long until they get 503; with `drain_s` it stays below the 30 s "
-        "after which Kubernetes kills (docker stop: 10 s), so raise both where POST /segment shall finish long work",
+        description="then it listens no more, and requests may take so long until they get 503; with `drain_s` and "
+        "what closing takes it fits into the 30 s after which Kubernetes kills. Where POST /segment shall finish long work, raise it, and "
+        "that grace period (docker stop: -t) above the sum",
     )
 
 

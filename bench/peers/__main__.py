@@ -55,7 +55,7 @@ LOADS = ("1", "4", "16", "64", "0.5x", "0.8x", "1.3x")
 DEADLINES = 8
 LASTS = 4
 # Requests in an open loop, at least: of fewer there is no 99th percentile to speak of.
-FEWEST = 30
+FEWEST = 16
 # Processors that others may keep busy when a turn begins, of all, in percent; and how long to wait for that, in seconds.
 QUIET = 10
 PATIENCE_S = 20

@@ -166,16 +166,13 @@ class Batcher:
         if self._running or not (caller := self._next()):
             return
         lane, (_, *tile) = kind = self._waiting[caller][0].kind
-        most = lane.most(tuple(tile))
-        if not self._waited and self._expects(kind, most):
+        if not self._waited and self._expects(kind, lane.most(tuple(tile))):
             self._timer = self._timer or asyncio.get_running_loop().call_later(self._max_wait_s, self._wait_no_longer)
             return
         if self._timer:
             self._timer.cancel()
         self._timer, self._waited = None, False
-        batch = self._take(caller, most)
-        self._line.busy_until = time.monotonic() + len(batch) * lane.pace.seconds(math.prod(tile))
-        self._running = asyncio.get_running_loop().create_task(self._run(batch))
+        self._running = asyncio.get_running_loop().create_task(self._run())
         self._running.add_done_callback(self._ended)
 
     def _ended(self, _: asyncio.Task[None]) -> None:
@@ -193,13 +190,15 @@ class Batcher:
         hands = [hand for hand in itertools.chain.from_iterable(self._waiting.values()) if not hand.done.done()]
         return all(hand.kind == kind for hand in hands) and sum(len(hand.tiles) - hand.taken for hand in hands) < most
 
-    async def _run(self, batch: _Batch) -> None:
-        # Since it was taken, callers may have left, or all may have been told that the server stops.
-        batch = [(hand, index) for hand, index in batch if not hand.done.done()]
-        if not batch:
+    async def _run(self) -> None:
+        """One batch; every outcome settles its futures."""
+        # Taken as late as can be, so that nobody has come, left or been told to since.
+        if not (caller := self._next()):
             return
+        batch = self._take(caller)
         hands = dict.fromkeys(hand for hand, _ in batch)
         lane, (_, *tile) = batch[0][0].kind
+        self._line.busy_until = time.monotonic() + len(batch) * lane.pace.seconds(math.prod(tile))
         try:
             scores, seconds = await asyncio.get_running_loop().run_in_executor(self._executor, _execute, lane, batch)
         except Exception as error:  # noqa: BLE001 - whatever the engine raises must reach its callers
@@ -244,12 +243,13 @@ class Batcher:
     def _rank(self, caller: Caller) -> tuple[bool, bool, float, int]:
         return not caller.ahead, not caller.urgent, caller.turn, self._served[caller]
 
-    def _take(self, first: Caller, most: int) -> _Batch:
-        """A tile of the caller whose turn it is, and tiles of its kind from all callers in turn, `most` at most."""
+    def _take(self, first: Caller) -> _Batch:
+        """A tile of the caller whose turn it is, and tiles of its kind from all callers in turn, as many as the limits allow."""
         kind = self._waiting[first][0].kind
         lane, (_, *tile) = kind
         cost_s = lane.pace.seconds(math.prod(tile))
         self._turns[first.urgent] = first.turn
+        most = lane.most(tuple(tile))
         sharing = [(self._rank(caller), caller) for caller, hands in self._waiting.items() if hands[0].kind == kind]
         heapq.heapify(sharing)
         batch: _Batch = []
