@@ -367,7 +367,8 @@ class Segmenter:
             Overloaded: whatever it holds, it would have to wait too long.
         """
         modes.shallower(choice.manifest, choice.route, request.min_level)
-        if self.line.wait_s() > terms.allowed_s:
+        # With what it holds it would only be later; so this is refused before its body is read.
+        if not self.line.idle():
             self._check_wait(self.line.wait_s(), terms.allowed_s)
 
     async def segment(
@@ -433,9 +434,8 @@ class Segmenter:
         orders = [order]
         why = "deadline" if allowed_s < terms.patience_s else "load"
         for route in modes.shallower(requested.manifest, requested.route, request.min_level):
-            with contextlib.suppress(
-                InvalidParameter, TooLarge
-            ):  # not at the precision asked for, or just over a limit by its padding
+            # It may not be served at the precision asked for, or be just over a limit by its padding.
+            with contextlib.suppress(InvalidParameter, TooLarge):
                 less = self._order(extent, reference, request, self._choice(requested.model, route, request.precision))
                 orders.append(dataclasses.replace(less, requested=requested.route, degraded=why))
         if len(orders) > 1 and allowed_s > 0:

@@ -27,8 +27,8 @@ STEP_PIXELS = 2_097_152
 # And how many at most: each is handed to the event loop.
 STEP_WINDOWS = 256
 
-# Sides of the tiles of images are multiples of these, up to 128 pixels and above: engines prepare each new shape anew, which
-# takes as long as a run or more, and tiles can share a batch only with others of their shape.
+# Sides of the tiles of images are multiples of these, up to 128 pixels and above: engines prepare each new shape anew, and tiles
+# share a batch only with others of their shape.
 SIDES = 16, 32
 
 
