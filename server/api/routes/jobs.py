@@ -12,7 +12,7 @@ from starlette.types import Message
 from server.api import problems, upload
 from server.api.asking import REQUEST_BODY, Parameters
 from server.api.schemas import JobDocument, Problem, job_document
-from server.errors import NotFinished, Overloaded, StoreBroken, UnknownJob
+from server.errors import InvalidParameter, NotFinished, Overloaded, StoreBroken, UnknownJob
 from server.jobs.job import FINISHED
 from server.jobs.live import View
 from server.jobs.runner import Runner
@@ -67,6 +67,8 @@ def router(runner: Runner) -> APIRouter:
     )
     async def create(request: Request, asked: Annotated[JobParameters, Query()]) -> Response:
         wanted = asked.wanted(request)
+        if "x-deadline-ms" in request.headers:
+            raise InvalidParameter("X-Deadline-Ms is for POST /segment; a job takes the time it takes, and can be cancelled")
         try:
             with runner.reserve(wanted) as claim:
                 async with upload.receive(_counting(request, claim)) as files:

@@ -331,6 +331,9 @@ class TestRefusals:
 
     def test_preview_is_no_parameter_of_segment(self, small: httpx.Client, problem: Checked) -> None:
         problem(small.post("/segment?preview=true", content=GOOD), 422, "invalid-parameter")
+        # A job has no deadline, in whatever way one is given.
+        problem(small.post("/jobs", content=GOOD, headers={"X-Deadline-Ms": "1000"}), 422, "invalid-parameter")
+        problem(small.post("/jobs?deadline_ms=1000", content=GOOD), 422, "invalid-parameter")
 
     def test_there_is_no_list(self, small: httpx.Client, problem: Checked) -> None:
         problem(small.get("/jobs"), 405)
