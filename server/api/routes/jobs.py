@@ -16,6 +16,7 @@ from server.errors import InvalidParameter, NotFinished, Overloaded, StoreBroken
 from server.jobs.job import FINISHED
 from server.jobs.live import View
 from server.jobs.runner import Runner
+from server.segment.pipeline import SegmentRequest
 
 UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": Problem}}
 REFUSED: dict[int | str, dict[str, Any]] = {code: {"model": Problem} for code in (404, 406, 408, 413, 415, 422, 429, 500, 503, 507)}
@@ -51,6 +52,17 @@ class JobParameters(Parameters):
 
     preview: bool = Field(False, description="also a mask of level 1, which is there long before the result")
 
+    def wanted(self, request: Request) -> SegmentRequest:
+        """See `Parameters.wanted`.
+
+        Raises:
+            InvalidParameter: also for a deadline, which else would be ignored.
+            UnknownFormat: see there.
+        """
+        if "x-deadline-ms" in request.headers:
+            raise InvalidParameter("X-Deadline-Ms is for POST /segment; a job takes the time it takes, and can be cancelled")
+        return super().wanted(request)
+
 
 def router(runner: Runner) -> APIRouter:
     """The routes, with what they need."""
@@ -67,8 +79,6 @@ def router(runner: Runner) -> APIRouter:
     )
     async def create(request: Request, asked: Annotated[JobParameters, Query()]) -> Response:
         wanted = asked.wanted(request)
-        if "x-deadline-ms" in request.headers:
-            raise InvalidParameter("X-Deadline-Ms is for POST /segment; a job takes the time it takes, and can be cancelled")
         try:
             with runner.reserve(wanted) as claim:
                 async with upload.receive(_counting(request, claim)) as files:

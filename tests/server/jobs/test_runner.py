@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import math
 import tempfile
 import threading
 import time
@@ -21,7 +22,7 @@ from server.jobs.live import View
 from server.jobs.runner import Runner
 from server.jobs.store import Store
 from server.metrics import Metrics
-from server.segment.pipeline import ANY_TIME, Answer, Estimate, Segmenter, SegmentRequest, Terms
+from server.segment.pipeline import Answer, Estimate, Segmenter, SegmentRequest, Terms
 from server.settings import BatchingSettings, JobsSettings, LimitsSettings
 from tests.server.conftest import bright, fake_bundles, picture_bytes
 
@@ -57,10 +58,10 @@ class FakeSegmenter:
         request: SegmentRequest,
         reference: BinaryIO | None = None,
         progress: Progress = lambda *_: None,
-        terms: Terms = ANY_TIME,
+        terms: Terms,
     ) -> Answer:
         # Jobs leave the device to whoever waits for an answer, and are never late.
-        assert terms == Terms(urgent=False)
+        assert (terms.urgent, terms.given_s) == (False, math.inf)
         choice = self.choose(request)
         data = file.read()
         self.active += 1
