@@ -58,9 +58,10 @@ class FakeSegmenter:
         request: SegmentRequest,
         reference: BinaryIO | None = None,
         progress: Progress = lambda *_: None,
-        terms: Terms,
+        terms: Terms | None = None,
     ) -> Answer:
         # Jobs leave the device to whoever waits for an answer, and are never late.
+        assert terms
         assert (terms.urgent, terms.given_s) == (False, math.inf)
         choice = self.choose(request)
         data = file.read()
