@@ -103,7 +103,7 @@ def serve(
             )
         typer.echo(f"page     {shown}/\ndocs     {shown}/docs\nmetrics  {shown}/metrics")
         server = Server(uvicorn.Config(
-            # h11 bounds the head of a request, and costs no more here than what uvicorn would take where it finds it.
+            # uvicorn would take httptools where it finds it, which does not bound the head of a request.
             create_app(settings, opened, store), http="h11", host=http.host, port=http.port, timeout_keep_alive=http.keep_alive_s,
             timeout_graceful_shutdown=http.stop_s, access_log=False, log_level="warning", server_header=False,
         ), http.drain_s)  # fmt: skip

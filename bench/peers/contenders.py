@@ -10,9 +10,8 @@
 
 Each peer has one worker process, with the same number of threads of the same ONNX Runtime, which do not spin (faster: common.py).
 
-The largest batch is `Case.max_batch`, the same for all peers. Batches of these networks gain little on a CPU: on 2 cores
-bare ONNX Runtime runs 16 images of 96² 1.1 times as fast as one by one (in a quiet moment); 4 of 256² and 2 of 512² take as long as one by
-one, and more of them take longer and gigabytes of memory. So each peer may batch, up to where it does not harm.
+The largest batch is `Case.max_batch`, the same for all peers. Batches of these networks gain little on a CPU, and large ones
+take longer than one by one, and much memory. So each peer may batch, up to where it does not harm.
 
 The wait is no longer than the shortest run, so that a lone request pays little for it; under load requests wait together
 for the run before theirs anyway. LitServe cannot do without: with its default, 0, an idle worker polls and takes one core.

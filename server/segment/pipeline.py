@@ -38,7 +38,7 @@ from server.runtime.opening import OpenBundle
 from server.runtime.pace import Margin, Pace
 from server.segment import cost, modes, quality, report
 from server.segment.cost import Estimate
-from server.segment.depth import Depth
+from server.segment.degradation import Degradation
 from server.segment.modes import Route
 from server.segment.plan import Plan, make_plan, place, seen_by
 from server.segment.probe import Probe
@@ -53,7 +53,7 @@ T = TypeVar("T")
 BESIDE = {512 * 512: 5e-8}
 
 # A PNG of so few bytes and pixels is decoded, restored and encoded on the event loop: each takes some tenths of a millisecond, and
-# handing them to a thread and back takes longer. That is a fifth of all that a request of 96² at L1 costs.
+# handing them to a thread and back takes longer.
 SMALL_BYTES = 32 * 1024
 SMALL_PIXELS = 128 * 128
 
@@ -125,7 +125,8 @@ class _Order:
     Attributes:
         choice: what will be served.
         requested: what was asked for.
-        predicted_s: until the answer is there, waiting included.
+        alone_s: until the answer is there, if nobody else waits.
+        predicted_s: the same, waiting included.
         degraded: why they differ: "deadline", "load", or "" if they do not.
     """
 
@@ -134,6 +135,7 @@ class _Order:
     encoder: Encoder
     reading: Reading
     estimate: Estimate
+    alone_s: float
     predicted_s: float
     degraded: str = ""
 
@@ -278,7 +280,7 @@ class Segmenter:
         }
         self.line = Line()
         self._batcher = Batcher(self._device, self.line, metrics, batching.max_wait_ms / 1000)
-        self._depth = Depth()
+        self._degradation = Degradation()
         self._beside = {"image": Pace(BESIDE), "volume": Pace(BESIDE), "stack": Pace(BESIDE)}
         self._margin = Margin()
         self._tried = time.monotonic()
@@ -355,9 +357,8 @@ class Segmenter:
         if reference and (extent.kind != "image" or sorted(extent.size) != sorted(reference.size)):
             quality.check_grid(extent, reference)
         reading = Reading(limits.max_pixels, limits.max_voxels, zero_nonfinite=request.nonfinite == "zero")
-        beside_s = self._beside[extent.kind].seconds(estimate.pixels)
-        predicted_s = self.line.wait_s(estimate.seconds) + estimate.seconds + beside_s
-        return _Order(choice, choice.route, encoder, reading, estimate, predicted_s)
+        alone_s = estimate.seconds + self._beside[extent.kind].seconds(estimate.pixels)
+        return _Order(choice, choice.route, encoder, reading, estimate, alone_s, self.line.wait_s(estimate.seconds) + alone_s)
 
     def check_wait(self, choice: Choice, request: SegmentRequest, terms: Terms) -> None:
         """What can be told before the body is there.
@@ -369,7 +370,7 @@ class Segmenter:
         modes.shallower(choice.manifest, choice.route, request.min_level)
         # With what it holds it would only be later; so this is refused before its body is read.
         if not self.line.idle():
-            self._check_wait(self.line.wait_s(), terms.allowed_s)
+            self._check_in_time(self.line.wait_s(), terms.allowed_s)
 
     async def segment(
         self,
@@ -442,21 +443,21 @@ class Segmenter:
             levels = [o.choice.route.level for o in orders]
             predicted_s = [o.predicted_s * self._margin.factor for o in orders]
             like = requested.model, order.estimate.pixels.bit_length()
-            picked = self._depth.pick(like, allowed_s, levels, predicted_s, idle=self.line.idle())
+            picked = self._degradation.pick(like, allowed_s, levels, predicted_s, idle=self.line.idle())
             if picked is not None:
                 return orders[picked]
         # The last is what comes soonest.
-        self._check_possible(extent, orders[-1].estimate, terms, allowed_s)
+        self._check_possible(orders[-1], terms, allowed_s)
         if not self.line.idle():
-            self._check_wait(orders[-1].predicted_s, allowed_s)
+            self._check_in_time(orders[-1].predicted_s, allowed_s)
         return orders[-1]
 
-    def _check_possible(self, extent: Extent, estimate: Estimate, terms: Terms, allowed_s: float) -> None:
+    def _check_possible(self, order: _Order, terms: Terms, allowed_s: float) -> None:
         """Refuses what would take too long even if nobody else waited."""
-        alone_s = estimate.seconds + self._beside[extent.kind].seconds(estimate.pixels)
+        alone_s = order.alone_s
         if alone_s > terms.patience_s:
             raise TooLarge(
-                f"this would take {estimate} here, and POST /segment works for at most {terms.patience_s:g} s. Send the same "
+                f"this would take {order.estimate} here, and POST /segment works for at most {terms.patience_s:g} s. Send the same "
                 "request to POST /jobs, or choose a shallower level"
             )
         if allowed_s <= 0:
@@ -472,7 +473,7 @@ class Segmenter:
                 f"{terms.given_s * 1e3:,.0f} ms; allow more, or choose a shallower level (min_level lets the server choose)"
             )
 
-    def _check_wait(self, predicted_s: float, allowed_s: float) -> None:
+    def _check_in_time(self, predicted_s: float, allowed_s: float) -> None:
         """Refuses what would come too late, and says when to ask again."""
         likely_s, left_s = predicted_s * self._margin.factor, max(0.0, allowed_s)
         if likely_s > left_s:

@@ -8,6 +8,7 @@ import json
 import resource
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from PIL import Image as Pillow
 from server.arrays import Tiles
 from server.runtime.bundle import FileEntry, Manifest, sha256
 from server.runtime.engines.fake import FakeEngine
+from server.runtime.pace import Pace
 
 # Applications have no end that a fixture would see, so their folders go with the process.
 JOBS = Path(tempfile.mkdtemp(prefix="unetpp-jobs-"))
@@ -124,6 +126,28 @@ def calibrated(rows: Sequence[tuple[Any, ...]], recommended: int = 2) -> dict[st
 def bright(tiles: Tiles) -> np.ndarray:
     """Scores that are a function of each pixel alone: 1 where it lies above the image's mean."""
     return (tiles.pixels.astype(np.float32).mean(axis=1, keepdims=True) > tiles.mean[:, :1]).astype(np.float32)
+
+
+class Fixed(Pace):
+    """So many seconds for a tile, of whatever size, for ever."""
+
+    def __init__(self, tile_s: float) -> None:
+        super().__init__()
+        self._tile_s = tile_s
+
+    def seconds(self, pixels: int) -> float:
+        return self._tile_s
+
+    def learn(self, pixels: int, seconds: float) -> None:
+        pass
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for what must come."""
+    given_up = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < given_up
+        time.sleep(0.01)
 
 
 def fake_bundles(

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tests.server.conftest import mask_of, picture_bytes
+from tests.server.conftest import mask_of, picture_bytes, until
 
 PIXELS = np.arange(64, dtype=np.uint8).repeat(64).reshape(64, 64)
 PICTURE = picture_bytes(PIXELS)
@@ -31,14 +31,6 @@ PICTURE = picture_bytes(PIXELS)
 FOREVER = "600"
 
 RESTARTS = 3  # of each of two servers
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Waits for what must come."""
-    given_up = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < given_up
-        time.sleep(0.01)
 
 
 class Life:

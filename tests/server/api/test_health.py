@@ -1,6 +1,5 @@
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,7 +13,7 @@ from server.arrays import Tiles
 from server.metrics import OUTCOMES, PHASES
 from server.segment import probe
 from tests.conftest import serving
-from tests.server.conftest import bright, fake_app, picture_bytes
+from tests.server.conftest import bright, fake_app, picture_bytes, until
 
 DATA = picture_bytes(np.arange(64, dtype=np.uint8).reshape(8, 8))
 
@@ -73,13 +72,6 @@ def alive(client: httpx.Client) -> bool:
 
 def ready(client: httpx.Client) -> bool:
     return client.get("/health/ready").status_code == 200
-
-
-def until(condition: Callable[[], bool]) -> None:
-    given_up = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < given_up
-        time.sleep(0.01)
 
 
 def test_live_and_ready(client: httpx.Client) -> None:

@@ -23,6 +23,7 @@ from server.runtime.batcher import HOPE, Batcher, Ran
 from server.runtime.engines.fake import FakeEngine
 from server.runtime.line import Caller, Lane, Line
 from server.runtime.pace import Pace
+from tests.server.conftest import Fixed
 
 
 def tiles(values: list[float], size: tuple[int, int] = (2, 2), channels: int = 1, dtype: type = np.float32) -> Tiles:
@@ -48,20 +49,6 @@ class Gate:
         self.entered.set()
         assert self.open.wait(30)
         return self._function(batch)
-
-
-class Fixed(Pace):
-    """So many seconds for a tile, of whatever size, for ever."""
-
-    def __init__(self, tile_s: float) -> None:
-        super().__init__()
-        self._tile_s = tile_s
-
-    def seconds(self, pixels: int) -> float:
-        return self._tile_s
-
-    def learn(self, pixels: int, seconds: float) -> None:
-        pass
 
 
 def lane_of(function: Callable[[Tiles], np.ndarray] = doubled, max_batch: int = 4, max_batch_pixels: int = 10_000,

@@ -35,12 +35,13 @@ from server.errors import (
 from server.metrics import Metrics
 from server.runtime.engines.fake import FakeEngine
 from server.runtime.line import Caller, Lane
-from server.runtime.pace import Margin, Pace
+from server.runtime.pace import Margin
 from server.segment import pipeline
 from server.segment.cost import Estimate
 from server.segment.pipeline import Answer, Segmenter, SegmentRequest, Terms
 from server.settings import BatchingSettings, LimitsSettings
 from tests.server.conftest import (
+    Fixed,
     bright,
     fake_bundles,
     mask_of,
@@ -583,6 +584,8 @@ class TestInTheMiddle:
                 assert engine.batches == after + 2  # the one that ran, and the one of the next caller
 
             asyncio.run(go())
+            assert counted(segmenter, "windows_dropped_total", reason="cancelled") == 48 - 2 * (after + 1)
+            assert counted(segmenter, "windows_dropped_total", reason="late") == 0
 
     def test_progress_that_raises_ends_it_too(self) -> None:
         engine = Counted()
@@ -704,20 +707,6 @@ def test_values_beyond_single_precision_are_met_like_infinite_ones() -> None:
 
 GRAPHS = {"L1": 10.0, "L2": 20.0, "L3": 30.0, "L4": 40.0, "accurate": 50.0}
 IMAGE = picture_bytes(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8))
-
-
-class Fixed(Pace):
-    """So many seconds for a tile, of whatever size, for ever."""
-
-    def __init__(self, tile_s: float) -> None:
-        super().__init__()
-        self._tile_s = tile_s
-
-    def seconds(self, pixels: int) -> float:
-        return self._tile_s
-
-    def learn(self, pixels: int, seconds: float) -> None:
-        pass
 
 
 @pytest.fixture
@@ -1024,24 +1013,6 @@ class TestGivenUp:
             asyncio.run(go())
             assert engine.batches == 24
             assert counted(segmenter, "windows_dropped_total", reason="late") == 1
-
-    @pytest.mark.parametrize("after", [0, 3])
-    def test_a_caller_who_leaves(self, after: int) -> None:
-        engine = Breaks(after)
-        with segmenting(engine, max_batch=2) as segmenter:
-
-            async def go() -> None:
-                task = asyncio.create_task(segmenter.segment(Sent(TestInTheMiddle.DATA), SegmentRequest()))
-                await engine.at_work(task)
-                task.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await task
-                engine.leave.set()
-                await all_is_given_back(segmenter)
-
-            asyncio.run(go())
-            assert counted(segmenter, "windows_dropped_total", reason="cancelled") == 48 - 2 * (after + 1)
-            assert counted(segmenter, "windows_dropped_total", reason="late") == 0
 
     @pytest.mark.parametrize("after", [0, 3])
     def test_a_batch_that_fails(self, after: int) -> None:

@@ -1,4 +1,4 @@
-"""How deep a request is served that allows less than it asks for, so that answers do not flicker between levels."""
+"""At which level a request is served that allows a shallower one than it asks for, so that answers do not flicker between levels."""
 
 import math
 from collections.abc import Hashable, Sequence
@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 RETURN = 0.7
 
 
-class Depth:
+class Degradation:
     """Down at once, up only with time to spare.
 
     Requests of one kind that allow a like time (within a factor of two) share a ceiling: the level served last.
