@@ -84,6 +84,9 @@ def serve(
     """Start the HTTP server on every bundle under bundles/."""
     import uvicorn
 
+    from server.runtime import memory
+
+    memory.keep_little()
     from server.app import Server, create_app, open_bundles
     from server.jobs.store import Store
 

@@ -1,7 +1,5 @@
 """Opens a bundle for serving: picks engines by measuring, checks the golden pairs, warms up."""
 
-import contextlib
-import ctypes
 import logging
 import math
 import os
@@ -17,6 +15,7 @@ from numpy import ndarray
 
 from server.arrays import Scores, Tiles
 from server.errors import BundleDamaged, EngineUnavailable, UnetppError
+from server.runtime import memory
 from server.runtime.bundle import GRAPH_PRECISIONS, Bundle, Manifest, read_bundle
 from server.runtime.engines import ENGINES, Engine
 from server.settings import BatchingSettings, RuntimeSettings
@@ -112,7 +111,8 @@ def open_bundle(folder: Path, settings: RuntimeSettings, batching: BatchingSetti
     tiles = {key: _worthwhile(bundle, engine, most) for key, engine in engines.items()}
     for engine in engines.values():
         engine.release()
-    _return_freed_memory()
+    # Compiling leaves hundreds of MB in the C library's free lists.
+    memory.return_freed()
     auto = {}
     for name in names:
         ranked = {p: engines[graph, p].name for graph, p in sorted(engines, key=lambda key: seconds[key]) if graph == name}
@@ -150,12 +150,6 @@ def _timed(engine: Engine, tiles: Tiles) -> float:
     begun = time.perf_counter()
     engine.run(tiles)
     return time.perf_counter() - begun
-
-
-def _return_freed_memory() -> None:
-    """Compiling leaves hundreds of MB in the C library's free lists, which it returns only when asked to (glibc)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def cores(quota: Path = CGROUP_QUOTA) -> int:
