@@ -61,8 +61,7 @@ def _share_arena() -> None:
     import onnxruntime
 
     memory = onnxruntime.OrtMemoryInfo("Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT)
-    # No limit; grows by powers of two. Grown by just what is asked for, it would be full of holes after tiles of many sizes, and
-    # larger by half (bench.soak found it).
+    # No limit; grows by powers of two: by just what is asked for, tiles of many sizes would leave it full of holes.
     onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(0, 0, -1, -1))
 
 
