@@ -85,7 +85,7 @@ class Runner:
         self._reset()
         self._opened = self._given or await self._off_loop(Store, self._settings)
         files = self._store.files
-        self._metrics.jobs_disk_bytes.set_function(lambda: files.used_bytes)
+        self._metrics.follow(self._metrics.jobs_disk_bytes, lambda: files.used_bytes)
         for job in await self._off_loop(self._store.waiting):
             self._queue.add(job)
         work = [self._work() for _ in range(self._settings.concurrency)]
@@ -132,7 +132,8 @@ class Runner:
             if (waiting := self._queue.waiting) >= self._settings.max_queued:
                 raise Overloaded(f"{waiting} jobs are waiting, which is the limit; try again when some are done", retry_after_s=30)
             if self._uploads >= self._max_uploads:
-                raise Overloaded(f"{self._uploads} uploads are arriving, which is the limit; try again in a moment")
+                text = f"{self._uploads} uploads are arriving, which is the limit; try again in a moment"
+                raise Overloaded(text, refusal="uploads")
             self._uploads += 1
             try:
                 with self._store.files.reserve() as claim:

@@ -257,7 +257,8 @@ class TestInFlight:
             assert right(answer.result())
             assert answer.result().headers["connection"] == "close"
         ended_well(life)
-        assert 'unetpp_requests_total{level="1",mode="fast",model="fake",outcome="ok"} 4' in (life.folder / "metrics").read_text()
+        row = 'unetpp_requests_total{mode="fast",model="fake",outcome="ok",requested_level="1",served_level="1"} 4'
+        assert row in (life.folder / "metrics").read_text()
 
     def test_is_cut_off_in_the_end(self, serve: Launcher, background: Callable[..., Any], problem: Callable[..., Any]) -> None:
         life = serve("gated", stop_s="1")
@@ -271,6 +272,9 @@ class TestInFlight:
         # Its batch cannot be stopped.
         life.open_gate()
         ended_well(life)
+        metrics = (life.folder / "metrics").read_text()
+        assert 'unetpp_cancellations_total{reason="stopping"} 1.0' in metrics
+        assert "unetpp_stopping 1.0" in metrics
 
     def test_a_device_that_never_returns_cannot_keep_it(self, serve: Launcher, background: Callable[..., Any]) -> None:
         life = serve("gated", closing_s=1, stop_s="1")

@@ -663,8 +663,9 @@ class TestAdmission:
     def test_who_would_wait_too_long_for_others_is_sent_to_jobs(self) -> None:
         async def go(segmenter: Segmenter) -> None:
             async with segmenter._budgets[False, True].hold(VOLUME.size):
-                with pytest.raises(Overloaded, match="leaves no time for this; try again, or send it to POST /jobs"):
+                with pytest.raises(Overloaded, match="leaves no time for this; try again, or send it to POST /jobs") as caught:
                     await segmenter.segment(Sent(nifti_bytes(VOLUME)), SegmentRequest(), terms=Terms(0.05))
+                assert caught.value.refusal == "memory"
                 # Images do not wait for volumes.
                 await segmenter.segment(Sent(picture_bytes(VOLUME[0])), SegmentRequest(), terms=Terms(60.0))
             # Who gave up left no claim behind.
@@ -896,7 +897,8 @@ class TestConsent:
             assert (facts["mode"], facts["level"]) == (answer.choice.route.mode, answer.choice.route.level)
             told = {"degraded": why, "requested": {"mode": answer.requested.mode, "level": answer.requested.level}}
             assert {key: facts[key] for key in ("degraded", "requested") if key in facts} == (told if why else {})
-            levels = {"model": "fake", "requested": f"{answer.requested.level}", "served": f"{answer.choice.route.level}"}
+            route = answer.choice.route
+            levels = {"model": "fake", "requested_level": f"{answer.requested.level}", "served_level": f"{route.level}"}
             assert counted(segmenter, "degraded_total", **levels, reason=why) == bool(why)
             assert segmenter._batcher._metrics.registry.get_sample_value("unetpp_batch_size_tiles_count", {"graph": served}) == 1
 
