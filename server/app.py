@@ -5,6 +5,7 @@ import faulthandler
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -22,12 +23,13 @@ from server.api.limits import BodyLimit
 from server.api.request_id import RequestId
 from server.api.routes import health, jobs, models, segment
 from server.api.stopping import LastAnswers, Stopping
-from server.errors import BundleDamaged, UnknownModel
+from server.errors import BundleDamaged, ReloadRunning, UnknownModel
 from server.jobs.runner import Runner
 from server.jobs.store import Store
 from server.metrics import Metrics
-from server.runtime.bundle import find_bundles
-from server.runtime.opening import OpenBundle, open_bundle
+from server.reload import Reload
+from server.runtime.bundle import MANIFEST, find_bundles, sha256
+from server.runtime.opening import OpenBundle, Turns, at_once, open_bundle
 from server.segment import modes
 from server.segment.pipeline import Segmenter
 from server.settings import Settings
@@ -44,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
-    """Stops in steps, and with exit status 0, unlike uvicorn's own, which ends itself by the signal.
+    """Reloads at SIGHUP. Stops in steps, and with exit status 0, unlike uvicorn's own, which ends itself by the signal.
 
     1. A signal: not ready, and each answer closes its connection. After SIGTERM it listens on for `drain_s`, until those who send
        requests have noticed; whoever pressed Ctrl-C does not wait for that. Jobs are worked on, as they may come to their end.
@@ -87,6 +89,20 @@ class Server(uvicorn.Server):
             log.info, "%s: not ready any more, listening for %g s, then finishing", signal.Signals(sig).name, drain_s
         )
 
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        """Called by uvicorn in the event loop."""
+        await super().startup(sockets)
+        if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGHUP"):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
+
+    def _reload(self) -> None:
+        if self.should_exit:
+            return
+        try:
+            self.config.app.state.reload.begin()  # type: ignore[union-attr]  # see there
+        except ReloadRunning as error:
+            log.warning("SIGHUP: %s", error)
+
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second: whether to listen no more."""
         return await super().on_tick(counter) and time.monotonic() >= self._listens_until
@@ -99,15 +115,25 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def open_bundles(settings: Settings) -> dict[str, OpenBundle]:
+def open_bundles(
+    settings: Settings, before: Mapping[str, OpenBundle] | None = None, in_turn: Turns = at_once
+) -> dict[str, OpenBundle]:
     """Opens, checks and warms every bundle.
+
+    Args:
+        settings: where they are, and how they are to run.
+        before: those that are open, of which the ones that have not changed are kept.
+        in_turn: see `open_bundle`.
 
     Raises:
         BundleDamaged, EngineUnavailable: says which bundle and why.
     """
+    unchanged = {bundle.bundle.sha256: bundle for bundle in (before or {}).values()}
     opened: dict[str, OpenBundle] = {}
     for folder in find_bundles(settings.bundles):
-        bundle = open_bundle(folder, settings.runtime, settings.batching)
+        manifest = folder / MANIFEST
+        bundle = unchanged.get(sha256(manifest)) if unchanged and manifest.is_file() else None
+        bundle = bundle or open_bundle(folder, settings.runtime, settings.batching, in_turn)
         name = bundle.bundle.manifest.name
         if name in opened:
             raise BundleDamaged(f"{folder}: a bundle named {name!r} is already open; names must differ")
@@ -135,11 +161,14 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
     stopping = Stopping()
     segmenter = make_segmenter(settings, bundles, metrics)
     runner = Runner(settings.jobs, settings.http.max_in_flight, segmenter, metrics, asking.headers, problems.explain, store)
-    for name, opened in bundles.items():
-        metrics.expect(name, [(route.mode, f"{route.level}") for route in modes.routes(opened.bundle.manifest)])
-        for (graph, precision), engine in opened.engines.items():
-            auto = str(opened.auto[graph] == precision).lower()
-            metrics.engines.labels(name, graph, precision, engine.name, engine.provider, auto).set(1)
+    _show(bundles, metrics)
+
+    def look(before: Mapping[str, OpenBundle]) -> dict[str, OpenBundle]:
+        return open_bundles(settings, before, segmenter.in_turn)
+
+    def told(ok: bool) -> None:
+        if ok:
+            _show(segmenter.bundles, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -156,6 +185,7 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
         lifespan=lifespan,
     )
     app.state.drain, app.state.stopping = runner.drain, stopping
+    app.state.reload = Reload(look, segmenter, told)
     limits = settings.limits
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_mb * 1024 * 1024, idle_s=limits.idle_upload_s)
     # Outermost last.
@@ -172,3 +202,13 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
         return FileResponse(PAGE)
 
     return app
+
+
+def _show(bundles: Mapping[str, OpenBundle], metrics: Metrics) -> None:
+    """What is open, from now on."""
+    metrics.engines.clear()
+    for name, opened in bundles.items():
+        metrics.expect(name, [(route.mode, f"{route.level}") for route in modes.routes(opened.bundle.manifest)])
+        for (graph, precision), engine in opened.engines.items():
+            auto = str(opened.auto[graph] == precision).lower()
+            metrics.engines.labels(name, graph, precision, engine.name, engine.provider, auto).set(1)

@@ -89,6 +89,9 @@ def serve(
 
     settings = _settings(bundles, host, port)
     log_to_stderr()
+    if hasattr(signal, "SIGHUP"):
+        # It asks for a reload; until the server listens, the bundles are being read anyway.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if os.getpid() == 1:
         # The kernel spares a container's first process from signals that it does not handle, i.e. until the server listens.
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))

@@ -11,8 +11,10 @@ UnetppError
 │   ├── DeadlineTooShort      even an idle server could not meet it
 │   ├── UnknownModel          no such bundle is open
 │   ├── UnknownJob            never accepted, deleted or expired
+│   ├── ReloadFailed          the operator's bundles cannot be opened; the old ones are served
 │   └── NotFinished           the job has no result (yet)
 ├── TryAgain                  the caller can try again later
+│   ├── ReloadRunning         another reload is not done
 │   ├── Overloaded            too many requests at once
 │   ├── DeadlinePassed        the request's time was up before its answer was there
 │   ├── NotReady              starting or shutting down
@@ -70,6 +72,10 @@ class UnknownJob(CallerError):
     """Never accepted, deleted or expired."""
 
 
+class ReloadFailed(CallerError):
+    """The bundles on disk cannot be opened, and whoever operates the server is told why; what was open still is."""
+
+
 class NotFinished(CallerError):
     """The job has no result, or none yet.
 
@@ -92,6 +98,10 @@ class TryAgain(UnetppError):
     def __init__(self, text: str, retry_after_s: int = 1) -> None:
         super().__init__(text)
         self.retry_after_s = retry_after_s
+
+
+class ReloadRunning(TryAgain):
+    """Another reload is not done."""
 
 
 class Overloaded(TryAgain):

@@ -80,7 +80,8 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_
             labels = (choice.model, choice.route.mode, f"{choice.route.level}")
             segmenter.check_wait(choice, wanted, terms)
             async with until(terms.deadline), upload.receive(request) as files:
-                answer = await _unless_gone(request, segmenter.segment(files.file, wanted, files.reference, terms=terms))
+                work = segmenter.segment(files.file, wanted, files.reference, terms=terms, choice=choice)
+                answer = await _unless_gone(request, work)
             outcome = "ok"
         except ClientDisconnect:
             outcome = "cancelled"
