@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from server.errors import BundleDamaged
+from server.runtime.onnx_file import check_graph
 
 FORMAT: Literal["unetpp.bundle/1"] = "unetpp.bundle/1"
 MANIFEST = "manifest.json"
@@ -268,7 +269,8 @@ def read_bundle(folder: Path) -> Bundle:
     """Reads and checks a bundle.
 
     Raises:
-        BundleDamaged: says which file is missing, damaged or unknown, or which field of the manifest is wrong.
+        BundleDamaged: says which file is missing, damaged or unknown, which field of the manifest is wrong, or which graph reaches
+            beyond the bundle.
     """
     path = folder / MANIFEST
     try:
@@ -289,6 +291,9 @@ def read_bundle(folder: Path) -> Bundle:
             raise BundleDamaged(f"{file}: leads out of the bundle")
         if file.stat().st_size != entry.bytes or sha256(file) != entry.sha256:
             raise BundleDamaged(f"{file}: size or SHA-256 differs from the manifest; copy the bundle again, or export it anew")
+    for graph in manifest.graphs:
+        for name in graph.files.values():
+            check_graph(folder / name, manifest.files)
     return Bundle(folder, manifest, hashlib.sha256(written).hexdigest())
 
 
