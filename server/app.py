@@ -30,7 +30,7 @@ from server.metrics import Metrics
 from server.reload import Reload
 from server.runtime.bundle import MANIFEST, find_bundles, sha256
 from server.runtime.opening import OpenBundle, Turns, at_once, open_bundle
-from server.segment import modes
+from server.segment import labels
 from server.segment.pipeline import Segmenter
 from server.settings import Settings
 
@@ -161,14 +161,15 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
     stopping = Stopping()
     segmenter = make_segmenter(settings, bundles, metrics)
     runner = Runner(settings.jobs, settings.http.max_in_flight, segmenter, metrics, asking.headers, problems.explain, store)
-    _show(bundles, metrics)
+    metrics.expect(labels.known(bundles))
 
     def look(before: Mapping[str, OpenBundle]) -> dict[str, OpenBundle]:
         return open_bundles(settings, before, segmenter.in_turn)
 
     def told(ok: bool) -> None:
+        metrics.reloaded(ok)
         if ok:
-            _show(segmenter.bundles, metrics)
+            metrics.expect(labels.known(segmenter.bundles))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -187,11 +188,11 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
     app.state.drain, app.state.stopping = runner.drain, stopping
     app.state.reload = Reload(look, segmenter, told)
     limits = settings.limits
-    app.add_middleware(BodyLimit, max_bytes=limits.max_body_mb * 1024 * 1024, idle_s=limits.idle_upload_s)
+    app.add_middleware(BodyLimit, max_bytes=limits.max_body_mb * 1024 * 1024, idle_s=limits.idle_upload_s, refuse=metrics.refuse)
     # Outermost last.
     app.add_middleware(LastAnswers, stopping=stopping)
     app.add_middleware(RequestId)
-    problems.install(app)
+    problems.install(app, metrics.refuse)
     app.include_router(segment.router(segmenter, metrics, settings.http.max_in_flight, limits.max_wait_s))
     app.include_router(jobs.router(runner))
     app.include_router(models.router(segmenter))
@@ -202,13 +203,3 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
         return FileResponse(PAGE)
 
     return app
-
-
-def _show(bundles: Mapping[str, OpenBundle], metrics: Metrics) -> None:
-    """What is open, from now on."""
-    metrics.engines.clear()
-    for name, opened in bundles.items():
-        metrics.expect(name, [(route.mode, f"{route.level}") for route in modes.routes(opened.bundle.manifest)])
-        for (graph, precision), engine in opened.engines.items():
-            auto = str(opened.auto[graph] == precision).lower()
-            metrics.engines.labels(name, graph, precision, engine.name, engine.provider, auto).set(1)
