@@ -19,6 +19,7 @@ from fastapi.responses import FileResponse
 
 from server import __version__
 from server.api import asking, problems
+from server.api.access import Access
 from server.api.limits import BodyLimit
 from server.api.request_id import RequestId
 from server.api.routes import health, jobs, models, segment
@@ -191,6 +192,7 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_mb * 1024 * 1024, idle_s=limits.idle_upload_s, refuse=metrics.refuse)
     # Outermost last.
     app.add_middleware(LastAnswers, stopping=stopping)
+    app.add_middleware(Access)
     app.add_middleware(RequestId)
     problems.install(app, metrics.refuse)
     app.include_router(segment.router(segmenter, metrics, settings.http.max_in_flight, limits.max_wait_s))

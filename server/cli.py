@@ -7,7 +7,6 @@ import contextlib
 import functools
 import os
 import signal
-import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Annotated, Any, BinaryIO, NoReturn, cast
 
 import typer
 
-from server import __version__
+from server import __version__, logs
 from server.errors import UnetppError
 
 app = typer.Typer(
@@ -88,7 +87,7 @@ def serve(
     from server.jobs.store import Store
 
     settings = _settings(bundles, host, port)
-    log_to_stderr()
+    logs.setup(settings.log.format)
     if hasattr(signal, "SIGHUP"):
         # It asks for a reload; until the server listens, the bundles are being read anyway.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -108,7 +107,7 @@ def serve(
         server = Server(uvicorn.Config(
             # uvicorn would take httptools where it finds it, which does not bound the head of a request.
             create_app(settings, opened, store), http="h11", host=http.host, port=http.port, timeout_keep_alive=http.keep_alive_s,
-            timeout_graceful_shutdown=http.stop_s, access_log=False, log_level="warning", server_header=False,
+            timeout_graceful_shutdown=http.stop_s, access_log=False, log_config=None, log_level="warning", server_header=False,
         ), http.drain_s)  # fmt: skip
         server.run()
     if not server.started:
@@ -235,14 +234,6 @@ def _settings(bundles: Path | None = None, host: str | None = None, port: int | 
     if bundles is not None:
         update["bundles"] = bundles
     return settings.model_copy(update=update)
-
-
-def log_to_stderr() -> None:
-    """INFO and above as single lines."""
-    import logging
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    logging.getLogger("openvino").setLevel(logging.WARNING)
 
 
 for _entry in sorted(entry_points(group="unetpp.commands"), key=lambda e: e.name):

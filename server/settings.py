@@ -100,6 +100,14 @@ class LimitsSettings(_Group):
     idle_upload_s: float = Field(30, gt=0, description="an upload that sends nothing for so long gets 408 and frees its place")
 
 
+class LogSettings(_Group):
+    """What is said on stderr."""
+
+    format: Literal["text", "json"] = Field(
+        "text", description="text for terminals; json for collectors: one object per line, with the request's id where there is one"
+    )
+
+
 class JobsSettings(_Group):
     """Work that outlives its request."""
 
@@ -125,6 +133,7 @@ class Settings(BaseSettings):
     runtime: RuntimeSettings = RuntimeSettings()
     limits: LimitsSettings = LimitsSettings()
     jobs: JobsSettings = JobsSettings()
+    log: LogSettings = LogSettings()
 
 
 def _variables() -> dict[str, tuple[object, str | None]]:

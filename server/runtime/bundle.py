@@ -283,6 +283,11 @@ def read_bundle(folder: Path) -> Bundle:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in error.errors())
         raise BundleDamaged(f"{path}: not a manifest that this version can read: {wrong}") from error
+    _check_files(folder, manifest)
+    return Bundle(folder, manifest, hashlib.sha256(written).hexdigest())
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         file = folder / name
         if not file.is_file():
@@ -294,7 +299,6 @@ def read_bundle(folder: Path) -> Bundle:
     for graph in manifest.graphs:
         for name in graph.files.values():
             check_graph(folder / name, manifest.files)
-    return Bundle(folder, manifest, hashlib.sha256(written).hexdigest())
 
 
 def find_bundles(root: Path) -> list[Path]:

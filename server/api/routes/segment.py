@@ -104,6 +104,8 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_
             in_flight -= 1
             metrics.in_flight.set(in_flight)
             metrics.requests.labels(*labels, served, outcome).inc()
+            facts = zip(("model", "mode", "requested_level", "served_level", "outcome"), (*labels, served, outcome), strict=True)
+            request.state.facts = dict(facts)
         metrics.duration.labels(answer.choice.model, answer.choice.route.mode, served).observe(time.perf_counter() - begun)
         for phase, seconds in answer.seconds.items():
             metrics.phases.labels(phase).observe(seconds)

@@ -112,7 +112,9 @@ def test_nested_a_thousand_times(tmp_path: Path) -> None:
     assert "evil" in (refusal(tmp_path / "L1.onnx", field(7, data)) or "")
 
 
-@pytest.mark.parametrize("data", [b"<xml/>", b"ORTM" * 10, b"\x3a", b"\x3a\x05abc", b"\xff" * 20, b"\x3a\x0b" + b"\xff" * 11, b"\x02\x00"])
+@pytest.mark.parametrize(
+    "data", [b"<xml/>", b"ORTM" * 10, b"\x3a", b"\x3a\x05abc", b"\xff" * 20, b"\x3a\x0b" + b"\xff" * 11, b"\x02\x00"]
+)
 def test_not_onnx(data: bytes, tmp_path: Path) -> None:
     assert "not an ONNX file" in (refusal(tmp_path / "L1.onnx", data) or "")
 
@@ -213,5 +215,5 @@ def test_no_runtime_opens_it(harm: str, copied_bundle: Path, monkeypatch: pytest
     rewrite_hashes(copied_bundle)
     monkeypatch.setattr("server.runtime.opening.ENGINES", {})
     for opens in (read_bundle, lambda folder: open_bundle(folder, RuntimeSettings())):
-        with pytest.raises(BundleDamaged, match="L3.onnx: (asks for operators|has tensors)"):
+        with pytest.raises(BundleDamaged, match=r"L3.onnx: (asks for operators|has tensors)"):
             opens(copied_bundle)
