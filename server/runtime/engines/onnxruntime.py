@@ -80,6 +80,8 @@ def open_graph(path: Path, precision: str, provider: str, threads: int) -> OnnxR
     if provider == "cpu":
         _share_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
+        # Weights beside the arena, which would keep their memory when the bundle is replaced.
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     options.log_severity_level = 3
     # Between batches idle threads would spin and steal the cores from decoding and encoding.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
