@@ -5,7 +5,8 @@ UnetppError
 │   ├── Unreadable            the file is of a known kind but broken
 │   ├── UnsupportedType       not a kind of file that is read here
 │   ├── TooLarge              over a limit; says the limit and the size
-│   ├── UploadStalled         the body stopped coming
+│   ├── UploadStalled         the body stopped coming, or trickles
+│   ├── Unauthorized          no API key, or none that is known
 │   ├── UnknownFormat         no such output format
 │   ├── InvalidParameter      mode, level, precision, reference, ...
 │   ├── DeadlineTooShort      even an idle server could not meet it
@@ -22,6 +23,7 @@ UnetppError
 │   └── Interrupted           a job that the server never got to finish
 └── ServerFault               we, or the operator, must fix it
     ├── BundleDamaged         refuse to start; names the file
+    ├── Misconfigured         settings with which the server must not or cannot listen
     ├── EngineUnavailable     a configured engine or provider cannot run here
     ├── InferenceFailed       details are logged, never sent
     └── StoreBroken           the folder of the jobs is in use, damaged or not writable
@@ -57,7 +59,11 @@ class TooLarge(CallerError):
 
 
 class UploadStalled(CallerError):
-    """The body stopped coming."""
+    """The body stopped coming, or trickles."""
+
+
+class Unauthorized(CallerError):
+    """No API key, or none that is known."""
 
 
 class UnknownFormat(CallerError):
@@ -144,6 +150,10 @@ class ServerFault(UnetppError):
 
 class BundleDamaged(ServerFault):
     """A bundle cannot be read, fails its hashes or its golden pairs."""
+
+
+class Misconfigured(ServerFault):
+    """Settings with which the server must not or cannot listen; names the setting."""
 
 
 class EngineUnavailable(ServerFault):

@@ -21,6 +21,7 @@ STATUS: dict[type[errors.UnetppError], HTTPStatus] = {
     errors.UnsupportedType: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     errors.TooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     errors.UploadStalled: HTTPStatus.REQUEST_TIMEOUT,
+    errors.Unauthorized: HTTPStatus.UNAUTHORIZED,
     errors.UnknownFormat: HTTPStatus.NOT_ACCEPTABLE,
     errors.InvalidParameter: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.DeadlineTooShort: HTTPStatus.UNPROCESSABLE_ENTITY,
