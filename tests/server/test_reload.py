@@ -25,7 +25,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.api.routes import ops
 from server.arrays import Tiles
 from server.errors import BundleDamaged, NotReady, ReloadFailed, ReloadRunning, UnknownModel
 from server.metrics import Metrics
@@ -33,8 +32,8 @@ from server.reload import Reload
 from server.runtime.opening import OpenBundle
 from server.segment.pipeline import Segmenter, SegmentRequest
 from server.settings import BatchingSettings, LimitsSettings
-from tests.conftest import ROOT, png_bytes, serving
-from tests.server.conftest import bright, fake_app, fake_bundles, mask_of, picture_bytes, rewrite_hashes, until
+from tests.conftest import ROOT, png_bytes
+from tests.server.conftest import bright, doors, fake_bundles, mask_of, picture_bytes, rewrite_hashes, until
 from tests.server.segment.test_pipeline import Sent
 
 Bundles = dict[str, OpenBundle]
@@ -249,30 +248,33 @@ class TestFailures:
         asyncio.run(go())
 
 
-def test_over_http(problem: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    app = fake_app()
+def test_over_the_ops_port(problem: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk()
     monkeypatch.setattr("server.app.open_bundles", lambda settings, before, in_turn: disk(before))
-    app.include_router(ops.router(app.state.reload))
-    with serving(app) as client:
-        before = mask_of(client.post("/segment", content=SMALL).content)
-        disk.found = fake_bundles(dark)
-        answer = client.post("/reload")
+    with doors(http={"ops_port": 1}) as opened, ThreadPoolExecutor() as background:
+        before = mask_of(opened.client.post("/segment", content=SMALL).content)
+        disk.found = fake_bundles(dark) | fake_bundles(name="second")
+        answer = opened.ops.post("/reload")
         assert answer.status_code == 200
-        assert answer.json() == {"changed": ["fake has changed (levels 1, 2, 3, 4, precisions fp32)"]}
-        assert np.array_equal(mask_of(client.post("/segment", content=SMALL).content), 1 - before)
+        assert [line.partition(" (")[0] for line in answer.json()["changed"]] == ["fake has changed", "second is new"]
+        assert np.array_equal(mask_of(opened.client.post("/segment", content=SMALL).content), 1 - before)
+        assert {model["name"] for model in opened.client.get("/models").json()} == {"fake", "second"}
+        assert opened.ops.get("/health/ready").status_code == 200
         disk.fails = BundleDamaged("weights.safetensors: size differs")
-        assert "weights.safetensors" in problem(client.post("/reload"), 422, "reload-failed").detail
+        assert "weights.safetensors" in problem(opened.ops.post("/reload"), 422, "reload-failed").detail
         disk.fails = None
         disk.go.clear()
-        with ThreadPoolExecutor() as background:
-            first = background.submit(client.post, "/reload")
-            until(lambda: app.state.reload._running)
-            answer = client.post("/reload")
-            problem(answer, 409, "reload-running")
-            assert answer.headers["retry-after"]
-            disk.go.set()
-            assert first.result().status_code == 200
+        first = background.submit(opened.ops.post, "/reload")
+        until(lambda: opened.app.state.reload._running)
+        answer = opened.ops.post("/reload")
+        problem(answer, 409, "reload-running")
+        assert answer.headers["retry-after"]
+        disk.go.set()
+        assert first.result().status_code == 200
+        lines = opened.ops.get("/metrics").text.splitlines()
+        assert 'unetpp_reloads_total{outcome="ok"} 2.0' in lines
+        assert 'unetpp_reloads_total{outcome="failed"} 1.0' in lines
+        assert any(line.startswith('unetpp_engine_info{auto="true",engine="fake",graph="L1",model="second"') for line in lines)
 
 
 SETTINGS = {"RUNTIME__ENGINE": "onnxruntime", "RUNTIME__PRECISION": "fp32", "RUNTIME__THREADS": "1", "DEFAULT_MODEL": "tiny"}

@@ -168,6 +168,15 @@ def test_an_idle_server_stops(serve: Launcher, number: int) -> None:
     ended_well(life)
 
 
+def test_a_hangup_while_bundles_open_is_no_end(serve: Launcher) -> None:
+    life = serve(opens="late")
+    life.kill(signal.SIGHUP)
+    life.open_gate()
+    until(life.ready)
+    life.kill(signal.SIGTERM)
+    ended_well(life)
+
+
 class TestListeningOn:
     """Between SIGTERM and the end of drain_s."""
 
