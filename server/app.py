@@ -20,7 +20,7 @@ from fastapi.responses import FileResponse
 from fastapi.security import APIKeyHeader, HTTPBearer
 
 from server import __version__
-from server.api import asking, auth, problems
+from server.api import asking, auth, problems, traces
 from server.api.access import Access
 from server.api.connections import Connection, Patience
 from server.api.limits import BodyLimit
@@ -215,17 +215,13 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
     """The application over bundles that `open_bundles` has opened, and a store of jobs, which else is opened on start-up."""
     metrics = Metrics()
     stopping = Stopping()
+    traced = traces.start()
     segmenter = make_segmenter(settings, bundles, metrics)
     runner = Runner(settings.jobs, settings.http.max_in_flight, segmenter, metrics, asking.headers, problems.explain, store)
     metrics.expect(labels.known(bundles))
 
     def look(before: Mapping[str, OpenBundle]) -> dict[str, OpenBundle]:
         return open_bundles(settings, before, segmenter.in_turn)
-
-    def told(ok: bool) -> None:
-        metrics.reloaded(ok)
-        if ok:
-            metrics.expect(labels.known(segmenter.bundles))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -234,6 +230,8 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
                 yield
         finally:
             segmenter.close()
+            if traced:
+                await asyncio.to_thread(traced.close)
 
     app = FastAPI(
         title="UNet++ segmentation server",
@@ -242,12 +240,12 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
         lifespan=lifespan,
     )
     app.state.drain, app.state.stopping = runner.drain, stopping
-    app.state.reload = Reload(look, segmenter, told)
+    app.state.reload = Reload(look, segmenter, metrics)
     keys = auth.Keys(settings.auth.keys_file) if settings.auth.keys_file else None
     operating = health.router(segmenter, runner, metrics, stopping)
     has_ops_port = settings.http.ops_port is not None
 
-    guard = functools.partial(_guard, settings=settings, stopping=stopping, keys=keys, refuse=metrics.refuse)
+    guard = functools.partial(_guard, settings=settings, stopping=stopping, keys=keys, refuse=metrics.refuse, traced=traced)
     guard(app, free=auth.STATIC if has_ops_port else auth.STATIC | auth.HEALTH)
     app.state.ops = (operating, guard)
     for routes in (
@@ -291,6 +289,7 @@ def _guard(
     stopping: Stopping,
     keys: auth.Keys | None,
     refuse: Callable[[str], None],
+    traced: traces.Traces | None,
     free: frozenset[str],
 ) -> None:
     """What both ports have in common before any route runs."""
@@ -307,7 +306,7 @@ def _guard(
     if keys:
         app.add_middleware(auth.KeyNeeded, keys=keys, free=free, refused=functools.partial(refuse, "unauthorized"))
     app.add_middleware(LastAnswers, stopping=stopping)
-    app.add_middleware(Access)
+    app.add_middleware(Access, traces=traced)
     app.add_middleware(RequestId)
     problems.install(app, refuse)
 

@@ -8,7 +8,9 @@ import weakref
 from collections.abc import Callable, Mapping
 
 from server.errors import ReloadFailed, ReloadRunning, UnetppError
+from server.metrics import Metrics
 from server.runtime.opening import OpenBundle, return_freed_memory
+from server.segment import labels
 from server.segment.pipeline import Segmenter
 from server.segment.served import Served
 
@@ -23,13 +25,13 @@ class Reload:
     Args:
         look: given what is open, every bundle that is to be open, with those that have not changed as they are. Called in a thread.
         segmenter: serves them.
-        told: whether a reload went well, for the metrics; after the swap.
+        metrics: are told of what is open.
     """
 
-    def __init__(self, look: Callable[[Bundles], Bundles], segmenter: Segmenter, told: Callable[[bool], None]) -> None:
+    def __init__(self, look: Callable[[Bundles], Bundles], segmenter: Segmenter, metrics: Metrics) -> None:
         self._look = look
         self._segmenter = segmenter
-        self._told = told
+        self._metrics = metrics
         self._running: asyncio.Task[list[str]] | None = None
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -74,10 +76,11 @@ class Reload:
             failure = _failure(error)
         # Not in the handler: what the error leads to, engines among it, is gone by now.
         if failure:
-            self._told(False)
+            self._metrics.reloaded(False)
             await asyncio.to_thread(return_freed_memory)
             raise failure
-        self._told(True)
+        self._metrics.reloaded(True)
+        self._metrics.expect(labels.known(bundles))
         while gone:
             self._close(gone.pop())
         changes = _changes(before, bundles)

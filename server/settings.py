@@ -188,6 +188,12 @@ def unknown_variables() -> list[str]:
     return sorted(name for name in os.environ if name.upper().startswith("UNETPP_") and name.upper() not in known)  # noqa: TID251
 
 
+def otlp_endpoint_is_set() -> bool:
+    """Whether OpenTelemetry's own variables say where traces go; what else they say is read by its packages."""
+    names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    return any(os.environ.get(name) for name in names)  # noqa: TID251
+
+
 def markdown_table() -> str:
     """The README's table of settings: variable, default, meaning."""
     shown = ((name, "unset" if default is None else default, description) for name, (default, description) in _variables().items())

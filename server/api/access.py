@@ -1,14 +1,20 @@
-"""A line in the log for each request that is done. Pure ASGI, as in `limits`."""
+"""A line in the log, and a trace, for each request that is done. Pure ASGI, as in `limits`."""
 
 import logging
 import time
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.traces import Traces
 
 log = logging.getLogger(__name__)
 
 # Of what a status means where the route does not say so itself; see `Metrics.requests`.
 OUTCOMES = {429: "refused", 499: "cancelled", 503: "refused", 504: "late"}
+
+# Callers may invent others.
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 # Asked every few seconds, and of no interest while all is well.
 QUIET = ("/health/live", "/health/ready", "/metrics")
@@ -18,11 +24,13 @@ class Access:
     """Logs which route was asked and how that went: no path, query or name, which callers write as they like.
 
     Args:
-        app: the application behind it, in which a route may leave `facts` for the line in the request's state.
+        app: the application behind it, in which a route may leave `facts` for the line, and its `phases`, in the request's state.
+        traces: where requests are traced.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, traces: Traces | None = None) -> None:
         self._app = app
+        self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
@@ -51,17 +59,22 @@ class Access:
             status = 500
             raise
         finally:
-            _tell(scope, status, bytes_in, time.perf_counter() - begun)
+            self._tell(scope, status, bytes_in, time.perf_counter() - begun)
 
-
-def _tell(scope: Scope, status: int, bytes_in: int, seconds: float) -> None:
-    # The template, e.g. /jobs/{id}.
-    route = getattr(scope.get("route"), "path", "none")
-    if route in QUIET and status < 400:
-        return
-    outcome = OUTCOMES.get(status) or ("ok" if status < 400 else "client_error" if status < 500 else "error")
-    fields = {
-        "method": scope["method"], "route": route, "status": status, "outcome": outcome, "seconds": round(seconds, 6),
-        "bytes_in": bytes_in, **scope.get("state", {}).get("facts", {}),
-    }  # fmt: skip
-    log.info("%s %s %d in %.1f ms", scope["method"], route, status, seconds * 1e3, extra={"fields": fields})
+    def _tell(self, scope: Scope, status: int, bytes_in: int, seconds: float) -> None:
+        state = scope.get("state", {})
+        # The template, e.g. /jobs/{id}.
+        route = getattr(scope.get("route"), "path", "none")
+        if route in QUIET and status < 400:
+            return
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        outcome = OUTCOMES.get(status) or ("ok" if status < 400 else "client_error" if status < 500 else "error")
+        fields: dict[str, Any] = {
+            "method": method, "route": route, "status": status, "outcome": outcome, "seconds": round(seconds, 6), "bytes_in": bytes_in,
+            **state.get("facts", {}),
+        }  # fmt: skip
+        log.info("%s %s %d in %.1f ms", method, route, status, seconds * 1e3, extra={"fields": fields})
+        if self._traces:
+            traceparent = next((value for name, value in scope["headers"] if name == b"traceparent"), b"").decode("latin-1")
+            named = fields | {"request_id": state.get("request_id", "")}
+            self._traces.add(f"{method} {route}", traceparent, time.time_ns(), seconds, named, state.get("phases", {}))

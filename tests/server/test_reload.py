@@ -68,9 +68,15 @@ class Disk:
 def reloading() -> Iterator[tuple[Segmenter, Reload, Disk, list[bool]]]:
     """A segmenter on `fake`, how to reload it, what that will find, and what the metrics were told."""
     disk, told = Disk(), []
-    segmenter = Segmenter(disk.found, "fake", BatchingSettings(), LimitsSettings(), 2, Metrics())
+
+    class Told(Metrics):
+        def reloaded(self, ok: bool) -> None:
+            told.append(ok)
+
+    metrics = Told()
+    segmenter = Segmenter(disk.found, "fake", BatchingSettings(), LimitsSettings(), 2, metrics)
     with contextlib.closing(segmenter):
-        yield segmenter, Reload(disk, segmenter, told.append), disk, told
+        yield segmenter, Reload(disk, segmenter, metrics), disk, told
 
 
 async def mask(segmenter: Segmenter, data: bytes = SMALL, **options: Any) -> np.ndarray:

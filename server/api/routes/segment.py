@@ -107,6 +107,7 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_
             facts = zip(("model", "mode", "requested_level", "served_level", "outcome"), (*labels, served, outcome), strict=True)
             request.state.facts = dict(facts)
         metrics.duration.labels(answer.choice.model, answer.choice.route.mode, served).observe(time.perf_counter() - begun)
+        request.state.phases = answer.seconds
         for phase, seconds in answer.seconds.items():
             metrics.phases.labels(phase).observe(seconds)
         return Response(answer.body, media_type=answer.media_type, headers=headers(answer))
