@@ -2,32 +2,40 @@
 
 import asyncio
 import faulthandler
+import functools
 import logging
 import os
 import signal
+import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from socket import socket
 from types import FrameType
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.responses import FileResponse
+from fastapi.security import APIKeyHeader, HTTPBearer
 
 from server import __version__
-from server.api import asking, problems
+from server.api import asking, auth, problems, traces
+from server.api.access import Access
+from server.api.connections import Connection, Patience
 from server.api.limits import BodyLimit
 from server.api.request_id import RequestId
 from server.api.routes import health, jobs, models, segment
+from server.api.routes import ops as ops_routes
+from server.api.schemas import Problem
 from server.api.stopping import LastAnswers, Stopping
-from server.errors import BundleDamaged, UnknownModel
+from server.errors import BundleDamaged, Misconfigured, ReloadRunning, UnknownModel
 from server.jobs.runner import Runner
 from server.jobs.store import Store
 from server.metrics import Metrics
-from server.runtime.bundle import find_bundles
-from server.runtime.opening import OpenBundle, open_bundle
+from server.reload import Reload
+from server.runtime.bundle import MANIFEST, find_bundles, sha256
+from server.runtime.opening import OpenBundle, Turns, at_once, open_bundle
 from server.segment import labels
 from server.segment.agreement import Agreement
 from server.segment.pipeline import Segmenter
@@ -41,34 +49,88 @@ WORKERS = 4
 # What closing may take beyond the time of open requests: the batch that runs, and the store.
 CLOSING_S = 10
 
+# Connections of the ops port, beside those of the other one; and what a scrape may take that runs in the end.
+OPS_CONNECTIONS, OPS_STOP_S = 64, 1
+
+# For the documentation, where a key can be entered then; `auth` is what asks for it.
+KEY_SCHEMES = [Depends(HTTPBearer(auto_error=False)), Depends(APIKeyHeader(name="X-API-Key", auto_error=False))]
+
 log = logging.getLogger(__name__)
 
 
+class OpsServer(uvicorn.Server):
+    """A second port in the loop of the main `Server`, which alone hears of signals and decides when this one opens and closes.
+
+    Args:
+        config: of an application by `create_ops_app`.
+        sockets: bound.
+    """
+
+    def __init__(self, config: uvicorn.Config, sockets: list[socket]) -> None:
+        super().__init__(config)
+        self.sockets = sockets
+
+    async def open(self) -> None:
+        """Listens."""
+        self.config.load()
+        self.lifespan = self.config.lifespan_class(self.config)
+        await self.startup(self.sockets)
+
+    async def close(self) -> None:
+        """Lets scrapes that run finish."""
+        await self.shutdown(self.sockets)
+
+
 class Server(uvicorn.Server):
-    """Stops in steps, and with exit status 0, unlike uvicorn's own, which ends itself by the signal.
+    """Reloads at SIGHUP. Stops in steps, and with exit status 0, unlike uvicorn's own, which ends itself by the signal.
 
     1. A signal: not ready, and each answer closes its connection. After SIGTERM it listens on for `drain_s`, until those who send
        requests have noticed; whoever pressed Ctrl-C does not wait for that. Jobs are worked on, as they may come to their end.
     2. It listens no more. Jobs that run are put back, so that their watchers are let go; open requests have their time
        (`timeout_graceful_shutdown`), after which they get 503.
     3. Lifespan ends, which waits for the batch that runs.
+    4. The ops port closes: until now it said that the server is not ready, and gave its metrics.
 
     Args:
         config: of an application by `create_app`.
         drain_s: see above.
+        sockets: bound; else those that the configuration says.
+        ops: the ops port, if any.
     """
 
-    def __init__(self, config: uvicorn.Config, drain_s: float = 0.0) -> None:
+    def __init__(
+        self, config: uvicorn.Config, drain_s: float = 0.0, sockets: list[socket] | None = None, ops: OpsServer | None = None
+    ) -> None:
         super().__init__(config)
         self._drain_s = drain_s
+        self._sockets = sockets
+        self.ops = ops
         self._listens_until = 0.0
 
     def run(self, sockets: list[socket] | None = None) -> None:
         """Serves until it is asked to stop."""
         try:
-            super().run(sockets)
+            super().run(sockets or self._sockets)
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        """Called by uvicorn: the ops port opens when it can truly say that the server is ready.
+
+        Raises:
+            Misconfigured: another program has taken a port since it was bound.
+        """
+        try:
+            for bound in [*(sockets or []), *(self.ops.sockets if self.ops else [])]:
+                # uvloop, which does it once more, says nothing where it fails.
+                bound.listen(self.config.backlog)
+        except OSError as error:
+            raise Misconfigured(f"the server cannot listen: {error.strerror}; choose other ports") from error
+        await super().startup(sockets)
+        if self.ops is not None:
+            await self.ops.open()
+        if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGHUP"):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called in the main thread, between any two of its steps: flags only, no locks."""
@@ -88,6 +150,14 @@ class Server(uvicorn.Server):
             log.info, "%s: not ready any more, listening for %g s, then finishing", signal.Signals(sig).name, drain_s
         )
 
+    def _reload(self) -> None:
+        if self.should_exit:
+            return
+        try:
+            self.config.app.state.reload.begin()  # type: ignore[union-attr]  # see there
+        except ReloadRunning as error:
+            log.warning("SIGHUP: %s", error)
+
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second: whether to listen no more."""
         return await super().on_tick(counter) and time.monotonic() >= self._listens_until
@@ -98,17 +168,29 @@ class Server(uvicorn.Server):
         state.stopping.begun = True
         state.drain()
         await super().shutdown(sockets)
+        if self.ops is not None:
+            await self.ops.close()
 
 
-def open_bundles(settings: Settings) -> dict[str, OpenBundle]:
+def open_bundles(
+    settings: Settings, before: Mapping[str, OpenBundle] | None = None, in_turn: Turns = at_once
+) -> dict[str, OpenBundle]:
     """Opens, checks and warms every bundle.
+
+    Args:
+        settings: where they are, and how they are to run.
+        before: those that are open, of which the ones that have not changed are kept.
+        in_turn: see `open_bundle`.
 
     Raises:
         BundleDamaged, EngineUnavailable: says which bundle and why.
     """
+    unchanged = {bundle.bundle.sha256: bundle for bundle in (before or {}).values()}
     opened: dict[str, OpenBundle] = {}
     for folder in find_bundles(settings.bundles):
-        bundle = open_bundle(folder, settings.runtime, settings.batching)
+        manifest = folder / MANIFEST
+        bundle = unchanged.get(sha256(manifest)) if unchanged and manifest.is_file() else None
+        bundle = bundle or open_bundle(folder, settings.runtime, settings.batching, in_turn)
         name = bundle.bundle.manifest.name
         if name in opened:
             raise BundleDamaged(f"{folder}: a bundle named {name!r} is already open; names must differ")
@@ -134,10 +216,14 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
     """The application over bundles that `open_bundles` has opened, and a store of jobs, which else is opened on start-up."""
     metrics = Metrics()
     stopping = Stopping()
+    traced = traces.start()
     segmenter = make_segmenter(settings, bundles, metrics)
     runner = Runner(settings.jobs, settings.http.max_in_flight, segmenter, metrics, asking.headers, problems.explain, store)
     agreement = Agreement(settings.quality, segmenter, metrics)
     metrics.expect(labels.known(bundles))
+
+    def look(before: Mapping[str, OpenBundle]) -> dict[str, OpenBundle]:
+        return open_bundles(settings, before, segmenter.in_turn)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -146,6 +232,8 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
                 yield
         finally:
             segmenter.close()
+            if traced:
+                await asyncio.to_thread(traced.close)
 
     app = FastAPI(
         title="UNet++ segmentation server",
@@ -159,19 +247,83 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
         runner.drain()
 
     app.state.drain, app.state.stopping = drain, stopping
-    limits = settings.limits
-    app.add_middleware(BodyLimit, max_bytes=limits.max_body_mb * 1024 * 1024, idle_s=limits.idle_upload_s, refuse=metrics.refuse)
-    # Outermost last.
-    app.add_middleware(LastAnswers, stopping=stopping)
-    app.add_middleware(RequestId)
-    problems.install(app, metrics.refuse)
-    app.include_router(segment.router(segmenter, metrics, settings.http.max_in_flight, limits.max_wait_s))
-    app.include_router(jobs.router(runner))
-    app.include_router(models.router(segmenter))
-    app.include_router(health.router(segmenter, runner, metrics, stopping))
+    app.state.reload = Reload(look, segmenter, metrics)
+    keys = auth.Keys(settings.auth.keys_file) if settings.auth.keys_file else None
+    operating = health.router(segmenter, runner, metrics, stopping)
+    has_ops_port = settings.http.ops_port is not None
+
+    guard = functools.partial(_guard, settings=settings, stopping=stopping, keys=keys, refuse=metrics.refuse, traced=traced)
+    guard(app, free=auth.STATIC if has_ops_port else auth.STATIC | auth.HEALTH)
+    app.state.ops = (operating, guard)
+    for routes in (
+        segment.router(segmenter, metrics, settings.http.max_in_flight, settings.limits.max_wait_s),
+        jobs.router(runner),
+        models.router(segmenter),
+    ):
+        app.include_router(routes, dependencies=KEY_SCHEMES if keys else [], responses={401: {"model": Problem}} if keys else {})
+    if not has_ops_port:
+        app.include_router(operating)
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(PAGE)
 
     return app
+
+
+def create_ops_app(app: FastAPI) -> FastAPI:
+    """The application of the ops port: health and metrics of an application by `create_app`, and what only operators do."""
+    operating, guard = app.state.ops
+    ops = FastAPI(title="Operate", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    guard(ops, free=auth.HEALTH)
+    ops.include_router(operating)
+    ops.include_router(ops_routes.router(app.state.reload))
+    return ops
+
+
+def make_server(settings: Settings, app: FastAPI, sockets: list[socket], ops_sockets: list[socket]) -> Server:
+    """The server of an application by `create_app` on bound sockets; without sockets for it there is no ops port."""
+    http = settings.http
+    ops = None
+    if ops_sockets:
+        ops = OpsServer(_config(settings, create_ops_app(app), OPS_CONNECTIONS, OPS_STOP_S), ops_sockets)
+    return Server(_config(settings, app, http.max_connections, http.stop_s), http.drain_s, sockets, ops)
+
+
+def _guard(
+    app: FastAPI,
+    settings: Settings,
+    stopping: Stopping,
+    keys: auth.Keys | None,
+    refuse: Callable[[str], None],
+    traced: traces.Traces | None,
+    free: frozenset[str],
+) -> None:
+    """What both ports have in common before any route runs."""
+    limits = settings.limits
+    pace_bytes_s = limits.min_pace_kb_s * 1024
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=limits.max_body_mb * 1024 * 1024,
+        idle_s=limits.idle_upload_s,
+        pace_bytes_s=pace_bytes_s,
+        refuse=refuse,
+    )
+    # Outermost last.
+    if keys:
+        app.add_middleware(auth.KeyNeeded, keys=keys, free=free, refused=functools.partial(refuse, "unauthorized"))
+    app.add_middleware(LastAnswers, stopping=stopping)
+    app.add_middleware(Access, traces=traced)
+    app.add_middleware(RequestId)
+    problems.install(app, refuse)
+
+
+def _config(settings: Settings, app: FastAPI, most: int, stop_s: int) -> uvicorn.Config:
+    http, limits = settings.http, settings.limits
+    patience = Patience(most, limits.head_s, limits.idle_upload_s, limits.min_pace_kb_s * 1024)
+    return uvicorn.Config(
+        # On h11, as httptools does not bound the head of a request; and a socket upgraded to another protocol would be past every door.
+        app, http=functools.partial(Connection, patience=patience), ws="none",  # type: ignore[arg-type]  # called like the class
+        timeout_keep_alive=http.keep_alive_s, timeout_graceful_shutdown=stop_s, access_log=False, log_config=None, log_level="warning",
+        server_header=False, ssl_certfile=http.tls_cert, ssl_keyfile=http.tls_key,
+    )  # fmt: skip

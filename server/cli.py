@@ -7,7 +7,6 @@ import contextlib
 import functools
 import os
 import signal
-import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Annotated, Any, BinaryIO, NoReturn, cast
 
 import typer
 
-from server import __version__
+from server import __version__, logs
 from server.errors import UnetppError
 
 app = typer.Typer(
@@ -80,39 +79,64 @@ def serve(
     bundles: Annotated[Path | None, typer.Option(help="A bundle or a folder of bundles [UNETPP_BUNDLES].")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [UNETPP_HTTP__HOST].")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on [UNETPP_HTTP__PORT].")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond loopback without keys [UNETPP_AUTH__INSECURE].")
+    ] = False,
 ) -> None:
     """Start the HTTP server on every bundle under bundles/."""
-    import uvicorn
-
+    from server import listening
     from server.runtime import memory
 
     memory.keep_little()
-    from server.app import Server, create_app, open_bundles
+    from server.api.auth import Keys
+    from server.app import create_app, make_server, open_bundles
     from server.jobs.store import Store
 
-    settings = _settings(bundles, host, port)
-    log_to_stderr()
+    settings = _settings(bundles, host, port, insecure)
+    logs.setup(settings.log.format)
+    if hasattr(signal, "SIGHUP"):
+        # It asks for a reload; until the server listens, the bundles are being read anyway.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if os.getpid() == 1:
         # The kernel spares a container's first process from signals that it does not handle, i.e. until the server listens.
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
     # First and for good: a folder that is in use or damaged is said in one line, before minutes of warming up.
-    with contextlib.closing(Store(settings.jobs)) as store:
+    if settings.auth.keys_file:
+        Keys(settings.auth.keys_file)
+    with listening.bound(settings) as (sockets, ops_sockets), contextlib.closing(Store(settings.jobs)) as store:
         opened = open_bundles(settings)
         http = settings.http
-        shown = f"http://{'localhost' if http.host in ('127.0.0.1', '0.0.0.0') else http.host}:{http.port}"  # noqa: S104 - compared, not bound
+        shown = _shown(http, http.host, http.port)
+        ops = _shown(http, http.ops_host, http.ops_port) if http.ops_port else shown
         for name, bundle in opened.items():
             typer.echo(
                 f"{name}: levels {', '.join(map(str, bundle.bundle.manifest.levels))}, precisions {', '.join(bundle.precisions)}"
             )
-        typer.echo(f"page     {shown}/\ndocs     {shown}/docs\nmetrics  {shown}/metrics")
-        server = Server(uvicorn.Config(
-            # uvicorn would take httptools where it finds it, which does not bound the head of a request.
-            create_app(settings, opened, store), http="h11", host=http.host, port=http.port, timeout_keep_alive=http.keep_alive_s,
-            timeout_graceful_shutdown=http.stop_s, access_log=False, log_level="warning", server_header=False,
-        ), http.drain_s)  # fmt: skip
+        typer.echo(f"page     {shown}/\ndocs     {shown}/docs\nmetrics  {ops}/metrics")
+        server = make_server(settings, create_app(settings, opened, store), sockets, ops_sockets)
         server.run()
     if not server.started:
         raise typer.Exit(1)
+
+
+def _shown(http: Any, host: str, port: int) -> str:
+    """An address as a person would open it."""
+    name = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::", "") else host  # noqa: S104 - compared, not bound
+    return f"{'https' if http.tls_cert else 'http'}://{f'[{name}]' if ':' in name else name}:{port}"
+
+
+@app.command()
+@spoken
+def key(
+    name: Annotated[str, typer.Argument(help="Whose key it is: letters, digits, dots, dashes and underscores.")],
+) -> None:
+    """Make an API key, and the line by which the server's keys file knows it."""
+    from server.api.auth import make
+
+    secret, line = make(name)
+    # The line alone on standard output, so that >> appends it to the file.
+    typer.echo(f"the key of {name}, shown only now: {secret}\nthe line for the keys file (UNETPP_AUTH__KEYS_FILE):", err=True)
+    typer.echo(line)
 
 
 @app.command()
@@ -214,7 +238,7 @@ def models(
             typer.echo(f"recommended for mode=fast: level {c.recommended.level} ({c.recommended.why})")
 
 
-def _settings(bundles: Path | None = None, host: str | None = None, port: int | None = None) -> Any:
+def _settings(bundles: Path | None = None, host: str | None = None, port: int | None = None, insecure: bool = False) -> Any:
     """Settings from the environment, with the command line's on top."""
     from pydantic import ValidationError
     from pydantic_settings import SettingsError
@@ -234,15 +258,9 @@ def _settings(bundles: Path | None = None, host: str | None = None, port: int | 
     update: dict[str, Any] = {"http": settings.http.model_copy(update=http)}
     if bundles is not None:
         update["bundles"] = bundles
+    if insecure:
+        update["auth"] = settings.auth.model_copy(update={"insecure": True})
     return settings.model_copy(update=update)
-
-
-def log_to_stderr() -> None:
-    """INFO and above as single lines."""
-    import logging
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    logging.getLogger("openvino").setLevel(logging.WARNING)
 
 
 for _entry in sorted(entry_points(group="unetpp.commands"), key=lambda e: e.name):

@@ -5,14 +5,17 @@ UnetppError
 │   ├── Unreadable            the file is of a known kind but broken
 │   ├── UnsupportedType       not a kind of file that is read here
 │   ├── TooLarge              over a limit; says the limit and the size
-│   ├── UploadStalled         the body stopped coming
+│   ├── UploadStalled         the body stopped coming, or trickles
+│   ├── Unauthorized          no API key, or none that is known
 │   ├── UnknownFormat         no such output format
 │   ├── InvalidParameter      mode, level, precision, reference, ...
 │   ├── DeadlineTooShort      even an idle server could not meet it
 │   ├── UnknownModel          no such bundle is open
 │   ├── UnknownJob            never accepted, deleted or expired
+│   ├── ReloadFailed          the operator's bundles cannot be opened; the old ones are served
 │   └── NotFinished           the job has no result (yet)
 ├── TryAgain                  the caller can try again later
+│   ├── ReloadRunning         another reload is not done
 │   ├── Overloaded            too many requests at once
 │   ├── DeadlinePassed        the request's time was up before its answer was there
 │   ├── NotReady              starting or shutting down
@@ -20,6 +23,7 @@ UnetppError
 │   └── Interrupted           a job that the server never got to finish
 └── ServerFault               we, or the operator, must fix it
     ├── BundleDamaged         refuse to start; names the file
+    ├── Misconfigured         settings with which the server must not or cannot listen
     ├── EngineUnavailable     a configured engine or provider cannot run here
     ├── InferenceFailed       details are logged, never sent
     └── StoreBroken           the folder of the jobs is in use, damaged or not writable
@@ -55,7 +59,11 @@ class TooLarge(CallerError):
 
 
 class UploadStalled(CallerError):
-    """The body stopped coming."""
+    """The body stopped coming, or trickles."""
+
+
+class Unauthorized(CallerError):
+    """No API key, or none that is known."""
 
 
 class UnknownFormat(CallerError):
@@ -76,6 +84,10 @@ class UnknownModel(CallerError):
 
 class UnknownJob(CallerError):
     """Never accepted, deleted or expired."""
+
+
+class ReloadFailed(CallerError):
+    """The bundles on disk cannot be opened, and whoever operates the server is told why; what was open still is."""
 
 
 class NotFinished(CallerError):
@@ -100,6 +112,10 @@ class TryAgain(UnetppError):
     def __init__(self, text: str, retry_after_s: int = 1) -> None:
         super().__init__(text)
         self.retry_after_s = retry_after_s
+
+
+class ReloadRunning(TryAgain):
+    """Another reload is not done."""
 
 
 class Overloaded(TryAgain):
@@ -134,6 +150,10 @@ class ServerFault(UnetppError):
 
 class BundleDamaged(ServerFault):
     """A bundle cannot be read, fails its hashes or its golden pairs."""
+
+
+class Misconfigured(ServerFault):
+    """Settings with which the server must not or cannot listen; names the setting."""
 
 
 class EngineUnavailable(ServerFault):

@@ -17,8 +17,22 @@ class _Group(BaseModel):
 class HttpSettings(_Group):
     """Where the server listens."""
 
-    host: str = Field("127.0.0.1", description="address to listen on; beyond loopback anyone who reaches it can use it")
+    host: str = Field("127.0.0.1", description="address to listen on; beyond loopback only with keys or `--insecure`")
     port: int = Field(8000, ge=1, le=65535, description="TCP port")
+    ops_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="port of its own for /health/*, /metrics and POST /reload; unset: the first two share `port`",
+    )
+    ops_host: str = Field("127.0.0.1", description="address of that port; beyond loopback only with keys or `--insecure`, too")
+    tls_cert: Path | None = Field(None, description="certificate chain (PEM); with `tls_key` both ports speak HTTPS only")
+    tls_key: Path | None = Field(None, description="its private key (PEM), without a passphrase")
+    max_connections: int = Field(
+        800,
+        ge=1,
+        description="open connections, idle ones too; one more is closed at once. Below the usual 1024 open files of a process",
+    )
     keep_alive_s: int = Field(65, ge=1, description="idle connections stay open this long (proxies expect over 60)")
     max_in_flight: int = Field(
         64,
@@ -97,7 +111,32 @@ class LimitsSettings(_Group):
         ge=1,
         description="pixels of images decoded at once, as many voxels of volumes, and as much again for jobs, which bounds memory; further ones wait in order, but inputs below a hundredth of it",
     )
-    idle_upload_s: float = Field(30, gt=0, description="an upload that sends nothing for so long gets 408 and frees its place")
+    idle_upload_s: float = Field(
+        30,
+        gt=0,
+        description="an upload that sends nothing for so long, or less than `min_pace_kb_s` over it, gets 408 and frees its place; an answer "
+        "that is read no faster is cut off",
+    )
+    min_pace_kb_s: float = Field(16, gt=0, description="KiB per second, see `idle_upload_s`; the slowest mobile networks reach it")
+    head_s: float = Field(10, gt=0, description="a connection whose request line and headers are not there by then is closed")
+
+
+class AuthSettings(_Group):
+    """Who may ask."""
+
+    keys_file: Path | None = Field(
+        None,
+        description="lines of `unetpp key NAME`; read again when it changes. All but health, metrics, page and docs then needs a key",
+    )
+    insecure: bool = Field(False, description="listen beyond loopback without keys: whoever reaches the port may use it")
+
+
+class LogSettings(_Group):
+    """What is said on stderr."""
+
+    format: Literal["text", "json"] = Field(
+        "text", description="text for terminals; json for collectors: one object per line, with the request's id where there is one"
+    )
 
 
 class QualitySettings(_Group):
@@ -149,8 +188,10 @@ class Settings(BaseSettings):
     batching: BatchingSettings = BatchingSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     limits: LimitsSettings = LimitsSettings()
+    auth: AuthSettings = AuthSettings()
     jobs: JobsSettings = JobsSettings()
     quality: QualitySettings = QualitySettings()
+    log: LogSettings = LogSettings()
 
 
 def _variables() -> dict[str, tuple[object, str | None]]:
@@ -173,7 +214,14 @@ def unknown_variables() -> list[str]:
     return sorted(name for name in os.environ if name.upper().startswith("UNETPP_") and name.upper() not in known)  # noqa: TID251
 
 
+def otlp_endpoint_is_set() -> bool:
+    """Whether OpenTelemetry's own variables say where traces go; what else they say is read by its packages."""
+    names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    return any(os.environ.get(name) for name in names)  # noqa: TID251
+
+
 def markdown_table() -> str:
     """The README's table of settings: variable, default, meaning."""
-    rows = [f"| `{name}` | `{default}` | {description} |" for name, (default, description) in _variables().items()]
+    shown = ((name, "unset" if default is None else default, description) for name, (default, description) in _variables().items())
+    rows = [f"| `{name}` | `{default}` | {description} |" for name, default, description in shown]
     return "\n".join(["| variable | default | meaning |", "|---|---|---|", *rows]) + "\n"

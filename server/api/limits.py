@@ -1,6 +1,7 @@
 """Limits that hold before any route runs: pure ASGI, so that disconnects stay visible."""
 
 import asyncio
+import time
 from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,13 +17,17 @@ class BodyLimit:
         app: the application behind it.
         max_bytes: of a body.
         idle_s: a body that sends nothing for so long is given up.
+        pace_bytes_s: and so is one that comes more slowly than this for so long. Only waiting for the client counts.
         refuse: told why a body is refused that reaches no route, which else counts it.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, idle_s: float, refuse: Callable[[str], None] = lambda reason: None) -> None:
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, idle_s: float, pace_bytes_s: float, refuse: Callable[[str], None] = lambda reason: None
+    ) -> None:
         self._app = app
         self._max_bytes = max_bytes
         self._idle_s = idle_s
+        self._pace_bytes_s = pace_bytes_s
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,23 +46,34 @@ class BodyLimit:
             return
         received = 0
         complete = False
+        # Spent by waiting, and earned back by what comes.
+        patience_s = self._idle_s
 
         async def counted() -> Message:
             # What is raised here reaches the route that is reading, and from there the problem handler.
-            nonlocal received, complete
+            nonlocal received, complete, patience_s
+            begun = time.monotonic()
             try:
                 # Once the body is complete, waiting here means waiting for the client to leave: as long as it likes.
-                async with asyncio.timeout(None if complete else self._idle_s):
+                async with asyncio.timeout(None if complete else patience_s):
                     message = await receive()
             except TimeoutError as error:
-                raise UploadStalled(f"the upload sent nothing for {self._idle_s:g} seconds; send it again") from error
-            received += len(message.get("body", b""))
+                raise self._stalled() from error
+            size = len(message.get("body", b""))
+            received += size
+            patience_s = min(self._idle_s, patience_s - (time.monotonic() - begun) + size / self._pace_bytes_s)
             complete = not message.get("more_body", False)
             if received > self._max_bytes:
                 raise self._too_large("more than that")
             return message
 
         await self._app(scope, counted, send)
+
+    def _stalled(self) -> UploadStalled:
+        return UploadStalled(
+            f"the upload sent nothing for {self._idle_s:g} seconds, or less than {self._pace_bytes_s / 1024:g} KiB a second over them; "
+            "send it again over a faster connection"
+        )
 
     def _too_large(self, size: str) -> TooLarge:
         return TooLarge(

@@ -6,6 +6,8 @@ import uuid
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server import logs
+
 SANE = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
@@ -31,4 +33,6 @@ class RequestId:
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
+        # Each request is a task of its own, with a context of its own.
+        logs.REQUEST_ID.set(request_id)
         await self._app(scope, receive, tagged)

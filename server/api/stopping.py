@@ -73,7 +73,7 @@ class LastAnswers:
             # Only uvicorn cancels requests, and only when their time is up; it would say 500.
             if not self._stopping.begun:
                 raise
-            log.warning("%s %s was cut off, as the server stops", scope["method"], scope["path"])
+            log.warning("a request was cut off, as the server stops")
             if not answered:
                 await problems.of(NotReady("the server had to stop before this was done; send it again"))(scope, receive, last)
 

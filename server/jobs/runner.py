@@ -15,6 +15,7 @@ from server.jobs.job import Job, Ticket
 from server.jobs.live import Live, Queue, View
 from server.jobs.store import Store
 from server.metrics import Metrics
+from server.runtime.bundle import ACCURATE
 from server.segment.pipeline import Answer, Segmenter, SegmentRequest, Terms
 from server.settings import JobsSettings
 
@@ -157,8 +158,10 @@ class Runner:
         seconds = estimate.seconds
         if preview:
             seconds += (await self._segmenter.estimate(file, _first_look(request))).seconds
-        asked = dataclasses.asdict(request)
         route = choice.route
+        # As it is accepted, whatever the default or the recommended level is when it runs.
+        level = None if route.graph == ACCURATE else route.level
+        asked = dataclasses.asdict(request) | {"model": choice.model, "mode": route.mode, "level": level}
         ticket = Ticket(asked, preview, choice.model, route.mode, route.level, choice.precision, estimate.windows, seconds)
         live = self._queue.add(await self._off_loop(self._store.accept, ticket, file, reference))
         self._arrived.set()

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from server.errors import BundleDamaged
+from server.runtime.onnx_file import check_graph
 
 FORMAT: Literal["unetpp.bundle/1"] = "unetpp.bundle/1"
 MANIFEST = "manifest.json"
@@ -268,7 +269,8 @@ def read_bundle(folder: Path) -> Bundle:
     """Reads and checks a bundle.
 
     Raises:
-        BundleDamaged: says which file is missing, damaged or unknown, or which field of the manifest is wrong.
+        BundleDamaged: says which file is missing, damaged or unknown, which field of the manifest is wrong, or which graph reaches
+            beyond the bundle.
     """
     path = folder / MANIFEST
     try:
@@ -281,6 +283,11 @@ def read_bundle(folder: Path) -> Bundle:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in error.errors())
         raise BundleDamaged(f"{path}: not a manifest that this version can read: {wrong}") from error
+    _check_files(folder, manifest)
+    return Bundle(folder, manifest, hashlib.sha256(written).hexdigest())
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         file = folder / name
         if not file.is_file():
@@ -289,7 +296,9 @@ def read_bundle(folder: Path) -> Bundle:
             raise BundleDamaged(f"{file}: leads out of the bundle")
         if file.stat().st_size != entry.bytes or sha256(file) != entry.sha256:
             raise BundleDamaged(f"{file}: size or SHA-256 differs from the manifest; copy the bundle again, or export it anew")
-    return Bundle(folder, manifest, hashlib.sha256(written).hexdigest())
+    for graph in manifest.graphs:
+        for name in graph.files.values():
+            check_graph(folder / name, manifest.files)
 
 
 def find_bundles(root: Path) -> list[Path]:

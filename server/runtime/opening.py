@@ -5,9 +5,10 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ParamSpec, Protocol, TypeVar
 
 import numpy as np
 from jaxtyping import Float32, Shaped
@@ -16,11 +17,14 @@ from numpy import ndarray
 from server.arrays import Scores, Tiles
 from server.errors import BundleDamaged, EngineUnavailable, UnetppError
 from server.runtime import memory
-from server.runtime.bundle import GRAPH_PRECISIONS, Bundle, Manifest, read_bundle
+from server.runtime.bundle import GRAPH_PRECISIONS, MANIFEST, Bundle, Manifest, read_bundle, sha256
 from server.runtime.engines import ENGINES, Engine
 from server.settings import BatchingSettings, RuntimeSettings
 
 log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 
@@ -68,6 +72,19 @@ class OpenBundle:
         return tuple(p for p in PRECISIONS if any(p == served for _, served in self.engines))
 
 
+class Turns(Protocol):
+    """Makes a call when the device is free, and gives what it returns: others may be served by the device meanwhile."""
+
+    def __call__(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Waits for the turn, and for the call's end."""
+        ...
+
+
+def at_once(call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """The turns of whoever has the device alone."""
+    return call(*args, **kwargs)
+
+
 @dataclass(frozen=True)
 class _Candidate:
     precision: str
@@ -84,8 +101,17 @@ def golden_tiles(file: Path) -> Iterator[tuple[str, Tiles, Shaped[ndarray, "N K 
             yield graph, Tiles(pixels, mean, inverse_std), arrays[key]
 
 
-def open_bundle(folder: Path, settings: RuntimeSettings, batching: BatchingSettings | None = None) -> OpenBundle:
+def open_bundle(
+    folder: Path, settings: RuntimeSettings, batching: BatchingSettings | None = None, in_turn: Turns = at_once
+) -> OpenBundle:
     """Reads, checks, opens and warms a bundle, and finds how much each graph should run at once.
+
+    Args:
+        folder: of the bundle.
+        settings: which engines may run it.
+        batching: limits of a batch.
+        in_turn: every run takes a turn of its own. So those who are served wait for one run at most, and the runs that are
+            timed have the device to themselves.
 
     Raises:
         BundleDamaged: a file is damaged, or an engine's scores leave the golden ones; names which.
@@ -94,7 +120,7 @@ def open_bundle(folder: Path, settings: RuntimeSettings, batching: BatchingSetti
     bundle = read_bundle(folder)
     batching = batching or BatchingSettings()
     settings = settings.model_copy(update={"threads": settings.threads or cores()})
-    chosen = _choose(bundle, settings)
+    chosen = _choose(bundle, settings, in_turn)
     names = [graph.name for graph in bundle.manifest.graphs]
     engines = {
         (name, precision): _open(bundle, name, candidate, settings.threads)
@@ -102,17 +128,19 @@ def open_bundle(folder: Path, settings: RuntimeSettings, batching: BatchingSetti
         for name in names
         if offered(bundle.manifest, name, precision, candidate.engine)
     }
-    _check_golden(bundle, engines)
+    _check_golden(bundle, engines, in_turn)
     if bare := [name for name in names if not any(graph == name for graph, _ in engines)]:
         raise EngineUnavailable(f"{folder}: nothing that runs here may serve {', '.join(bare)}; see the warnings above")
-    seconds = _race(bundle, engines, GRAPH_RUNS)
+    seconds = _race(bundle, engines, GRAPH_RUNS, in_turn)
     pixels = RACE_TILE[bundle.manifest.dims] ** bundle.manifest.dims
     most = min(batching.max_batch, batching.max_batch_pixels // pixels)
-    tiles = {key: _worthwhile(bundle, engine, most) for key, engine in engines.items()}
+    tiles = {key: _worthwhile(bundle, engine, most, in_turn) for key, engine in engines.items()}
     for engine in engines.values():
-        engine.release()
+        in_turn(engine.release)
     # Compiling leaves hundreds of MB in the C library's free lists.
     memory.return_freed()
+    if sha256(folder / MANIFEST) != bundle.sha256:
+        raise BundleDamaged(f"{folder}: was replaced while it was opened; try again")
     auto = {}
     for name in names:
         ranked = {p: engines[graph, p].name for graph, p in sorted(engines, key=lambda key: seconds[key]) if graph == name}
@@ -128,15 +156,15 @@ def open_bundle(folder: Path, settings: RuntimeSettings, batching: BatchingSetti
     return OpenBundle(bundle, engines, auto, pace, pixels, found)
 
 
-def _worthwhile(bundle: Bundle, engine: Engine, most: int) -> int:
+def _worthwhile(bundle: Bundle, engine: Engine, most: int, in_turn: Turns = at_once) -> int:
     """Tiles of one run: doubled while a tile becomes clearly faster by it, and the device has the memory."""
     dims = bundle.manifest.dims
     best, count = math.inf, 1
     while count <= most:
         tiles = noise(count, len(bundle.manifest.channels), [RACE_TILE[dims]] * dims)
         try:
-            engine.run(tiles)
-            taken = min(_timed(engine, tiles) for _ in range(GRAPH_RUNS)) / count
+            in_turn(engine.run, tiles)
+            taken = min(in_turn(_timed, engine, tiles) for _ in range(GRAPH_RUNS)) / count
         except Exception as error:  # noqa: BLE001 - every runtime has its own for a device whose memory is full
             log.warning("a batch of %d tiles fails, smaller ones are run: %s", count, error)
             break
@@ -202,7 +230,7 @@ def candidates(bundle: Bundle, settings: RuntimeSettings) -> list[_Candidate]:
     return found
 
 
-def _choose(bundle: Bundle, settings: RuntimeSettings) -> dict[str, _Candidate]:
+def _choose(bundle: Bundle, settings: RuntimeSettings, in_turn: Turns) -> dict[str, _Candidate]:
     """The fastest candidate of each precision."""
     measured: dict[_Candidate, float] = {}
     failed: list[str] = []
@@ -212,7 +240,7 @@ def _choose(bundle: Bundle, settings: RuntimeSettings) -> dict[str, _Candidate]:
         if usable_gpu and candidate.provider == "cpu":
             continue
         try:
-            measured[candidate] = _try(bundle, candidate, settings.threads)
+            measured[candidate] = _try(bundle, candidate, settings.threads, in_turn)
         except Exception as error:
             # Every CPU opens a graph that is sound.
             if isinstance(error, BundleDamaged) and candidate.provider == "cpu":
@@ -240,20 +268,20 @@ def _choose(bundle: Bundle, settings: RuntimeSettings) -> dict[str, _Candidate]:
     return fastest
 
 
-def _try(bundle: Bundle, candidate: _Candidate, threads: int) -> float:
+def _try(bundle: Bundle, candidate: _Candidate, threads: int, in_turn: Turns) -> float:
     """Median seconds of one tile through the graph of middle cost: much like the rest, and quick to compile."""
     graph = sorted(bundle.manifest.graphs, key=lambda g: g.macs_per_pixel)[len(bundle.manifest.graphs) // 2]
     key = graph.name, candidate.precision
-    return _race(bundle, {key: _open(bundle, graph.name, candidate, threads)}, RACE_RUNS)[key]
+    return _race(bundle, {key: _open(bundle, graph.name, candidate, threads)}, RACE_RUNS, in_turn)[key]
 
 
-def _race(bundle: Bundle, engines: Mapping[tuple[str, str], Engine], runs: int) -> dict[tuple[str, str], float]:
+def _race(bundle: Bundle, engines: Mapping[tuple[str, str], Engine], runs: int, in_turn: Turns) -> dict[tuple[str, str], float]:
     """Median seconds of one tile through each engine; in turns, so that whatever else runs slows all alike."""
     tiles = noise(1, len(bundle.manifest.channels), [RACE_TILE[bundle.manifest.dims]] * bundle.manifest.dims)
     times: dict[tuple[str, str], list[float]] = {key: [] for key in engines}
     for _ in range(1 + runs):
         for key, engine in engines.items():
-            times[key].append(_timed(engine, tiles))
+            times[key].append(in_turn(_timed, engine, tiles))
     # The first run of a size prepares the next ones.
     return {key: statistics.median(taken[1:]) for key, taken in times.items()}
 
@@ -285,7 +313,7 @@ def _auto(manifest: Manifest, graph: str, fastest_first: Mapping[str, str], want
     return next(good, next(iter(fastest_first)))
 
 
-def _check_golden(bundle: Bundle, engines: dict[tuple[str, str], Engine]) -> None:
+def _check_golden(bundle: Bundle, engines: dict[tuple[str, str], Engine], in_turn: Turns) -> None:
     """Also the warm-up: every engine has run once when this returns; those of a bad reduced precision are removed."""
     try:
         pairs = list(golden_tiles(bundle.golden))
@@ -294,7 +322,7 @@ def _check_golden(bundle: Bundle, engines: dict[tuple[str, str], Engine]) -> Non
     if missing := {name for name, _ in engines} - {graph for graph, _, _ in pairs}:
         raise BundleDamaged(f"{bundle.golden}: has no pair for {', '.join(sorted(missing))}")
     for (name, precision), engine in list(engines.items()):
-        difference = max(mean_difference(engine.run(tiles), expected) for graph, tiles, expected in pairs if graph == name)
+        difference = max(mean_difference(in_turn(engine.run, tiles), scores) for graph, tiles, scores in pairs if graph == name)
         if difference <= GOLDEN_TOLERANCE[precision]:
             continue
         problem = (

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import BinaryIO, ParamSpec, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -20,6 +20,7 @@ from server.errors import (
     DeadlinePassed,
     DeadlineTooShort,
     InvalidParameter,
+    NotReady,
     Overloaded,
     TooLarge,
     UnknownModel,
@@ -42,8 +43,12 @@ from server.segment.degradation import Degradation
 from server.segment.modes import Route
 from server.segment.plan import place
 from server.segment.probe import Probe
+from server.segment.served import Served, serve
 from server.segment.work import Work, lay_out
 from server.settings import BatchingSettings, LimitsSettings
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Seconds per pixel beside the device: decoding, restoring, encoding, and waiting for a thread. Roughly those of an image of 512²,
 # until some have been measured; what is known of small ones alone says nothing of large ones.
@@ -106,9 +111,14 @@ class Terms:
 
 @dataclass(frozen=True)
 class Choice:
-    """A request resolved against the open bundles, before any byte is decoded."""
+    """A request resolved against the open bundles, before any byte is decoded.
+
+    Attributes:
+        served: keeps the bundle open until the request is done, even if it is replaced meanwhile.
+    """
 
     model: str
+    served: Served
     manifest: Manifest
     route: Route
     precision: str
@@ -215,8 +225,8 @@ class Segmenter:
         workers: int,
         metrics: Metrics,
     ) -> None:
-        self.bundles = bundles
         self.default = default
+        self._batching = batching
         self._limits = limits
         self._metrics = metrics
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="worker")
@@ -236,17 +246,8 @@ class Segmenter:
         self._beside = {"image": Pace(BESIDE), "volume": Pace(BESIDE), "stack": Pace(BESIDE)}
         self._margin = Margin()
         self._tried = time.monotonic()
-        self._lanes = {
-            (name, graph, precision): Lane(
-                name, graph, precision, engine,
-                Pace({opened.measured_pixels: opened.pace.get((graph, precision), 0.0)}),
-                batching.max_batch,
-                opened.batch_pixels.get((graph, precision), batching.max_batch_pixels),
-            )
-            for name, opened in bundles.items()
-            for (graph, precision), engine in opened.engines.items()
-        }  # fmt: skip
-        self.probe = Probe(bundles, self._lanes, self._batcher)
+        self._served: Mapping[str, Served] = {}
+        self.swap(bundles)
         metrics.follow(metrics.backlog_s, self.line.backlog_s)
         metrics.follow(metrics.predicted_wait_s, self.line.wait_s)
 
@@ -257,6 +258,46 @@ class Segmenter:
         self._workers.shutdown()
         self._volume_workers.shutdown()
 
+    @property
+    def bundles(self) -> Mapping[str, OpenBundle]:
+        """What is open, by name."""
+        return {name: served.opened for name, served in self._served.items()}
+
+    def swap(self, bundles: Mapping[str, OpenBundle]) -> list[Served]:
+        """Serves these bundles from now on; requests that have begun end on what they began with.
+
+        Args:
+            bundles: by name; those that are open already go on as they are.
+
+        Returns:
+            What only requests that have begun still use.
+
+        Raises:
+            UnknownModel: the default is not among them; nothing has changed.
+        """
+        if self.default not in bundles:
+            raise UnknownModel(f"the default model {self.default!r} is not among the bundles: {', '.join(bundles)}")
+        before = self._served
+        self._served = {
+            name: before[name] if name in before and before[name].opened is opened else serve(name, opened, self._batching)
+            for name, opened in bundles.items()
+        }
+        # One that was running ends on what it began with, and nobody asks for its answer any more.
+        self.probe = Probe(self._served, self._batcher)
+        return [served for name, served in before.items() if self._served.get(name) is not served]
+
+    def in_turn(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Makes a call of another thread on the device's, between two batches; see `Turns`.
+
+        Raises:
+            NotReady: this is closed.
+        """
+        try:
+            called = self._device.submit(call, *args, **kwargs)
+        except RuntimeError as error:
+            raise NotReady("the server is shutting down") from error
+        return called.result()
+
     def choose(self, request: SegmentRequest) -> Choice:
         """Resolves model, mode, level and precision.
 
@@ -265,21 +306,22 @@ class Segmenter:
             InvalidParameter: lists what exists.
         """
         name = request.model if request.model is not None else self.default
-        opened = self.bundles.get(name)
-        if opened is None:
-            raise UnknownModel(f"model={name!r} is not open here; there are: {', '.join(self.bundles)}")
-        return self._choice(name, modes.resolve(opened.bundle.manifest, request.mode, request.level), request.precision)
+        served = self._served.get(name)
+        if served is None:
+            raise UnknownModel(f"model={name!r} is not open here; there are: {', '.join(self._served)}")
+        route = modes.resolve(served.opened.bundle.manifest, request.mode, request.level)
+        return self._choice(name, served, route, request.precision)
 
-    def _choice(self, name: str, route: Route, wanted: str) -> Choice:
-        opened = self.bundles[name]
+    def _choice(self, name: str, served: Served, route: Route, wanted: str) -> Choice:
+        opened = served.opened
         precision = opened.auto[route.graph] if wanted == "auto" else wanted
-        lane = self._lanes.get((name, route.graph, precision))
+        lane = served.lanes.get((route.graph, precision))
         if lane is None:
-            served = [p for p in opened.precisions if (route.graph, p) in opened.engines]
+            there = [p for p in opened.precisions if (route.graph, p) in opened.engines]
             raise InvalidParameter(
-                f"precision={precision!r} is not served here for {route.graph}; there are: auto, {', '.join(served)}"
+                f"precision={precision!r} is not served here for {route.graph}; there are: auto, {', '.join(there)}"
             )
-        return Choice(name, opened.bundle.manifest, route, precision, lane)
+        return Choice(name, served, opened.bundle.manifest, route, precision, lane)
 
     async def estimate(self, file: BinaryIO, request: SegmentRequest) -> Estimate:
         """What a request would take; the file is left at its start.
@@ -332,6 +374,7 @@ class Segmenter:
         reference: BinaryIO | None = None,
         progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
         terms: Terms | None = None,
+        choice: Choice | None = None,
     ) -> Answer:
         """Segments one image, volume or stack.
 
@@ -341,12 +384,13 @@ class Segmenter:
             reference: an encoded label image or volume to score against.
             progress: called with (stage, windows done, windows in all); stages are decode, infer, encode.
             terms: when the answer is of use; at any time, if not given.
+            choice: what `choose` said when the request began; now, if not given.
 
         Raises:
             CallerError, TryAgain, ServerFault: see `server.errors`.
         """
         terms = terms or Terms()
-        requested = self.choose(request)
+        requested = choice or self.choose(request)
         clock = Clock(None if reference is None and is_quick(file, SMALL_BYTES) else self._workers)
         async with until(terms.deadline):
             extents = await clock.off_loop("decode", self._measure, file, reference)
@@ -388,7 +432,7 @@ class Segmenter:
             NotReady, InferenceFailed: see `Batcher.run`.
         """
         extent, manifest = sample.source.extent, sample.choice.manifest
-        choice = self._choice(sample.choice.model, modes.resolve(manifest, "accurate", None), "auto")
+        choice = self._choice(sample.choice.model, sample.choice.served, modes.resolve(manifest, "accurate", None), "auto")
         order = self._order(extent, None, SegmentRequest(axis=sample.axis), choice)
         caller, clock = Caller(urgent=False), Clock(self._workers if extent.kind == "image" else self._volume_workers)
         graph = manifest.graph(choice.route.graph)
@@ -425,7 +469,9 @@ class Segmenter:
         for route in modes.shallower(requested.manifest, requested.route, request.min_level):
             # It may not be served at the precision asked for, or be just over a limit by its padding.
             with contextlib.suppress(InvalidParameter, TooLarge):
-                less = self._order(extent, reference, request, self._choice(requested.model, route, request.precision))
+                less = self._order(
+                    extent, reference, request, self._choice(requested.model, requested.served, route, request.precision)
+                )
                 orders.append(dataclasses.replace(less, requested=requested.route, degraded=why))
         if len(orders) > 1 and allowed_s > 0:
             levels = [o.choice.route.level for o in orders]

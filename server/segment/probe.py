@@ -8,8 +8,9 @@ from collections.abc import Mapping
 
 from server.errors import NotReady
 from server.runtime.batcher import Batcher
-from server.runtime.line import Caller, Lane
-from server.runtime.opening import OpenBundle, noise
+from server.runtime.line import Caller
+from server.runtime.opening import noise
+from server.segment.served import Served
 
 log = logging.getLogger(__name__)
 
@@ -26,14 +27,12 @@ class Probe:
     """Asks on behalf of orchestrators. All methods belong to the event loop's thread.
 
     Args:
-        bundles: by name.
-        lanes: by (bundle, graph, precision).
+        served: by the bundles' names.
         batcher: in front of the device.
     """
 
-    def __init__(self, bundles: Mapping[str, OpenBundle], lanes: Mapping[tuple[str, str, str], Lane], batcher: Batcher) -> None:
-        self._bundles = bundles
-        self._lanes = lanes
+    def __init__(self, served: Mapping[str, Served], batcher: Batcher) -> None:
+        self._served = served
         self._batcher = batcher
         self._running: asyncio.Task[None] | None = None
         self._ended = -math.inf
@@ -66,7 +65,7 @@ class Probe:
             NotReady: the device has failed too often in a row.
         """
         self._start()
-        latest = max(lane.last_success for lane in self._lanes.values())
+        latest = max(lane.last_success for served in self._served.values() for lane in served.lanes.values())
         self._failures = [failed for failed in self._failures if failed > latest]
         if len(self._failures) >= MAX_FAILURES:
             raise NotReady(f"{len(self._failures)} test tiles in a row have failed; the server should be restarted")
@@ -74,8 +73,8 @@ class Probe:
     def _doubtful(self) -> list[str]:
         """The bundles of which it is not known that they answer."""
         doubtful = []
-        for name in self._bundles:
-            lanes = [lane for lane in self._lanes.values() if lane.model == name]
+        for name, served in self._served.items():
+            lanes = served.lanes.values()
             latest = max(lane.last_success for lane in lanes)
             if latest < time.monotonic() - PROBE_EVERY_S or latest < max(lane.last_failure for lane in lanes):
                 doubtful.append(name)
@@ -101,9 +100,9 @@ class Probe:
         self._silent, self._running, self._ended = silent, None, time.monotonic()
 
     async def _run_test_tile(self, name: str) -> None:
-        opened = self._bundles[name]
+        opened = self._served[name].opened
         manifest = opened.bundle.manifest
         graph = min(manifest.graphs, key=lambda g: g.macs_per_pixel)
         tiles = noise(1, len(manifest.channels), [graph.divisor] * manifest.dims)
         # Behind a full queue it would fail just because the server is busy.
-        await self._batcher.run(self._lanes[name, graph.name, opened.auto[graph.name]], tiles, Caller(ahead=True))
+        await self._batcher.run(self._served[name].lanes[graph.name, opened.auto[graph.name]], tiles, Caller(ahead=True))

@@ -7,7 +7,9 @@ import io
 import json
 import resource
 import shutil
+import socket
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image as Pillow
@@ -179,6 +182,39 @@ def fake_app(
     # Only where a test asks for it, as engines are counted.
     settings["quality"] = {"agreement_share": 0, "agreement_fewest_per_hour": 0} | settings.get("quality", {})
     return create_app(Settings(**settings), fake_bundles(run, pace, **(changes or {})))
+
+
+@contextlib.contextmanager
+def doors(run: Callable[[Tiles], np.ndarray] = bright, **settings: Any) -> Iterator[SimpleNamespace]:
+    """A server on fake engines with all that `unetpp serve` puts in front of it, in a thread: `client`, `port`, and `ops` likewise."""
+    from server.app import create_app, make_server
+    from server.settings import Settings
+
+    settings["jobs"] = {"folder": JOBS / uuid.uuid4().hex} | settings.get("jobs", {})
+    chosen = Settings(**settings)
+    with contextlib.ExitStack() as opened:
+        sockets = [opened.enter_context(socket.socket()) for _ in range(2)]
+        for made in sockets:
+            made.bind(("127.0.0.1", 0))
+        ports = [made.getsockname()[1] for made in sockets]
+        app = create_app(chosen, fake_bundles(run))
+        server = make_server(chosen, app, sockets[:1], sockets[1:] if chosen.http.ops_port else [])
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        listening = [server, *filter(None, [server.ops])]
+        until(lambda: all(one.started for one in listening) or not thread.is_alive())
+        assert thread.is_alive(), "the server did not start"
+        kind = "https" if chosen.http.tls_cert else "http"
+        clients = [
+            opened.enter_context(httpx.Client(base_url=f"{kind}://127.0.0.1:{port}", timeout=60, verify=False))  # noqa: S501 - our own
+            for port in ports
+        ]
+        try:
+            yield SimpleNamespace(client=clients[0], port=ports[0], ops=clients[1], ops_port=ports[1], server=server, app=app)
+        finally:
+            server.should_exit = True
+            thread.join(60)
+            assert not thread.is_alive(), "the server did not stop"
 
 
 def rewrite_hashes(folder: Path) -> None:

@@ -39,8 +39,8 @@ def engine(name: str, folder: Path) -> Callable[[Tiles], np.ndarray]:
     return {"slow": slow, "gated": gated}[name]
 
 
-def live(folder: Path, name: str, environment: dict[str, str], closing_s: int, *, opens: bool = True) -> None:
-    """One life, to its end."""
+def live(folder: Path, name: str, environment: dict[str, str], closing_s: int, *, opens: str = "well") -> None:
+    """One life, to its end. Bundles open `well`, `late`, which is when the file `go` is there, or `never`."""
     kept: list[Metrics] = []
 
     class Kept(Metrics):
@@ -50,8 +50,8 @@ def live(folder: Path, name: str, environment: dict[str, str], closing_s: int, *
 
     def opened(_: object) -> dict[str, Any]:
         print("pid", os.getpid(), file=told, flush=True)
-        if not opens:
-            time.sleep(600)
+        while opens == "never" or (opens == "late" and not (folder / "go").exists()):
+            time.sleep(0.01)
         return fake_bundles(engine(name, folder))
 
     server.app.open_bundles = opened

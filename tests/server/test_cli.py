@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ def quick(monkeypatch: pytest.MonkeyPatch, shipped_bundle: Path, tmp_path_factor
     monkeypatch.setenv("UNETPP_RUNTIME__PRECISION", "fp32")
     monkeypatch.setenv("UNETPP_JOBS__FOLDER", str(tmp_path_factory.mktemp("jobs")))
     monkeypatch.setenv("COLUMNS", "200")
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("UNETPP_HTTP__PORT", str(made.getsockname()[1]))
 
 
 def run(*arguments: object) -> Result:
@@ -280,6 +284,21 @@ class TestSettings:
         assert "http" in fails("models").lower()
 
 
+class TestKey:
+    def test_the_line_can_be_appended_to_the_file(self, tmp_path: Path) -> None:
+        from server.api.auth import Keys
+
+        result = run("key", "lab-3")
+        assert result.exit_code == 0, result.output
+        (tmp_path / "keys").write_text(result.stdout)
+        secret = next(word for word in result.stderr.split() if word.startswith("unetpp_"))
+        assert secret not in result.stdout
+        assert Keys(tmp_path / "keys").known(secret)
+
+    def test_a_name_that_cannot_be(self) -> None:
+        assert "cannot name a key" in fails("key", "lab 3")
+
+
 class TestServe:
     @pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors", "L3.onnx"])
     def test_refuses_a_damaged_bundle(self, copied_bundle: Path, name: str) -> None:
@@ -293,6 +312,34 @@ class TestServe:
         (line,) = [line for line in ran.stderr.splitlines() if "error:" in line]
         assert str(copied_bundle / name) in line
         assert "Traceback" not in ran.stderr
+
+    def test_doors_are_checked_before_anything_is_opened(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, taken: int) -> None:
+        monkeypatch.setattr("server.app.open_bundles", lambda settings: pytest.fail("takes minutes"))
+        assert "is taken by another program" in fails("serve", "--port", taken)
+        assert "--insecure" in fails("serve", "--host", "0.0.0.0")  # noqa: S104 - refused
+        assert "set both, or none" in self.refused(monkeypatch, "HTTP__TLS_CERT", tmp_path / "cert.pem")
+        assert "cannot be read" in self.refused(monkeypatch, "AUTH__KEYS_FILE", tmp_path / "keys")
+        assert "is taken by another program" in self.refused(monkeypatch, "HTTP__OPS_PORT", taken)
+
+    @pytest.fixture
+    def taken(self) -> Iterator[int]:
+        with socket.socket() as other:
+            other.bind(("127.0.0.1", 0))
+            other.listen()
+            yield other.getsockname()[1]
+
+    def refused(self, monkeypatch: pytest.MonkeyPatch, name: str, value: object) -> str:
+        with monkeypatch.context() as with_it:
+            with_it.setenv(f"UNETPP_{name}", str(value))
+            return fails("serve")
+
+    def test_insecure_is_said_on_the_command_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def at_once(server: Server) -> None:
+            server.started = True
+
+        monkeypatch.setattr("server.app.open_bundles", lambda settings: fake_bundles())
+        monkeypatch.setattr(Server, "run", at_once)
+        assert run("serve", "--host", "0.0.0.0", "--insecure").exit_code == 0  # noqa: S104 - for a moment
 
     def test_a_stalled_client_cannot_keep_it_from_stopping(self, monkeypatch: pytest.MonkeyPatch) -> None:
         ran: list[Server] = []
@@ -385,7 +432,7 @@ class TestServe:
         assert "names must differ" in fails("serve", "--bundles", copied_bundle.parent)
 
 
-@pytest.mark.parametrize("command", ["", "serve", "segment", "models", "train"])
+@pytest.mark.parametrize("command", ["", "serve", "segment", "models", "key", "train"])
 def test_help_is_quick(command: str) -> None:
     """Nothing heavy is imported to print it, so that it works without any extra."""
     ran = python(

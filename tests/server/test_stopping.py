@@ -36,13 +36,15 @@ RESTARTS = 3  # of each of two servers
 class Life:
     """One server process."""
 
-    def __init__(self, launcher: "subprocess.Popen[str]", folder: Path, port: int) -> None:
+    def __init__(self, launcher: "subprocess.Popen[str]", folder: Path, port: int, ops_port: str | int) -> None:
         assert launcher.stdout
         self._told = launcher.stdout
         self._status: int | None = None
         self.folder = folder
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
+        # Where health and metrics are.
+        self.ops = f"http://127.0.0.1:{ops_port}"
         word, number = self._told.readline().split()
         assert word == "pid", self.said
         self.pid = int(number)
@@ -70,14 +72,14 @@ class Life:
 
     def ready(self) -> bool:
         with contextlib.suppress(httpx.TransportError):
-            return httpx.get(f"{self.url}/health/ready").status_code == 200
+            return httpx.get(f"{self.ops}/health/ready").status_code == 200
         return False
 
     def post(self) -> httpx.Response:
         return httpx.post(f"{self.url}/segment?level=1", content=PICTURE, timeout=60)
 
     def in_flight(self) -> int:
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        lines = httpx.get(f"{self.ops}/metrics").text.splitlines()
         return int(float(next(line.split()[1] for line in lines if line.startswith("unetpp_requests_in_flight "))))
 
     def open_gate(self) -> None:
@@ -97,7 +99,7 @@ class Launcher:
         self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._held.bind(("127.0.0.1", 0))
 
-    def __call__(self, engine: str = "slow", closing_s: int = 60, opens: bool = True, **http: str) -> Life:
+    def __call__(self, engine: str = "slow", closing_s: int = 60, opens: str = "well", **http: str) -> Life:
         port = self._held.getsockname()[1]
         environment = {
             f"UNETPP_HTTP__{name}".upper(): value for name, value in ({"port": str(port), "drain_s": "0"} | http).items()
@@ -105,9 +107,9 @@ class Launcher:
         environment["UNETPP_JOBS__FOLDER"] = str(self._folder / "jobs")
         order = {"folder": str(self._folder), "name": engine, "environment": environment, "closing_s": closing_s, "opens": opens}
         print(json.dumps(order), file=self._process.stdin, flush=True)
-        life = Life(self._process, self._folder, port)
+        life = Life(self._process, self._folder, port, http.get("ops_port", port))
         self._lives.append(life)
-        if opens:
+        if opens == "well":
             until(life.ready)
         return life
 
@@ -163,6 +165,15 @@ def right(answer: httpx.Response) -> bool:
 def test_an_idle_server_stops(serve: Launcher, number: int) -> None:
     life = serve()
     life.kill(number)
+    ended_well(life)
+
+
+def test_a_hangup_while_bundles_open_is_no_end(serve: Launcher) -> None:
+    life = serve(opens="late")
+    life.kill(signal.SIGHUP)
+    life.open_gate()
+    until(life.ready)
+    life.kill(signal.SIGTERM)
     ended_well(life)
 
 
@@ -239,6 +250,61 @@ class TestListeningOn:
         until(lambda: not life.ready())
         life.kill(number)
         assert life.end() == 128 + number
+        assert "Traceback" not in life.said
+
+
+class TestOpsPort:
+    """It is there from the first answer of the other port to its last."""
+
+    @pytest.fixture
+    def ops_port(self) -> Iterator[str]:
+        with socket.socket() as held:
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            held.bind(("127.0.0.1", 0))
+            yield str(held.getsockname()[1])
+
+    @pytest.mark.parametrize("drain_s", ["0", FOREVER])
+    def test_tells_of_the_end_until_the_end(
+        self, serve: Launcher, background: Callable[..., Any], problem: Callable[..., Any], ops_port: str, drain_s: str
+    ) -> None:
+        life = serve("gated", ops_port=ops_port, drain_s=drain_s)
+        posted = background(life.post)
+        until(lambda: life.in_flight() == 1)
+        life.kill(signal.SIGTERM)
+        if drain_s == "0":
+            until(lambda: not life.listens())
+        else:
+            until(lambda: not life.ready())
+        for _ in range(3):
+            assert "stopping" in problem(httpx.get(f"{life.ops}/health/ready"), 503, "not-ready").detail
+            assert httpx.get(f"{life.ops}/health/live").status_code == 200
+            assert life.in_flight() == 1
+        life.open_gate()
+        assert right(posted.result())
+        if drain_s == "0":
+            ended_well(life)
+        with contextlib.suppress(httpx.TransportError):
+            assert httpx.get(f"{life.ops}/health/ready").status_code == 503
+
+    def test_an_idle_connection_does_not_keep_it(self, serve: Launcher, ops_port: str) -> None:
+        life = serve(ops_port=ops_port)
+        with contextlib.closing(HTTPConnection("127.0.0.1", int(ops_port))) as kept:
+            kept.request("GET", "/metrics")
+            kept.getresponse().read()
+            life.kill(signal.SIGINT)
+            ended_well(life)
+
+    def test_a_port_that_is_taken_after_it_was_bound(self, serve: Launcher, tmp_path: Path) -> None:
+        """Which bound sockets of two programs do not prevent, as long as neither listens."""
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.bind(("127.0.0.1", 0))
+            life = serve(opens="late", ops_port=str(other.getsockname()[1]))
+            other.listen()
+            life.open_gate()
+            assert life.end() == 1
+        errors = [line for line in life.said.splitlines() if "error:" in line]
+        assert errors == ["error: the server cannot listen: Address already in use; choose other ports"]
         assert "Traceback" not in life.said
 
 
@@ -363,7 +429,7 @@ class TestInFlight:
 class TestStartUp:
     @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
     def test_stops_at_once(self, serve: Launcher, number: int, status: int) -> None:
-        life = serve(opens=False)
+        life = serve(opens="never")
         life.kill(number)
         assert life.end() == status
         assert "Traceback" not in life.said

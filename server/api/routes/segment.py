@@ -90,7 +90,8 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_
             labels = (choice.model, choice.route.mode, f"{choice.route.level}")
             segmenter.check_wait(choice, wanted, terms)
             async with until(terms.deadline), upload.receive(request) as files:
-                answer = await _unless_gone(request, segmenter.segment(files.file, wanted, files.reference, terms=terms))
+                work = segmenter.segment(files.file, wanted, files.reference, terms=terms, choice=choice)
+                answer = await _unless_gone(request, work)
             outcome, served = "ok", f"{answer.choice.route.level}"
         except BaseException as error:
             outcome, given_up = next((end for kind, end in ENDS.items() if isinstance(error, kind)), ("error", None))
@@ -103,7 +104,10 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_
             in_flight -= 1
             metrics.in_flight.set(in_flight)
             metrics.requests.labels(*labels, served, outcome).inc()
+            facts = zip(("model", "mode", "requested_level", "served_level", "outcome"), (*labels, served, outcome), strict=True)
+            request.state.facts = dict(facts)
         metrics.duration.labels(answer.choice.model, answer.choice.route.mode, served).observe(time.perf_counter() - begun)
+        request.state.phases = answer.seconds
         for phase, seconds in answer.seconds.items():
             metrics.phases.labels(phase).observe(seconds)
         return Response(answer.body, media_type=answer.media_type, headers=headers(answer))

@@ -37,7 +37,17 @@ class OnnxRuntimeEngine:
         return scores
 
     def release(self) -> None:
-        """Nothing to do: on the CPU all graphs share one arena, on GPUs it grows only as requested."""
+        """See `Engine.release`: on the CPU of all graphs, which share one arena; on GPUs the arena grows only as requested."""
+        import onnxruntime
+
+        if self.provider != "cpu":
+            return
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        # Only a run does that: of one tile, whose sides suit every level.
+        axes = {put.name: [1, *put.shape[1:]] for put in self._session.get_inputs()}
+        feed = {name: np.zeros([n if isinstance(n, int) else 32 for n in shape], np.float32) for name, shape in axes.items()}
+        self._session.run(["scores"], feed, options)
 
 
 def providers(wanted: str) -> list[str]:
@@ -80,6 +90,8 @@ def open_graph(path: Path, precision: str, provider: str, threads: int) -> OnnxR
     if provider == "cpu":
         _share_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
+        # Weights beside the arena, which would keep their memory when the bundle is replaced.
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     options.log_severity_level = 3
     # Between batches idle threads would spin and steal the cores from decoding and encoding.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

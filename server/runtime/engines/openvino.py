@@ -2,6 +2,7 @@
 
 import functools
 import threading
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 SMALL_PIXELS = 128 * 128
 
 _turn = threading.Lock()
-_holder: "OpenVinoEngine | None" = None
+# Weakly: the engines of a bundle that was replaced are to go.
+_holder: "weakref.ref[OpenVinoEngine] | None" = None
 
 
 class OpenVinoEngine:
@@ -55,9 +57,10 @@ class OpenVinoEngine:
 
     def _take_workspace(self) -> None:
         global _holder  # noqa: PLW0603 - the device is one, and so is its workspace
-        if _holder is not None and _holder is not self:
-            _holder.release()
-        _holder = self
+        holder = _holder() if _holder else None
+        if holder is not None and holder is not self:
+            holder.release()
+        _holder = weakref.ref(self)
 
 
 @functools.cache

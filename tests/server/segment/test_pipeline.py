@@ -726,8 +726,9 @@ def check_wait(segmenter: Segmenter, request: SegmentRequest, terms: Terms) -> N
 def costing(run: Any = bright, graphs: dict[str, float] | None = None, **options: Any) -> Iterator[Segmenter]:
     """A segmenter that thinks its graphs take so many seconds for a tile, of which `IMAGE` is one; no time really passes."""
     with segmenting(run, **options) as segmenter:
-        for (_, graph, _), lane in segmenter._lanes.items():
-            lane.pace = Fixed((graphs or GRAPHS)[graph])
+        for served in segmenter._served.values():
+            for (graph, _), lane in served.lanes.items():
+                lane.pace = Fixed((graphs or GRAPHS)[graph])
         yield segmenter
 
 

@@ -1,0 +1,331 @@
+"""What strangers' connections may take, in real bytes on real sockets."""
+
+import contextlib
+import http.client
+import json
+import logging
+import socket
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from server.arrays import Tiles
+from tests.server.conftest import doors, memory_stays_below, picture_bytes, until
+
+GOOD = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
+POST = b"POST /segment HTTP/1.1\r\nHost: x\r\n"
+# Far over 64 KiB, and over what kernels keep for both ends.
+LARGE = 3000
+
+
+@pytest.fixture(autouse=True)
+def quiet_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Strangers must not be able to fill the log with tracebacks."""
+    yield
+    assert "Traceback" not in caplog.text
+    assert "Fatal error" not in caplog.text
+
+
+@contextlib.contextmanager
+def connected(port: int, receive_bytes: int | None = None) -> Iterator[socket.socket]:
+    with socket.socket() as raw:
+        raw.settimeout(30)
+        if receive_bytes:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        raw.connect(("127.0.0.1", port))
+        yield raw
+
+
+def answer_of(raw: socket.socket) -> SimpleNamespace:
+    answer = http.client.HTTPResponse(raw)
+    answer.begin()
+    return SimpleNamespace(status=answer.status, headers=answer.headers, body=answer.read())
+
+
+def refusal_of(raw: socket.socket, status: int) -> str:
+    answer = answer_of(raw)
+    assert answer.status == status
+    assert answer.headers["content-type"] == "application/problem+json"
+    document = json.loads(answer.body)
+    assert document["status"] == status
+    return str(document["detail"])
+
+
+def is_closed(raw: socket.socket) -> bool:
+    """Waits for the other side to hang up, however it does."""
+    with contextlib.suppress(ConnectionError):
+        return raw.recv(1) == b""
+    return True
+
+
+def trickle(raw: socket.socket, data: bytes) -> None:
+    """A byte now and then, until the other side hangs up."""
+    hung_up = threading.Event()
+    with contextlib.suppress(ConnectionError):
+        for index in range(2000):
+            raw.sendall(data[index % len(data) :][:1])
+            hung_up.wait(0.02)
+        raise AssertionError("it never did")
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with doors(limits={"head_s": 0.4}) as opened:
+        yield opened.port
+
+
+class TestHead:
+    @pytest.mark.parametrize("said", [b"", b"G", b"GET / HTTP/1.1\r\nHost: x", POST])
+    def test_half_of_one_is_hung_up_on(self, port: int, said: bytes) -> None:
+        with connected(port) as raw:
+            raw.sendall(said)
+            assert is_closed(raw)
+
+    def test_bytes_alone_win_no_time(self, port: int) -> None:
+        with connected(port) as raw:
+            trickle(raw, b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 1000)
+
+    def test_nor_on_a_connection_that_was_good_before(self, port: int) -> None:
+        with connected(port) as raw:
+            for _ in range(2):
+                raw.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert answer_of(raw).status == 200
+            raw.sendall(b"GET /health/live HTTP/1.1\r\n")
+            assert is_closed(raw)
+
+    def test_between_two_requests_there_is_more_time(self, port: int) -> None:
+        with connected(port) as raw:
+            raw.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert answer_of(raw).status == 200
+            raw.settimeout(1.5)
+            with pytest.raises(TimeoutError):
+                raw.recv(1)
+            raw.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert answer_of(raw).status == 200
+
+    def test_an_answer_may_take_longer(self) -> None:
+        def slow(tiles: Tiles) -> np.ndarray:
+            threading.Event().wait(0.5)
+            return np.zeros((len(tiles), 1, *tiles.pixels.shape[2:]), np.float32)
+
+        with doors(slow, limits={"head_s": 0.1}) as opened:
+            assert opened.client.post("/segment?level=1", content=GOOD).status_code == 200
+
+    def test_pipelined(self, port: int) -> None:
+        with connected(port) as raw:
+            raw.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n" * 3)
+            received = b""
+            while received.count(b'{"live":true}') < 3:
+                received += raw.recv(1000)
+
+
+@pytest.fixture(scope="module")
+def opened() -> Iterator[SimpleNamespace]:
+    with doors() as opened:
+        yield opened
+
+
+def head(count: int = 0, size: int = 0) -> bytes:
+    lines = [b"GET /health/live HTTP/1.1", b"Host: x", *(b"a%d: b" % index for index in range(count)), b"x: " + b"y" * size]
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+class TestHttp:
+    @pytest.mark.parametrize("sent", [head(100), head(0, 10_000)])
+    def test_a_long_head_is_read(self, opened: SimpleNamespace, sent: bytes) -> None:
+        with connected(opened.port) as raw:
+            raw.sendall(sent)
+            assert answer_of(raw).status == 200
+
+    @pytest.mark.parametrize(
+        "sent",
+        [
+            head(20_000), head(0, 1_000_000), b"GET /" + b"x" * 1_000_000 + b" HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\0\x01\0", b"\0" * 100,
+            b"GET / HTTP/x\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nno colon\r\n\r\n", b"\r\n" * 100_000,
+            POST + b"Content-Length: -1\r\n\r\n", POST + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+            POST + b"Transfer-Encoding: gzip\r\n\r\n", POST + b"Content-Length: 9" + b"9" * 100 + b"\r\n\r\n",
+            POST + b"Transfer-Encoding: chunked\r\n\r\n" + b"f" * 100_000, POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+            POST + b"Transfer-Encoding: chunked\r\n\r\n1;" + b"x" * 100_000,
+            POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"a: b\r\n" * 20_000,
+        ],
+    )  # fmt: skip
+    def test_what_is_none_is_refused(self, opened: SimpleNamespace, sent: bytes) -> None:
+        with memory_stays_below(100), connected(opened.port) as raw, contextlib.suppress(ConnectionError):
+            # Of what is said in the middle of sending, the answer may be lost.
+            raw.sendall(sent)
+            assert answer_of(raw).status in (400, 413)
+        assert opened.client.get("/health/live").status_code == 200
+
+    def test_says_so(self, opened: SimpleNamespace) -> None:
+        with connected(opened.port) as raw:
+            raw.sendall(b"hello there\r\n\r\n")
+            assert "16 KiB" in refusal_of(raw, 400)
+            assert is_closed(raw)
+
+    @pytest.mark.parametrize("rubbish", [b"zz\r\n", b"-1\r\n", b"f" * 100_000, b"5\r\nabcdefgh"])
+    @pytest.mark.parametrize("path", [b"/segment?level=1", b"/segment?model=none", b"/models", b"/nowhere"])
+    def test_a_body_that_goes_wrong(self, opened: SimpleNamespace, path: bytes, rubbish: bytes) -> None:
+        with connected(opened.port) as raw:
+            raw.sendall(b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n")
+            if path != b"/segment?level=1":
+                # Also after the answer.
+                assert answer_of(raw).status in (404, 405)
+            with contextlib.suppress(ConnectionError):
+                raw.sendall(rubbish)
+                while raw.recv(10_000):
+                    pass
+        assert opened.client.get("/health/live").status_code == 200
+
+    def test_a_client_that_leaves_in_the_middle(self, opened: SimpleNamespace) -> None:
+        for sent in (b"G", POST, POST + b"Content-Length: 100\r\n\r\nabc", POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\na"):
+            with connected(opened.port) as raw:
+                raw.sendall(sent)
+        assert opened.client.get("/health/live").status_code == 200
+
+
+@pytest.fixture(scope="module")
+def hasty() -> Iterator[SimpleNamespace]:
+    with doors(limits={"idle_upload_s": 0.5}, http={"max_in_flight": 1}) as opened:
+        yield opened
+
+
+class TestBody:
+    @pytest.mark.parametrize("path", ["/segment", "/jobs"])
+    def test_that_trickles_is_given_up(self, hasty: SimpleNamespace, path: str) -> None:
+        """Each byte comes in time, but all of them would take days."""
+        with connected(hasty.port) as raw:
+            raw.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n".encode())
+            sending = threading.Thread(target=trickle, args=(raw, b"x"))
+            sending.start()
+            assert "less than 16 KiB a second" in refusal_of(raw, 408)
+            # And what still comes is not thrown away for ever.
+            sending.join(60)
+            assert not sending.is_alive()
+        # Its place is free again.
+        assert hasty.client.post(path, content=GOOD).status_code in (200, 202)
+
+    def test_also_after_much_of_it_came_fast(self, hasty: SimpleNamespace) -> None:
+        with connected(hasty.port) as raw:
+            raw.sendall(POST + b"Content-Length: 100000000\r\n\r\n" + b"x" * 20_000_000)
+            sending = threading.Thread(target=trickle, args=(raw, b"x"))
+            sending.start()
+            refusal_of(raw, 408)
+            sending.join(60)
+            assert not sending.is_alive()
+
+    def test_that_nobody_needs_is_not_read_for_ever(self, hasty: SimpleNamespace) -> None:
+        with connected(hasty.port) as raw:
+            raw.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+            assert answer_of(raw).status == 404
+            with contextlib.suppress(ConnectionError), memory_stays_below(100):
+                while True:
+                    raw.sendall(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
+
+    def test_that_nobody_needs_may_end(self, hasty: SimpleNamespace) -> None:
+        with connected(hasty.port) as raw:
+            for _ in range(3):
+                raw.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n")
+                assert answer_of(raw).status == 404
+                raw.sendall(b"x" * 10)
+            raw.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert answer_of(raw).status == 200
+
+
+def noise(tiles: Tiles) -> np.ndarray:
+    """Scores that do not compress."""
+    return np.random.default_rng(0).random((len(tiles), 1, *tiles.pixels.shape[2:]), dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def noisy() -> Iterator[SimpleNamespace]:
+    with doors(noise, limits={"idle_upload_s": 1}) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def request_bytes() -> bytes:
+    picture = picture_bytes(np.zeros((LARGE, LARGE), np.uint8))
+    start = b"POST /segment?level=1&format=png16 HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n" % len(picture)
+    return start + b"\r\n" + picture
+
+
+class TestAnswer:
+    """Of some 18 MB."""
+
+    def test_that_nobody_reads_is_dropped(self, noisy: SimpleNamespace, request_bytes: bytes) -> None:
+        with connected(noisy.port, receive_bytes=4096) as raw:
+            raw.sendall(request_bytes)
+            # The first bytes are there; then nothing is read.
+            assert raw.recv(12) == b"HTTP/1.1 200"
+            until(lambda: not noisy.server.server_state.connections)
+            with contextlib.suppress(ConnectionError):
+                received = 0
+                while part := raw.recv(1_000_000):
+                    received += len(part)
+                assert received < 2 * LARGE * LARGE
+
+    def test_also_where_the_connection_should_close(self, noisy: SimpleNamespace, request_bytes: bytes) -> None:
+        with connected(noisy.port, receive_bytes=4096) as raw:
+            raw.sendall(request_bytes.replace(b"Host: x", b"Host: x\r\nConnection: close"))
+            assert raw.recv(12) == b"HTTP/1.1 200"
+            until(lambda: not noisy.server.server_state.connections)
+
+    def test_that_is_read_slowly_is_sent_whole(self, noisy: SimpleNamespace, request_bytes: bytes) -> None:
+        pause = threading.Event()
+        with connected(noisy.port, receive_bytes=65_536) as raw:
+            raw.sendall(request_bytes)
+            answer = http.client.HTTPResponse(raw)
+            answer.begin()
+            received = 0
+            while part := answer.read(500_000):
+                received += len(part)
+                pause.wait(0.1)
+        assert received > 2 * LARGE * LARGE * 0.9
+
+
+class TestCrowd:
+    def test_one_too_many_is_hung_up_on(self, caplog: pytest.LogCaptureFixture) -> None:
+        with doors(http={"max_connections": 2, "ops_port": 1}) as opened, contextlib.ExitStack() as held:
+            first, second = (held.enter_context(connected(opened.port)) for _ in range(2))
+            until(lambda: len(opened.server.server_state.connections) == 2)
+            for _ in range(3):
+                with connected(opened.port) as third:
+                    assert is_closed(third)
+            # Who operates the server still sees how it is.
+            assert opened.ops.get("/health/ready").status_code == 200
+            for raw in (first, second):
+                raw.sendall(b"GET /models HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert answer_of(raw).status == 200
+            first.close()
+            until(lambda: len(opened.server.server_state.connections) == 1)
+            assert opened.client.get("/models").status_code == 200
+        said = [record for record in caplog.records if "connections are open" in record.getMessage()]
+        assert len(said) == 1
+        assert said[0].levelno == logging.WARNING
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_on_either_loop(loop: str, monkeypatch: pytest.MonkeyPatch, request_bytes: bytes) -> None:
+    import uvicorn
+
+    made = uvicorn.Config.__init__
+
+    def with_loop(self: uvicorn.Config, *args: Any, **named: Any) -> None:
+        made(self, *args, **named, loop=loop)
+
+    monkeypatch.setattr(uvicorn.Config, "__init__", with_loop)
+    with doors(noise, limits={"idle_upload_s": 0.5, "head_s": 0.3}) as opened:
+        with connected(opened.port) as raw:
+            raw.sendall(b"GET")
+            assert is_closed(raw)
+        picture = picture_bytes(np.zeros((LARGE, LARGE), np.uint8))
+        with connected(opened.port, receive_bytes=4096) as raw:
+            raw.sendall(
+                b"POST /segment?level=1&format=png16 HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(picture) + picture
+            )
+            assert raw.recv(12) == b"HTTP/1.1 200"
+            until(lambda: not opened.server.server_state.connections)
