@@ -232,6 +232,7 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
         app.include_router(routes, dependencies=KEY_SCHEMES if keys else [], responses={401: {"model": Problem}} if keys else {})
     if not has_ops_port:
         app.include_router(operating)
+    problems.describe(app)
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:

@@ -116,6 +116,24 @@ def install(app: FastAPI) -> None:
         return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", INTERNAL, headers)
 
 
+def describe(app: FastAPI) -> None:
+    """Makes the OpenAPI document tell the truth about errors: FastAPI takes every model for application/json."""
+    plain = app.openapi
+
+    def described() -> dict[str, Any]:
+        if app.openapi_schema:
+            return app.openapi_schema
+        document = plain()
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                for status, response in operation["responses"].items():
+                    if int(status) >= HTTPStatus.BAD_REQUEST:
+                        response["content"] = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+        return document
+
+    app.openapi = described  # type: ignore[method-assign]  # as FastAPI's documentation does
+
+
 def _id(request: Request) -> str:
     """The id that the RequestId middleware gave."""
     return str(getattr(request.state, "request_id", ""))
