@@ -15,6 +15,9 @@ WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.npz"
 ACCURATE = "accurate"
 
+# How ONNX writes that a tensor lies in the weights file: a key and a value, each with its length before it.
+IN_WEIGHTS = b"\x0a\x08location\x12" + bytes([len(WEIGHTS)]) + WEIGHTS.encode()
+
 # The precision of a graph file; bf16 is the fp32 graph executed in bfloat16 by an engine that can.
 GRAPH_PRECISIONS = {"fp32": "fp32", "bf16": "fp32", "fp16": "fp16", "int8": "int8"}
 
@@ -274,14 +277,33 @@ def read_bundle(folder: Path) -> Bundle:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in error.errors())
         raise BundleDamaged(f"{path}: not a manifest that this version can read: {wrong}") from error
     for name, entry in manifest.files.items():
-        file = folder / name
-        if not file.is_file():
-            raise BundleDamaged(f"{file}: missing; copy the bundle again, or export it anew")
-        if file.resolve().parent != folder.resolve():
-            raise BundleDamaged(f"{file}: leads out of the bundle")
-        if file.stat().st_size != entry.bytes or sha256(file) != entry.sha256:
-            raise BundleDamaged(f"{file}: size or SHA-256 differs from the manifest; copy the bundle again, or export it anew")
+        _check_file(folder, name, entry)
     return Bundle(folder, manifest)
+
+
+def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
+    """Raises BundleDamaged unless the file is what the manifest says."""
+    file = folder / name
+    if not file.is_file():
+        raise BundleDamaged(f"{file}: missing; copy the bundle again, or export it anew")
+    if file.resolve().parent != folder.resolve():
+        raise BundleDamaged(f"{file}: leads out of the bundle")
+    if file.stat().st_size != entry.bytes or sha256(file) != entry.sha256:
+        raise BundleDamaged(f"{file}: size or SHA-256 differs from the manifest; copy the bundle again, or export it anew")
+    if name not in (WEIGHTS, GOLDEN):
+        _check_locations(file)
+
+
+def _check_locations(graph: Path) -> None:
+    """Engines refuse to read outside of the bundle, but would read a file in it whose hash nobody checked.
+
+    Raises:
+        BundleDamaged: the graph points at another file than the weights.
+    """
+    data = graph.read_bytes()
+    # However a forger may write it, that key has to be there.
+    if data.count(b"location") != data.count(IN_WEIGHTS):
+        raise BundleDamaged(f"{graph}: refers to data outside of {WEIGHTS}; export the bundle anew")
 
 
 def find_bundles(root: Path) -> list[Path]:
