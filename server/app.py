@@ -269,6 +269,7 @@ def _guard(
         BodyLimit, max_bytes=limits.max_body_mb * 1024 * 1024, idle_s=limits.idle_upload_s, pace_bytes_s=pace_bytes_s
     )
     # Outermost last.
+    app.add_middleware(auth.OwnPagesOnly)
     if keys:
         app.add_middleware(auth.KeyNeeded, keys=keys, free=free, refused=refused)
     app.add_middleware(LastAnswers, stopping=stopping)

@@ -21,6 +21,7 @@ STATUS: dict[type[errors.UnetppError], HTTPStatus] = {
     errors.TooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     errors.UploadStalled: HTTPStatus.REQUEST_TIMEOUT,
     errors.Unauthorized: HTTPStatus.UNAUTHORIZED,
+    errors.OtherSite: HTTPStatus.FORBIDDEN,
     errors.UnknownFormat: HTTPStatus.NOT_ACCEPTABLE,
     errors.InvalidParameter: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.DeadlineTooShort: HTTPStatus.UNPROCESSABLE_ENTITY,

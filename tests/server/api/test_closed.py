@@ -1,7 +1,7 @@
 """Doors that are not there: other sites' pages, addresses to fetch from, networks from callers."""
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,6 +39,23 @@ class TestOtherSites:
         answer = opened.client.options(path, headers=asked)
         assert answer.status_code == 405
         assert not [name for name in answer.headers if name.startswith("access-control")]
+
+    @pytest.mark.parametrize(("site", "status"), [("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)])
+    def test_they_cannot_have_work_done_unseen(
+        self, opened: SimpleNamespace, problem: Callable[..., SimpleNamespace], site: str, status: int
+    ) -> None:
+        """As a form needs no permission, and a server without keys asks for none."""
+        headers = {"Sec-Fetch-Site": site}
+        answer = opened.client.post("/segment?level=1", files={"file": GOOD}, headers=headers)
+        if status == 403:
+            problem(answer, 403, "other-site")
+            problem(opened.client.post("/jobs", content=GOOD, headers=headers), 403)
+            problem(opened.client.delete("/jobs/x", headers=headers), 403)
+            problem(opened.ops.post("/reload", headers=headers), 403)
+        else:
+            assert answer.status_code == 200
+        # A link to it works.
+        assert opened.client.get("/", headers=headers).status_code == 200
 
 
 class TestAddresses:
