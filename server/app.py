@@ -263,6 +263,7 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
         app.include_router(routes, dependencies=KEY_SCHEMES if keys else [], responses={401: {"model": Problem}} if keys else {})
     if not has_ops_port:
         app.include_router(operating)
+    problems.describe(app)
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
@@ -310,6 +311,7 @@ def _guard(
         refuse=refuse,
     )
     # Outermost last.
+    app.add_middleware(auth.OwnPagesOnly)
     if keys:
         app.add_middleware(auth.KeyNeeded, keys=keys, free=free, refused=functools.partial(refuse, "unauthorized"))
     app.add_middleware(LastAnswers, stopping=stopping)

@@ -7,6 +7,7 @@ UnetppError
 │   ├── TooLarge              over a limit; says the limit and the size
 │   ├── UploadStalled         the body stopped coming, or trickles
 │   ├── Unauthorized          no API key, or none that is known
+│   ├── OtherSite             a browser sends it for a page of another site
 │   ├── UnknownFormat         no such output format
 │   ├── InvalidParameter      mode, level, precision, reference, ...
 │   ├── DeadlineTooShort      even an idle server could not meet it
@@ -64,6 +65,10 @@ class UploadStalled(CallerError):
 
 class Unauthorized(CallerError):
     """No API key, or none that is known."""
+
+
+class OtherSite(CallerError):
+    """A browser sends it for a page of another site."""
 
 
 class UnknownFormat(CallerError):

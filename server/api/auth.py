@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api import problems
-from server.errors import Misconfigured, Unauthorized
+from server.errors import Misconfigured, OtherSite, Unauthorized
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +150,26 @@ class KeyNeeded:
         )
         response.headers["WWW-Authenticate"] = 'Bearer realm="unetpp"'
         await response(scope, receive, send)
+
+
+class OwnPagesOnly:
+    """Refuses what a browser sends for a page of another site, which could not read the answer, but have work done without a key.
+
+    Reading is left alone: links from elsewhere to the page shall work.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        writes = scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS")
+        # Every browser of today says so; other clients do not.
+        if writes and Headers(scope=scope).get("sec-fetch-site") in ("cross-site", "same-site"):
+            error = OtherSite("pages of other sites may not use this server; send it from a program")
+            await problems.of(error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
 
 
 def _given(headers: Headers) -> str:

@@ -22,6 +22,7 @@ STATUS: dict[type[errors.UnetppError], HTTPStatus] = {
     errors.TooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     errors.UploadStalled: HTTPStatus.REQUEST_TIMEOUT,
     errors.Unauthorized: HTTPStatus.UNAUTHORIZED,
+    errors.OtherSite: HTTPStatus.FORBIDDEN,
     errors.UnknownFormat: HTTPStatus.NOT_ACCEPTABLE,
     errors.InvalidParameter: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.DeadlineTooShort: HTTPStatus.UNPROCESSABLE_ENTITY,
@@ -124,6 +125,24 @@ def install(app: FastAPI, refuse: Callable[[str], None] = lambda reason: None) -
         # Starlette raises the error once more after this answer, upon which uvicorn closes the connection: say so.
         headers = {"X-Request-Id": _id(request), "Connection": "close"}
         return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", INTERNAL, headers)
+
+
+def describe(app: FastAPI) -> None:
+    """Makes the OpenAPI document tell the truth about errors: FastAPI takes every model for application/json."""
+    plain = app.openapi
+
+    def described() -> dict[str, Any]:
+        if app.openapi_schema:
+            return app.openapi_schema
+        document = plain()
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                for status, response in operation["responses"].items():
+                    if int(status) >= HTTPStatus.BAD_REQUEST:
+                        response["content"] = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+        return document
+
+    app.openapi = described  # type: ignore[method-assign]  # as FastAPI's documentation does
 
 
 def _id(request: Request) -> str:

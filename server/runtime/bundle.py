@@ -298,7 +298,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             raise BundleDamaged(f"{file}: size or SHA-256 differs from the manifest; copy the bundle again, or export it anew")
     for graph in manifest.graphs:
         for name in graph.files.values():
-            check_graph(folder / name, manifest.files)
+            check_graph(folder / name, (WEIGHTS,))
 
 
 def find_bundles(root: Path) -> list[Path]:

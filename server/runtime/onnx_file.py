@@ -58,7 +58,7 @@ def _objection(message: str, number: int, value: memoryview, files: Collection[s
         entry = list(_fields(value))
         if any(field == 1 and bytes(key) == b"location" for field, key in entry):
             outside = (name for field, name in entry if field == 2 and _text(name) not in files)
-            return next((f"has tensors in {_shown(name)}, which is no file of the bundle" for name in outside), None)
+            return next((f"has tensors in {_shown(name)}; only {', '.join(files)} may hold them" for name in outside), None)
     return None
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import operator
 from typing import BinaryIO
 
 import numpy as np
@@ -47,7 +48,8 @@ def size(file: BinaryIO) -> Extent:
     """(H, W) of an image or (X, Y, Z) of a stack, as the tags say."""
     with tifffile.TiffFile(file, name="upload.tif") as tiff:
         page, pages = tiff.pages.first, _alike(tiff)
-        planar = (page.imagelength, page.imagewidth)
+        # A tag may hold several numbers, or a fraction.
+        planar = (operator.index(page.imagelength), operator.index(page.imagewidth))
         # Read as they are, or as float32.
         sample_bytes = page.dtype.itemsize if page.dtype in KEPT else 4
         colored = page.samplesperpixel >= 3 or page.photometric == tifffile.PHOTOMETRIC.PALETTE

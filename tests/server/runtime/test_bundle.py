@@ -8,7 +8,7 @@ import pytest
 
 from server.errors import BundleDamaged
 from server.runtime.bundle import Manifest, find_bundles, read_bundle
-from tests.server.conftest import calibrated, manifest
+from tests.server.conftest import calibrated, manifest, rewrite_hashes
 
 
 @pytest.fixture
@@ -117,6 +117,26 @@ def test_a_link_that_leads_out(bundle: Path, tmp_path: Path) -> None:
     shutil.move(bundle / name, outside)
     (bundle / name).symlink_to(outside)
     damaged(bundle, name, "leads out")
+
+
+@pytest.mark.parametrize("other", ["../outside/data.bin", "/etc/hostname123456", "weights.safetensorz", "L1.onnx"])
+def test_a_graph_that_points_at_another_file(copied_bundle: Path, other: str) -> None:
+    graph = copied_bundle / "L1.onnx"
+    data, weights = graph.read_bytes(), b"\x12\x13weights.safetensors"
+    assert weights in data
+    graph.write_bytes(data.replace(weights, b"\x12" + bytes([len(other)]) + other.encode(), 1))
+    rewrite_hashes(copied_bundle)
+    damaged(copied_bundle, "L1.onnx", "only weights.safetensors may hold them")
+
+
+def test_a_graph_that_hides_where_it_points(copied_bundle: Path) -> None:
+    """A length may be written in more bytes than it needs, and the value before the key."""
+    graph = copied_bundle / "L1.onnx"
+    data = graph.read_bytes()
+    for hidden in (b"\x0a\x88\0location\x12\x13weights.safetensorz", b"\x12\x13weights.safetensorz\x0a\x08location"):
+        graph.write_bytes(data.replace(b"\x0a\x08location\x12\x13weights.safetensors", hidden, 1))
+        rewrite_hashes(copied_bundle)
+        damaged(copied_bundle, "L1.onnx", "only weights.safetensors may hold them|not an ONNX file")
 
 
 def test_a_bundle_behind_a_link_is_read(bundle: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from server.arrays import Tiles
 from server.errors import BundleDamaged, EngineUnavailable
 from server.runtime import opening
 from server.runtime.bundle import Bundle, read_bundle
-from server.runtime.engines import EngineRow
+from server.runtime.engines import ENGINES, EngineRow
 from server.runtime.engines.fake import FakeEngine
 from server.runtime.opening import GRAPH_RUNS, RACE_TILE, WORTHWHILE, _auto, _worthwhile, cores, golden_tiles, offered, open_bundle
 from server.settings import BatchingSettings, RuntimeSettings
@@ -110,6 +110,19 @@ def test_a_graph_that_is_not_onnx(copied_bundle: Path) -> None:
     rewrite_hashes(copied_bundle)
     with pytest.raises(BundleDamaged, match=r"L1\.onnx"):
         open_bundle(copied_bundle, RuntimeSettings(**ORT))
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(("old", "new"), [(b"\x04Conv", b"\x04Evil"), (b"weights.safetensors", b"../outside/data.bin")])
+def test_engines_refuse_strange_operators_and_paths(copied_bundle: Path, engine: str, old: bytes, new: bytes) -> None:
+    """Also where the check of the bundle would let them pass."""
+    (copied_bundle.parent / "outside").mkdir()
+    (copied_bundle.parent / "outside" / "data.bin").write_bytes((copied_bundle / "weights.safetensors").read_bytes())
+    graph = copied_bundle / "L1.onnx"
+    assert old in graph.read_bytes()
+    graph.write_bytes(graph.read_bytes().replace(old, new))
+    with pytest.raises(Exception, match=r"(?i)evil|external|outside"):
+        ENGINES[engine].open(graph, "fp32", "cpu", 1)
 
 
 def test_damage_is_no_reason_to_fall_back(copied_bundle: Path) -> None:
