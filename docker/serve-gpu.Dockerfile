@@ -39,6 +39,7 @@ ENV PATH=/opt/unetpp/bin:$PATH \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=packages /opt/unetpp /opt/unetpp
+COPY --chmod=644 docker/health.py /opt/unetpp/health.py
 COPY --from=packages /bundles /bundles
 COPY --from=packages --chown=10001:10001 /var/lib/unetpp /var/lib/unetpp
 # Writable also where the root is not.
@@ -46,5 +47,5 @@ VOLUME /var/lib/unetpp
 USER 10001:10001
 EXPOSE 8000 9000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=180s --retries=3 \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9000/health/ready', timeout=4)"]
+    CMD ["python", "/opt/unetpp/health.py"]
 ENTRYPOINT ["unetpp", "serve"]
