@@ -28,7 +28,7 @@ from server.jobs.store import Store
 from server.metrics import Metrics
 from server.runtime.bundle import find_bundles
 from server.runtime.opening import OpenBundle, open_bundle
-from server.segment import modes
+from server.segment import labels
 from server.segment.pipeline import Segmenter
 from server.settings import Settings
 
@@ -135,11 +135,7 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
     stopping = Stopping()
     segmenter = make_segmenter(settings, bundles, metrics)
     runner = Runner(settings.jobs, settings.http.max_in_flight, segmenter, metrics, asking.headers, problems.explain, store)
-    for name, opened in bundles.items():
-        metrics.expect(name, [(route.mode, f"{route.level}") for route in modes.routes(opened.bundle.manifest)])
-        for (graph, precision), engine in opened.engines.items():
-            auto = str(opened.auto[graph] == precision).lower()
-            metrics.engines.labels(name, graph, precision, engine.name, engine.provider, auto).set(1)
+    metrics.expect(labels.known(bundles))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -157,11 +153,11 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
     )
     app.state.drain, app.state.stopping = runner.drain, stopping
     limits = settings.limits
-    app.add_middleware(BodyLimit, max_bytes=limits.max_body_mb * 1024 * 1024, idle_s=limits.idle_upload_s)
+    app.add_middleware(BodyLimit, max_bytes=limits.max_body_mb * 1024 * 1024, idle_s=limits.idle_upload_s, refuse=metrics.refuse)
     # Outermost last.
     app.add_middleware(LastAnswers, stopping=stopping)
     app.add_middleware(RequestId)
-    problems.install(app)
+    problems.install(app, metrics.refuse)
     app.include_router(segment.router(segmenter, metrics, settings.http.max_in_flight, limits.max_wait_s))
     app.include_router(jobs.router(runner))
     app.include_router(models.router(segmenter))

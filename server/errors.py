@@ -27,7 +27,13 @@ UnetppError
 
 
 class UnetppError(Exception):
-    """Base of all errors; its text is written for a person: what is wrong, the limit, the remedy."""
+    """Base of all errors; its text is written for a person: what is wrong, the limit, the remedy.
+
+    Attributes:
+        refusal: as which the metrics count a request that it turns away; "" if as none.
+    """
+
+    refusal = ""
 
 
 class CallerError(UnetppError):
@@ -44,6 +50,8 @@ class UnsupportedType(CallerError):
 
 class TooLarge(CallerError):
     """Over a limit."""
+
+    refusal = "too_large"
 
 
 class UploadStalled(CallerError):
@@ -97,6 +105,10 @@ class TryAgain(UnetppError):
 class Overloaded(TryAgain):
     """Too many requests at once."""
 
+    def __init__(self, text: str, retry_after_s: int = 1, refusal: str = "wait") -> None:
+        super().__init__(text, retry_after_s)
+        self.refusal = refusal
+
 
 class DeadlinePassed(TryAgain):
     """The caller's time was up before the answer was there."""
@@ -104,6 +116,8 @@ class DeadlinePassed(TryAgain):
 
 class NotReady(TryAgain):
     """Starting or shutting down."""
+
+    refusal = "stopping"
 
 
 class StoreFull(TryAgain):

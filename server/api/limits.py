@@ -1,6 +1,7 @@
 """Limits that hold before any route runs: pure ASGI, so that disconnects stay visible."""
 
 import asyncio
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -15,12 +16,14 @@ class BodyLimit:
         app: the application behind it.
         max_bytes: of a body.
         idle_s: a body that sends nothing for so long is given up.
+        refuse: told why a body is refused that reaches no route, which else counts it.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, idle_s: float) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, idle_s: float, refuse: Callable[[str], None] = lambda reason: None) -> None:
         self._app = app
         self._max_bytes = max_bytes
         self._idle_s = idle_s
+        self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
@@ -29,7 +32,9 @@ class BodyLimit:
             return
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if declared.isdigit() and int(declared) > self._max_bytes:
-            response = problems.of(self._too_large(f"{int(declared):,} bytes"))
+            error = self._too_large(f"{int(declared):,} bytes")
+            self._refuse(error.refusal)
+            response = problems.of(error)
             # The body is not wanted, so the connection cannot be used for another request.
             response.headers["Connection"] = "close"
             await response(scope, receive, send)

@@ -1,6 +1,7 @@
 """Every error becomes application/problem+json (RFC 9457), mapped once by walking the class's ancestors."""
 
 import logging
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -89,11 +90,18 @@ def kind(error: errors.UnetppError) -> str:
     return "".join(f"-{c.lower()}" if c.isupper() else c for c in name).lstrip("-")
 
 
-def install(app: FastAPI) -> None:
-    """Registers the handlers."""
+def install(app: FastAPI, refuse: Callable[[str], None] = lambda reason: None) -> None:
+    """Registers the handlers.
+
+    Args:
+        app: whose errors these are.
+        refuse: told why something that was sent, rather than asked for, is turned away.
+    """
 
     @app.exception_handler(errors.UnetppError)
     async def domain(request: Request, error: errors.UnetppError) -> JSONResponse:
+        if error.refusal and request.method == "POST":
+            refuse(error.refusal)
         return of(error, _id(request))
 
     @app.exception_handler(RequestValidationError)

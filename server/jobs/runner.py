@@ -132,7 +132,8 @@ class Runner:
             if (waiting := self._queue.waiting) >= self._settings.max_queued:
                 raise Overloaded(f"{waiting} jobs are waiting, which is the limit; try again when some are done", retry_after_s=30)
             if self._uploads >= self._max_uploads:
-                raise Overloaded(f"{self._uploads} uploads are arriving, which is the limit; try again in a moment")
+                text = f"{self._uploads} uploads are arriving, which is the limit; try again in a moment"
+                raise Overloaded(text, refusal="uploads")
             self._uploads += 1
             try:
                 with self._store.files.reserve() as claim:

@@ -11,11 +11,13 @@ what the others leave: places in their batches, and the device when nobody else 
 
 import asyncio
 import contextlib
+import functools
 import heapq
 import itertools
 import math
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
@@ -25,7 +27,7 @@ from numpy import ndarray
 
 from server.arrays import Scores, Tiles
 from server.errors import DeadlinePassed, InferenceFailed, NotReady, UnetppError
-from server.metrics import Metrics
+from server.metrics import URGENCIES, Metrics
 from server.runtime.line import Caller, Lane, Line
 
 # A tile is not run where this share of its usual time would be too long: not all of it, as estimates err, and only a run
@@ -86,7 +88,7 @@ class Batcher:
     Args:
         executor: the thread that runs the graphs.
         line: of those admitted.
-        metrics: counts batches.
+        metrics: counts batches, and shows what waits.
         max_wait_s: that a batch waits for callers who are on their way.
     """
 
@@ -108,6 +110,9 @@ class Batcher:
         self._waited = False
         self._closed = False
         line.moved = self._wake
+        for urgent, urgency in URGENCIES.items():
+            metrics.queue_tiles.labels(urgency).set_function(functools.partial(self._waiting_tiles, urgent))
+            metrics.queue_oldest_s.labels(urgency).set_function(functools.partial(self._waiting_s, urgent))
 
     async def run(self, lane: Lane, tiles: Tiles, caller: Caller | None = None) -> Ran:
         """Scores of the tiles, which may travel in several batches together with other callers' tiles.
@@ -153,6 +158,19 @@ class Batcher:
             hand.settle(_stopping())
         self._waiting.clear()
         self._served.clear()
+
+    def _hands(self, urgent: bool) -> Iterator[_Hand]:
+        """That wait, whole or in part, and are still wanted."""
+        of_these = (hands for caller, hands in self._waiting.items() if caller.urgent == urgent)
+        return (hand for hand in itertools.chain.from_iterable(of_these) if not hand.done.done())
+
+    def _waiting_tiles(self, urgent: bool) -> int:
+        return sum(len(hand.tiles) - hand.taken for hand in self._hands(urgent))
+
+    def _waiting_s(self, urgent: bool) -> float:
+        """For how long the oldest of them."""
+        now = time.perf_counter()
+        return max((now - hand.submitted for hand in self._hands(urgent)), default=0.0)
 
     def _wake(self) -> None:
         """Something has changed; all that changes in one round of the loop is looked at together."""
@@ -218,6 +236,7 @@ class Batcher:
             if len(hand.parts) == len(hand.tiles):
                 hand.settle()
         self._metrics.batches.labels(lane.graph).observe(len(batch))
+        self._metrics.fill.labels(lane.graph).observe(len(batch) / lane.most(tuple(tile)))
 
     def _next(self) -> Caller | None:
         """Whose turn it is, once those are gone who no longer wait or need not."""

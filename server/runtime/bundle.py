@@ -234,11 +234,18 @@ class Manifest(_Part):
 
 
 class Bundle:
-    """A bundle on disk whose every file has been checked against the manifest."""
+    """A bundle on disk whose every file has been checked against the manifest.
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    Attributes:
+        folder: where it is, or was.
+        manifest: as read.
+        sha256: of the manifest's file, and as that has the hashes of all others, of the bundle.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, sha256: str = "") -> None:
         self.folder = folder
         self.manifest = manifest
+        self.sha256 = sha256
 
     def path(self, graph: str, precision: str) -> Path:
         """The ONNX file that runs `graph` at `precision` (bf16 runs the fp32 file)."""
@@ -265,7 +272,8 @@ def read_bundle(folder: Path) -> Bundle:
     """
     path = folder / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        written = path.read_bytes()
+        manifest = Manifest.model_validate_json(written)
     except FileNotFoundError as error:
         raise BundleDamaged(f"{path}: not found; a bundle is a folder that `unetpp export` wrote") from error
     except OSError as error:
@@ -281,7 +289,7 @@ def read_bundle(folder: Path) -> Bundle:
             raise BundleDamaged(f"{file}: leads out of the bundle")
         if file.stat().st_size != entry.bytes or sha256(file) != entry.sha256:
             raise BundleDamaged(f"{file}: size or SHA-256 differs from the manifest; copy the bundle again, or export it anew")
-    return Bundle(folder, manifest)
+    return Bundle(folder, manifest, hashlib.sha256(written).hexdigest())
 
 
 def find_bundles(root: Path) -> list[Path]:

@@ -296,6 +296,7 @@ class Segmenter:
         }  # fmt: skip
         self.probe = Probe(bundles, self._lanes, self._batcher)
         metrics.backlog_s.set_function(self.line.backlog_s)
+        metrics.predicted_wait_s.set_function(self.line.wait_s)
 
     def close(self) -> None:
         """Fails what is queued, waits for what runs, ends the threads."""
@@ -519,7 +520,8 @@ class Segmenter:
                 await held.enter_async_context(budget.hold(estimate.pixels))
         except TimeoutError as error:
             raise Overloaded(
-                f"others were worked on for {spare_s:.0f} s, which leaves no time for this; try again, or send it to POST /jobs"
+                f"others were worked on for {spare_s:.0f} s, which leaves no time for this; try again, or send it to POST /jobs",
+                refusal="memory",
             ) from error
 
     def _prepare(self, file: BinaryIO, reference: BinaryIO | None, request: SegmentRequest, order: _Order, clock: _Clock) -> _Work:

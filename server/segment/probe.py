@@ -53,6 +53,10 @@ class Probe:
         if self._silent in self._doubtful():
             raise NotReady(f"model {self._silent!r} does not answer a test tile")
 
+    def answers(self) -> bool:
+        """Whether `check` would pass by what is known; nothing is run to know more."""
+        return self._silent not in self._doubtful()
+
     def check_device(self) -> None:
         """Whether a restart is not called for; sees to it that this is known, and does not wait for it.
 
@@ -83,18 +87,18 @@ class Probe:
 
     async def _run(self, names: list[str]) -> None:
         """One for all who ask at the same time."""
-        self._silent = None
+        silent = None
         for name in names:
             try:
                 async with asyncio.timeout(PROBE_TIMEOUT_S):
                     await self._run_test_tile(name)
             except Exception as error:
-                self._silent = name
+                silent = name
                 self._failures.append(time.monotonic())
                 why = error if len(self._failures) == 1 else None
                 log.error("model %r does not answer a test tile, %d in a row", name, len(self._failures), exc_info=why)
                 break
-        self._running, self._ended = None, time.monotonic()
+        self._silent, self._running, self._ended = silent, None, time.monotonic()
 
     async def _run_test_tile(self, name: str) -> None:
         opened = self._bundles[name]

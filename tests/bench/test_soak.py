@@ -80,7 +80,8 @@ def test_another_answer_to_the_same_question_is_noticed() -> None:
 
 
 def metrics(**outcomes: int) -> str:
-    lines = [f'unetpp_requests_total{{mode="{mode}",outcome="{name}"}} {n}' for name, n in outcomes.items() for mode in "a"]
+    labels = 'mode="a",requested_level="1",served_level="1"'
+    lines = [f'unetpp_requests_total{{{labels},outcome="{name}"}} {n}' for name, n in outcomes.items()]
     durations = f'unetpp_request_duration_seconds_count{{level="1"}} {outcomes["ok"]}'
     return "\n".join([
         "# TYPE unetpp_requests counter", *lines, "# TYPE unetpp_request_duration_seconds histogram", durations, ""

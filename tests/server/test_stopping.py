@@ -257,7 +257,8 @@ class TestInFlight:
             assert right(answer.result())
             assert answer.result().headers["connection"] == "close"
         ended_well(life)
-        assert 'unetpp_requests_total{level="1",mode="fast",model="fake",outcome="ok"} 4' in (life.folder / "metrics").read_text()
+        row = 'unetpp_requests_total{mode="fast",model="fake",outcome="ok",requested_level="1",served_level="1"} 4'
+        assert row in (life.folder / "metrics").read_text()
 
     def test_is_cut_off_in_the_end(self, serve: Launcher, background: Callable[..., Any], problem: Callable[..., Any]) -> None:
         life = serve("gated", stop_s="1")

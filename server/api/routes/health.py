@@ -1,9 +1,12 @@
 """Liveness, readiness and metrics: what orchestrators and Prometheus ask for."""
 
+import functools
+
 from fastapi import APIRouter, Response
 
 from server.api.schemas import Problem
 from server.api.stopping import Stopping
+from server.errors import NotReady
 from server.jobs.runner import Runner
 from server.metrics import Metrics
 from server.segment.pipeline import Segmenter
@@ -12,6 +15,8 @@ from server.segment.pipeline import Segmenter
 def router(segmenter: Segmenter, runner: Runner, metrics: Metrics, stopping: Stopping) -> APIRouter:
     """The routes, with what they need."""
     routes = APIRouter()
+    metrics.stopping.set_function(lambda: stopping.begun)
+    metrics.ready.set_function(functools.partial(_is_ready, segmenter, runner, stopping))
 
     @routes.get(
         "/health/live",
@@ -35,6 +40,17 @@ def router(segmenter: Segmenter, runner: Runner, metrics: Metrics, stopping: Sto
 
     @routes.get("/metrics", summary="Prometheus metrics", response_class=Response)
     async def scrape() -> Response:
+        await metrics.gpus.look()
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return routes
+
+
+def _is_ready(segmenter: Segmenter, runner: Runner, stopping: Stopping) -> bool:
+    """What /health/ready would say by what is known, as a scrape does not wait for a test tile."""
+    try:
+        stopping.check()
+        runner.check()
+    except NotReady:
+        return False
+    return segmenter.probe.answers()

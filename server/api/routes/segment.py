@@ -18,7 +18,7 @@ from server.api import upload
 from server.api.asking import REQUEST_BODY, Parameters, headers
 from server.api.schemas import Problem
 from server.imaging import encode
-from server.metrics import Metrics
+from server.metrics import NONE, Metrics
 from server.segment.pipeline import Segmenter, Terms, until
 
 T = TypeVar("T")
@@ -31,8 +31,18 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     **{code: {"model": Problem} for code in (404, 406, 408, 413, 415, 422, 429, 500, 503, 504)},
 }
 
-# model, mode and level of a request that was refused before they were known.
-NONE = ("none", "none", "none")
+# model, mode and level of a request that failed before they were known.
+UNKNOWN = (NONE, NONE, NONE)
+
+# The outcome of a request by what ended it, and why it was given up if it was; what fits first.
+ENDS: dict[type[BaseException], tuple[str, str | None]] = {
+    ClientDisconnect: ("cancelled", "client_left"),
+    errors.CallerError: ("client_error", None),
+    errors.DeadlinePassed: ("late", "deadline"),
+    errors.TryAgain: ("refused", None),
+    # What the server could not finish before it had to stop, and what is answered with 503.
+    asyncio.CancelledError: ("refused", "stopping"),
+}
 
 
 class SegmentParameters(Parameters):
@@ -64,13 +74,13 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_
     async def segment(request: Request, asked: Annotated[SegmentParameters, Query()]) -> Response:
         nonlocal in_flight
         begun = time.perf_counter()
-        labels = NONE
-        outcome = "error"
+        labels, served = UNKNOWN, NONE
         if in_flight >= max_in_flight:
-            metrics.requests.labels(*labels, "refused").inc()
+            metrics.requests.labels(*labels, served, "refused").inc()
             # One of so many is done in about that part of the time for all.
             wait_s = max(1, math.ceil(segmenter.line.backlog_s() / in_flight))
-            raise errors.Overloaded(f"{in_flight} requests are being worked on, which is the limit; try again in a moment", wait_s)
+            text = f"{in_flight} requests are being worked on, which is the limit; try again in a moment"
+            raise errors.Overloaded(text, wait_s, "in_flight")
         in_flight += 1
         metrics.in_flight.set(in_flight)
         try:
@@ -81,26 +91,19 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_
             segmenter.check_wait(choice, wanted, terms)
             async with until(terms.deadline), upload.receive(request) as files:
                 answer = await _unless_gone(request, segmenter.segment(files.file, wanted, files.reference, terms=terms))
-            outcome = "ok"
-        except ClientDisconnect:
-            outcome = "cancelled"
-            return Response(status_code=499)
-        except errors.CallerError:
-            outcome = "client_error"
-            raise
-        except errors.DeadlinePassed:
-            outcome = "late"
-            raise
-        except (errors.TryAgain, asyncio.CancelledError):
-            # Cancelled is what the server could not finish before it had to stop, and what is answered with 503.
-            outcome = "refused"
+            outcome, served = "ok", f"{answer.choice.route.level}"
+        except BaseException as error:
+            outcome, given_up = next((end for kind, end in ENDS.items() if isinstance(error, kind)), ("error", None))
+            if given_up:
+                metrics.cancellations.labels(given_up).inc()
+            if isinstance(error, ClientDisconnect):
+                return Response(status_code=499)
             raise
         finally:
             in_flight -= 1
             metrics.in_flight.set(in_flight)
-            metrics.requests.labels(*labels, outcome).inc()
-        route = answer.choice.route
-        metrics.duration.labels(route.mode, f"{route.level}").observe(time.perf_counter() - begun)
+            metrics.requests.labels(*labels, served, outcome).inc()
+        metrics.duration.labels(answer.choice.model, answer.choice.route.mode, served).observe(time.perf_counter() - begun)
         for phase, seconds in answer.seconds.items():
             metrics.phases.labels(phase).observe(seconds)
         return Response(answer.body, media_type=answer.media_type, headers=headers(answer))
@@ -161,7 +164,7 @@ def _counting(metrics: Metrics) -> type[APIRoute]:
                 try:
                     return await handle(request)
                 except RequestValidationError:
-                    metrics.requests.labels(*NONE, "client_error").inc()
+                    metrics.requests.labels(*UNKNOWN, NONE, "client_error").inc()
                     raise
 
             return counted

@@ -201,9 +201,12 @@ def test_children_exist_at_the_start() -> None:
     with serving(fake_app()) as client:
         found = samples(client)
         for mode, level in (("accurate", "4"), ("fast", "1"), ("fast", "2"), ("fast", "3"), ("fast", "4")):
-            for outcome in OUTCOMES:
-                assert requests(found, model="fake", mode=mode, level=level, outcome=outcome) == 0
-            assert found["unetpp_request_duration_seconds_count", (("level", level), ("mode", mode))] == 0
+            asked = {"model": "fake", "mode": mode, "requested_level": level}
+            for outcome in OUTCOMES[1:]:
+                assert requests(found, **asked, served_level="none", outcome=outcome) == 0
+            for served in range(1, int(level) + 1):
+                assert requests(found, **asked, served_level=f"{served}", outcome="ok") == 0
+            assert found["unetpp_request_duration_seconds_count", (("level", level), ("mode", mode), ("model", "fake"))] == 0
         for phase in PHASES:
             assert found["unetpp_phase_duration_seconds_count", (("phase", phase),)] == 0
         assert found["unetpp_requests_in_flight", ()] == 0
@@ -220,12 +223,15 @@ def test_requests_are_counted() -> None:
         for refused in ("level=9", "level=abc", "precision=fp8", "levle=1"):
             assert client.post(f"/segment?{refused}", content=DATA).status_code == 422
         found = samples(client)
-        assert requests(found, model="fake", mode="fast", level="2", outcome="ok") == 3
-        assert requests(found, model="fake", mode="accurate", level="4", outcome="ok") == 1
-        assert requests(found, model="fake", mode="fast", level="2", outcome="client_error") == 1
-        assert requests(found, model="none", mode="none", level="none", outcome="client_error") == 4
-        assert found["unetpp_request_duration_seconds_count", (("level", "2"), ("mode", "fast"))] == 3
-        assert found["unetpp_request_duration_seconds_count", (("level", "4"), ("mode", "accurate"))] == 1
+        fast = {"model": "fake", "mode": "fast", "requested_level": "2"}
+        assert requests(found, **fast, served_level="2", outcome="ok") == 3
+        assert requests(found, model="fake", mode="accurate", requested_level="4", served_level="4", outcome="ok") == 1
+        assert requests(found, **fast, served_level="none", outcome="client_error") == 1
+        unknown = dict.fromkeys(("model", "mode", "requested_level", "served_level"), "none")
+        assert requests(found, **unknown, outcome="client_error") == 4
+        for mode, level, count in (("fast", "2", 3), ("accurate", "4", 1)):
+            place = (("level", level), ("mode", mode), ("model", "fake"))
+            assert found["unetpp_request_duration_seconds_count", place] == count
         for phase in PHASES:
             assert found["unetpp_phase_duration_seconds_count", (("phase", phase),)] == 4
         assert found["unetpp_batch_size_tiles_count", (("graph", "L2"),)] == 3

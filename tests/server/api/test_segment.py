@@ -304,7 +304,9 @@ def test_too_many_at_once(problem: Callable[..., Any]) -> None:
         assert first.result().status_code == 200
         assert client.post("/segment", content=data).status_code == 200
         metrics = client.get("/metrics").text
-        assert 'unetpp_requests_total{level="none",mode="none",model="none",outcome="refused"} 1.0' in metrics
+        labels = 'mode="none",model="none",outcome="refused",requested_level="none",served_level="none"'
+        assert f"unetpp_requests_total{{{labels}}} 1.0" in metrics
+        assert 'unetpp_refusals_total{reason="in_flight"} 1.0' in metrics
         assert "unetpp_requests_in_flight 0.0" in metrics
 
 
@@ -326,7 +328,8 @@ def test_a_failing_engine(problem: Callable[..., Any], caplog: pytest.LogCapture
         assert "X-Request-Id" in failed.detail
         assert "request mine failed" in caplog.text
         assert "secret" in caplog.text
-        assert 'unetpp_requests_total{level="2",mode="fast",model="fake",outcome="error"} 1.0' in client.get("/metrics").text
+        labels = 'mode="fast",model="fake",outcome="error",requested_level="2",served_level="none"'
+        assert f"unetpp_requests_total{{{labels}}} 1.0" in client.get("/metrics").text
         broken.clear()
         assert client.post("/segment?level=2", content=data).status_code == 200
 
@@ -364,10 +367,11 @@ def test_a_client_that_leaves_while_he_sends() -> None:
         assert client.post("/segment", content=data).status_code == 200
         for _ in range(500):
             metrics = client.get("/metrics").text
-            if 'outcome="cancelled"} 2.0' in metrics:
+            if 'unetpp_cancellations_total{reason="client_left"} 2.0' in metrics:
                 break
             time.sleep(0.02)
-        assert 'unetpp_requests_total{level="4",mode="accurate",model="fake",outcome="cancelled"} 2.0' in metrics
+        labels = 'mode="accurate",model="fake",outcome="cancelled",requested_level="4",served_level="none"'
+        assert f"unetpp_requests_total{{{labels}}} 2.0" in metrics
         assert "unetpp_requests_in_flight 0.0" in metrics
 
 
@@ -508,7 +512,7 @@ class TestDeadline:
             # While the engine is still at work.
             assert "deadline passed" in problem(answer, 504, "deadline-passed").detail
             assert (outcomes(client), dropped(client)) == ({"late": 1}, {"late": 1})
-            labels = {"model": "fake", "mode": "fast", "level": "4", "outcome": "late"}
+            labels = {"model": "fake", "mode": "fast", "requested_level": "4", "served_level": "none", "outcome": "late"}
             assert [s.labels for s in samples(client, "unetpp_requests_total") if s.value] == [labels]
             # Whoever made way is not waited for.
             engine.leave.set()
@@ -548,7 +552,8 @@ class TestMinLevel:
             assert (answer.headers["x-segment-level"], answer.headers["x-segment-degraded"]) == ("2", "load")
             assert client.post("/segment?level=4", content=GREY).status_code == 413
             (sample,) = (sample for sample in samples(client, "unetpp_degraded_total") if sample.value)
-            assert (sample.labels, sample.value) == ({"model": "fake", "requested": "4", "served": "2", "reason": "load"}, 1)
+            labels = {"model": "fake", "requested_level": "4", "served_level": "2", "reason": "load"}
+            assert (sample.labels, sample.value) == (labels, 1)
 
     @pytest.mark.parametrize(
         "query", ["min_level=0", "min_level=5", "level=2&min_level=3", "min_level=abc", "min_level=", "min_level=1&min_level=2"]
@@ -575,7 +580,7 @@ def test_a_client_that_leaves_while_his_windows_wait() -> None:
         assert settled(client, {"cancelled": 1}) == {"cancelled": 1}
         assert dropped(client) == {"cancelled": 46}
         assert samples(client, "unetpp_requests_in_flight")[0].value == 0
-        labels = {"model": "fake", "mode": "fast", "level": "1", "outcome": "cancelled"}
+        labels = {"model": "fake", "mode": "fast", "requested_level": "1", "served_level": "none", "outcome": "cancelled"}
         assert [s.labels for s in samples(client, "unetpp_requests_total") if s.value] == [labels]
         engine.leave.set()
         assert client.post(L1, content=GREY).status_code == 200

@@ -164,7 +164,7 @@ def test_what_takes_too_long_is_sent_to_jobs_before_anything_runs(problem: Calla
         assert not ran
         assert client.post("/segment", content=IMAGE).status_code == 200
         metrics = client.get("/metrics").text
-    row = 'unetpp_requests_total{{level="4",mode="accurate",model="fake",outcome="{}"}} 1.0'
+    row = 'unetpp_requests_total{{mode="accurate",model="fake",outcome="{}",requested_level="4",served_level="none"}} 1.0'
     assert row.format("client_error") in metrics
     assert row.format("ok") in metrics
 
@@ -181,7 +181,8 @@ def test_metrics_count_volumes_and_their_batches() -> None:
     with serving(fake_app(changes={"dims": 3})) as client:
         assert client.post("/segment?level=2", content=VOLUME).status_code == 200
         metrics = client.get("/metrics").text
-    assert 'unetpp_requests_total{level="2",mode="fast",model="fake",outcome="ok"} 1.0' in metrics
+    labels = 'mode="fast",model="fake",outcome="ok",requested_level="2",served_level="2"'
+    assert f"unetpp_requests_total{{{labels}}} 1.0" in metrics
     assert "unetpp_requests_in_flight 0.0" in metrics
     assert any((line.startswith("unetpp_") and 'graph="L2"' in line and line.endswith("_count 1.0")) or 'graph="L2"} 1.0' in line
                for line in metrics.splitlines())  # fmt: skip

@@ -896,7 +896,8 @@ class TestConsent:
             assert (facts["mode"], facts["level"]) == (answer.choice.route.mode, answer.choice.route.level)
             told = {"degraded": why, "requested": {"mode": answer.requested.mode, "level": answer.requested.level}}
             assert {key: facts[key] for key in ("degraded", "requested") if key in facts} == (told if why else {})
-            levels = {"model": "fake", "requested": f"{answer.requested.level}", "served": f"{answer.choice.route.level}"}
+            route = answer.choice.route
+            levels = {"model": "fake", "requested_level": f"{answer.requested.level}", "served_level": f"{route.level}"}
             assert counted(segmenter, "degraded_total", **levels, reason=why) == bool(why)
             assert segmenter._batcher._metrics.registry.get_sample_value("unetpp_batch_size_tiles_count", {"graph": served}) == 1
 
