@@ -12,13 +12,13 @@ COPY export export
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM base AS packages
-COPY constraints.txt docker/trim.py /build/
+COPY constraints.txt docker/cuda.txt docker/trim.py /build/
 COPY --from=wheel /wheels /wheels
 # Bytecode doubles the size of Python files and saves a second of a start that measures engines for many.
 RUN --mount=type=cache,target=/root/.cache/pip \
     set -- /wheels/*.whl \
     && python -m venv --without-pip /opt/unetpp \
-    && pip --python /opt/unetpp/bin/python install --no-compile --constraint /build/constraints.txt "$1[gpu]" \
+    && pip --python /opt/unetpp/bin/python install --no-compile --constraint /build/constraints.txt --constraint /build/cuda.txt "$1[gpu]" \
     && python /build/trim.py /opt/unetpp/lib/python3.11/site-packages
 # Readable by any user, whatever the checkout's own modes are; tmp is for uploads, which wait on disk.
 COPY bundles /bundles
@@ -48,4 +48,5 @@ USER 10001:10001
 EXPOSE 8000 9000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=180s --retries=3 \
     CMD ["python", "/opt/unetpp/health.py"]
-ENTRYPOINT ["unetpp", "serve"]
+ENTRYPOINT ["unetpp"]
+CMD ["serve"]

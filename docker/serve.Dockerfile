@@ -46,4 +46,5 @@ USER 10001:10001
 EXPOSE 8000 9000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=180s --retries=3 \
     CMD ["python", "/opt/unetpp/health.py"]
-ENTRYPOINT ["unetpp", "serve"]
+ENTRYPOINT ["unetpp"]
+CMD ["serve"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, table, timeseries, xychart
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.models.common import GraphDrawStyle, StackingMode
+from grafana_foundation_sdk.models.common import StackingMode
 from grafana_foundation_sdk.models.dashboard import (
     DashboardCursorSync,
     DataSourceRef,
@@ -64,9 +64,10 @@ def number(title: str, unit: str, expression: str, text: str = "", span: int = 6
 def lines(title: str, unit: str, *queries: Query, text: str = "", stacked: str = "", span: int = 8) -> timeseries.Panel:
     """Values over time; `stacked` is "normal" or "percent"."""
     panel = timeseries.Panel().title(title).unit(unit).span(span).height(8).min(0).datasource(SOURCE).description(text)
+    panel.fill_opacity(60 if stacked else 5)
     panel.legend(common.VizLegendOptions().show_legend(True)).tooltip(common.VizTooltipOptions())
     if stacked:
-        panel.stacking(common.StackingConfig().mode(StackingMode(stacked))).fill_opacity(60).draw_style(GraphDrawStyle.LINE)
+        panel.stacking(common.StackingConfig().mode(StackingMode(stacked)))
     for letter, (expression, legend) in zip("ABCDEF", queries, strict=False):
         panel.with_target(prometheus.Dataquery().expr(expression).legend_format(legend).ref_id(letter))
     return panel
@@ -74,7 +75,7 @@ def lines(title: str, unit: str, *queries: Query, text: str = "", stacked: str =
 
 def rows(title: str, names: tuple[str, ...], *expressions: str, text: str = "", span: int = 8) -> table.Panel:
     """Labels and values now; those of several expressions with the same labels stand side by side."""
-    panel = table.Panel().title(title).span(span).height(8).datasource(SOURCE).description(text)
+    panel = table.Panel().title(title).span(span).height(8).filterable(True).datasource(SOURCE).description(text)
     for letter, expression in zip("ABCDEF", expressions, strict=False):
         panel.with_target(instant(expression, letter))
     return panel.transformations(joined(*names))
@@ -103,7 +104,11 @@ def instant(expression: str, letter: str) -> prometheus.Dataquery:
 
 def joined(*names: str) -> list[DataTransformerConfig]:
     """Tables of several expressions become one; the columns of values are named."""
-    columns = {"Value": names[0]} if len(names) == 1 else {f"Value #{letter}": name for letter, name in zip("ABCDEF", names, strict=False)}
+    columns = (
+        {"Value": names[0]}
+        if len(names) == 1
+        else {f"Value #{letter}": name for letter, name in zip("ABCDEF", names, strict=False)}
+    )
     return [
         DataTransformerConfig("merge", options={}),
         DataTransformerConfig("organize", options={"excludeByName": {"Time": True}, "renameByName": columns}),
