@@ -309,9 +309,13 @@ def _within(ledger: Ledger, goal: str, counted: Counter[str], ours: Counter[str]
 
 def _met(ledger: Ledger, metrics: str, minutes: float) -> Check:
     """That each way a request can take was taken, of which the other checks then speak; a short run may miss the rare ones."""
-    counted, dropped = (
+    counted, dropped, again = (
         total(metrics, name, label)
-        for name, label in (("unetpp_requests_total", "outcome"), ("unetpp_windows_dropped_total", "reason"))
+        for name, label in (
+            ("unetpp_requests_total", "outcome"),
+            ("unetpp_windows_dropped_total", "reason"),
+            ("unetpp_agreement_samples_total", "outcome"),
+        )
     )
     answers = [(status, n) for (kind, status), n in ledger.statuses.items() if kind in GOOD]
     good, masks = sum(n for _, n in answers), sum(n for status, n in answers if status == 200)
@@ -320,9 +324,12 @@ def _met(ledger: Ledger, metrics: str, minutes: float) -> Check:
         "ok": counted["ok"], "refused": counted["refused"], "cancelled": counted["cancelled"],
         "late or too short": counted["late"] + ledger.too_short,
         "degraded": sum(total(metrics, "unetpp_degraded_total", "reason").values()), "windows dropped": dropped["cancelled"] + dropped["late"],  # "error" are those of broken files
+        "compared": again["compared"],
     }  # fmt: skip
     needed = [*often] if minutes >= LONG else ["ok", "refused", "cancelled"]
     faults = [f"never met: {name}" for name in needed if not often[name]]
+    if again["failed"]:
+        faults.append(f"{again['failed']} fast answers could not be computed again")
     if share < SERVED:
         faults.append(f"{masks} of {good} good requests got a mask, less than {SERVED:.0%}")
     found = f"{_listed(Counter(often))}; {share:.0%} of good requests got a mask"

@@ -29,6 +29,7 @@ from server.metrics import Metrics
 from server.runtime.bundle import find_bundles
 from server.runtime.opening import OpenBundle, open_bundle
 from server.segment import labels
+from server.segment.agreement import Agreement
 from server.segment.pipeline import Segmenter
 from server.settings import Settings
 
@@ -135,12 +136,13 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
     stopping = Stopping()
     segmenter = make_segmenter(settings, bundles, metrics)
     runner = Runner(settings.jobs, settings.http.max_in_flight, segmenter, metrics, asking.headers, problems.explain, store)
+    agreement = Agreement(settings.quality, segmenter, metrics)
     metrics.expect(labels.known(bundles))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:
-            async with runner:
+            async with agreement, runner:
                 yield
         finally:
             segmenter.close()
@@ -151,7 +153,12 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
         version=__version__,
         lifespan=lifespan,
     )
-    app.state.drain, app.state.stopping = runner.drain, stopping
+
+    def drain() -> None:
+        agreement.drop()
+        runner.drain()
+
+    app.state.drain, app.state.stopping = drain, stopping
     limits = settings.limits
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_mb * 1024 * 1024, idle_s=limits.idle_upload_s, refuse=metrics.refuse)
     # Outermost last.

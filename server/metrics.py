@@ -35,7 +35,7 @@ RELOADS = ("ok", "failed")
 NONE = "none"
 
 # The time at which each series began would double their number, and nothing asks for it.
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -217,10 +217,12 @@ class Metrics:
         for known in bundles:
             self._expect_answers(known)
             self.bundles.labels(known.model, known.dims, known.sha256[:16]).set(1)
-            for engine in known.engines:
-                self.engines.labels(known.model, *engine).set(1)
+            for row in known.engines:
+                self.engines.labels(known.model, *row).set(1)
             places = {graph: (known.model, mode, f"{level}") for mode, level, graph in known.routes}
-            self.calibrated.set((places[graph], *row) for graph, *row in known.calibrated if graph in places)
+            for graph, precision, engine, *measured in known.calibrated:
+                if graph in places:
+                    self.calibrated.set((*places[graph], precision, engine), *measured)
             for place in places.values():
                 self.reference.expect(place, known.classes)
                 if place[1] == "fast":

@@ -53,12 +53,10 @@ class Calibrated:
         for gauge in (self._iou, self._dice, self._latency_s):
             gauge.clear()
 
-    def set(self, rows: Iterable[tuple[Place, str, str, float, float, float]]) -> None:
-        """Of one bundle: (place, precision, engine, IoU, Dice, seconds)."""
-        for place, precision, engine, iou, dice, seconds in rows:
-            self._iou.labels(*place, precision, engine).set(iou)
-            self._dice.labels(*place, precision, engine).set(dice)
-            self._latency_s.labels(*place, precision, engine).set(seconds)
+    def set(self, labels: tuple[str, ...], iou: float, dice: float, seconds: float) -> None:
+        """One measured point; the labels are a place, a precision and an engine."""
+        for gauge, value in ((self._iou, iou), (self._dice, dice), (self._latency_s, seconds)):
+            gauge.labels(*labels).set(value)
 
 
 class Overlaps:

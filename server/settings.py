@@ -100,6 +100,30 @@ class LimitsSettings(_Group):
     idle_upload_s: float = Field(30, gt=0, description="an upload that sends nothing for so long gets 408 and frees its place")
 
 
+class QualitySettings(_Group):
+    """Comparing fast answers with accurate ones to the same inputs, while serving; neither leaves the memory."""
+
+    agreement_share: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="of the fast answers that is computed again in accurate mode and compared (`unetpp_agreement_*`), in what requests "
+        "leave of the device; accurate costs up to nine times as much, so that this is at most a tenth more work",
+    )
+    agreement_fewest_per_hour: float = Field(
+        12,
+        ge=0,
+        le=3600,
+        description="so many at least, if there are so many, also under load, which is when answers are degraded: one that has waited for "
+        "its part of the hour takes turns like a request. With this and the share at 0 nothing is computed again",
+    )
+    agreement_max_pixels: int = Field(
+        16_777_216,
+        ge=1,
+        description="pixels or voxels of an answer that is compared; one at a time is kept for it, which together with this bounds memory",
+    )
+
+
 class JobsSettings(_Group):
     """Work that outlives its request."""
 
@@ -125,6 +149,7 @@ class Settings(BaseSettings):
     runtime: RuntimeSettings = RuntimeSettings()
     limits: LimitsSettings = LimitsSettings()
     jobs: JobsSettings = JobsSettings()
+    quality: QualitySettings = QualitySettings()
 
 
 def _variables() -> dict[str, tuple[object, str | None]]:

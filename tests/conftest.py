@@ -101,10 +101,11 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_network: object) 
 def app(shipped_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> "fastapi.FastAPI":  # type: ignore[name-defined]
     """The application on the shipped bundle, at fp32 on ONNX Runtime so that answers are exact and alike everywhere."""
     from server.app import create_app, open_bundles
-    from server.settings import JobsSettings, RuntimeSettings, Settings
+    from server.settings import JobsSettings, QualitySettings, RuntimeSettings, Settings
 
     jobs = JobsSettings(folder=tmp_path_factory.mktemp("jobs"))
-    settings = Settings(bundles=shipped_bundle, runtime=RuntimeSettings(precision="fp32"), jobs=jobs)
+    quality = QualitySettings(agreement_share=0, agreement_fewest_per_hour=0)
+    settings = Settings(bundles=shipped_bundle, runtime=RuntimeSettings(precision="fp32"), jobs=jobs, quality=quality)
     return create_app(settings, open_bundles(settings))
 
 

@@ -150,6 +150,11 @@ class Batcher:
             raise
         return Ran([hand.parts[index] for index in range(len(tiles))], hand.submitted, hand.started, time.perf_counter())
 
+    def hurry(self, caller: Caller) -> None:
+        """From now on somebody waits for what this caller hands in: it takes turns with those who do, and claims none of the past."""
+        caller.urgent, caller.turn = True, self._turns[True]
+        self._wake()
+
     def close(self) -> None:
         """Refuses new tiles and fails the queued ones; a running batch still settles."""
         self._closed = True

@@ -5,17 +5,16 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import BinaryIO, ParamSpec, TypeVar
+from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import UInt8
 from numpy import ndarray
 
-from server.arrays import Extent, Image, Mask, Tiles, Volume
+from server.arrays import Extent, Image, Volume
 from server.errors import (
     CallerError,
     DeadlinePassed,
@@ -37,16 +36,14 @@ from server.runtime.line import Caller, Lane, Line
 from server.runtime.opening import OpenBundle
 from server.runtime.pace import Margin, Pace
 from server.segment import cost, modes, quality, report
+from server.segment.clock import Clock
 from server.segment.cost import Estimate
 from server.segment.degradation import Degradation
 from server.segment.modes import Route
-from server.segment.plan import Plan, make_plan, place, seen_by
+from server.segment.plan import place
 from server.segment.probe import Probe
-from server.segment.restore import Canvas
+from server.segment.work import Work, lay_out
 from server.settings import BatchingSettings, LimitsSettings
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 # Seconds per pixel beside the device: decoding, restoring, encoding, and waiting for a thread. Roughly those of an image of 512²,
 # until some have been measured; what is known of small ones alone says nothing of large ones.
@@ -119,6 +116,23 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """An answer, with what it takes to find another one to the same input.
+
+    Attributes:
+        choice: what was served.
+        source: the input.
+        axis: see `SegmentRequest`.
+        classes: of the mask, see `Mask`.
+    """
+
+    choice: Choice
+    source: Image | Volume
+    axis: str
+    classes: UInt8[ndarray, "*size"]
+
+
+@dataclass(frozen=True)
 class _Order:
     """What the header and the request settle, before any pixel is decoded.
 
@@ -138,24 +152,6 @@ class _Order:
     alone_s: float
     predicted_s: float
     degraded: str = ""
-
-
-@dataclass(frozen=True)
-class _Work:
-    """A decoded input, and what it takes to segment it.
-
-    Attributes:
-        pixels: as the network sees them.
-        first: the tiles of the first step.
-    """
-
-    source: Image | Volume
-    expected: Image | Volume | None
-    pixels: Shaped[ndarray, "*size C"]
-    plan: Plan
-    first: Tiles
-    mask: Mask
-    canvas: Canvas
 
 
 @dataclass(frozen=True)
@@ -195,54 +191,6 @@ class Answer:
         return sum(q.dice for q in self.quality.values()) / len(self.quality)
 
 
-@dataclass
-class _Clock:
-    """Collects seconds per phase and runs work off the event loop.
-
-    Attributes:
-        workers: the threads to run it in; None for work that is over before a thread would have begun.
-    """
-
-    workers: ThreadPoolExecutor | None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def add(self, phase: str, seconds: float) -> None:
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(name, time.perf_counter() - begun)
-
-    async def off_loop(self, phase: str, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Runs `work` in a worker thread; counts its own time, not the wait for a thread, unless `phase` is "".
-
-        Whoever is cancelled waits for the thread's end too: until then it uses memory, and the caller's files.
-        """
-
-        def timed() -> T:
-            with self.phase(phase) if phase else contextlib.nullcontext():
-                return work(*args, **kwargs)
-
-        if self.workers is None:
-            return timed()
-        future = self.workers.submit(timed)
-        wrapped = asyncio.wrap_future(future)
-        try:
-            return await asyncio.shield(wrapped)
-        except asyncio.CancelledError:
-            if not future.cancel():
-                while not wrapped.done():
-                    with contextlib.suppress(asyncio.CancelledError):  # once is enough
-                        await asyncio.wait([wrapped])
-                # Nobody asks any more how it went.
-                wrapped.exception()
-            raise
-
-
 class Segmenter:
     """Everything that is open: bundles, the queue in front of the device, and worker threads.
 
@@ -253,6 +201,9 @@ class Segmenter:
         limits: limits of a request.
         workers: threads for decoding, planning, restoring and encoding.
         metrics: counts batches, windows and levels.
+
+    Attributes:
+        answered: told of each answer before it goes out, so it must be quick.
     """
 
     def __init__(
@@ -279,6 +230,7 @@ class Segmenter:
             (image, urgent): PixelBudget(limits.pixels_in_flight) for image in (True, False) for urgent in (True, False)
         }
         self.line = Line()
+        self.answered: Callable[[Sample], None] = lambda sample: None
         self._batcher = Batcher(self._device, self.line, metrics, batching.max_wait_ms / 1000)
         self._degradation = Degradation()
         self._beside = {"image": Pace(BESIDE), "volume": Pace(BESIDE), "stack": Pace(BESIDE)}
@@ -336,7 +288,7 @@ class Segmenter:
             CallerError: it could not be segmented at all, or is over a limit.
         """
         choice = self.choose(request)
-        extent = await _Clock(self._workers).off_loop("decode", measure, file, self._limits.max_pixels)
+        extent = await Clock(self._workers).off_loop("decode", measure, file, self._limits.max_pixels)
         return self._order(extent, None, request, choice).estimate
 
     def _order(self, extent: Extent, reference: Extent | None, request: SegmentRequest, choice: Choice) -> _Order:
@@ -395,7 +347,7 @@ class Segmenter:
         """
         terms = terms or Terms()
         requested = self.choose(request)
-        clock = _Clock(None if reference is None and is_quick(file, SMALL_BYTES) else self._workers)
+        clock = Clock(None if reference is None and is_quick(file, SMALL_BYTES) else self._workers)
         async with until(terms.deadline):
             extents = await clock.off_loop("decode", self._measure, file, reference)
             order = self._decide(*extents, request, requested, terms)
@@ -406,17 +358,52 @@ class Segmenter:
             caller = Caller(urgent=terms.urgent, deadline=terms.deadline)
             async with self._admitted(extents[0], order, caller, terms, clock):
                 progress("decode", 0, order.estimate.windows)
-                work = await clock.off_loop("", self._prepare, file, reference, request, order, clock)
-                last = await self._run(work, order, caller, clock, progress)
+                work, expected = await clock.off_loop("", self._prepare, file, reference, request, order, clock)
+                last = await work.run(order.choice.lane, caller, self._batcher, clock, progress)
                 progress("encode", order.estimate.windows, order.estimate.windows)
-                answer = await clock.off_loop("", self._finish, work, last, request, order, clock)
+                answer = await clock.off_loop("", self._finish, work, expected, last, request, order, clock)
         # Without waiting for a thread, which says something about this moment only.
         beside_s = sum(seconds for phase, seconds in clock.seconds.items() if phase not in ("queue", "infer"))
         self._beside[extents[0].kind].learn(order.estimate.pixels, beside_s)
-        if order.degraded:
-            levels = f"{order.requested.level}", f"{order.choice.route.level}"
-            self._metrics.degraded.labels(order.choice.model, *levels, order.degraded).inc()
+        self._count(answer)
+        self.answered(Sample(order.choice, work.source, request.axis, work.mask.classes))
         return answer
+
+    def _count(self, answer: Answer) -> None:
+        model, route = answer.choice.model, answer.choice.route
+        if answer.degraded:
+            self._metrics.degraded.labels(model, f"{answer.requested.level}", f"{route.level}", answer.degraded).inc()
+        if answer.quality:
+            self._metrics.reference.observe((model, route.mode, f"{route.level}"), _named(answer.quality, answer.choice.manifest))
+
+    async def agree(self, sample: Sample, patience_s: float | None = None) -> dict[str, quality.Overlap]:
+        """How well an answer agrees with the accurate one to the same input, by class, as work that nobody waits for.
+
+        Args:
+            sample: the answer.
+            patience_s: after which this takes turns like a request, as a server that is busy for ever would never come to it.
+
+        Raises:
+            CallerError: in accurate mode the input is over a limit.
+            NotReady, InferenceFailed: see `Batcher.run`.
+        """
+        extent, manifest = sample.source.extent, sample.choice.manifest
+        choice = self._choice(sample.choice.model, modes.resolve(manifest, "accurate", None), "auto")
+        order = self._order(extent, None, SegmentRequest(axis=sample.axis), choice)
+        caller, clock = Caller(urgent=False), Clock(self._workers if extent.kind == "image" else self._volume_workers)
+        graph = manifest.graph(choice.route.graph)
+        hurry = asyncio.get_running_loop().call_later(patience_s, self._batcher.hurry, caller) if patience_s else None
+        try:
+            async with self._admitted(extent, order, caller, Terms(urgent=False), clock):
+                work = await clock.off_loop("plan", lay_out, sample.source, manifest, graph, sample.axis, scores=False)
+                last = await work.run(choice.lane, caller, self._batcher, clock, lambda *_: None)
+                await clock.off_loop("restore", work.finish, last)
+                values = [c.value for c in manifest.classes]
+                found = await clock.off_loop("restore", quality.compare, sample.classes, work.mask.classes, values)
+        finally:
+            if hurry:
+                hurry.cancel()
+        return _named(found, manifest)
 
     def _measure(self, file: BinaryIO, reference: BinaryIO | None) -> tuple[Extent, Extent | None]:
         limit = self._limits.max_pixels
@@ -485,7 +472,7 @@ class Segmenter:
             )
 
     @contextlib.asynccontextmanager
-    async def _admitted(self, extent: Extent, order: _Order, caller: Caller, terms: Terms, clock: _Clock) -> AsyncIterator[None]:
+    async def _admitted(self, extent: Extent, order: _Order, caller: Caller, terms: Terms, clock: Clock) -> AsyncIterator[None]:
         """A place in the line, and a share of the budget of memory, for the block.
 
         Raises:
@@ -524,20 +511,17 @@ class Segmenter:
                 refusal="memory",
             ) from error
 
-    def _prepare(self, file: BinaryIO, reference: BinaryIO | None, request: SegmentRequest, order: _Order, clock: _Clock) -> _Work:
-        """Decodes, and cuts the tiles of the first step."""
+    def _prepare(
+        self, file: BinaryIO, reference: BinaryIO | None, request: SegmentRequest, order: _Order, clock: Clock
+    ) -> tuple[Work, Image | Volume | None]:
+        """Decodes input and reference, and cuts the tiles of the first step."""
         manifest, encoder = order.choice.manifest, order.encoder
         with clock.phase("decode"):
             source = decode(file, order.reading)
             expected = self._decode_reference(reference, source) if reference else None
         with clock.phase("plan"):
-            placement, pixels = seen_by(source, manifest, request.axis)
-            plan = make_plan(pixels, manifest, manifest.graph(order.choice.route.graph), flat=placement.flat)
-            classes = np.empty(source.size, dtype=np.uint8, order="C" if isinstance(source, Image) else "F")
-            scores = np.empty((manifest.score_channels, *source.size), dtype=np.float16) if encoder.needs_scores else None
-            written = placement.view(scores, leading=1) if scores is not None else None
-            canvas = Canvas(plan.windows, manifest.score_channels, manifest.threshold, placement.view(classes), written)
-            return _Work(source, expected, pixels, plan, plan.cut(pixels, plan.windows.steps[0]), Mask(classes, scores), canvas)
+            graph = manifest.graph(order.choice.route.graph)
+            return lay_out(source, manifest, graph, request.axis, scores=encoder.needs_scores), expected
 
     def _decode_reference(self, reference: BinaryIO, source: Image | Volume) -> Image | Volume:
         """Labels on the input's grid."""
@@ -548,52 +532,15 @@ class Segmenter:
         quality.check_grid(source.extent, decoded.extent)
         return decoded
 
-    async def _run(
-        self, work: _Work, order: _Order, caller: Caller, clock: _Clock, progress: Callable[[str, int, int], None]
-    ) -> Ran:
-        """Step by step: cut, run, restore; one step is cut and waits for the device while the one before it is restored.
-
-        Returns:
-            What the last step gave, which is still to be restored.
-        """
-        steps, total = work.plan.windows.steps, len(work.plan.windows)
-        running: deque[asyncio.Task[Ran]] = deque()
-        free = 0.0
-
-        async def first_of() -> Ran:
-            nonlocal free
-            ran = await running[0]
-            running.popleft()
-            # Waiting for the step before, which is our own, is neither: it has been counted.
-            clock.add("queue", max(0.0, ran.started - max(ran.submitted, free)))
-            clock.add("infer", ran.ended - max(ran.started, free))
-            free = ran.ended
-            return ran
-
-        try:
-            for number, step in enumerate(steps):
-                tiles = await clock.off_loop("plan", work.plan.cut, work.pixels, step) if number else work.first
-                running.append(asyncio.create_task(self._batcher.run(order.choice.lane, tiles, caller)))
-                if number:
-                    ran = await first_of()
-                    await clock.off_loop("restore", work.canvas.add, steps[number - 1], ran.parts)
-                    progress("infer", steps[number - 1].stop, total)
-            ran = await first_of()
-            progress("infer", total, total)
-            return ran
-        finally:
-            # Where something failed or the caller left: windows that wait are not run.
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
-
-    def _finish(self, work: _Work, last: Ran, request: SegmentRequest, order: _Order, clock: _Clock) -> Answer:
+    def _finish(
+        self, work: Work, expected: Image | Volume | None, last: Ran, request: SegmentRequest, order: _Order, clock: Clock
+    ) -> Answer:
         """Restores the last step, and encodes."""
         choice, encoder = order.choice, order.encoder
         with clock.phase("restore"):
-            work.canvas.add(work.plan.windows.steps[-1], last.parts)
-            work.canvas.finish()
-            overlaps = _compare(work.mask, work.expected, choice.manifest) if work.expected else {}
+            work.finish(last)
+            values = [c.value for c in choice.manifest.classes]
+            overlaps = quality.compare(work.mask.classes, expected.values[..., 0], values) if expected else {}
         facts = {"model": choice.model, "mode": choice.route.mode, "level": choice.route.level, "precision": choice.precision,
                  "engine": choice.lane.engine.name}  # fmt: skip
         if order.degraded:
@@ -646,5 +593,5 @@ def _why(error: BaseException, caller: Caller) -> str:
     return "unreadable" if isinstance(error, CallerError) else "error"
 
 
-def _compare(mask: Mask, reference: Image | Volume, manifest: Manifest) -> dict[int, quality.Overlap]:
-    return quality.compare(mask.classes, reference.values[..., 0], [c.value for c in manifest.classes])
+def _named(overlaps: Mapping[int, quality.Overlap], manifest: Manifest) -> dict[str, quality.Overlap]:
+    return {c.name: overlaps[c.value] for c in manifest.classes}

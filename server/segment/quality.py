@@ -13,10 +13,11 @@ from server.imaging.geometry import SAME_PLACE, apart, spacing
 
 @dataclass(frozen=True)
 class Overlap:
-    """IoU and Dice of one class. Where both sides are empty they agree: both are 1."""
+    """IoU and Dice of one class. Where both sides are empty they agree: both are 1, which says little of how good either is."""
 
     iou: float
     dice: float
+    empty: bool = False
 
 
 def overlap(a: Shaped[ndarray, "*size"], b: Shaped[ndarray, "*size"]) -> Overlap:
@@ -24,7 +25,7 @@ def overlap(a: Shaped[ndarray, "*size"], b: Shaped[ndarray, "*size"]) -> Overlap
     both = int(np.count_nonzero(a & b))
     sizes = int(np.count_nonzero(a)) + int(np.count_nonzero(b))
     if sizes == 0:
-        return Overlap(1.0, 1.0)
+        return Overlap(1.0, 1.0, empty=True)
     return Overlap(both / (sizes - both), 2 * both / sizes)
 
 

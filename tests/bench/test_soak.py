@@ -115,7 +115,7 @@ def test_what_the_server_counts_is_held_against_what_was_sent(counted: dict[str,
     ("minutes", "status", "faults"),
     [
         (2, 200, []),
-        (30, 200, ["never met: late or too short", "never met: degraded", "never met: windows dropped"]),
+        (30, 200, ["never met: late or too short", "never met: degraded", "never met: windows dropped", "never met: compared"]),
         (2, 429, ["0 of 1 good requests got a mask, less than 50%"]),
     ],
 )  # fmt: skip

@@ -176,6 +176,8 @@ def fake_app(
     from server.settings import Settings
 
     settings["jobs"] = {"folder": JOBS / uuid.uuid4().hex} | settings.get("jobs", {})
+    # Only where a test asks for it, as engines are counted.
+    settings["quality"] = {"agreement_share": 0, "agreement_fewest_per_hour": 0} | settings.get("quality", {})
     return create_app(Settings(**settings), fake_bundles(run, pace, **(changes or {})))
 
 

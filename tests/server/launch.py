@@ -58,7 +58,8 @@ def live(folder: Path, name: str, environment: dict[str, str], closing_s: int, *
     server.app.Metrics = Kept
     server.app.CLOSING_S = closing_s
     told = sys.stdout
-    os.environ.update(environment)  # noqa: TID251 - of a child
+    quiet = {"UNETPP_QUALITY__AGREEMENT_SHARE": "0", "UNETPP_QUALITY__AGREEMENT_FEWEST_PER_HOUR": "0"}
+    os.environ.update(quiet | environment)  # noqa: TID251 - of a child
     with (folder / "stderr").open("w", buffering=1) as said, contextlib.redirect_stdout(said):
         os.dup2(said.fileno(), 2)
         try:

@@ -272,6 +272,9 @@ class TestInFlight:
         # Its batch cannot be stopped.
         life.open_gate()
         ended_well(life)
+        metrics = (life.folder / "metrics").read_text()
+        assert 'unetpp_cancellations_total{reason="stopping"} 1.0' in metrics
+        assert "unetpp_stopping 1.0" in metrics
 
     def test_a_device_that_never_returns_cannot_keep_it(self, serve: Launcher, background: Callable[..., Any]) -> None:
         life = serve("gated", closing_s=1, stop_s="1")

@@ -369,7 +369,9 @@ class TestRefusals:
                 while (answer := client.post("/jobs", content=GOOD)).status_code == 202:
                     assert time.monotonic() < deadline
                 assert "1 uploads are arriving" in problem(answer, 429, "overloaded").detail
-            assert 'unetpp_jobs_total{outcome="refused"} 1.0' in client.get("/metrics").text
+            metrics = client.get("/metrics").text
+            assert 'unetpp_jobs_total{outcome="refused"} 1.0' in metrics
+            assert 'unetpp_refusals_total{reason="uploads"} 1.0' in metrics
 
     def test_a_disk_that_fills_up_while_a_body_arrives(
         self, small: httpx.Client, monkeypatch: pytest.MonkeyPatch, problem: Checked

@@ -343,7 +343,7 @@ def test_an_unexpected_error_is_a_problem_too(
     data = picture_bytes(random_picture(16, 16))
     with serving(fake_app()) as client:
         with monkeypatch.context() as patch:
-            patch.setattr("server.segment.pipeline.make_plan", bug)
+            patch.setattr("server.segment.work.make_plan", bug)
             failed = problem(client.post("/segment", content=data, headers={"x-request-id": "mine"}), 500, "internal")
             assert "secret" not in str(failed)
             assert "request mine failed" in caplog.text
@@ -424,6 +424,11 @@ def outcomes(client: httpx.Client) -> dict[str, int]:
 def dropped(client: httpx.Client) -> dict[str, int]:
     """Windows that were not run, by reason, zeros left out."""
     return {s.labels["reason"]: int(s.value) for s in samples(client, "unetpp_windows_dropped_total") if s.value}
+
+
+def given_up(client: httpx.Client) -> dict[str, int]:
+    """Requests that were given up, by reason, zeros left out."""
+    return {s.labels["reason"]: int(s.value) for s in samples(client, "unetpp_cancellations_total") if s.value}
 
 
 def settled(client: httpx.Client, wanted: dict[str, int]) -> dict[str, int]:
@@ -512,6 +517,7 @@ class TestDeadline:
             # While the engine is still at work.
             assert "deadline passed" in problem(answer, 504, "deadline-passed").detail
             assert (outcomes(client), dropped(client)) == ({"late": 1}, {"late": 1})
+            assert given_up(client) == {"deadline": 1}
             labels = {"model": "fake", "mode": "fast", "requested_level": "4", "served_level": "none", "outcome": "late"}
             assert [s.labels for s in samples(client, "unetpp_requests_total") if s.value] == [labels]
             # Whoever made way is not waited for.
@@ -579,6 +585,7 @@ def test_a_client_that_leaves_while_his_windows_wait() -> None:
         # The engine is still at work.
         assert settled(client, {"cancelled": 1}) == {"cancelled": 1}
         assert dropped(client) == {"cancelled": 46}
+        assert given_up(client) == {"client_left": 1}
         assert samples(client, "unetpp_requests_in_flight")[0].value == 0
         labels = {"model": "fake", "mode": "fast", "requested_level": "1", "served_level": "none", "outcome": "cancelled"}
         assert [s.labels for s in samples(client, "unetpp_requests_total") if s.value] == [labels]
@@ -628,3 +635,5 @@ def test_every_request_has_one_outcome() -> None:
         assert samples(client, "unetpp_requests_in_flight")[0].value == 0
         assert samples(client, "unetpp_backlog_seconds")[0].value == 0
         assert sum(s.value for s in samples(client, "unetpp_requests_total")) == sent.total()
+        assert {s.labels["reason"]: s.value for s in samples(client, "unetpp_refusals_total") if s.value} == {"wait": 2}
+        assert given_up(client) == {"client_left": 1}

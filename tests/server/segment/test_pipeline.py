@@ -663,8 +663,9 @@ class TestAdmission:
     def test_who_would_wait_too_long_for_others_is_sent_to_jobs(self) -> None:
         async def go(segmenter: Segmenter) -> None:
             async with segmenter._budgets[False, True].hold(VOLUME.size):
-                with pytest.raises(Overloaded, match="leaves no time for this; try again, or send it to POST /jobs"):
+                with pytest.raises(Overloaded, match="leaves no time for this; try again, or send it to POST /jobs") as caught:
                     await segmenter.segment(Sent(nifti_bytes(VOLUME)), SegmentRequest(), terms=Terms(0.05))
+                assert caught.value.refusal == "memory"
                 # Images do not wait for volumes.
                 await segmenter.segment(Sent(picture_bytes(VOLUME[0])), SegmentRequest(), terms=Terms(60.0))
             # Who gave up left no claim behind.

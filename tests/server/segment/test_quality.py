@@ -16,7 +16,8 @@ def test_by_hand() -> None:
 
 @pytest.mark.parametrize(("a", "b", "value"), [(0, 0, 1.0), (1, 0, 0.0), (0, 1, 0.0), (1, 1, 1.0)])
 def test_empty_sides(a: int, b: int, value: float) -> None:
-    assert overlap(np.full((2, 2), a, dtype=bool), np.full((2, 2), b, dtype=bool)) == Overlap(value, value)
+    found = overlap(np.full((2, 2), a, dtype=bool), np.full((2, 2), b, dtype=bool))
+    assert found == Overlap(value, value, empty=not a and not b)
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -37,7 +38,11 @@ def test_one_class_takes_masks_and_instance_maps(dtype: type) -> None:
 def test_several_classes_are_indices() -> None:
     classes = np.array([[0, 1, 2, 2]], dtype=np.uint8)
     reference = np.array([[0, 1, 1, 2]], dtype=np.uint16)
-    assert compare(classes, reference, [1, 2, 3]) == {1: Overlap(1 / 2, 2 / 3), 2: Overlap(1 / 2, 2 / 3), 3: Overlap(1.0, 1.0)}
+    assert compare(classes, reference, [1, 2, 3]) == {
+        1: Overlap(1 / 2, 2 / 3),
+        2: Overlap(1 / 2, 2 / 3),
+        3: Overlap(1.0, 1.0, empty=True),
+    }
 
 
 def test_sizes_must_be_alike() -> None:
