@@ -12,10 +12,14 @@ EVERYWHERE = {
     "**/*.pyi": "types",
     "pillow.libs/libavif-*": "AVIF is not among the formats that are opened",
     "PIL/_avif.*.so": "the same",
+    "onnxruntime/transformers": "for those who make graphs",
+    "onnxruntime/quantization": "the same",
+    "onnxruntime/tools": "the same",
 }
 
 # Only in the CPU image.
-OPENVINO = {
+CPU = {
+    "onnxruntime/capi/libonnxruntime.so.*": "for programs in C; Python's module has its own in it",
     "openvino/libs/libopenvino_intel_gpu_plugin.so": "graphs are compiled for CPU, by name",
     "openvino/libs/libopenvino_intel_npu_plugin.so": "the same",
     "openvino/libs/cache.json": "kernels of the GPU plugin",
@@ -28,6 +32,9 @@ OPENVINO = {
     "openvino/cmake": "build files",
 }
 
+# Of SciPy the server uses ndimage, which needs these.
+SCIPY = ("ndimage", "special", "_lib")
+
 # The compressions of server/imaging/decode/tiff.py; every further codec is a parser of strangers' bytes that nobody calls.
 CODECS = ("_imcd.", "_ccitt.", "_deflate.", "_zlib.", "_zstd.", "_lzma.", "_shared.", "_shared_cython.")
 CODEC_LIBRARIES = ("libdeflate-", "libzstd-", "liblzma-")
@@ -35,14 +42,14 @@ CODEC_LIBRARIES = ("libdeflate-", "libzstd-", "liblzma-")
 
 def unwanted(packages: Path) -> list[Path]:
     """Files and folders to remove."""
-    globs = EVERYWHERE | (OPENVINO if (packages / "openvino").is_dir() else {})
+    globs = EVERYWHERE | (CPU if (packages / "openvino").is_dir() else {})
     found: list[Path] = []
     for glob in globs:
         hits = list(packages.glob(glob))
         if not hits:
             sys.exit(f"{glob}: nothing there any more")
         found += hits
-    for glob, kept in (("imagecodecs/*.so", CODECS), ("imagecodecs.libs/*", CODEC_LIBRARIES)):
+    for glob, kept in (("imagecodecs/*.so", CODECS), ("imagecodecs.libs/*", CODEC_LIBRARIES), ("scipy/*/", SCIPY)):
         files = list(packages.glob(glob))
         missing = [name for name in kept if not any(file.name.startswith(name) for file in files)]
         if missing:
@@ -54,13 +61,12 @@ def unwanted(packages: Path) -> list[Path]:
 def main(packages: Path) -> None:
     """Removes them and says how much that was."""
     freed = 0
-    for path in unwanted(packages):
-        if not path.exists():  # within a folder that is gone
-            continue
-        freed += sum(file.lstat().st_size for file in (path.rglob("*") if path.is_dir() else (path,)))
+    for path in filter(Path.exists, unwanted(packages)):  # else within a folder that is gone
         if path.is_dir():
+            freed += sum(file.lstat().st_size for file in path.rglob("*"))
             shutil.rmtree(path)
         else:
+            freed += path.lstat().st_size
             path.unlink()
     sys.stdout.write(f"removed {freed / 1e6:.0f} MB\n")
 
