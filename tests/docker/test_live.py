@@ -28,8 +28,8 @@ LEVELS = {("fast", "1"), ("fast", "2"), ("fast", "3"), ("fast", "4"), ("accurate
 class Prometheus:
     """Its HTTP API."""
 
-    def __init__(self, url: str) -> None:
-        self._http = httpx.Client(base_url=url, timeout=30)
+    def __init__(self, http: httpx.Client) -> None:
+        self._http = http
 
     def ask(self, expression: str) -> list[dict[str, Any]]:
         """The series of an expression, now."""
@@ -37,6 +37,11 @@ class Prometheus:
         assert answer.status_code == 200, answer.text
         result: list[dict[str, Any]] = answer.json()["data"]["result"]
         return [series for series in result if series["value"][1] != "NaN"]
+
+    def rules(self) -> list[dict[str, Any]]:
+        """Recording and alerting rules with their state."""
+        groups = self._http.get("/api/v1/rules").json()["data"]["groups"]
+        return [rule for group in groups for rule in group["rules"]]
 
     def healthy(self) -> bool:
         """Whether it answers."""
@@ -79,9 +84,13 @@ def prometheus(client: httpx.Client, tmp_path_factory: pytest.TempPathFactory) -
         f"--storage.tsdb.path={folder}/data",
         f"--web.listen-address={address}",
     ]
-    with (folder / "log").open("w") as log, subprocess.Popen(command, stderr=log, stdout=log) as process:
+    with (
+        (folder / "log").open("w") as log,
+        httpx.Client(base_url=f"http://{address}", timeout=30) as http,
+        subprocess.Popen(command, stderr=log, stdout=log) as process,
+    ):
         try:
-            running = Prometheus(f"http://{address}")
+            running = Prometheus(http)
             until(lambda: process.poll() is not None or running.healthy())
             assert process.poll() is None, (folder / "log").read_text()
             until(lambda: bool(running.ask('up{job="unetpp"} == 1')))
@@ -162,8 +171,7 @@ def test_every_panel_has_its_numbers(loaded: Prometheus, title: str, expression:
 
 def test_no_rule_fails_and_no_alert_fires(loaded: Prometheus) -> None:
     """Degraded and slow are the machine's business; that the server is there, ready and sound is not."""
-    groups = httpx.get(f"{loaded._http.base_url}/api/v1/rules").json()["data"]["groups"]
-    assert [rule for group in groups for rule in group["rules"] if rule["health"] == "err"] == []
+    assert [rule for rule in loaded.rules() if rule["health"] == "err"] == []
     firing = {one["metric"]["alertname"] for one in loaded.ask('ALERTS{alertstate="firing"}')}
     assert not firing & {"UnetppDown", "UnetppNotReady", "UnetppErrors", "UnetppRefusals", "UnetppReloadFailed"}
 
