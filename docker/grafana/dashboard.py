@@ -4,15 +4,18 @@ Model and instance are chosen above. What the rules record is of all instances t
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, table, timeseries, xychart
+from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.common import StackingMode
 from grafana_foundation_sdk.models.dashboard import (
     DashboardCursorSync,
     DataSourceRef,
     DataTransformerConfig,
+    Panel,
     VariableOption,
     VariableRefresh,
 )
@@ -120,7 +123,7 @@ def named(field: str) -> xychart.MatcherConfig:
     return xychart.MatcherConfig().id("byName").options(field)
 
 
-ROWS = {
+ROWS: dict[str, Sequence[Builder[Panel]]] = {
     "Service level": [
         number("Requests", "reqps", f"sum(rate(unetpp_requests_total{{{BOTH}}}{WINDOW}))"),
         number("Failed by our fault", "percentunit", share("unetpp_requests_total", 'outcome="error"'), "Alert above 1 %."),
@@ -272,7 +275,7 @@ def build() -> dashboard.Dashboard:
 def text() -> str:
     """The file's content; panels are numbered as they stand."""
     document = build().build()
-    for number_, panel in enumerate(document.panels or (), 1):
+    for number_, panel in enumerate(document.panels or [], 1):
         panel.id_val = number_
     return json.dumps(document, cls=JSONEncoder, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
