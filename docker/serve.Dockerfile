@@ -14,11 +14,13 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 FROM base AS packages
 COPY constraints.txt docker/trim.py /build/
 COPY --from=wheel /wheels /wheels
+# With traces: --build-arg EXTRAS=cpu,otel
+ARG EXTRAS=cpu
 # Bytecode doubles the size of Python files and saves a second of a start that measures engines for many.
 RUN --mount=type=cache,target=/root/.cache/pip \
     set -- /wheels/*.whl \
     && python -m venv --without-pip /opt/unetpp \
-    && pip --python /opt/unetpp/bin/python install --no-compile --constraint /build/constraints.txt "$1[cpu]" \
+    && pip --python /opt/unetpp/bin/python install --no-compile --constraint /build/constraints.txt "$1[$EXTRAS]" \
     && python /build/trim.py /opt/unetpp/lib/python3.11/site-packages
 # Readable by any user, whatever the checkout's own modes are; tmp is for uploads, which wait on disk.
 COPY bundles /bundles

@@ -1,6 +1,11 @@
 """The files of Compose keep what they promise: nothing beyond loopback, nothing writable, nothing unpinned."""
 
+import json
+import os
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +85,27 @@ def test_variables_are_settings(file: str, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv(name, str(value))
     assert unknown_variables() == []
     Settings()
+
+
+@pytest.mark.parametrize("overrides", [[], ["cpu"], ["keys"], ["cpu", "keys"]])
+def test_compose_itself_reads_it(overrides: list[str]) -> None:
+    if not shutil.which("docker") or subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode:
+        pytest.skip("needs docker compose")
+    files = [f"--file={ROOT}/docker-compose.yml", *(f"--file={ROOT}/docker-compose.{name}.yml" for name in overrides)]
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(Path.home()),
+        "DOCKER_CONFIG": os.environ.get("DOCKER_CONFIG", ""),
+        "KEYS_FOLDER": "/keys",
+        "PUBLISH": "0.0.0.0",
+    }  # noqa: S104, TID251
+    done = subprocess.run(
+        ["docker", "compose", *files, "config", "--format=json"], env=environment, capture_output=True, text=True, check=True
+    )
+    services = json.loads(done.stdout)["services"]
+    open_to = {port.get("host_ip") for service in services.values() for port in service["ports"]}
+    assert open_to == ({"127.0.0.1", "0.0.0.0"} if "keys" in overrides else {"127.0.0.1"})  # noqa: S104
+    assert ("deploy" in services["server"]) == ("cpu" not in overrides)
 
 
 def test_what_is_mounted_exists() -> None:

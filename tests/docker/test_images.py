@@ -1,5 +1,6 @@
 """The images, as far as their recipes show."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -42,7 +43,7 @@ def test_serves_as_nobody_in_particular_and_from_what_was_installed(text: str) -
 def test_gpu_image_is_the_cpu_image_with_other_packages() -> None:
     def lines(name: str) -> list[str]:
         text = re.sub(r"^# .*\n", "", DOCKERFILES[name], flags=re.MULTILINE).replace(" \\\n", "\n")
-        return [line.replace("[cpu]", "[…]").replace("[gpu]", "[…]") for line in text.splitlines()]
+        return [line.replace("EXTRAS=cpu", "EXTRAS=…").replace("EXTRAS=gpu", "EXTRAS=…") for line in text.splitlines()]
 
     gpu = "\n".join(lines("serve-gpu"))
     for only in (r"\n +NVIDIA_\w+=\S+", " docker/cuda.txt", " --constraint /build/cuda.txt"):
@@ -113,6 +114,18 @@ def test_trim_finds_each_of_its_rows_in_the_packages_as_pinned() -> None:
     names = {path.name.split(".")[0] for path in found if path.suffix != ".pyi"}
     assert {"_jpeg2k", "_avif", "tests"} <= names
     assert not {"_imcd", "_zstd"} & names
+
+
+def test_server_uses_of_scipy_what_stays() -> None:
+    kept = script("trim.py").SCIPY
+    for file in (ROOT / "server").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                imported = [f"{node.module}.{alias.name}" for alias in node.names]
+            used = {name.split(".")[1] for name in imported if name.startswith("scipy.")}
+            assert used <= set(kept), file
+            assert "scipy" not in imported, file
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)
