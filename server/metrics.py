@@ -3,8 +3,9 @@
 Base units, closed label sets, one registry per application. Whatever can be counted is there, at 0, before the first request.
 """
 
+import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -66,6 +67,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._followed: dict[Gauge, Callable[[], float]] = {}
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
         self.gpus = Gpus(self.registry)
@@ -111,14 +113,14 @@ class Metrics:
         )
         self.pixels = self._counter(
             "unetpp_pixels",
-            "Pixels and voxels of the windows of admitted requests: the input's own, and padding around it.",
+            "Pixels and voxels of the windows of admitted requests, jobs and samples: the input's own, and padding around it.",
             ("kind",),
             ("input", "padding"),
         )
         self.dropped = self._counter(
             "unetpp_windows_dropped",
-            "Windows of admitted requests that were not run: the client left, its deadline passed, the file broke off, or something "
-            "failed.",
+            "Windows of admitted requests, jobs and samples that were not run: the client left or the server stops, the deadline passed, the file "
+            "broke off, or something failed.",
             ("reason",),
             DROPS,
         )
@@ -249,6 +251,21 @@ class Metrics:
         """Counts a reload; after a good one `expect` is to be told of the new bundles."""
         self.reloads.labels("ok" if ok else "failed").inc()
 
+    def follow(self, gauge: Gauge, function: Callable[[], float]) -> None:
+        """Sets a gauge at each scrape to what the function says then."""
+        self._followed[gauge] = function
+
     def render(self) -> bytes:
         """The text exposition format."""
+        self._look()
         return generate_latest(self.registry)
+
+    async def scrape(self) -> bytes:
+        """The same, with GPUs; written in a thread, as thousands of lines take tens of milliseconds."""
+        await self.gpus.look()
+        self._look()
+        return await asyncio.to_thread(generate_latest, self.registry)
+
+    def _look(self) -> None:
+        for gauge, function in self._followed.items():
+            gauge.set(function())

@@ -107,8 +107,9 @@ class QualitySettings(_Group):
         0.01,
         ge=0,
         le=1,
-        description="of the fast answers that is computed again in accurate mode and compared (`unetpp_agreement_*`), in what requests "
-        "leave of the device; accurate costs up to nine times as much, so that this is at most a tenth more work",
+        description="share of the fast answers, those of jobs too, that is computed again in accurate mode and compared "
+        "(`unetpp_agreement_*`), in what requests leave of the device; accurate costs up to nine times as much, so that this is at most "
+        "a tenth more work",
     )
     agreement_fewest_per_hour: float = Field(
         12,

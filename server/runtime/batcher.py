@@ -111,8 +111,8 @@ class Batcher:
         self._closed = False
         line.moved = self._wake
         for urgent, urgency in URGENCIES.items():
-            metrics.queue_tiles.labels(urgency).set_function(functools.partial(self._waiting_tiles, urgent))
-            metrics.queue_oldest_s.labels(urgency).set_function(functools.partial(self._waiting_s, urgent))
+            metrics.follow(metrics.queue_tiles.labels(urgency), functools.partial(self._waiting_tiles, urgent))
+            metrics.follow(metrics.queue_oldest_s.labels(urgency), functools.partial(self._waiting_s, urgent))
 
     async def run(self, lane: Lane, tiles: Tiles, caller: Caller | None = None) -> Ran:
         """Scores of the tiles, which may travel in several batches together with other callers' tiles.

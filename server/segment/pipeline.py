@@ -247,8 +247,8 @@ class Segmenter:
             for (graph, precision), engine in opened.engines.items()
         }  # fmt: skip
         self.probe = Probe(bundles, self._lanes, self._batcher)
-        metrics.backlog_s.set_function(self.line.backlog_s)
-        metrics.predicted_wait_s.set_function(self.line.wait_s)
+        metrics.follow(metrics.backlog_s, self.line.backlog_s)
+        metrics.follow(metrics.predicted_wait_s, self.line.wait_s)
 
     def close(self) -> None:
         """Fails what is queued, waits for what runs, ends the threads."""

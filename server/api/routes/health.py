@@ -15,8 +15,8 @@ from server.segment.pipeline import Segmenter
 def router(segmenter: Segmenter, runner: Runner, metrics: Metrics, stopping: Stopping) -> APIRouter:
     """The routes, with what they need."""
     routes = APIRouter()
-    metrics.stopping.set_function(lambda: stopping.begun)
-    metrics.ready.set_function(functools.partial(_is_ready, segmenter, runner, stopping))
+    metrics.follow(metrics.stopping, lambda: stopping.begun)
+    metrics.follow(metrics.ready, functools.partial(_is_ready, segmenter, runner, stopping))
 
     @routes.get(
         "/health/live",
@@ -40,8 +40,7 @@ def router(segmenter: Segmenter, runner: Runner, metrics: Metrics, stopping: Sto
 
     @routes.get("/metrics", summary="Prometheus metrics", response_class=Response)
     async def scrape() -> Response:
-        await metrics.gpus.look()
-        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await metrics.scrape(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return routes
 

@@ -164,9 +164,9 @@ def test_what_takes_too_long_is_sent_to_jobs_before_anything_runs(problem: Calla
         assert not ran
         assert client.post("/segment", content=IMAGE).status_code == 200
         metrics = client.get("/metrics").text
-    row = 'unetpp_requests_total{{mode="accurate",model="fake",outcome="{}",requested_level="4",served_level="none"}} 1.0'
-    assert row.format("client_error") in metrics
-    assert row.format("ok") in metrics
+    row = 'unetpp_requests_total{{mode="accurate",model="fake",outcome="{}",requested_level="4",served_level="{}"}} 1.0'
+    assert row.format("client_error", "none") in metrics
+    assert row.format("ok", "4") in metrics
 
 
 @pytest.mark.parametrize(

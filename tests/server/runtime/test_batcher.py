@@ -594,6 +594,51 @@ class TestUrgency:
 
         play(go)
 
+    def test_one_that_is_hurried_takes_turns_and_claims_none_of_the_past(self) -> None:
+        async def go() -> None:
+            scene, caller = Scene(), Caller(urgent=False)
+            # Of which the one below had none.
+            await scene.arrive(1, 5)
+            scene.device.held = True
+            tasks = [scene.arrive(-1, 4, caller)]
+            await steps()
+            tasks.append(scene.arrive(2, 4))
+            await steps()
+            scene.batcher.hurry(caller)
+            scene.device.held = False
+            await asyncio.gather(*tasks)
+            assert scene.ran[:6] == [1] * 5 + [-1]
+            in_turns = scene.ran[6:12]
+            assert all(one != next_ for one, next_ in itertools.pairwise(in_turns)), in_turns
+
+        play(go)
+
+    def test_what_waits_is_shown(self) -> None:
+        async def go() -> None:
+            scene = Scene(max_batch=2)
+            scene.device.held = True
+            tasks = [scene.arrive(1, 5), scene.arrive(-1, 3, Caller(urgent=False))]
+            await steps()
+            metrics = scene.batcher._metrics
+            metrics.render()
+            shown = [
+                metrics.registry.get_sample_value("unetpp_queue_tiles", {"urgency": urgency})
+                for urgency in ("interactive", "batch")
+            ]
+            # Two of the urgent ones run.
+            assert shown == [3, 3]
+            tasks[1].cancel()
+            await steps()
+            metrics.render()
+            assert metrics.registry.get_sample_value("unetpp_queue_tiles", {"urgency": "batch"}) == 0
+            scene.device.held = False
+            await tasks[0]
+            metrics.render()
+            for name in ("unetpp_queue_tiles", "unetpp_queue_oldest_seconds"):
+                assert metrics.registry.get_sample_value(name, {"urgency": "interactive"}) == 0
+
+        play(go)
+
     def test_those_of_another_kind_fill_nothing(self) -> None:
         async def go() -> None:
             scene = Scene([1.0, 1.0], max_batch=4)
