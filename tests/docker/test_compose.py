@@ -1,11 +1,9 @@
 """The files of Compose keep what they promise: nothing beyond loopback, nothing writable, nothing unpinned."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -88,20 +86,13 @@ def test_variables_are_settings(file: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("overrides", [[], ["cpu"], ["keys"], ["cpu", "keys"]])
-def test_compose_itself_reads_it(overrides: list[str]) -> None:
+def test_compose_itself_reads_it(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if not shutil.which("docker") or subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode:
         pytest.skip("needs docker compose")
     files = [f"--file={ROOT}/docker-compose.yml", *(f"--file={ROOT}/docker-compose.{name}.yml" for name in overrides)]
-    environment = {
-        "PATH": os.environ["PATH"],
-        "HOME": str(Path.home()),
-        "DOCKER_CONFIG": os.environ.get("DOCKER_CONFIG", ""),
-        "KEYS_FOLDER": "/keys",
-        "PUBLISH": "0.0.0.0",
-    }  # noqa: S104, TID251
-    done = subprocess.run(
-        ["docker", "compose", *files, "config", "--format=json"], env=environment, capture_output=True, text=True, check=True
-    )
+    monkeypatch.setenv("KEYS_FOLDER", "/keys")
+    monkeypatch.setenv("PUBLISH", "0.0.0.0")  # noqa: S104
+    done = subprocess.run(["docker", "compose", *files, "config", "--format=json"], capture_output=True, text=True, check=True)
     services = json.loads(done.stdout)["services"]
     open_to = {port.get("host_ip") for service in services.values() for port in service["ports"]}
     assert open_to == ({"127.0.0.1", "0.0.0.0"} if "keys" in overrides else {"127.0.0.1"})  # noqa: S104
