@@ -6,7 +6,6 @@ from collections import Counter
 import pytest
 
 from server.metrics import SECONDS, Metrics
-from tests.conftest import ROOT
 from tests.docker.conftest import DOCKER, live_names, names_in, prometheus_file, rules
 
 FOLDER = DOCKER / "prometheus"
@@ -61,8 +60,6 @@ def test_promtool(promtool: str, command: str) -> None:
 
 
 def test_promtool_finds_nothing_wrong_with_our_metrics(promtool: str) -> None:
-    ours = [line for line in Metrics().render().decode().splitlines(keepends=True) if "unetpp_" in line]
-    done = subprocess.run(
-        [promtool, "check", "metrics"], cwd=ROOT, input="".join(ours), capture_output=True, text=True, check=False
-    )
+    text = Metrics().render().decode()
+    done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
