@@ -2,6 +2,7 @@
 
 import asyncio
 import faulthandler
+import functools
 import logging
 import os
 import signal
@@ -153,12 +154,7 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
         version=__version__,
         lifespan=lifespan,
     )
-
-    def drain() -> None:
-        agreement.drop()
-        runner.drain()
-
-    app.state.drain, app.state.stopping = drain, stopping
+    app.state.drain, app.state.stopping = functools.partial(_drain, runner, agreement), stopping
     limits = settings.limits
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_mb * 1024 * 1024, idle_s=limits.idle_upload_s, refuse=metrics.refuse)
     # Outermost last.
@@ -175,3 +171,9 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
         return FileResponse(PAGE)
 
     return app
+
+
+def _drain(runner: Runner, agreement: Agreement) -> None:
+    """Ends what no request waits for."""
+    agreement.drop()
+    runner.drain()
