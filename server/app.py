@@ -241,12 +241,7 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
         version=__version__,
         lifespan=lifespan,
     )
-
-    def drain() -> None:
-        agreement.drop()
-        runner.drain()
-
-    app.state.drain, app.state.stopping = drain, stopping
+    app.state.drain, app.state.stopping = functools.partial(_drain, runner, agreement), stopping
     app.state.reload = Reload(look, segmenter, metrics)
     keys = auth.Keys(settings.auth.keys_file) if settings.auth.keys_file else None
     operating = health.router(segmenter, runner, metrics, stopping)
@@ -329,3 +324,9 @@ def _config(settings: Settings, app: FastAPI, most: int, stop_s: int) -> uvicorn
         timeout_keep_alive=http.keep_alive_s, timeout_graceful_shutdown=stop_s, access_log=False, log_config=None, log_level="warning",
         server_header=False, ssl_certfile=http.tls_cert, ssl_keyfile=http.tls_key,
     )  # fmt: skip
+
+
+def _drain(runner: Runner, agreement: Agreement) -> None:
+    """Ends what no request waits for."""
+    agreement.drop()
+    runner.drain()

@@ -14,6 +14,7 @@ import pytest
 from server.arrays import Tiles
 from server.metrics import Metrics
 from server.runtime.engines.fake import FakeEngine
+from server.runtime.line import Lane
 from server.runtime.opening import OpenBundle
 from server.segment.agreement import Agreement, Sampler
 from server.segment.labels import known
@@ -74,6 +75,11 @@ class Scene:
 
     async def answer(self, data: bytes, *, urgent: bool = True, **wanted: Any) -> Answer:
         return await self.segmenter.segment(Sent(data), SegmentRequest(**wanted), terms=Terms(urgent=urgent))
+
+    @property
+    def lanes(self) -> dict[str, Lane]:
+        """By graph."""
+        return {graph: lane for (_, graph, _), lane in self.segmenter._lanes.items()}
 
     async def compared(self) -> None:
         """Until nothing is held."""
@@ -184,8 +190,8 @@ def test_accurate_answers_are_not_looked_at() -> None:
 
 def test_degraded_answers_and_those_of_jobs_are() -> None:
     async def act(scene: Scene) -> None:
-        lanes = scene.segmenter._lanes
-        lanes["fake", "accurate", "fp32"].pace = lanes["fake", "L4", "fp32"].pace = lanes["fake", "L3", "fp32"].pace = Fixed(100.0)
+        for graph in ("accurate", "L4", "L3"):
+            scene.lanes[graph].pace = Fixed(100.0)
         asked = scene.segmenter.segment(Sent(picture_bytes(BITS)), SegmentRequest(min_level=1), terms=Terms(60.0))
         assert (await asked).choice.route.level == 2
         await scene.compared()
@@ -247,7 +253,7 @@ class TestNobodyWaits:
         """Under a load that never ends, which is when answers are degraded."""
 
         async def act(scene: Scene) -> None:
-            for lane in scene.segmenter._lanes.values():
+            for lane in scene.lanes.values():
                 lane.pace = Fixed(1.0)
             hurried = asyncio.Event()
             batcher = scene.segmenter._batcher
