@@ -65,11 +65,17 @@ def client(shipped_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.fixture(scope="module")
-def prometheus(client: httpx.Client, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """On the committed files, but for the target's address and how often it looks."""
-    binary = shutil.which("prometheus")
-    if binary is None:
+def binary() -> str:
+    """Asked for first, so that where there is none no server is started for nothing."""
+    found = shutil.which("prometheus")
+    if found is None:
         pytest.skip("needs prometheus")
+    return found
+
+
+@pytest.fixture(scope="module")
+def prometheus(binary: str, client: httpx.Client, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """On the committed files, but for the target's address and how often it looks."""
     folder = tmp_path_factory.mktemp("prometheus")
     for file in ("prometheus.yml", "rules.yml", "alerts.yml"):
         text = (DOCKER / "prometheus" / file).read_text()
@@ -102,7 +108,7 @@ def prometheus(client: httpx.Client, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def loaded(client: httpx.Client, prometheus: Prometheus) -> Prometheus:
+def loaded(prometheus: Prometheus, client: httpx.Client) -> Prometheus:
     """After requests at every level, some with a reference, one that is refused and one that is no image."""
     sample = (ROOT / "server" / "web" / "samples" / "cells.png").read_bytes()
     mask = client.post("/segment", params={"mode": "accurate"}, content=sample)
