@@ -1,3 +1,4 @@
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from server.runtime.engines import ENGINES
 from server.runtime.engines.openvino import OpenVinoEngine
 from server.runtime.opening import noise
 from server.segment.plan import statistics
+from tests.server.conftest import resident_mb
 
 
 def test_every_file_has_a_row() -> None:
@@ -137,3 +139,32 @@ def test_openvino_keeps_one_large_workspace() -> None:
     engines[0].run(small)
     engines[0].run(large)
     assert (first.released, second.released) == (1, 1)
+
+
+def test_openvino_keeps_no_engine_that_was_replaced() -> None:
+    engine = OpenVinoEngine(FakeCompiled())
+    engine.run(noise(1, 1, [129, 129]))
+    gone = weakref.ref(engine)
+    del engine
+    assert gone() is None
+    OpenVinoEngine(FakeCompiled()).run(noise(1, 1, [129, 129]))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(("kind", "size"), [("shipped_bundle", (1, 3, 64, 64)), ("volume_bundle", (1, 1, 32, 32, 32))])
+def test_runs_again_after_release(name: str, kind: str, size: tuple[int, ...], request: pytest.FixtureRequest) -> None:
+    opened = ENGINES[name].open(request.getfixturevalue(kind) / "L1.onnx", "fp32", "cpu", 1)
+    tiles = noise(1, size[1], list(size[2:]))
+    before = opened.run(tiles)
+    opened.release()
+    assert np.array_equal(opened.run(tiles), before)
+
+
+def test_onnxruntime_gives_the_memory_of_large_runs_back(shipped_bundle: Path) -> None:
+    engine = ENGINES["onnxruntime"].open(shipped_bundle / "L1.onnx", "fp32", "cpu", 1)
+    before = resident_mb()
+    engine.run(noise(1, 3, [1024, 1024]))
+    grown = resident_mb() - before
+    assert grown > 100
+    engine.release()
+    assert resident_mb() - before < grown / 2
