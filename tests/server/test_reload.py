@@ -283,6 +283,46 @@ def test_over_the_ops_port(problem: Callable[..., Any], monkeypatch: pytest.Monk
         assert any(line.startswith('unetpp_engine_info{auto="true",engine="fake",graph="L1",model="second"') for line in lines)
 
 
+def test_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that runs ends on what it began with; one that waits runs on what is there then, or fails where nothing is."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def gated(tiles: Tiles) -> np.ndarray:
+        begun.set()
+        go_on.wait()
+        return bright(tiles)
+
+    disk = Disk()
+    monkeypatch.setattr("server.app.open_bundles", lambda settings, before, in_turn: disk(before))
+    with doors(http={"ops_port": 1}) as opened:
+
+        def submit(model: str) -> str:
+            answer = opened.client.post(f"/jobs?model={model}&level=1", content=SMALL)
+            assert answer.status_code == 202, answer.text
+            return answer.headers["location"]
+
+        def ended(job: str) -> dict[str, Any]:
+            until(lambda: opened.client.get(job).json()["state"] in ("done", "failed"))
+            return opened.client.get(job).json()
+
+        expected = mask_of(opened.client.post("/segment?level=1", content=SMALL).content)
+        disk.found = fake_bundles() | fake_bundles(gated, name="second") | fake_bundles(name="third")
+        assert opened.ops.post("/reload").status_code == 200
+        running = submit("second")
+        begun.wait()
+        waiting = [submit("second"), submit("third")]
+        disk.found = fake_bundles() | fake_bundles(dark, name="second")
+        assert opened.ops.post("/reload").status_code == 200
+        go_on.set()
+        assert ended(running)["state"] == "done"
+        assert np.array_equal(mask_of(opened.client.get(f"{running}/result").content), expected)
+        assert ended(waiting[0])["state"] == "done"
+        assert np.array_equal(mask_of(opened.client.get(f"{waiting[0]}/result").content), 1 - expected)
+        failed = ended(waiting[1])
+        assert failed["state"] == "failed"
+        assert failed["error"]["type"] == "urn:unetpp:unknown-model"
+
+
 SETTINGS = {"RUNTIME__ENGINE": "onnxruntime", "RUNTIME__PRECISION": "fp32", "RUNTIME__THREADS": "1", "DEFAULT_MODEL": "tiny"}
 
 
