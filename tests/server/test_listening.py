@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.serving import free_port
 from server import listening
 from server.errors import Misconfigured
 from server.settings import HttpSettings, Settings
@@ -18,12 +19,6 @@ def taken() -> Iterator[int]:
         other.bind(("127.0.0.1", 0))
         other.listen()
         yield other.getsockname()[1]
-
-
-def free_port() -> int:
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        return int(made.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ import httpx
 import numpy as np
 import pytest
 
+from bench.serving import free_port
 from tests.conftest import ROOT
 from tests.server.conftest import mask_of, picture_bytes, until
 
@@ -445,7 +446,7 @@ class TestStartUp:
             "def opens(settings):\n    print(os.getpid(), flush=True)\n    time.sleep(600)\n"
             "server.app.open_bundles = opens\napp(['serve'])\n"
         )
-        environment = os.environ | {"UNETPP_JOBS__FOLDER": str(tmp_path)}  # noqa: TID251 - of a child
+        environment = os.environ | {"UNETPP_JOBS__FOLDER": str(tmp_path), "UNETPP_HTTP__PORT": str(free_port())}  # noqa: TID251 - of a child
         with subprocess.Popen(
             [*apart, sys.executable, "-c", code],
             stdout=subprocess.PIPE,

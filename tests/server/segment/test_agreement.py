@@ -79,7 +79,7 @@ class Scene:
     @property
     def lanes(self) -> dict[str, Lane]:
         """By graph."""
-        return {graph: lane for (_, graph, _), lane in self.segmenter._lanes.items()}
+        return {graph: lane for served in self.segmenter._served.values() for (graph, _), lane in served.lanes.items()}
 
     async def compared(self) -> None:
         """Until nothing is held."""
