@@ -61,6 +61,7 @@ SERVED = 0.5  # the least share of them to be answered with a mask
 SWEEP_S = 60 + 30  # between the server's looks for expired jobs, and what one may take on a busy machine
 # What became of requests and jobs whose clients did not wait: they were good, or cut off, or one too many, and had no deadline.
 MAY_BE = {"metrics": ("ok", "client_error", "refused", "cancelled"), "jobs": ("done", "refused")}
+TRACEBACK = 40  # lines of the log that tell of one alarm
 REST_S = 12  # threads that anyio lends out go home after ten
 FILLING = 4  # threads that pools may still lack half-way through a short run
 
@@ -353,13 +354,10 @@ def _leaks(before: Sample, after: Sample, samples: list[Sample], left: list[str]
 
 
 def _log(lines: list[str]) -> Check:
-    """What the server itself thought worth an alarm; tifffile says as much of each broken file."""
-    alarms = [
-        line
-        for line in lines
-        if re.search(r"ERROR|CRITICAL|Traceback|never retrieved", line) and not re.search("tifffile|Tiff", line)
-    ]
-    return Check("log", "no errors", f"{len(lines)} lines, {len(alarms)} errors", not alarms, alarms[:20])
+    """What the server itself thought worth an alarm, with the lines that follow."""
+    numbers = [number for number, line in enumerate(lines) if re.search(r"ERROR|CRITICAL|Traceback|never retrieved", line)]
+    told = sorted({line for number in numbers[:20] for line in range(number, min(number + TRACEBACK, len(lines)))})
+    return Check("log", "no errors", f"{len(lines)} lines, {len(numbers)} alarms", not numbers, [lines[number] for number in told])
 
 
 def show(report: Report) -> None:
