@@ -23,7 +23,7 @@ from server import __version__
 from server.api import asking, auth, problems, traces
 from server.api.access import Access
 from server.api.connections import Connection, Patience
-from server.api.limits import BodyLimit
+from server.api.limits import BodyLimit, HeadLimit
 from server.api.request_id import RequestId
 from server.api.routes import health, jobs, models, segment
 from server.api.routes import ops as ops_routes
@@ -309,6 +309,7 @@ def _guard(
     app.add_middleware(auth.OwnPagesOnly)
     if keys:
         app.add_middleware(auth.KeyNeeded, keys=keys, free=free, refused=functools.partial(refuse, "unauthorized"))
+    app.add_middleware(HeadLimit, refuse=refuse)
     app.add_middleware(LastAnswers, stopping=stopping)
     app.add_middleware(Access, traces=traced)
     app.add_middleware(RequestId)
@@ -319,7 +320,7 @@ def _config(settings: Settings, app: FastAPI, most: int, stop_s: int) -> uvicorn
     http, limits = settings.http, settings.limits
     patience = Patience(most, limits.head_s, limits.idle_upload_s, limits.min_pace_kb_s * 1024)
     return uvicorn.Config(
-        # On h11, as httptools does not bound the head of a request; and a socket upgraded to another protocol would be past every door.
+        # On h11, as httptools does not bound a head that it waits for (`HeadLimit` has the rest); and a socket upgraded to another protocol would be past every door.
         app, http=functools.partial(Connection, patience=patience), ws="none",  # type: ignore[arg-type]  # called like the class
         timeout_keep_alive=http.keep_alive_s, timeout_graceful_shutdown=stop_s, access_log=False, log_config=None, log_level="warning",
         server_header=False, ssl_certfile=http.tls_cert, ssl_keyfile=http.tls_key,
