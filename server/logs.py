@@ -21,7 +21,7 @@ REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 HEARD = ("server", "uvicorn", "asyncio", "openvino", "onnxruntime", "opentelemetry")
 
 # Exceptions raised here speak of bundles, engines, the disk and the server itself.
-SPEAKING = ("server.runtime", "server.jobs", "server.reload", "server.app", "server.cli", "server.logs")
+SPEAKING = ("server.runtime", "server.jobs", "server.reload", "server.app", "server.serving", "server.cli", "server.logs")
 
 
 def setup(form: Literal["text", "json"]) -> None:

@@ -41,7 +41,9 @@ class HeadLimit:
 def _head_problem(scope: Scope) -> str:
     headers = scope["headers"]
     # With ": " and the end of the line.
-    size = len(scope.get("raw_path") or b"") + len(scope["query_string"]) + sum(len(name) + len(value) + 4 for name, value in headers)
+    size = (
+        len(scope.get("raw_path") or b"") + len(scope["query_string"]) + sum(len(name) + len(value) + 4 for name, value in headers)
+    )
     if len(headers) <= MOST_HEADERS and size <= MOST_HEAD_BYTES:
         return ""
     return (

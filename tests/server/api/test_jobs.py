@@ -55,13 +55,13 @@ class Gate:
 
     def opens_after_drain(self, app: FastAPI) -> FastAPI:
         """Not before: the engine's own thread cannot be stopped within a batch."""
-        drain = app.state.drain
+        operations = app.state.operations
 
         def drained() -> None:
-            drain()
+            operations.drain()
             self.open.set()
 
-        app.state.drain = drained
+        app.state.operations = dataclasses.replace(operations, drain=drained)
         return app
 
 

@@ -42,6 +42,7 @@ from server.segment.pipeline import Answer, Segmenter, SegmentRequest, Terms
 from server.settings import BatchingSettings, LimitsSettings
 from tests.server.conftest import (
     Fixed,
+    Sent,
     bright,
     fake_bundles,
     mask_of,
@@ -70,12 +71,6 @@ def segmenting(run: Any = bright, limits: LimitsSettings | None = None, bundle: 
         yield segmenter
     finally:
         segmenter.close()
-
-
-class Sent(io.BytesIO):
-    """An upload; these two make it a `BinaryIO` in every respect."""
-
-    name, mode = "upload", "rb"
 
 
 def segment(data: bytes, reference: bytes | None = None, *, progress: Callable[..., None] = lambda *_: None,
