@@ -29,7 +29,7 @@ from server.metrics import Metrics
 from server.reload import Reload
 from server.runtime.bundle import MANIFEST, find_bundles, sha256
 from server.runtime.opening import OpenBundle, Turns, at_once, open_bundle
-from server.segment import labels
+from server.segment import counted
 from server.segment.agreement import Agreement
 from server.segment.pipeline import Segmenter
 from server.serving import Operations, OpsServer, Server
@@ -95,7 +95,7 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
     segmenter = make_segmenter(settings, bundles, metrics)
     runner = Runner(settings.jobs, settings.http.max_in_flight, segmenter, metrics, asking.headers, problems.explain, store)
     agreement = Agreement(settings.quality, segmenter, metrics)
-    metrics.expect(labels.known(bundles))
+    metrics.expect(counted.known(bundles))
 
     def look(before: Mapping[str, OpenBundle]) -> dict[str, OpenBundle]:
         return open_bundles(settings, before, segmenter.in_turn)

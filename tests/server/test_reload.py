@@ -30,7 +30,8 @@ from server.errors import BundleDamaged, NotReady, ReloadFailed, ReloadRunning, 
 from server.metrics import Metrics
 from server.reload import Reload
 from server.runtime.opening import OpenBundle
-from server.segment.pipeline import Segmenter, SegmentRequest
+from server.segment.pipeline import Segmenter
+from server.segment.request import SegmentRequest
 from server.settings import BatchingSettings, LimitsSettings
 from tests.conftest import ROOT
 from tests.server.conftest import Sent, bright, doors, fake_bundles, mask_of, picture_bytes, rewrite_hashes, until

@@ -22,7 +22,7 @@ from server.errors import InferenceFailed
 from server.jobs.job import Job, Ticket
 from server.jobs.runner import Runner
 from server.jobs.store import Store
-from server.segment.pipeline import SegmentRequest
+from server.segment.request import SegmentRequest
 from server.settings import JobsSettings
 from tests.conftest import serving
 from tests.server.conftest import bright, fake_app, mask_of, picture_bytes

@@ -16,8 +16,9 @@ from server.runtime.engines.fake import FakeEngine
 from server.runtime.line import Lane
 from server.runtime.opening import OpenBundle
 from server.segment.agreement import Agreement, Sampler
-from server.segment.labels import known
-from server.segment.pipeline import Answer, Sample, Segmenter, SegmentRequest, Terms
+from server.segment.counted import known
+from server.segment.pipeline import Segmenter
+from server.segment.request import Answer, Sample, SegmentRequest, Terms
 from server.settings import BatchingSettings, LimitsSettings, QualitySettings
 from tests.server.conftest import Fixed, Sent, fake_bundles, nifti_bytes, pages_bytes, picture_bytes
 

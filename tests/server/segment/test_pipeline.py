@@ -38,7 +38,8 @@ from server.runtime.line import Caller, Lane
 from server.runtime.pace import Margin
 from server.segment import pipeline
 from server.segment.cost import Estimate
-from server.segment.pipeline import Answer, Segmenter, SegmentRequest, Terms
+from server.segment.pipeline import Segmenter
+from server.segment.request import Answer, SegmentRequest, Terms
 from server.settings import BatchingSettings, LimitsSettings
 from tests.server.conftest import (
     Fixed,
