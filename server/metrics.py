@@ -63,7 +63,7 @@ class Known:
 
 
 class Metrics:
-    """The server's metrics, prefix `unetpp_`. All methods belong to the event loop's thread."""
+    """The server's metrics, prefix `unetpp_`. All methods but `render` belong to the event loop's thread."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -255,17 +255,13 @@ class Metrics:
         """Sets a gauge at each scrape to what the function says then."""
         self._followed[gauge] = function
 
-    def render(self) -> bytes:
-        """The text exposition format."""
-        self._look()
-        return generate_latest(self.registry)
-
     async def scrape(self) -> bytes:
-        """The same, with GPUs; written in a thread, as thousands of lines take tens of milliseconds."""
+        """All as it is now, in a thread, as thousands of lines take tens of milliseconds."""
         await self.gpus.look()
-        self._look()
-        return await asyncio.to_thread(generate_latest, self.registry)
-
-    def _look(self) -> None:
         for gauge, function in self._followed.items():
             gauge.set(function())
+        return await asyncio.to_thread(self.render)
+
+    def render(self) -> bytes:
+        """The text exposition format, with what is only looked at for a scrape as the last one saw it."""
+        return generate_latest(self.registry)

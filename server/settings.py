@@ -37,7 +37,7 @@ class HttpSettings(_Group):
     max_in_flight: int = Field(
         64,
         ge=1,
-        description="segment requests worked on or waiting at once, and as many uploads to /jobs; one more gets 429 with Retry-After",
+        description="segment requests worked on or waiting at once, and as many uploads to /jobs; one more gets 429 with Retry-After. Of each up to 4 MiB wait in memory and the rest on disk, so 64 take 256 MiB",
     )
     drain_s: float = Field(
         5,
@@ -115,10 +115,14 @@ class LimitsSettings(_Group):
         30,
         gt=0,
         description="an upload that sends nothing for so long, or less than `min_pace_kb_s` over it, gets 408 and frees its place; an answer "
-        "that is read no faster is cut off",
+        "that is read no faster is cut off. A phone that changes networks is back sooner",
     )
     min_pace_kb_s: float = Field(16, gt=0, description="KiB per second, see `idle_upload_s`; the slowest mobile networks reach it")
-    head_s: float = Field(10, gt=0, description="a connection whose request line and headers are not there by then is closed")
+    head_s: float = Field(
+        10,
+        gt=0,
+        description="a connection whose request line and headers are not there by then is closed; they are sent at once, and lost packets again within seconds",
+    )
 
 
 class AuthSettings(_Group):
@@ -155,12 +159,12 @@ class QualitySettings(_Group):
         ge=0,
         le=3600,
         description="so many at least, if there are so many, also under load, which is when answers are degraded: one that has waited for "
-        "its part of the hour takes turns like a request. With this and the share at 0 nothing is computed again",
+        "its part of the hour takes turns like a request. 12 are 288 a day, whose mean is known to a point of IoU where single ones scatter by 0.15. With this and the share at 0 nothing is computed again",
     )
     agreement_max_pixels: int = Field(
         16_777_216,
         ge=1,
-        description="pixels or voxels of an answer that is compared; one at a time is kept for it, which together with this bounds memory",
+        description="pixels or voxels of an answer that is compared; one at a time is kept for it, which together with this bounds memory. 4096² take at most 220 MB, as three channels of float32 and a mask",
     )
 
 
@@ -169,9 +173,21 @@ class JobsSettings(_Group):
 
     folder: Path = Field(Path("var/jobs"), description="where jobs and results are kept; one server per folder")
     keep_results_h: float = Field(24, gt=0, description="hours until a finished job and its result are removed")
-    max_disk_mb: int = Field(10_240, ge=1, description="inputs and results on disk, in MiB; over it a new job gets 507")
-    max_queued: int = Field(1000, ge=1, description="jobs that wait; one more gets 429 with Retry-After")
-    max_attempts: int = Field(5, ge=1, description="starts of a job that a crash of the server ended, until it is given up")
+    max_disk_mb: int = Field(
+        10_240,
+        ge=1,
+        description="inputs and results on disk, in MiB; over it a new job gets 507. 10 GiB are forty of the largest bodies",
+    )
+    max_queued: int = Field(
+        1000,
+        ge=1,
+        description="jobs that wait; one more gets 429 with Retry-After. A folder of images sent at once fits; `max_disk_mb` bounds the same in bytes",
+    )
+    max_attempts: int = Field(
+        5,
+        ge=1,
+        description="starts of a job that a crash of the server ended, until it is given up: a crash or two may be another's doing, five are its own",
+    )
     concurrency: int = Field(1, ge=1, description="jobs that run at once; their memory adds up")
 
 

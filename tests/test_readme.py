@@ -9,6 +9,10 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+# What is to be typed.
+TYPED = [line for block in re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL) for line in block.splitlines()]
+
+
 def test_generated_blocks_are_up_to_date() -> None:
     from bench.readme import filled
 
@@ -21,7 +25,35 @@ def test_every_linked_file_exists() -> None:
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"^(?:\.venv/bin/)?unetpp (\w+)", README, re.MULTILINE))))
+def test_commands_are_found_without_an_activated_environment() -> None:
+    """`unetpp` alone is nobody's, but in an image, where it is on the path."""
+    assert any(".venv/bin/unetpp " in line for line in TYPED)
+    assert [line for line in TYPED if re.search(r"(?<![\w/.-])unetpp ", line) and not line.startswith("docker")] == []
+
+
+def test_metrics_to_watch_are_those_that_there_are() -> None:
+    from server.metrics import Metrics
+    from server.metrics_gpu import TEXTS
+
+    # GPUs have theirs only where there are some.
+    live = {f"{family.name}_total" if family.type == "counter" else family.name for family in Metrics().registry.collect()} | set(
+        TEXTS
+    )
+    live = {name for name in live if name.startswith("unetpp_")}
+    told: set[str] = set()
+    (section,) = re.findall(r"^## What to watch$(.*?)^##", README, re.MULTILINE | re.DOTALL)
+    for line in section.splitlines():
+        first = ""
+        for name in re.findall(r"`(unetpp_\w+\*?|_\w+)(?:\{[^`]*)?`", line):
+            # `unetpp_x_iou`, `_dice`
+            first = name if name.startswith("unetpp_") else first
+            told.add(name if name is first else first.rpartition("_")[0] + name)
+    families = tuple(name.removesuffix("*") for name in told if name.endswith("*"))
+    assert {name for name in told if not name.endswith("*")} - live == set()
+    assert {name for name in live if not name.startswith(families)} - told == set()
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"(?:^|[\s/])unetpp (\w+)", "\n".join(TYPED)))))
 def test_every_command_exists(command: str) -> None:
     from server.cli import app
 

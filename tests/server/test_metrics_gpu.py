@@ -125,5 +125,4 @@ def test_the_real_library_is_asked_for_what_it_has() -> None:
     for name in dir(Nvml):
         assert not name.startswith("nvml") or callable(getattr(pynvml, name))
     metrics = Metrics()
-    asyncio.run(metrics.gpus.look())
-    assert b"unetpp_requests_in_flight" in metrics.render()
+    assert b"unetpp_requests_in_flight" in asyncio.run(metrics.scrape())

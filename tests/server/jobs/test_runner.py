@@ -22,7 +22,8 @@ from server.jobs.live import View
 from server.jobs.runner import Runner
 from server.jobs.store import Store
 from server.metrics import Metrics
-from server.segment.pipeline import Answer, Estimate, Segmenter, SegmentRequest, Terms
+from server.segment.pipeline import Estimate, Segmenter
+from server.segment.request import Answer, SegmentRequest, Terms
 from server.settings import BatchingSettings, JobsSettings, LimitsSettings
 from tests.server.conftest import bright, fake_bundles, picture_bytes
 
@@ -690,7 +691,7 @@ def test_metrics(runners: Callable[..., Runner], segmenter: FakeSegmenter) -> No
         async with runners() as runner:
             first, second = await submit(runner), await submit(runner)
             await until(runner, first, lambda view: view.stage == "decode")
-            text = runner._metrics.render().decode()
+            text = (await runner._metrics.scrape()).decode()
             for line in ("queued 1.0", "running 1.0", f"disk_bytes {2.0 * len(PICTURE)}"):
                 assert f"unetpp_jobs_{line}" in text
             await runner.delete(second)
@@ -698,7 +699,7 @@ def test_metrics(runners: Callable[..., Runner], segmenter: FakeSegmenter) -> No
             await end(runner, first)
             with pytest.raises(StoreFull), runner.reserve(SegmentRequest()) as claim:
                 claim(10**12)
-            text = runner._metrics.render().decode()
+            text = (await runner._metrics.scrape()).decode()
             for line in (
                 "queued 0.0",
                 "running 0.0",

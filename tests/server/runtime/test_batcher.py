@@ -620,7 +620,7 @@ class TestUrgency:
             tasks = [scene.arrive(1, 5), scene.arrive(-1, 3, Caller(urgent=False))]
             await steps()
             metrics = scene.batcher._metrics
-            metrics.render()
+            await metrics.scrape()
             shown = [
                 metrics.registry.get_sample_value("unetpp_queue_tiles", {"urgency": urgency})
                 for urgency in ("interactive", "batch")
@@ -629,11 +629,11 @@ class TestUrgency:
             assert shown == [3, 3]
             tasks[1].cancel()
             await steps()
-            metrics.render()
+            await metrics.scrape()
             assert metrics.registry.get_sample_value("unetpp_queue_tiles", {"urgency": "batch"}) == 0
             scene.device.held = False
             await tasks[0]
-            metrics.render()
+            await metrics.scrape()
             for name in ("unetpp_queue_tiles", "unetpp_queue_oldest_seconds"):
                 assert metrics.registry.get_sample_value(name, {"urgency": "interactive"}) == 0
 
