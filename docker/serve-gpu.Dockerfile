@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # The server on an NVIDIA GPU, CUDA from pip: docker build -f docker/serve-gpu.Dockerfile -t unetpp-server:0.1.0-gpu .
 # docker/serve.Dockerfile is the same for CPUs; a test compares them.
-FROM python:3.11-slim-bookworm AS base
+FROM python:3.11.16-slim-bookworm AS base
 
 FROM base AS wheel
 WORKDIR /src

@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # The server on CPUs: docker build -f docker/serve.Dockerfile -t unetpp-server:0.1.0-cpu .
 # docker/serve-gpu.Dockerfile differs in its extra, and in what it says to NVIDIA's runtime; a test compares them.
-FROM python:3.11-slim-bookworm AS base
+FROM python:3.11.16-slim-bookworm AS base
 
 FROM base AS wheel
 WORKDIR /src

@@ -28,6 +28,8 @@ SOURCE = DataSourceRef(type_val="prometheus", uid="$source")
 INSTANCE = 'instance=~"$instance"'
 MODEL = 'model=~"$model"'
 BOTH = f"{MODEL}, {INSTANCE}"
+# Requests that were turned away, or were no images, before their model was known.
+COUNTED = f'model=~"$model|none", {INSTANCE}'
 WINDOW = "[$__rate_interval]"
 
 Query = tuple[str, str]  # expression, legend
@@ -54,8 +56,8 @@ def share(metric: str, some: str, where: str = BOTH) -> str:
 
 
 def quantile(q: float) -> str:
-    """Of the time of requests, by mode."""
-    return f"histogram_quantile({q}, {rate('unetpp_request_duration_seconds_bucket', 'mode, le')})"
+    """Of the time of requests, by model and mode."""
+    return f"histogram_quantile({q}, {rate('unetpp_request_duration_seconds_bucket', 'model, mode, le')})"
 
 
 def number(title: str, unit: str, expression: str, text: str = "", span: int = 6) -> stat.Panel:
@@ -125,18 +127,19 @@ def named(field: str) -> xychart.MatcherConfig:
 
 ROWS: dict[str, Sequence[Builder[Panel]]] = {
     "Service level": [
-        number("Requests", "reqps", f"sum(rate(unetpp_requests_total{{{BOTH}}}{WINDOW}))"),
-        number("Failed by our fault", "percentunit", share("unetpp_requests_total", 'outcome="error"'), "Alert above 1 %."),
-        number("Turned away", "percentunit", share("unetpp_requests_total", 'outcome="refused"'), "Alert above 1 %."),
+        number("Requests", "reqps", f"sum(rate(unetpp_requests_total{{{COUNTED}}}{WINDOW}))"),
+        number("Failed by our fault", "percentunit", share("unetpp_requests_total", 'outcome="error"', COUNTED), "Alert above 1 %."),
+        number("Turned away", "percentunit", share("unetpp_requests_total", 'outcome="refused"', COUNTED), "Alert above 1 %."),
         number(
             "Shallower than asked for", "percentunit",
             f'sum(rate(unetpp_degraded_total{{{BOTH}}}{WINDOW})) / sum(rate(unetpp_requests_total{{{BOTH}, outcome="ok"}}{WINDOW}))',
             "Degraded for load or a deadline, where min_level allowed it. Alert above 20 %.",
         ),
-        lines("Requests by outcome", "reqps", (rate("unetpp_requests_total", "outcome"), "{{outcome}}"), stacked="normal"),
+        lines("Requests by outcome", "reqps", (rate("unetpp_requests_total", "outcome", COUNTED), "{{outcome}}"), stacked="normal"),
         lines(
-            "Time by mode", "s", (quantile(0.5), "{{mode}} p50"), (quantile(0.95), "{{mode}} p95"), (quantile(0.99), "{{mode}} p99"),
-            ("unetpp:slo_seconds", "{{mode}} service level of p99"), text="Answers that succeeded, by mode as served.",
+            "Time by mode", "s", *((quantile(q), f"{{{{model}}}} {{{{mode}}}} p{q * 100:.0f}") for q in (0.5, 0.95, 0.99)),
+            (f"unetpp:slo_seconds{{{MODEL}}}", "{{model}} {{mode}} service level of p99"),
+            text="Answers that succeeded, by mode as served. Models of volumes have a service level only where rules.yml gives one.",
         ),
         lines(
             "Time by level", "s",

@@ -36,7 +36,7 @@ def compose(name: str = "docker-compose.yml") -> dict[str, Any]:
 
 
 def prometheus_file(name: str) -> dict[str, Any]:
-    """prometheus.yml, rules.yml, alerts.yml or tests.yml."""
+    """A file of docker/prometheus."""
     document: dict[str, Any] = yaml.safe_load((DOCKER / "prometheus" / name).read_text())
     return document
 

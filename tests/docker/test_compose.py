@@ -32,7 +32,9 @@ def test_service_can_write_only_where_it_must(name: str) -> None:
     assert service["restart"] == "unless-stopped"
     for volume in service["volumes"]:
         source = volume.split(":")[0]
-        assert source in compose()["volumes"] or (volume.startswith("./docker/") and volume.endswith(":ro"))
+        assert source in compose()["volumes"] or (
+            volume.startswith(("./docker/", "${BUNDLES:-./bundles}:")) and volume.endswith(":ro,z")
+        )
 
 
 @each
@@ -42,6 +44,20 @@ def test_image_has_a_full_version(name: str) -> None:
 
 def test_the_ops_port_is_not_published() -> None:
     assert SERVICES["server"]["ports"] == ["127.0.0.1:8000:8000"]
+
+
+def test_a_reload_finds_what_the_host_has_renamed() -> None:
+    """The folder of all bundles is mounted, where the image has its own: a bundle's own folder would stay the one it was."""
+    assert "${BUNDLES:-./bundles}:/bundles:ro,z" in SERVICES["server"]["volumes"]
+    for name in ("serve", "serve-gpu"):
+        assert "UNETPP_BUNDLES=/bundles " in (ROOT / "docker" / f"{name}.Dockerfile").read_text()
+    assert (ROOT / "bundles" / "nuclei" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["docker-compose.yml", "docker-compose.cpu.yml", "docker-compose.keys.yml"])
+def test_says_which_compose_reads_it(name: str) -> None:
+    """`!reset` and `!override` need it."""
+    assert "Docker Compose 2.24.4 or newer" in (ROOT / name).read_text()
 
 
 def test_server_may_finish_what_it_does() -> None:
@@ -96,7 +112,13 @@ def test_compose_itself_reads_it(overrides: list[str], monkeypatch: pytest.Monke
     services = json.loads(done.stdout)["services"]
     open_to = {port.get("host_ip") for service in services.values() for port in service["ports"]}
     assert open_to == ({"127.0.0.1", "0.0.0.0"} if "keys" in overrides else {"127.0.0.1"})  # noqa: S104
-    assert ("deploy" in services["server"]) == ("cpu" not in overrides)
+    server = services["server"]
+    assert ("deploy" in server) == ("cpu" not in overrides)
+    assert server["image"].endswith("-cpu") == ("cpu" in overrides)
+    assert server["environment"]["UNETPP_AUTH__INSECURE"] == ("false" if "keys" in overrides else "true")
+    mounted = {volume["target"]: volume for volume in server["volumes"]}
+    assert mounted.keys() == {"/bundles", "/var/lib/unetpp"} | ({"/run/keys"} if "keys" in overrides else set())
+    assert all(volume.get("read_only") for target, volume in mounted.items() if target != "/var/lib/unetpp")
 
 
 def test_what_is_mounted_exists() -> None:

@@ -1,6 +1,7 @@
 """The dashboard is what its script writes, what Grafana's own library reads, and asks for what there is."""
 
 import json
+import re
 
 import pytest
 
@@ -51,6 +52,14 @@ def test_model_and_instance_can_be_chosen() -> None:
 def test_expression_parses_and_selects_series_that_exist(title: str, expression: str) -> None:
     assert "$" not in expression
     assert names_in(expression) <= live_names()
+
+
+def test_requests_without_a_model_are_counted_whichever_is_chosen() -> None:
+    """Those turned away before their model was known have model="none"; what succeeded has one."""
+    asked = [target["expr"] for panel in panels() for target in panel.get("targets", ())]
+    selected = [one for expression in asked for one in re.findall(r"unetpp_requests_total\{(.*?)\}", expression)]
+    assert len(selected) >= 6
+    assert [one for one in selected if 'model=~"$model|none"' not in one and 'outcome="ok"' not in one] == []
 
 
 def test_time_against_iou_is_one_plot_per_kind() -> None:

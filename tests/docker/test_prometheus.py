@@ -35,17 +35,15 @@ def test_trade_off_has_time_and_iou_of_each_kind() -> None:
 
 
 def test_service_levels_are_bounds_of_the_histogram() -> None:
-    levels = [
-        float(rule["expr"].removeprefix("vector(").removesuffix(")"))
-        for rule in rules("rules.yml")
-        if rule["record"] == "unetpp:slo_seconds"
-    ]
-    assert len(levels) == 2
-    assert set(levels) <= set(SECONDS)
+    found = [rule["expr"].split(" * ") for rule in rules("rules.yml") if rule["record"] == "unetpp:slo_seconds"]
+    assert len(found) == 2
+    assert {float(seconds) for seconds, _ in found} <= set(SECONDS)
+    assert {models for _, models in found} == {'max by (model) (unetpp_bundle_info{dims="2"})'}
 
 
 def test_every_alert_is_tested_to_fire_and_not_to_fire() -> None:
-    cases = [case for test in prometheus_file("tests.yml")["tests"] for case in test.get("alert_rule_test", ())]
+    tests = [test for file in ("tests.yml", "tests_days.yml") for test in prometheus_file(file)["tests"]]
+    cases = [case for test in tests for case in test.get("alert_rule_test", ())]
     for alert in rules("alerts.yml"):
         fires = [bool(case.get("exp_alerts")) for case in cases if case["alertname"] == alert["alert"]]
         assert True in fires, alert["alert"]
@@ -53,7 +51,9 @@ def test_every_alert_is_tested_to_fire_and_not_to_fire() -> None:
         assert alert["annotations"].keys() == {"summary", "action"}  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("command", ["check config prometheus.yml", "check rules rules.yml alerts.yml", "test rules tests.yml"])
+@pytest.mark.parametrize(
+    "command", ["check config prometheus.yml", "check rules rules.yml alerts.yml", "test rules tests.yml tests_days.yml"]
+)
 def test_promtool(promtool: str, command: str) -> None:
     done = subprocess.run([promtool, *command.split()], cwd=FOLDER, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
