@@ -52,7 +52,8 @@ def ours(bundle: Bundle, volume: Path, graph: str, precision: str, engine_name: 
     from server.metrics import Metrics
     from server.runtime.engines import ENGINES
     from server.runtime.opening import OpenBundle, cores
-    from server.segment.pipeline import Segmenter, SegmentRequest
+    from server.segment.pipeline import Segmenter
+    from server.segment.request import SegmentRequest
     from server.settings import Settings
 
     settings = Settings()
