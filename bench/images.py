@@ -127,6 +127,7 @@ class Proof:
 
     Attributes:
         prometheus: its version, as it says.
+        grafana: the same, or that it did not answer.
         p95_s: by mode and level, from Prometheus.
         calibrated_iou: the same, by the manifest.
         log_lines: JSON objects in the server's log.
@@ -136,6 +137,7 @@ class Proof:
 
     prometheus: str
     prometheus_image: str
+    grafana: str
     p95_s: dict[str, float]
     calibrated_iou: dict[str, float]
     log_lines: int
@@ -177,12 +179,21 @@ def prove(files: Sequence[str]) -> Proof:
             return Proof(
                 prometheus.get("/api/v1/status/buildinfo").raise_for_status().json()["data"]["version"],
                 services(files)["prometheus"]["image"],
+                grafana(),
                 ask(prometheus, P95),
                 ask(prometheus, IOU),
                 sum(line.startswith("{") for line in log()),
                 [line for line in log() if not line.startswith("{")],
                 reloads(),
             )
+
+
+def grafana() -> str:
+    """What it says of itself."""
+    try:
+        return f"was {httpx.get('http://127.0.0.1:3000/api/health').raise_for_status().json()['version']}"
+    except httpx.HTTPError:
+        return "did not answer: what ran under its name is none"
 
 
 def docker_reads(folder: Path) -> None:
@@ -196,7 +207,8 @@ def told(proof: Proof, files: Sequence[str]) -> str:
     rows = [(place, f"{s * 1000:.0f}", f"{proof.calibrated_iou[place]:.4f}") for place, s in sorted(proof.p95_s.items())]
     return f"""Up with {", ".join(files)}: {proof.log_lines} lines of log as JSON objects, {len(proof.other_lines)} others. `{OTHER}` was taken away, then `POST /reload` within
 the container, and put back, then SIGHUP; the server logged `{"` and `".join(proof.reloads)}`, and served on.
-Prometheus was {proof.prometheus}, under the name {proof.prometheus_image}. It said, of `{MODEL}`, under no load to speak of:
+Prometheus was {proof.prometheus}, under the name {proof.prometheus_image}. Grafana {proof.grafana}. Prometheus said of
+`{MODEL}`, after a few requests one by one, which is no measure of speed:
 
 {markdown(["served", "p95 ms", "calibrated IoU"], rows)}"""
 
