@@ -149,7 +149,7 @@ def create_ops_app(app: FastAPI) -> FastAPI:
     ops = FastAPI(title="Operate", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     operations.guard(ops, free=auth.HEALTH)
     ops.include_router(operations.routes)
-    ops.include_router(ops_routes.router(operations.reload))
+    ops.include_router(ops_routes.router(operations.reload, operations.stopping))
     return ops
 
 

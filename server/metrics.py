@@ -68,6 +68,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._followed: dict[Gauge, Callable[[], float]] = {}
+        self._scraping: asyncio.Task[bytes] | None = None
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
         self.gpus = Gpus(self.registry)
@@ -256,7 +257,18 @@ class Metrics:
         self._followed[gauge] = function
 
     async def scrape(self) -> bytes:
-        """All as it is now, in a thread, as thousands of lines take tens of milliseconds."""
+        """All as it is now; whoever comes while another one is being served gets the same, so that many cost no more than one."""
+        if self._scraping is None:
+            self._scraping = asyncio.create_task(self._scrape())
+            self._scraping.add_done_callback(self._scraped)
+        # Who leaves takes nothing from the others.
+        return await asyncio.shield(self._scraping)
+
+    def _scraped(self, _: asyncio.Task[bytes]) -> None:
+        self._scraping = None
+
+    async def _scrape(self) -> bytes:
+        """In a thread, as thousands of lines take tens of milliseconds."""
         await self.gpus.look()
         for gauge, function in self._followed.items():
             gauge.set(function())

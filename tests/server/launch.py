@@ -4,6 +4,7 @@ python launch.py; a line of JSON on standard input starts a life in a folder. St
 soon as it warms up, and its exit status when it is dead. In the folder it leaves `stderr`, and `metrics` as they were at its end.
 """
 
+import asyncio
 import contextlib
 import json
 import os
@@ -67,7 +68,7 @@ def live(folder: Path, name: str, environment: dict[str, str], closing_s: int, *
             cli.app(["serve"])
         finally:
             for metrics in kept:
-                (folder / "metrics").write_bytes(metrics.render())
+                (folder / "metrics").write_bytes(asyncio.run(metrics.scrape()))
 
 
 if __name__ == "__main__":

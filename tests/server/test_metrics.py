@@ -1,3 +1,4 @@
+import asyncio
 import time
 
 import pytest
@@ -143,3 +144,22 @@ class TestOverlaps:
         row = self.LABELS | {"class": "x"}
         counts = [value(metrics, "unetpp_reference_iou_bucket", **row, le=f"{bound}") for bound in BUCKETS]
         assert counts == [1] * (len(BUCKETS) - 1) + [2]
+
+
+def test_many_scrapes_at_once_cost_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = Metrics()
+    render, rendered = metrics.render, []
+    monkeypatch.setattr(metrics, "render", lambda: rendered.append(1) or render())
+
+    async def go() -> None:
+        scrapes = [asyncio.create_task(metrics.scrape()) for _ in range(20)]
+        await asyncio.sleep(0)
+        scrapes[0].cancel()
+        first, *others = await asyncio.gather(*scrapes, return_exceptions=True)
+        assert isinstance(first, asyncio.CancelledError)
+        assert len(set(others)) == len(rendered) == 1
+        metrics.refuse("wait")
+        assert b'unetpp_refusals_total{reason="wait"} 1.0' in await metrics.scrape()
+        assert len(rendered) == 2
+
+    asyncio.run(go())

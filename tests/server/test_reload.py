@@ -283,6 +283,14 @@ def test_over_the_ops_port(problem: Callable[..., Any], monkeypatch: pytest.Monk
         assert any(line.startswith('unetpp_engine_info{auto="true",engine="fake",graph="L1",model="second"') for line in lines)
 
 
+def test_a_server_that_stops_begins_none(problem: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.app.open_bundles", lambda *_: pytest.fail("it would wait for this in the end"))
+    with doors(http={"ops_port": 1}) as opened:
+        opened.app.state.operations.stopping.begun = True
+        problem(opened.ops.post("/reload"), 503, "not-ready")
+        assert 'unetpp_reloads_total{outcome="failed"} 0.0' in opened.ops.get("/metrics").text
+
+
 def test_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that runs ends on what it began with; one that waits runs on what is there then, or fails where nothing is."""
     begun, go_on = threading.Event(), threading.Event()

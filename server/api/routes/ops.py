@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from server.api.schemas import Problem
+from server.api.stopping import Stopping
 
 
 class Reloaded(BaseModel):
@@ -14,16 +15,18 @@ class Reloaded(BaseModel):
     changed: list[str]
 
 
-def router(reload: Callable[[], Awaitable[list[str]]]) -> APIRouter:
+def router(reload: Callable[[], Awaitable[list[str]]], stopping: Stopping) -> APIRouter:
     """The route, with what it needs."""
     routes = APIRouter()
 
     @routes.post(
         "/reload",
         summary="Look at the bundles again, and serve what is new or changed; any failure leaves all as it is",
-        responses={409: {"model": Problem}, 422: {"model": Problem}},
+        responses={409: {"model": Problem}, 422: {"model": Problem}, 503: {"model": Problem}},
     )
     async def post() -> Reloaded:
+        # The server would wait for it in the end.
+        stopping.check()
         return Reloaded(changed=await reload())
 
     return routes
