@@ -5,6 +5,7 @@ Heavy imports happen inside the subcommands, so that `unetpp --help` is quick an
 
 import contextlib
 import functools
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -109,11 +110,12 @@ def serve(
         http = settings.http
         shown = _shown(http, http.host, http.port)
         ops = _shown(http, http.ops_host, http.ops_port) if http.ops_port else shown
+        # Collectors take every line for an object.
+        say = typer.echo if settings.log.format == "text" else logging.getLogger("server").info
         for name, bundle in opened.items():
-            typer.echo(
-                f"{name}: levels {', '.join(map(str, bundle.bundle.manifest.levels))}, precisions {', '.join(bundle.precisions)}"
-            )
-        typer.echo(f"page     {shown}/\ndocs     {shown}/docs\nmetrics  {ops}/metrics")
+            say(f"{name}: levels {', '.join(map(str, bundle.bundle.manifest.levels))}, precisions {', '.join(bundle.precisions)}")
+        for what, address in (("page", f"{shown}/"), ("docs", f"{shown}/docs"), ("metrics", f"{ops}/metrics")):
+            say(f"{what:8} {address}")
         server = make_server(settings, create_app(settings, opened, store), sockets, ops_sockets)
         server.run()
     if not server.started:

@@ -355,6 +355,16 @@ class TestServe:
         assert result.exit_code == 0, result.output
         assert ran[0].config.timeout_graceful_shutdown == 7
 
+    def test_says_nothing_beside_the_log_where_that_is_json(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def at_once(server: Server) -> None:
+            server.started = True
+
+        monkeypatch.setattr("server.app.open_bundles", lambda settings: fake_bundles())
+        monkeypatch.setattr(Server, "run", at_once)
+        assert "metrics  http" in run("serve").stdout
+        monkeypatch.setenv("UNETPP_LOG__FORMAT", "json")
+        assert run("serve").stdout == ""
+
     def test_a_server_that_does_not_start(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("server.app.open_bundles", lambda settings: fake_bundles())
         monkeypatch.setattr(Server, "run", lambda server: None)
