@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from server.app import CLOSING_S
+from server.serving import CLOSING_S
 from server.settings import HttpSettings, Settings
 from tests.conftest import ROOT
 from tests.docker.conftest import compose
