@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from server.errors import StoreBroken, StoreFull
+from server.jobs.job import brief
 from server.settings import JobsSettings
 
 log = logging.getLogger(__name__)
@@ -59,10 +60,11 @@ class Files:
         """
         path, beside = self.path(id_, "input"), self.path(id_, "reference")
         with self.disk():
-            if path.exists():
+            # Whoever cancels the job may remove them at any moment.
+            with contextlib.suppress(FileNotFoundError):
                 file = opened.enter_context(path.open("rb"))
                 return file, opened.enter_context(beside.open("rb")) if beside.exists() else None
-        raise FileNotFoundError(f"the input of job {id_} is gone")
+        raise FileNotFoundError(f"the input of job {brief(id_)} is gone")
 
     def write(self, id_: str, name: str, source: BinaryIO) -> None:
         """A file that is there, whole, when this returns. Whatever the quota: that is for what comes in.
@@ -101,7 +103,7 @@ class Files:
         except FileNotFoundError:
             pass
         except OSError:
-            log.exception("files of job %s could not be removed; the next start of the server tries again", id_)
+            log.exception("files of job %s could not be removed; the next start of the server tries again", brief(id_))
         self._account(id_)
 
     def discard(self, id_: str) -> None:
