@@ -6,6 +6,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.auth import STATIC
 from server.api.traces import Traces
 
 log = logging.getLogger(__name__)
@@ -63,8 +64,8 @@ class Access:
 
     def _tell(self, scope: Scope, status: int, bytes_in: int, seconds: float) -> None:
         state = scope.get("state", {})
-        # The template, e.g. /jobs/{id}.
-        route = getattr(scope.get("route"), "path", "none")
+        # The template, e.g. /jobs/{id}; those that are no route of FastAPI's have none.
+        route = getattr(scope.get("route"), "path", scope["path"] if scope["path"] in STATIC else "none")
         if route in QUIET and status < 400:
             return
         method = scope["method"] if scope["method"] in METHODS else "other"
