@@ -29,7 +29,7 @@ from server.api.routes import health, jobs, models, segment
 from server.api.routes import ops as ops_routes
 from server.api.schemas import Problem
 from server.api.stopping import LastAnswers, Stopping
-from server.errors import BundleDamaged, Misconfigured, ReloadRunning, UnknownModel
+from server.errors import BundleDamaged, EngineUnavailable, Misconfigured, UnknownModel
 from server.jobs.runner import Runner
 from server.jobs.store import Store
 from server.metrics import Metrics
@@ -153,10 +153,7 @@ class Server(uvicorn.Server):
     def _reload(self) -> None:
         if self.should_exit:
             return
-        try:
-            self.config.app.state.reload.begin()  # type: ignore[union-attr]  # see there
-        except ReloadRunning as error:
-            log.warning("SIGHUP: %s", error)
+        self.config.app.state.reload.soon()  # type: ignore[union-attr]  # see there
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second: whether to listen no more."""
@@ -223,6 +220,10 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
     metrics.expect(labels.known(bundles))
 
     def look(before: Mapping[str, OpenBundle]) -> dict[str, OpenBundle]:
+        if settings.runtime.provider == "tensorrt":
+            raise EngineUnavailable(
+                "TensorRT builds engines for minutes, in which nobody would be served; restart the server instead"
+            )
         return open_bundles(settings, before, segmenter.in_turn)
 
     @asynccontextmanager
@@ -242,7 +243,7 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
         lifespan=lifespan,
     )
     app.state.drain, app.state.stopping = functools.partial(_drain, runner, agreement), stopping
-    app.state.reload = Reload(look, segmenter, metrics)
+    app.state.reload = Reload(look, segmenter, metrics, stopping.check)
     keys = auth.Keys(settings.auth.keys_file) if settings.auth.keys_file else None
     operating = health.router(segmenter, runner, metrics, stopping)
     has_ops_port = settings.http.ops_port is not None
@@ -310,7 +311,7 @@ def _guard(
     if keys:
         app.add_middleware(auth.KeyNeeded, keys=keys, free=free, refused=functools.partial(refuse, "unauthorized"))
     app.add_middleware(LastAnswers, stopping=stopping)
-    app.add_middleware(Access, traces=traced)
+    app.add_middleware(Access, traces=traced, static=auth.STATIC)
     app.add_middleware(RequestId)
     problems.install(app, refuse)
 

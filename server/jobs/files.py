@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from server.errors import StoreBroken, StoreFull
-from server.jobs.job import brief
 from server.settings import JobsSettings
 
 log = logging.getLogger(__name__)
@@ -59,11 +58,10 @@ class Files:
             StoreFull, StoreBroken: what may pass.
         """
         path, beside = self.path(id_, "input"), self.path(id_, "reference")
-        with self.disk():
-            # Whoever cancels the job may remove them at any moment.
-            with contextlib.suppress(FileNotFoundError):
-                file = opened.enter_context(path.open("rb"))
-                return file, opened.enter_context(beside.open("rb")) if beside.exists() else None
+        # Whoever cancels the job may remove them at any moment.
+        with self.disk(), contextlib.suppress(FileNotFoundError):
+            file = opened.enter_context(path.open("rb"))
+            return file, opened.enter_context(beside.open("rb")) if beside.exists() else None
         raise FileNotFoundError(f"the input of job {brief(id_)} is gone")
 
     def write(self, id_: str, name: str, source: BinaryIO) -> None:
@@ -162,6 +160,11 @@ class Files:
             self.used_bytes += size - self._sizes.pop(id_, 0)
             if size:
                 self._sizes[id_] = size
+
+
+def brief(id_: str) -> str:
+    """What the log may say of an id: whoever has all of it has the job."""
+    return id_[:8]
 
 
 def _sync(folder: Path) -> None:

@@ -52,11 +52,6 @@ class Job:
     problem: dict[str, Any] | None = None
 
 
-def brief(id_: str) -> str:
-    """What the log may say of an id: whoever has all of it has the job."""
-    return id_[:8]
-
-
 def read(row: sqlite3.Row) -> Job:
     """A row of the table."""
     preview, result, problem = (row[name] and json.loads(row[name]) for name in ("preview", "result", "problem"))

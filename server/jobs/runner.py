@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
 
 from server.errors import CallerError, NotReady, Overloaded, StoreBroken, StoreFull, TryAgain
-from server.jobs.job import Job, Ticket, brief
+from server.jobs.files import brief
+from server.jobs.job import Job, Ticket
 from server.jobs.live import Live, Queue, View
 from server.jobs.store import Store
 from server.metrics import Metrics

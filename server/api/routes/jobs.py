@@ -13,7 +13,8 @@ from server.api import problems, upload
 from server.api.asking import REQUEST_BODY, Parameters
 from server.api.schemas import JobDocument, Problem, job_document
 from server.errors import InvalidParameter, NotFinished, Overloaded, StoreBroken, UnknownJob
-from server.jobs.job import FINISHED, brief
+from server.jobs.files import brief
+from server.jobs.job import FINISHED
 from server.jobs.live import View
 from server.jobs.runner import Runner
 from server.segment.pipeline import SegmentRequest
