@@ -180,8 +180,8 @@ class TestRequests:
             for path in ("/", "/docs", "/openapi.json", "/docs/oauth2-redirect"):
                 client.get(path)
             client.get("/?QUERYJUNK")
-        # Whoever waited for the server to listen may have been the first of all.
-        assert [line["route"] for line in written.requests()][-5:] == ["/", "/docs", "/openapi.json", "none", "/"]
+        # A page's line may come after the next one's, as its file is closed first.
+        assert sorted(line["route"] for line in written.requests()) == ["/", "/", "/docs", "/openapi.json", "none"]
 
     def test_a_probe_is_no_part_of_who_asked(self, log: Callable[[str], Log]) -> None:
         def broken(_: Any) -> Any:
