@@ -22,7 +22,7 @@ from server.api.routes import health, jobs, models, segment
 from server.api.routes import ops as ops_routes
 from server.api.schemas import Problem
 from server.api.stopping import LastAnswers, Stopping
-from server.errors import BundleDamaged, UnknownModel
+from server.errors import BundleDamaged, EngineUnavailable, UnknownModel
 from server.jobs.runner import Runner
 from server.jobs.store import Store
 from server.metrics import Metrics
@@ -98,6 +98,10 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
     metrics.expect(counted.known(bundles))
 
     def look(before: Mapping[str, OpenBundle]) -> dict[str, OpenBundle]:
+        if settings.runtime.provider == "tensorrt":
+            raise EngineUnavailable(
+                "TensorRT builds engines for minutes, in which nobody would be served; restart the server instead"
+            )
         return open_bundles(settings, before, segmenter.in_turn)
 
     @asynccontextmanager
@@ -124,7 +128,7 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
     guard(app, free=auth.STATIC if has_ops_port else auth.STATIC | auth.HEALTH)
     # For what runs the application, and for the ops port.
     app.state.operations = Operations(
-        stopping, functools.partial(_drain, runner, agreement), Reload(look, segmenter, metrics), operating, guard
+        stopping, functools.partial(_drain, runner, agreement), Reload(look, segmenter, metrics, stopping.check), operating, guard
     )
     for routes in (
         segment.router(segmenter, metrics, settings.http.max_in_flight, settings.limits.max_wait_s),
@@ -149,7 +153,7 @@ def create_ops_app(app: FastAPI) -> FastAPI:
     ops = FastAPI(title="Operate", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     operations.guard(ops, free=auth.HEALTH)
     ops.include_router(operations.routes)
-    ops.include_router(ops_routes.router(operations.reload, operations.stopping))
+    ops.include_router(ops_routes.router(operations.reload))
     return ops
 
 
@@ -187,7 +191,7 @@ def _guard(
         app.add_middleware(auth.KeyNeeded, keys=keys, free=free, refused=functools.partial(refuse, "unauthorized"))
     app.add_middleware(HeadLimit, refuse=refuse)
     app.add_middleware(LastAnswers, stopping=stopping)
-    app.add_middleware(Access, traces=traced)
+    app.add_middleware(Access, traces=traced, static=auth.STATIC)
     app.add_middleware(RequestId)
     problems.install(app, refuse)
 

@@ -6,6 +6,7 @@ libraries that decode. Of those exceptions the log has the kind and the lines of
 
 import json
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 
 # Whose lines are of use to whoever operates the server. Others, e.g. nibabel and tifffile, tell of the files that they read.
 HEARD = ("server", "uvicorn", "asyncio", "openvino", "onnxruntime", "opentelemetry")
+
+# Jobs belong to whoever knows their ids, which are in the names of their files: what is left is enough to find them.
+JOB_ID = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{24}\b")
 
 # Exceptions raised here speak of bundles, engines, the disk and the server itself.
 SPEAKING = ("server.runtime", "server.jobs", "server.reload", "server.app", "server.serving", "server.cli", "server.logs")
@@ -114,7 +118,7 @@ def describe(error: BaseException) -> str:
 def _text(error: BaseException) -> str:
     own = [name for frame, _ in traceback.walk_tb(error.__traceback__) if (name := _module(frame)).startswith("server.")]
     if isinstance(error, ServerFault | TryAgain) or (own and own[-1].startswith(SPEAKING)):
-        return str(error)
+        return JOB_ID.sub(r"\1…", str(error))
     return "(its text is left out, as it may quote what was sent)"
 
 

@@ -4,8 +4,10 @@ Base units, closed label sets, one registry per application. Whatever can be cou
 """
 
 import asyncio
+import contextvars
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -14,7 +16,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from server.metrics_gpu import Gpus
-from server.metrics_quality import Calibrated, Overlaps
+from server.metrics_quality import Calibrated, Overlaps, Rows
 
 # Dense where answers should lie; the round values make service-level ratios exact, the last ones are for volumes.
 SECONDS = (
@@ -68,6 +70,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._followed: dict[Gauge, Callable[[], float]] = {}
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="metrics")
         self._scraping: asyncio.Task[bytes] | None = None
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
@@ -175,16 +178,15 @@ class Metrics:
         self.jobs_disk_bytes = Gauge("unetpp_jobs_disk_bytes", "Size of the inputs and results of jobs.", registry=self.registry)
 
     def _watch_bundles(self) -> None:
-        self.engines = Gauge(
+        self.engines = Rows(Gauge(
             "unetpp_engine_info",
             "1 for each engine that serves: bundle, precision, engine, provider, and whether `auto` picks it.",
-            ("model", "graph", "precision", "engine", "provider", "auto"),
-            registry=self.registry,
-        )
-        self.bundles = Gauge(
+            ("model", "graph", "precision", "engine", "provider", "auto"), registry=self.registry,
+        ))  # fmt: skip
+        self.bundles = Rows(Gauge(
             "unetpp_bundle_info", "1 for each open bundle, with the first 16 digits of its manifest's SHA-256.",
             ("model", "dims", "sha256"), registry=self.registry,
-        )  # fmt: skip
+        ))  # fmt: skip
         self.ready = Gauge(
             "unetpp_ready", "1 if requests should be sent here, as by /health/ready, else 0.", registry=self.registry
         )
@@ -213,23 +215,22 @@ class Metrics:
 
         What was counted of them stays: a counter never goes back.
         """
-        for gauge in (self.engines, self.bundles):
-            gauge.clear()
-        self.calibrated.clear()
-        self.reload_timestamp_s.set(time.time())
-        for known in bundles:
+        shown = list(bundles)
+        points: dict[tuple[str, ...], tuple[float, float, float]] = {}
+        for known in shown:
             self._expect_answers(known)
-            self.bundles.labels(known.model, known.dims, known.sha256[:16]).set(1)
-            for row in known.engines:
-                self.engines.labels(known.model, *row).set(1)
             places = {graph: (known.model, mode, f"{level}") for mode, level, graph in known.routes}
             for graph, precision, engine, *measured in known.calibrated:
                 if graph in places:
-                    self.calibrated.set((*places[graph], precision, engine), *measured)
+                    points[*places[graph], precision, engine] = (measured[0], measured[1], measured[2])
             for place in places.values():
                 self.reference.expect(place, known.classes)
                 if place[1] == "fast":
                     self.agreement.expect(place, known.classes)
+        self.bundles.show({(known.model, f"{known.dims}", known.sha256[:16]): 1 for known in shown})
+        self.engines.show({(known.model, *row): 1 for known in shown for row in known.engines})
+        self.calibrated.show(points)
+        self.reload_timestamp_s.set(time.time())
 
     def _expect_answers(self, known: Known) -> None:
         model = known.model
@@ -259,7 +260,7 @@ class Metrics:
     async def scrape(self) -> bytes:
         """All as it is now; whoever comes while another one is being served gets the same, so that many cost no more than one."""
         if self._scraping is None:
-            self._scraping = asyncio.create_task(self._scrape())
+            self._scraping = asyncio.create_task(self._scrape(), context=contextvars.Context())
             self._scraping.add_done_callback(self._scraped)
         # Who leaves takes nothing from the others.
         return await asyncio.shield(self._scraping)
@@ -268,11 +269,11 @@ class Metrics:
         self._scraping = None
 
     async def _scrape(self) -> bytes:
-        """In a thread, as thousands of lines take tens of milliseconds."""
+        """In a thread, as thousands of lines take tens of milliseconds; its own, as anybody may ask, and as often as they like."""
         await self.gpus.look()
         for gauge, function in self._followed.items():
             gauge.set(function())
-        return await asyncio.to_thread(self.render)
+        return await asyncio.get_running_loop().run_in_executor(self._writer, self.render)
 
     def render(self) -> bytes:
         """The text exposition format, with what is only looked at for a scrape as the last one saw it."""

@@ -33,30 +33,43 @@ class Compared(Protocol):
         """Neither has a pixel of it."""
 
 
+class Rows:
+    """A gauge that has a value for each row of labels that there is now.
+
+    Args:
+        gauge: shows them.
+    """
+
+    def __init__(self, gauge: Gauge) -> None:
+        self._gauge = gauge
+        self._shown: set[tuple[str, ...]] = set()
+
+    def show(self, values: Mapping[tuple[str, ...], float]) -> None:
+        """From now on, and no others: what was there and stays is there at every moment, as a scrape may be written meanwhile."""
+        for labels, value in values.items():
+            self._gauge.labels(*labels).set(value)
+        for labels in self._shown - values.keys():
+            self._gauge.remove(*labels)
+        self._shown = set(values)
+
+
 class Calibrated:
     """Gauges of what manifests say."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         labels = ("model", "mode", "level", "precision", "engine")
         measured = "as calibrated on labelled data when the bundle was made"
-        self._iou = Gauge("unetpp_calibrated_iou", f"Foreground IoU, {measured}.", labels, registry=registry)
-        self._dice = Gauge("unetpp_calibrated_dice", f"Foreground Dice, {measured}.", labels, registry=registry)
-        self._latency_s = Gauge(
-            "unetpp_calibrated_latency_seconds",
-            f"Median time of one tile, {measured} (on that machine).",
-            labels,
-            registry=registry,
-        )
+        texts = {
+            "unetpp_calibrated_iou": f"Foreground IoU, {measured}.",
+            "unetpp_calibrated_dice": f"Foreground Dice, {measured}.",
+            "unetpp_calibrated_latency_seconds": f"Median time of one tile, {measured} (on that machine).",
+        }
+        self._rows = [Rows(Gauge(name, text, labels, registry=registry)) for name, text in texts.items()]
 
-    def clear(self) -> None:
-        """Forgets all."""
-        for gauge in (self._iou, self._dice, self._latency_s):
-            gauge.clear()
-
-    def set(self, labels: tuple[str, ...], iou: float, dice: float, seconds: float) -> None:
-        """One measured point; the labels are a place, a precision and an engine."""
-        for gauge, value in ((self._iou, iou), (self._dice, dice), (self._latency_s, seconds)):
-            gauge.labels(*labels).set(value)
+    def show(self, points: Mapping[tuple[str, ...], tuple[float, float, float]]) -> None:
+        """(IoU, Dice, seconds) of all measured points there are now, by place, precision and engine."""
+        for index, rows in enumerate(self._rows):
+            rows.show({labels: measured[index] for labels, measured in points.items()})
 
 
 class Overlaps:

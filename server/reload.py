@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import time
 import weakref
 from collections.abc import Callable, Mapping
 
-from server.errors import ReloadFailed, ReloadRunning, UnetppError
+from server.errors import NotReady, ReloadFailed, ReloadRunning, UnetppError
 from server.metrics import Metrics
 from server.runtime import memory
 from server.runtime.opening import OpenBundle
@@ -27,10 +28,15 @@ class Reload:
         look: given what is open, every bundle that is to be open, with those that have not changed as they are. Called in a thread.
         segmenter: serves them.
         metrics: are told of what is open.
+        check: raises `NotReady` once the server stops.
     """
 
-    def __init__(self, look: Callable[[Bundles], Bundles], segmenter: Segmenter, metrics: Metrics) -> None:
+    def __init__(
+        self, look: Callable[[Bundles], Bundles], segmenter: Segmenter, metrics: Metrics, check: Callable[[], None] = lambda: None
+    ) -> None:
         self._look = look
+        self._check = check
+        self._once_more = False
         self._segmenter = segmenter
         self._metrics = metrics
         self._running: asyncio.Task[list[str]] | None = None
@@ -44,27 +50,44 @@ class Reload:
 
         Raises:
             ReloadRunning: another one is not done.
+            NotReady: the server is stopping.
             ReloadFailed: says why; all is served as before.
         """
         return await asyncio.shield(self.begin())
 
     def begin(self) -> asyncio.Task[list[str]]:
-        """The same for those who do not wait, e.g. signals; the log says how it went.
+        """The same for those who do not wait; the log says how it went.
 
         Raises:
             ReloadRunning: another one is not done.
+            NotReady: the server is stopping.
         """
+        self._check()
         if self._running:
             raise ReloadRunning("a reload is running, which may have looked at the bundles already; ask again when it is done")
         self._running = asyncio.create_task(self._reload())
-        self._running.add_done_callback(self._ended)
+        self._running.add_done_callback(self._ended, context=contextvars.Context())
         return self._running
+
+    def soon(self) -> None:
+        """For signals, who cannot be told to ask again: one that runs may have looked at the bundles already, so another follows."""
+        if self._running:
+            self._once_more = True
+            log.info("a reload is running; another one follows")
+            return
+        try:
+            self.begin()
+        except NotReady as error:
+            log.warning("not reloaded: %s", error)
 
     def _ended(self, task: asyncio.Task[list[str]]) -> None:
         self._running = None
         if not task.cancelled():
             # Told already.
             task.exception()
+        if self._once_more:
+            self._once_more = False
+            self.soon()
 
     async def _reload(self) -> list[str]:
         begun = time.monotonic()

@@ -16,7 +16,7 @@ import uvicorn
 from fastapi import APIRouter
 
 from server.api.stopping import Stopping
-from server.errors import Misconfigured, ReloadRunning
+from server.errors import Misconfigured
 from server.reload import Reload
 
 log = logging.getLogger(__name__)
@@ -144,12 +144,8 @@ class Server(uvicorn.Server):
         )
 
     def _reload(self) -> None:
-        if self.should_exit:
-            return
-        try:
-            self._operations.reload.begin()
-        except ReloadRunning as error:
-            log.warning("SIGHUP: %s", error)
+        if not self.should_exit:
+            self._operations.reload.soon()
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second: whether to listen no more."""

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Collection
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,10 +27,12 @@ class Access:
     Args:
         app: the application behind it, in which a route may leave `facts` for the line, and its `phases`, in the request's state.
         traces: where requests are traced.
+        static: paths that callers have not made up.
     """
 
-    def __init__(self, app: ASGIApp, traces: Traces | None = None) -> None:
+    def __init__(self, app: ASGIApp, traces: Traces | None = None, static: Collection[str] = ()) -> None:
         self._app = app
+        self._static = static
         self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,8 +66,8 @@ class Access:
 
     def _tell(self, scope: Scope, status: int, bytes_in: int, seconds: float) -> None:
         state = scope.get("state", {})
-        # The template, e.g. /jobs/{id}.
-        route = getattr(scope.get("route"), "path", "none")
+        # The template, e.g. /jobs/{id}; those that are no route of FastAPI's have none.
+        route = getattr(scope.get("route"), "path", scope["path"] if scope["path"] in self._static else "none")
         if route in QUIET and status < 400:
             return
         method = scope["method"] if scope["method"] in METHODS else "other"

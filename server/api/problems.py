@@ -45,7 +45,7 @@ STATUS: dict[type[errors.UnetppError], HTTPStatus] = {
 INTERNAL = (
     "The server failed on this request; its log has the details under the X-Request-Id of this answer. The input was not kept."
 )
-JOB_INTERNAL = "The server failed on this job; its log has the details under the job's id. The input was not kept."
+JOB_INTERNAL = "The server failed on this job; its log has the details under the first eight characters of the job's id. The input was not kept."
 
 
 def status_of(error: errors.UnetppError) -> HTTPStatus:

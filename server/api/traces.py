@@ -25,12 +25,14 @@ class Traces:
     """
 
     def __init__(self, provider: "TracerProvider") -> None:
+        from opentelemetry.context import Context
         from opentelemetry.trace import SpanKind, Status, StatusCode
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         self._provider = provider
         self._tracer = provider.get_tracer("unetpp", __version__)
         self._extract = TraceContextTextMapPropagator().extract
+        self._root = Context()
         self._kind, self._failed = SpanKind.SERVER, Status(StatusCode.ERROR)
 
     def add(
@@ -40,7 +42,7 @@ class Traces:
 
         Args:
             name: method and route.
-            traceparent: as the caller's header has it.
+            traceparent: as the caller's header has it. It is linked to, and no parent: its flag would have the say on what is traced.
             ended_ns: when that was, in nanoseconds since 1970.
             seconds: it took.
             fields: those of its line in the log.
@@ -49,10 +51,11 @@ class Traces:
         from opentelemetry import trace
 
         # Without `tracestate`, in which callers may write what they like.
-        parent = self._extract({"traceparent": traceparent})
+        caller = trace.get_current_span(self._extract({"traceparent": traceparent}, self._root)).get_span_context()
+        links = [trace.Link(caller)] if caller.is_valid else []
         begun_ns = ended_ns - int(seconds * 1e9)
         attributes = {NAMES.get(field, f"unetpp.{field}"): value for field, value in fields.items() if field != "seconds"}
-        span = self._tracer.start_span(name, parent, self._kind, attributes, start_time=begun_ns)
+        span = self._tracer.start_span(name, self._root, self._kind, attributes, links, start_time=begun_ns)
         inside = trace.set_span_in_context(span)
         at_ns = max(begun_ns, ended_ns - int(sum(phases.values()) * 1e9))
         for phase, taken in phases.items():

@@ -21,6 +21,10 @@ UNKNOWN = ("", "application/octet-stream", "binary/octet-stream", "application/x
 # What tools call NIfTI, for which no type is registered.
 VOLUMES = ("application/gzip", "application/x-gzip", "application/x-nifti", "application/nifti")
 
+# Of a form's files, each of which may be as large as a body; and of its other fields, none of which is right.
+MOST = 2
+FIELDS = "The fields are file and reference, one of each; mode, level and the other parameters belong in the URL"
+
 
 @dataclass(frozen=True)
 class Upload:
@@ -64,15 +68,12 @@ async def _multipart(request: Request) -> AsyncIterator[Upload]:
     try:
         form = await _WholeForm(request).parse()
     except MultiPartException as error:
-        raise Unreadable(f"the multipart body cannot be read: {error.message}") from error
+        raise Unreadable(f"the multipart body cannot be read: {error.message} {FIELDS}") from error
     try:
         fields: dict[str, UploadFile] = {}
         for name, value in form.multi_items():
             if name not in ("file", "reference"):
-                raise InvalidParameter(
-                    f"unknown multipart field {name!r}: the fields are file and reference; "
-                    "mode, level and the other parameters belong in the URL"
-                )
+                raise InvalidParameter(f"unknown multipart field {name!r}. {FIELDS}")
             if not isinstance(value, UploadFile):
                 raise InvalidParameter(f"multipart field {name!r} is text, not a file; with curl write -F {name}=@image.png")
             if name in fields:
@@ -92,7 +93,7 @@ class _WholeForm(MultiPartParser):
 
     def __init__(self, request: Request) -> None:
         self._ended = False
-        super().__init__(request.headers, self._to_its_end(request.stream()), max_files=8, max_fields=8)
+        super().__init__(request.headers, self._to_its_end(request.stream()), max_files=MOST, max_fields=MOST)
 
     def on_end(self) -> None:
         """The closing boundary was read."""

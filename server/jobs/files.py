@@ -58,11 +58,11 @@ class Files:
             StoreFull, StoreBroken: what may pass.
         """
         path, beside = self.path(id_, "input"), self.path(id_, "reference")
-        with self.disk():
-            if path.exists():
-                file = opened.enter_context(path.open("rb"))
-                return file, opened.enter_context(beside.open("rb")) if beside.exists() else None
-        raise FileNotFoundError(f"the input of job {id_} is gone")
+        # Whoever cancels the job may remove them at any moment.
+        with self.disk(), contextlib.suppress(FileNotFoundError):
+            file = opened.enter_context(path.open("rb"))
+            return file, opened.enter_context(beside.open("rb")) if beside.exists() else None
+        raise FileNotFoundError(f"the input of job {brief(id_)} is gone")
 
     def write(self, id_: str, name: str, source: BinaryIO) -> None:
         """A file that is there, whole, when this returns. Whatever the quota: that is for what comes in.
@@ -101,7 +101,7 @@ class Files:
         except FileNotFoundError:
             pass
         except OSError:
-            log.exception("files of job %s could not be removed; the next start of the server tries again", id_)
+            log.exception("files of job %s could not be removed; the next start of the server tries again", brief(id_))
         self._account(id_)
 
     def discard(self, id_: str) -> None:
@@ -160,6 +160,11 @@ class Files:
             self.used_bytes += size - self._sizes.pop(id_, 0)
             if size:
                 self._sizes[id_] = size
+
+
+def brief(id_: str) -> str:
+    """What the log may say of an id: whoever has all of it has the job."""
+    return id_[:8]
 
 
 def _sync(folder: Path) -> None:

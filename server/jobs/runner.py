@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
 
 from server.errors import CallerError, NotReady, Overloaded, StoreBroken, StoreFull, TryAgain
+from server.jobs.files import brief
 from server.jobs.job import Job, Ticket
 from server.jobs.live import Live, Queue, View
 from server.jobs.store import Store
@@ -238,7 +239,7 @@ class Runner:
             try:
                 return await self._off_loop(call, *arguments)
             except (StoreBroken, StoreFull):
-                log.exception("job %s waits for its disk", live.job.id)
+                log.exception("job %s waits for its disk", brief(live.job.id))
             await live.stoppable(asyncio.sleep(BROKEN_S))
 
     async def _sweep(self) -> None:
@@ -261,7 +262,7 @@ class Runner:
             except Exception:
                 if live.stop:
                     continue  # deleted: nothing of it is left
-                log.exception("the end of job %s could not be kept; it will run again", live.job.id)
+                log.exception("the end of job %s could not be kept; it will run again", brief(live.job.id))
                 await asyncio.sleep(BROKEN_S)
                 self._queue.put_back(live)
 
@@ -272,9 +273,11 @@ class Runner:
         except Exception as error:
             if live.stop:
                 raise
-            if not isinstance(error, CallerError):
-                log.error("job %s failed", live.job.id, exc_info=error)
-            return await self._insist(live, self._store.fail, live.job.id, self._explain(error))
+            job = await self._insist(live, self._store.fail, live.job.id, self._explain(error))
+            # Its files may be gone as it was cancelled, of which its worker has not heard yet: that is no failure.
+            if job.state == "failed":
+                _tell(job, error)
+            return job
 
     async def _run(self, live: Live) -> Job:
         """The preview, if one was asked for and is not there from an earlier run, and then the asked-for level."""
@@ -287,7 +290,7 @@ class Runner:
             try:
                 live.job = await self._off_loop(self._store.keep_preview, id_, answer.body, self._describe(answer))
             except (StoreBroken, StoreFull):
-                log.exception("job %s goes on without its preview", id_)
+                log.exception("job %s goes on without its preview", brief(id_))
             live.progress("decode", 0, ticket.windows)
         answer = await self._answer(live, request, live.progress, scored=True)
         return await self._insist(live, self._store.finish, id_, answer.body, self._describe(answer))
@@ -299,6 +302,14 @@ class Runner:
             file, reference = await self._insist(live, self._store.files.inputs, live.job.id, opened)
             truth = reference if scored else None
             return await live.stoppable(self._segmenter.segment(file, request, truth, progress, Terms(urgent=False)))
+
+
+def _tell(job: Job, error: Exception) -> None:
+    """What ended a job, for whoever operates the server: callers' own mistakes are none of their business."""
+    if isinstance(error, TryAgain):
+        log.warning("job %s failed: %s", brief(job.id), error)
+    elif not isinstance(error, CallerError):
+        log.error("job %s failed", brief(job.id), exc_info=error)
 
 
 def _first_look(request: SegmentRequest) -> SegmentRequest:

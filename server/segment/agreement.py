@@ -5,6 +5,7 @@ The decoded input and the mask are held in memory until then, one at a time, and
 """
 
 import asyncio
+import contextvars
 import logging
 import math
 import random
@@ -32,13 +33,14 @@ class Sampler:
     """
 
     def __init__(
-        self, share: float, every_s: float, draw: Callable[[], float] = random.random, now: Callable[[], float] = time.monotonic
+        self, share: float, every_s: float, draw: Callable[[], float] | None = None, now: Callable[[], float] = time.monotonic
     ) -> None:
         self._share = share
         self._every_s = every_s
-        self._draw = draw
+        # Its own, so that nobody else's seed decides.
+        self._draw = draw or random.Random().random  # noqa: S311 - of no use to guess
         self._now = now
-        self._taken = now()
+        self._before = self._taken = now()
 
     def draws(self) -> bool:
         """Whether this one is of the share; to be asked once for each."""
@@ -50,7 +52,11 @@ class Sampler:
 
     def takes(self) -> None:
         """One is taken."""
-        self._taken = self._now()
+        self._before, self._taken = self._taken, self._now()
+
+    def gives_back(self) -> None:
+        """Nothing came of the last one taken: the next is due as if it had not been."""
+        self._taken = self._before
 
 
 class Agreement:
@@ -102,7 +108,8 @@ class Agreement:
                 self._metrics.count("skipped")
         elif drawn or self._sampler.is_due():
             self._sampler.takes()
-            self._running = asyncio.create_task(self._compare(sample))
+            # In a context of its own, as the log would take it for the request.
+            self._running = asyncio.create_task(self._compare(sample), context=contextvars.Context())
             self._running.add_done_callback(self._ended)
 
     def _ended(self, _: asyncio.Task[None]) -> None:
@@ -113,8 +120,9 @@ class Agreement:
         try:
             found = await self._segmenter.agree(sample, self._patience_s)
         except (CallerError, TryAgain, asyncio.CancelledError) as error:
-            # Over a limit in accurate mode, or the server stops.
+            # Over a limit in accurate mode, jobs had the memory for too long, or the server stops.
             self._metrics.count("skipped")
+            self._sampler.gives_back()
             if isinstance(error, asyncio.CancelledError):
                 raise
         except Exception as error:  # noqa: BLE001 - whatever it is, nobody waits for it

@@ -61,6 +61,9 @@ SMALL_PIXELS = 128 * 128
 # How often an idle server tries a deadline that cannot be met by all it knows.
 RETRY_S = 30.0
 
+# How long a sample waits for the memory of jobs, where nothing says when the next one is due.
+MEMORY_WAIT_S = 300.0
+
 # Threads for volumes, whose decoding and resampling take seconds each.
 VOLUME_WORKERS = 2
 
@@ -311,10 +314,12 @@ class Segmenter:
 
         Args:
             sample: the answer.
-            patience_s: after which this takes turns like a request, as a server that is busy for ever would never come to it.
+            patience_s: after which this takes turns like a request, as a server that is busy for ever would never come to it; and
+                how long it waits for the memory of jobs, one of which may have it for hours.
 
         Raises:
             CallerError: in accurate mode the input is over a limit.
+            Overloaded: jobs had the memory for all that time.
             NotReady, InferenceFailed: see `Batcher.run`.
         """
         extent, manifest = sample.source.extent, sample.choice.manifest
@@ -323,8 +328,9 @@ class Segmenter:
         caller, clock = Caller(urgent=False), Clock(self._workers if extent.kind == "image" else self._volume_workers)
         graph = manifest.graph(choice.route.graph)
         hurry = asyncio.get_running_loop().call_later(patience_s, self._batcher.hurry, caller) if patience_s else None
+        terms = Terms(order.estimate.seconds + (patience_s or MEMORY_WAIT_S), urgent=False)
         try:
-            async with self._admitted(extent, order, caller, Terms(urgent=False), clock):
+            async with self._admitted(extent, order, caller, terms, clock):
                 work = await clock.off_loop("plan", lay_out, sample.source, manifest, graph, sample.axis, scores=False)
                 last = await work.run(choice.lane, caller, self._batcher, clock, lambda *_: None)
                 await clock.off_loop("restore", work.finish, last)

@@ -1,6 +1,7 @@
 """Whether the device answers: real test tiles, few enough that asking costs nothing."""
 
 import asyncio
+import contextvars
 import logging
 import math
 import time
@@ -82,7 +83,8 @@ class Probe:
 
     def _start(self) -> None:
         if not self._running and time.monotonic() - self._ended >= PROBE_RETRY_S and (doubtful := self._doubtful()):
-            self._running = asyncio.create_task(self._run(doubtful))
+            # In a context of its own: whoever asked first is not whom the log should name.
+            self._running = asyncio.create_task(self._run(doubtful), context=contextvars.Context())
 
     async def _run(self, names: list[str]) -> None:
         """One for all who ask at the same time."""

@@ -111,6 +111,16 @@ def test_texts_of_exceptions(form: str, error: Exception, module: str, told: boo
     assert (text in written.text) == told
 
 
+def test_ids_of_jobs_are_cut(log: Callable[[str], Log]) -> None:
+    """Also where the disk's own errors name files."""
+    written = log("text")
+    id_ = "0123456789abcdef" * 2
+    error = raised(PermissionError(13, "Permission denied", f"var/jobs/{id_}/input"), "server.jobs.files")
+    logging.getLogger("server.x").error("failed", exc_info=error)
+    assert "var/jobs/01234567…/input" in written.text
+    assert id_ not in written.text
+
+
 def test_who_is_not_heard(log: Callable[[str], Log]) -> None:
     written = log("json")
     for name in ("nibabel.global", "tifffile", "PIL.TiffImagePlugin", "py.warnings"):
@@ -162,6 +172,28 @@ class TestRequests:
         assert (job["route"], job["status"], job["outcome"]) == ("/jobs/{id}", 404, "client_error")
         assert (unknown["route"], unknown["status"]) == ("none", 404)
         assert len({line["request_id"] for line in written.requests()}) == 4
+
+    def test_static_ones_are_named(self, log: Callable[[str], Log]) -> None:
+        """They have no template to be named by."""
+        with serving(fake_app()) as client:
+            written = log("json")
+            for path in ("/", "/docs", "/openapi.json", "/docs/oauth2-redirect"):
+                client.get(path)
+            client.get("/?QUERYJUNK")
+        # A page's line may come after the next one's, as its file is closed first.
+        assert sorted(line["route"] for line in written.requests()) == ["/", "/", "/docs", "/openapi.json", "none"]
+
+    def test_a_probe_is_no_part_of_who_asked(self, log: Callable[[str], Log]) -> None:
+        def broken(_: Any) -> Any:
+            raise RuntimeError("broken")
+
+        with serving(fake_app(broken)) as client:
+            written = log("json")
+            assert client.get("/health/ready", headers={"X-Request-Id": "mine"}).status_code == 503
+        failure, request = written.lines
+        assert failure["logger"] == "server.segment.probe"
+        assert "request_id" not in failure
+        assert request["request_id"] == "mine"
 
     def test_failures_are_one_line_each(self, log: Callable[[str], Log], monkeypatch: pytest.MonkeyPatch) -> None:
         def bug(*_: Any) -> None:

@@ -1,9 +1,12 @@
 import asyncio
+import threading
 import time
+from typing import Any
 
 import pytest
-from prometheus_client import Metric
+from prometheus_client import Gauge, Metric
 
+from server import metrics as module
 from server.metrics import Known, Metrics
 from server.metrics_quality import BUCKETS
 from server.segment.quality import Overlap
@@ -146,20 +149,50 @@ class TestOverlaps:
         assert counts == [1] * (len(BUCKETS) - 1) + [2]
 
 
-def test_many_scrapes_at_once_cost_one(monkeypatch: pytest.MonkeyPatch) -> None:
+class TestScrape:
+    def test_one_is_written_for_all_who_ask_at_the_same_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Anybody may ask, and as often as they like: that must not fill the threads that uploads are written by."""
+        written: list[str] = []
+        inside, leave = threading.Event(), threading.Event()
+
+        def held(registry: Any) -> bytes:
+            written.append(threading.current_thread().name)
+            inside.set()
+            assert leave.wait(60)
+            return b"%d" % len(written)
+
+        monkeypatch.setattr(module, "generate_latest", held)
+
+        async def go() -> None:
+            metrics = Metrics()
+            asked = [asyncio.create_task(metrics.scrape()) for _ in range(50)]
+            try:
+                await asyncio.to_thread(inside.wait, 60)
+                # Who leaves takes it from nobody.
+                asked.pop(0).cancel()
+            finally:
+                leave.set()
+            assert await asyncio.gather(*asked) == [b"1"] * 49
+            assert await metrics.scrape() == b"2"
+
+        asyncio.run(go())
+        assert [name.rpartition("_")[0] for name in written] == ["metrics", "metrics"]
+
+
+def test_what_stays_is_there_while_bundles_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scrape may be written in its thread meanwhile."""
     metrics = Metrics()
-    render, rendered = metrics.render, []
-    monkeypatch.setattr(metrics, "render", lambda: rendered.append(1) or render())
+    metrics.expect([known("old"), known("kept")])
+    seen: list[set[str]] = []
+    names = ("unetpp_bundle_info", "unetpp_engine_info", "unetpp_calibrated_iou")
 
-    async def go() -> None:
-        scrapes = [asyncio.create_task(metrics.scrape()) for _ in range(20)]
-        await asyncio.sleep(0)
-        scrapes[0].cancel()
-        first, *others = await asyncio.gather(*scrapes, return_exceptions=True)
-        assert isinstance(first, asyncio.CancelledError)
-        assert len(set(others)) == len(rendered) == 1
-        metrics.refuse("wait")
-        assert b'unetpp_refusals_total{reason="wait"} 1.0' in await metrics.scrape()
-        assert len(rendered) == 2
+    def look(*_: Any) -> None:
+        seen.extend({row["model"] for row in series(metrics, name)} for name in names)
 
-    asyncio.run(go())
+    for method in ("set", "labels", "remove", "clear"):
+        of = getattr(Gauge, method)
+        monkeypatch.setattr(Gauge, method, lambda self, *given, of=of: (of(self, *given), look())[0])
+    metrics.expect([known("kept"), known("new")])
+    assert len(seen) > 10
+    assert all("kept" in models for models in seen)
+    assert seen[-1] == {"kept", "new"}

@@ -254,6 +254,54 @@ class TestFailures:
         asyncio.run(go())
 
 
+class TestSignals:
+    def test_one_that_comes_while_another_runs_is_not_lost(self) -> None:
+        """Its bundle may have come after that one looked. However many come, one more look sees all."""
+
+        async def go() -> None:
+            with reloading() as (segmenter, reload, disk, told):
+                disk.go.clear()
+                first = reload.begin()
+                for _ in range(3):
+                    reload.soon()
+                disk.go.set()
+                await first
+                disk.found = fake_bundles(name="second") | disk.found
+                while reload._running:
+                    await asyncio.wait([reload._running])
+                assert "second" in segmenter.bundles
+                assert told == [True, True]
+
+        asyncio.run(go())
+
+    def test_alone(self) -> None:
+        async def go() -> None:
+            with reloading() as (_, reload, _, told):
+                reload.soon()
+                await asyncio.wait([reload._running])
+                assert reload._running is None
+                assert told == [True]
+
+        asyncio.run(go())
+
+
+def test_a_server_that_stops_reloads_no_more(problem: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    with doors(http={"ops_port": 1}) as opened:
+        opened.app.state.operations.stopping.begun = True
+        problem(opened.ops.post("/reload"), 503, "not-ready")
+        opened.app.state.operations.reload.soon()
+        assert "not reloaded: the server is stopping" in caplog.text
+        assert opened.app.state.operations.reload._running is None
+        opened.app.state.operations.stopping.begun = False
+
+
+def test_not_with_tensorrt(problem: Callable[..., Any]) -> None:
+    """Its engines are built for minutes, on the device that everybody waits for."""
+    with doors(http={"ops_port": 1}, runtime={"provider": "tensorrt"}) as opened:
+        assert "restart the server" in problem(opened.ops.post("/reload"), 422, "reload-failed").detail
+        assert opened.client.post("/segment", content=SMALL).status_code == 200
+
+
 def test_over_the_ops_port(problem: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk()
     monkeypatch.setattr("server.app.open_bundles", lambda settings, before, in_turn: disk(before))

@@ -6,7 +6,6 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from server.api.schemas import Problem
-from server.api.stopping import Stopping
 
 
 class Reloaded(BaseModel):
@@ -15,7 +14,7 @@ class Reloaded(BaseModel):
     changed: list[str]
 
 
-def router(reload: Callable[[], Awaitable[list[str]]], stopping: Stopping) -> APIRouter:
+def router(reload: Callable[[], Awaitable[list[str]]]) -> APIRouter:
     """The route, with what it needs."""
     routes = APIRouter()
 
@@ -26,7 +25,6 @@ def router(reload: Callable[[], Awaitable[list[str]]], stopping: Stopping) -> AP
     )
     async def post() -> Reloaded:
         # The server would wait for it in the end.
-        stopping.check()
         return Reloaded(changed=await reload())
 
     return routes

@@ -15,6 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.arrays import Tiles
 from server.segment import probe
+from server.segment.agreement import Agreement
+from server.segment.pipeline import Sample
 from tests.conftest import serving
 from tests.server.conftest import bright, calibrated, fake_app, nifti_bytes, picture_bytes, until
 
@@ -256,12 +258,25 @@ class TestAgreement:
                 == 0
             )
 
-    def test_a_server_that_stops_looks_at_nothing_more(self) -> None:
+    def test_a_server_that_stops_looks_at_nothing_more(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        begun: list[Sample] = []
+
+        async def compare(self: Agreement, sample: Sample) -> None:
+            pass
+
+        def noted(self: Agreement, sample: Sample) -> Any:
+            begun.append(sample)
+            return compare(self, sample)
+
+        monkeypatch.setattr(Agreement, "_compare", noted)
         app = fake_app(quality={"agreement_share": 1})
         with serving(app) as client:
+            assert client.post("/segment?level=2", content=DATA).status_code == 200
+            # Begun before the answer is sent, if at all.
+            assert len(begun) == 1
             app.state.operations.drain()
             assert client.post("/segment?level=2", content=DATA).status_code == 200
-            assert value(client, "batch_size_tiles_count", graph="accurate") == 0
+            assert len(begun) == 1
 
 
 def test_promtool_finds_nothing_to_say() -> None:

@@ -143,7 +143,8 @@ def test_declared_types(small: httpx.Client, problem: Checked, declared: str) ->
         ([("image", GOOD)], "unknown multipart field 'image'"),
         ([("file", GOOD), ("mode", (None, "fast"))], "URL"),
         ([("file", (None, "text"))], "-F file=@"),
-        ([("file", GOOD)] * 30, "Too many files"),
+        ([("file", GOOD), ("reference", GOOD), ("image", GOOD)], "Maximum number of files is 2. The fields are file and reference"),
+        ([("file", GOOD), *((name, (None, "2")) for name in ("mode", "level", "format"))], "other parameters belong in the URL"),
     ],
 )
 def test_multipart_fields(small: httpx.Client, problem: Checked, files: list[Any], said: str) -> None:

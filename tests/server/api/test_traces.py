@@ -52,13 +52,25 @@ def test_a_request_and_its_phases(exporter: InMemorySpanExporter) -> None:
         "http.request.body.size": len(PICTURE), "unetpp.outcome": "ok", "unetpp.model": "fake", "unetpp.mode": "fast",
         "unetpp.requested_level": "2", "unetpp.served_level": "2", "unetpp.request_id": "mine",
     }  # fmt: skip
-    assert f"{request.context.trace_id:032x}" == TRACE
-    assert f"{request.parent.span_id:016x}" == PARENT
+    assert request.parent is None
+    (link,) = request.links
+    assert (f"{link.context.trace_id:032x}", f"{link.context.span_id:016x}") == (TRACE, PARENT)
     assert {phase.name for phase in phases} == {"decode", "plan", "queue", "infer", "restore", "encode"}
     for phase in phases:
         assert phase.parent.span_id == request.context.span_id
         assert request.start_time <= phase.start_time <= phase.end_time <= request.end_time
     assert request.status.is_unset
+
+
+def test_callers_have_no_say_in_what_is_traced(exporter: InMemorySpanExporter) -> None:
+    with serving(fake_app()) as client:
+        for flag in ("00", "01"):
+            client.get("/models", headers={"traceparent": f"00-{TRACE}-{PARENT}-{flag}"})
+        client.get("/models")
+    requests, _ = split(exporter)
+    assert [len(request.links) for request in requests] == [1, 1, 0]
+    # By the trace's id, too, a share of all is drawn.
+    assert TRACE not in {f"{request.context.trace_id:032x}" for request in requests}
 
 
 def test_failures(exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -328,6 +328,44 @@ class TestDelete:
 
         asyncio.run(go())
 
+    def test_while_its_input_is_being_opened(
+        self, runners: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Its files are gone before its worker hears that it is cancelled: that is its end, and no failure."""
+        opening, removed, heard = (threading.Event() for _ in range(3))
+
+        async def go() -> None:
+            async with runners() as runner:
+                store = runner._store
+                cancel, inputs = store.cancel, store.files.inputs
+
+                def opened_late(*arguments: Any) -> Any:
+                    opening.set()
+                    assert removed.wait(60)
+                    return inputs(*arguments)
+
+                def heard_late(id_: str) -> Job:
+                    job = cancel(id_)
+                    removed.set()
+                    assert heard.wait(60)
+                    return job
+
+                monkeypatch.setattr(store.files, "inputs", opened_late)
+                monkeypatch.setattr(store, "cancel", heard_late)
+                id_ = await submit(runner)
+                await asyncio.to_thread(opening.wait, 60)
+                deletion = asyncio.create_task(runner.delete(id_))
+                try:
+                    assert (await end(runner, id_)).job.state == "cancelled"
+                finally:
+                    heard.set()
+                    await deletion
+                assert (await runner.get(id_)).job.state == "cancelled"
+                assert runner._metrics.registry.get_sample_value("unetpp_jobs_total", {"outcome": "cancelled"}) == 1
+
+        asyncio.run(go())
+        assert not [record.getMessage() for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+
     def test_finished(self, runners: Callable[..., Runner], segmenter: FakeSegmenter, tmp_path: Path) -> None:
         async def go() -> None:
             async with runners() as runner:
@@ -404,7 +442,7 @@ class TestFailures:
 
         asyncio.run(go())
 
-    def test_given_up(self, runners: Callable[..., Runner], tmp_path: Path) -> None:
+    def test_given_up(self, runners: Callable[..., Runner], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         async def go() -> None:
             with contextlib.closing(Store(JobsSettings(folder=tmp_path, max_attempts=2))) as store, opened(PICTURE) as file:
                 asked = dataclasses.asdict(SegmentRequest())
@@ -414,6 +452,10 @@ class TestFailures:
                 job = (await end(runner, id_)).job
                 assert (job.state, job.problem["type"]) == ("failed", "Interrupted")
                 assert "started 2 times" in job.problem["detail"]
+            # By design: nothing to trace back. And whoever has all of an id has the job.
+            (said,) = [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+            assert (said.levelname, said.exc_info) == ("WARNING", None)
+            assert said.getMessage().startswith(f"job {id_[:8]} failed: this job was started 2 times")
 
         asyncio.run(go())
 

@@ -333,7 +333,7 @@ class TestQuota:
         id_ = accept(store).id
         monkeypatch.setattr(module.shutil, "rmtree", fails)
         store.cancel(id_)
-        assert f"files of job {id_} could not be removed" in caplog.text
+        assert f"files of job {id_[:8]} could not be removed" in caplog.text
 
     def test_ids_are_nobody_elses_to_read(self, folder: Path, opened: Callable[..., Store]) -> None:
         folder.mkdir(parents=True, mode=0o755)

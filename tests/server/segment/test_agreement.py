@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from server.arrays import Tiles
+from server.errors import NotReady
+from server.logs import REQUEST_ID
 from server.metrics import Metrics
 from server.runtime.engines.fake import FakeEngine
 from server.runtime.line import Lane
@@ -243,6 +245,46 @@ class TestNobodyWaits:
         scene = play(act, limits=LimitsSettings(pixels_in_flight=6))
         assert scene.engine.ran == ["fast", "fast", "accurate"]
 
+    def test_not_for_ever_so_that_the_next_one_is_due(self) -> None:
+        """A job may have it for hours."""
+
+        async def act(scene: Scene) -> None:
+            budget = scene.segmenter._budgets[True, False]
+            sampler = scene.agreement._sampler
+            async with budget.hold(budget._total):
+                sampler._taken = -1e9
+                await scene.answer(picture_bytes(BITS), level=1)
+                assert sampler._taken > -1e9
+                await scene.compared()
+                assert sampler._taken == -1e9
+                assert scene.counts() == {"skipped": 1}
+            # Nothing of it is left in the way.
+            assert budget._free == budget._total
+            assert scene.segmenter.line.idle()
+            await scene.answer(picture_bytes(BITS), level=1)
+            await scene.compared()
+
+        settings = QualitySettings(agreement_share=0, agreement_fewest_per_hour=3600)
+        scene = play(act, settings, limits=LimitsSettings(pixels_in_flight=6))
+        assert scene.engine.ran == ["fast", "fast", "accurate"]
+        assert scene.counts() == {"skipped": 1, "compared": 1}
+
+    def test_the_log_takes_it_for_no_request(self) -> None:
+        found: list[str] = []
+
+        async def act(scene: Scene) -> None:
+            async def noted(*_: Any) -> Any:
+                found.append(REQUEST_ID.get())
+                raise NotReady("later")
+
+            scene.segmenter.agree = noted  # type: ignore[method-assign]
+            REQUEST_ID.set("of the request")
+            await scene.answer(picture_bytes(BITS), level=1)
+            await scene.compared()
+
+        play(act)
+        assert found == [""]
+
     def test_one_that_would_wait_for_ever_takes_turns_in_the_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Under a load that never ends, which is when answers are degraded."""
 
@@ -345,6 +387,12 @@ class Now:
 
 
 class TestSampler:
+    def test_draws_from_its_own(self) -> None:
+        """Tests and libraries seed the one of the process."""
+        before = random.getstate()
+        assert isinstance(Sampler(0.5, math.inf).draws(), bool)
+        assert random.getstate() == before
+
     def test_a_share_is_drawn(self) -> None:
         sampler = Sampler(0.1, math.inf, random.Random(0).random)  # noqa: S311
         assert 900 < sum(sampler.draws() for _ in range(10_000)) < 1100
