@@ -1,18 +1,11 @@
 """The composition root: settings and bundles in, ASGI application out."""
 
 import asyncio
-import faulthandler
 import functools
-import logging
-import os
-import signal
-import threading
-import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from socket import socket
-from types import FrameType
 
 import uvicorn
 from fastapi import Depends, FastAPI
@@ -23,22 +16,23 @@ from server import __version__
 from server.api import asking, auth, problems, traces
 from server.api.access import Access
 from server.api.connections import Connection, Patience
-from server.api.limits import BodyLimit
+from server.api.limits import BodyLimit, HeadLimit
 from server.api.request_id import RequestId
 from server.api.routes import health, jobs, models, segment
 from server.api.routes import ops as ops_routes
 from server.api.schemas import Problem
 from server.api.stopping import LastAnswers, Stopping
-from server.errors import BundleDamaged, Misconfigured, ReloadRunning, UnknownModel
+from server.errors import BundleDamaged, UnknownModel
 from server.jobs.runner import Runner
 from server.jobs.store import Store
 from server.metrics import Metrics
 from server.reload import Reload
 from server.runtime.bundle import MANIFEST, find_bundles, sha256
 from server.runtime.opening import OpenBundle, Turns, at_once, open_bundle
-from server.segment import labels
+from server.segment import counted
 from server.segment.agreement import Agreement
 from server.segment.pipeline import Segmenter
+from server.serving import Operations, OpsServer, Server
 from server.settings import Settings
 
 PAGE = Path(__file__).parent / "web" / "index.html"
@@ -46,130 +40,11 @@ PAGE = Path(__file__).parent / "web" / "index.html"
 # Threads for decoding, planning, restoring and encoding, which also wait for disk.
 WORKERS = 4
 
-# What closing may take beyond the time of open requests: the batch that runs, and the store.
-CLOSING_S = 10
-
 # Connections of the ops port, beside those of the other one; and what a scrape may take that runs in the end.
 OPS_CONNECTIONS, OPS_STOP_S = 64, 1
 
 # For the documentation, where a key can be entered then; `auth` is what asks for it.
 KEY_SCHEMES = [Depends(HTTPBearer(auto_error=False)), Depends(APIKeyHeader(name="X-API-Key", auto_error=False))]
-
-log = logging.getLogger(__name__)
-
-
-class OpsServer(uvicorn.Server):
-    """A second port in the loop of the main `Server`, which alone hears of signals and decides when this one opens and closes.
-
-    Args:
-        config: of an application by `create_ops_app`.
-        sockets: bound.
-    """
-
-    def __init__(self, config: uvicorn.Config, sockets: list[socket]) -> None:
-        super().__init__(config)
-        self.sockets = sockets
-
-    async def open(self) -> None:
-        """Listens."""
-        self.config.load()
-        self.lifespan = self.config.lifespan_class(self.config)
-        await self.startup(self.sockets)
-
-    async def close(self) -> None:
-        """Lets scrapes that run finish."""
-        await self.shutdown(self.sockets)
-
-
-class Server(uvicorn.Server):
-    """Reloads at SIGHUP. Stops in steps, and with exit status 0, unlike uvicorn's own, which ends itself by the signal.
-
-    1. A signal: not ready, and each answer closes its connection. After SIGTERM it listens on for `drain_s`, until those who send
-       requests have noticed; whoever pressed Ctrl-C does not wait for that. Jobs are worked on, as they may come to their end.
-    2. It listens no more. Jobs that run are put back, so that their watchers are let go; open requests have their time
-       (`timeout_graceful_shutdown`), after which they get 503.
-    3. Lifespan ends, which waits for the batch that runs.
-    4. The ops port closes: until now it said that the server is not ready, and gave its metrics.
-
-    Args:
-        config: of an application by `create_app`.
-        drain_s: see above.
-        sockets: bound; else those that the configuration says.
-        ops: the ops port, if any.
-    """
-
-    def __init__(
-        self, config: uvicorn.Config, drain_s: float = 0.0, sockets: list[socket] | None = None, ops: OpsServer | None = None
-    ) -> None:
-        super().__init__(config)
-        self._drain_s = drain_s
-        self._sockets = sockets
-        self.ops = ops
-        self._listens_until = 0.0
-
-    def run(self, sockets: list[socket] | None = None) -> None:
-        """Serves until it is asked to stop."""
-        try:
-            super().run(sockets or self._sockets)
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-
-    async def startup(self, sockets: list[socket] | None = None) -> None:
-        """Called by uvicorn: the ops port opens when it can truly say that the server is ready.
-
-        Raises:
-            Misconfigured: another program has taken a port since it was bound.
-        """
-        try:
-            for bound in [*(sockets or []), *(self.ops.sockets if self.ops else [])]:
-                # uvloop, which does it once more, says nothing where it fails.
-                bound.listen(self.config.backlog)
-        except OSError as error:
-            raise Misconfigured(f"the server cannot listen: {error.strerror}; choose other ports") from error
-        await super().startup(sockets)
-        if self.ops is not None:
-            await self.ops.open()
-        if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGHUP"):
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called in the main thread, between any two of its steps: flags only, no locks."""
-        del frame
-        if self.should_exit:
-            # Whoever asks twice wants no more waiting, and has the state of a kill -9: jobs survive that, and files without
-            # a name go with the process.
-            os._exit(128 + sig)
-        self.should_exit = True
-        self.config.app.state.stopping.begun = True  # type: ignore[union-attr]  # our own application, never a name to import
-        drain_s = self._drain_s if sig == signal.SIGTERM else 0.0
-        self._listens_until = time.monotonic() + drain_s
-        if (patience_s := self.config.timeout_graceful_shutdown) is not None:
-            # A thread whose device never returns would keep the process; this says where it is and ends both.
-            faulthandler.dump_traceback_later(drain_s + patience_s + CLOSING_S, exit=True)
-        asyncio.get_running_loop().call_soon_threadsafe(
-            log.info, "%s: not ready any more, listening for %g s, then finishing", signal.Signals(sig).name, drain_s
-        )
-
-    def _reload(self) -> None:
-        if self.should_exit:
-            return
-        try:
-            self.config.app.state.reload.begin()  # type: ignore[union-attr]  # see there
-        except ReloadRunning as error:
-            log.warning("SIGHUP: %s", error)
-
-    async def on_tick(self, counter: int) -> bool:
-        """Called by uvicorn ten times a second: whether to listen no more."""
-        return await super().on_tick(counter) and time.monotonic() >= self._listens_until
-
-    async def shutdown(self, sockets: list[socket] | None = None) -> None:
-        """Called by uvicorn then."""
-        state = self.config.app.state  # type: ignore[union-attr]
-        state.stopping.begun = True
-        state.drain()
-        await super().shutdown(sockets)
-        if self.ops is not None:
-            await self.ops.close()
 
 
 def open_bundles(
@@ -220,7 +95,7 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
     segmenter = make_segmenter(settings, bundles, metrics)
     runner = Runner(settings.jobs, settings.http.max_in_flight, segmenter, metrics, asking.headers, problems.explain, store)
     agreement = Agreement(settings.quality, segmenter, metrics)
-    metrics.expect(labels.known(bundles))
+    metrics.expect(counted.known(bundles))
 
     def look(before: Mapping[str, OpenBundle]) -> dict[str, OpenBundle]:
         return open_bundles(settings, before, segmenter.in_turn)
@@ -241,15 +116,16 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
         version=__version__,
         lifespan=lifespan,
     )
-    app.state.drain, app.state.stopping = functools.partial(_drain, runner, agreement), stopping
-    app.state.reload = Reload(look, segmenter, metrics)
     keys = auth.Keys(settings.auth.keys_file) if settings.auth.keys_file else None
     operating = health.router(segmenter, runner, metrics, stopping)
     has_ops_port = settings.http.ops_port is not None
 
     guard = functools.partial(_guard, settings=settings, stopping=stopping, keys=keys, refuse=metrics.refuse, traced=traced)
     guard(app, free=auth.STATIC if has_ops_port else auth.STATIC | auth.HEALTH)
-    app.state.ops = (operating, guard)
+    # For what runs the application, and for the ops port.
+    app.state.operations = Operations(
+        stopping, functools.partial(_drain, runner, agreement), Reload(look, segmenter, metrics), operating, guard
+    )
     for routes in (
         segment.router(segmenter, metrics, settings.http.max_in_flight, settings.limits.max_wait_s),
         jobs.router(runner),
@@ -269,11 +145,11 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
 
 def create_ops_app(app: FastAPI) -> FastAPI:
     """The application of the ops port: health and metrics of an application by `create_app`, and what only operators do."""
-    operating, guard = app.state.ops
+    operations: Operations = app.state.operations
     ops = FastAPI(title="Operate", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    guard(ops, free=auth.HEALTH)
-    ops.include_router(operating)
-    ops.include_router(ops_routes.router(app.state.reload))
+    operations.guard(ops, free=auth.HEALTH)
+    ops.include_router(operations.routes)
+    ops.include_router(ops_routes.router(operations.reload))
     return ops
 
 
@@ -283,7 +159,7 @@ def make_server(settings: Settings, app: FastAPI, sockets: list[socket], ops_soc
     ops = None
     if ops_sockets:
         ops = OpsServer(_config(settings, create_ops_app(app), OPS_CONNECTIONS, OPS_STOP_S), ops_sockets)
-    return Server(_config(settings, app, http.max_connections, http.stop_s), http.drain_s, sockets, ops)
+    return Server(_config(settings, app, http.max_connections, http.stop_s), app.state.operations, http.drain_s, sockets, ops)
 
 
 def _guard(
@@ -309,6 +185,7 @@ def _guard(
     app.add_middleware(auth.OwnPagesOnly)
     if keys:
         app.add_middleware(auth.KeyNeeded, keys=keys, free=free, refused=functools.partial(refuse, "unauthorized"))
+    app.add_middleware(HeadLimit, refuse=refuse)
     app.add_middleware(LastAnswers, stopping=stopping)
     app.add_middleware(Access, traces=traced)
     app.add_middleware(RequestId)
@@ -319,7 +196,7 @@ def _config(settings: Settings, app: FastAPI, most: int, stop_s: int) -> uvicorn
     http, limits = settings.http, settings.limits
     patience = Patience(most, limits.head_s, limits.idle_upload_s, limits.min_pace_kb_s * 1024)
     return uvicorn.Config(
-        # On h11, as httptools does not bound the head of a request; and a socket upgraded to another protocol would be past every door.
+        # On h11, as httptools does not bound a head that it waits for (`HeadLimit` has the rest); and a socket upgraded to another protocol would be past every door.
         app, http=functools.partial(Connection, patience=patience), ws="none",  # type: ignore[arg-type]  # called like the class
         timeout_keep_alive=http.keep_alive_s, timeout_graceful_shutdown=stop_s, access_log=False, log_config=None, log_level="warning",
         server_header=False, ssl_certfile=http.tls_cert, ssl_keyfile=http.tls_key,

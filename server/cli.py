@@ -100,9 +100,10 @@ def serve(
     if os.getpid() == 1:
         # The kernel spares a container's first process from signals that it does not handle, i.e. until the server listens.
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
-    # First and for good: a folder that is in use or damaged is said in one line, before minutes of warming up.
+    # All that may be wrong with keys, ports and the folder of jobs is said in one line, before minutes of warming up.
     if settings.auth.keys_file:
         Keys(settings.auth.keys_file)
+    # The folder stays taken from here to the end.
     with listening.bound(settings) as (sockets, ops_sockets), contextlib.closing(Store(settings.jobs)) as store:
         opened = open_bundles(settings)
         http = settings.http
@@ -166,7 +167,7 @@ def segment(
     from server.app import make_segmenter, open_bundles
     from server.imaging.encode import choose
     from server.metrics import Metrics
-    from server.segment.pipeline import SegmentRequest
+    from server.segment.request import SegmentRequest
 
     settings = _settings(bundles)
     choose(format, None)

@@ -5,6 +5,7 @@ UnetppError
 │   ├── Unreadable            the file is of a known kind but broken
 │   ├── UnsupportedType       not a kind of file that is read here
 │   ├── TooLarge              over a limit; says the limit and the size
+│   ├── HeadTooLarge          headers or the path, and their number
 │   ├── UploadStalled         the body stopped coming, or trickles
 │   ├── Unauthorized          no API key, or none that is known
 │   ├── OtherSite             a browser sends it for a page of another site
@@ -57,6 +58,10 @@ class TooLarge(CallerError):
     """Over a limit."""
 
     refusal = "too_large"
+
+
+class HeadTooLarge(TooLarge):
+    """The path with its query and the headers are too long, or too many."""
 
 
 class UploadStalled(CallerError):

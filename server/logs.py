@@ -21,14 +21,15 @@ REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 HEARD = ("server", "uvicorn", "asyncio", "openvino", "onnxruntime", "opentelemetry")
 
 # Exceptions raised here speak of bundles, engines, the disk and the server itself.
-SPEAKING = ("server.runtime", "server.jobs", "server.reload", "server.app", "server.cli", "server.logs")
+SPEAKING = ("server.runtime", "server.jobs", "server.reload", "server.app", "server.serving", "server.cli", "server.logs")
 
 
 def setup(form: Literal["text", "json"]) -> None:
     """INFO and above as single lines on stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Json() if form == "json" else Text())
-    handler.addFilter(_is_heard)
+    handler.addFilter(Heard())
+    handler.addFilter(Once())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("openvino").setLevel(logging.WARNING)
     # They would go to stderr as they are; as lines of a logger that is not heard they go nowhere.
@@ -64,16 +65,28 @@ class Json(logging.Formatter):
         return json.dumps(line)
 
 
-def _is_heard(record: logging.LogRecord) -> bool:
-    if record.name.partition(".")[0] not in HEARD:
-        return False
-    error = record.exc_info[1] if record.exc_info else None
-    if error is None:
-        return True
-    # uvicorn logs once more what the handler of unexpected errors has logged.
-    again = record.name == "uvicorn.error" and getattr(error, "logged", False)
-    error.logged = True  # type: ignore[attr-defined]
-    return not again
+class Heard(logging.Filter):
+    """Leaves out the loggers that nobody should hear."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it is one of `HEARD`, or below it."""
+        return record.name.partition(".")[0] in HEARD
+
+
+class Once(logging.Filter):
+    """Leaves out what uvicorn says of an exception that the handler of unexpected errors has logged: it marks those that pass."""
+
+    MARK = "unetpp_logged"
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it is new."""
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None:
+            return True
+        again = record.name == "uvicorn.error" and hasattr(error, self.MARK)
+        # On the exception itself, so that it goes when that does.
+        setattr(error, self.MARK, True)
+        return not again
 
 
 def _message(record: logging.LogRecord) -> str:

@@ -17,7 +17,7 @@ BUCKETS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 1.
 Place = tuple[str, str, str]
 
 
-class Measured(Protocol):
+class Compared(Protocol):
     """How well two masks agree on one class."""
 
     @property
@@ -91,7 +91,7 @@ class Overlaps:
             self._iou.labels(*place, name)
             self._dice.labels(*place, name)
 
-    def observe(self, place: Place, found: Mapping[str, Measured]) -> None:
+    def observe(self, place: Place, found: Mapping[str, Compared]) -> None:
         """One mask, by the names of its classes."""
         seen = {name: overlap for name, overlap in found.items() if not overlap.empty}
         for name, overlap in seen.items():
@@ -100,5 +100,5 @@ class Overlaps:
         self.count("compared" if seen else "both_empty")
 
     def count(self, outcome: str) -> None:
-        """One mask of which nothing is observed."""
+        """One mask more with this outcome; the histograms do not see it."""
         self._samples.labels(outcome).inc()

@@ -11,7 +11,7 @@ from server.errors import ReloadFailed, ReloadRunning, UnetppError
 from server.metrics import Metrics
 from server.runtime import memory
 from server.runtime.opening import OpenBundle
-from server.segment import labels
+from server.segment import counted
 from server.segment.pipeline import Segmenter
 from server.segment.served import Served
 
@@ -81,7 +81,7 @@ class Reload:
             await asyncio.to_thread(memory.return_freed)
             raise failure
         self._metrics.reloaded(True)
-        self._metrics.expect(labels.known(bundles))
+        self._metrics.expect(counted.known(bundles))
         while gone:
             self._close(gone.pop())
         changes = _changes(before, bundles)

@@ -1,8 +1,6 @@
 """Shared fixtures: a tiny bundle, the shipped bundle, real servers, and the data beside the project."""
 
 import contextlib
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,35 +100,28 @@ def app(shipped_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> "fast
     """The application on the shipped bundle, at fp32 on ONNX Runtime so that answers are exact and alike everywhere."""
     from server.app import create_app, open_bundles
     from server.settings import JobsSettings, QualitySettings, RuntimeSettings, Settings
+    from tests.server.conftest import NO_AGREEMENT
 
     jobs = JobsSettings(folder=tmp_path_factory.mktemp("jobs"))
-    quality = QualitySettings(agreement_share=0, agreement_fewest_per_hour=0)
+    quality = QualitySettings(**NO_AGREEMENT)
     settings = Settings(bundles=shipped_bundle, runtime=RuntimeSettings(precision="fp32"), jobs=jobs, quality=quality)
     return create_app(settings, open_bundles(settings))
 
 
 @contextlib.contextmanager
-def serving(app: object) -> Iterator["httpx.Client"]:  # type: ignore[name-defined]
-    """A real server on a free port of this machine, and a client of it."""
+def serving(app: "fastapi.FastAPI") -> Iterator["httpx.Client"]:  # type: ignore[name-defined]
+    """A real server of an application by `create_app` on a free port of this machine, and a client of it."""
     import httpx
     import uvicorn
 
-    from server.app import Server
+    from server.serving import Server
+    from tests.server.conftest import running
 
-    server = Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive(), "the server did not start"
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
+    server = Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"), app.state.operations)
+    with running(server):
+        port = server.servers[0].sockets[0].getsockname()[1]
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
             yield client
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive(), "the server did not stop"
 
 
 @pytest.fixture(scope="session")
@@ -152,14 +143,3 @@ def ihc() -> np.ndarray:
     from skimage import data
 
     return data.immunohistochemistry()
-
-
-def png_bytes(pixels: np.ndarray) -> bytes:
-    """PNG of (H, W) or (H, W, 3)."""
-    import io
-
-    from PIL import Image
-
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()

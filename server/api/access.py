@@ -11,7 +11,7 @@ from server.api.traces import Traces
 log = logging.getLogger(__name__)
 
 # Of what a status means where the route does not say so itself; see `Metrics.requests`.
-OUTCOMES = {429: "refused", 499: "cancelled", 503: "refused", 504: "late"}
+OUTCOME_OF = {429: "refused", 499: "cancelled", 503: "refused", 504: "late"}
 
 # Callers may invent others.
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -68,7 +68,7 @@ class Access:
         if route in QUIET and status < 400:
             return
         method = scope["method"] if scope["method"] in METHODS else "other"
-        outcome = OUTCOMES.get(status) or ("ok" if status < 400 else "client_error" if status < 500 else "error")
+        outcome = OUTCOME_OF.get(status) or ("ok" if status < 400 else "client_error" if status < 500 else "error")
         fields: dict[str, Any] = {
             "method": method, "route": route, "status": status, "outcome": outcome, "seconds": round(seconds, 6), "bytes_in": bytes_in,
             **state.get("facts", {}),

@@ -10,7 +10,7 @@ from starlette.requests import Request
 
 from server import errors
 from server.imaging import encode
-from server.segment.pipeline import Answer, SegmentRequest
+from server.segment.request import Answer, SegmentRequest
 from server.settings import Precision
 
 BINARY = {"type": "string", "format": "binary"}

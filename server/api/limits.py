@@ -7,7 +7,49 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import problems
-from server.errors import TooLarge, UploadStalled
+from server.errors import HeadTooLarge, TooLarge, UploadStalled
+
+# What sane clients and proxies send lies far below.
+MOST_HEAD_BYTES, MOST_HEADERS = 16 * 1024, 100
+
+
+class HeadLimit:
+    """Refuses requests with too many or too long headers, or too long a path.
+
+    The parser below bounds only a head that it has to wait for, and not one that arrives whole in one read.
+
+    Args:
+        app: the application behind it.
+        refuse: told why a request is refused that reaches no route, which else counts it.
+    """
+
+    def __init__(self, app: ASGIApp, refuse: Callable[[str], None] = lambda reason: None) -> None:
+        self._app = app
+        self._refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        if scope["type"] != "http" or not (problem := _head_problem(scope)):
+            await self._app(scope, receive, send)
+            return
+        self._refuse(HeadTooLarge.refusal)
+        response = problems.of(HeadTooLarge(problem))
+        response.headers["Connection"] = "close"
+        await response(scope, receive, send)
+
+
+def _head_problem(scope: Scope) -> str:
+    headers = scope["headers"]
+    # With ": " and the end of the line.
+    size = (
+        len(scope.get("raw_path") or b"") + len(scope["query_string"]) + sum(len(name) + len(value) + 4 for name, value in headers)
+    )
+    if len(headers) <= MOST_HEADERS and size <= MOST_HEAD_BYTES:
+        return ""
+    return (
+        f"the head of a request is limited to {MOST_HEAD_BYTES // 1024} KiB and {MOST_HEADERS} headers, and this one has {size:,} bytes "
+        f"and {len(headers)} headers; send fewer or shorter headers, and a shorter path"
+    )
 
 
 class BodyLimit:

@@ -20,6 +20,7 @@ STATUS: dict[type[errors.UnetppError], HTTPStatus] = {
     errors.Unreadable: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.UnsupportedType: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     errors.TooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    errors.HeadTooLarge: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
     errors.UploadStalled: HTTPStatus.REQUEST_TIMEOUT,
     errors.Unauthorized: HTTPStatus.UNAUTHORIZED,
     errors.OtherSite: HTTPStatus.FORBIDDEN,

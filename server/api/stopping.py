@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Stopping:
-    """Whether the server was asked to stop; what it goes on with until then is `server.app.Server`'s business."""
+    """Whether the server was asked to stop; what it goes on with until then is `server.serving.Server`'s business."""
 
     begun: bool = False
 

@@ -1,6 +1,6 @@
 """Traces by OpenTelemetry: a span for each request, and one for each of its phases."""
 
-import contextlib
+import logging
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,8 @@ from server.settings import otlp_endpoint_is_set
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
+
+log = logging.getLogger(__name__)
 
 # A collector that does not answer must not hold up the end of the server.
 CLOSING_S = 3
@@ -39,7 +41,7 @@ class Traces:
         Args:
             name: method and route.
             traceparent: as the caller's header has it.
-            ended_ns: since 1970.
+            ended_ns: when that was, in nanoseconds since 1970.
             seconds: it took.
             fields: those of its line in the log.
             phases: seconds of each. Those of large inputs overlap; they are shown one after the other, ending when the request does.
@@ -78,18 +80,19 @@ NAMES = {
 
 
 def start() -> Traces | None:
-    """As the standard OTEL_* variables say; None where they name no collector, or OpenTelemetry is not installed."""
+    """As the standard OTEL_* variables say; None where they name no collector, or, with a warning, where OpenTelemetry is not installed."""
     if not otlp_endpoint_is_set():
         return None
-    with contextlib.suppress(ModuleNotFoundError):
+    try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
-
-        # Ours only where the operator has no names of his own.
-        own = Resource({"service.name": "unetpp", "service.version": __version__})
-        provider = TracerProvider(resource=own.merge(OTELResourceDetector().detect()), shutdown_on_exit=False)
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-        return Traces(provider)
-    return None
+    except ModuleNotFoundError:
+        log.warning("a collector for traces is set, but OpenTelemetry is not installed: nothing is traced; pip install '.[otel]'")
+        return None
+    # Ours only where the operator has no names of his own.
+    own = Resource({"service.name": "unetpp", "service.version": __version__})
+    provider = TracerProvider(resource=own.merge(OTELResourceDetector().detect()), shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return Traces(provider)

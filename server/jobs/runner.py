@@ -16,7 +16,8 @@ from server.jobs.live import Live, Queue, View
 from server.jobs.store import Store
 from server.metrics import Metrics
 from server.runtime.bundle import ACCURATE
-from server.segment.pipeline import Answer, Segmenter, SegmentRequest, Terms
+from server.segment.pipeline import Segmenter
+from server.segment.request import Answer, SegmentRequest, Terms
 from server.settings import JobsSettings
 
 log = logging.getLogger(__name__)

@@ -151,7 +151,7 @@ class Batcher:
         return Ran([hand.parts[index] for index in range(len(tiles))], hand.submitted, hand.started, time.perf_counter())
 
     def hurry(self, caller: Caller) -> None:
-        """From now on somebody waits for what this caller hands in: it takes turns with those who do, and claims none of the past."""
+        """From now on this caller takes turns like those for whom somebody waits; the turns that it had to let pass are not made up for."""
         caller.urgent, caller.turn = True, self._turns[True]
         self._wake()
 

@@ -14,7 +14,8 @@ from typing import Self
 
 from server.errors import CallerError, TryAgain
 from server.metrics import Metrics
-from server.segment.pipeline import Sample, Segmenter
+from server.segment.pipeline import Segmenter
+from server.segment.request import Sample
 from server.settings import QualitySettings
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ class Sampler:
         share: of all.
         every_s: longest time between two, as far as there are answers.
         draw: a number in [0, 1), each time another.
-        now: in seconds.
+        now: seconds of a clock that never goes back.
     """
 
     def __init__(

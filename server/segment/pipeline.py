@@ -7,12 +7,10 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import BinaryIO, ParamSpec, TypeVar
 
 import numpy as np
-from jaxtyping import UInt8
-from numpy import ndarray
 
 from server.arrays import Extent, Image, Volume
 from server.errors import (
@@ -33,7 +31,7 @@ from server.metrics import Metrics
 from server.runtime.admission import PixelBudget
 from server.runtime.batcher import HOPE, Batcher, Ran
 from server.runtime.bundle import Manifest
-from server.runtime.line import Caller, Lane, Line
+from server.runtime.line import Caller, Line
 from server.runtime.opening import OpenBundle
 from server.runtime.pace import Margin, Pace
 from server.segment import cost, modes, quality, report
@@ -43,6 +41,7 @@ from server.segment.degradation import Degradation
 from server.segment.modes import Route
 from server.segment.plan import place
 from server.segment.probe import Probe
+from server.segment.request import Answer, Choice, Sample, SegmentRequest, Terms
 from server.segment.served import Served, serve
 from server.segment.work import Work, lay_out
 from server.settings import BatchingSettings, LimitsSettings
@@ -67,82 +66,6 @@ VOLUME_WORKERS = 2
 
 
 @dataclass(frozen=True)
-class SegmentRequest:
-    """What a caller may choose; None means the default."""
-
-    model: str | None = None
-    mode: str | None = None
-    level: int | None = None
-    precision: str = "auto"
-    format: str | None = None
-    accept: str | None = None
-    include_mask: bool = False
-    axis: str = "auto"
-    nonfinite: str = "refuse"
-    min_level: int | None = None
-
-
-@dataclass(frozen=True)
-class Terms:
-    """When an answer is of use.
-
-    Attributes:
-        patience_s: what is predicted to take longer is refused.
-        deadline: in seconds of `time.monotonic`, after which nothing more is begun.
-        urgent: somebody waits for it; see `Caller`.
-        begun: when the deadline was set.
-    """
-
-    patience_s: float = math.inf
-    deadline: float = math.inf
-    urgent: bool = True
-    begun: float = field(default_factory=time.monotonic)
-
-    @property
-    def given_s(self) -> float:
-        """At first."""
-        return min(self.patience_s, self.deadline - self.begun)
-
-    @property
-    def allowed_s(self) -> float:
-        """From now on."""
-        return min(self.patience_s, self.deadline - time.monotonic())
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A request resolved against the open bundles, before any byte is decoded.
-
-    Attributes:
-        served: keeps the bundle open until the request is done, even if it is replaced meanwhile.
-    """
-
-    model: str
-    served: Served
-    manifest: Manifest
-    route: Route
-    precision: str
-    lane: Lane
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An answer, with what it takes to find another one to the same input.
-
-    Attributes:
-        choice: what was served.
-        source: the input.
-        axis: see `SegmentRequest`.
-        classes: of the mask, see `Mask`.
-    """
-
-    choice: Choice
-    source: Image | Volume
-    axis: str
-    classes: UInt8[ndarray, "*size"]
-
-
-@dataclass(frozen=True)
 class _Order:
     """What the header and the request settle, before any pixel is decoded.
 
@@ -162,43 +85,6 @@ class _Order:
     alone_s: float
     predicted_s: float
     degraded: str = ""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The finished answer.
-
-    Attributes:
-        body: encoded mask.
-        media_type: of the body.
-        suffix: of a file that holds it.
-        requested: what was asked for.
-        choice: what was served.
-        degraded: why less was served than asked for: "deadline", "load", or "".
-        seconds: time per phase: decode, plan, queue, infer, restore, encode.
-        quality: overlap with the reference per class value, if one was given.
-        note: what the caller should know, e.g. that further pages were not read.
-    """
-
-    body: bytes
-    media_type: str
-    suffix: str
-    requested: Route
-    choice: Choice
-    degraded: str
-    seconds: dict[str, float]
-    quality: dict[int, quality.Overlap]
-    note: str
-
-    @property
-    def mean_iou(self) -> float:
-        """IoU with the reference, averaged over the foreground classes."""
-        return sum(q.iou for q in self.quality.values()) / len(self.quality)
-
-    @property
-    def mean_dice(self) -> float:
-        """Dice with the reference, averaged over the foreground classes."""
-        return sum(q.dice for q in self.quality.values()) / len(self.quality)
 
 
 class Segmenter:

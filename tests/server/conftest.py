@@ -8,6 +8,7 @@ import json
 import resource
 import shutil
 import socket
+import subprocess
 import tempfile
 import threading
 import time
@@ -31,6 +32,9 @@ from server.runtime.pace import Pace
 JOBS = Path(tempfile.mkdtemp(prefix="unetpp-jobs-"))
 atexit.register(shutil.rmtree, JOBS, ignore_errors=True)
 
+# Fast answers are computed again only where a test asks for it, as engines are counted.
+NO_AGREEMENT = {"agreement_share": 0, "agreement_fewest_per_hour": 0}
+
 NO_FILE = {"sha256": "0" * 64, "bytes": 0}
 
 
@@ -39,6 +43,12 @@ def picture_bytes(picture: Pillow.Image | np.ndarray, kind: str = "PNG", **optio
     out = io.BytesIO()
     (picture if isinstance(picture, Pillow.Image) else Pillow.fromarray(picture)).save(out, kind, **options)
     return out.getvalue()
+
+
+class Sent(io.BytesIO):
+    """An upload; these two make it a `BinaryIO` in every respect."""
+
+    name, mode = "upload", "rb"
 
 
 def nifti_bytes(voxels: np.ndarray, affine: np.ndarray | None = None) -> bytes:
@@ -168,6 +178,14 @@ def fake_bundles(
     return {known.name: OpenBundle(Bundle(Path("/nowhere"), known), engines, auto, paces)}
 
 
+def quiet(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with a new folder for jobs, and no work that nobody asked for, unless they say so."""
+    return settings | {
+        "jobs": {"folder": JOBS / uuid.uuid4().hex} | settings.get("jobs", {}),
+        "quality": NO_AGREEMENT | settings.get("quality", {}),
+    }
+
+
 def fake_app(
     run: Callable[[Tiles], np.ndarray] = bright,
     changes: dict[str, Any] | None = None,
@@ -178,10 +196,23 @@ def fake_app(
     from server.app import create_app
     from server.settings import Settings
 
-    settings["jobs"] = {"folder": JOBS / uuid.uuid4().hex} | settings.get("jobs", {})
-    # Only where a test asks for it, as engines are counted.
-    settings["quality"] = {"agreement_share": 0, "agreement_fewest_per_hour": 0} | settings.get("quality", {})
-    return create_app(Settings(**settings), fake_bundles(run, pace, **(changes or {})))
+    return create_app(Settings(**quiet(settings)), fake_bundles(run, pace, **(changes or {})))
+
+
+@contextlib.contextmanager
+def running(server: Any) -> Iterator[None]:
+    """A `Server` in a thread, from when it listens until it has stopped."""
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    listening = [server, *filter(None, [server.ops])]
+    until(lambda: all(one.started for one in listening) or not thread.is_alive())
+    assert thread.is_alive(), "the server did not start"
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive(), "the server did not stop"
 
 
 @contextlib.contextmanager
@@ -190,8 +221,7 @@ def doors(run: Callable[[Tiles], np.ndarray] = bright, **settings: Any) -> Itera
     from server.app import create_app, make_server
     from server.settings import Settings
 
-    settings["jobs"] = {"folder": JOBS / uuid.uuid4().hex} | settings.get("jobs", {})
-    chosen = Settings(**settings)
+    chosen = Settings(**quiet(settings))
     with contextlib.ExitStack() as opened:
         sockets = [opened.enter_context(socket.socket()) for _ in range(2)]
         for made in sockets:
@@ -199,22 +229,23 @@ def doors(run: Callable[[Tiles], np.ndarray] = bright, **settings: Any) -> Itera
         ports = [made.getsockname()[1] for made in sockets]
         app = create_app(chosen, fake_bundles(run))
         server = make_server(chosen, app, sockets[:1], sockets[1:] if chosen.http.ops_port else [])
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        listening = [server, *filter(None, [server.ops])]
-        until(lambda: all(one.started for one in listening) or not thread.is_alive())
-        assert thread.is_alive(), "the server did not start"
+        opened.enter_context(running(server))
         kind = "https" if chosen.http.tls_cert else "http"
         clients = [
             opened.enter_context(httpx.Client(base_url=f"{kind}://127.0.0.1:{port}", timeout=60, verify=False))  # noqa: S501 - our own
             for port in ports
         ]
-        try:
-            yield SimpleNamespace(client=clients[0], port=ports[0], ops=clients[1], ops_port=ports[1], server=server, app=app)
-        finally:
-            server.should_exit = True
-            thread.join(60)
-            assert not thread.is_alive(), "the server did not stop"
+        yield SimpleNamespace(client=clients[0], port=ports[0], ops=clients[1], ops_port=ports[1], server=server, app=app)
+
+
+def make_certificate(folder: Path) -> None:
+    """`cert.pem` of localhost, and its `key.pem`."""
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
+    with contextlib.suppress(FileNotFoundError):
+        made = [*command.split(), "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
+        subprocess.run(made, cwd=folder, check=True, capture_output=True)
+        return
+    pytest.skip("needs openssl")
 
 
 def rewrite_hashes(folder: Path) -> None:

@@ -18,10 +18,11 @@ import uvicorn.protocols.http.auto  # noqa: F401 - what uvicorn would import in 
 
 import server.app
 import server.jobs.store
+import server.serving
 from server import cli
 from server.arrays import Tiles
 from server.metrics import Metrics
-from tests.server.conftest import bright, fake_bundles
+from tests.server.conftest import NO_AGREEMENT, bright, fake_bundles
 
 
 def engine(name: str, folder: Path) -> Callable[[Tiles], np.ndarray]:
@@ -56,9 +57,9 @@ def live(folder: Path, name: str, environment: dict[str, str], closing_s: int, *
 
     server.app.open_bundles = opened
     server.app.Metrics = Kept
-    server.app.CLOSING_S = closing_s
+    server.serving.CLOSING_S = closing_s
     told = sys.stdout
-    quiet = {"UNETPP_QUALITY__AGREEMENT_SHARE": "0", "UNETPP_QUALITY__AGREEMENT_FEWEST_PER_HOUR": "0"}
+    quiet = {f"UNETPP_QUALITY__{name}".upper(): f"{value}" for name, value in NO_AGREEMENT.items()}
     os.environ.update(quiet | environment)  # noqa: TID251 - of a child
     with (folder / "stderr").open("w", buffering=1) as said, contextlib.redirect_stdout(said):
         os.dup2(said.fileno(), 2)

@@ -24,10 +24,10 @@ from PIL import Image as Pillow
 from typer.testing import CliRunner, Result
 
 from server import cli
-from server.app import Server
 from server.arrays import Tiles
 from server.errors import StoreBroken
 from server.jobs.store import Store
+from server.serving import Server
 from server.settings import JobsSettings, Settings
 from tests.conftest import ROOT
 from tests.server.conftest import bright, fake_bundles, mask_of, nifti_bytes, pages_bytes, pages_of, picture_bytes, volume_of

@@ -19,7 +19,8 @@ from scipy.spatial.transform import Rotation
 
 from server.arrays import Tiles
 from server.metrics import Metrics
-from server.segment.pipeline import Answer, Segmenter, SegmentRequest
+from server.segment.pipeline import Segmenter
+from server.segment.request import Answer, SegmentRequest
 from server.settings import BatchingSettings, LimitsSettings
 from tests.server.conftest import fake_bundles
 from tests.server.imaging.conftest import nifti

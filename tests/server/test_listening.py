@@ -11,6 +11,7 @@ from bench.serving import free_port
 from server import listening
 from server.errors import Misconfigured
 from server.settings import HttpSettings, Settings
+from tests.server.conftest import make_certificate
 
 
 @pytest.fixture
@@ -46,15 +47,6 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
     return folder
-
-
-def make_certificate(folder: Path) -> None:
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
-    with contextlib.suppress(FileNotFoundError):
-        made = [*command.split(), "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
-        subprocess.run(made, cwd=folder, check=True, capture_output=True)
-        return
-    pytest.skip("needs openssl")
 
 
 class TestAddresses:

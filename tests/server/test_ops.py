@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from server.api import auth
-from tests.server.conftest import doors, picture_bytes
-from tests.server.test_listening import make_certificate
+from tests.server.conftest import doors, make_certificate, picture_bytes
 
 GOOD = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
 KEY, LINE = auth.make("operator")

@@ -30,11 +30,11 @@ from server.errors import BundleDamaged, NotReady, ReloadFailed, ReloadRunning, 
 from server.metrics import Metrics
 from server.reload import Reload
 from server.runtime.opening import OpenBundle
-from server.segment.pipeline import Segmenter, SegmentRequest
+from server.segment.pipeline import Segmenter
+from server.segment.request import SegmentRequest
 from server.settings import BatchingSettings, LimitsSettings
-from tests.conftest import ROOT, png_bytes
-from tests.server.conftest import bright, doors, fake_bundles, mask_of, picture_bytes, rewrite_hashes, until
-from tests.server.segment.test_pipeline import Sent
+from tests.conftest import ROOT
+from tests.server.conftest import Sent, bright, doors, fake_bundles, mask_of, picture_bytes, rewrite_hashes, until
 
 Bundles = dict[str, OpenBundle]
 
@@ -271,7 +271,7 @@ def test_over_the_ops_port(problem: Callable[..., Any], monkeypatch: pytest.Monk
         disk.fails = None
         disk.go.clear()
         first = background.submit(opened.ops.post, "/reload")
-        until(lambda: opened.app.state.reload._running)
+        until(lambda: opened.app.state.operations.reload._running)
         answer = opened.ops.post("/reload")
         problem(answer, 409, "reload-running")
         assert answer.headers["retry-after"]
@@ -409,7 +409,7 @@ def damage(folder: Path) -> None:
 @pytest.mark.long
 def test_under_load_no_request_fails(served: tuple[Process, Path]) -> None:
     process, live = served
-    picture = png_bytes(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    picture = picture_bytes(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     done = threading.Event()
     statuses: Counter[int] = Counter()
 

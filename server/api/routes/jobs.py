@@ -16,7 +16,7 @@ from server.errors import InvalidParameter, NotFinished, Overloaded, StoreBroken
 from server.jobs.job import FINISHED
 from server.jobs.live import View
 from server.jobs.runner import Runner
-from server.segment.pipeline import SegmentRequest
+from server.segment.request import SegmentRequest
 
 UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": Problem}}
 REFUSED: dict[int | str, dict[str, Any]] = {code: {"model": Problem} for code in (404, 406, 408, 413, 415, 422, 429, 500, 503, 507)}

@@ -19,7 +19,8 @@ from server.api.asking import REQUEST_BODY, Parameters, headers
 from server.api.schemas import Problem
 from server.imaging import encode
 from server.metrics import NONE, Metrics
-from server.segment.pipeline import Segmenter, Terms, until
+from server.segment.pipeline import Segmenter, until
+from server.segment.request import Terms
 
 T = TypeVar("T")
 

@@ -134,11 +134,39 @@ def head(count: int = 0, size: int = 0) -> bytes:
 
 
 class TestHttp:
-    @pytest.mark.parametrize("sent", [head(100), head(0, 10_000)])
+    @pytest.mark.parametrize("sent", [head(98), head(0, 10_000), head(0, 16_000)])
     def test_a_long_head_is_read(self, opened: SimpleNamespace, sent: bytes) -> None:
         with connected(opened.port) as raw:
             raw.sendall(sent)
             assert answer_of(raw).status == 200
+
+    @pytest.mark.parametrize(
+        "sent",
+        [
+            head(99), head(1000), head(4000), head(0, 17_000), head(0, 60_000),
+            b"GET /models?" + b"x" * 17_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", POST + b"Content-Length: 3\r\nx: " + b"y" * 20_000 + b"\r\n\r\nabc",
+        ],
+    )  # fmt: skip
+    def test_one_over_a_limit_that_comes_at_once_is_refused(self, opened: SimpleNamespace, sent: bytes) -> None:
+        """The parser bounds only what it has to wait for."""
+        with connected(opened.port) as raw:
+            raw.sendall(sent)
+            # Where it was not whole in the first read, the parser says it.
+            answer = answer_of(raw)
+            assert answer.status in (400, 431)
+            assert answer.headers["content-type"] == "application/problem+json"
+            assert answer.headers["connection"] == "close"
+            assert "16 KiB" in json.loads(answer.body)["detail"]
+            assert is_closed(raw)
+
+    @pytest.mark.parametrize("port", ["port", "ops_port"])
+    def test_which_status(self, port: str) -> None:
+        with doors(http={"ops_port": 1}) as opened:
+            for sent in (head(99), head(0, 17_000)):
+                with connected(getattr(opened, port)) as raw:
+                    raw.sendall(sent)
+                    assert "100 headers" in refusal_of(raw, 431)
+                    assert is_closed(raw)
 
     @pytest.mark.parametrize(
         "sent",

@@ -22,7 +22,7 @@ from server.errors import InferenceFailed
 from server.jobs.job import Job, Ticket
 from server.jobs.runner import Runner
 from server.jobs.store import Store
-from server.segment.pipeline import SegmentRequest
+from server.segment.request import SegmentRequest
 from server.settings import JobsSettings
 from tests.conftest import serving
 from tests.server.conftest import bright, fake_app, mask_of, picture_bytes
@@ -55,13 +55,13 @@ class Gate:
 
     def opens_after_drain(self, app: FastAPI) -> FastAPI:
         """Not before: the engine's own thread cannot be stopped within a batch."""
-        drain = app.state.drain
+        operations = app.state.operations
 
         def drained() -> None:
-            drain()
+            operations.drain()
             self.open.set()
 
-        app.state.drain = drained
+        app.state.operations = dataclasses.replace(operations, drain=drained)
         return app
 
 

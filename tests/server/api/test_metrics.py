@@ -189,9 +189,9 @@ class TestReadiness:
     def test_a_server_that_stops_says_so(self) -> None:
         app = fake_app()
         with serving(app) as client:
-            app.state.stopping.begun = True
+            app.state.operations.stopping.begun = True
             assert (value(client, "ready"), value(client, "stopping")) == (0, 1)
-            app.state.stopping.begun = False
+            app.state.operations.stopping.begun = False
 
 
 def test_bundles_are_shown_as_they_are() -> None:
@@ -259,7 +259,7 @@ class TestAgreement:
     def test_a_server_that_stops_looks_at_nothing_more(self) -> None:
         app = fake_app(quality={"agreement_share": 1})
         with serving(app) as client:
-            app.state.drain()
+            app.state.operations.drain()
             assert client.post("/segment?level=2", content=DATA).status_code == 200
             assert value(client, "batch_size_tiles_count", graph="accurate") == 0
 

@@ -50,9 +50,9 @@ def test_the_mask_lies_where_the_volume_lies(client: httpx.Client, sample: bytes
 
 
 def test_an_image_is_refused_in_words(client: httpx.Client, ihc: np.ndarray) -> None:
-    from tests.conftest import png_bytes
+    from tests.server.conftest import picture_bytes
 
-    refused = client.post("/segment?model=hippocampus", content=png_bytes(ihc[:64, :64]))
+    refused = client.post("/segment?model=hippocampus", content=picture_bytes(ihc[:64, :64]))
     assert refused.status_code == 422
     assert "takes volumes (NIfTI), and the input is an image" in refused.json()["detail"]
 

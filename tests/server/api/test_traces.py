@@ -97,10 +97,13 @@ class TestStart:
         monkeypatch.delenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", raising=False)
         assert traces.start() is None
 
-    def test_without_the_packages(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_without_the_packages(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:1")
         monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
         assert traces.start() is None
+        (said,) = caplog.records
+        assert said.levelname == "WARNING"
+        assert "pip install '.[otel]'" in said.getMessage()
 
     @pytest.mark.parametrize("named", [None, "mine"])
     def test_on(self, named: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import pytest
 from server.arrays import Extent, Image, Volume
 from server.imaging.decode import decode, measure
 from server.imaging.reading import Reading
-from tests.conftest import _shared
 
 LIMIT = 100_000_000
 
@@ -67,4 +66,7 @@ def nifti(values: np.ndarray, affine: np.ndarray | None = None, *, version: int 
 @pytest.fixture(scope="session")
 def volumes() -> Path:
     """Folder of real volumes."""
+    # Not above: it has types checked, which `test_fuzz` must be able to do without.
+    from tests.conftest import _shared
+
     return _shared("volumes")

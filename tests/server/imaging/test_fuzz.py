@@ -29,11 +29,12 @@ from PIL import Image as Pillow
 from server.arrays import Image
 from server.errors import CallerError
 from server.imaging.decode import DECODERS
-from tests.conftest import ROOT
 from tests.server.conftest import memory_stays_below, nifti_bytes, pages_bytes, picture_bytes
 from tests.server.imaging.conftest import extent, nifti, read
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # decoders warn about what they tolerate
+
+ROOT = Path(__file__).parents[3]
 
 # Of an image or volume that is decoded; beyond it the header alone must be enough.
 MOST = 1_000_000
@@ -196,7 +197,13 @@ def test_without_checked_types() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}  # noqa: TID251 - of a child
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert ran.returncode == 0, ran.stderr
-    assert "3,000 rounds" in ran.stdout
+    assert "3,000 rounds, types unchecked" in ran.stdout
+    assert checks_types()
+
+
+def checks_types() -> bool:
+    """Whether this process has what `tests/conftest.py` installs."""
+    return any(type(finder).__module__.startswith("jaxtyping") for finder in sys.meta_path)
 
 
 def main(rounds: int) -> None:
@@ -217,7 +224,8 @@ def main(rounds: int) -> None:
         if took > max(0.2, slowest):
             slowest = took
             print(f"round {number}: {took:.2f} s, {len(changed):,} bytes, {changed[:16]!r}")  # noqa: T201
-    print(f"{rounds:,} rounds, at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024:,} MB")  # noqa: T201
+    types = "checked" if checks_types() else "unchecked"
+    print(f"{rounds:,} rounds, types {types}, at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024:,} MB")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 
 from server.metrics import Metrics
-from server.segment.pipeline import Segmenter, SegmentRequest
+from server.segment.pipeline import Segmenter
+from server.segment.request import SegmentRequest
 from server.settings import BatchingSettings, LimitsSettings
 from tests.server.conftest import fake_bundles, picture_bytes
 

@@ -22,7 +22,8 @@ from server.jobs.live import View
 from server.jobs.runner import Runner
 from server.jobs.store import Store
 from server.metrics import Metrics
-from server.segment.pipeline import Answer, Estimate, Segmenter, SegmentRequest, Terms
+from server.segment.pipeline import Estimate, Segmenter
+from server.segment.request import Answer, SegmentRequest, Terms
 from server.settings import BatchingSettings, JobsSettings, LimitsSettings
 from tests.server.conftest import bright, fake_bundles, picture_bytes
 

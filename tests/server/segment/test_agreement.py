@@ -1,6 +1,5 @@
 import asyncio
 import contextlib
-import io
 import logging
 import math
 import random
@@ -17,10 +16,11 @@ from server.runtime.engines.fake import FakeEngine
 from server.runtime.line import Lane
 from server.runtime.opening import OpenBundle
 from server.segment.agreement import Agreement, Sampler
-from server.segment.labels import known
-from server.segment.pipeline import Answer, Sample, Segmenter, SegmentRequest, Terms
+from server.segment.counted import known
+from server.segment.pipeline import Segmenter
+from server.segment.request import Answer, Sample, SegmentRequest, Terms
 from server.settings import BatchingSettings, LimitsSettings, QualitySettings
-from tests.server.conftest import Fixed, fake_bundles, nifti_bytes, pages_bytes, picture_bytes
+from tests.server.conftest import Fixed, Sent, fake_bundles, nifti_bytes, pages_bytes, picture_bytes
 
 # Bit 1 is what a fast graph finds, bit 2 what the accurate one does; two pixels of four in common.
 BITS = np.array([[3, 1, 0], [0, 3, 2]], dtype=np.uint8)
@@ -54,12 +54,6 @@ class Engine:
         if self.fails:
             raise RuntimeError("secret")
         return bit(2)(tiles)
-
-
-class Sent(io.BytesIO):
-    """An upload; these two make it a `BinaryIO` in every respect."""
-
-    name, mode = "upload", "rb"
 
 
 class Scene:

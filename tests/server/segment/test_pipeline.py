@@ -38,10 +38,12 @@ from server.runtime.line import Caller, Lane
 from server.runtime.pace import Margin
 from server.segment import pipeline
 from server.segment.cost import Estimate
-from server.segment.pipeline import Answer, Segmenter, SegmentRequest, Terms
+from server.segment.pipeline import Segmenter
+from server.segment.request import Answer, SegmentRequest, Terms
 from server.settings import BatchingSettings, LimitsSettings
 from tests.server.conftest import (
     Fixed,
+    Sent,
     bright,
     fake_bundles,
     mask_of,
@@ -70,12 +72,6 @@ def segmenting(run: Any = bright, limits: LimitsSettings | None = None, bundle: 
         yield segmenter
     finally:
         segmenter.close()
-
-
-class Sent(io.BytesIO):
-    """An upload; these two make it a `BinaryIO` in every respect."""
-
-    name, mode = "upload", "rb"
 
 
 def segment(data: bytes, reference: bytes | None = None, *, progress: Callable[..., None] = lambda *_: None,
