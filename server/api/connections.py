@@ -112,6 +112,9 @@ class Connection(H11Protocol):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Called by uvicorn, which would let strangers fill the log: the request is answered as if it asked for no other protocol."""
+
     def _watch_head(self) -> None:
         """Starts the clock where a head is awaited, and stops it where one has come; bytes alone do not."""
         if self.conn.their_state is not h11.IDLE:

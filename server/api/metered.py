@@ -45,7 +45,7 @@ class Metered(h11.Connection):
         self._left = TURN_EVENTS
         self.held = False
 
-    def send(self, event: h11.Event) -> bytes | None:
+    def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]  # h11's has overloads
         """As h11's."""
         data = super().send(event)
         if data:
@@ -99,7 +99,7 @@ class Flow(FlowControl):
             self._transport.resume_reading()
 
     def resume_reading(self) -> None:
-        """uvicorn's wish."""
+        """What uvicorn wishes."""
         if self._held:
             self.read_paused = False
         else:
