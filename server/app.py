@@ -9,7 +9,6 @@ from socket import socket
 
 import uvicorn
 from fastapi import Depends, FastAPI
-from fastapi.responses import FileResponse
 from fastapi.security import APIKeyHeader, HTTPBearer
 
 from server import __version__
@@ -18,7 +17,7 @@ from server.api.access import Access
 from server.api.connections import Connection, Patience
 from server.api.limits import BodyLimit, HeadLimit
 from server.api.request_id import RequestId
-from server.api.routes import health, jobs, models, segment
+from server.api.routes import docs, health, jobs, models, segment
 from server.api.routes import ops as ops_routes
 from server.api.schemas import Problem
 from server.api.stopping import LastAnswers, Stopping
@@ -43,7 +42,7 @@ WORKERS = 4
 # Connections of the ops port, beside those of the other one; and what a scrape may take that runs in the end.
 OPS_CONNECTIONS, OPS_STOP_S = 64, 1
 
-# For the documentation, where a key can be entered then; `auth` is what asks for it.
+# For the documentation; `auth` is what asks for a key.
 KEY_SCHEMES = [Depends(HTTPBearer(auto_error=False)), Depends(APIKeyHeader(name="X-API-Key", auto_error=False))]
 
 
@@ -119,6 +118,8 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
         summary="One trained UNet++, served at the depth each request can afford.",
         version=__version__,
         lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
     )
     keys = auth.Keys(settings.auth.keys_file) if settings.auth.keys_file else None
     operating = health.router(segmenter, runner, metrics, stopping)
@@ -140,9 +141,7 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
         app.include_router(operating)
     problems.describe(app)
 
-    @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(PAGE)
+    app.include_router(docs.router(PAGE.read_text("utf-8"), app.openapi))
 
     return app
 

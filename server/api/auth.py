@@ -29,6 +29,8 @@ PREFIX = "unetpp_"
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 ENTRY = re.compile(rf"({NAME.pattern}):([0-9a-f]{{64}})")
 
+DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+
 # How often the file is looked at, and how long it may be.
 EVERY_S = 1.0
 MOST_BYTES = 1024 * 1024
@@ -164,12 +166,27 @@ class OwnPagesOnly:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
         writes = scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS")
-        # Every browser of today says so; other clients do not.
-        if writes and Headers(scope=scope).get("sec-fetch-site") in ("cross-site", "same-site"):
+        if writes and _is_foreign(Headers(scope=scope)):
             error = OtherSite("pages of other sites may not use this server; send it from a program")
             await problems.of(error)(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+
+def _is_foreign(headers: Headers) -> bool:
+    """Whether a browser sends it for another site's page. Programs send neither header."""
+    # Said only over HTTPS and on localhost, and also right behind a proxy that changes Host.
+    if site := headers.get("sec-fetch-site"):
+        return site not in ("same-origin", "none")
+    origins = headers.getlist("origin")
+    return any(not _same_host(origin, headers.get("host", "")) for origin in origins)
+
+
+def _same_host(origin: str, host: str) -> bool:
+    """Whether an origin, `scheme://host[:port]` or null, is the one of a Host header; a scheme's own port may be left out."""
+    scheme, _, place = origin.lower().partition("://")
+    port = DEFAULT_PORTS.get(scheme, "")
+    return bool(port and place) and place.removesuffix(port) == host.lower().removesuffix(port)
 
 
 def _given(headers: Headers) -> str:

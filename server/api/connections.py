@@ -1,4 +1,4 @@
-"""What a connection may take, below HTTP: time for a request's head, time for an answer to be read, and a place at all.
+"""What a connection may take, below HTTP: time for a request's head, time for an answer to be read, turns, and a place at all.
 
 uvicorn itself waits for ever for the rest of a head, for a body that it no longer needs, and for a client that does not read.
 """
@@ -15,6 +15,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.api import problems
+from server.api.metered import LEAST_CHUNK_BYTES, Flow, Metered
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +52,17 @@ class Connection(H11Protocol):
 
     def __init__(self, *, patience: Patience, **given: Any) -> None:
         super().__init__(**given)
+        self.conn = self._parser = Metered(self._watch_reading_soon)
         self._patience = patience
+        self._turn: asyncio.Handle | None = None
         self._head: asyncio.TimerHandle | None = None
         self._leftover: asyncio.TimerHandle | None = None
-        self._reading: asyncio.TimerHandle | None = None
+        self._reading: asyncio.Handle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         """Called by the event loop, as are the following."""
         super().connection_made(transport)
+        self.flow = self._flow = Flow(transport)
         if len(self.connections) > self._patience.most:
             self._say_crowded()
             # Without an answer: whoever is over the limit must not hold a file open while it reads one.
@@ -66,30 +70,21 @@ class Connection(H11Protocol):
             return
         self._watch_head()
 
-    def data_received(self, data: bytes) -> None:
-        """Bytes of requests."""
-        super().data_received(data)
+    def handle_events(self) -> None:
+        """Called by uvicorn for new bytes, and for those that waited for an answer; what is too much waits for the next turn."""
+        if self._turn is None:
+            self._turn = self.loop.call_soon(self._next_turn)
+        super().handle_events()
+        if self._parser.held:
+            self._flow.hold()
         self._watch_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The end."""
-        for timer in (self._head, self._leftover, self._reading):
-            if timer is not None:
-                timer.cancel()
+        for handle in (self._turn, self._head, self._leftover, self._reading):
+            if handle is not None:
+                handle.cancel()
         super().connection_lost(exc)
-
-    def pause_writing(self) -> None:
-        """More is written than the client has read."""
-        super().pause_writing()
-        if self._reading is None:
-            self._watch_reading()
-
-    def resume_writing(self) -> None:
-        """It has caught up."""
-        super().resume_writing()
-        if self._reading is not None:
-            self._reading.cancel()
-            self._reading = None
 
     def on_response_complete(self) -> None:
         """Called by uvicorn when an answer is written; the request's body may still be arriving, and is thrown away."""
@@ -107,6 +102,8 @@ class Connection(H11Protocol):
             return
         status = HTTPStatus.BAD_REQUEST
         detail = "this is not an HTTP/1.1 request, or its head is longer than 16 KiB; send fewer or shorter headers"
+        if self._parser.crumbs:
+            detail = f"the body comes in chunks of less than {LEAST_CHUNK_BYTES} bytes; send larger ones, or a Content-Length"
         body = json.dumps(problems.document(status, "bad-request", detail)).encode()
         headers = [("content-type", problems.MEDIA_TYPE), ("content-length", str(len(body))), ("connection", "close")]
         for event in (
@@ -114,6 +111,9 @@ class Connection(H11Protocol):
         ):  # fmt: skip
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Called by uvicorn, which would let strangers fill the log: the request is answered as if it asked for no other protocol."""
 
     def _watch_head(self) -> None:
         """Starts the clock where a head is awaited, and stops it where one has come; bytes alone do not."""
@@ -130,15 +130,34 @@ class Connection(H11Protocol):
         if self._head is None and self.timeout_keep_alive_task is None:
             self._head = self.loop.call_later(self._patience.head_s, self.transport.abort)
 
-    def _watch_reading(self) -> None:
-        """Looks again after a while whether the client has read enough; what is added meanwhile counts as not read."""
-        before = self.transport.get_write_buffer_size()
-        enough = self._patience.idle_s * self._patience.pace_bytes_s
-        self._reading = self.loop.call_later(self._patience.idle_s, self._check_reading, before - min(before, enough))
+    def _next_turn(self) -> None:
+        """Goes on with what was held."""
+        self._turn = None
+        held = self._parser.held
+        self._parser.new_turn()
+        if held and not self.transport.is_closing():
+            self.handle_events()
+            if not self._parser.held and not self.transport.is_closing():
+                self._flow.release()
 
-    def _check_reading(self, most_left: float) -> None:
-        self._reading = None
-        if self.transport.get_write_buffer_size() > most_left:
+    def _watch_reading_soon(self) -> None:
+        """Called for each piece of an answer, just before it is written."""
+        if self._reading is None:
+            self._reading = self.loop.call_soon(self._watch_reading)
+
+    def _watch_reading(self) -> None:
+        """Looks again after a while whether the client has read enough of what is waiting now; also where the connection closes after it."""
+        waiting = self.transport.get_write_buffer_size()
+        if not waiting:
+            self._reading = None
+            return
+        enough = min(waiting, int(self._patience.idle_s * self._patience.pace_bytes_s))
+        due = self._parser.written - waiting + enough
+        self._reading = self.loop.call_later(self._patience.idle_s, self._check_reading, due)
+
+    def _check_reading(self, due: int) -> None:
+        waiting = self.transport.get_write_buffer_size()
+        if waiting and self._parser.written - waiting < due:
             self.transport.abort()
         else:
             self._watch_reading()

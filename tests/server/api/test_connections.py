@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import h11
 import numpy as np
 import pytest
 
+from server.api.metered import TURN_EVENTS, Metered
 from server.arrays import Tiles
 from tests.server.conftest import doors, memory_stays_below, picture_bytes, until
 
@@ -68,6 +70,14 @@ def trickle(raw: socket.socket, data: bytes) -> None:
         for index in range(2000):
             raw.sendall(data[index % len(data) :][:1])
             hung_up.wait(0.02)
+        raise AssertionError("it never did")
+
+
+def flood(raw: socket.socket, data: bytes) -> None:
+    """As fast as it is taken, until the other side hangs up."""
+    with contextlib.suppress(ConnectionError):
+        for _ in range(10_000):
+            raw.sendall(data)
         raise AssertionError("it never did")
 
 
@@ -207,6 +217,17 @@ class TestHttp:
                     pass
         assert opened.client.get("/health/live").status_code == 200
 
+    @pytest.mark.parametrize("protocol", [b"websocket", b"h2c", b"x"])
+    def test_other_protocols_are_not_spoken(
+        self, opened: SimpleNamespace, caplog: pytest.LogCaptureFixture, protocol: bytes
+    ) -> None:
+        """Nor is the log filled by whoever asks for one."""
+        with connected(opened.port) as raw:
+            for _ in range(2):
+                raw.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: " + protocol + b"\r\n\r\n")
+                assert answer_of(raw).status == 200
+        assert not caplog.get_records("call")
+
     def test_a_client_that_leaves_in_the_middle(self, opened: SimpleNamespace) -> None:
         for sent in (b"G", POST, POST + b"Content-Length: 100\r\n\r\nabc", POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\na"):
             with connected(opened.port) as raw:
@@ -260,6 +281,92 @@ class TestBody:
                 raw.sendall(b"x" * 10)
             raw.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
             assert answer_of(raw).status == 200
+
+
+CHUNKED = b" HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+CRUMB = b"1\r\nx\r\n"
+
+
+def in_chunks(body: bytes, size: int) -> bytes:
+    parts = [body[start : start + size] for start in range(0, len(body), size)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+
+
+class TestChunks:
+    """h11 makes an event of each, and a read holds 40,000 of one byte."""
+
+    @pytest.fixture
+    def events(self, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+        """What the parser made; None where others had their turn."""
+        made: list[object] = []
+        parse, new_turn = h11.Connection.next_event, Metered.new_turn
+
+        def seen(self: h11.Connection) -> object:
+            made.append(event := parse(self))
+            return event
+
+        def turned(self: Metered) -> None:
+            made.append(None)
+            new_turn(self)
+
+        monkeypatch.setattr(h11.Connection, "next_event", seen)
+        monkeypatch.setattr(Metered, "new_turn", turned)
+        return made
+
+    @pytest.mark.parametrize("path", [b"/nowhere", b"/models"])
+    def test_tiny_ones_that_nobody_needs_end_the_connection(
+        self, opened: SimpleNamespace, events: list[object], path: bytes
+    ) -> None:
+        with connected(opened.port) as raw:
+            raw.sendall(b"POST " + path + CHUNKED)
+            assert answer_of(raw).status in (404, 405)
+            flood(raw, CRUMB * 10_000)
+        assert sum(isinstance(event, h11.Data) for event in events) < 1100
+
+    def test_so_do_many_of_some_size(self, opened: SimpleNamespace, events: list[object]) -> None:
+        with connected(opened.port) as raw:
+            raw.sendall(b"POST /nowhere" + CHUNKED)
+            assert answer_of(raw).status == 404
+            flood(raw, in_chunks(b"x" * 100_000, 100)[:-5])
+        assert sum(isinstance(event, h11.Data) for event in events) < 1100
+
+    @pytest.mark.parametrize("path", [b"/segment?level=1", b"/jobs"])
+    def test_tiny_ones_of_a_body_that_is_read_are_refused(self, opened: SimpleNamespace, events: list[object], path: bytes) -> None:
+        with connected(opened.port) as raw:
+            raw.sendall(b"POST " + path + CHUNKED + CRUMB * 1020)
+            assert "less than 64 bytes" in refusal_of(raw, 400)
+            assert is_closed(raw)
+        assert sum(isinstance(event, h11.Data) for event in events) < 1100
+
+    @pytest.mark.parametrize("size", [1, 64, 65_536])
+    def test_good_ones_are_read(self, opened: SimpleNamespace, size: int) -> None:
+        noise = np.random.default_rng(0).integers(0, 256, (16, 16) if size == 1 else (600, 600), np.uint8)
+        with connected(opened.port) as raw:
+            for _ in range(2):
+                raw.sendall(b"POST /segment?level=1" + CHUNKED + in_chunks(picture_bytes(noise), size))
+                assert answer_of(raw).status == 200
+
+    def test_others_have_their_turn(self, opened: SimpleNamespace, events: list[object]) -> None:
+        with connected(opened.port) as raw:
+            raw.sendall(b"POST /segment?level=1" + CHUNKED + in_chunks(b"x" * 900, 1))
+            assert answer_of(raw).status == 415
+        runs = "".join("t" if event is None else "e" for event in events).split("t")
+        assert sum(map(len, runs)) > 900
+        # This connection's, and the end of a neighbour's.
+        assert max(map(len, runs)) <= 2 * TURN_EVENTS
+
+    def test_uvicorns_own_pauses_hold(self, opened: SimpleNamespace) -> None:
+        """Bodies of many events that come faster than they are stored, and requests one after the other."""
+        pixels = np.random.default_rng(0).integers(0, 256, (2000, 2000), np.uint8)
+        body = in_chunks(picture_bytes(pixels), 512)
+        with connected(opened.port) as raw, memory_stays_below(100):
+            sending = threading.Thread(target=raw.sendall, args=((b"POST /segment?level=1" + CHUNKED + body) * 3,))
+            sending.start()
+            received = b""
+            while received.count(b"HTTP/1.1 ") < 3:
+                received += raw.recv(100_000)
+            sending.join(60)
+        assert received.count(b"HTTP/1.1 200") == 3
 
 
 class TestUploads:
@@ -337,6 +444,19 @@ class TestAnswer:
         with connected(noisy.port, receive_bytes=4096) as raw:
             raw.sendall(request_bytes.replace(b"Host: x", b"Host: x\r\nConnection: close"))
             assert raw.recv(12) == b"HTTP/1.1 200"
+            until(lambda: not noisy.server.server_state.connections)
+
+    @pytest.mark.parametrize("connection", [b"close", b"keep-alive"])
+    def test_nor_is_its_end_kept_for_ever(self, noisy: SimpleNamespace, request_bytes: bytes, connection: bytes) -> None:
+        """Below the mark at which the transport says that it is full."""
+        with connected(noisy.port, receive_bytes=4096) as raw:
+            raw.sendall(request_bytes.replace(b"Host: x", b"Host: x\r\nConnection: " + connection))
+            assert raw.recv(12) == b"HTTP/1.1 200"
+            (held,) = noisy.server.server_state.connections
+            until(lambda: held.cycle.response_complete)
+            while (left := held.transport.get_write_buffer_size()) > 60_000:
+                raw.recv(8192)
+            assert left
             until(lambda: not noisy.server.server_state.connections)
 
     def test_that_is_read_slowly_is_sent_whole(self, noisy: SimpleNamespace, request_bytes: bytes) -> None:

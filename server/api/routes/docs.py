@@ -1,0 +1,120 @@
+"""GET /, the page, and GET /docs: what /openapi.json says, for people.
+
+Both load nothing from elsewhere: a foreign script would see keys, and hospitals have no internet.
+"""
+
+import hashlib
+import re
+from base64 import b64encode
+from collections.abc import Callable
+from html import escape
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import HTMLResponse
+
+METHODS = ("get", "post", "put", "patch", "delete")
+
+STYLE = """
+  :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
+  body { max-width: 60rem; margin: 0 auto; padding: 1rem }
+  code { overflow-wrap: anywhere }
+  table { border-collapse: collapse } td { padding: .15rem .75rem .15rem 0; vertical-align: top }
+"""
+
+TEMPLATE = """<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>{style}</style></head>
+<body>
+<h1>{title} {version}</h1>
+<p>{summary} For programs: <a href="/openapi.json">/openapi.json</a>.</p>
+{routes}
+</body>
+</html>
+"""
+
+
+def policy(page: str) -> dict[str, str]:
+    """Headers that let a page of ours run its own inline scripts and styles, ask this server, and nothing else."""
+
+    def own(tag: str) -> str:
+        texts = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        return " ".join(f"'sha256-{b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in texts) or "'none'"
+
+    rules = (
+        "default-src 'none'", f"script-src {own('script')}", f"style-src {own('style')}", "connect-src 'self'", "img-src blob:",
+        "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
+    )  # fmt: skip
+    return {"Content-Security-Policy": "; ".join(rules)}
+
+
+def router(page: str, openapi: Callable[[], dict[str, Any]]) -> APIRouter:
+    """The routes over a page and what describes the application."""
+    routes = APIRouter()
+    allowed = policy(page)
+
+    @routes.get("/", include_in_schema=False)
+    async def home() -> HTMLResponse:
+        return HTMLResponse(page, headers=allowed)
+
+    @routes.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        described = render(openapi())
+        return HTMLResponse(described, headers=policy(described))
+
+    return routes
+
+
+def render(document: dict[str, Any]) -> str:
+    """An OpenAPI document as a page."""
+    listed = [
+        _route(method, path, item[method]) for path, item in document["paths"].items() for method in METHODS if method in item
+    ]
+    info = document["info"]
+    return TEMPLATE.format(
+        title=escape(info["title"]), version=escape(info["version"]), summary=escape(info.get("summary", "")),
+        style=STYLE, routes="\n".join(listed),
+    )  # fmt: skip
+
+
+def _route(method: str, path: str, route: dict[str, Any]) -> str:
+    needs = "<p>Needs an API key: <code>Authorization: Bearer KEY</code> or <code>X-API-Key: KEY</code>.</p>" * (
+        "security" in route
+    )
+    bodies = ", ".join(f"<code>{escape(kind)}</code>" for kind in route.get("requestBody", {}).get("content", {}))
+    parameters = _table(
+        (
+            f"<code>{escape(one['name'])}</code>",
+            escape(one["in"]) + ", needed" * one.get("required", False),
+            f"{_kind(one.get('schema', {}))} {escape(one.get('description', ''))}",
+        )
+        for one in route.get("parameters", [])
+    )
+    answers = _table(
+        (
+            code,
+            " ".join(f"<code>{escape(kind)}</code>" for kind in answer.get("content", {})),
+            escape(answer.get("description", "")),
+        )
+        for code, answer in route["responses"].items()
+    )
+    return (
+        f"<h2><code>{method.upper()} {escape(path)}</code></h2>\n<p>{escape(route.get('summary', ''))}</p>\n"
+        f"<p>{escape(route.get('description', ''))}</p>\n{needs}\n"
+        + (f"<p>Body: {bodies}</p>\n" if bodies else "")
+        + (f"<h3>Parameters</h3>\n{parameters}\n" if parameters else "")
+        + f"<h3>Answers</h3>\n{answers}"
+    )
+
+
+def _table(rows: Any) -> str:
+    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table>\n{body}\n</table>" if body else ""
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    """What a parameter may be, in few words."""
+    kinds = schema.get("anyOf", [schema])
+    said = [" | ".join(map(str, kind["enum"])) if "enum" in kind else kind.get("type", "") for kind in kinds]
+    default = f" = {schema['default']}" if schema.get("default") is not None else ""
+    return f"<code>{escape(' | '.join(one for one in said if one != 'null') + default)}</code>"
