@@ -167,7 +167,9 @@ class OwnPagesOnly:
         """ASGI entry."""
         writes = scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS")
         if writes and _is_foreign(Headers(scope=scope)):
-            error = OtherSite("pages of other sites may not use this server; send it from a program")
+            error = OtherSite(
+                "pages of other sites may not use this server; send it from a program. A proxy in front must pass on the Host header"
+            )
             await problems.of(error)(scope, receive, send)
             return
         await self._app(scope, receive, send)
