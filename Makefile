@@ -43,7 +43,7 @@ $(VENV)/.installed-cpu $(VENV)/.installed-gpu: $(VENV)/.installed-%: pyproject.t
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	$(UNINSTALL) $(OTHER_$(RUNTIME))
-	$(PIP) --editable '.[$(RUNTIME),train,dev]'
+	$(PIP) --editable '.[$(RUNTIME),otel,train,dev]'
 	@rm -f $(VENV)/.installed-* && touch $@ $(VENV)/.installed-$(RUNTIME)
 
 clean:

@@ -1,6 +1,7 @@
 """ONNX Runtime: the engine everywhere; on GPUs the only one."""
 
 import functools
+import itertools
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,14 @@ if TYPE_CHECKING:
     import onnxruntime
 
 log = logging.getLogger(__name__)
+
+
+# Runs of larger tiles than this leave holes in the arena on CPUs, as they come in many sizes. After so many of them it gives back what is
+# free, and one run pays for its memory anew.
+SMALL_PIXELS = 128 * 128
+TIDY_EVERY = 16
+
+_large_runs = itertools.count(1)
 
 
 class OnnxRuntimeEngine:
@@ -33,21 +42,30 @@ class OnnxRuntimeEngine:
             "mean": tiles.mean,
             "inverse_std": tiles.inverse_std,
         }
-        scores: Scores = self._session.run(["scores"], feed)[0]
+        large = self.provider == "cpu" and feed["image"][:, 0].size > SMALL_PIXELS
+        scores: Scores = self._session.run(["scores"], feed, _tidying() if large and next(_large_runs) % TIDY_EVERY == 0 else None)[
+            0
+        ]
         return scores
 
     def release(self) -> None:
         """See `Engine.release`: on the CPU of all graphs, which share one arena; on GPUs the arena grows only as requested."""
-        import onnxruntime
-
         if self.provider != "cpu":
             return
-        options = onnxruntime.RunOptions()
-        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         # Only a run does that: of one tile, whose sides suit every level.
         axes = {put.name: [1, *put.shape[1:]] for put in self._session.get_inputs()}
         feed = {name: np.zeros([n if isinstance(n, int) else 32 for n in shape], np.float32) for name, shape in axes.items()}
-        self._session.run(["scores"], feed, options)
+        self._session.run(["scores"], feed, _tidying())
+
+
+@functools.cache
+def _tidying() -> "onnxruntime.RunOptions":
+    """With them a run ends by giving back what is free in the arena of the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
 def providers(wanted: str) -> list[str]:

@@ -168,3 +168,18 @@ def test_onnxruntime_gives_the_memory_of_large_runs_back(shipped_bundle: Path) -
     assert grown > 100
     engine.release()
     assert resident_mb() - before < grown / 2
+
+
+def test_the_arena_is_tidied_now_and_then(shipped_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every so many large runs, which give the same scores then; never for small ones, which come often and leave little."""
+    from server.runtime.engines import onnxruntime as module
+
+    engine = ENGINES["onnxruntime"].open(read_bundle(shipped_bundle).path("L1", "fp32"), "fp32", "cpu", 1)
+    large, small = noise(1, 3, [160, 160]), noise(1, 3, [32, 32])
+    expected, options, asked = engine.run(large), module._tidying(), []
+    monkeypatch.setattr(module, "_tidying", lambda: asked.append(1) or options)
+    for _ in range(2 * module.TIDY_EVERY):
+        assert np.array_equal(engine.run(large), expected)
+    for _ in range(2 * module.TIDY_EVERY):
+        engine.run(small)
+    assert len(asked) == 2
