@@ -17,10 +17,12 @@ COPY --from=wheel /wheels /wheels
 # With traces: --build-arg EXTRAS=gpu,otel
 ARG EXTRAS=gpu
 # Bytecode doubles the size of Python files and saves a second of a start that measures engines for many.
-RUN --mount=type=cache,target=/root/.cache/pip \
+# The cache is a mount, and no part of the image.
+# hadolint ignore=DL3042
+RUN --mount=type=cache,target=/pip \
     set -- /wheels/*.whl \
     && python -m venv --without-pip /opt/unetpp \
-    && pip --python /opt/unetpp/bin/python install --no-compile --constraint /build/constraints.txt --constraint /build/cuda.txt "$1[$EXTRAS]" \
+    && pip --python /opt/unetpp/bin/python --cache-dir /pip install --no-compile --constraint /build/constraints.txt --constraint /build/cuda.txt "$1[$EXTRAS]" \
     && python /build/trim.py /opt/unetpp/lib/python3.11/site-packages
 # Readable by any user, whatever the checkout's own modes are; tmp is for uploads, which wait on disk.
 COPY bundles /bundles

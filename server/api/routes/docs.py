@@ -3,6 +3,7 @@
 Both load nothing from elsewhere: a foreign script would see keys, and hospitals have no internet.
 """
 
+import functools
 import hashlib
 import re
 from base64 import b64encode
@@ -57,10 +58,16 @@ def router(page: str, openapi: Callable[[], dict[str, Any]]) -> APIRouter:
     async def home() -> HTMLResponse:
         return HTMLResponse(page, headers=allowed)
 
+    @functools.cache
+    def described() -> tuple[str, dict[str, str]]:
+        # When it is first asked for: now not all routes are there. Nobody needs a key for it, so it is made once.
+        text = render(openapi())
+        return text, policy(text)
+
     @routes.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        described = render(openapi())
-        return HTMLResponse(described, headers=policy(described))
+        text, headers = described()
+        return HTMLResponse(text, headers=headers)
 
     return routes
 
