@@ -98,7 +98,7 @@ def test_like_is_answered_by_like(flat: httpx.Client, data: bytes, kind: str, na
     ("data", "accept", "kind"),
     [
         (VOLUME, "application/json", "application/json"), (VOLUME, "application/gzip", "application/gzip"),
-        (VOLUME, "image/png, application/x-npz;q=0.5", "application/x-npz"), (STACK, "image/*", "image/tiff"),
+        (VOLUME, "image/png, application/x-npz;q=0.5", "image/png"), (STACK, "image/*", "image/tiff"),
         (IMAGE, "image/tiff", "image/tiff"), (STACK, "application/gzip;q=0.5, application/json;q=0.1", "application/json"),
     ],
 )  # fmt: skip
