@@ -134,9 +134,9 @@ def golden_spread(
     by_graph: dict[str, list[tuple[Tiles, Shaped[ndarray, "N K *tile"]]]] = {}
     for graph, tiles, scores in pairs:
         by_graph.setdefault(graph, []).append((tiles, scores))
-    accurate = by_graph.pop(ACCURATE)
+    accurate = by_graph.pop(ACCURATE, [])
     found = []
-    for (tiles, mean), *heads in zip(accurate, *by_graph.values(), strict=True):
+    for (tiles, mean), *heads in zip(accurate, *by_graph.values(), strict=False):
         # Of several classes the first is the background; 1 - background deviates as much.
         spread = np.std([scores[:, :1] for _, scores in heads], axis=0)
         found.append((tiles, np.concatenate([mean, spread], axis=1)))
@@ -371,8 +371,9 @@ def _check_golden(bundle: Bundle, engines: dict[tuple[str, str], Engine], spread
         difference = max(mean_difference(in_turn(engine.run, tiles), scores) for graph, tiles, scores in pairs if graph == name)
         if difference <= GOLDEN_TOLERANCE[precision]:
             continue
+        file = bundle.path(SPREAD if spread and (name, precision) == WHOLE else name, precision)
         problem = (
-            f"{bundle.path(name, precision)}: {engine.name} on {engine.provider} at {precision} leaves the golden "
+            f"{file}: {engine.name} on {engine.provider} at {precision} leaves the golden "
             f"scores by {difference:.2g} on average (limit {GOLDEN_TOLERANCE[precision]:g})"
         )
         if precision == "fp32":

@@ -18,7 +18,19 @@ from server.runtime import opening
 from server.runtime.bundle import Bundle, read_bundle
 from server.runtime.engines import ENGINES, EngineRow
 from server.runtime.engines.fake import FakeEngine
-from server.runtime.opening import GRAPH_RUNS, RACE_TILE, WORTHWHILE, _auto, _worthwhile, cores, golden_tiles, offered, open_bundle
+from server.runtime.opening import (
+    GRAPH_RUNS,
+    RACE_TILE,
+    WHOLE,
+    WORTHWHILE,
+    _auto,
+    _worthwhile,
+    cores,
+    golden_spread,
+    golden_tiles,
+    offered,
+    open_bundle,
+)
 from server.settings import BatchingSettings, RuntimeSettings
 from tests.server.conftest import calibrated, manifest, rewrite_hashes
 
@@ -38,14 +50,16 @@ def retouch_golden(folder: Path, edit: Callable[[dict[str, np.ndarray]], object]
 @pytest.fixture
 def golden_engines(monkeypatch: pytest.MonkeyPatch, shipped_bundle: Path) -> dict[str, EngineRow]:
     """Engines that know the golden answers by heart; rows may be exchanged."""
-    answers = {}
-    for graph, tiles, scores in golden_tiles(shipped_bundle / "golden.npz"):
-        answers[graph, tiles.pixels.tobytes()] = scores
+    pairs = [*golden_tiles(shipped_bundle / "golden.npz")]
+    answers = {(graph, tiles.pixels.tobytes()): scores for graph, tiles, scores in pairs}
+    answers |= {("spread", tiles.pixels.tobytes()): scores for tiles, scores in golden_spread(pairs)}
 
     def open_graph(path: Path, precision: str, provider: str, threads: int) -> FakeEngine:
         graph = path.name.split(".")[0]
         engine = FakeEngine(
-            lambda t: answers.get((graph, t.pixels.tobytes()), np.zeros((len(t), 1, *t.pixels.shape[2:]), np.float32))
+            lambda t: answers.get(
+                (graph, t.pixels.tobytes()), np.zeros((len(t), 1 + (graph == "spread"), *t.pixels.shape[2:]), np.float32)
+            )
         )
         engine.provider = provider
         return engine
