@@ -100,7 +100,7 @@ def export(source: Path, card: Card, out: Path, data: Path | None, advance: Call
     activation: Literal["sigmoid", "softmax"] = "sigmoid" if config.classes == 1 else "softmax"
     levels = level_networks(network)
     served = {name: ServedGraph(pruned, activation).eval() for name, (_, pruned) in levels.items()}
-    precisions = ("fp32", "fp16", "int8") if data else ("fp32", "fp16")
+    precisions: tuple[Literal["fp32", "fp16", "int8"], ...] = ("fp32", "fp16", "int8") if data else ("fp32", "fp16")
     graphs = tuple(_describe(name, level, pruned, precisions) for name, (level, pruned) in levels.items())
 
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,9 @@ def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: 
     assert isinstance(network, UNetPlusPlus)  # noqa: S101 - narrows the type
     manifest = bundle.manifest
     verdicts, wrong = [], []
-    networks = {name: pruned for name, (_, pruned) in level_networks(network).items()} | ({SPREAD: network} if manifest.spread else {})
+    networks = {name: pruned for name, (_, pruned) in level_networks(network).items()} | (
+        {SPREAD: network} if manifest.spread else {}
+    )
     known = [*golden_tiles(bundle.golden)]
     for name, pruned in networks.items():
         wrong += wrong_nodes(bundle, name, pruned)
@@ -79,8 +81,9 @@ def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: 
         for engine, precision in _runnable_at(bundle, name):
             answers = _answers(bundle, name, engine, precision, inputs)
             difference = largest_difference(answers, expected)
-            classes = [[scores[:, : manifest.score_channels] for scores in side] for side in (answers, expected)]
-            verdict = Verdict(name, precision, engine, difference, agreement(*classes, manifest.threshold))
+            k = manifest.score_channels
+            same = agreement([scores[:, :k] for scores in answers], [scores[:, :k] for scores in expected], manifest.threshold)
+            verdict = Verdict(name, precision, engine, difference, same)
             verdicts.append(verdict)
             advance(verdict)
     wrong += [

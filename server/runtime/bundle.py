@@ -202,7 +202,11 @@ class Manifest(_Part):
             raise ValueError(f"graphs need different names and one must be {ACCURATE!r}: {names}")
         if odd := [graph.name for graph in self.graphs if graph.name not in (ACCURATE, f"L{graph.level}")]:
             raise ValueError(f"graphs whose name and level differ: {odd}")
-        if self.spread and (self.spread.name, self.spread.level, [*self.spread.files]) != (SPREAD, self.graph(ACCURATE).level, ["fp32"]):
+        if self.spread and (self.spread.name, self.spread.level, [*self.spread.files]) != (
+            SPREAD,
+            self.graph(ACCURATE).level,
+            ["fp32"],
+        ):
             raise ValueError(f"spread must be named {SPREAD!r}, have the level of {ACCURATE!r}, and be in fp32 alone")
         return self
 

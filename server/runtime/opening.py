@@ -130,7 +130,7 @@ def golden_tiles(file: Path) -> Iterator[tuple[str, Tiles, Shaped[ndarray, "N K 
 def golden_spread(
     pairs: Iterable[tuple[str, Tiles, Shaped[ndarray, "N K *tile"]]],
 ) -> list[tuple[Tiles, Shaped[ndarray, "N K+1 *tile"]]]:
-    """What `spread` should answer: it follows from the golden pairs, as each level's scores are those of its head."""
+    """What `spread` should answer, in the order of the pairs of `accurate`: it follows from those of the levels, each one of the heads."""
     by_graph: dict[str, list[tuple[Tiles, Shaped[ndarray, "N K *tile"]]]] = {}
     for graph, tiles, scores in pairs:
         by_graph.setdefault(graph, []).append((tiles, scores))
@@ -168,7 +168,8 @@ def open_bundle(
         (name, precision): _open(bundle, name, candidate, settings.threads)
         for precision, candidate in chosen.items()
         for name in names
-        if offered(bundle.manifest, name, precision, candidate.engine) and not (bundle.manifest.spread and (name, precision) == WHOLE)
+        if offered(bundle.manifest, name, precision, candidate.engine)
+        and not (bundle.manifest.spread and (name, precision) == WHOLE)
     }
     spread = None
     if bundle.manifest.spread and "fp32" in chosen:
@@ -381,10 +382,21 @@ def _check_golden(bundle: Bundle, engines: dict[tuple[str, str], Engine], spread
         # The files are sound (their hashes are checked); this machine computes the precision badly.
         log.error("NOT OFFERED: %s", problem)
         del engines[name, precision]
-    for tiles, scores in golden_spread(pairs) if spread else ():
-        difference = mean_difference(in_turn(spread.run, tiles)[:, -1:], scores[:, -1:])
+    if spread:
+        _check_spread(bundle, spread, pairs, in_turn)
+
+
+def _check_spread(
+    bundle: Bundle, engine: Engine, pairs: list[tuple[str, Tiles, Shaped[ndarray, "N K *tile"]]], in_turn: Turns
+) -> None:
+    """Of its other channels it is known by then that they are those of `accurate`."""
+    for tiles, scores in golden_spread(pairs):
+        difference = mean_difference(in_turn(engine.run, tiles)[:, -1:], scores[:, -1:])
         if difference > GOLDEN_TOLERANCE["fp32"]:
-            raise BundleDamaged(f"{bundle.path(SPREAD, 'fp32')}: leaves the spread of the golden scores by {difference:.2g} on average")
+            raise BundleDamaged(
+                f"{bundle.path(SPREAD, 'fp32')}: {engine.name} on {engine.provider} leaves the spread of the golden scores by "
+                f"{difference:.2g} on average (limit {GOLDEN_TOLERANCE['fp32']:g})"
+            )
 
 
 def mean_difference(scores: Scores, expected: Shaped[ndarray, "N K *tile"]) -> float:

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from server.runtime.line import Lane
 from server.runtime.bundle import SPREAD
+from server.runtime.line import Lane
 from server.runtime.opening import WHOLE, OpenBundle
 from server.runtime.pace import Pace
 from server.settings import BatchingSettings
