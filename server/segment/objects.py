@@ -72,7 +72,7 @@ def measure(
     low, high = np.full((lines.ndim, count), np.iinfo(np.int64).max), np.zeros((lines.ndim, count), np.int64)
     moment = np.zeros((lines.ndim, count))
     for part in parts(lines.size):
-        starts, lengths, numbers = _runs(lines.reshape(-1)[part], part.start, length)
+        starts, lengths, numbers = runs(lines.reshape(-1)[part], part.start, length)
         if scores is not None and len(starts):
             sums = np.add.reduceat(scores[part].astype(np.float32), starts - part.start, dtype=np.float64)
         # Of the objects alone.
@@ -165,7 +165,7 @@ def _class_by_class(lines: UInt8[ndarray, "*lines"]) -> tuple[Int32[ndarray, "*l
     return labels, count
 
 
-def _runs(
+def runs(
     labels: Int32[ndarray, " part"], offset: int, length: int
 ) -> tuple[Int64[ndarray, " runs"], Int64[ndarray, " runs"], Int32[ndarray, " runs"]]:
     """Where the runs of one label begin, how long they are and which label it is: there are far fewer than pixels.
