@@ -70,10 +70,13 @@ def estimate(
     copied += network * 4 if extent.channels > len(manifest.channels) else 0
     # Of the axis that orders the windows one window, of the others all.
     sides = (t if a == grid.axis else max(s, t) for a, (s, t) in enumerate(zip(placement.size, grid.tile, strict=True)))
-    open_rows = math.prod(sides) * 4 * (2 * k + 3)
-    steps = max(STEP_PIXELS, tile_pixels) * 4 * (len(manifest.channels) + k) * 2 + WINDOW_BYTES * windows
+    open_channels = k + ("spread" in needs)
+    open_rows = math.prod(sides) * 4 * (2 * open_channels + 3)
+    steps = max(STEP_PIXELS, tile_pixels) * 4 * (len(manifest.channels) + open_channels) * 2 + WINDOW_BYTES * windows
     # Probabilities, and them encoded; or the four bytes per pixel in which components are labelled.
     kept = ((6 * k if "scores" in needs else 0) + (5 if "report" in needs else 0)) * pixels
+    # The spread, and it encoded as float32.
+    kept += (10 if "spread" in needs else 0) * pixels
     compared = math.prod(reference.size) * (reference.channels * reference.sample_bytes + 3) if reference else 0
     # The mask, its encoded form, and what finding the best class takes in passing.
     memory = pixels * (extent.channels * extent.sample_bytes + 2) + copied + open_rows + steps + kept + compared

@@ -197,7 +197,10 @@ class Segmenter:
         served = self._served.get(name)
         if served is None:
             raise UnknownModel(f"model={name!r} is not open here; there are: {', '.join(self._served)}")
-        route = modes.resolve(served.opened.bundle.manifest, request.mode, request.level)
+        manifest = served.opened.bundle.manifest
+        route = modes.resolve(manifest, request.mode, request.level)
+        if encoding.wants(request.format, "spread"):
+            return self._choice(name, served, modes.with_spread(manifest, route, request.precision, request.min_level), "fp32")
         return self._choice(name, served, route, request.precision)
 
     def _choice(self, name: str, served: Served, route: Route, wanted: str) -> Choice:

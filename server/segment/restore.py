@@ -36,6 +36,7 @@ class Canvas:
         classes: uint8, written to; its axes are those of the windows, of the grid's size or another, to which scores are
             then interpolated linearly before a class is chosen.
         scores: (K, ...) float16, written to in the same way, or None.
+        spread: float16, likewise, of what windows have as a channel more; or None, and they have none.
     """
 
     def __init__(
@@ -45,18 +46,21 @@ class Canvas:
         threshold: float,
         classes: UInt8[ndarray, "*size"],
         scores: Shaped[ndarray, "K *size"] | None = None,
+        spread: Shaped[ndarray, "*size"] | None = None,
     ) -> None:
         self._windows = windows
         self._threshold = threshold
         self._classes = np.moveaxis(classes, windows.axis, 0)
         self._scores = None if scores is None else np.moveaxis(scores, windows.axis + 1, 1)
+        self._spread = None if spread is None else np.moveaxis(spread, windows.axis, 0)
+        self._channels = channels
         self._rows, *self._across = self._rows_first(windows.size)
         rows, *across = self._rows_first(windows.tile)
         self._weights = importance((rows, *across)) if windows.blended else np.float32(1)
         # Rows [top, top + rows), still open to further windows.
         self._top = 0
         padded = [max(side, tile) for side, tile in zip(self._across, across, strict=True)]
-        self._sum = np.zeros((channels, rows, *padded), dtype=np.float32)
+        self._sum = np.zeros((channels + (spread is not None), rows, *padded), dtype=np.float32)
         self._weight = np.zeros((rows, *padded), dtype=np.float32)
         # Where the caller's rows lie among ours, which of them comes next, and our row before.
         self._lower, self._share = between(self._rows, len(self._classes))
@@ -103,9 +107,11 @@ class Canvas:
                 self._interpolate(self._top + row, total[:, row] / weight[row])
             return
         rows = slice(self._top, self._top + len(weight))
-        self._classes[rows] = _classes(total, weight, self._threshold)
+        self._classes[rows] = _classes(total[: self._channels], weight, self._threshold)
         if self._scores is not None:
-            self._scores[:, rows] = total / weight
+            self._scores[:, rows] = total[: self._channels] / weight
+        if self._spread is not None:
+            self._spread[rows] = total[-1] / weight
 
     def _interpolate(self, row: int, scores: Float32[ndarray, "K *across"]) -> None:
         """Writes the caller's rows that lie between our row before this one and this one."""
@@ -127,9 +133,11 @@ class Canvas:
             scores = lerp(plane, first, 1, strip)
             for axis, size in enumerate(rest, start=2):
                 scores = lerp(scores, size, axis)
-            self._classes[self._next, strip] = _classes(scores, np.ones_like(scores[0]), self._threshold)
+            self._classes[self._next, strip] = _classes(scores[: self._channels], np.ones_like(scores[0]), self._threshold)
             if self._scores is not None:
-                self._scores[:, self._next, strip] = scores
+                self._scores[:, self._next, strip] = scores[: self._channels]
+            if self._spread is not None:
+                self._spread[self._next, strip] = scores[-1]
 
 
 def _classes(total: Float32[ndarray, "K *size"], weight: Float32[ndarray, "*size"], threshold: float) -> UInt8[ndarray, "*size"]:

@@ -11,7 +11,7 @@ from numpy import ndarray
 
 from server.arrays import Image, Mask, Tiles, Volume
 from server.runtime.batcher import Batcher, Ran
-from server.runtime.bundle import Graph, Manifest
+from server.runtime.bundle import SPREAD, Graph, Manifest
 from server.runtime.line import Caller, Lane
 from server.segment.clock import Clock
 from server.segment.plan import Plan, make_plan, seen_by
@@ -89,7 +89,7 @@ def lay_out(source: Image | Volume, manifest: Manifest, graph: Graph, axis: str,
     Args:
         source: the input.
         manifest: of the network.
-        graph: to be run.
+        graph: to be run; `spread` gives the mask the spread of the heads.
         axis: of the slices of a volume, for a network of images.
         scores: whether the mask is to have them.
     """
@@ -98,5 +98,7 @@ def lay_out(source: Image | Volume, manifest: Manifest, graph: Graph, axis: str,
     classes = np.empty(source.size, dtype=np.uint8, order="C" if isinstance(source, Image) else "F")
     probabilities = np.empty((manifest.score_channels, *source.size), dtype=np.float16) if scores else None
     written = placement.view(probabilities, leading=1) if probabilities is not None else None
-    canvas = Canvas(plan.windows, manifest.score_channels, manifest.threshold, placement.view(classes), written)
-    return Work(source, pixels, plan, plan.cut(pixels, plan.windows.steps[0]), Mask(classes, probabilities), canvas)
+    spread = np.empty_like(classes, dtype=np.float16) if graph.name == SPREAD else None
+    deviations = placement.view(spread) if spread is not None else None
+    canvas = Canvas(plan.windows, manifest.score_channels, manifest.threshold, placement.view(classes), written, deviations)
+    return Work(source, pixels, plan, plan.cut(pixels, plan.windows.steps[0]), Mask(classes, probabilities, spread), canvas)

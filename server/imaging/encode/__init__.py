@@ -10,7 +10,7 @@ from typing import Any
 
 from server.arrays import Extent, Image, Mask, Volume
 from server.errors import UnknownFormat
-from server.imaging.encode import json, nifti, npz, overlay, png, png16, tiff
+from server.imaging.encode import json, nifti, npz, overlay, png, png16, tiff, uncertainty
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,12 @@ def _overlay(product: Product) -> bytes:
     return overlay.encode(product.source, product.mask, product.colors)
 
 
+def _uncertainty_nifti(product: Product) -> bytes:
+    assert isinstance(product.source, Volume)  # noqa: S101 - the row's kinds say so
+    return uncertainty.nifti(product.source, product.mask)
+
+
+_SPREAD = frozenset({"spread"})
 _SCORES = frozenset({"scores"})
 _REPORT = frozenset({"report"})
 
@@ -83,6 +89,9 @@ ENCODERS: dict[str, Encoder] = {
     "npz": Encoder("application/x-npz", "scores.npz", lambda p: npz.encode(p.mask), needs=_SCORES),
     "png16": Encoder("image/png", "score.png", lambda p: png16.encode(p.mask), ("image",), _SCORES),
     "overlay": Encoder("image/png", "overlay.png", _overlay, ("image",)),
+    "uncertainty_png": Encoder("image/png", "uncertainty.png", lambda p: uncertainty.png(p.mask), ("image",), _SPREAD),
+    "uncertainty_tiff": Encoder("image/tiff", "uncertainty.tif", lambda p: uncertainty.tiff(p.mask), ("image", "stack"), _SPREAD),
+    "uncertainty_nifti": Encoder("application/gzip", "uncertainty.nii.gz", _uncertainty_nifti, ("volume",), _SPREAD),
 }
 
 # What answers like with like, and what `format=mask` stands for.
@@ -134,6 +143,16 @@ def _named(name: str, fitting: list[str], kind: str, default: str) -> str:
 def needs(names: tuple[str, ...]) -> frozenset[str]:
     """What the product must hold for these formats."""
     return frozenset().union(*(ENCODERS[name].needs for name in names))
+
+
+def wants(wanted: str | None, what: str) -> bool:
+    """Whether one of the formats asked for needs it, whatever the input is."""
+    return any(what in ENCODERS[name].needs for name in (wanted or "").split(",") if name in ENCODERS)
+
+
+def without(wanted: str | None, what: str) -> str | None:
+    """The formats asked for less those that need it; the mask, if none is left."""
+    return ",".join(name for name in wanted.split(",") if not wants(name, what)) or MASK if wanted else wanted
 
 
 def encode(names: tuple[str, ...], product: Product) -> Encoded:
