@@ -21,12 +21,14 @@ class Extent:
         channels: as will be decoded.
         sample_bytes: of one decoded value.
         affine: see `Volume`.
+        family: see `Volume`.
     """
 
     size: tuple[int, ...]
     channels: int = 1
     sample_bytes: int = 1
     affine: Float64[ndarray, "4 4"] | None = None
+    family: str = "nifti"
 
     @property
     def kind(self) -> str:
@@ -41,10 +43,12 @@ class Image:
     Attributes:
         pixels: (H, W, C) uint8, uint16 or float32, all finite; C = 1 grey or 3 red, green, blue.
         note: what the caller should know about the decoding, e.g. that only the first page was read.
+        spacing_mm: from row to row and from column to column; None where the file does not say.
     """
 
     pixels: Shaped[ndarray, "H W C"]
     note: str = ""
+    spacing_mm: tuple[float, ...] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -71,12 +75,16 @@ class Volume:
         affine: (4, 4) voxel index to mm along right, anterior, superior; None for a stack of pages.
         header: the file's own header, which the answer is written with; None for a stack of pages.
         note: as `Image.note`.
+        spacing_mm: of a stack, along X, Y, Z; None where the file does not say. Of a volume the affine tells.
+        family: what a volume is answered in unless another format is asked for: "nifti", or "nrrd" for NRRD and MetaImage.
     """
 
     voxels: Shaped[ndarray, "X Y Z C"]
     affine: Float64[ndarray, "4 4"] | None
     header: Any = None
     note: str = ""
+    spacing_mm: tuple[float, ...] | None = None
+    family: str = "nifti"
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -92,7 +100,7 @@ class Volume:
     @property
     def extent(self) -> Extent:
         """What a header would say."""
-        return Extent(self.size, self.voxels.shape[-1], self.voxels.itemsize, self.affine)
+        return Extent(self.size, self.voxels.shape[-1], self.voxels.itemsize, self.affine, self.family)
 
 
 @dataclass(frozen=True)
