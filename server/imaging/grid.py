@@ -41,7 +41,7 @@ class Grid:
     size: Size
     stored: "np.dtype[np.generic]"
     affine: Float64[ndarray, "4 4"] | None = None
-    spacing_mm: tuple[float, ...] | None = None
+    spacing_mm: tuple[float, float] | None = None
     channels: int = 1
     interleaved: bool = True
     colors: bool = False
@@ -127,7 +127,7 @@ def place(
     return affine
 
 
-def flat_spacing(steps: Float64[ndarray, " 2"], *, named: bool) -> tuple[float, ...] | None:
+def flat_spacing(steps: Float64[ndarray, " 2"], *, named: bool) -> tuple[float, float] | None:
     """Spacing of an image, row first; None where it is 1 × 1 of no named unit, which is written where nobody knows."""
     if not np.isfinite(steps).all() or steps.min() <= 0 or (not named and (steps == 1).all()):
         return None

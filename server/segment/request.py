@@ -28,6 +28,8 @@ class SegmentRequest:
     include_mask: bool = False
     axis: str = "auto"
     nonfinite: str = "refuse"
+    axes: str = ""
+    channel: int | None = None
     min_level: int | None = None
 
 
@@ -98,7 +100,7 @@ class Answer:
     Attributes:
         body: encoded mask.
         media_type: of the body.
-        suffix: of a file that holds it.
+        file: name of a file that holds it.
         requested: what was asked for.
         choice: what was served.
         degraded: why less was served than asked for: "deadline", "load", or "".
@@ -109,7 +111,7 @@ class Answer:
 
     body: bytes
     media_type: str
-    suffix: str
+    file: str
     requested: Route
     choice: Choice
     degraded: str

@@ -122,7 +122,7 @@ def _stored(fields: dict[str, str]) -> "np.dtype[np.generic]":
     return np.dtype(TYPES[kind]).newbyteorder(">" if _true(fields, "BinaryDataByteOrderMSB") else "<")
 
 
-def _place(fields: dict[str, str], dims: int) -> tuple[Float64[ndarray, "4 4"] | None, tuple[float, ...] | None]:
+def _place(fields: dict[str, str], dims: int) -> tuple[Float64[ndarray, "4 4"] | None, tuple[float, float] | None]:
     """Affine of a volume or spacing of an image."""
     # Of a file of four dimensions the first three.
     whole = len(fields["DimSize"].split())

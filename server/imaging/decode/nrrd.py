@@ -185,7 +185,7 @@ def _axes(fields: dict[str, Any], sizes: list[int]) -> tuple[list[int], int | No
     return places, others[0] if others else None
 
 
-def _place(fields: dict[str, Any], places: list[int]) -> tuple[Float64[ndarray, "4 4"] | None, tuple[float, ...] | None, str]:
+def _place(fields: dict[str, Any], places: list[int]) -> tuple[Float64[ndarray, "4 4"] | None, tuple[float, float] | None, str]:
     """Affine of a volume or spacing of an image, and what is in doubt."""
     directions, note = fields.get("space directions"), ""
     if directions is not None:

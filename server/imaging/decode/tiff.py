@@ -59,14 +59,14 @@ class _Layout:
         pages: one for each slice.
         wanted: samples of their pixels.
         channels: as will be decoded.
-        spacing_mm: see `Image` and `Volume`.
+        spacing: mm along X, Y, Z, of what is known.
         note: what is in doubt.
     """
 
     pages: list[int]
     wanted: slice
     channels: int
-    spacing_mm: tuple[float, ...] | None
+    spacing: dict[str, float]
     note: str
 
 
@@ -108,10 +108,12 @@ def decode(file: BinaryIO, reading: Reading) -> Image | Volume:
                 stack[number] = pixels
             wrong += odd
     assert stack is not None  # noqa: S101 - there are pages
+    known = layout.spacing
     note = notes(layout.note, met(wrong, stack.size, reading.zero_nonfinite))
     if slices == 1:
-        return Image(stack[0], note, layout.spacing_mm)
-    return Volume(stack.transpose(2, 1, 0, 3), None, note=note, spacing_mm=layout.spacing_mm)
+        return Image(stack[0], note, (known["Y"], known["X"]) if known.keys() >= set("XY") else None)
+    spacing_mm = (known["X"], known["Y"], known["Z"]) if known.keys() >= set("XYZ") else None
+    return Volume(stack.transpose(2, 1, 0, 3), None, note=note, spacing_mm=spacing_mm)
 
 
 def _lay_out(tiff: "tifffile.TiffFile", reading: Reading) -> _Layout:
@@ -150,7 +152,9 @@ def _lay_out(tiff: "tifffile.TiffFile", reading: Reading) -> _Layout:
     chosen = [int(index) for index in table.ravel()]
     if not _alike(tiff, chosen):
         chosen, several = chosen[:1], f"only the first of {count} pages was read"
-    return _Layout(chosen, wanted, channels, _spacing(pages.spacing, len(chosen), times), notes(pages.note, guess, several))
+    # From one time to the next is no distance.
+    spacing = {letter: mm for letter, mm in pages.spacing.items() if letter != "Z" or times == 1}
+    return _Layout(chosen, wanted, channels, spacing, notes(pages.note, guess, several))
 
 
 def _described(first: "tifffile.TiffPage", count: int, shape: tuple[int, int, int], axes: str) -> Pages:
@@ -172,13 +176,6 @@ def _resolution(page: "tifffile.TiffPage", name: str) -> float:
         return float(numerator) / float(denominator)
     except (AttributeError, TypeError, ValueError, ZeroDivisionError):
         return 0.0
-
-
-def _spacing(known: dict[str, float], slices: int, times: int) -> tuple[float, ...] | None:
-    """As `Image` or `Volume` has it; times are no distance."""
-    if slices == 1:
-        return (known["Y"], known["X"]) if known.keys() >= set("XY") else None
-    return (known["X"], known["Y"], known["Z"]) if known.keys() >= set("XYZ") and times == 1 else None
 
 
 def _samples(page: "tifffile.TiffPage", reading: Reading) -> tuple[slice, int, str]:
