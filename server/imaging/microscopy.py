@@ -159,7 +159,7 @@ def _shaped(text: str, count: int) -> Pages:
     """What tifffile writes: a shape, and axes if it was told."""
     try:
         values = json.loads(text[:65536])
-        shape, axes = [int(length) for length in values["shape"]], str(values.get("axes", ""))
+        shape, axes = [_number({"": length}, "") for length in values["shape"]], str(values.get("axes", ""))
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return plain(count)
     lead, place = [], axes.find("YX")

@@ -131,21 +131,20 @@ def _lay_out(tiff: "tifffile.TiffFile", reading: Reading) -> _Layout:
     first, count = tiff.pages.first, len(tiff.pages)
     shape = (operator.index(first.imagelength), operator.index(first.imagewidth), operator.index(first.samplesperpixel))
     pages = _described(first, count, shape, reading.axes)
-    wanted, channels, guess = _samples(first, reading)
-    table, letters, several = pages.table, pages.letters, ""
+    table, letters = pages.table, pages.letters
     if "C" in letters and table.shape[letters.index("C")] > 1:
-        # Of pages that are colours all of these are read.
-        plain = dataclasses.replace(reading, channel=None)
-        wanted, channels, _ = _samples(first, plain)
-        axis = letters.index("C")
-        picked, guess = reading.channels(table.shape[axis])
-        table = table.take(picked.start, axis)
-        letters = letters.replace("C", "")
-    elif "C" in letters:
-        table, letters = table.take(0, letters.index("C")), letters.replace("C", "")
+        # Where these pages are colours, all of them are read.
+        wanted, channels, _ = _samples(first, dataclasses.replace(reading, channel=None))
+        picked, guess = reading.channels(table.shape[letters.index("C")])
+    else:
+        wanted, channels, guess = _samples(first, reading)
+        picked = slice(0, 1)
+    if "C" in letters:
+        table, letters = table.take(picked.start, letters.index("C")), letters.replace("C", "")
     times, slices = (table.shape[letters.index(letter)] if letter in letters else 1 for letter in "TZ")
     if letters == "ZT":
         table = table.T
+    several = ""
     if times > 1:
         several = f"{times} times of {slices} slices" if slices > 1 else f"{times} times"
         several = f"{several} were taken as {times * slices} slices, one after the other"
