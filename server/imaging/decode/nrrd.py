@@ -192,7 +192,10 @@ def _place(fields: dict[str, Any], places: list[int]) -> tuple[Float64[ndarray, 
         units = fields.get("space units", [])
         scale = np.array([in_mm(units[k]) if k < len(units) else 1.0 for k in range(directions.shape[1])])
         rows = np.asarray(directions, dtype=np.float64)[places] * scale
-        origin = np.asarray(fields.get("space origin", np.zeros(len(scale))), dtype=np.float64) * scale
+        origin = np.asarray(fields.get("space origin", np.zeros(len(scale))), dtype=np.float64)
+        if origin.shape != scale.shape or len(scale) < len(places):
+            raise Unreadable("the NRRD header gives space directions and space origin of different dimensions; save the file again")
+        origin = origin * scale
     else:
         units = fields.get("units", [])
         scale = np.array([in_mm(units[axis]) if axis < len(units) else 1.0 for axis in places])
@@ -204,8 +207,8 @@ def _place(fields: dict[str, Any], places: list[int]) -> tuple[Float64[ndarray, 
         with np.errstate(over="ignore"):
             return None, flat_spacing(np.linalg.norm(rows, axis=1), named=any(unit.strip().lower() in MM for unit in units)), ""
     towards = SPACES.get(fields.get("space", "").lower())
-    if rows.shape != (3, 3) or origin.shape != (3,):
-        raise Unreadable("the NRRD header places a volume in a space of other than three dimensions; save the file again")
+    if rows.shape != (3, 3):
+        raise Unreadable("the NRRD header places a volume in a space of more than three dimensions; save the file again")
     # As ITK takes it, and with it Slicer.
     doubt = "" if towards else "the header names no anatomical space; axes were taken as left, posterior, superior"
     return place(rows, origin, towards or LPS), None, notes(note, doubt)

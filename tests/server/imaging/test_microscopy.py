@@ -296,7 +296,7 @@ class TestOmeHeaders:
         assert read(described(text)).note == "the OME header describes another image; pages were taken as slices"
 
     def test_with_entities(self) -> None:
-        laughs = "".join(f'<!ENTITY l{n} "{"&l%d;" % (n - 1) * 10}">' for n in range(1, 10))
+        laughs = "".join(f'<!ENTITY l{n} "{f"&l{n - 1};" * 10}">' for n in range(1, 10))
         text = f'<!DOCTYPE OME [<!ENTITY l0 "ha">{laughs}]>' + ome("&l9;")
         with memory_stays_below(30), pytest.raises(Unreadable, match="document type"):
             read(described(text))
