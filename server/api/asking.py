@@ -44,6 +44,10 @@ class Parameters(BaseModel):
     include_mask: bool = Field(False, description="with format=json: the mask in base64, as mask_png, mask_tiff or mask_nifti")
     axis: str = Field("auto", description="slices of a volume for a model of images: auto (coarsest spacing), 0, 1, 2")
     nonfinite: str = Field("refuse", description="values that are NaN or infinite: refuse, or zero")
+    axes: str = Field("", description="of a TIFF, slowest first, as ZYX, TCYX, YXS; wins over its OME or ImageJ metadata")
+    channel: int | None = Field(
+        None, description="0, 1, …: of an input with several channels this one alone; else colours, or the first"
+    )
 
     def wanted(self, request: Request) -> SegmentRequest:
         """The request in the domain's words.

@@ -221,7 +221,7 @@ class Segmenter:
             CallerError: it could not be segmented at all, or is over a limit.
         """
         choice = self.choose(request)
-        extent = await Clock(self._workers).off_loop("decode", measure, file, self._limits.max_pixels)
+        extent = await Clock(self._workers).off_loop("decode", measure, file, self._reading(request))
         return self._order(extent, None, request, choice).estimate
 
     def _order(self, extent: Extent, reference: Extent | None, request: SegmentRequest, choice: Choice) -> _Order:
@@ -231,8 +231,6 @@ class Segmenter:
             UnknownFormat, InvalidParameter: the input does not fit the format, the model or the reference.
             TooLarge: says what it would take.
         """
-        if request.nonfinite not in ("refuse", "zero"):
-            raise InvalidParameter(f"nonfinite={request.nonfinite!r:.20} does not exist; there are: refuse, zero")
         limits, manifest = self._limits, choice.manifest
         formats = encoding.choose(request.format, request.accept, extent)
         placement = place(extent, manifest, request.axis)
@@ -242,7 +240,7 @@ class Segmenter:
         # An image may still lie on its side (EXIF).
         if reference and (extent.kind != "image" or sorted(extent.size) != sorted(reference.size)):
             quality.check_grid(extent, reference)
-        reading = Reading(limits.max_pixels, limits.max_voxels, zero_nonfinite=request.nonfinite == "zero")
+        reading = self._reading(request)
         alone_s = estimate.seconds + self._beside[extent.kind].seconds(estimate.pixels)
         return _Order(choice, choice.route, formats, reading, estimate, alone_s, self.line.wait_s(estimate.seconds) + alone_s)
 
@@ -284,7 +282,7 @@ class Segmenter:
         requested = choice or self.choose(request)
         clock = Clock(None if reference is None and is_quick(file, SMALL_BYTES) else self._workers)
         async with until(terms.deadline):
-            extents = await clock.off_loop("decode", self._measure, file, reference)
+            extents = await clock.off_loop("decode", self._measure, file, reference, request)
             order = self._decide(*extents, request, requested, terms)
             if not clock.workers and (math.prod(extents[0].size) > SMALL_PIXELS or order.formats != ("png",)):
                 clock.workers = self._workers
@@ -343,9 +341,18 @@ class Segmenter:
                 hurry.cancel()
         return _named(found, manifest)
 
-    def _measure(self, file: BinaryIO, reference: BinaryIO | None) -> tuple[Extent, Extent | None]:
-        limit = self._limits.max_pixels
-        return measure(file, limit), measure(reference, limit) if reference else None
+    def _reading(self, request: SegmentRequest) -> Reading:
+        if request.nonfinite not in ("refuse", "zero"):
+            raise InvalidParameter(f"nonfinite={request.nonfinite!r:.20} does not exist; there are: refuse, zero")
+        limits, zero = self._limits, request.nonfinite == "zero"
+        return Reading(limits.max_pixels, limits.max_voxels, zero_nonfinite=zero, axes=request.axes, channel=request.channel)
+
+    def _reading_labels(self) -> Reading:
+        """Whatever axes and channel the input has: labels come as one stack."""
+        return Reading(self._limits.max_pixels, self._limits.max_voxels, labels=True, zero_nonfinite=True)
+
+    def _measure(self, file: BinaryIO, reference: BinaryIO | None, request: SegmentRequest) -> tuple[Extent, Extent | None]:
+        return measure(file, self._reading(request)), measure(reference, self._reading_labels()) if reference else None
 
     def _decide(self, extent: Extent, reference: Extent | None, request: SegmentRequest, requested: Choice, terms: Terms) -> _Order:
         """The requested level, or the deepest one in time that the caller allows instead.
@@ -465,7 +472,7 @@ class Segmenter:
 
     def _decode_reference(self, reference: BinaryIO, source: Image | Volume) -> Image | Volume:
         """Labels on the input's grid."""
-        decoded = decode(reference, Reading(self._limits.max_pixels, self._limits.max_voxels, labels=True, zero_nonfinite=True))
+        decoded = decode(reference, self._reading_labels())
         if decoded.values.shape[-1] != 1 and np.ptp(decoded.values, axis=-1).any():
             raise InvalidParameter("the reference is a colour picture; send labels (one value per pixel)")
         # Again, as an image is now upright.

@@ -28,6 +28,8 @@ class SegmentRequest:
     include_mask: bool = False
     axis: str = "auto"
     nonfinite: str = "refuse"
+    axes: str = ""
+    channel: int | None = None
     min_level: int | None = None
 
 
