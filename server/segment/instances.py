@@ -123,7 +123,7 @@ def _height(inside: Bool[ndarray, "*box"], steps: tuple[float, ...]) -> Float32[
     """Smoothed distance to the edge, -1 outside; holes, which are the network's doubts, make no edge."""
     holes = ndimage.label(~inside)[0] > 1
     nearest = ndimage.distance_transform_edt(inside | holes, steps, return_distances=False, return_indices=True)
-    squares = np.zeros(inside.shape, dtype=np.float32)
+    squares: Float32[ndarray, "*box"] = np.zeros(inside.shape, dtype=np.float32)
     for axis, step in enumerate(steps):
         shape = [-1 if k == axis else 1 for k in range(inside.ndim)]
         squares += np.square((nearest[axis] - np.arange(inside.shape[axis], dtype=np.int32).reshape(shape)) * np.float32(step))
@@ -145,9 +145,9 @@ def _uphill(height: Float32[ndarray, "*box"]) -> Int32[ndarray, " pixels"]:
             np.copyto(best[a], height[b], where=higher)
             np.copyto(to[a], here[b], where=higher)
     del best, here
-    to = to.reshape(-1)
+    to = np.ravel(to)
     while True:
-        further = to[to]
+        further: Int32[ndarray, " pixels"] = to[to]
         if np.array_equal(further, to):
             return further
         to = further

@@ -80,12 +80,13 @@ def _uncertainty_nifti(product: Product) -> bytes:
 _SPREAD = frozenset({"spread"})
 _SCORES = frozenset({"scores"})
 _REPORT = frozenset({"report"})
+_OBJECTS = frozenset({"objects"})
 
 ENCODERS: dict[str, Encoder] = {
     "png": Encoder("image/png", "mask.png", lambda p: png.encode(p.mask, p.colors), ("image",)),
     "nifti": Encoder("application/gzip", "mask.nii.gz", _nifti, ("volume",)),
     "tiff": Encoder("image/tiff", "mask.tif", lambda p: tiff.encode(p.mask, p.colors), ("image", "stack")),
-    "json": Encoder("application/json", "statistics.json", lambda p: json.encode(p.report), needs=_REPORT, packed=False),
+    "json": Encoder("application/json", "statistics.json", lambda p: json.encode(p.report), needs=_REPORT | _OBJECTS, packed=False),
     "npz": Encoder("application/x-npz", "scores.npz", lambda p: npz.encode(p.mask), needs=_SCORES),
     "png16": Encoder("image/png", "score.png", lambda p: png16.encode(p.mask), ("image",), _SCORES),
     "overlay": Encoder("image/png", "overlay.png", _overlay, ("image",)),
@@ -96,6 +97,7 @@ ENCODERS: dict[str, Encoder] = {
 
 # What answers like with like, and what `format=mask` stands for.
 DEFAULTS = {"image": "png", "stack": "tiff", "volume": "nifti"}
+LABELS = {"image": "labels_png", "stack": "labels_tiff", "volume": "labels_nifti"}
 MASK = "mask"
 _KINDS = {"image": "an image", "stack": "a stack of pages", "volume": "a volume"}
 
@@ -103,20 +105,26 @@ _KINDS = {"image": "an image", "stack": "a stack of pages", "volume": "a volume"
 EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
-def choose(wanted: str | None, accept: str | None, extent: Extent | None = None) -> tuple[str, ...]:
+def like(extent: Extent | None, *, instances: bool = False) -> str:
+    """What `format=mask` stands for: as the input, or the numbers of its objects in the same way."""
+    return (LABELS if instances else DEFAULTS)[extent.kind if extent else "image"]
+
+
+def choose(wanted: str | None, accept: str | None, extent: Extent | None = None, *, instances: bool = False) -> tuple[str, ...]:
     """The output formats: those named, else the most wanted in the Accept header that exists, else what the input is.
 
     Args:
         wanted: as asked for: a name, or several by comma; "mask" is what the input is. Or None.
         accept: the Accept header, or None.
         extent: of the input; None while it is not known, when any row that could do is given.
+        instances: whether the numbers of objects are the mask that is meant.
 
     Raises:
         UnknownFormat: lists what exists.
     """
     kind = extent.kind if extent else None
     fitting = [key for key, row in ENCODERS.items() if kind is None or kind in row.kinds]
-    default = DEFAULTS[kind or "image"]
+    default = like(extent, instances=instances)
     if wanted is not None:
         return tuple(dict.fromkeys(_named(name, fitting, kind or "image", default) for name in wanted.split(",")))
     types = _by_preference(accept or "*/*")
