@@ -123,14 +123,13 @@ def _height(inside: Bool[ndarray, "*box"], steps: tuple[float, ...]) -> Float32[
     """Smoothed distance to the edge, -1 outside; holes, which are the network's doubts, make no edge."""
     holes = ndimage.label(~inside)[0] > 1
     nearest = ndimage.distance_transform_edt(inside | holes, steps, return_distances=False, return_indices=True)
-    squares: Float32[ndarray, "*box"] = np.zeros(inside.shape, dtype=np.float32)
+    squares = np.zeros(inside.shape, dtype=np.float32)
     for axis, step in enumerate(steps):
         shape = [-1 if k == axis else 1 for k in range(inside.ndim)]
         squares += np.square((nearest[axis] - np.arange(inside.shape[axis], dtype=np.int32).reshape(shape)) * np.float32(step))
     del nearest
-    height = np.sqrt(squares, out=squares)
-    least = min(steps)
-    height = ndimage.gaussian_filter(height, [SMOOTHED * least / step for step in steps], output=np.float32)
+    smoothed = [SMOOTHED * min(steps) / step for step in steps]
+    height: Float32[ndarray, "*box"] = ndimage.gaussian_filter(np.sqrt(squares, out=squares), smoothed, output=np.float32)
     height[~inside] = -1
     return height
 
@@ -145,12 +144,12 @@ def _uphill(height: Float32[ndarray, "*box"]) -> Int32[ndarray, " pixels"]:
             np.copyto(best[a], height[b], where=higher)
             np.copyto(to[a], here[b], where=higher)
     del best, here
-    to = np.ravel(to)
+    before: Int32[ndarray, " pixels"] = to.reshape(-1)
     while True:
-        further: Int32[ndarray, " pixels"] = to[to]
-        if np.array_equal(further, to):
-            return further
-        to = further
+        after: Int32[ndarray, " pixels"] = before[before]
+        if np.array_equal(after, before):
+            return after
+        before = after
 
 
 def _saddles(height: Float32[ndarray, "*box"], found: Int32[ndarray, "*box"], count: int) -> list[tuple[float, int, int]]:
