@@ -27,7 +27,7 @@ def restored(plan: Plan, pixels: np.ndarray, run: Callable[[Tiles], np.ndarray] 
     channels = run(plan.cut(pixels, range(1))).shape[1]
     # What is not written stays odd.
     classes, scores = np.full(size, 99, dtype=np.uint8), np.full((channels, *size), np.nan, dtype=np.float16)
-    canvas = Canvas(plan.windows, channels, threshold, classes, scores)
+    canvas = Canvas(plan.windows, channels, threshold if channels == 1 else None, classes, scores)
     for first in range(0, len(plan.windows), step):
         part = range(first, min(first + step, len(plan.windows)))
         canvas.add(part, run(plan.cut(pixels, part)))
