@@ -130,5 +130,3 @@ def test_memory_of_classes_that_touch(axis: int) -> None:
     classes = np.asfortranarray(np.indices((200, 200, 200), dtype=np.uint8)[axis] // 8)
     with memory_stays_below(8e6 * objects.PIXEL_BYTES / 1e6):
         assert len(find(classes)) == 24
-
-
