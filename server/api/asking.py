@@ -23,6 +23,7 @@ REQUEST_BODY: dict[str, Any] = {
             },
             "image/*": {"schema": BINARY},
             "application/gzip": {"schema": BINARY},
+            "application/zip": {"schema": BINARY},
             "application/octet-stream": {"schema": BINARY},
         },
     }

@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 from jaxtyping import UInt8
 from numpy import ndarray
@@ -98,7 +99,7 @@ class Answer:
     """The finished answer.
 
     Attributes:
-        body: encoded mask.
+        body: encoded mask; of a zip of images a file, which whoever sends it closes.
         media_type: of the body.
         file: name of a file that holds it.
         requested: what was asked for.
@@ -109,7 +110,7 @@ class Answer:
         note: what the caller should know, e.g. that further pages were not read.
     """
 
-    body: bytes
+    body: bytes | BinaryIO
     media_type: str
     file: str
     requested: Route
@@ -118,6 +119,11 @@ class Answer:
     seconds: dict[str, float]
     quality: dict[int, quality.Overlap]
     note: str
+
+    def close(self) -> None:
+        """Removes the file that holds it, if one does."""
+        if not isinstance(self.body, bytes):
+            self.body.close()
 
     @property
     def mean_iou(self) -> float:
