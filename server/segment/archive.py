@@ -24,6 +24,7 @@ from server.errors import CallerError, InvalidParameter, TooLarge, Unreadable, U
 from server.imaging.encode import EPOCH
 from server.segment.clock import Clock
 from server.segment.cost import Estimate
+from server.segment.pipeline import until
 from server.segment.request import Answer, Choice, SegmentRequest, Terms
 from server.settings import LimitsSettings
 
@@ -320,7 +321,7 @@ class _Batch:
     async def _in_time(self, work: Any, total: int) -> None:
         left_s = self._terms.patience_s - (time.monotonic() - self._terms.begun)
         try:
-            async with asyncio.timeout(None if left_s == math.inf else left_s) as limit:
+            async with asyncio.timeout(None if left_s == math.inf else left_s) as limit, until(self._terms.deadline):
                 await work
         except TimeoutError as error:
             if not limit.expired():
@@ -364,7 +365,9 @@ class _Batch:
             try:
                 await clock.off_loop("", zips.extract, entry, target)
                 _refuse_dicom(target)
-                answer = await self._segmenter.segment(target, self._request, terms=self._terms, choice=self._choice)
+                # Time is for all together: each alone would be refused because of the others.
+                terms = Terms(urgent=self._terms.urgent)
+                answer = await self._segmenter.segment(target, self._request, terms=terms, choice=self._choice)
             except (_Full, _Dicom):
                 raise
             except CallerError as error:
@@ -374,19 +377,13 @@ class _Batch:
         route = answer.choice.route
         row |= {"status": "ok", "files": files, "model": answer.choice.model, "mode": route.mode, "level": route.level}
         row |= {"precision": answer.choice.precision}
-        row |= {name: value for name, value in (("degraded", answer.degraded), ("note", answer.note)) if value}
+        row |= {"note": answer.note} if answer.note else {}
         row["timings_ms"] = {phase: round(spent * 1e3, 2) for phase, spent in answer.seconds.items()}
         self._seconds.update(answer.seconds)
 
     def _note(self) -> str:
         failed = sum(row["status"] == "failed" for row in self._rows)
-        degraded = sum("degraded" in row for row in self._rows)
-        said = (
-            (failed, f"{failed} of {len(self._rows)} files could not be segmented"),
-            (degraded, f"{degraded} images were answered at a shallower level"),
-        )
-        found = [text for count, text in said if count]
-        return f"{' and '.join(found)}; see {REPORT}" if found else ""
+        return f"{failed} of {len(self._rows)} files could not be segmented; see {REPORT}" if failed else ""
 
 
 class _Dicom(UnsupportedType):

@@ -107,7 +107,7 @@ def choose(wanted: str | None, accept: str | None, extent: Extent | None = None)
     """
     kind = extent.kind if extent else None
     fitting = [key for key, row in ENCODERS.items() if kind is None or kind in row.kinds]
-    default = DEFAULTS[kind or "image"]
+    default = _like(extent)
     if wanted is not None:
         return tuple(dict.fromkeys(_named(name, fitting, kind or "image", default) for name in wanted.split(",")))
     types = _by_preference(accept or "*/*")
@@ -118,6 +118,13 @@ def choose(wanted: str | None, accept: str | None, extent: Extent | None = None)
     if any(t in ("text/html", "application/problem+json") for t in types):
         return (default,)
     raise UnknownFormat(f"nothing in Accept: {accept} is offered; use format= with one of: {', '.join(fitting)}")
+
+
+def _like(extent: Extent | None) -> str:
+    """The format that answers like with like; of volumes there are two families."""
+    if extent and extent.kind == "volume" and extent.family in ENCODERS:
+        return extent.family
+    return DEFAULTS[extent.kind if extent else "image"]
 
 
 def _named(name: str, fitting: list[str], kind: str, default: str) -> str:

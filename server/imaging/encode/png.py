@@ -102,5 +102,7 @@ def _compressed(pixels: Shaped[ndarray, "H *rest"]) -> Iterator[bytes]:
 
 def _bytes(rows: Shaped[ndarray, "H *rest"]) -> UInt8[ndarray, "H bytes"]:
     """As PNG has them: the high byte first."""
-    swapped: UInt8[ndarray, "H bytes"] = np.ascontiguousarray(rows, rows.dtype.newbyteorder(">")).view(np.uint8).reshape(len(rows), -1)
+    swapped: UInt8[ndarray, "H bytes"] = (
+        np.ascontiguousarray(rows, rows.dtype.newbyteorder(">")).view(np.uint8).reshape(len(rows), -1)
+    )
     return swapped
