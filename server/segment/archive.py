@@ -47,7 +47,10 @@ REPORT = "report.json"
 class Segments(Protocol):
     """What is asked of a `Segmenter`."""
 
-    limits: LimitsSettings
+    @property
+    def limits(self) -> LimitsSettings:
+        """See there."""
+        ...
 
     def choose(self, request: SegmentRequest) -> Choice:
         """See there."""

@@ -102,7 +102,6 @@ class Segmenter:
 
     Attributes:
         answered: told of each answer before it goes out, so it must be quick.
-        limits: as given.
     """
 
     def __init__(
@@ -116,7 +115,7 @@ class Segmenter:
     ) -> None:
         self.default = default
         self._batching = batching
-        self.limits = limits
+        self._limits = limits
         self._metrics = metrics
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="worker")
         # Their own, so that images need not wait for a thread either.
@@ -146,6 +145,11 @@ class Segmenter:
         self._device.shutdown()
         self._workers.shutdown()
         self._volume_workers.shutdown()
+
+    @property
+    def limits(self) -> LimitsSettings:
+        """As given."""
+        return self._limits
 
     @property
     def bundles(self) -> Mapping[str, OpenBundle]:
@@ -229,7 +233,7 @@ class Segmenter:
             UnknownFormat, InvalidParameter: the input does not fit the format, the model or the reference.
             TooLarge: says what it would take.
         """
-        limits, manifest = self.limits, choice.manifest
+        limits, manifest = self._limits, choice.manifest
         formats = encoding.choose(request.format, request.accept, extent)
         placement = place(extent, manifest, request.axis)
         graph = manifest.graph(choice.route.graph)
@@ -342,12 +346,12 @@ class Segmenter:
     def _reading(self, request: SegmentRequest) -> Reading:
         if request.nonfinite not in ("refuse", "zero"):
             raise InvalidParameter(f"nonfinite={request.nonfinite!r:.20} does not exist; there are: refuse, zero")
-        limits, zero = self.limits, request.nonfinite == "zero"
+        limits, zero = self._limits, request.nonfinite == "zero"
         return Reading(limits.max_pixels, limits.max_voxels, zero_nonfinite=zero, axes=request.axes, channel=request.channel)
 
     def _reading_labels(self) -> Reading:
         """Whatever axes and channel the input has: labels come as one stack."""
-        return Reading(self.limits.max_pixels, self.limits.max_voxels, labels=True, zero_nonfinite=True)
+        return Reading(self._limits.max_pixels, self._limits.max_voxels, labels=True, zero_nonfinite=True)
 
     def _measure(self, file: BinaryIO, reference: BinaryIO | None, request: SegmentRequest) -> tuple[Extent, Extent | None]:
         return measure(file, self._reading(request)), measure(reference, self._reading_labels()) if reference else None

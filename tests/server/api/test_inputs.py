@@ -162,6 +162,11 @@ class TestMicroscopes:
         scored = server.post("/segment?channel=1", files={"file": file, "reference": truth})
         assert float(scored.headers["x-segment-iou"]) == 1
 
+    def test_a_reference_of_several_channels_is_none(self, server: httpx.Client, problem: Checked) -> None:
+        values = np.zeros((3, 2, 9, 7), dtype=np.uint8)
+        files = {"file": written(values[:, 0], "ZYX", imagej=True), "reference": written(values, "ZCYX", imagej=True)}
+        assert "the label image has 2 channels; send labels" in problem(server.post("/segment", files=files), 422).detail
+
     def test_one_colour_of_a_picture(self, server: httpx.Client) -> None:
         pixels = np.random.default_rng(0).integers(0, 255, (9, 7, 3), dtype=np.uint8)
         alone = server.post("/segment", content=picture_bytes(pixels[..., 2]))
