@@ -140,7 +140,8 @@ def like(extent: Extent | None, *, instances: bool = False) -> str:
     kind = extent.kind if extent else "image"
     if instances:
         return LABELS[kind]
-    return "nrrd" if extent and extent.kind == "volume" and extent.family == "nrrd" else DEFAULTS[kind]
+    # Of volumes there are two families.
+    return extent.family if extent and kind == "volume" else DEFAULTS[kind]
 
 
 def choose(wanted: str | None, accept: str | None, extent: Extent | None = None, *, instances: bool = False) -> tuple[str, ...]:
