@@ -18,7 +18,10 @@ PART = 1_000_000
 
 # A mask of more is noise, and each takes some 150 bytes, and more in an answer.
 MOST_OBJECTS = 1_000_000
-OBJECT_BYTES = 150
+OBJECT_BYTES = 250
+
+# While a mask is labelled: the labels, and in noise tables of them.
+PIXEL_BYTES = 16
 
 
 def find(classes: UInt8[ndarray, "*size"], confidence: Shaped[ndarray, "*size"] | None = None) -> Objects:
@@ -60,11 +63,7 @@ def measure(
     Raises:
         InvalidParameter: there are more than `MOST_OBJECTS`.
     """
-    if count > MOST_OBJECTS:
-        raise InvalidParameter(
-            f"the mask falls into {count:,} objects, which is noise; {MOST_OBJECTS:,} are described at most. Drop the small ones "
-            "with min_size_px, or ask for a format without objects"
-        )
+    check_count(count)
     lines, kinds = scanned(labels), scanned(classes).reshape(-1)
     scores = None if confidence is None else scanned(confidence).reshape(-1)
     *outer, length = lines.shape
@@ -95,6 +94,19 @@ def measure(
     low, high, centroid = (np.ascontiguousarray(column[axes].T) for column in (low, high, moment / pixels))
     border = touching(low, high, labels.shape)
     return Objects(labels, value, pixels, centroid, low, high, mean.astype(np.float32), border)
+
+
+def check_count(count: int) -> None:
+    """Refuses more objects than anybody could use.
+
+    Raises:
+        InvalidParameter: says the limit.
+    """
+    if count > MOST_OBJECTS:
+        raise InvalidParameter(
+            f"the mask falls into {count:,} objects, which is noise; {MOST_OBJECTS:,} are described at most. Drop the small ones "
+            "with min_size_px, or ask for a format without objects"
+        )
 
 
 def touching(low: Int64[ndarray, "N axes"], high: Int64[ndarray, "N axes"], size: tuple[int, ...]) -> Bool[ndarray, " N"]:
@@ -138,6 +150,15 @@ def replace(labels: Int32[ndarray, "*lines"], numbers: Int32[ndarray, " most"]) 
     flat = labels.reshape(-1)
     for part in parts(flat.size):
         flat[part] = numbers[flat[part]]
+
+
+def looked_up(table: Bool[ndarray, " most"], labels: Int32[ndarray, "*lines"]) -> Bool[ndarray, "*lines"]:
+    """`table[label]` of each of the labels, which are contiguous, without eight bytes for each."""
+    found = np.empty(labels.shape, dtype=np.bool_)
+    flat, into = labels.reshape(-1), found.reshape(-1)
+    for part in parts(flat.size):
+        into[part] = table[flat[part]]
+    return found
 
 
 def _corners(axes: int) -> Bool[ndarray, "..."]:
