@@ -10,7 +10,7 @@ from typing import Any
 
 from server.arrays import Extent, Image, Mask, Volume
 from server.errors import UnknownFormat
-from server.imaging.encode import json, nifti, npz, overlay, png, png16, tiff
+from server.imaging.encode import coco, csv, geojson, json, nifti, npz, nrrd, overlay, png, png16, tiff
 
 
 @dataclass(frozen=True)
@@ -62,27 +62,61 @@ class Encoded:
     file: str
 
 
-def _nifti(product: Product) -> bytes:
-    assert isinstance(product.source, Volume)  # noqa: S101 - the row's kinds say so
-    return nifti.encode(product.source, product.mask, product.colors, product.names)
+def _image(source: Image | Volume | None) -> Image:
+    assert isinstance(source, Image)  # noqa: S101 - the row's kinds say so
+    return source
 
 
-def _overlay(product: Product) -> bytes:
-    assert isinstance(product.source, Image)  # noqa: S101 - the row's kinds say so
-    return overlay.encode(product.source, product.mask, product.colors)
+def _volume(source: Image | Volume | None) -> Volume:
+    assert isinstance(source, Volume)  # noqa: S101 - the row's kinds say so
+    return source
 
 
+def _any(source: Image | Volume | None) -> Image | Volume:
+    assert source is not None  # noqa: S101 - whoever makes an answer has decoded something
+    return source
+
+
+def _geojson(product: Product) -> bytes:
+    return geojson.encode(product.mask, product.colors, product.names, _image(product.source))
+
+
+_IMAGE, _PAGES, _VOLUME = ("image",), ("image", "stack"), ("volume",)
 _SCORES = frozenset({"scores"})
+_OBJECTS = frozenset({"objects"})
 _REPORT = frozenset({"report"})
 
+# In the order in which a header Accept finds them.
 ENCODERS: dict[str, Encoder] = {
-    "png": Encoder("image/png", "mask.png", lambda p: png.encode(p.mask, p.colors), ("image",)),
-    "nifti": Encoder("application/gzip", "mask.nii.gz", _nifti, ("volume",)),
-    "tiff": Encoder("image/tiff", "mask.tif", lambda p: tiff.encode(p.mask, p.colors), ("image", "stack")),
+    "png": Encoder("image/png", "mask.png", lambda p: png.encode(p.mask, p.colors), _IMAGE),
+    "nifti": Encoder(
+        "application/gzip", "mask.nii.gz", lambda p: nifti.encode(_volume(p.source), p.mask, p.colors, p.names), _VOLUME
+    ),
+    "tiff": Encoder("image/tiff", "mask.tif", lambda p: tiff.encode(p.mask, p.colors), _PAGES),
     "json": Encoder("application/json", "statistics.json", lambda p: json.encode(p.report), needs=_REPORT, packed=False),
     "npz": Encoder("application/x-npz", "scores.npz", lambda p: npz.encode(p.mask), needs=_SCORES),
-    "png16": Encoder("image/png", "score.png", lambda p: png16.encode(p.mask), ("image",), _SCORES),
-    "overlay": Encoder("image/png", "overlay.png", _overlay, ("image",)),
+    "png16": Encoder("image/png", "score.png", lambda p: png16.encode(p.mask), _IMAGE, _SCORES),
+    "overlay": Encoder("image/png", "overlay.png", lambda p: overlay.encode(_any(p.source), p.mask, p.colors)),
+    "png1": Encoder("image/png", "mask_1bit.png", lambda p: png.one_bit(p.mask), _IMAGE),
+    "nrrd": Encoder(
+        "application/x-nrrd", "mask.seg.nrrd", lambda p: nrrd.encode(_volume(p.source), p.mask, p.colors, p.names), _VOLUME
+    ),
+    "labels_png": Encoder("image/png", "labels.png", lambda p: png.labels(p.mask), _IMAGE, _OBJECTS),
+    "labels_tiff": Encoder("image/tiff", "labels.tif", lambda p: tiff.labels(p.mask), _PAGES, _OBJECTS),
+    "labels_nifti": Encoder(
+        "application/gzip", "labels.nii.gz", lambda p: nifti.labels(_volume(p.source), p.mask), _VOLUME, _OBJECTS
+    ),
+    "csv": Encoder("text/csv", "objects.csv", lambda p: csv.encode(p.mask, p.names, p.source), needs=_OBJECTS, packed=False),
+    "geojson": Encoder("application/geo+json", "objects.geojson", _geojson, _IMAGE, _OBJECTS, packed=False),
+    "geojson_gz": Encoder("application/gzip", "objects.geojson.gz", lambda p: geojson.packed(_geojson(p)), _IMAGE, _OBJECTS),
+    "coco": Encoder("application/json", "coco.json", lambda p: coco.encode(p.mask, p.names), _IMAGE, _OBJECTS, packed=False),
+    "npz8": Encoder("application/x-npz", "scores_8bit.npz", lambda p: npz.eight_bits(p.mask), needs=_SCORES),
+    "scores_tiff": Encoder("image/tiff", "scores.tif", lambda p: tiff.scores(p.mask, p.names), _PAGES, _SCORES),
+    "scores_nifti": Encoder(
+        "application/gzip", "scores.nii.gz", lambda p: nifti.scores(_volume(p.source), p.mask), _VOLUME, _SCORES
+    ),
+    "overlay_jpeg": Encoder("image/jpeg", "overlay.jpg", lambda p: overlay.jpeg(_any(p.source), p.mask, p.colors)),
+    "picture": Encoder("image/png", "picture.png", lambda p: overlay.picture(_image(p.source)), _IMAGE),
 }
 
 # What answers like with like, and what `format=mask` stands for.

@@ -1,4 +1,4 @@
-"""PNG: indexed, with one byte per pixel for the class and the classes' colours as the palette; or with one bit per pixel.
+"""PNG: classes with a palette of their colours, or in one bit; numbers of objects.
 
 The container is written here, around a stream that isal compresses: Pillow takes three times as long for a mask, ten times for a
 photograph, and cannot be told to do less (`python -m bench.encoders`).
@@ -16,6 +16,7 @@ from numpy import ndarray
 from PIL import Image as Pillow
 
 from server.arrays import Mask
+from server.errors import InvalidParameter
 
 # Rows worked on at once by encoders that compute in more than 8 bits.
 ROWS = 64
@@ -24,6 +25,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, RGB, INDEXED = 0, 2, 3
 # Each byte as its difference from the one above it.
 UP = 2
+MOST_LABELS = 65_535
 # Fast, and masks are still small.
 COMPRESSION = 1
 
@@ -37,6 +39,21 @@ def one_bit(mask: Mask) -> bytes:
     """White where there is any class, else black."""
     packed = np.packbits(mask.classes > 0, axis=1)
     return _file(packed, mask.classes.shape[1], 1, GREY)
+
+
+def labels(mask: Mask) -> bytes:
+    """Numbers of the objects as 16-bit grey.
+
+    Raises:
+        InvalidParameter: there are more than that holds.
+    """
+    assert mask.objects is not None  # noqa: S101 - the table asks for them
+    if len(mask.objects) > MOST_LABELS:
+        raise InvalidParameter(
+            f"the mask has {len(mask.objects):,} objects, and a PNG of 16 bits tells {MOST_LABELS:,} apart; ask for labels_tiff, or "
+            "drop the small ones with min_size_px"
+        )
+    return write(mask.objects.labels.astype(np.uint16))
 
 
 def palette(colors: dict[int, tuple[int, int, int]]) -> bytes:
