@@ -157,7 +157,7 @@ def choose(wanted: str | None, accept: str | None, extent: Extent | None = None)
 
 def _like(extent: Extent | None) -> str:
     """The format that answers like with like; of volumes there are two families."""
-    if extent and extent.kind == "volume" and extent.family in ENCODERS:
+    if extent and extent.kind == "volume":
         return extent.family
     return DEFAULTS[extent.kind if extent else "image"]
 

@@ -13,10 +13,9 @@ import pytest
 import SimpleITK
 
 from server.arrays import Tiles
-from server.imaging.encode import ENCODERS
 from tests.conftest import serving
 from tests.server.conftest import bright, fake_app, mask_of, nifti_bytes, pages_of, picture_bytes, until, volume_of
-from tests.server.imaging.itk import by_itk
+from tests.server.imaging.itk import by_itk, itk_read
 from tests.server.imaging.test_microscopy import written
 from tests.server.segment.test_archive import packed, picture
 
@@ -192,7 +191,13 @@ class TestItk:
             report = client.post("/segment?format=json", content=file).json()
             assert report["spacing_mm"] == {"x": 1.0, "y": 2.0, "z": 3.0}
             default = client.post("/segment", content=file)
-            assert default.headers["content-type"] == ("application/x-nrrd" if "nrrd" in ENCODERS else "application/gzip")
+            assert default.headers["content-type"] == "application/x-nrrd"
+            assert default.headers["content-disposition"] == 'inline; filename="mask.seg.nrrd"'
+            scored = client.post("/segment", files={"file": file, "reference": default.content})
+            assert float(scored.headers["x-segment-iou"]) == 1
+            in_slicer = itk_read(default.content, ".nrrd")
+            assert np.array_equal(SimpleITK.GetArrayFromImage(in_slicer).transpose(2, 1, 0), volume_of(answer.content))
+            assert in_slicer.GetSpacing() == image.GetSpacing()
 
     @pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
     def test_as_references(self, server: httpx.Client, suffix: str) -> None:
