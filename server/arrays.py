@@ -180,9 +180,11 @@ class Mask:
         scores: (K, H, W) or (K, X, Y, Z) float16 probabilities.
         spread: (H, W) or (X, Y, Z) float16, standard deviation of the foreground probability over the heads.
         objects: what the mask is made of.
+        confidence: (H, W) or (X, Y, Z) float16, the score of the best foreground class.
     """
 
     classes: UInt8[ndarray, "*size"]
     scores: Shaped[ndarray, "K *size"] | None = None
     spread: Shaped[ndarray, "*size"] | None = None
     objects: Objects | None = None
+    confidence: Shaped[ndarray, "*size"] | None = None

@@ -162,7 +162,9 @@ class _Batch:
             zips.close()
             raise
         made, route = cast("BinaryIO", zips.out), self._choice.route
-        return Archived(b"", "application/zip", "masks.zip", route, self._choice, "", dict(self._seconds), {}, self._note(), made)
+        return Archived(
+            b"", "application/zip", "masks.zip", route, self._choice, "", dict(self._seconds), {}, self._note(), zip=made
+        )  # fmt: skip
 
     async def _in_time(self, work: Any, total: int) -> None:
         left_s = self._terms.patience_s - (time.monotonic() - self._terms.begun)
@@ -226,9 +228,10 @@ class _Batch:
         files = await clock.off_loop("", lambda: zips.add(entry, _files(answer)))
         self._seconds.update(answer.seconds)
         route = answer.choice.route
+        said = {"postprocessing": dict(answer.postprocessing), "note": answer.note}
         return {
             "status": "ok", "files": files, "model": answer.choice.model, "mode": route.mode, "level": route.level,
-            "precision": answer.choice.precision, **({"note": answer.note} if answer.note else {}),
+            "precision": answer.choice.precision, **{name: value for name, value in said.items() if value},
             "timings_ms": {phase: round(spent * 1e3, 2) for phase, spent in answer.seconds.items()},
         }  # fmt: skip
 

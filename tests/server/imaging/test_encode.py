@@ -16,7 +16,8 @@ from server.arrays import Extent, Image, Mask, Volume
 from server.errors import UnknownFormat
 from server.imaging import encode as room
 from server.imaging.encode import DEFAULTS, ENCODERS, Product, choose, png
-from server.imaging.encode.overlay import DISPLAY_PERCENTILES, OPACITY, blend, displayed
+from server.imaging.encode.overlay import DISPLAY_PERCENTILES, TINT, blend, displayed
+from server.imaging.encode.rounding import eight_bits, sixteen_bits
 from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import read
 
@@ -31,7 +32,7 @@ def product(classes: np.ndarray, scores: np.ndarray | None = None, image: np.nda
 
 def test_every_file_has_a_row() -> None:
     """Files are families of formats: each row's function names its own."""
-    helpers = {"__init__", "mosaic", "outlines"}
+    helpers = {"__init__", "mosaic", "outlines", "rounding"}
     files = {path.stem for path in Path(room.__file__).parent.glob("*.py")} - helpers
     named = {name for row in ENCODERS.values() for name in row.encode.__code__.co_names}
     named |= {name for function in (room._geojson,) for name in function.__code__.co_names}
@@ -51,6 +52,16 @@ def test_png_gives_the_classes_back(height: int, width: int, seed: int) -> None:
     shown = np.asarray(picture.convert("RGB"))
     for value, color in {0: (0, 0, 0), **COLORS}.items():
         assert (shown[classes == value] == color).all()
+
+
+@pytest.mark.parametrize("largest", [1.0, 0.5])
+def test_rounding_is_that_of_each_number_there_is(largest: float) -> None:
+    numbers = np.arange(65536, dtype=np.uint16).view(np.float16)
+    share = np.clip(np.nan_to_num(numbers.astype(np.float32)), 0, largest) / largest
+    assert np.array_equal(eight_bits(numbers, largest), np.rint(share * 255))
+    assert np.array_equal(eight_bits(numbers.reshape(256, 256).T, largest), np.rint(share * 255).reshape(256, 256).T)
+    assert np.array_equal(sixteen_bits(numbers, largest), np.rint(share * 65535))
+    assert np.array_equal(sixteen_bits(numbers, largest, rest=True), np.rint((1 - share) * 65535))
 
 
 def test_png_of_background_alone() -> None:
@@ -176,9 +187,9 @@ def test_blocks_of_rows_change_no_pixel(rng: np.random.Generator, height: int) -
     wanted = picture.copy()
     for value, color in COLORS.items():
         inside = classes == value
-        wanted[inside] = (wanted[inside] * (1 - OPACITY) + np.array(color, dtype=np.float32) * OPACITY).astype(np.uint8)
+        wanted[inside] = np.rint(wanted[inside] * (1 - TINT / 255) + np.array(color) * (TINT / 255))
         wanted[inside & ~ndimage.binary_erosion(inside)] = color
-    assert np.array_equal(blend(picture, classes, COLORS), wanted)
+    assert np.abs(blend(picture, classes, COLORS).astype(int) - wanted).max() <= 1
 
     for deep in (picture.astype(np.uint16) * 200, picture.astype(np.float32) - 100):
         low, high = np.percentile(deep, DISPLAY_PERCENTILES)
