@@ -65,6 +65,14 @@ class TestZips:
         assert sorted(files) == ["a_mask.png", "a_statistics.json", "report.json"]
         assert json.loads(files["a_statistics.json"])["level"] == 2
 
+    def test_give_each_image_all_that_is_asked_for(self, server: httpx.Client) -> None:
+        answer = server.post(
+            "/segment?format=mask,labels_png,csv,geojson&fill_holes=true", content=packed({"x/a.png": picture()}), headers=ZIP
+        )
+        files = opened(answer.content)
+        assert sorted(files) == ["report.json", "x/a_labels.png", "x/a_mask.png", "x/a_objects.csv", "x/a_objects.geojson"]
+        assert json.loads(files["report.json"])["images"][0]["postprocessing"] == {"fill_holes": True}
+
     @pytest.mark.parametrize(
         ("data", "status", "said"),
         [
@@ -153,6 +161,20 @@ class TestMicroscopes:
         assert "does not fit" in problem(server.post("/segment?axes=TCZYX", content=file), 422).detail
         assert "is not understood" in problem(server.post("/jobs?axes=hello", content=file), 422).detail
         assert "axes is for TIFF" in problem(server.post("/segment?axes=ZYX", content=picture()), 422).detail
+
+    def test_the_size_of_a_pixel_makes_areas(self, server: httpx.Client) -> None:
+        pixels = np.zeros((9, 7), dtype=np.uint8)
+        pixels[2:4, 2:5] = 200
+        file = written(
+            pixels,
+            "YX",
+            ome=True,
+            metadata={"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.25, "PhysicalSizeXUnit": "mm", "PhysicalSizeYUnit": "mm"},
+        )
+        report = server.post("/segment?format=json", content=file).json()
+        assert report["classes"][0]["area_mm2"] == pytest.approx(6 * 0.5 * 0.25)
+        plain = server.post("/segment?format=json", content=picture_bytes(pixels)).json()
+        assert "area_mm2" not in plain["classes"][0]
 
     def test_a_reference_has_axes_of_its_own(self, server: httpx.Client) -> None:
         values = np.random.default_rng(0).integers(0, 255, (3, 2, 9, 7), dtype=np.uint8)
