@@ -188,7 +188,7 @@ def segment(
     finally:
         segmenter.close()
     name = image.name.removesuffix(".gz").removesuffix(image.with_suffix("").suffix if image.suffix == ".gz" else image.suffix)
-    target = output or image.with_name(f"{name}_mask{answer.suffix}")
+    target = output or image.with_name(f"{name}_{answer.file}")
     partial = target.with_name(f".{target.name}.part")
     try:
         partial.write_bytes(answer.body)
