@@ -68,7 +68,8 @@ export class Answers {
       const first = { ...ask, level: watching.first };
       const answer = await ofVolume(first, reply);
       if (signal.aborted) return;
-      this.#kept.set(keyOf(first), answer);
+      // It has not been scored against a reference.
+      if (!input.reference) this.#kept.set(keyOf(first), answer);
       watching.preview(answer);
     };
     const wants = ask.level === watching.first ? null : previewed;

@@ -32,14 +32,14 @@ export function showCompare(columns, look, chosen) {
 
 function drawn({ painted }, { picture, size, upright, opacity, outline }) {
   const scale = Math.min(1, MOST_PIXELS / Math.max(...size));
-  const canvas = h("canvas", { width: Math.round(size[0] * scale), height: Math.round(size[1] * scale) });
+  const canvas = h("canvas", { width: Math.round(size[0] * scale), height: Math.round(size[1] * scale), className: size[0] < 100 ? "coarse" : "" });
   const context = canvas.getContext("2d");
   // Volumes are stored from back to front; a picture begins at its top.
   if (upright) context.setTransform(scale, 0, 0, -scale, 0, canvas.height);
   else context.setTransform(scale, 0, 0, scale, 0, 0);
   if (picture) context.drawImage(picture, 0, 0, ...size);
   if (!painted) return canvas;
-  context.globalAlpha = opacity;
+  context.globalAlpha = painted.edge === painted.area ? 0.85 : opacity;
   context.drawImage(layer(painted.area), 0, 0);
   context.globalAlpha = 1;
   if (outline && painted.edge !== painted.area) context.drawImage(layer(painted.edge), 0, 0);

@@ -95,9 +95,10 @@ function told() {
   tell((wanted) => {
     const answer = known(wanted);
     if (!answer) return null;
-    const iou = answer.facts.iou ?? (wanted === "accurate" ? null : stage.agreed(answer, accurate())?.mean ?? null);
-    return { ms: answer.facts.server_ms, iou };
+    const agreed = () => (wanted === "accurate" ? null : stage.agreed(answer, accurate())?.mean ?? null);
+    return { ms: answer.facts.server_ms, iou: input.reference ? answer.facts.iou : agreed() };
   });
+  $("means").textContent = `time on the server, ${input.reference ? "IoU with the reference" : "agreement with accurate"}`;
 }
 
 /** Draws again what is shown. */
@@ -122,7 +123,7 @@ function compareAll() {
       draw();
       told();
     }
-    figures(known(level()), "all levels side by side");
+    figures(known(level()));
   });
 }
 

@@ -71,8 +71,9 @@ export function painted(classes, objects, size, colors) {
       const color = colors[classes[at]] && (byObject ? byObject[id] : colors[classes[at]]);
       if (!id || !color) continue;
       areas[at] = color;
-      const inside = x > 0 && x < width - 1 && y > 0 && y < height - 1
-        && ids[at - 1] === id && ids[at + 1] === id && ids[at - width] === id && ids[at + width] === id;
+      // What goes on beyond the picture has no edge there.
+      const inside = (x === 0 || ids[at - 1] === id) && (x === width - 1 || ids[at + 1] === id)
+        && (y === 0 || ids[at - width] === id) && (y === height - 1 || ids[at + width] === id);
       if (!inside) edges[at] = color;
     }
   }

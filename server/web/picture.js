@@ -70,7 +70,7 @@ export class PictureView {
   }
 
   #fitting() {
-    return Math.min(this.canvas.clientWidth / this.width, this.canvas.clientHeight / this.height);
+    return 0.96 * Math.min(this.canvas.clientWidth / this.width, this.canvas.clientHeight / this.height);
   }
 
   #paint() {
@@ -89,7 +89,8 @@ export class PictureView {
     context.fillStyle = "#000";
     context.fillRect(0, 0, this.width, this.height);
     if (this.picture) context.drawImage(this.picture, 0, 0, this.width, this.height);
-    context.globalAlpha = this.opacity;
+    // Differences are few and thin.
+    context.globalAlpha = this.edge === this.area ? 0.85 : this.opacity;
     if (this.area) context.drawImage(this.area, 0, 0);
     context.globalAlpha = 1;
     if (this.edge && this.outline && this.edge !== this.area) context.drawImage(this.edge, 0, 0);

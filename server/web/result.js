@@ -31,23 +31,25 @@ function figure(value, label, title = "") {
 export function showResult(answer, agreed, classes, hidden, toggle) {
   const { facts, statistics } = answer;
   const figures = [figure(duration(facts.server_ms), "on the server", `${duration(facts.trip_ms)} with the way there and back`)];
-  if (answer.level !== "accurate") {
-    figures.push(figure(agreed ? overlap(agreed.mean) : "…", "agreement with accurate", "IoU of this mask and the one of mode accurate, mean over the classes"));
+  if (answer.level !== "accurate" && answer.mask) {
+    figures.push(figure(agreed ? overlap(agreed.mean) : "–", "agreement with accurate", "IoU of this mask and the one of mode accurate, mean over the classes"));
   }
   if (facts.iou !== null) {
     figures.push(figure(overlap(facts.iou), "IoU with the reference"), figure(overlap(facts.dice), "Dice with the reference"));
   }
   $("headline").replaceChildren(...figures);
   $("phases").replaceChildren(...phases(facts));
-  $("classes").replaceChildren(classTable(statistics, agreed, classes, hidden, toggle));
+  const overlaps = overlapTable(statistics, answer.level === "accurate" ? null : agreed);
+  $("classes").replaceChildren(classTable(statistics, classes, hidden, toggle), ...(overlaps ? [overlaps] : []));
   const notes = [facts.note, statistics.note, facts.degraded && `Served at L${facts.level} because of ${facts.degraded}.`, ...statistics.classes.map((one) => one.note)];
   $("note").textContent = [...new Set(notes.filter(Boolean))].join(" ");
   $("note").hidden = !$("note").textContent;
+  // Who has a result wants to see it, and no longer the card.
+  if ($("result").hidden) $("card").open = false;
   $("result").hidden = false;
 }
 
-function classTable(statistics, agreed, classes, hidden, toggle) {
-  const rows = statistics.classes, scored = statistics.reference;
+function classTable({ classes: rows }, classes, hidden, toggle) {
   const sized = [["area_mm2", "mm²"], ["volume_ml", "ml"]].filter(([name]) => rows.some((row) => row[name] !== undefined));
   const unit = rows[0]?.voxels === undefined ? "pixels" : "voxels";
   const numbers = [
@@ -56,8 +58,6 @@ function classTable(statistics, agreed, classes, hidden, toggle) {
     ["share", (row) => percent(row.fraction)],
     ...sized.map(([name, label]) => [label, (row) => measured(row[name])]),
     ...(rows.some((row) => row.mean_score) ? [["score", (row) => (row.mean_score ? row.mean_score.toFixed(2) : "–")]] : []),
-    ...(agreed && rows.length > 1 ? [["agreement", (row) => overlap(agreed.byClass.get(row.value))]] : []),
-    ...(scored ? [["IoU", (row) => (scored[row.name] ? overlap(scored[row.name].iou) : "–")], ["Dice", (row) => (scored[row.name] ? overlap(scored[row.name].dice) : "–")]] : []),
   ];
   const color = (value) => classes.find((one) => one.value === value).color;
   const swatch = (row) => {
@@ -66,10 +66,24 @@ function classTable(statistics, agreed, classes, hidden, toggle) {
     return h("label", { title: "show or hide" }, box, ` ${row.name}`);
   };
   const touching = (row) => (row.touches_border ? h("abbr", { title: "touches the border: what lies outside is not counted" }, "⊣") : null);
+  return table(numbers, rows, swatch, (row, label) => (label === unit ? touching(row) : null));
+}
+
+/** How far each of several classes agrees; of a single one the figures above say it. */
+function overlapTable({ classes: rows, reference }, agreed) {
+  const scored = (name) => [name === "iou" ? "IoU" : "Dice", (row) => (reference[row.name] ? overlap(reference[row.name][name]) : "–")];
+  const numbers = [
+    ...(agreed ? [["agreement", (row) => overlap(agreed.byClass.get(row.value))]] : []),
+    ...(reference ? [scored("iou"), scored("dice")] : []),
+  ];
+  return rows.length > 1 && numbers.length ? table(numbers, rows, (row) => row.name) : null;
+}
+
+function table(numbers, rows, head, beside = () => null) {
   return h("table", {},
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "class"), ...numbers.map(([label]) => h("th", { scope: "col" }, label)))),
-    h("tbody", {}, ...rows.map((row) => h("tr", {}, h("th", { scope: "row" }, swatch(row)),
-      ...numbers.map(([label, value]) => h("td", {}, value(row), label === unit ? touching(row) : null))))));
+    h("tbody", {}, ...rows.map((row) => h("tr", {}, h("th", { scope: "row" }, head(row)),
+      ...numbers.map(([label, value]) => h("td", {}, value(row), beside(row, label)))))));
 }
 
 /** One sentence for those who hear the page. */

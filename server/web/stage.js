@@ -19,7 +19,9 @@ const volume = new VolumeView($("volume"));
 
 /** Which of the places is to be seen: "picture", "volume", "compare" or "welcome". */
 function place(name) {
-  for (const id of ["picture", "volume", "compare", "welcome"]) $(id).hidden = id !== name;
+  for (const id of ["picture", "compare", "welcome"]) $(id).hidden = id !== name;
+  // NiiVue goes on drawing, and cannot on a canvas without a size.
+  $("volume").classList.toggle("away", name !== "volume");
   $("readout").hidden = true;
   $("zoom").hidden = name !== "picture";
   $("looks").hidden = name === "welcome";

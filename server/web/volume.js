@@ -41,11 +41,12 @@ export class VolumeView {
    * @param {string} name tells NiiVue the format
    */
   async setInput(file, name) {
-    const { Niivue, NVImage, SHOW_RENDER } = await niivue();
+    const { Niivue, NVImage, SHOW_RENDER, MULTIPLANAR_TYPE } = await niivue();
     if (!this.#viewer) {
       this.#viewer = new Niivue({
-        dragAndDropEnabled: false, loadingText: "", multiplanarShowRender: SHOW_RENDER.ALWAYS, multiplanarPadPixels: 4,
-        backColor: [0, 0, 0, 1], crosshairColor: [1, 1, 1, 0.5], crosshairWidth: 0.5, show3Dcrosshair: true, textHeight: 0.03, isColorbar: false,
+        dragAndDropEnabled: false, loadingText: "", logLevel: "silent", multiplanarLayout: MULTIPLANAR_TYPE.GRID,
+        multiplanarShowRender: SHOW_RENDER.ALWAYS, multiplanarPadPixels: 4, backColor: [0, 0, 0, 1], crosshairColor: [1, 1, 1, 0.45],
+        crosshairWidth: 0.25, show3Dcrosshair: true,
       });
       await this.#viewer.attachToCanvas(this.canvas);
       this.#viewer.setSliceType(this.#viewer.sliceTypeMultiplanar);
