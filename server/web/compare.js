@@ -4,12 +4,26 @@ import { layer } from "./picture.js";
 import { levelName, phaseBar } from "./result.js";
 
 // Nobody sees more of a picture this small.
-const MOST_PIXELS = 900;
+const MOST_PIXELS = 700;
+
+/** An answer's mask in few pixels; of a volume its slice at z. */
+export function thumbnail({ mask, objects, size: [width, height] }, z) {
+  const every = Math.ceil(Math.max(width, height) / MOST_PIXELS), size = [Math.floor(width / every), Math.floor(height / every)];
+  const sampled = (values) => {
+    const few = new values.constructor(size[0] * size[1]);
+    for (let y = 0, at = 0; y < size[1]; y += 1) {
+      const row = (z * height + y * every) * width;
+      for (let x = 0; x < size[0]; x += 1, at += 1) few[at] = values[row + x * every];
+    }
+    return few;
+  };
+  return { mask: sampled(mask), objects: objects && sampled(objects), size };
+}
 
 /**
  * Shows what is known of every level.
- * @param {{level: number|"accurate", answer: import("./answers.js").Answer|undefined, painted: {area: ImageData, edge: ImageData}|null, agreed: number|null}[]} columns
- * @param {{picture: CanvasImageSource|null, size: number[], upright: boolean, opacity: number, outline: boolean}} look
+ * @param {{level: number|"accurate", answer: import("./answers.js").Answer|undefined, size: number[]|undefined, painted: {area: ImageData, edge: ImageData}|null, agreed: number|null}[]} columns
+ * @param {{picture: CanvasImageSource|null, upright: boolean, opacity: number, outline: boolean}} look
  * @param {(level: number|"accurate") => void} chosen
  */
 export function showCompare(columns, look, chosen) {
@@ -30,14 +44,14 @@ export function showCompare(columns, look, chosen) {
   }));
 }
 
-function drawn({ painted }, { picture, size, upright, opacity, outline }) {
-  const scale = Math.min(1, MOST_PIXELS / Math.max(...size));
-  const canvas = h("canvas", { width: Math.round(size[0] * scale), height: Math.round(size[1] * scale), className: size[0] < 100 ? "coarse" : "" });
+function drawn({ answer, painted, size }, { picture, upright, opacity, outline }) {
+  // Of a stack the server has drawn all there is.
+  const source = answer?.overlay ?? picture, [width, height] = size ?? [source.width, source.height];
+  const canvas = h("canvas", { width, height, className: width < 100 ? "coarse" : "" });
   const context = canvas.getContext("2d");
   // Volumes are stored from back to front; a picture begins at its top.
-  if (upright) context.setTransform(scale, 0, 0, -scale, 0, canvas.height);
-  else context.setTransform(scale, 0, 0, scale, 0, 0);
-  if (picture) context.drawImage(picture, 0, 0, ...size);
+  if (upright) context.setTransform(1, 0, 0, -1, 0, height);
+  context.drawImage(source, 0, 0, width, height);
   if (!painted) return canvas;
   context.globalAlpha = painted.edge === painted.area ? 0.85 : opacity;
   context.drawImage(layer(painted.area), 0, 0);

@@ -1,5 +1,5 @@
 /** The place in the middle: the input with a mask over it, or all masks side by side, and what lies over them. */
-import { fullest, showCompare } from "./compare.js";
+import { fullest, showCompare, thumbnail } from "./compare.js";
 import { $ } from "./dom.js";
 import { agreement, differences, painted, palette } from "./masks.js";
 import { layer, PictureView } from "./picture.js";
@@ -21,7 +21,7 @@ const volume = new VolumeView($("volume"));
 function place(name) {
   for (const id of ["picture", "compare", "welcome"]) $(id).hidden = id !== name;
   // NiiVue goes on drawing, and cannot on a canvas without a size.
-  $("volume").classList.toggle("away", name !== "volume");
+  $("planes").classList.toggle("away", name !== "volume");
   $("readout").hidden = true;
   $("zoom").hidden = name !== "picture";
   $("looks").hidden = name === "welcome";
@@ -54,11 +54,12 @@ export async function setInput(given) {
  * @param {import("./answers.js").Answer|undefined} accurate what it is compared with, if that is known
  */
 export async function setAnswer(answer, accurate) {
-  const another = answer !== shown;
+  const another = answer !== shown, first = !shown;
   [shown, best] = [answer, accurate];
   place(input.kind === "volume" ? "volume" : "picture");
   if (input.kind === "volume") {
     if (another) await volume.setMask(answer.bytes, classes, look.hidden);
+    if (first) volume.lookAt(answer.statistics.objects);
   } else if (input.kind === "stack") {
     picture.setPicture(answer.overlay, [answer.overlay.width, answer.overlay.height]);
   } else {
@@ -72,9 +73,16 @@ function paintedAs(answer, accurate) {
   return painted(answer.mask, answer.objects, answer.size, palette(classes, look.hidden));
 }
 
+/** What was computed of an answer, and with which other one. */
+const computed = new WeakMap();
+
 /** IoU with accurate, per class and in the mean; null where either is not known. */
 export function agreed(answer, accurate) {
-  return answer?.mask && accurate?.mask ? agreement(answer.mask, accurate.mask, classes.map(({ value }) => value)) : null;
+  if (!answer?.mask || !accurate?.mask) return null;
+  if (computed.get(answer)?.accurate !== accurate) {
+    computed.set(answer, { accurate, ...agreement(answer.mask, accurate.mask, classes.map(({ value }) => value)) });
+  }
+  return computed.get(answer);
 }
 
 /**
@@ -88,18 +96,13 @@ export function setCompare(levels, known, chosen) {
   const accurate = known("accurate"), any = accurate ?? levels.map(known).find(Boolean);
   if (!any) return;
   const flat = input.kind === "volume" ? fullest(any.mask, any.size) : 0;
-  const size = any.size?.slice(0, 2) ?? [any.overlay.width, any.overlay.height];
-  const cut = (mask) => mask.subarray(flat * size[0] * size[1], (flat + 1) * size[0] * size[1]);
+  const base = accurate?.mask && thumbnail(accurate, flat);
   const columns = levels.map((level) => {
-    const answer = known(level), slice = answer?.mask && { ...answer, mask: cut(answer.mask), size };
-    const base = accurate?.mask && { ...accurate, mask: cut(accurate.mask) };
-    return {
-      level, answer, agreed: agreed(answer, accurate)?.mean ?? null,
-      painted: slice ? paintedAs(slice, level === "accurate" ? slice : base) : null,
-    };
+    const answer = known(level), small = answer?.mask && (answer === accurate ? base : thumbnail(answer, flat));
+    return { level, answer, agreed: agreed(answer, accurate)?.mean ?? null, size: small?.size, painted: small ? paintedAs(small, base) : null };
   });
   const source = input.kind === "volume" ? layer(volume.slice(flat)) : input.picture;
-  showCompare(columns, { ...look, picture: source, size, upright: input.kind === "volume" }, chosen);
+  showCompare(columns, { ...look, picture: source, upright: input.kind === "volume" }, chosen);
 }
 
 /** Shows the wait for an answer: how far a job is, or that somebody works. */

@@ -53,11 +53,12 @@ export class VolumeView {
     }
     for (const volume of [...this.#viewer.volumes]) this.#viewer.removeVolume(volume);
     this.#viewer.addVolume(await NVImage.loadFromFile({ file: new File([file], name), name }));
-    this.#viewer.setClipPlane([2, 0, 0]);
+    // Else its flat inside would hide the mask from the rendering.
+    await this.#viewer.setGradientOpacity(0.7);
   }
 
   /**
-   * Another mask, as the bytes of a .nii.gz; the crosshair goes to where most of it is.
+   * Another mask, as the bytes of a .nii.gz.
    * @param {Uint8Array} bytes
    * @param {{value: number, name: string, color: string}[]} classes
    * @param {Set<number>} hidden
@@ -70,6 +71,14 @@ export class VolumeView {
     if (viewer.volumes[1]) viewer.removeVolume(viewer.volumes[1]);
     viewer.addVolume(mask);
     viewer.updateGLVolume();
+  }
+
+  /** Moves the crosshair into the largest of some objects, each with `voxels` and `centroid_mm`. */
+  lookAt(objects) {
+    if (!objects.length) return;
+    const largest = objects.reduce((best, one) => (one.voxels > best.voxels ? one : best));
+    this.#viewer.scene.crosshairPos = this.#viewer.mm2frac(Object.values(largest.centroid_mm));
+    this.#viewer.drawScene();
   }
 
   /** Shows and hides classes. */
