@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.conftest import ROOT, serving
-from tests.server.conftest import NO_AGREEMENT
+from tests.server.conftest import NO_AGREEMENT, until
 
 WEB = ROOT / "server" / "web"
 SAMPLES = WEB / "samples"
@@ -26,18 +26,28 @@ NOT_OURS = ("Failed to load resource: the server responded with a status of 4",)
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A client of a server on both shipped bundles, at fp32, on one engine that need not be measured."""
+    """A client of a server on both shipped bundles, at fp32; how fast they are here is not measured, which takes longest."""
     from server.app import create_app, open_bundles
-    from server.settings import JobsSettings, QualitySettings, RuntimeSettings, Settings
+    from server.runtime import opening
+    from server.settings import BatchingSettings, JobsSettings, QualitySettings, RuntimeSettings, Settings
 
     settings = Settings(
         bundles=ROOT / "bundles",
         runtime=RuntimeSettings(precision="fp32", engine="onnxruntime"),
+        batching=BatchingSettings(max_batch=1),
         jobs=JobsSettings(folder=tmp_path_factory.mktemp("jobs")),
         quality=QualitySettings(**NO_AGREEMENT),
     )
-    with serving(create_app(settings, open_bundles(settings))) as client:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(opening, "_timed", lambda engine, tiles: 0.01)
+        bundles = open_bundles(settings)
+    with serving(create_app(settings, bundles)) as client:
         yield client
+
+
+def holds(page: Any, script: str) -> None:
+    """Waits until an expression of JavaScript is true. Playwright's own way would be against the page's policy."""
+    until(lambda: page.evaluate(script))
 
 
 @pytest.fixture(scope="module")
