@@ -62,8 +62,17 @@ def _graph_files(checkpoint: Path, *, int8: bool) -> int | None:
     from model.network import UNetPlusPlus
 
     network, _ = load(checkpoint)
-    # A graph per head and `accurate`, in fp32 and fp16.
-    return (len(network.heads) + 1) * (2 + int8) if isinstance(network, UNetPlusPlus) else None
+    # A graph per head and `accurate`, in fp32 and fp16; and the spread of several heads.
+    return (len(network.heads) + 1) * (2 + int8) + (len(network.heads) > 1) if isinstance(network, UNetPlusPlus) else None
+
+
+def add_spread(bundle: Annotated[Path, BUNDLE]) -> None:
+    """Add the graph behind formats uncertainty_* to a bundle exported without it; all else in it stays."""
+    from export.pack import add_spread as run
+
+    with _spoken():
+        entry = run(bundle).manifest.files["spread.onnx"]
+    typer.echo(f"{bundle}/spread.onnx: {entry.bytes / 1e3:.1f} kB\nnext: unetpp verify {bundle}")
 
 
 def verify(bundle: Annotated[Path, BUNDLE]) -> None:
@@ -71,7 +80,7 @@ def verify(bundle: Annotated[Path, BUNDLE]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from export.verify import Verdict, runnable
+    from export.verify import Verdict, combinations
     from export.verify import verify as run
     from server.runtime.bundle import read_bundle
 
@@ -85,7 +94,7 @@ def verify(bundle: Annotated[Path, BUNDLE]) -> None:
     try:
         with _spoken(), _progress("comparing with torch") as update:
             opened = read_bundle(bundle)
-            update(total=len(opened.manifest.graphs) * len(runnable(opened)))
+            update(total=combinations(opened))
             run(opened, add)
     finally:
         console.print(table)

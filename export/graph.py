@@ -18,12 +18,14 @@ class ServedGraph(nn.Module):
     Args:
         network: pruned to a level (one head), or whole (all heads, averaged).
         activation: sigmoid for one class, softmax for several.
+        spread: give the spread of the heads too, as a last channel.
     """
 
-    def __init__(self, network: UNetPlusPlus, activation: Literal["sigmoid", "softmax"]) -> None:
+    def __init__(self, network: UNetPlusPlus, activation: Literal["sigmoid", "softmax"], *, spread: bool = False) -> None:
         super().__init__()
         self.network = network
         self.activation = activation
+        self.spread = spread
 
     def forward(self, image: Tensor, mean: Tensor, inverse_std: Tensor) -> Tensor:
         """Mean of the heads' probabilities.
@@ -34,7 +36,7 @@ class ServedGraph(nn.Module):
             inverse_std: (N, C, 1, 1[, 1]) float32.
 
         Returns:
-            (N, K, h, w[, d]) float32 in [0, 1].
+            (N, K, h, w[, d]) float32 in [0, 1]; with the spread (N, K + 1, h, w[, d]).
         """
         x = (image - mean) * inverse_std
         dtype = next(self.network.parameters()).dtype
@@ -43,7 +45,17 @@ class ServedGraph(nn.Module):
         total = scores[0]
         for score in scores[1:]:
             total = total + score
-        return total / len(scores) if len(scores) > 1 else total
+        mean_score = total / len(scores) if len(scores) > 1 else total
+        return torch.cat([mean_score, self._spread(scores, mean_score)], dim=1) if self.spread else mean_score
+
+    @staticmethod
+    def _spread(scores: list[Tensor], mean_score: Tensor) -> Tensor:
+        """Standard deviation over the heads of the foreground probability, in [0, 0.5]."""
+        # With several classes the first is the background, and 1 - background deviates as much as the background.
+        variance = (scores[0][:, :1] - mean_score[:, :1]) ** 2
+        for score in scores[1:]:
+            variance = variance + (score[:, :1] - mean_score[:, :1]) ** 2
+        return torch.sqrt(variance / len(scores))
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         return torch.sigmoid(logits) if self.activation == "sigmoid" else torch.softmax(logits, dim=1)

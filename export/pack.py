@@ -4,7 +4,7 @@ import copy
 import datetime
 import tempfile
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from export.data import calibration_tiles
 from export.golden import write_golden
 from export.graph import ServedGraph, fold_batch_norm, level_networks, round_to_fp16
 from export.lower import point_at_weights
-from export.precision import GRAPH_PRECISIONS
+from export.precision import GRAPH_PRECISIONS, fp32
 from model import checkpoint
 from model.config import UNetPlusPlusConfig
 from model.cost import macs, parameters
@@ -24,6 +24,7 @@ from server.runtime.bundle import (
     FORMAT,
     GOLDEN,
     MANIFEST,
+    SPREAD,
     WEIGHTS,
     Bundle,
     Class,
@@ -99,7 +100,8 @@ def export(source: Path, card: Card, out: Path, data: Path | None, advance: Call
     activation: Literal["sigmoid", "softmax"] = "sigmoid" if config.classes == 1 else "softmax"
     levels = level_networks(network)
     served = {name: ServedGraph(pruned, activation).eval() for name, (_, pruned) in levels.items()}
-    graphs = tuple(_describe(name, level, pruned, int8=data is not None) for name, (level, pruned) in levels.items())
+    precisions: tuple[Literal["fp32", "fp16", "int8"], ...] = ("fp32", "fp16", "int8") if data else ("fp32", "fp16")
+    graphs = tuple(_describe(name, level, pruned, precisions) for name, (level, pruned) in levels.items())
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
@@ -113,11 +115,54 @@ def export(source: Path, card: Card, out: Path, data: Path | None, advance: Call
                 proto = GRAPH_PRECISIONS[precision](served[graph.name], tiles)
                 onnx.save(point_at_weights(proto, folder / WEIGHTS), folder / file)
                 advance(file)
+        if len(config.heads) > 1:
+            manifest = with_spread(folder, manifest, network)
+            advance(f"{SPREAD}.onnx")
         write_golden(folder / GOLDEN, served, config.in_channels, config.dims)
         write_manifest(folder, _stamped(manifest))
         read_bundle(folder)
         _replace(out, folder)
     return read_bundle(out)
+
+
+def with_spread(folder: Path, manifest: Manifest, network: UNetPlusPlus) -> Manifest:
+    """Writes the graph of the heads' spread, which has no golden scores of its own: they follow from those of the levels.
+
+    Args:
+        folder: of the bundle, whose weights are the network's.
+        manifest: that the graph is to be entered in.
+        network: whole, as its weights file holds it.
+
+    Returns:
+        The manifest with the graph, the size and hash of whose file are still to be written.
+
+    Raises:
+        ExportError: the network has one head.
+    """
+    if len(network.config.heads) < 2:
+        raise ExportError(f"{manifest.name} has one head, whose spread is 0 everywhere; it was trained without deep supervision")
+    described = _describe(SPREAD, network.config.depth, network, ("fp32",))
+    file = described.files["fp32"]
+    proto = fp32(ServedGraph(network, manifest.activation, spread=True).eval(), [])
+    with checkpoint.atomic(folder / file) as temporary:
+        onnx.save(point_at_weights(proto, folder / WEIGHTS), temporary)
+    files = {**manifest.files, file: FileEntry(sha256="0" * 64, bytes=0)}
+    return manifest.model_copy(update={"spread": described, "files": files})
+
+
+def add_spread(folder: Path) -> Bundle:
+    """Gives a bundle that was exported without it the graph of the heads' spread; every other file and number stays as it is.
+
+    Raises:
+        ExportError: the network has one head, or is no UNet++.
+        BundleDamaged, CheckpointError: the bundle cannot be read.
+    """
+    bundle = read_bundle(folder)
+    network, _ = checkpoint.load(folder / WEIGHTS)
+    if not isinstance(network, UNetPlusPlus):
+        raise ExportError(f"{folder} holds a {type(network).__name__}; only UNet++ has heads that can differ")
+    write_manifest(folder, with_spread(folder, bundle.manifest, network), as_read=True)
+    return read_bundle(folder)
 
 
 def _replace(out: Path, folder: Path) -> None:
@@ -184,12 +229,19 @@ def _manifest(
         raise ExportError(f"the card and the network make no valid manifest: {error}") from error
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes the manifest with the sizes and hashes of the files as they are now."""
+def write_manifest(folder: Path, manifest: Manifest, *, as_read: bool = False) -> None:
+    """Writes the manifest with the sizes and hashes of the files as they are now.
+
+    Args:
+        folder: of the bundle.
+        manifest: to be written.
+        as_read: leave out what is at its default because the manifest that was read, perhaps of an earlier version, did not say it.
+    """
     files = {name: FileEntry(sha256=sha256(folder / name), bytes=(folder / name).stat().st_size) for name in sorted(manifest.files)}
-    final = Manifest.model_validate(manifest.model_dump() | {"files": files})
+    final = manifest.model_copy(update={"files": files})
+    Manifest.model_validate(final.model_dump())
     with checkpoint.atomic(folder / MANIFEST) as temporary:
-        temporary.write_text(final.model_dump_json(indent=1, exclude_none=True) + "\n")
+        temporary.write_text(final.model_dump_json(indent=1, exclude_none=True, exclude_unset=as_read) + "\n")
 
 
 def _stamped(manifest: Manifest) -> Manifest:
@@ -201,16 +253,15 @@ def _files(graphs: tuple[Graph, ...]) -> list[str]:
     return [WEIGHTS, GOLDEN, *(file for graph in graphs for file in graph.files.values())]
 
 
-def _describe(name: str, level: int, network: UNetPlusPlus, *, int8: bool) -> Graph:
+def _describe(name: str, level: int, network: UNetPlusPlus, precisions: Sequence[Literal["fp32", "fp16", "int8"]]) -> Graph:
     config = network.config
     side = 2 ** (config.depth + 3)
     size = [side] * config.dims
-    files = {"fp32": f"{name}.onnx", "fp16": f"{name}.fp16.onnx"} | ({"int8": f"{name}.int8.onnx"} if int8 else {})
     return Graph(
         name=name,
         level=level,
         divisor=config.divisor(level),
         parameters=parameters(network),
         macs_per_pixel=macs(network, config.in_channels, size) / side**config.dims,
-        files=files,
+        files={p: f"{name}.onnx" if p == "fp32" else f"{name}.{p}.onnx" for p in precisions},
     )

@@ -13,9 +13,9 @@ from export.lower import PREFIX
 from model import checkpoint
 from model.network import UNetPlusPlus
 from server.arrays import Scores, Tiles
-from server.runtime.bundle import GRAPH_PRECISIONS, WEIGHTS, Bundle
+from server.runtime.bundle import GRAPH_PRECISIONS, SPREAD, WEIGHTS, Bundle
 from server.runtime.engines import ENGINES
-from server.runtime.opening import golden_tiles, noise
+from server.runtime.opening import golden_spread, golden_tiles, noise
 
 # fp32 must equal torch up to rounding; the others must decide the same class for nearly every pixel.
 FP32_MAX_ABS = 1e-4
@@ -66,18 +66,24 @@ def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: 
     assert isinstance(network, UNetPlusPlus)  # noqa: S101 - narrows the type
     manifest = bundle.manifest
     verdicts, wrong = [], []
-    for name, (_, pruned) in level_networks(network).items():
+    networks = {name: pruned for name, (_, pruned) in level_networks(network).items()} | (
+        {SPREAD: network} if manifest.spread else {}
+    )
+    known = [*golden_tiles(bundle.golden)]
+    for name, pruned in networks.items():
         wrong += wrong_nodes(bundle, name, pruned)
-        graph = ServedGraph(pruned, manifest.activation).eval()
-        golden = [(tiles, scores) for g, tiles, scores in golden_tiles(bundle.golden) if g == name]
+        graph = ServedGraph(pruned, manifest.activation, spread=name == SPREAD).eval()
+        golden = golden_spread(known) if name == SPREAD else [(tiles, scores) for g, tiles, scores in known if g == name]
         inputs = _inputs(len(manifest.channels), manifest.dims) + [tiles for tiles, _ in golden]
         expected = [torch_scores(graph, tiles) for tiles in inputs]
         if not golden or largest_difference([scores for _, scores in golden], expected[-len(golden) :]) > FP32_MAX_ABS:
             wrong.append(f"{bundle.golden.name}: the scores of {name} are not those of the weights")
-        for engine, precision in runnable(bundle):
+        for engine, precision in _runnable_at(bundle, name):
             answers = _answers(bundle, name, engine, precision, inputs)
             difference = largest_difference(answers, expected)
-            verdict = Verdict(name, precision, engine, difference, agreement(answers, expected, manifest.threshold))
+            k = manifest.score_channels
+            same = agreement([scores[:, :k] for scores in answers], [scores[:, :k] for scores in expected], manifest.threshold)
+            verdict = Verdict(name, precision, engine, difference, same)
             verdicts.append(verdict)
             advance(verdict)
     wrong += [
@@ -99,6 +105,16 @@ def runnable(bundle: Bundle) -> list[tuple[str, str]]:
         precisions = [*row.precisions("cpu"), *(["fp16"] if name == "onnxruntime" else [])]
         pairs += [(name, p) for p in precisions if GRAPH_PRECISIONS[p] in bundle.manifest.graph_precisions]
     return pairs
+
+
+def _runnable_at(bundle: Bundle, name: str) -> list[tuple[str, str]]:
+    """Of those, the ones that a graph is served at."""
+    return [(engine, precision) for engine, precision in runnable(bundle) if name != SPREAD or precision == "fp32"]
+
+
+def combinations(bundle: Bundle) -> int:
+    """How many verdicts `verify` gives."""
+    return sum(len(_runnable_at(bundle, graph.name)) for graph in bundle.manifest.all_graphs)
 
 
 def largest_difference(answers: list[Scores], expected: list[Scores]) -> float:

@@ -21,12 +21,14 @@ class Extent:
         channels: as will be decoded.
         sample_bytes: of one decoded value.
         affine: see `Volume`.
+        family: see `Volume`.
     """
 
     size: tuple[int, ...]
     channels: int = 1
     sample_bytes: int = 1
     affine: Float64[ndarray, "4 4"] | None = None
+    family: str = "nifti"
 
     @property
     def kind(self) -> str:
@@ -73,12 +75,16 @@ class Volume:
         affine: (4, 4) voxel index to mm along right, anterior, superior; None for a stack of pages.
         header: the file's own header, which the answer is written with; None for a stack of pages.
         note: as `Image.note`.
+        spacing_mm: of a stack, along X, Y, Z, where the file says it; of a volume the affine tells.
+        family: what a volume is answered in unless another format is asked for: "nifti", or "nrrd" for NRRD and MetaImage.
     """
 
     voxels: Shaped[ndarray, "X Y Z C"]
     affine: Float64[ndarray, "4 4"] | None
     header: Any = None
     note: str = ""
+    spacing_mm: tuple[float, float, float] | None = None
+    family: str = "nifti"
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -94,7 +100,7 @@ class Volume:
     @property
     def extent(self) -> Extent:
         """What a header would say."""
-        return Extent(self.size, self.voxels.shape[-1], self.voxels.itemsize, self.affine)
+        return Extent(self.size, self.voxels.shape[-1], self.voxels.itemsize, self.affine, self.family)
 
 
 @dataclass(frozen=True)
@@ -174,9 +180,11 @@ class Mask:
         scores: (K, H, W) or (K, X, Y, Z) float16 probabilities.
         spread: (H, W) or (X, Y, Z) float16, standard deviation of the foreground probability over the heads.
         objects: what the mask is made of.
+        confidence: (H, W) or (X, Y, Z) float16, the score of the best foreground class.
     """
 
     classes: UInt8[ndarray, "*size"]
     scores: Shaped[ndarray, "K *size"] | None = None
     spread: Shaped[ndarray, "*size"] | None = None
     objects: Objects | None = None
+    confidence: Shaped[ndarray, "*size"] | None = None

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -42,8 +43,27 @@ class Parameters(BaseModel):
         + "; several by comma: a zip of them; else by Accept, else as the input",
     )
     include_mask: bool = Field(False, description="with format=json: the mask in base64, as mask_png, mask_tiff or mask_nifti")
+    threshold: float | None = Field(
+        None, description="0 to 1: foreground is what scores above it; of several classes the best; else as the model card says"
+    )
+    fill_holes: bool = Field(False, description="holes that an object encloses become part of it")
+    instances: bool = Field(False, description="touching objects of one class are split; the mask is then their numbers")
+    min_size_px: int | None = Field(None, description="objects of fewer pixels (voxels) are removed")
+    min_size_mm2: float | None = Field(
+        None, description="of images: objects of a smaller area are removed; the pixel size must be known"
+    )
+    min_size_mm3: float | None = Field(None, description="of volumes and stacks: objects of a smaller volume are removed")
+    keep_largest: bool = Field(False, description="of each class only the largest object is kept")
+    pixel_size_um: str | None = Field(
+        None,
+        description="of images and stacks, as 0.5 or 0.5,0.25 (height,width; of stacks also page); wins over what the file says",
+    )
     axis: str = Field("auto", description="slices of a volume for a model of images: auto (coarsest spacing), 0, 1, 2")
     nonfinite: str = Field("refuse", description="values that are NaN or infinite: refuse, or zero")
+    axes: str = Field("", description="of a TIFF, slowest first, as ZYX, TCYX, YXS; wins over its OME or ImageJ metadata")
+    channel: int | None = Field(
+        None, description="0, 1, …: of an input with several channels this one alone; else colours, or the first"
+    )
 
     def wanted(self, request: Request) -> SegmentRequest:
         """The request in the domain's words.
@@ -55,7 +75,7 @@ class Parameters(BaseModel):
         self._check_names(request.query_params)
         accept = request.headers.get("accept")
         # Before the body comes; what it holds may leave less to choose from.
-        encode.choose(self.format, accept)
+        encode.choose(self.format, accept, instances=self.instances)
         return SegmentRequest(
             accept=accept, **self.model_dump(include={field.name for field in dataclasses.fields(SegmentRequest)})
         )
@@ -87,8 +107,15 @@ def headers(answer: Answer) -> dict[str, str]:
     if answer.quality:
         found["X-Segment-IoU"] = f"{answer.mean_iou:.4f}"
         found["X-Segment-Dice"] = f"{answer.mean_dice:.4f}"
+    if answer.postprocessing:
+        found["X-Segment-Postprocessing"] = shown(answer.postprocessing)
     if answer.degraded:
         found["X-Segment-Degraded"] = answer.degraded
     if answer.note:
         found["X-Segment-Note"] = answer.note
     return found
+
+
+def shown(postprocessing: Mapping[str, Any]) -> str:
+    """What was done, in its order, as a line: "threshold=0.4; fill_holes"."""
+    return "; ".join(name if value is True else f"{name}={value:g}" for name, value in postprocessing.items())

@@ -29,6 +29,7 @@ class ModelSummary(BaseModel):
     levels: tuple[int, ...]
     recommended_level: int
     precisions: tuple[str, ...]
+    uncertainty: bool
     default: bool
 
 
@@ -156,6 +157,7 @@ def _summary(manifest: Manifest, opened: OpenBundle, default: str) -> dict[str, 
         "levels": manifest.levels,
         "recommended_level": manifest.recommended_level,
         "precisions": opened.precisions,
+        "uncertainty": opened.spread is not None,
         "default": manifest.name == default,
     }
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float32, Float64, Shaped
-from nibabel import orientations
+from nibabel import Nifti1Header, Nifti2Header, orientations
 from numpy import ndarray
 from scipy import ndimage
 
@@ -20,6 +20,19 @@ SAME_SPACING = 0.01
 
 # mm; outside of it an affine is a mistake, such as metres or micrometres without their unit.
 LEAST_SPACING, MOST_SPACING = 1e-4, 100.0
+
+# mm per unit of length, as formats and microscopes write it, in small letters.
+MM = {
+    **dict.fromkeys(("nm", "nanometer", "nanometers"), 1e-6),
+    **dict.fromkeys(("µm", "μm", "um", "micron", "microns", "micrometer", "micrometers", "\\u00b5m", "\\u03bcm"), 1e-3),
+    **dict.fromkeys(("mm", "millimeter", "millimeters"), 1.0),
+    **dict.fromkeys(("cm", "centimeter", "centimeters"), 10.0),
+    **dict.fromkeys(("m", "meter", "meters"), 1e3),
+    **dict.fromkeys(("inch", "inches", "in"), 25.4),
+}
+
+# By how much the axes of a rotation may miss right angles: what rounding in headers makes.
+RIGID = 1e-4
 
 # Voxels by which two affines may differ and still mean the same place: what rounding in headers makes.
 SAME_PLACE = 0.1
@@ -140,6 +153,20 @@ def spacing(affine: Float64[ndarray, "4 4"]) -> tuple[float, float, float]:
     with np.errstate(over="ignore"):
         x, y, z = np.sqrt(np.square(affine[:3, :3]).sum(axis=0)).tolist()
     return x, y, z
+
+
+def nifti_header(affine: Float64[ndarray, "4 4"], size: tuple[int, ...]) -> Nifti1Header:
+    """A header that answers in NIfTI are written with, for volumes that came without one."""
+    header = (Nifti1Header if max(size) < 2**15 else Nifti2Header)()
+    header.set_data_shape(size)
+    header.set_xyzt_units("mm")
+    header.set_zooms(spacing(affine))
+    turned = affine[:3, :3] / spacing(affine)
+    if np.abs(turned.T @ turned - np.eye(3)).max() < RIGID:
+        # A qform knows no shear.
+        header.set_qform(affine, "scanner")
+    header.set_sform(affine, "scanner")
+    return header
 
 
 def apart(size: tuple[int, ...], a: Float64[ndarray, "4 4"], b: Float64[ndarray, "4 4"]) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float32
 from numpy import ndarray
 
-from server.errors import TooLarge, Unreadable
+from server.errors import InvalidParameter, TooLarge, Unreadable
 
 # The longest side of a JPEG; longer ones are not images but strips of noise, and would take endless windows.
 MOST_SIDE = 65_535
@@ -25,12 +25,40 @@ class Reading:
         max_voxels: largest volume or stack.
         labels: the values as stored are wanted: the indices of a palette image, not its colours.
         zero_nonfinite: NaN and infinite values become 0 instead of being refused.
+        axes: of a TIFF, slowest first, e.g. "TCYX"; "" for what its metadata says.
+        channel: of several this one alone; None for all colours, or the first of other channels.
     """
 
     max_pixels: int
     max_voxels: int = 0
     labels: bool = False
     zero_nonfinite: bool = False
+    axes: str = ""
+    channel: int | None = None
+
+    def channels(self, count: int, *, colors: bool = False) -> tuple[slice, str]:
+        """Which channels are read, and a note where that is a guess.
+
+        Stains and sequences are not averaged, as colours are for a network of grey images: their mean is a picture of nothing.
+
+        Args:
+            count: in the file.
+            colors: the first three are red, green and blue.
+
+        Raises:
+            InvalidParameter: the one asked for does not exist.
+        """
+        if self.channel is not None:
+            if not 0 <= self.channel < count:
+                there = "one channel, 0" if count == 1 else f"{count} channels, 0 to {count - 1}"
+                raise InvalidParameter(f"channel={self.channel} does not exist; the input has {there}")
+            return slice(self.channel, self.channel + 1), ""
+        if colors and count >= 3:
+            return slice(0, 3), ""
+        others = f"channel=1 to {count - 1}" if count > 2 else "channel=1"
+        return slice(
+            0, 1
+        ), f"the input has {count} channels and the first (0) was read; {others} reads another" if count > 1 else ""
 
     def check_image(self, height: int, width: int) -> None:
         """Refuses images over the limit and without pixels.
@@ -68,6 +96,11 @@ class Reading:
                 f"the volume has {shown} = {count:,} voxels; the limit is {self.max_voxels:,}. "
                 f"{hint}Cut or resample it, or raise UNETPP_LIMITS__MAX_VOXELS on the server"
             )
+
+
+def notes(*found: str) -> str:
+    """One note of several."""
+    return "; ".join(note for note in found if note)
 
 
 def met(wrong: int, total: int, zero: bool) -> str:

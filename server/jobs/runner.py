@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
 
 from server.errors import CallerError, NotReady, Overloaded, StoreBroken, StoreFull, TryAgain
+from server.imaging import encode as encoding
 from server.jobs.files import brief
 from server.jobs.job import Job, Ticket
 from server.jobs.live import Live, Queue, View
 from server.jobs.store import Store
 from server.metrics import Metrics
-from server.runtime.bundle import ACCURATE
 from server.segment.pipeline import Segmenter
 from server.segment.request import Answer, SegmentRequest, Terms
 from server.settings import JobsSettings
@@ -162,7 +162,7 @@ class Runner:
             seconds += (await self._segmenter.estimate(file, _first_look(request))).seconds
         route = choice.route
         # As it is accepted, whatever the default or the recommended level is when it runs.
-        level = None if route.graph == ACCURATE else route.level
+        level = None if route.mode == "accurate" else route.level
         asked = dataclasses.asdict(request) | {"model": choice.model, "mode": route.mode, "level": level}
         ticket = Ticket(asked, preview, choice.model, route.mode, route.level, choice.precision, estimate.windows, seconds)
         live = self._queue.add(await self._off_loop(self._store.accept, ticket, file, reference))
@@ -313,4 +313,4 @@ def _tell(job: Job, error: Exception) -> None:
 
 
 def _first_look(request: SegmentRequest) -> SegmentRequest:
-    return dataclasses.replace(request, mode="fast", level=1)
+    return dataclasses.replace(request, mode="fast", level=1, format=encoding.without(request.format, "spread"))

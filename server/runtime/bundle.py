@@ -15,6 +15,7 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.npz"
 ACCURATE = "accurate"
+SPREAD = "spread"
 
 # The precision of a graph file; bf16 is the fp32 graph executed in bfloat16 by an engine that can.
 GRAPH_PRECISIONS = {"fp32": "fp32", "bf16": "fp32", "fp16": "fp16", "int8": "int8"}
@@ -47,10 +48,10 @@ class Window(_Part):
 
 
 class Graph(_Part):
-    """One level, or the averaged network.
+    """One level, or the averaged network, with or without the spread of its heads.
 
     Attributes:
-        name: "L1".."L5" or "accurate".
+        name: "L1".."L5", "accurate" or "spread".
         level: depth of the grid that it runs.
         divisor: every tile axis is a multiple of this.
         parameters: trained parameters in it.
@@ -58,7 +59,7 @@ class Graph(_Part):
         files: ONNX file per graph precision.
     """
 
-    name: str = Field(pattern=r"^(L[1-5]|accurate)$")
+    name: str = Field(pattern=r"^(L[1-5]|accurate|spread)$")
     level: int = Field(ge=1, le=5)
     divisor: int = Field(ge=2, le=32)
     parameters: int = Field(ge=1)
@@ -135,6 +136,8 @@ class Manifest(_Part):
     Attributes:
         orientation: of a network for volumes: where its axes point, in nibabel's letters, e.g. "RAS".
         spacing: mm per voxel along them that volumes are resampled to; None takes any.
+        spread: `accurate` with one channel more: the standard deviation over the heads of the foreground probability. None where there
+            is one head, or the bundle was exported by a version that had no such graph.
         norm: layers of the network that normalise. "instance" looks at all of a tile, whose scores change with its padding.
     """
 
@@ -154,6 +157,7 @@ class Manifest(_Part):
     classes: tuple[Class, ...] = Field(min_length=1)
     window: Window
     graphs: tuple[Graph, ...] = Field(min_length=1)
+    spread: Graph | None = None
     calibration: Calibration | None = None
     held_out: Measured | None = None
     comparison: tuple[Comparison, ...] = ()
@@ -164,14 +168,14 @@ class Manifest(_Part):
 
     @model_validator(mode="after")
     def _check(self) -> "Manifest":
-        listed = {WEIGHTS, GOLDEN} | {file for graph in self.graphs for file in graph.files.values()}
+        listed = {WEIGHTS, GOLDEN} | {file for graph in self.all_graphs for file in graph.files.values()}
         if missing := listed - self.files.keys():
             raise ValueError(f"files without size and hash: {sorted(missing)}")
         if odd := [name for name in self.files if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name)]:
             raise ValueError(f"file names must stay inside the bundle: {odd}")
         if len(self.window.size) != self.dims:
             raise ValueError("window.size needs one number per axis")
-        if any(side % graph.divisor for side in self.window.size for graph in self.graphs):
+        if any(side % graph.divisor for side in self.window.size for graph in self.all_graphs):
             raise ValueError("window.size must be a multiple of every graph's divisor")
         if "fp32" not in set.intersection(*(set(graph.files) for graph in self.graphs)):
             raise ValueError("every graph needs an fp32 file")
@@ -198,6 +202,12 @@ class Manifest(_Part):
             raise ValueError(f"graphs need different names and one must be {ACCURATE!r}: {names}")
         if odd := [graph.name for graph in self.graphs if graph.name not in (ACCURATE, f"L{graph.level}")]:
             raise ValueError(f"graphs whose name and level differ: {odd}")
+        if self.spread and (self.spread.name, self.spread.level, [*self.spread.files]) != (
+            SPREAD,
+            self.graph(ACCURATE).level,
+            ["fp32"],
+        ):
+            raise ValueError(f"spread must be named {SPREAD!r}, have the level of {ACCURATE!r}, and be in fp32 alone")
         return self
 
     @model_validator(mode="after")
@@ -208,6 +218,11 @@ class Manifest(_Part):
         if self.activation == "sigmoid" and len(values) > 1:
             raise ValueError(f"activation sigmoid means exactly one class: {[c.name for c in self.classes]}")
         return self
+
+    @property
+    def all_graphs(self) -> tuple[Graph, ...]:
+        """Those of the levels, `accurate`, and `spread` where there is one."""
+        return (*self.graphs, self.spread) if self.spread else self.graphs
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -231,7 +246,7 @@ class Manifest(_Part):
 
     def graph(self, name: str) -> Graph:
         """The graph of that name, e.g. "L3"."""
-        return next(graph for graph in self.graphs if graph.name == name)
+        return next(graph for graph in self.all_graphs if graph.name == name)
 
 
 class Bundle:
@@ -296,7 +311,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             raise BundleDamaged(f"{file}: leads out of the bundle")
         if file.stat().st_size != entry.bytes or sha256(file) != entry.sha256:
             raise BundleDamaged(f"{file}: size or SHA-256 differs from the manifest; copy the bundle again, or export it anew")
-    for graph in manifest.graphs:
+    for graph in manifest.all_graphs:
         for name in graph.files.values():
             check_graph(folder / name, (WEIGHTS,))
 

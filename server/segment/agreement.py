@@ -102,7 +102,7 @@ class Agreement:
         if sample.choice.route.mode != "fast" or self._closed:
             return
         drawn = self._sampler.draws()
-        if self._running or sample.classes.size > self._max_pixels:
+        if self._running or sample.classes.size > self._max_pixels or not sample.raw:
             # What is only due can be the next one.
             if drawn:
                 self._metrics.count("skipped")

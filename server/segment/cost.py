@@ -10,6 +10,8 @@ from server.imaging.reading import Reading
 from server.runtime.bundle import Graph, Manifest
 from server.runtime.pace import Pace
 from server.segment.plan import STEP_PIXELS, tile_grid
+from server.segment.postprocess import Postprocessing
+from server.segment.statistics import LISTED_BYTES, MOST_LISTED
 from server.settings import LimitsSettings
 
 # Of the place of one window; a stack of tiny slices has more windows than pixels in one.
@@ -49,6 +51,7 @@ def estimate(
     manifest: Manifest,
     graph: Graph,
     needs: frozenset[str],
+    wanted: Postprocessing,
     pace: Pace,
 ) -> Estimate:
     """Adds up time and memory.
@@ -60,6 +63,7 @@ def estimate(
         manifest: of the network.
         graph: to be run.
         needs: of the answer, see `Encoder`.
+        wanted: what is to be done with the mask.
         pace: of that graph.
     """
     grid = tile_grid(placement.size, manifest, graph, flat=placement.flat)
@@ -70,10 +74,16 @@ def estimate(
     copied += network * 4 if extent.channels > len(manifest.channels) else 0
     # Of the axis that orders the windows one window, of the others all.
     sides = (t if a == grid.axis else max(s, t) for a, (s, t) in enumerate(zip(placement.size, grid.tile, strict=True)))
-    open_rows = math.prod(sides) * 4 * (2 * k + 3)
-    steps = max(STEP_PIXELS, tile_pixels) * 4 * (len(manifest.channels) + k) * 2 + WINDOW_BYTES * windows
-    # Probabilities, and them encoded; or the four bytes per pixel in which components are labelled.
-    kept = ((6 * k if "scores" in needs else 0) + (5 if "report" in needs else 0)) * pixels
+    open_channels = k + ("spread" in needs)
+    open_rows = math.prod(sides) * 4 * (2 * open_channels + 3)
+    steps = max(STEP_PIXELS, tile_pixels) * 4 * (len(manifest.channels) + open_channels) * 2 + WINDOW_BYTES * windows
+    # Probabilities, and them encoded.
+    kept = (6 * k if "scores" in needs else 0) * pixels
+    # The spread, and it encoded as float32.
+    kept += (10 if "spread" in needs else 0) * pixels
+    # The score of each pixel's class, and what is labelled and listed.
+    kept += (2 if "objects" in needs else 0) * pixels + wanted.bytes(pixels, objects="objects" in needs)
+    kept += LISTED_BYTES * min(MOST_LISTED, pixels) if "report" in needs else 0
     compared = math.prod(reference.size) * (reference.channels * reference.sample_bytes + 3) if reference else 0
     # The mask, its encoded form, and what finding the best class takes in passing.
     memory = pixels * (extent.channels * extent.sample_bytes + 2) + copied + open_rows + steps + kept + compared

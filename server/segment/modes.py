@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.errors import InvalidParameter
-from server.runtime.bundle import ACCURATE, Manifest
+from server.runtime.bundle import ACCURATE, SPREAD, Manifest
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,37 @@ def shallower(manifest: Manifest, route: Route, least: int | None) -> list[Route
             f"min_level={least} must be one of {_listed(manifest.levels)} and no deeper than the level asked for, which is {route.level}"
         )
     return [_fast(manifest, level) for level in sorted(manifest.levels, reverse=True) if least <= level < route.level]
+
+
+def with_spread(manifest: Manifest, route: Route, precision: str, least: int | None) -> Route:
+    """The same route, by the graph that gives the spread of the heads too.
+
+    Args:
+        manifest: of the network.
+        route: as asked for.
+        precision: as asked for.
+        least: the level down to which the caller lets the server go.
+
+    Raises:
+        InvalidParameter: says what does not go with it, or that the bundle has no such graph.
+    """
+    if route.graph != ACCURATE:
+        raise InvalidParameter(
+            "formats uncertainty_* show how far the heads of all levels differ, which mode=fast does not run; use mode=accurate and "
+            "leave the level out"
+        )
+    if least is not None:
+        raise InvalidParameter(f"min_level={least} does not go with formats uncertainty_*, which need all levels; leave it out")
+    if precision not in ("auto", "fp32"):
+        raise InvalidParameter(
+            f"precision={precision!r} does not go with formats uncertainty_*, which are computed at fp32; leave it out"
+        )
+    if manifest.spread is None:
+        raise InvalidParameter(
+            f"model={manifest.name!r} has no graph for formats uncertainty_*: its network has one head, or its bundle is of an earlier "
+            "version; then whoever runs the server can export it again, or add the graph with: unetpp add-spread"
+        )
+    return Route(route.mode, route.level, SPREAD)
 
 
 def routes(manifest: Manifest) -> list[Route]:

@@ -7,12 +7,9 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import BinaryIO, ParamSpec, TypeVar
 
-import numpy as np
-
-from server.arrays import Extent, Image, Volume
+from server.arrays import Extent
 from server.errors import (
     CallerError,
     DeadlinePassed,
@@ -24,16 +21,16 @@ from server.errors import (
     UnknownModel,
 )
 from server.imaging import encode as encoding
-from server.imaging.decode import decode, is_quick, measure
+from server.imaging.decode import is_quick, measure
 from server.imaging.reading import Reading
 from server.metrics import Metrics
 from server.runtime.admission import PixelBudget
-from server.runtime.batcher import HOPE, Batcher, Ran
+from server.runtime.batcher import HOPE, Batcher
 from server.runtime.bundle import Manifest
 from server.runtime.line import Caller, Line
 from server.runtime.opening import OpenBundle
 from server.runtime.pace import Margin, Pace
-from server.segment import cost, modes, quality, report
+from server.segment import cost, modes, quality, scale, steps
 from server.segment.clock import Clock
 from server.segment.cost import Estimate
 from server.segment.degradation import Degradation
@@ -42,7 +39,8 @@ from server.segment.plan import place
 from server.segment.probe import Probe
 from server.segment.request import Answer, Choice, Sample, SegmentRequest, Terms
 from server.segment.served import Served, serve
-from server.segment.work import Work, lay_out
+from server.segment.steps import Order
+from server.segment.work import lay_out
 from server.settings import BatchingSettings, LimitsSettings
 
 P = ParamSpec("P")
@@ -65,28 +63,6 @@ MEMORY_WAIT_S = 300.0
 
 # Threads for volumes, whose decoding and resampling take seconds each.
 VOLUME_WORKERS = 2
-
-
-@dataclass(frozen=True)
-class _Order:
-    """What the header and the request settle, before any pixel is decoded.
-
-    Attributes:
-        choice: what will be served.
-        requested: what was asked for.
-        alone_s: until the answer is there, if nobody else waits.
-        predicted_s: the same, waiting included.
-        degraded: why they differ: "deadline", "load", or "" if they do not.
-    """
-
-    choice: Choice
-    requested: Route
-    formats: tuple[str, ...]
-    reading: Reading
-    estimate: Estimate
-    alone_s: float
-    predicted_s: float
-    degraded: str = ""
 
 
 class Segmenter:
@@ -197,7 +173,11 @@ class Segmenter:
         served = self._served.get(name)
         if served is None:
             raise UnknownModel(f"model={name!r} is not open here; there are: {', '.join(self._served)}")
-        route = modes.resolve(served.opened.bundle.manifest, request.mode, request.level)
+        request.postprocessing.check()
+        manifest = served.opened.bundle.manifest
+        route = modes.resolve(manifest, request.mode, request.level)
+        if encoding.wants(request.format, "spread"):
+            return self._choice(name, served, modes.with_spread(manifest, route, request.precision, request.min_level), "fp32")
         return self._choice(name, served, route, request.precision)
 
     def _choice(self, name: str, served: Served, route: Route, wanted: str) -> Choice:
@@ -218,30 +198,31 @@ class Segmenter:
             CallerError: it could not be segmented at all, or is over a limit.
         """
         choice = self.choose(request)
-        extent = await Clock(self._workers).off_loop("decode", measure, file, self._limits.max_pixels)
+        extent = await Clock(self._workers).off_loop("decode", measure, file, self._reading(request))
         return self._order(extent, None, request, choice).estimate
 
-    def _order(self, extent: Extent, reference: Extent | None, request: SegmentRequest, choice: Choice) -> _Order:
+    def _order(self, extent: Extent, reference: Extent | None, request: SegmentRequest, choice: Choice) -> Order:
         """Checks everything that the header tells.
 
         Raises:
             UnknownFormat, InvalidParameter: the input does not fit the format, the model or the reference.
             TooLarge: says what it would take.
         """
-        if request.nonfinite not in ("refuse", "zero"):
-            raise InvalidParameter(f"nonfinite={request.nonfinite!r:.20} does not exist; there are: refuse, zero")
         limits, manifest = self._limits, choice.manifest
-        formats = encoding.choose(request.format, request.accept, extent)
+        formats = encoding.choose(request.format, request.accept, extent, instances=request.instances)
+        scale.check(request.pixel_size_um, extent)
+        request.postprocessing.check_kind(extent)
         placement = place(extent, manifest, request.axis)
         graph = manifest.graph(choice.route.graph)
-        estimate = cost.estimate(extent, reference, placement, manifest, graph, encoding.needs(formats), choice.lane.pace)
+        needs = encoding.needs(formats)
+        estimate = cost.estimate(extent, reference, placement, manifest, graph, needs, request.postprocessing, choice.lane.pace)
         cost.check(estimate, extent, limits)
         # An image may still lie on its side (EXIF).
         if reference and (extent.kind != "image" or sorted(extent.size) != sorted(reference.size)):
             quality.check_grid(extent, reference)
-        reading = Reading(limits.max_pixels, limits.max_voxels, zero_nonfinite=request.nonfinite == "zero")
+        reading = self._reading(request)
         alone_s = estimate.seconds + self._beside[extent.kind].seconds(estimate.pixels)
-        return _Order(choice, choice.route, formats, reading, estimate, alone_s, self.line.wait_s(estimate.seconds) + alone_s)
+        return Order(choice, choice.route, formats, reading, estimate, alone_s, self.line.wait_s(estimate.seconds) + alone_s)
 
     def check_wait(self, choice: Choice, request: SegmentRequest, terms: Terms) -> None:
         """What can be told before the body is there.
@@ -281,7 +262,7 @@ class Segmenter:
         requested = choice or self.choose(request)
         clock = Clock(None if reference is None and is_quick(file, SMALL_BYTES) else self._workers)
         async with until(terms.deadline):
-            extents = await clock.off_loop("decode", self._measure, file, reference)
+            extents = await clock.off_loop("decode", self._measure, file, reference, request)
             order = self._decide(*extents, request, requested, terms)
             if not clock.workers and (math.prod(extents[0].size) > SMALL_PIXELS or order.formats != ("png",)):
                 clock.workers = self._workers
@@ -290,22 +271,23 @@ class Segmenter:
             caller = Caller(urgent=terms.urgent, deadline=terms.deadline)
             async with self._admitted(extents[0], order, caller, terms, clock):
                 progress("decode", 0, order.estimate.windows)
-                work, expected = await clock.off_loop("", self._prepare, file, reference, request, order, clock)
+                work, expected = await clock.off_loop("", steps.prepare, file, reference, request, order, clock)
                 last = await work.run(order.choice.lane, caller, self._batcher, clock, progress)
                 progress("encode", order.estimate.windows, order.estimate.windows)
-                answer = await clock.off_loop("", self._finish, work, expected, last, request, order, clock)
+                answer = await clock.off_loop("", steps.finish, work, expected, last, request, order, clock)
         # Without waiting for a thread, which says something about this moment only.
         beside_s = sum(seconds for phase, seconds in clock.seconds.items() if phase not in ("queue", "infer"))
         self._beside[extents[0].kind].learn(order.estimate.pixels, beside_s)
         self._count(answer)
-        self.answered(Sample(order.choice, work.source, request.axis, work.mask.classes))
+        self.answered(Sample(order.choice, work.source, request.axis, work.mask.classes, raw=not answer.postprocessing))
         return answer
 
     def _count(self, answer: Answer) -> None:
         model, route = answer.choice.model, answer.choice.route
         if answer.degraded:
             self._metrics.degraded.labels(model, f"{answer.requested.level}", f"{route.level}", answer.degraded).inc()
-        if answer.quality:
+        # What callers do with their masks says nothing of how good the level is.
+        if answer.quality and not answer.postprocessing:
             self._metrics.reference.observe((model, route.mode, f"{route.level}"), _named(answer.quality, answer.choice.manifest))
 
     async def agree(self, sample: Sample, patience_s: float | None = None) -> dict[str, quality.Overlap]:
@@ -330,7 +312,7 @@ class Segmenter:
         terms = Terms(order.estimate.seconds + (patience_s or MEMORY_WAIT_S), urgent=False)
         try:
             async with self._admitted(extent, order, caller, terms, clock):
-                work = await clock.off_loop("plan", lay_out, sample.source, manifest, graph, sample.axis, scores=False)
+                work = await clock.off_loop("plan", lay_out, sample.source, manifest, graph, sample.axis)
                 last = await work.run(choice.lane, caller, self._batcher, clock, lambda *_: None)
                 await clock.off_loop("restore", work.finish, last)
                 values = [c.value for c in manifest.classes]
@@ -340,11 +322,17 @@ class Segmenter:
                 hurry.cancel()
         return _named(found, manifest)
 
-    def _measure(self, file: BinaryIO, reference: BinaryIO | None) -> tuple[Extent, Extent | None]:
-        limit = self._limits.max_pixels
-        return measure(file, limit), measure(reference, limit) if reference else None
+    def _reading(self, request: SegmentRequest) -> Reading:
+        if request.nonfinite not in ("refuse", "zero"):
+            raise InvalidParameter(f"nonfinite={request.nonfinite!r:.20} does not exist; there are: refuse, zero")
+        limits, zero = self._limits, request.nonfinite == "zero"
+        return Reading(limits.max_pixels, limits.max_voxels, zero_nonfinite=zero, axes=request.axes, channel=request.channel)
 
-    def _decide(self, extent: Extent, reference: Extent | None, request: SegmentRequest, requested: Choice, terms: Terms) -> _Order:
+    def _measure(self, file: BinaryIO, reference: BinaryIO | None, request: SegmentRequest) -> tuple[Extent, Extent | None]:
+        reading = self._reading(request)
+        return measure(file, reading), measure(reference, steps.of_labels(reading)) if reference else None
+
+    def _decide(self, extent: Extent, reference: Extent | None, request: SegmentRequest, requested: Choice, terms: Terms) -> Order:
         """The requested level, or the deepest one in time that the caller allows instead.
 
         Raises:
@@ -377,7 +365,7 @@ class Segmenter:
             self._check_in_time(orders[-1].predicted_s, allowed_s)
         return orders[-1]
 
-    def _check_possible(self, order: _Order, terms: Terms, allowed_s: float) -> None:
+    def _check_possible(self, order: Order, terms: Terms, allowed_s: float) -> None:
         """Refuses what would take too long even if nobody else waited."""
         alone_s = order.alone_s
         if alone_s > terms.patience_s:
@@ -409,7 +397,7 @@ class Segmenter:
             )
 
     @contextlib.asynccontextmanager
-    async def _admitted(self, extent: Extent, order: _Order, caller: Caller, terms: Terms, clock: Clock) -> AsyncIterator[None]:
+    async def _admitted(self, extent: Extent, order: Order, caller: Caller, terms: Terms, clock: Clock) -> AsyncIterator[None]:
         """A place in the line, and a share of the budget of memory, for the block.
 
         Raises:
@@ -447,57 +435,6 @@ class Segmenter:
                 f"others were worked on for {spare_s:.0f} s, which leaves no time for this; try again, or send it to POST /jobs",
                 refusal="memory",
             ) from error
-
-    def _prepare(
-        self, file: BinaryIO, reference: BinaryIO | None, request: SegmentRequest, order: _Order, clock: Clock
-    ) -> tuple[Work, Image | Volume | None]:
-        """Decodes input and reference, and cuts the tiles of the first step."""
-        manifest = order.choice.manifest
-        with clock.phase("decode"):
-            source = decode(file, order.reading)
-            expected = self._decode_reference(reference, source) if reference else None
-        with clock.phase("plan"):
-            graph = manifest.graph(order.choice.route.graph)
-            return lay_out(source, manifest, graph, request.axis, scores="scores" in encoding.needs(order.formats)), expected
-
-    def _decode_reference(self, reference: BinaryIO, source: Image | Volume) -> Image | Volume:
-        """Labels on the input's grid."""
-        decoded = decode(reference, Reading(self._limits.max_pixels, self._limits.max_voxels, labels=True, zero_nonfinite=True))
-        if decoded.values.shape[-1] != 1 and np.ptp(decoded.values, axis=-1).any():
-            raise InvalidParameter("the reference is a colour picture; send labels (one value per pixel)")
-        # Again, as an image is now upright.
-        quality.check_grid(source.extent, decoded.extent)
-        return decoded
-
-    def _finish(
-        self, work: Work, expected: Image | Volume | None, last: Ran, request: SegmentRequest, order: _Order, clock: Clock
-    ) -> Answer:
-        """Restores the last step, and encodes."""
-        choice = order.choice
-        with clock.phase("restore"):
-            work.finish(last)
-            values = [c.value for c in choice.manifest.classes]
-            overlaps = quality.compare(work.mask.classes, expected.values[..., 0], values) if expected else {}
-        facts = {"model": choice.model, "mode": choice.route.mode, "level": choice.route.level, "precision": choice.precision,
-                 "engine": choice.lane.engine.name}  # fmt: skip
-        if order.degraded:
-            facts |= {"requested": {"mode": order.requested.mode, "level": order.requested.level}, "degraded": order.degraded}
-        with clock.phase("encode"):
-            encoded = report.encode(
-                work.mask, work.source, choice.manifest, order.formats, facts, overlaps, clock.seconds,
-                include_mask=request.include_mask,
-            )  # fmt: skip
-        return Answer(
-            encoded.body,
-            encoded.media_type,
-            encoded.file,
-            order.requested,
-            choice,
-            order.degraded,
-            clock.seconds,
-            overlaps,
-            work.source.note,
-        )
 
 
 @contextlib.asynccontextmanager

@@ -2,7 +2,9 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxtyping import UInt8
 from numpy import ndarray
@@ -12,6 +14,7 @@ from server.runtime.bundle import Manifest
 from server.runtime.line import Lane
 from server.segment import quality
 from server.segment.modes import Route
+from server.segment.postprocess import Postprocessing
 from server.segment.served import Served
 
 
@@ -28,7 +31,30 @@ class SegmentRequest:
     include_mask: bool = False
     axis: str = "auto"
     nonfinite: str = "refuse"
+    axes: str = ""
+    channel: int | None = None
     min_level: int | None = None
+    threshold: float | None = None
+    fill_holes: bool = False
+    instances: bool = False
+    min_size_px: int | None = None
+    min_size_mm2: float | None = None
+    min_size_mm3: float | None = None
+    keep_largest: bool = False
+    pixel_size_um: str | None = None
+
+    @property
+    def postprocessing(self) -> Postprocessing:
+        """What is to be done with the mask."""
+        return Postprocessing(
+            self.threshold,
+            self.fill_holes,
+            self.instances,
+            self.min_size_px,
+            self.min_size_mm2,
+            self.min_size_mm3,
+            self.keep_largest,
+        )
 
 
 @dataclass(frozen=True)
@@ -83,12 +109,14 @@ class Sample:
         source: the input.
         axis: see `SegmentRequest`.
         classes: of the mask, see `Mask`.
+        raw: whether they are what the scores say, and nothing was done with them on request.
     """
 
     choice: Choice
     source: Image | Volume
     axis: str
     classes: UInt8[ndarray, "*size"]
+    raw: bool = True
 
 
 @dataclass(frozen=True)
@@ -105,6 +133,7 @@ class Answer:
         seconds: time per phase: decode, plan, queue, infer, restore, encode.
         quality: overlap with the reference per class value, if one was given.
         note: what the caller should know, e.g. that further pages were not read.
+        postprocessing: what was done with the mask on request, see `Postprocessing.asked`.
     """
 
     body: bytes
@@ -116,6 +145,7 @@ class Answer:
     seconds: dict[str, float]
     quality: dict[int, quality.Overlap]
     note: str
+    postprocessing: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def mean_iou(self) -> float:

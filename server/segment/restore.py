@@ -32,31 +32,42 @@ class Canvas:
     Args:
         windows: where they lie.
         channels: K of the scores.
-        threshold: for K = 1, foreground is a score above it; for K > 1 the largest score wins.
+        threshold: foreground is a score above it; for K > 1 that of the best foreground class, or None where the largest score wins.
         classes: uint8, written to; its axes are those of the windows, of the grid's size or another, to which scores are
             then interpolated linearly before a class is chosen.
         scores: (K, ...) float16, written to in the same way, or None.
+        spread: float16, likewise, of what windows have as a channel more; or None, and they have none.
+        confidence: float16, likewise: the score of the best foreground class, also where background won; or None.
+
+    Attributes:
+        largest: (K,) the highest score of each channel so far; only with `confidence`.
     """
 
     def __init__(
         self,
         windows: Windows,
         channels: int,
-        threshold: float,
+        threshold: float | None,
         classes: UInt8[ndarray, "*size"],
         scores: Shaped[ndarray, "K *size"] | None = None,
+        spread: Shaped[ndarray, "*size"] | None = None,
+        confidence: Shaped[ndarray, "*size"] | None = None,
     ) -> None:
+        self.largest = np.zeros(channels, dtype=np.float32)
         self._windows = windows
         self._threshold = threshold
         self._classes = np.moveaxis(classes, windows.axis, 0)
         self._scores = None if scores is None else np.moveaxis(scores, windows.axis + 1, 1)
+        self._spread = None if spread is None else np.moveaxis(spread, windows.axis, 0)
+        self._confidence = None if confidence is None else np.moveaxis(confidence, windows.axis, 0)
+        self._channels = channels
         self._rows, *self._across = self._rows_first(windows.size)
         rows, *across = self._rows_first(windows.tile)
         self._weights = importance((rows, *across)) if windows.blended else np.float32(1)
         # Rows [top, top + rows), still open to further windows.
         self._top = 0
         padded = [max(side, tile) for side, tile in zip(self._across, across, strict=True)]
-        self._sum = np.zeros((channels, rows, *padded), dtype=np.float32)
+        self._sum = np.zeros((channels + (spread is not None), rows, *padded), dtype=np.float32)
         self._weight = np.zeros((rows, *padded), dtype=np.float32)
         # Where the caller's rows lie among ours, which of them comes next, and our row before.
         self._lower, self._share = between(self._rows, len(self._classes))
@@ -102,10 +113,26 @@ class Canvas:
             for row in range(len(weight)):
                 self._interpolate(self._top + row, total[:, row] / weight[row])
             return
-        rows = slice(self._top, self._top + len(weight))
-        self._classes[rows] = _classes(total, weight, self._threshold)
+        self._put((slice(self._top, self._top + len(weight)),), total, weight)
+
+    def _put(self, place: tuple[int | slice, ...], total: Float32[ndarray, "K *part"], weight: Float32[ndarray, "*part"]) -> None:
+        """Writes a part of everything that is asked for.
+
+        Args:
+            place: of the part, rows first.
+            total: weighted sums of scores.
+            weight: sums of the weights.
+        """
+        sums = total[: self._channels]
+        self._classes[place], best = _decide(sums, weight, self._threshold)
         if self._scores is not None:
-            self._scores[:, rows] = total / weight
+            self._scores[:, *place] = sums / weight
+        if self._spread is not None:
+            self._spread[place] = total[-1] / weight
+        if self._confidence is not None:
+            self._confidence[place] = best / weight
+            for channel, scores in enumerate(sums):
+                self.largest[channel] = max(self.largest[channel], (scores / weight).max(initial=0))
 
     def _interpolate(self, row: int, scores: Float32[ndarray, "K *across"]) -> None:
         """Writes the caller's rows that lie between our row before this one and this one."""
@@ -127,23 +154,23 @@ class Canvas:
             scores = lerp(plane, first, 1, strip)
             for axis, size in enumerate(rest, start=2):
                 scores = lerp(scores, size, axis)
-            self._classes[self._next, strip] = _classes(scores, np.ones_like(scores[0]), self._threshold)
-            if self._scores is not None:
-                self._scores[:, self._next, strip] = scores
+            self._put((self._next, strip), scores, np.ones_like(scores[0]))
 
 
-def _classes(total: Float32[ndarray, "K *size"], weight: Float32[ndarray, "*size"], threshold: float) -> UInt8[ndarray, "*size"]:
-    """Class per pixel; the sums need no division, only the threshold a multiplication."""
+def _decide(
+    total: Float32[ndarray, "K *size"], weight: Float32[ndarray, "*size"], threshold: float | None
+) -> tuple[UInt8[ndarray, "*size"], Float32[ndarray, "*size"]]:
+    """Class per pixel, and the sum of the best foreground class; sums need no division, only the threshold a multiplication."""
     if len(total) == 1:
-        foreground: UInt8[ndarray, "*size"] = (total[0] > weight * np.float32(threshold)).astype(np.uint8)
-        return foreground
+        return (total[0] > weight * np.float32(threshold)).astype(np.uint8), total[0]
     # Class by class: argmax over the first axis would walk through memory in strides.
-    best = total[0].copy()
-    winner: UInt8[ndarray, "*size"] = np.zeros(best.shape, dtype=np.uint8)
-    for value in range(1, len(total)):
+    best = total[1].copy()
+    winner: UInt8[ndarray, "*size"] = np.ones(best.shape, dtype=np.uint8)
+    for value in range(2, len(total)):
         winner[total[value] > best] = value
         np.maximum(best, total[value], out=best)
-    return winner
+    winner[best <= (total[0] if threshold is None else weight * np.float32(threshold))] = 0
+    return winner, best
 
 
 @functools.lru_cache(maxsize=32)

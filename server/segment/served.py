@@ -1,10 +1,12 @@
 """What is open for requests: replaced as a whole when bundles are reloaded, while requests keep what they began with."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from server.runtime.bundle import SPREAD
 from server.runtime.line import Lane
-from server.runtime.opening import OpenBundle
+from server.runtime.opening import WHOLE, OpenBundle
 from server.runtime.pace import Pace
 from server.settings import BatchingSettings
 
@@ -15,7 +17,7 @@ class Served:
 
     Attributes:
         opened: the bundle.
-        lanes: by (graph, precision).
+        lanes: by (graph, precision); `spread` among them, where it is open.
     """
 
     opened: OpenBundle
@@ -33,4 +35,6 @@ def serve(name: str, opened: OpenBundle, batching: BatchingSettings) -> Served:
         )
         for (graph, precision), engine in opened.engines.items()
     }  # fmt: skip
+    if opened.spread:
+        lanes[SPREAD, "fp32"] = dataclasses.replace(lanes[WHOLE], graph=SPREAD, engine=opened.spread)
     return Served(opened, lanes)

@@ -11,7 +11,7 @@ from numpy import ndarray
 
 from server.arrays import Image, Mask, Tiles, Volume
 from server.runtime.batcher import Batcher, Ran
-from server.runtime.bundle import Graph, Manifest
+from server.runtime.bundle import SPREAD, Graph, Manifest
 from server.runtime.line import Caller, Lane
 from server.segment.clock import Clock
 from server.segment.plan import Plan, make_plan, seen_by
@@ -83,20 +83,40 @@ class Work:
         self.canvas.finish()
 
 
-def lay_out(source: Image | Volume, manifest: Manifest, graph: Graph, axis: str, *, scores: bool) -> Work:
+def lay_out(
+    source: Image | Volume,
+    manifest: Manifest,
+    graph: Graph,
+    axis: str,
+    needs: frozenset[str] = frozenset(),
+    threshold: float | None = None,
+) -> Work:
     """The windows of an input, and the tiles of the first step.
 
     Args:
         source: the input.
         manifest: of the network.
-        graph: to be run.
+        graph: to be run; `spread` gives the mask the spread of the heads.
         axis: of the slices of a volume, for a network of images.
-        scores: whether the mask is to have them.
+        needs: of the answer, see `Encoder`.
+        threshold: see `SegmentRequest`.
     """
     placement, pixels = seen_by(source, manifest, axis)
     plan = make_plan(pixels, manifest, graph, flat=placement.flat)
     classes = np.empty(source.size, dtype=np.uint8, order="C" if isinstance(source, Image) else "F")
-    probabilities = np.empty((manifest.score_channels, *source.size), dtype=np.float16) if scores else None
-    written = placement.view(probabilities, leading=1) if probabilities is not None else None
-    canvas = Canvas(plan.windows, manifest.score_channels, manifest.threshold, placement.view(classes), written)
-    return Work(source, pixels, plan, plan.cut(pixels, plan.windows.steps[0]), Mask(classes, probabilities), canvas)
+    probabilities = np.empty((manifest.score_channels, *source.size), dtype=np.float16) if "scores" in needs else None
+    spread = np.empty_like(classes, dtype=np.float16) if graph.name == SPREAD else None
+    confidence = np.empty_like(classes, dtype=np.float16) if "objects" in needs else None
+    if threshold is None and manifest.score_channels == 1:
+        threshold = manifest.threshold
+    canvas = Canvas(
+        plan.windows,
+        manifest.score_channels,
+        threshold,
+        placement.view(classes),
+        None if probabilities is None else placement.view(probabilities, leading=1),
+        None if spread is None else placement.view(spread),
+        None if confidence is None else placement.view(confidence),
+    )
+    mask = Mask(classes, probabilities, spread, confidence=confidence)
+    return Work(source, pixels, plan, plan.cut(pixels, plan.windows.steps[0]), mask, canvas)

@@ -24,7 +24,7 @@ def content(folder):
 
 def test_the_files_of_a_bundle(small_kept, small_checkpoint):
     names = {f"{graph}{suffix}.onnx" for graph in ("L1", "L2", "accurate") for suffix in ("", ".fp16", ".int8")}
-    assert set(content(small_kept)) == names | {"weights.safetensors", "golden.npz", "manifest.json"}
+    assert set(content(small_kept)) == names | {"spread.onnx", "weights.safetensors", "golden.npz", "manifest.json"}
     manifest = read_bundle(small_kept).manifest
     assert manifest.name == "small"
     assert manifest.graph_precisions == ("fp32", "fp16", "int8")

@@ -120,7 +120,8 @@ def manifest(**changes: Any) -> Manifest:
     if changes.get("dims") == 3:
         fields |= {"orientation": "RAS", "window": {"size": [32, 32, 32], "overlap": 0.5}}
     fields |= changes
-    names = ["weights.safetensors", "golden.npz", *(f for g in fields["graphs"] for f in g["files"].values())]
+    graphs = [*fields["graphs"], *filter(None, [fields.get("spread")])]
+    names = ["weights.safetensors", "golden.npz", *(f for g in graphs for f in g["files"].values())]
     return Manifest.model_validate({"files": dict.fromkeys(names, NO_FILE)} | fields)
 
 

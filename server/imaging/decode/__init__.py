@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import BinaryIO, TypeVar
 
 from server.arrays import Extent, Image, Volume
-from server.errors import UnetppError, Unreadable, UnsupportedType
-from server.imaging.decode import nifti, raster, tiff
+from server.errors import InvalidParameter, UnetppError, Unreadable, UnsupportedType
+from server.imaging.decode import metaimage, nifti, nrrd, raster, tiff
 from server.imaging.reading import Reading
 
 T = TypeVar("T")
@@ -19,13 +19,13 @@ class Decoder:
     Attributes:
         formats: as a person calls them.
         recognises: whether the first 16 bytes look like it.
-        size: open file to its extent, from the header alone; may raise anything on broken input.
+        size: open file to its extent as `decode` will find it, from the header alone; may raise anything on broken input.
         decode: open file to Image or Volume; may raise anything on broken input.
     """
 
     formats: str
     recognises: Callable[[bytes], bool]
-    size: Callable[[BinaryIO], Extent]
+    size: Callable[[BinaryIO, Reading], Extent]
     decode: Callable[[BinaryIO, Reading], Image | Volume]
 
 
@@ -33,19 +33,21 @@ DECODERS: dict[str, Decoder] = {
     "raster": Decoder("PNG, JPEG, BMP, WebP", raster.recognises, raster.size, raster.decode),
     "tiff": Decoder("TIFF", tiff.recognises, tiff.size, tiff.decode),
     "nifti": Decoder("NIfTI", nifti.recognises, nifti.size, nifti.decode),
+    "nrrd": Decoder("NRRD", nrrd.recognises, nrrd.size, nrrd.decode),
+    "metaimage": Decoder("MetaImage", metaimage.recognises, metaimage.size, metaimage.decode),
 }
 
 
-def measure(file: BinaryIO, max_pixels: int) -> Extent:
+def measure(file: BinaryIO, reading: Reading) -> Extent:
     """What the header of a file says. Volumes of any size are measured: their limit is a matter of cost, see `segment`.
 
     Raises:
         Unreadable, UnsupportedType: as `decode`.
-        TooLarge: an image over `max_pixels`.
+        TooLarge: an image over the limit.
     """
-    extent = _guarded(file, lambda row: row.size(file))
+    extent = _guarded(file, reading, lambda row: row.size(file, reading))
     if extent.kind == "image":
-        Reading(max_pixels).check_image(*extent.size)
+        reading.check_image(*extent.size)
     file.seek(0)
     return extent
 
@@ -73,11 +75,12 @@ def decode(file: BinaryIO, reading: Reading) -> Image | Volume:
         Unreadable: empty, truncated or broken, or values that are not finite.
         UnsupportedType: not a format of the table.
         TooLarge: over a limit.
+        InvalidParameter: axes or a channel that the file does not have.
     """
-    return _guarded(file, lambda row: row.decode(file, reading))
+    return _guarded(file, reading, lambda row: row.decode(file, reading))
 
 
-def _guarded(file: BinaryIO, work: Callable[[Decoder], T]) -> T:
+def _guarded(file: BinaryIO, reading: Reading, work: Callable[[Decoder], T]) -> T:
     """`work` with the row that recognises the file; whatever a decoder raises becomes a sentence."""
     head = file.read(16)
     file.seek(0)
@@ -87,6 +90,8 @@ def _guarded(file: BinaryIO, work: Callable[[Decoder], T]) -> T:
     if row is None:
         known = ", ".join(row.formats for row in DECODERS.values())
         raise UnsupportedType(f"not a format that this server reads; it reads {known}")
+    if reading.axes and row is not DECODERS["tiff"]:
+        raise InvalidParameter(f"axes is for TIFF; the axes of {row.formats} are known")
     try:
         return work(row)
     except UnetppError:

@@ -3,22 +3,22 @@
 import contextlib
 import io
 import logging
+import math
 from collections.abc import Iterator
-from typing import Any, BinaryIO, Literal, Protocol, cast, runtime_checkable
+from typing import Any, BinaryIO, Literal
 
 import nibabel as nib
 import numpy as np
-from isal import igzip
-from jaxtyping import Float64, Shaped
+from jaxtyping import Float64
 from nibabel.spatialimages import HeaderDataError
 from numpy import ndarray
 
 from server.arrays import Extent, Volume
 from server.errors import TooLarge, Unreadable
 from server.imaging.geometry import SAME_PLACE, apart, check_affine, spacing
-from server.imaging.reading import Reading, met, zero_nonfinite
+from server.imaging.reading import Reading, met, notes
+from server.imaging.streaming import GZIP, KEPT, Stream, exactly, kept_as, read_values, ungzipped
 
-GZIP = b"\x1f\x8b"
 # The first field of the header is its own length.
 HEADERS: dict[bytes, type[Any]] = {
     b"\x5c\x01\0\0": nib.Nifti1Header, b"\0\0\x01\x5c": nib.Nifti1Header,
@@ -28,23 +28,10 @@ HEADERS: dict[bytes, type[Any]] = {
 MOST_BEFORE_VOXELS = 16 * 1024 * 1024
 # Each costs microseconds and a few hundred bytes, whatever it holds.
 MOST_EXTENSIONS = 1000
-# Bytes decoded at a time, so that no second copy of the volume is made.
-BLOCK = 8 * 1024 * 1024
 UNITS = {"meter": 1e3, "micron": 1e-3}
-# Kept as stored; all else becomes float32.
-KEPT = ("uint8", "uint16", "int16")
 
 # Its findings about odd headers reach the caller as our own sentences.
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
-
-
-@runtime_checkable
-class Stream(Protocol):
-    """What is asked of an open file or of its inflated contents."""
-
-    def read(self, size: int, /) -> bytes:
-        """At most so many bytes; none at the end."""
-        ...
 
 
 def recognises(head: bytes) -> bool:
@@ -52,10 +39,11 @@ def recognises(head: bytes) -> bool:
     return head[:4] in HEADERS or head[:2] == GZIP
 
 
-def size(file: BinaryIO) -> Extent:
+def size(file: BinaryIO, reading: Reading) -> Extent:
     """Shape and place, from the header alone."""
     with _inflated(file) as stream:
         header = _header(stream)
+    reading.channels(1)
     kept = _kept(header)
     return Extent(_size(header), 1, kept.itemsize, _affine(header))
 
@@ -69,12 +57,13 @@ def decode(file: BinaryIO, reading: Reading) -> Volume:
         header = _header(stream)
         shape = _size(header)
         reading.check_volume(shape)
-        values, wrong = _values(stream, header, int(np.prod(shape, dtype=np.int64)))
+        stored = header.get_data_dtype()
+        values, wrong = read_values(stream, stored, _kept(header), math.prod(shape), _scaling(header))
         # At the end of a gzip stream lies its checksum, which is compared on reading it.
         stream.read(1)
     note = met(wrong, values.size, reading.zero_nonfinite)
     voxels = values.reshape(shape, order="F")[..., None]
-    return Volume(voxels, _affine(header), header, "; ".join(filter(None, (note, _doubts(header, shape)))))
+    return Volume(voxels, _affine(header), header, notes(note, _doubts(header, shape)))
 
 
 @contextlib.contextmanager
@@ -85,8 +74,8 @@ def _inflated(file: BinaryIO) -> Iterator[Stream]:
     if magic != GZIP:
         yield file
         return
-    with igzip.open(file, "rb") as stream:  # type: ignore[no-untyped-call]
-        yield cast("Stream", stream)
+    with ungzipped(file) as stream:
+        yield stream
 
 
 def _header(stream: Stream) -> Any:
@@ -96,12 +85,12 @@ def _header(stream: Stream) -> Any:
         Unreadable: not a single NIfTI file, or cut off.
         TooLarge: endless extensions.
     """
-    start = _exactly(stream, 4, "header")
+    start = exactly(stream, 4, "header")
     kind = HEADERS.get(start)
     if kind is None:
         raise Unreadable("a gzip file without a NIfTI header in it; send .nii.gz, or an image as it is")
     length = int(kind.template_dtype.itemsize)
-    start += _exactly(stream, length - 4, "header")
+    start += exactly(stream, length - 4, "header")
     magic = start[344:348] if kind is nib.Nifti1Header else start[4:8]
     if magic in (b"ni1\0", b"ni2\0"):
         raise Unreadable("this is the .hdr half of a .hdr/.img pair, without its voxels; save it as one .nii or .nii.gz file")
@@ -115,7 +104,7 @@ def _header(stream: Stream) -> Any:
         raise TooLarge(f"the voxels begin after {offset:,} bytes of header; {MOST_BEFORE_VOXELS:,} are read. Remove its extensions")
     if offset < length:
         raise Unreadable(f"the header says that voxels begin at byte {offset}, inside of itself")
-    start += _exactly(stream, offset - length, "header")
+    start += exactly(stream, offset - length, "header")
     _check_extensions(start[length:], "little" if bare.endianness == "<" else "big")
     try:
         return kind.from_fileobj(io.BytesIO(start))
@@ -211,35 +200,4 @@ def _kept(header: Any) -> "np.dtype[np.generic]":
     """The type that values are kept in."""
     stored = header.get_data_dtype()
     plain = _scaling(header) == (1.0, 0.0)
-    return np.dtype(stored.name if plain and stored.name in KEPT else np.float32)
-
-
-def _values(stream: Stream, header: Any, count: int) -> tuple[Shaped[ndarray, " count"], int]:
-    """All values in the order of the file, and how many were not finite (now 0)."""
-    stored, kept, (slope, inter) = header.get_data_dtype(), _kept(header), _scaling(header)
-    values = np.empty(count, dtype=kept)
-    length, wrong = BLOCK // max(stored.itemsize, 8), 0
-    for first in range(0, count, length):
-        part = values[first : first + length]
-        raw = np.frombuffer(_exactly(stream, len(part) * stored.itemsize, "voxels"), dtype=stored)
-        # Too large for float32 is as good as infinite.
-        with np.errstate(over="ignore", invalid="ignore"):
-            part[:] = raw if (slope, inter) == (1.0, 0.0) else raw.astype(np.float64) * slope + inter
-        wrong += zero_nonfinite(part) if kept == np.float32 else 0
-    return values, wrong
-
-
-def _exactly(stream: Stream, count: int, what: str) -> bytes:
-    """The next bytes.
-
-    Raises:
-        Unreadable: there are fewer.
-    """
-    parts, missing = [], count
-    with contextlib.suppress(EOFError):
-        while missing and (part := stream.read(missing)):
-            parts.append(part)
-            missing -= len(part)
-    if missing:
-        raise Unreadable(f"the file ends in the middle of its {what} (truncated?); send it again, whole")
-    return b"".join(parts)
+    return kept_as(stored, KEPT if plain else ())

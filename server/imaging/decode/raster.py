@@ -7,7 +7,7 @@ from PIL import Image as Pillow
 from PIL import ImageOps
 
 from server.arrays import Extent, Image
-from server.imaging.reading import Reading
+from server.imaging.reading import Reading, notes
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 
@@ -34,7 +34,7 @@ def is_plain_png(data: bytes) -> bool:
     return data.startswith(PNG) and not any(chunk in data for chunk in (b"zTXt", b"iTXt", b"iCCP"))
 
 
-def size(file: BinaryIO) -> Extent:
+def size(file: BinaryIO, reading: Reading) -> Extent:  # noqa: ARG001 - one signature for all
     """(H, W) as the header says, and upright as far as it tells: PNG may have its EXIF behind the pixels."""
     with Pillow.open(file, formats=FORMATS) as picture:
         exif = Pillow.Exif()
@@ -57,7 +57,11 @@ def decode(file: BinaryIO, reading: Reading) -> Image:
         ImageOps.exif_transpose(picture, in_place=True)
         pixels = np.asarray(picture)[..., None] if reading.labels and picture.mode == "P" else _pixels(picture)
     note = f"only the first of {frames} frames was read" if frames > 1 else ""
-    return Image(pixels, note)
+    count = pixels.shape[-1]
+    wanted, guess = reading.channels(count, colors=count == 3)
+    if wanted != slice(0, count):
+        pixels = np.ascontiguousarray(pixels[..., wanted])
+    return Image(pixels, notes(note, guess))
 
 
 def _pixels(picture: Pillow.Image) -> "np.ndarray[tuple[int, ...], np.dtype[np.generic]]":

@@ -1,9 +1,11 @@
 """TIFF through tifffile: 1, 8 and 16 bits, float; LZW, deflate and the usual compressions."""
 
 import contextlib
+import dataclasses
 import logging
 import math
 import operator
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
@@ -11,7 +13,9 @@ import tifffile
 
 from server.arrays import Extent, Image, Volume
 from server.errors import TooLarge, Unreadable
-from server.imaging.reading import Reading, met, zero_nonfinite
+from server.imaging import microscopy
+from server.imaging.microscopy import Pages
+from server.imaging.reading import Reading, met, notes, zero_nonfinite
 
 # What is wrong with a file is said to its owner; in the log it would be a stranger's to fill.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
@@ -38,80 +42,176 @@ MOST_PAGES = 10_000
 # Strips or tiles of an image or a whole stack; each costs some 200 bytes and microseconds before its first pixel.
 MOST_SEGMENTS = 1_000_000
 
+# Characters of the descriptions of all its pages: one is read with each page's tags.
+MOST_TEXTS = 16 * 1024 * 1024
+
 
 def recognises(head: bytes) -> bool:
     """Classic and big TIFF, either byte order."""
     return head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
-def size(file: BinaryIO) -> Extent:
+@dataclass(frozen=True)
+class _Layout:
+    """The pages that are read.
+
+    Attributes:
+        pages: one for each slice.
+        wanted: samples of their pixels.
+        channels: as will be decoded.
+        spacing: mm along X, Y, Z, of what is known.
+        note: what is in doubt.
+    """
+
+    pages: list[int]
+    wanted: slice
+    channels: int
+    spacing: dict[str, float]
+    note: str
+
+
+def size(file: BinaryIO, reading: Reading) -> Extent:
     """(H, W) of an image or (X, Y, Z) of a stack, as the tags say."""
     with tifffile.TiffFile(file, name="upload.tif") as tiff:
-        page, pages = tiff.pages.first, _alike(tiff)
+        page, layout = tiff.pages.first, _lay_out(tiff, reading)
         # A tag may hold several numbers, or a fraction.
         planar = (operator.index(page.imagelength), operator.index(page.imagewidth))
         # Read as they are, or as float32.
         sample_bytes = page.dtype.itemsize if page.dtype in KEPT else 4
-        colored = page.samplesperpixel >= 3 or page.photometric == tifffile.PHOTOMETRIC.PALETTE
-        return Extent(planar if pages == 1 else (*planar[::-1], pages), 3 if colored else 1, sample_bytes)
+        slices = len(layout.pages)
+        return Extent(planar if slices == 1 else (*planar[::-1], slices), layout.channels, sample_bytes)
 
 
 def decode(file: BinaryIO, reading: Reading) -> Image | Volume:
     """Reads the page, or all pages where they are alike: then they are a stack, as microscopes save them.
 
-    Alpha and extra channels are dropped. Palettes become RGB and "white is zero" is inverted, except for labels, which are
-    the values as stored.
+    Times and slices follow each other in it; of channels one is read, unless they are colours. Alpha is dropped. Palettes become
+    RGB and "white is zero" is inverted, except for labels, which are the values as stored.
     """
     # The name of an upload that still lies in memory is None, over which tifffile stumbles.
     with tifffile.TiffFile(file, name="upload.tif") as tiff:
-        page, pages = tiff.pages.first, _alike(tiff)
-        if pages == 1:
+        page, layout = tiff.pages.first, _lay_out(tiff, reading)
+        slices, stack, wrong = len(layout.pages), None, 0
+        if slices == 1:
             reading.check_image(page.imagelength, page.imagewidth)
-            _check_page(page, reading.max_pixels)
-            pixels, wrong = _pixels(page, reading.labels)
-            left = f"only the first of {len(tiff.pages)} pages was read" if len(tiff.pages) > 1 else ""
-            return Image(pixels, _notes(left, met(wrong, pixels.size, reading.zero_nonfinite)))
-        reading.check_volume((page.imagewidth, page.imagelength, pages))
+        else:
+            reading.check_volume((page.imagewidth, page.imagelength, slices))
         _check_page(page, reading.max_pixels)
-        stack, wrong = None, 0
-        for index in range(pages):
+        for number, index in enumerate(layout.pages):
             # Alike is what the tags say; each page's own strips are counted too.
             _check_page(tiff.pages[index], reading.max_pixels)
-            pixels, odd = _pixels(tiff.pages[index], reading.labels)
-            stack = np.empty((pages, *pixels.shape), pixels.dtype) if stack is None else stack
-            stack[index] = pixels
+            pixels, odd = _pixels(tiff.pages[index], reading.labels, layout.wanted)
+            if slices == 1:
+                stack = pixels[None]
+            else:
+                stack = np.empty((slices, *pixels.shape), pixels.dtype) if stack is None else stack
+                stack[number] = pixels
             wrong += odd
-        # Which page is which channel or time is told in ways of their own.
-        mixed = "pages were taken as slices, also where they are channels or times" if tiff.is_imagej or tiff.is_ome else ""
     assert stack is not None  # noqa: S101 - there are pages
-    return Volume(stack.transpose(2, 1, 0, 3), None, note=_notes(mixed, met(wrong, stack.size, reading.zero_nonfinite)))
+    known = layout.spacing
+    note = notes(layout.note, met(wrong, stack.size, reading.zero_nonfinite))
+    if slices == 1:
+        return Image(stack[0], note, (known["Y"], known["X"]) if known.keys() >= set("XY") else None)
+    spacing_mm = (known["X"], known["Y"], known["Z"]) if known.keys() >= set("XYZ") else None
+    return Volume(stack.transpose(2, 1, 0, 3), None, note=note, spacing_mm=spacing_mm)
 
 
-def _notes(*notes: str) -> str:
-    return "; ".join(note for note in notes if note)
+def _lay_out(tiff: "tifffile.TiffFile", reading: Reading) -> _Layout:
+    """Which pages and samples are read, and what they are.
 
-
-def _alike(tiff: "tifffile.TiffFile") -> int:
-    """Pages of the stack: all, where their size, samples and type are those of the first; else one."""
+    Raises:
+        TooLarge: too many pages.
+        Unreadable: some are missing.
+        InvalidParameter: axes or channel do not fit.
+    """
     with contextlib.suppress(IndexError):
         # Seeks no further than that, while counting would walk through millions.
         tiff.pages[MOST_PAGES]
         raise TooLarge(f"the TIFF has more than {MOST_PAGES:,} pages, which is the limit. Split it")
     first, count = tiff.pages.first, len(tiff.pages)
-    segments = 0
-    for index in range(count):
+    shape = (operator.index(first.imagelength), operator.index(first.imagewidth), operator.index(first.samplesperpixel))
+    pages = _described(first, count, shape, reading.axes)
+    table, letters = pages.table, pages.letters
+    if "C" in letters and table.shape[letters.index("C")] > 1:
+        # Where these pages are colours, all of them are read.
+        wanted, channels, _ = _samples(first, dataclasses.replace(reading, channel=None))
+        picked, guess = reading.channels(table.shape[letters.index("C")])
+    else:
+        wanted, channels, guess = _samples(first, reading)
+        picked = slice(0, 1)
+    if "C" in letters:
+        table, letters = table.take(picked.start, letters.index("C")), letters.replace("C", "")
+    times, slices = (table.shape[letters.index(letter)] if letter in letters else 1 for letter in "TZ")
+    if letters == "ZT":
+        table = table.T
+    several = ""
+    if times > 1:
+        several = f"{times} times of {slices} slices" if slices > 1 else f"{times} times"
+        several = f"{several} were taken as {times * slices} slices, one after the other"
+    chosen = [int(index) for index in table.ravel()]
+    if not _alike(tiff, chosen):
+        chosen, several = chosen[:1], f"only the first of {count} pages was read"
+    # From one time to the next is no distance.
+    spacing = {letter: mm for letter, mm in pages.spacing.items() if letter != "Z" or times == 1}
+    return _Layout(chosen, wanted, channels, spacing, notes(pages.note, guess, several))
+
+
+def _described(first: "tifffile.TiffPage", count: int, shape: tuple[int, int, int], axes: str) -> Pages:
+    resolution = _resolution(first, "XResolution"), _resolution(first, "YResolution")
+    if not axes:
+        return microscopy.describe(first.description, count, shape, resolution)
+    # What the caller says counts, whatever is wrong with what the file says.
+    pages = microscopy.plain(count)
+    with contextlib.suppress(Unreadable):
+        pages = microscopy.describe(first.description, count, shape, resolution)
+    return microscopy.named(pages, axes, count, shape)
+
+
+def _resolution(page: "tifffile.TiffPage", name: str) -> float:
+    """Pixels per unit; 0 where the tag does not say."""
+    tag = page.tags.get(name)
+    try:
+        numerator, denominator = tag.value
+        return float(numerator) / float(denominator)
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError):
+        return 0.0
+
+
+def _samples(page: "tifffile.TiffPage", reading: Reading) -> tuple[slice, int, str]:
+    """Which samples of a pixel are read, how many values they become, and a note where that is a guess."""
+    if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
+        count, colors = (1, False) if reading.labels else (3, True)
+    else:
+        # Grey with an alpha channel is one channel.
+        count = 1 if page.samplesperpixel == 2 and page.extrasamples != (0,) else operator.index(page.samplesperpixel)
+        colors = page.photometric == tifffile.PHOTOMETRIC.RGB
+    wanted, note = reading.channels(count, colors=colors)
+    return wanted, len(range(count)[wanted]), note
+
+
+def _alike(tiff: "tifffile.TiffFile", chosen: list[int]) -> bool:
+    """Whether size, samples and type of all these pages are those of the first of the file.
+
+    Raises:
+        TooLarge: their tags ask for endless work.
+    """
+    first, segments, texts = tiff.pages.first, 0, 0
+    for number, index in enumerate(chosen):
         page = tiff.pages[index]
         # Same hash: what tifffile itself calls one series.
         if page.hash != first.hash:
-            return 1
-        # Pages may share their lists, so that a short file asks for endless work.
+            return False
+        # Pages may share their lists, and their texts, so that a short file asks for endless work.
         segments += len(page.dataoffsets)
-        if count > 1 and segments > MOST_SEGMENTS:
+        texts += len(page.description)
+        if len(chosen) > 1 and segments > MOST_SEGMENTS:
             raise TooLarge(
-                f"the TIFF's first {index + 1:,} pages have {segments:,} strips or tiles; the limit is {MOST_SEGMENTS:,}. "
+                f"the TIFF's first {number + 1:,} pages have {segments:,} strips or tiles; the limit is {MOST_SEGMENTS:,}. "
                 "Save it with larger ones"
             )
-    return count
+        if texts > MOST_TEXTS:
+            raise TooLarge(f"the descriptions of the TIFF's pages have more than {MOST_TEXTS:,} characters; remove them")
+    return True
 
 
 def _check_page(page: "tifffile.TiffPage", max_pixels: int) -> None:
@@ -125,8 +225,10 @@ def _check_page(page: "tifffile.TiffPage", max_pixels: int) -> None:
     _check_colors(page)
 
 
-def _pixels(page: "tifffile.TiffPage", labels: bool) -> "tuple[np.ndarray[tuple[int, ...], np.dtype[np.generic]], int]":
-    """(H, W, 1 or 3), and how many values were not finite (now 0)."""
+def _pixels(
+    page: "tifffile.TiffPage", labels: bool, wanted: slice
+) -> "tuple[np.ndarray[tuple[int, ...], np.dtype[np.generic]], int]":
+    """(H, W, samples wanted), and how many values were not finite (now 0)."""
     if page.photometric == tifffile.PHOTOMETRIC.PALETTE and not labels:
         pixels = _palette(page)
     else:
@@ -135,8 +237,7 @@ def _pixels(page: "tifffile.TiffPage", labels: bool) -> "tuple[np.ndarray[tuple[
             pixels = np.moveaxis(pixels, 0, -1)
         if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and pixels.dtype.kind in "bu" and not labels:
             pixels = np.invert(pixels)
-    pixels = pixels.reshape(page.imagelength, page.imagewidth, -1)
-    return _supported(pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1])
+    return _supported(pixels.reshape(page.imagelength, page.imagewidth, -1)[..., wanted])
 
 
 def _check_bytes(page: "tifffile.TiffPage", max_pixels: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from server.arrays import Extent, Image, Mask, Volume
 from server.errors import UnknownFormat
-from server.imaging.encode import json, nifti, npz, overlay, png, png16, tiff
+from server.imaging.encode import coco, csv, geojson, json, nifti, npz, nrrd, overlay, png, png16, tiff, uncertainty
 
 
 @dataclass(frozen=True)
@@ -62,31 +62,72 @@ class Encoded:
     file: str
 
 
-def _nifti(product: Product) -> bytes:
-    assert isinstance(product.source, Volume)  # noqa: S101 - the row's kinds say so
-    return nifti.encode(product.source, product.mask, product.colors, product.names)
+def _image(source: Image | Volume | None) -> Image:
+    assert isinstance(source, Image)  # noqa: S101 - the row's kinds say so
+    return source
 
 
-def _overlay(product: Product) -> bytes:
-    assert isinstance(product.source, Image)  # noqa: S101 - the row's kinds say so
-    return overlay.encode(product.source, product.mask, product.colors)
+def _volume(source: Image | Volume | None) -> Volume:
+    assert isinstance(source, Volume)  # noqa: S101 - the row's kinds say so
+    return source
 
 
+def _any(source: Image | Volume | None) -> Image | Volume:
+    assert source is not None  # noqa: S101 - whoever makes an answer has decoded something
+    return source
+
+
+def _geojson(product: Product) -> bytes:
+    return geojson.encode(product.mask, product.colors, product.names, _image(product.source))
+
+
+_IMAGE, _PAGES, _VOLUME = ("image",), ("image", "stack"), ("volume",)
+_SPREAD = frozenset({"spread"})
 _SCORES = frozenset({"scores"})
+_OBJECTS = frozenset({"objects"})
 _REPORT = frozenset({"report"})
 
+# In the order in which a header Accept finds them.
 ENCODERS: dict[str, Encoder] = {
-    "png": Encoder("image/png", "mask.png", lambda p: png.encode(p.mask, p.colors), ("image",)),
-    "nifti": Encoder("application/gzip", "mask.nii.gz", _nifti, ("volume",)),
-    "tiff": Encoder("image/tiff", "mask.tif", lambda p: tiff.encode(p.mask, p.colors), ("image", "stack")),
-    "json": Encoder("application/json", "statistics.json", lambda p: json.encode(p.report), needs=_REPORT, packed=False),
+    "png": Encoder("image/png", "mask.png", lambda p: png.encode(p.mask, p.colors), _IMAGE),
+    "nifti": Encoder(
+        "application/gzip", "mask.nii.gz", lambda p: nifti.encode(_volume(p.source), p.mask, p.colors, p.names), _VOLUME
+    ),
+    "tiff": Encoder("image/tiff", "mask.tif", lambda p: tiff.encode(p.mask, p.colors), _PAGES),
+    "json": Encoder("application/json", "statistics.json", lambda p: json.encode(p.report), needs=_REPORT | _OBJECTS, packed=False),
     "npz": Encoder("application/x-npz", "scores.npz", lambda p: npz.encode(p.mask), needs=_SCORES),
-    "png16": Encoder("image/png", "score.png", lambda p: png16.encode(p.mask), ("image",), _SCORES),
-    "overlay": Encoder("image/png", "overlay.png", _overlay, ("image",)),
+    "png16": Encoder("image/png", "score.png", lambda p: png16.encode(p.mask), _IMAGE, _SCORES),
+    "overlay": Encoder("image/png", "overlay.png", lambda p: overlay.encode(_any(p.source), p.mask, p.colors)),
+    "png1": Encoder("image/png", "mask_1bit.png", lambda p: png.one_bit(p.mask), _IMAGE),
+    "nrrd": Encoder(
+        "application/x-nrrd", "mask.seg.nrrd", lambda p: nrrd.encode(_volume(p.source), p.mask, p.colors, p.names), _VOLUME
+    ),
+    "labels_png": Encoder("image/png", "labels.png", lambda p: png.labels(p.mask), _IMAGE, _OBJECTS),
+    "labels_tiff": Encoder("image/tiff", "labels.tif", lambda p: tiff.labels(p.mask), _PAGES, _OBJECTS),
+    "labels_nifti": Encoder(
+        "application/gzip", "labels.nii.gz", lambda p: nifti.labels(_volume(p.source), p.mask), _VOLUME, _OBJECTS
+    ),
+    "csv": Encoder("text/csv", "objects.csv", lambda p: csv.encode(p.mask, p.names, p.source), needs=_OBJECTS, packed=False),
+    "geojson": Encoder("application/geo+json", "objects.geojson", _geojson, _IMAGE, _OBJECTS, packed=False),
+    "geojson_gz": Encoder("application/gzip", "objects.geojson.gz", lambda p: geojson.packed(_geojson(p)), _IMAGE, _OBJECTS),
+    "coco": Encoder("application/json", "coco.json", lambda p: coco.encode(p.mask, p.names), _IMAGE, _OBJECTS, packed=False),
+    "npz8": Encoder("application/x-npz", "scores_8bit.npz", lambda p: npz.eight_bits(p.mask), needs=_SCORES),
+    "scores_tiff": Encoder("image/tiff", "scores.tif", lambda p: tiff.scores(p.mask, p.names), _PAGES, _SCORES),
+    "scores_nifti": Encoder(
+        "application/gzip", "scores.nii.gz", lambda p: nifti.scores(_volume(p.source), p.mask), _VOLUME, _SCORES
+    ),
+    "overlay_jpeg": Encoder("image/jpeg", "overlay.jpg", lambda p: overlay.jpeg(_any(p.source), p.mask, p.colors)),
+    "picture": Encoder("image/png", "picture.png", lambda p: overlay.picture(_image(p.source)), _IMAGE),
+    "uncertainty_png": Encoder("image/png", "uncertainty.png", lambda p: uncertainty.png(p.mask), _IMAGE, _SPREAD),
+    "uncertainty_tiff": Encoder("image/tiff", "uncertainty.tif", lambda p: uncertainty.tiff(p.mask), _PAGES, _SPREAD),
+    "uncertainty_nifti": Encoder(
+        "application/gzip", "uncertainty.nii.gz", lambda p: uncertainty.nifti(_volume(p.source), p.mask), _VOLUME, _SPREAD
+    ),
 }
 
 # What answers like with like, and what `format=mask` stands for.
 DEFAULTS = {"image": "png", "stack": "tiff", "volume": "nifti"}
+LABELS = {"image": "labels_png", "stack": "labels_tiff", "volume": "labels_nifti"}
 MASK = "mask"
 _KINDS = {"image": "an image", "stack": "a stack of pages", "volume": "a volume"}
 
@@ -94,20 +135,29 @@ _KINDS = {"image": "an image", "stack": "a stack of pages", "volume": "a volume"
 EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
-def choose(wanted: str | None, accept: str | None, extent: Extent | None = None) -> tuple[str, ...]:
+def like(extent: Extent | None, *, instances: bool = False) -> str:
+    """What `format=mask` stands for: as the input, or the numbers of its objects in the same way."""
+    kind = extent.kind if extent else "image"
+    if instances:
+        return LABELS[kind]
+    return "nrrd" if extent and extent.kind == "volume" and extent.family == "nrrd" else DEFAULTS[kind]
+
+
+def choose(wanted: str | None, accept: str | None, extent: Extent | None = None, *, instances: bool = False) -> tuple[str, ...]:
     """The output formats: those named, else the most wanted in the Accept header that exists, else what the input is.
 
     Args:
         wanted: as asked for: a name, or several by comma; "mask" is what the input is. Or None.
         accept: the Accept header, or None.
         extent: of the input; None while it is not known, when any row that could do is given.
+        instances: whether the numbers of objects are the mask that is meant.
 
     Raises:
         UnknownFormat: lists what exists.
     """
     kind = extent.kind if extent else None
     fitting = [key for key, row in ENCODERS.items() if kind is None or kind in row.kinds]
-    default = DEFAULTS[kind or "image"]
+    default = like(extent, instances=instances)
     if wanted is not None:
         return tuple(dict.fromkeys(_named(name, fitting, kind or "image", default) for name in wanted.split(",")))
     types = _by_preference(accept or "*/*")
@@ -134,6 +184,16 @@ def _named(name: str, fitting: list[str], kind: str, default: str) -> str:
 def needs(names: tuple[str, ...]) -> frozenset[str]:
     """What the product must hold for these formats."""
     return frozenset().union(*(ENCODERS[name].needs for name in names))
+
+
+def wants(wanted: str | None, what: str) -> bool:
+    """Whether one of the formats asked for needs it, whatever the input is."""
+    return any(what in ENCODERS[name].needs for name in (wanted or "").split(",") if name in ENCODERS)
+
+
+def without(wanted: str | None, what: str) -> str | None:
+    """The formats asked for less those that need it; the mask, if none is left."""
+    return ",".join(name for name in wanted.split(",") if not wants(name, what)) or MASK if wanted else wanted
 
 
 def encode(names: tuple[str, ...], product: Product) -> Encoded:

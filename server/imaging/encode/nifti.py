@@ -1,12 +1,15 @@
-"""The mask as .nii.gz on the caller's own grid: a copy of the file's header with another data type, never a header built anew."""
+"""Masks, objects and scores as .nii.gz on the caller's own grid: a copy of the file's header with another data type, never one built anew."""
 
 import io
+from collections.abc import Iterator, Sequence
 from typing import cast
 from xml.etree import ElementTree
 
 import nibabel as nib
 import numpy as np
 from isal import igzip
+from jaxtyping import Shaped
+from numpy import ndarray
 
 from server.arrays import Mask, Volume
 
@@ -23,15 +26,54 @@ BLOCK = 4 * 1024 * 1024
 
 
 def encode(volume: Volume, mask: Mask, colors: dict[int, tuple[int, int, int]], names: dict[int, str]) -> bytes:
-    """Both affine codes, units and shape stay as they are; values are classes, `intent_code` 1002 says so."""
+    """Values are classes, `intent_code` 1002 says so; names and colours go along."""
+    return write(volume, [mask.classes], np.uint8, intent="label", table=_label_table(colors, names))
+
+
+def labels(volume: Volume, mask: Mask) -> bytes:
+    """Values are the numbers of the objects, int32."""
+    assert mask.objects is not None  # noqa: S101 - the table asks for them
+    return write(volume, [mask.objects.labels], np.int32, intent="label")
+
+
+def scores(volume: Volume, mask: Mask) -> bytes:
+    """A fourth axis of score channels, however few; uint8, whose slope makes 255 of them 1."""
+    assert mask.scores is not None  # noqa: S101 - the table asks for them
+    return write(volume, list(mask.scores), np.uint8, slope=1 / 255, stacked=True)
+
+
+def write(
+    volume: Volume,
+    parts: Sequence[Shaped[ndarray, "X Y Z"]],
+    dtype: type[np.generic],
+    *,
+    slope: float = 1.0,
+    stacked: bool = False,
+    intent: str = "none",
+    table: bytes = b"",
+) -> bytes:
+    """Both affine codes, units and shape stay as the source has them.
+
+    Args:
+        volume: the source.
+        parts: one array of values, or one per entry of the fourth axis. Real numbers are rounded to multiples of `slope`.
+        dtype: what they are stored as.
+        slope: what 1 of that means.
+        stacked: whether there is a fourth axis.
+        intent: as nibabel calls it.
+        table: names and colours, see `CARET`.
+    """
     header = volume.header.copy()
-    header.set_data_dtype(np.uint8)
-    header.set_slope_inter(1, 0)
-    header.set_intent("label")
+    header.set_data_dtype(dtype)
+    header.set_slope_inter(slope, 0)
+    header.set_intent(intent)
+    if stacked:
+        header.set_data_shape((*volume.size, len(parts)))
+        header["pixdim"][4] = 1
     # They were the window of the source's intensities, in which labels would be black.
     header["cal_min"] = header["cal_max"] = 0
-    comments = [extension for extension in header.extensions if extension.get_code() == COMMENT]
-    header.extensions[:] = [*comments, nib.nifti1.Nifti1Extension(CARET, _label_table(colors, names))]
+    tables = [nib.nifti1.Nifti1Extension(CARET, table)] if table else []
+    header.extensions[:] = [*(e for e in header.extensions if e.get_code() == COMMENT), *tables]
     # Zero lets nibabel compute it, with the extensions.
     header["vox_offset"] = 0
     start = io.BytesIO()
@@ -40,10 +82,17 @@ def encode(volume: Volume, mask: Mask, colors: dict[int, tuple[int, int, int]], 
     # A fixed time: the same mask is the same bytes.
     with igzip.IGzipFile(fileobj=out, mode="wb", compresslevel=COMPRESSION, mtime=0) as stream:  # type: ignore[no-untyped-call]
         stream.write(start.getvalue().ljust(header.get_data_offset(), b"\0"))  # type: ignore[no-untyped-call]
-        voxels = mask.classes.ravel(order="F")
-        for first in range(0, voxels.size, BLOCK):
-            stream.write(voxels[first : first + BLOCK].tobytes())  # type: ignore[no-untyped-call]
+        for part in parts:
+            for block in _blocks(part):
+                values = block if block.dtype.kind != "f" else np.rint(np.clip(block.astype(np.float32), 0, 1) / slope)
+                stream.write(values.astype(header.get_data_dtype(), copy=False).tobytes())  # type: ignore[no-untyped-call]
     return out.getvalue()
+
+
+def _blocks(values: Shaped[ndarray, "X Y Z"]) -> Iterator[Shaped[ndarray, " block"]]:
+    """Voxels in the order of the file, a few at a time."""
+    flat = values.ravel(order="F")
+    return (flat[first : first + BLOCK] for first in range(0, flat.size, BLOCK))
 
 
 def _label_table(colors: dict[int, tuple[int, int, int]], names: dict[int, str]) -> bytes:

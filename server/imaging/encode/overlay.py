@@ -1,22 +1,53 @@
-"""The mask over the image, for eyes."""
+"""The mask over what was sent, and what was sent alone, for eyes."""
+
+import io
+from typing import Any, TypeAlias
 
 import numpy as np
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Bool, Shaped, UInt8
 from numpy import ndarray
 from PIL import Image as Pillow
-from scipy import ndimage
 
-from server.arrays import Image, Mask
-from server.imaging.encode.png import blocks, save
+from server.arrays import Image, Mask, Volume
+from server.imaging.encode import mosaic, png
 
 OPACITY = 0.35
-# Pixels of the image that set black and white, for 16-bit and float images.
+# Pixels that set black and white, for 16-bit and float images.
 DISPLAY_PERCENTILES = (0.5, 99.5)
+# Pixels that they are found from.
+SAMPLE = 1_000_000
+JPEG_QUALITY = 90
+
+Window: TypeAlias = tuple[Any, Any]
 
 
-def encode(image: Image, mask: Mask, colors: dict[int, tuple[int, int, int]]) -> bytes:
-    """RGB PNG: classes tinted, their borders opaque."""
-    return save(Pillow.fromarray(blend(displayed(image.pixels), mask.classes, colors)))
+def encode(source: Image | Volume, mask: Mask, colors: dict[int, tuple[int, int, int]]) -> bytes:
+    """RGB PNG: classes tinted, their borders opaque; of a volume or stack a mosaic of slices."""
+    return png.write(draw(source, mask, colors))
+
+
+def jpeg(source: Image | Volume, mask: Mask, colors: dict[int, tuple[int, int, int]]) -> bytes:
+    """The same as JPEG: much smaller, and sooner there."""
+    out = io.BytesIO()
+    Pillow.fromarray(draw(source, mask, colors)).save(out, "JPEG", quality=JPEG_QUALITY)
+    return out.getvalue()
+
+
+def picture(image: Image) -> bytes:
+    """The image as a screen shows it: RGB PNG of eight bits."""
+    return png.write(displayed(image.pixels))
+
+
+def draw(source: Image | Volume, mask: Mask, colors: dict[int, tuple[int, int, int]]) -> UInt8[ndarray, "H W 3"]:
+    """The picture of `encode`."""
+    if isinstance(source, Image):
+        return blend(displayed(source.pixels), mask.classes, colors)
+    window = contrast(source.voxels)
+    rows = [
+        [blend(panel.scaled(displayed(panel.pixels, window)), panel.scaled(panel.classes, smooth=False), colors) for panel in row]
+        for row in mosaic.panels(source, mask.classes)
+    ]
+    return mosaic.arrange(rows)
 
 
 def blend(
@@ -24,31 +55,63 @@ def blend(
 ) -> UInt8[ndarray, "H W 3"]:
     """`picture` with each class tinted and outlined in its colour."""
     out = picture.copy()
-    for value, color in colors.items():
-        inside = classes == value
-        inner = ndimage.binary_erosion(inside)
-        tinted = _tinted(color)
-        for rows in blocks(len(out)):
-            part = out[rows]
-            part[inside[rows]] = tinted[part[inside[rows]], range(3)]
-            part[inside[rows] & ~inner[rows]] = color
+    border = _borders(classes)
+    for rows in png.blocks(len(out)):
+        present = np.unique(classes[rows])
+        for value in set(colors).intersection(present.tolist()):
+            inside = classes[rows] == value
+            part = Pillow.fromarray(out[rows])
+            part.paste(part.point(_tinted(colors[value])), mask=Pillow.fromarray(inside))
+            part.paste(colors[value], mask=Pillow.fromarray(inside & border[rows]))
+            out[rows] = np.asarray(part)
     return out
 
 
-def _tinted(color: tuple[int, int, int]) -> UInt8[ndarray, "256 3"]:
-    """What each value of red, green and blue becomes under a tint."""
-    tint = np.array(color, dtype=np.float32)
-    return (np.arange(256)[:, None] * (1 - OPACITY) + tint * OPACITY).astype(np.uint8)
+def _borders(classes: UInt8[ndarray, "H W"]) -> Bool[ndarray, "H W"]:
+    """Pixels with a neighbour of another class above, below, left or right, or none."""
+    border: Bool[ndarray, "H W"] = np.ones(classes.shape, dtype=bool)
+    inner = classes[1:-1, 1:-1]
+    border[1:-1, 1:-1] = (inner != classes[:-2, 1:-1]) | (inner != classes[2:, 1:-1])
+    border[1:-1, 1:-1] |= (inner != classes[1:-1, :-2]) | (inner != classes[1:-1, 2:])
+    return border
 
 
-def displayed(pixels: Shaped[ndarray, "H W C"]) -> UInt8[ndarray, "H W 3"]:
-    """8-bit RGB for a screen; other types are stretched between percentiles."""
-    if pixels.dtype != np.uint8:
-        step = max(1, pixels.size // 1_000_000)
-        low, high = np.percentile(pixels.reshape(-1)[::step], DISPLAY_PERCENTILES)
+def _tinted(color: tuple[int, int, int]) -> list[int]:
+    """What each value of red, then of green and of blue, becomes under a tint."""
+    tint = np.array(color, dtype=np.float32)[:, None]
+    return [int(value) for value in (np.arange(256) * (1 - OPACITY) + tint * OPACITY).astype(np.uint8).ravel()]
+
+
+def contrast(pixels: Shaped[ndarray, "..."]) -> Window | None:
+    """The values that a screen shows as black and white; None for 8 bits, which it shows as they are."""
+    if pixels.dtype == np.uint8:
+        return None
+    flat = pixels.reshape(-1) if pixels.flags.c_contiguous else pixels.ravel(order="K")
+    low, high = np.percentile(flat[:: max(1, flat.size // SAMPLE)], DISPLAY_PERCENTILES)
+    return low, high
+
+
+def displayed(pixels: Shaped[ndarray, "H W C"], window: Window | None = None) -> UInt8[ndarray, "H W 3"]:
+    """8-bit RGB for a screen.
+
+    Args:
+        pixels: grey, or red, green and blue; of other numbers of channels the first.
+        window: see `contrast`, which finds it if need be.
+    """
+    pixels = pixels if pixels.shape[-1] == 3 else pixels[..., :1]
+    window = window or contrast(pixels)
+    if window is not None:
         stretched = np.empty(pixels.shape, dtype=np.uint8)
-        for rows in blocks(len(pixels)):
-            scaled = (pixels[rows].astype(np.float32) - low) / max(high - low, 1e-12)
-            stretched[rows] = (np.clip(scaled, 0, 1) * 255).astype(np.uint8)
+        # Once for each value there is, or else pixel by pixel.
+        table = _stretched(np.arange(65536, dtype=np.uint16), window) if pixels.dtype == np.uint16 else None
+        for rows in png.blocks(len(pixels)):
+            stretched[rows] = _stretched(pixels[rows], window) if table is None else table[pixels[rows]]
         pixels = stretched
     return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+
+
+def _stretched(values: Shaped[ndarray, "..."], window: Window) -> UInt8[ndarray, "..."]:
+    low, high = window
+    scaled = (values.astype(np.float32) - low) / max(high - low, 1e-12)
+    eight: UInt8[ndarray, "..."] = (np.clip(scaled, 0, 1) * 255).astype(np.uint8)
+    return eight

@@ -1,10 +1,9 @@
 """Foreground probability as 16-bit grey PNG: 0 is 0, 65535 is 1."""
 
 import numpy as np
-from PIL import Image as Pillow
 
 from server.arrays import Mask
-from server.imaging.encode.png import blocks, save
+from server.imaging.encode.png import blocks, write
 
 
 def encode(mask: Mask) -> bytes:
@@ -15,4 +14,4 @@ def encode(mask: Mask) -> bytes:
         scores = mask.scores[0, rows].astype(np.float32)
         foreground = scores if len(mask.scores) == 1 else 1 - scores
         picture[rows] = np.rint(np.clip(foreground, 0, 1) * 65535)
-    return save(Pillow.fromarray(picture))
+    return write(picture)

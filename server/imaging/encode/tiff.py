@@ -1,24 +1,59 @@
-"""Classes as TIFF with a palette, one page per slice: what comes back for a stack."""
+"""TIFF, one page per slice: what comes back for a stack."""
 
 import io
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import tifffile
+from jaxtyping import Shaped
+from numpy import ndarray
 
 from server.arrays import Mask
 from server.imaging.encode.png import palette
 
 
 def encode(mask: Mask, colors: dict[int, tuple[int, int, int]]) -> bytes:
-    """Pages of (H, W) uint8, deflated; reading the indices gives the classes back."""
-    pages = mask.classes[None] if mask.classes.ndim == 2 else mask.classes.transpose(2, 1, 0)
+    """Classes as (H, W) uint8 with a palette; reading the indices gives them back."""
     # TIFF's colours have 16 bits.
     colormap = np.frombuffer(palette(colors), dtype=np.uint8).reshape(256, 3).T.astype(np.uint16) * 257
+    return write(((page, {"photometric": "palette", "colormap": colormap}) for page in pages(mask.classes)), np.uint8)
+
+
+def labels(mask: Mask) -> bytes:
+    """Numbers of the objects: uint16, or uint32 where there are more than that holds."""
+    assert mask.objects is not None  # noqa: S101 - the table asks for them
+    dtype = np.uint16 if len(mask.objects) <= np.iinfo(np.uint16).max else np.uint32
+    return write(((page, {}) for page in pages(mask.objects.labels)), dtype)
+
+
+def scores(mask: Mask, names: dict[int, str]) -> bytes:
+    """Probabilities as uint8, 255 is 1; slice by slice a page per channel, which its description names."""
+    assert mask.scores is not None  # noqa: S101 - the table asks for them
+    channels = list(names.values()) if len(mask.scores) == 1 else ["background", *names.values()]
+    slices = zip(*(pages(channel) for channel in mask.scores), strict=True)
+    return write(
+        (
+            (np.rint(np.clip(page.astype(np.float32), 0, 1) * 255), {"description": name.encode()})
+            for group in slices
+            for page, name in zip(group, channels, strict=True)
+        ),
+        np.uint8,
+    )
+
+
+def pages(values: Shaped[ndarray, "*size"]) -> Shaped[ndarray, "Z Y X"]:
+    """The slices of an image or a stack."""
+    return values[None] if values.ndim == 2 else values.transpose(2, 1, 0)
+
+
+def write(given: Iterable[tuple[Shaped[ndarray, "Y X"], dict[str, Any]]], dtype: type[np.generic]) -> bytes:
+    """Deflated pages, each with options of its own for `tifffile.TiffWriter.write`."""
     out = io.BytesIO()
     with tifffile.TiffWriter(out) as tiff:
-        for page in pages:
+        for page, options in given:
             tiff.write(
-                np.ascontiguousarray(page), photometric="palette", colormap=colormap, compression="zlib",
-                compressionargs={"level": 1}, metadata=None, contiguous=False,
+                np.ascontiguousarray(page, dtype=dtype), compression="zlib", compressionargs={"level": 1},
+                metadata=None, contiguous=False, **({"photometric": "minisblack"} | options),
             )  # fmt: skip
     return out.getvalue()

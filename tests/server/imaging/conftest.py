@@ -26,16 +26,16 @@ def uploaded(data: bytes) -> Iterator[BinaryIO]:
         yield file
 
 
-def read(data: bytes, *, limit: int = LIMIT, voxels: int = LIMIT, **choices: bool) -> Image | Volume:
+def read(data: bytes, *, limit: int = LIMIT, voxels: int = LIMIT, **choices: Any) -> Image | Volume:
     """The image, volume or stack of a file."""
     with uploaded(data) as file:
         return decode(file, Reading(limit, voxels, **choices))
 
 
-def extent(data: bytes, limit: int = LIMIT) -> Extent:
+def extent(data: bytes, limit: int = LIMIT, **choices: Any) -> Extent:
     """What the header says; the file is left at its start."""
     with uploaded(data) as file:
-        measured = measure(file, limit)
+        measured = measure(file, Reading(limit, limit, **choices))
         assert file.tell() == 0
     return measured
 

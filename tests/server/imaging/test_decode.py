@@ -264,11 +264,6 @@ class TestTiff:
         with memory_stays_below(60), pytest.raises(TooLarge, match="more than 10,000 pages, which is the limit"):
             read(data)
 
-    def test_channels_and_times_are_not_told_apart(self, grey: np.ndarray) -> None:
-        out = io.BytesIO()
-        tifffile.imwrite(out, np.stack([grey] * 6).reshape(3, 2, *grey.shape), imagej=True, metadata={"axes": "ZCYX"})
-        assert "also where they are channels or times" in read(out.getvalue()).note
-
     def test_a_stack_with_values_that_are_not_finite(self) -> None:
         values = np.ones((3, 4, 5), dtype=np.float32)
         values[0, 0, 0], values[2, 3, 4] = np.nan, -np.inf

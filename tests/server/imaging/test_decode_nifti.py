@@ -15,7 +15,7 @@ from nibabel.testing import data_path
 
 from server.arrays import Volume
 from server.errors import TooLarge, UnetppError, Unreadable
-from server.imaging.decode import nifti as room
+from server.imaging import streaming as room
 from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import extent, nifti, read
 

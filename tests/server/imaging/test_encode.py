@@ -30,7 +30,8 @@ def product(classes: np.ndarray, scores: np.ndarray | None = None, image: np.nda
 
 def test_every_file_has_a_row() -> None:
     files = {path.stem for path in Path(room.__file__).parent.glob("*.py")} - {"__init__"}
-    assert files == ENCODERS.keys()
+    # One file may hold the rows of one thing in several containers.
+    assert files == {name.split("_")[0] for name in ENCODERS}
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,6 +32,7 @@ from server.errors import CallerError
 from server.imaging.decode import DECODERS
 from tests.server.conftest import memory_stays_below, nifti_bytes, pages_bytes, picture_bytes
 from tests.server.imaging.conftest import extent, nifti, read
+from tests.server.imaging.itk import by_itk
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # decoders warn about what they tolerate
 
@@ -67,7 +69,16 @@ def seeds() -> dict[str, list[bytes]]:
         for kind in (np.uint8, np.int16, np.float32, np.float64)
         for version, order, slope in ((1, "<", 1), (1, ">", 2), (2, "<", 0))
     ]
-    return {"raster": rasters, "tiff": tiffs, "nifti": [*niftis, nifti_bytes(shape)], **shipped()}
+    stacks = [
+        tiff(np.stack([grey] * 6).reshape(3, 2, 40, 30), **{kind: True}, metadata={"axes": axes}, **options)
+        for kind in ("imagej", "ome") for axes in ("ZCYX", "TZYX") for options in ({}, {"byteorder": ">"}, {"resolution": (4, 2)})
+    ]  # fmt: skip
+    stacks.append(tiff(np.stack([colour] * 3), ome=True, photometric="rgb", metadata={"axes": "ZYXS", "PhysicalSizeX": 0.5}))
+    written = [SimpleITK.GetImageFromArray(np.stack([deep] * 3)), SimpleITK.GetImageFromArray(colour, isVector=True)]
+    itk = [by_itk(image, suffix, packed=packed) for image in written for suffix in (".nrrd", ".mha") for packed in (False, True)]
+    return {
+        "raster": rasters, "tiff": tiffs, "stacks": stacks, "nifti": [*niftis, nifti_bytes(shape)], "itk": itk, **shipped(),
+    }  # fmt: skip
 
 
 def exif() -> bytes:
@@ -154,9 +165,11 @@ def cached_seeds() -> dict[str, list[bytes]]:
 def check(data: bytes, labels: bool, zero: bool) -> None:
     """What the server does with a file, in this order."""
     pixels, said = None, ""
+    # Of the files whose axes can be named, some.
+    axes = "ZYX" if labels and zero and DECODERS["tiff"].recognises(data[:16]) else ""
     try:
-        extent(data, MOST)
-        pixels = read(data, limit=MOST, voxels=MOST, labels=labels, zero_nonfinite=zero)
+        extent(data, MOST, axes=axes)
+        pixels = read(data, limit=MOST, voxels=MOST, labels=labels, zero_nonfinite=zero, axes=axes)
     except CallerError as error:
         said = str(error)
     if pixels is None:
@@ -170,7 +183,7 @@ def check(data: bytes, labels: bool, zero: bool) -> None:
     assert np.isfinite(values).all()
 
 
-@pytest.mark.parametrize("kind", ["raster", "tiff", "nifti", "their nifti", "their tiff"])
+@pytest.mark.parametrize("kind", ["raster", "tiff", "stacks", "nifti", "itk", "their nifti", "their tiff"])
 def test_decoders_only_ever_refuse(kind: str) -> None:
     with memory_stays_below(MEMORY_MB):
 
@@ -185,7 +198,7 @@ def test_decoders_only_ever_refuse(kind: str) -> None:
         attack()
 
 
-@given(start=st.sampled_from([b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"\x5c\x01\0\0", b"\x1f\x8b", b"RIFF\0\0\0\0WEBP"]),
+@given(start=st.sampled_from([b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"\x5c\x01\0\0", b"\x1f\x8b", b"RIFF\0\0\0\0WEBP", b"NRRD0004\n", b"ObjectType = Image\n", b"NDims = 3\n"]),
        rest=st.binary(max_size=2000))  # fmt: skip
 def test_nothing_but_a_start(start: bytes, rest: bytes) -> None:
     check(start + rest, False, True)

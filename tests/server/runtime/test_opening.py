@@ -18,7 +18,18 @@ from server.runtime import opening
 from server.runtime.bundle import Bundle, read_bundle
 from server.runtime.engines import ENGINES, EngineRow
 from server.runtime.engines.fake import FakeEngine
-from server.runtime.opening import GRAPH_RUNS, RACE_TILE, WORTHWHILE, _auto, _worthwhile, cores, golden_tiles, offered, open_bundle
+from server.runtime.opening import (
+    GRAPH_RUNS,
+    RACE_TILE,
+    WORTHWHILE,
+    _auto,
+    _worthwhile,
+    cores,
+    golden_spread,
+    golden_tiles,
+    offered,
+    open_bundle,
+)
 from server.settings import BatchingSettings, RuntimeSettings
 from tests.server.conftest import calibrated, manifest, rewrite_hashes
 
@@ -38,14 +49,16 @@ def retouch_golden(folder: Path, edit: Callable[[dict[str, np.ndarray]], object]
 @pytest.fixture
 def golden_engines(monkeypatch: pytest.MonkeyPatch, shipped_bundle: Path) -> dict[str, EngineRow]:
     """Engines that know the golden answers by heart; rows may be exchanged."""
-    answers = {}
-    for graph, tiles, scores in golden_tiles(shipped_bundle / "golden.npz"):
-        answers[graph, tiles.pixels.tobytes()] = scores
+    pairs = [*golden_tiles(shipped_bundle / "golden.npz")]
+    answers = {(graph, tiles.pixels.tobytes()): scores for graph, tiles, scores in pairs}
+    answers |= {("spread", tiles.pixels.tobytes()): scores for tiles, scores in golden_spread(pairs)}
 
     def open_graph(path: Path, precision: str, provider: str, threads: int) -> FakeEngine:
         graph = path.name.split(".")[0]
         engine = FakeEngine(
-            lambda t: answers.get((graph, t.pixels.tobytes()), np.zeros((len(t), 1, *t.pixels.shape[2:]), np.float32))
+            lambda t: answers.get(
+                (graph, t.pixels.tobytes()), np.zeros((len(t), 1 + (graph == "spread"), *t.pixels.shape[2:]), np.float32)
+            )
         )
         engine.provider = provider
         return engine
@@ -64,6 +77,65 @@ def test_opens_the_shipped_bundle(shipped_bundle: Path) -> None:
     assert opened.engines.keys() == {(g.name, p) for g in shipped.graphs for p in ("fp32", "int8") if offered(shipped, g.name, p)}
     assert {engine.name for engine in opened.engines.values()} == {"onnxruntime"}
     assert opened.auto.keys() == {"L1", "L2", "L3", "L4", "accurate"}
+
+
+class TestSpread:
+    def test_its_weights_are_in_memory_once(self, shipped_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        opened_files = []
+        row = ENGINES["onnxruntime"]
+
+        def open_graph(path: Path, *rest: Any) -> Any:
+            opened_files.append(path.name)
+            return row.open(path, *rest)
+
+        monkeypatch.setitem(ENGINES, "onnxruntime", dataclasses.replace(row, open=open_graph))
+        opened = open_bundle(shipped_bundle, RuntimeSettings(**ORT))
+        assert opened.spread is not None
+        assert "accurate.onnx" not in opened_files
+        assert opened_files.count("spread.onnx") == 1
+        # What stands in for accurate gives what its own graph would, to the bit.
+        accurate = opened.engines["accurate", "fp32"]
+        assert (accurate.name, accurate.provider) == ("onnxruntime", "cpu")
+        tiles = opening.noise(2, 3, [48, 64])
+        own = row.open(shipped_bundle / "accurate.onnx", "fp32", "cpu", 1).run(tiles)
+        assert np.array_equal(accurate.run(tiles), own)
+        assert opened.spread.run(tiles).shape == (2, 2, 48, 64)
+
+    def test_what_the_golden_pairs_say(self) -> None:
+        tiles = opening.noise(1, 1, [2, 2])
+        heads = [np.full((1, 3, 2, 2), share, np.float32) for share in (0.1, 0.3, 0.8)]
+        accurate = np.mean(heads, axis=0)
+        pairs = [("L1", tiles, heads[0]), ("L2", tiles, heads[1]), ("L3", tiles, heads[2]), ("accurate", tiles, accurate)]
+        ((given, found),) = golden_spread(pairs)
+        assert given is tiles
+        assert np.array_equal(found[:, :3], accurate)
+        assert found[:, 3] == pytest.approx(np.std([0.1, 0.3, 0.8]), abs=1e-6)
+
+    def test_one_that_is_wrong(self, copied_bundle: Path) -> None:
+        # Another level's scores move what the heads' deviation should be; the levels themselves are looked at by others.
+        bundle = read_bundle(copied_bundle)
+        pairs = [*golden_tiles(bundle.golden)]
+        whole = ENGINES["onnxruntime"].open(copied_bundle / "spread.onnx", "fp32", "cpu", 1)
+        opening._check_spread(bundle, whole, pairs, opening.at_once)
+        moved = [(graph, tiles, scores + (0.01 if graph == "L1" else 0)) for graph, tiles, scores in pairs]
+        with pytest.raises(BundleDamaged, match=r"spread\.onnx: onnxruntime on cpu leaves the spread of the golden scores by 0\.0"):
+            opening._check_spread(bundle, whole, moved, opening.at_once)
+
+    def test_a_file_of_another_graph(self, copied_bundle: Path) -> None:
+        shutil.copy(copied_bundle / "accurate.onnx", copied_bundle / "spread.onnx")
+        rewrite_hashes(copied_bundle)
+        with pytest.raises(BundleDamaged, match=r"spread\.onnx"):
+            open_bundle(copied_bundle, RuntimeSettings(**ORT))
+
+    def test_a_bundle_of_before_opens(self, copied_bundle: Path) -> None:
+        path = copied_bundle / "manifest.json"
+        document = json.loads(path.read_text())
+        del document["spread"], document["files"]["spread.onnx"]
+        path.write_text(json.dumps(document))
+        (copied_bundle / "spread.onnx").unlink()
+        opened = open_bundle(copied_bundle, RuntimeSettings(**ORT))
+        assert opened.spread is None
+        assert ("accurate", "fp32") in opened.engines
 
 
 class TestGolden:

@@ -1,7 +1,7 @@
 import pytest
 
 from server.errors import InvalidParameter
-from server.segment.modes import MODES, Route, resolve, routes, shallower
+from server.segment.modes import MODES, Route, resolve, routes, shallower, with_spread
 from tests.server.conftest import calibrated, manifest
 
 FAKE = manifest()
@@ -80,3 +80,28 @@ class TestShallower:
     def test_levels_that_do_not_exist(self, least: int) -> None:
         with pytest.raises(InvalidParameter, match=rf"min_level={least} must be one of 1, 2, 3, 4 and"):
             shallower(FAKE, resolve(FAKE, None, None), least)
+
+
+class TestWithSpread:
+    WITH = manifest(spread={
+        "name": "spread", "level": 4, "divisor": 16, "parameters": 1, "macs_per_pixel": 4, "files": {"fp32": "spread.onnx"},
+    })  # fmt: skip
+
+    @pytest.mark.parametrize("precision", ["auto", "fp32"])
+    def test_is_accurate(self, precision: str) -> None:
+        assert with_spread(self.WITH, resolve(self.WITH, None, None), precision, None) == Route("accurate", 4, "spread")
+
+    @pytest.mark.parametrize(
+        ("level", "precision", "least", "mentioned"),
+        [(4, "auto", None, "mode=accurate"), (None, "bf16", None, "fp32"), (None, "auto", 2, "min_level=2")],
+    )
+    def test_what_does_not_go_with_it(self, level: int | None, precision: str, least: int | None, mentioned: str) -> None:
+        with pytest.raises(InvalidParameter, match=mentioned):
+            with_spread(self.WITH, resolve(self.WITH, None, level), precision, least)
+
+    def test_a_bundle_without(self) -> None:
+        with pytest.raises(InvalidParameter, match="export it again"):
+            with_spread(FAKE, resolve(FAKE, None, None), "auto", None)
+
+    def test_is_no_route_by_itself(self) -> None:
+        assert routes(self.WITH) == routes(FAKE)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from server.arrays import Extent, Volume
 from server.errors import InvalidParameter
-from server.segment.quality import Overlap, check_grid, compare, overlap
+from server.segment.quality import AP_THRESHOLDS, Overlap, average_precision, check_grid, compare, overlap
 
 
 def test_by_hand() -> None:
@@ -74,3 +74,61 @@ class TestPlace:
         with pytest.raises(InvalidParameter, match=rf"up to {away:.3g} mm away from the volume"):
             check_grid(volume(self.AFFINE), volume(other))
         check_grid(volume(self.AFFINE, (1, 1, 1)), volume(self.AFFINE, (1, 1, 1)))
+
+
+def slow_precision(labels: np.ndarray, reference: np.ndarray, threshold: float) -> float:
+    """By the definition, object by object: hits are removed from both sides, what remains is wrong."""
+    ours = {n: labels == n for n in set(labels.ravel().tolist()) if n > 0}
+    theirs = {n: reference == n for n in set(reference.ravel().tolist()) if n > 0}
+    hits = 0
+    for mine in list(ours):
+        for other in list(theirs):
+            if (ours[mine] & theirs[other]).sum() > threshold * (ours[mine] | theirs[other]).sum():
+                del ours[mine], theirs[other]
+                hits += 1
+                break
+    everything = hits + len(ours) + len(theirs)
+    return hits / everything if everything else 1.0
+
+
+class TestAveragePrecision:
+    def test_by_hand(self) -> None:
+        reference = np.array([[1, 1, 1, 1, 0, 2, 2, 0, 3]])
+        labels = np.array([[7, 7, 7, 0, 0, 9, 0, 5, 0]])
+        found = average_precision(labels, reference)
+        # 7 shares three of four pixels with 1; 9 half of 2, which is not above 0.5; 5 and 3 meet nothing.
+        assert list(found) == [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
+        assert [found[t] for t in (0.5, 0.7)] == [1 / 5] * 2
+        assert [found[t] for t in (0.75, 0.95)] == [0.0] * 2
+
+    @given(st.integers(0, 2**32 - 1), st.integers(0, 6), st.sampled_from([(9, 11), (4, 5, 6)]))
+    def test_as_the_definition_says(self, seed: int, objects: int, size: tuple[int, ...]) -> None:
+        random = np.random.default_rng(seed)
+        # Coarse blocks, so that objects overlap by much; the other side is the same with some pixels changed.
+        blocks = np.kron(random.integers(0, objects + 1, [-(-side // 3) for side in size]), np.ones([3] * len(size), dtype=int))
+        reference = blocks[tuple(slice(side) for side in size)]
+        changed = random.random(size) < random.random() * 0.4
+        labels = np.where(changed, random.integers(0, objects + 1, size), reference)
+        found = average_precision(labels, reference)
+        assert found == {threshold: slow_precision(labels, reference, threshold) for threshold in AP_THRESHOLDS}
+        assert found == average_precision(reference, labels)
+        assert sorted(found.values(), reverse=True) == list(found.values())
+
+    @pytest.mark.parametrize(("a", "b", "value"), [(0, 0, 1.0), (1, 0, 0.0), (0, 1, 0.0), (1, 1, 1.0)])
+    def test_empty_sides(self, a: int, b: int, value: float) -> None:
+        found = average_precision(np.full((2, 2), a, dtype=np.int32), np.full((2, 2), b, dtype=np.uint16))
+        assert set(found.values()) == {value}
+
+    @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.uint32, np.float32])
+    def test_numbers_say_nothing(self, dtype: type) -> None:
+        reference = np.array([[0, 1, 1], [0, 2, 0]])
+        largest = 255 if dtype is np.uint8 else 60_000
+        labels = np.array([[0, largest, largest], [0, 17, 0]], dtype=dtype)
+        assert set(average_precision(labels, reference).values()) == {1.0}
+
+    def test_what_is_below_zero_is_background(self) -> None:
+        assert set(average_precision(np.array([[1, 0]]), np.array([[1, -4]], dtype=np.int16)).values()) == {1.0}
+
+    def test_another_size(self) -> None:
+        with pytest.raises(InvalidParameter, match="alike"):
+            average_precision(np.zeros((2, 2), int), np.zeros((2, 3), int))

@@ -223,3 +223,27 @@ def test_importance_is_highest_in_the_middle_and_never_zero(tile: tuple[int, ...
     assert weights.min() >= 1e-3 * (1 - 1e-6)
     assert np.allclose(weights, np.flip(weights))
     assert not weights.flags.writeable
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize("target", [None, (150, 90)])
+def test_the_spread_is_blended_as_scores_are(rng: np.random.Generator, classes: int, target: tuple[int, ...] | None) -> None:
+    pixels = rng.random((100, 130, classes + 1), dtype=np.float32)
+    plan = plan_of(pixels, 64)
+    size = target or plan.windows.size
+    # The same through a canvas that knows of K + 1 scores.
+    _, expected = restored(plan, pixels, size=target)
+    answer, scores = np.zeros(size, dtype=np.uint8), np.zeros((classes, *size), dtype=np.float16)
+    spread = np.full(size[::-1], np.nan, dtype=np.float16)
+    canvas = Canvas(plan.windows, classes, 0.5, answer, scores, spread.T)
+    for step in plan.windows.steps:
+        canvas.add(step, plan.cut(pixels, step).pixels)
+    canvas.finish()
+    assert np.array_equal(scores, expected[:-1])
+    assert np.array_equal(spread.T, expected[-1])
+    alone = np.zeros(size, dtype=np.uint8)
+    canvas = Canvas(plan.windows, classes, 0.5, alone)
+    for step in plan.windows.steps:
+        canvas.add(step, plan.cut(pixels, step).pixels[:, :classes])
+    canvas.finish()
+    assert np.array_equal(answer, alone)

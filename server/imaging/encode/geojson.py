@@ -1,0 +1,75 @@
+"""GeoJSON as QuPath (0.4 and later) reads and writes it: a feature per object, its outline along the edges of its pixels.
+
+QuPath takes pixels for units, (0, 0) for the outer corner of the first, and gives an object the id of its feature where that is a
+UUID. Objects come as detections, which it handles by the hundred thousand; annotations, which it lets its user edit, it does not.
+"""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import orjson
+from isal import igzip
+
+from server.arrays import Image, Mask, Objects
+from server.imaging.encode.outlines import Rings, trace
+
+COMPRESSION = 1
+
+
+def encode(mask: Mask, colors: dict[int, tuple[int, int, int]], names: dict[int, str], source: Image | None) -> bytes:
+    """A FeatureCollection; geometries are Polygons with holes, or MultiPolygons of pieces that touch at corners alone.
+
+    Raises:
+        InvalidParameter: see `trace`.
+    """
+    assert mask.objects is not None  # noqa: S101 - the table asks for them
+    rings = trace(mask.objects)
+    geometries = _geometries(rings, len(mask.objects))
+    classes = {value: {"name": name, "color": colors[value]} for value, name in names.items()}
+    features = [
+        {
+            "type": "Feature", "id": name, "geometry": geometry,
+            "properties": {"objectType": "detection", "classification": classes[value], "measurements": measured},
+        }
+        for name, geometry, value, measured in zip(
+            _names(rings, len(mask.objects)), geometries, mask.objects.value.tolist(), _measurements(mask.objects, source), strict=True
+        )
+    ]  # fmt: skip
+    return orjson.dumps({"type": "FeatureCollection", "features": features}, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def packed(document: bytes) -> bytes:
+    """Gzip, as QuPath opens it too; of a fixed time: the same mask is the same bytes."""
+    return bytes(igzip.compress(document, COMPRESSION, mtime=0))
+
+
+def _geometries(rings: Rings, count: int) -> list[dict[str, Any]]:
+    """Of each object, in their order."""
+    pieces: list[dict[int, list[Any]]] = [{} for _ in range(count)]
+    start = 0
+    for end, label, outer in zip(rings.ends.tolist(), rings.label.tolist(), rings.outer.tolist(), strict=True):
+        pieces[label - 1].setdefault(outer, []).append(rings.xy[start:end])
+        start = end
+    polygons = (list(of_one.values()) for of_one in pieces)
+    return [
+        {"type": "Polygon", "coordinates": given[0]} if len(given) == 1 else {"type": "MultiPolygon", "coordinates": given}
+        for given in polygons
+    ]
+
+
+def _names(rings: Rings, count: int) -> list[str]:
+    """UUIDs that are the same for the same mask, and others for another; of version 8, whose digits are free."""
+    digest = hashlib.sha256(rings.xy.tobytes()).hexdigest()
+    start = f"{digest[:8]}-{digest[8:12]}-8{digest[12:15]}-8{digest[15:18]}"
+    return [f"{start}-{number:012x}" for number in range(1, count + 1)]
+
+
+def _measurements(objects: Objects, source: Image | None) -> list[dict[str, float]]:
+    """Numbers alone, as QuPath reads no others."""
+    columns: dict[str, list[float]] = {"Area px": objects.pixels.tolist()}
+    if source is not None and source.spacing_mm is not None:
+        columns["Area µm²"] = (objects.pixels * float(np.prod(source.spacing_mm)) * 1e6).round(4).tolist()
+    if not np.isnan(objects.mean_score).any():
+        columns["Mean score"] = objects.mean_score.astype(np.float64).round(4).tolist()
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
