@@ -62,7 +62,7 @@ export function optionFields(kind, dims, card) {
   return [
     number("threshold", "threshold", "0.05", "1"),
     h("label", {}, "smallest object ", h("input", { name: "min_size", type: "number", min: "0", step: "any", placeholder: "–" }),
-      h("select", { name: "unit", ariaLabel: "unit of the smallest object" }, ...smallest.map(([value, text]) => new Option(text, value)))),
+      h("select", { name: "unit", ariaLabel: "unit" }, ...smallest.map(([value, text]) => new Option(text, value)))),
     box("fill holes", "fill_holes"), box("only the largest object of a class", "keep_largest"), box("split touching objects", "instances"),
     kind === "volume" ? null : field("pixel size, µm", "pixel_size_um", { inputMode: "decimal", placeholder: "–", pattern: "[0-9.,]*" }),
     kind !== "image" && dims === 2 ? choice("slices along", "axis", [["", "coarsest axis"], ["0", "axis 0"], ["1", "axis 1"], ["2", "axis 2"]]) : null,

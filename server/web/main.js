@@ -143,6 +143,9 @@ function given(file, reference = null) {
     if (!same) take.begin(input);
     $("file").textContent = [file.name, reference && `reference ${reference.name}`].filter(Boolean).join(" · ");
     $("reference").disabled = $("all").disabled = false;
+    // What is still to be read is of the one before.
+    $("result").classList.add("stale");
+    $("status").textContent = "";
     told();
     await stage.setInput(input);
     queueMicrotask(segment);

@@ -47,6 +47,7 @@ export function showResult(answer, agreed, classes, hidden, toggle) {
   // Who has a result wants to see it, and no longer the card.
   if ($("result").hidden) $("card").open = false;
   $("result").hidden = false;
+  $("result").classList.remove("stale");
 }
 
 function classTable({ classes: rows }, classes, hidden, toggle) {

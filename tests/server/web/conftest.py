@@ -20,8 +20,8 @@ CHROMIUM = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 
-# Told by the browser of every answer that is an error; whether the page says so is what tests look at.
-NOT_OURS = ("Failed to load resource: the server responded with a status of 4",)
+# What the browser says of answers that are errors, which tests look at themselves, and of tests that look at pixels.
+NOT_OURS = ("Failed to load resource: the server responded with a status of 4", "Failed to load resource: net::ERR_FAILED", "Canvas2D: ")
 
 
 @pytest.fixture(scope="session")
