@@ -9,7 +9,7 @@ import itertools
 import math
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int32
+from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from numpy import ndarray
 from scipy import ndimage
 
@@ -30,7 +30,7 @@ ROUND = 0.97
 LEAST_PIXELS = 20
 
 # Per pixel of the largest object's box, at the most.
-BOX_BYTES = 48
+BOX_BYTES = 64
 
 
 def split(labels: Int32[ndarray, "*size"], count: int, spacing: tuple[float, ...]) -> int:
@@ -126,8 +126,10 @@ def _height(inside: Bool[ndarray, "*box"], steps: tuple[float, ...]) -> Float32[
     squares = np.zeros(inside.shape, dtype=np.float32)
     for axis, step in enumerate(steps):
         shape = [-1 if k == axis else 1 for k in range(inside.ndim)]
-        squares += np.square((nearest[axis] - np.arange(inside.shape[axis], dtype=np.int32).reshape(shape)) * np.float32(step))
-    del nearest
+        nearest[axis] -= np.arange(inside.shape[axis], dtype=np.int32).reshape(shape)
+        away = nearest[axis] * np.float32(step)
+        squares += np.square(away, out=away)
+    del nearest, away
     smoothed = [SMOOTHED * min(steps) / step for step in steps]
     height: Float32[ndarray, "*box"] = ndimage.gaussian_filter(np.sqrt(squares, out=squares), smoothed, output=np.float32)
     height[~inside] = -1
@@ -154,19 +156,28 @@ def _uphill(height: Float32[ndarray, "*box"]) -> Int32[ndarray, " pixels"]:
 
 def _saddles(height: Float32[ndarray, "*box"], found: Int32[ndarray, "*box"], count: int) -> list[tuple[float, int, int]]:
     """The highest way between any two parts that touch: its lowest point, and the parts (from 0 on); highest first."""
-    keys, saddles = [], []
+    keys, saddles = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.float32)]
     for one, other in _neighbours(height.shape):
         a, b = found[one], found[other]
         meet = (a != b) & (a > 0) & (b > 0)
         a, b = a[meet].astype(np.int64) - 1, b[meet].astype(np.int64) - 1
-        keys.append(np.minimum(a, b) * count + np.maximum(a, b))
-        saddles.append(np.minimum(height[one][meet], height[other][meet]))
-    pairs, which = np.unique(np.concatenate(keys), return_inverse=True)
-    highest = np.full(len(pairs), -1, dtype=np.float32)
-    np.maximum.at(highest, which, np.concatenate(saddles))
+        lowest = np.minimum(height[one][meet], height[other][meet])
+        # Each direction by itself, as many pixels meet.
+        pairs, highest = _highest(np.minimum(a, b) * count + np.maximum(a, b), lowest)
+        keys.append(pairs)
+        saddles.append(highest)
+    pairs, highest = _highest(np.concatenate(keys), np.concatenate(saddles))
     order = np.argsort(-highest, kind="stable")
     first, second = np.divmod(pairs[order], count)
     return list(zip(highest[order].tolist(), first.tolist(), second.tolist(), strict=True))
+
+
+def _highest(keys: Int64[ndarray, " n"], heights: Float32[ndarray, " n"]) -> tuple[Int64[ndarray, " m"], Float32[ndarray, " m"]]:
+    """Each key once, and the greatest of its heights."""
+    once, which = np.unique(keys, return_inverse=True)
+    highest = np.full(len(once), -1, dtype=np.float32)
+    np.maximum.at(highest, which, heights)
+    return once, highest
 
 
 def _joined(peaks: Float32[ndarray, " P"], saddles: list[tuple[float, int, int]]) -> Int32[ndarray, " numbers"]:

@@ -65,7 +65,7 @@ class Postprocessing:
     @property
     def sizes(self) -> dict[str, float]:
         """The least size of an object, by the name of its parameter; at most one."""
-        return {name: value for name, value in self.asked.items() if name.startswith("min_size")}
+        return {name: float(value) for name, value in self.asked.items() if name.startswith("min_size")}
 
     @property
     def of_objects(self) -> bool:

@@ -36,7 +36,7 @@ from server.metrics import Metrics
 from server.runtime.engines.fake import FakeEngine
 from server.runtime.line import Caller, Lane
 from server.runtime.pace import Margin
-from server.segment import pipeline
+from server.segment import pipeline, steps
 from server.segment.cost import Estimate
 from server.segment.pipeline import Segmenter
 from server.segment.request import Answer, SegmentRequest, Terms
@@ -673,7 +673,7 @@ class TestAdmission:
     def test_a_reference_on_another_grid_is_refused_by_its_header(self, monkeypatch: pytest.MonkeyPatch) -> None:
         small = gzip.decompress(nifti_bytes(np.zeros((2, 2, 2), dtype=np.uint8)))
         huge = small[:42] + np.array([2000, 2000, 60], dtype="<i2").tobytes() + small[48:]
-        monkeypatch.setattr(pipeline, "decode", lambda *_: pytest.fail("decoded"))
+        monkeypatch.setattr(steps, "decode", lambda *_: pytest.fail("decoded"))
         with pytest.raises(InvalidParameter, match="the reference is 2000 × 2000 × 60 voxels"):
             segment(nifti_bytes(VOLUME), huge)
 
@@ -850,13 +850,13 @@ class TestInTime:
 
     def test_a_small_image_says_little_of_a_large_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Some ms beside the device for 256 pixels, as for any request, are no hours for a photograph."""
-        decode = pipeline.decode
+        decode = steps.decode
 
         def slow(*args: Any) -> Any:
             time.sleep(0.02)
             return decode(*args)
 
-        monkeypatch.setattr(pipeline, "decode", slow)
+        monkeypatch.setattr(steps, "decode", slow)
         monkeypatch.setattr(pipeline, "BESIDE", {512 * 512: 5e-8})
         with segmenting() as segmenter:
             assert asked(segmenter, patience_s=10.0, data=picture_bytes(np.zeros((16, 16), dtype=np.uint8))).body
@@ -1031,8 +1031,9 @@ class TestGivenUp:
     @pytest.mark.parametrize("where", ["decode", "measure"])
     def test_no_thread_goes_on_behind_the_callers_back(self, monkeypatch: pytest.MonkeyPatch, where: str, times: int) -> None:
         """Nobody may close the file that it reads; nor if he is cancelled again while he waits for its end."""
-        slow = Slow(getattr(pipeline, where))
-        monkeypatch.setattr(pipeline, where, slow)
+        module = steps if where == "decode" else pipeline
+        slow = Slow(getattr(module, where))
+        monkeypatch.setattr(module, where, slow)
         monkeypatch.setattr(pipeline, "SMALL_BYTES", 0)
         with segmenting() as segmenter:
 
@@ -1054,8 +1055,8 @@ class TestGivenUp:
             asyncio.run(go())
 
     def test_a_deadline_waits_for_the_thread_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        slow = Slow(pipeline.decode)
-        monkeypatch.setattr(pipeline, "decode", slow)
+        slow = Slow(steps.decode)
+        monkeypatch.setattr(steps, "decode", slow)
         monkeypatch.setattr(pipeline, "SMALL_BYTES", 0)
         with segmenting() as segmenter:
 

@@ -27,7 +27,7 @@ def restored(plan: Plan, pixels: np.ndarray, run: Callable[[Tiles], np.ndarray] 
     channels = run(plan.cut(pixels, range(1))).shape[1]
     # What is not written stays odd.
     classes, scores = np.full(size, 99, dtype=np.uint8), np.full((channels, *size), np.nan, dtype=np.float16)
-    canvas = Canvas(plan.windows, channels, threshold, classes, scores)
+    canvas = Canvas(plan.windows, channels, threshold if channels == 1 else None, classes, scores)
     for first in range(0, len(plan.windows), step):
         part = range(first, min(first + step, len(plan.windows)))
         canvas.add(part, run(plan.cut(pixels, part)))
@@ -247,3 +247,32 @@ def test_the_spread_is_blended_as_scores_are(rng: np.random.Generator, classes: 
         canvas.add(step, plan.cut(pixels, step).pixels[:, :classes])
     canvas.finish()
     assert np.array_equal(answer, alone)
+
+
+@pytest.mark.parametrize(("size", "flat"), [((60, 50), False), ((20, 30, 25), False), ((3, 40, 30), True)])
+@pytest.mark.parametrize("grown", [1, 2])
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.3, 0.6, 1.0])
+def test_confidence_and_threshold(
+    rng: np.random.Generator, size: tuple[int, ...], flat: bool, grown: int, channels: int, threshold: float | None
+) -> None:
+    """The score of the best foreground class, wherever; and a threshold for several classes too."""
+    if channels == 1 and threshold is None:
+        threshold = 0.5
+    pixels = rng.random((*size, channels), dtype=np.float32)
+    plan = plan_of(pixels, 16, 0.25, flat=flat)
+    target = tuple(grown * side for side in size)
+    classes, confidence = np.full(target, 99, dtype=np.uint8), np.full(target, np.nan, dtype=np.float16)
+    scores = np.full((channels, *target), np.nan, dtype=np.float16)
+    canvas = Canvas(plan.windows, channels, threshold, classes, scores, None, confidence)
+    for step in plan.windows.steps:
+        canvas.add(step, identity(plan.cut(pixels, step)))
+    canvas.finish()
+    foreground = scores.astype(np.float32)[min(1, channels - 1) :]
+    assert np.array_equal(confidence, foreground.max(axis=0).astype(np.float16))
+    assert np.allclose(canvas.largest, scores.reshape(channels, -1).max(axis=1), atol=1e-3)
+    best = foreground.max(axis=0)
+    limit = scores[0].astype(np.float32) if threshold is None else np.float32(threshold)
+    first, second = np.sort(foreground, axis=0)[[-1, -2]] if channels > 1 else (best, best - 1)
+    sure = (np.abs(best - limit) > 2e-3) & (first - second > 2e-3)
+    assert np.array_equal(classes[sure], np.where(best > limit, foreground.argmax(axis=0) + 1, 0)[sure])

@@ -1,56 +1,114 @@
-import itertools
+import json
 
+import nibabel as nib
 import numpy as np
 import pytest
-from scipy import ndimage
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from server.segment import statistics
-from server.segment.statistics import describe
+from server.segment.objects import find
+from server.segment.statistics import describe, listed
+from tests.server.segment.masks import masks
+
+NAMES = {1: "a", 2: "b", 7: "c"}
+OBLIQUE = np.array([[-0.9, 0.2, 0.0, 10.0], [0.3, 1.1, 0.1, -20.0], [0.0, -0.2, 2.5, 5.0], [0, 0, 0, 1]])
+
+
+def half(classes: np.ndarray) -> np.ndarray:
+    return np.full(classes.shape, 0.5, dtype=np.float16)
 
 
 def test_by_hand() -> None:
     classes = np.array([[1, 0, 0, 2], [0, 1, 0, 2], [0, 0, 0, 0], [1, 0, 2, 0]], dtype=np.uint8)
-    assert describe(classes, {1: "a", 2: "b", 7: "c"}) == [
-        {"value": 1, "name": "a", "pixels": 3, "fraction": 3 / 16, "components": 2},  # corners touch
-        {"value": 2, "name": "b", "pixels": 3, "fraction": 3 / 16, "components": 2},
-        {"value": 7, "name": "c", "pixels": 0, "fraction": 0.0, "components": 0},
-    ]
-
-
-def test_classes_do_not_join_each_other() -> None:
-    rows = describe(np.array([[1, 2, 1]], dtype=np.uint8), {1: "a", 2: "b"})
-    assert [row["components"] for row in rows] == [2, 1]
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (3, 1000), (1000, 3), (64, 64)])
-def test_counting_in_parts_is_the_same(rng: np.random.Generator, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "PART", 100)
-    classes = rng.integers(0, 9, shape, dtype=np.uint8)
-    counted = [row["pixels"] for row in describe(classes, dict.fromkeys(range(1, 9), ""))]
-    assert counted == np.bincount(classes.ravel(), minlength=9)[1:].tolist()
+    found = find(classes, half(classes))
+    empty = {"area_mm2": 0.0, "mean_score": None, "largest_score": 0.1, "touches_border": False}
+    assert describe(found, NAMES, 0.5, np.array([1, 0.9, 0.8, 0, 0, 0, 0, 0.1], np.float32), None) == [
+        {"value": 1, "name": "a", "pixels": 3, "fraction": 3 / 16, "objects": 2, "area_mm2": 1.5,  # corners touch
+         "mean_score": 0.5, "largest_score": 0.9, "touches_border": True},
+        {"value": 2, "name": "b", "pixels": 3, "fraction": 3 / 16, "objects": 2, "area_mm2": 1.5,
+         "mean_score": 0.5, "largest_score": 0.8, "touches_border": True},
+        {"value": 7, "name": "c", "pixels": 0, "fraction": 0.0, "objects": 0, **empty,
+         "note": "no pixel scores higher for this class than for all others; its highest score is 0.1"},
+    ]  # fmt: skip
+    assert listed(found, NAMES)[:2] == [
+        {"id": 1, "class": 1, "name": "a", "pixels": 2, "centroid": [0.5, 0.5], "box": [[0, 0], [2, 2]], "mean_score": 0.5,
+         "touches_border": True},
+        {"id": 2, "class": 2, "name": "b", "pixels": 2, "centroid": [0.5, 3.0], "box": [[0, 3], [2, 4]], "mean_score": 0.5,
+         "touches_border": True},
+    ]  # fmt: skip
 
 
 def test_of_a_volume() -> None:
     classes = np.zeros((5, 4, 6), dtype=np.uint8, order="F")
-    classes[0, 0, 0] = classes[1, 1, 1] = classes[2, 2, 2] = 1  # corners touch
-    classes[4, 0, 5] = 1
+    classes[1, 1, 1] = classes[2, 2, 2] = 1
     classes[4, 3, 0:2] = 2
-    assert describe(classes, {1: "a", 2: "b", 3: "c"}, voxel_mm3=250.0) == [
-        {"value": 1, "name": "a", "voxels": 4, "fraction": 4 / 120, "volume_ml": 1.0, "components": 2},
-        {"value": 2, "name": "b", "voxels": 2, "fraction": 2 / 120, "volume_ml": 0.5, "components": 1},
-        {"value": 3, "name": "c", "voxels": 0, "fraction": 0.0, "volume_ml": 0.0, "components": 0},
-    ]
+    affine = np.diag([2.0, -3.0, 4.0, 1.0])
+    affine[:3, 3] = (1, 2, 3)
+    first, second = describe(find(classes), {1: "a", 2: "b"}, 24.0)
+    assert (first["voxels"], first["volume_ml"], first["touches_border"]) == (2, 0.048, False)
+    assert (second["voxels"], second["volume_ml"], second["touches_border"]) == (2, 0.048, True)
+    # Scores are not known here.
+    assert first["mean_score"] is first["largest_score"] is None
+    rows = listed(find(classes), {1: "a", 2: "b"}, 24.0, affine)
+    # As stored, the first axis runs fastest.
+    assert rows == [
+        {"id": 1, "class": 2, "name": "b", "voxels": 2, "volume_mm3": 48.0, "volume_ml": 0.048, "centroid": [4.0, 3.0, 0.5],
+         "box": [[4, 3, 0], [5, 4, 2]], "centroid_mm": [9.0, -7.0, 5.0], "box_mm": [[8.0, -8.5, 1.0], [10.0, -5.5, 9.0]],
+         "mean_score": None, "touches_border": True},
+        {"id": 2, "class": 1, "name": "a", "voxels": 2, "volume_mm3": 48.0, "volume_ml": 0.048, "centroid": [1.5, 1.5, 1.5],
+         "box": [[1, 1, 1], [3, 3, 3]], "centroid_mm": [4.0, -2.5, 9.0], "box_mm": [[2.0, -5.5, 5.0], [6.0, 0.5, 13.0]],
+         "mean_score": None, "touches_border": False},
+    ]  # fmt: skip
 
 
-def test_of_a_stack_there_is_no_volume() -> None:
-    (row,) = describe(np.ones((2, 3, 4), dtype=np.uint8), {1: "a"})
-    assert row == {"value": 1, "name": "a", "voxels": 24, "fraction": 1.0, "components": 1}
+@settings(max_examples=40, deadline=None)
+@given(masks(axes=(3,), most_side=8))
+def test_mm_are_those_of_nibabel(classes: np.ndarray) -> None:
+    found = find(classes)
+    for index, row in enumerate(listed(found, {1: "a", 2: "b", 3: "c"}, 1.0, OBLIQUE)):
+        assert row["centroid_mm"] == pytest.approx(nib.affines.apply_affine(OBLIQUE, found.centroid[index]).tolist(), abs=1e-3)
+        ends = np.stack([found.low[index] - 0.5, found.high[index] - 0.5])
+        corners = np.array([[ends[a, 0], ends[b, 1], ends[c, 2]] for a in (0, 1) for b in (0, 1) for c in (0, 1)])
+        mm = nib.affines.apply_affine(OBLIQUE, corners)
+        assert row["box_mm"][0] == pytest.approx(mm.min(axis=0).tolist(), abs=1e-3)
+        assert row["box_mm"][1] == pytest.approx(mm.max(axis=0).tolist(), abs=1e-3)
 
 
-@pytest.mark.parametrize("axes", list(itertools.permutations(range(3))))
-def test_memory_order_does_not_matter(rng: np.random.Generator, axes: tuple[int, ...]) -> None:
-    classes = ndimage.gaussian_filter(rng.random((20, 20, 20)), 1.5).argsort(axis=0).astype(np.uint8) % 3
-    shown = np.ascontiguousarray(classes.transpose(axes)).transpose(np.argsort(axes))
-    names = {1: "a", 2: "b"}
-    assert np.array_equal(shown, classes)
-    assert describe(shown[:, ::-1], names) == describe(np.ascontiguousarray(classes[:, ::-1]), names)
+@settings(max_examples=60, deadline=None)
+@given(masks(), st.sampled_from([None, 0.1]))
+def test_objects_add_up_to_their_class(classes: np.ndarray, unit_mm: float | None) -> None:
+    found, names = find(classes, half(classes)), {1: "a", 2: "b", 3: "c"}
+    rows, unit = listed(found, names, unit_mm), "pixels" if classes.ndim == 2 else "voxels"
+    for row in describe(found, names, unit_mm, np.ones(4, np.float32)):
+        mine = [one for one in rows if one["class"] == row["value"]]
+        assert row["objects"] == len(mine)
+        assert row[unit] == sum(one[unit] for one in mine) == np.count_nonzero(classes == row["value"])
+        assert row["touches_border"] == any(one["touches_border"] for one in mine)
+        assert ("note" in row) == (not mine)
+    # They can be sent.
+    json.dumps(rows, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("highest", "threshold", "dropped", "note"),
+    [
+        (0.31, 0.5, {}, "no pixel scores above 0.5; the highest score is 0.31"),
+        (0.6, 0.4, {}, "wherever this class scores above 0.4, another scores higher; its highest score is 0.6"),
+        (0.31, None, {}, "no pixel scores higher for this class than for all others; its highest score is 0.31"),
+        (0.9, 0.5, {1: 1234}, "1,234 were found and removed, as was asked for; the highest score is 0.9"),
+    ],
+)
+def test_never_a_silent_zero(highest: float, threshold: float | None, dropped: dict[int, int], note: str) -> None:
+    (row,) = describe(find(np.zeros((3, 3), np.uint8)), {1: "a"}, None, np.array([highest], np.float32), threshold, dropped)
+    assert row["note"] == note
+    assert (row["pixels"], row["largest_score"]) == (0, highest)
+
+
+def test_a_long_list_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "MOST_LISTED", 2)
+    grid = np.zeros((7, 7), dtype=np.uint8)
+    grid[::3, ::3] = 1
+    assert [row["id"] for row in listed(find(grid), {1: "a"})] == [1, 2]
+    (row,) = describe(find(grid), {1: "a"})
+    assert row["objects"] == 9
