@@ -212,7 +212,7 @@ class TestImages:
         assert canvas.screenshot() == before
 
     def test_errors_are_in_the_servers_words(self, page: Any, cells: Path, server: httpx.Client) -> None:
-        broken = cells.read_bytes()[:5000]
+        broken = cells.read_bytes()[:2000]
         choose(page, ("broken.png", broken))
         detail = server.post("/segment", files={"file": ("broken.png", broken)}).json()["detail"]
         holds(page, "!document.getElementById('error').hidden")
