@@ -2,14 +2,14 @@
 import { inBackground, segment } from "./api.js";
 import { nifti, png } from "./pixels.js";
 
-const FORMATS = { image: ["png", "json"], stack: ["overlay", "json"], volume: ["nifti", "json"] };
+const IMAGE = ["png", "json"], DRAWN = ["overlay", "json"], VOLUME = ["nifti", "json"];
 
 /**
  * An answer of one level.
  * @typedef {Object} Answer
  * @property {number|"accurate"} level
  * @property {number[]} size (width, height) or (x, y, z)
- * @property {Uint8Array|null} mask class values; null for a stack, of which the server draws `overlay`
+ * @property {Uint8Array|null} mask class values; null where the server draws `overlay`
  * @property {Uint16Array|null} objects their numbers, if asked for
  * @property {Uint8Array} bytes the mask's file
  * @property {Object} statistics format=json
@@ -46,24 +46,23 @@ export class Answers {
     const found = this.kept(ask);
     if (found) return found;
     const input = this.#input;
-    const answer = await (input.kind === "volume" ? this.#volume(input, ask, signal, watching) : this.#image(input, ask, signal));
+    const answer = await (input.kind === "volume" && !input.drawn ? this.#volume(input, ask, signal, watching) : this.#image(input, ask, signal));
     signal.throwIfAborted();
     this.#kept.set(keyOf(ask), answer);
     return answer;
   }
 
   async #image(input, ask, signal) {
-    const objects = ask.options.instances && input.kind === "image";
-    const reply = await segment(input, ask, objects ? ["png", "labels_png", "json"] : FORMATS[input.kind], signal);
+    const objects = ask.options.instances && !input.drawn, formats = input.drawn ? DRAWN : objects ? ["labels_png", ...IMAGE] : IMAGE;
+    const reply = await segment(input, ask, formats, signal);
     const file = (name) => reply.files.get(name);
     const answer = common(ask, reply);
-    if (input.kind === "stack") return { ...answer, overlay: await createImageBitmap(new Blob([file("overlay.png")])), bytes: null, mask: null };
+    if (input.drawn) return { ...answer, overlay: await createImageBitmap(new Blob([file("overlay.png")])), bytes: null, mask: null };
     const { size, values } = await png(file("mask.png"));
     return { ...answer, size, mask: values, objects: objects ? (await png(file("labels.png"))).values : null, bytes: file("mask.png") };
   }
 
   async #volume(input, ask, signal, watching) {
-    const formats = FORMATS.volume;
     const previewed = async (reply) => {
       const first = { ...ask, level: watching.first };
       const answer = await ofVolume(first, reply);
@@ -73,7 +72,7 @@ export class Answers {
       watching.preview(answer);
     };
     const wants = ask.level === watching.first ? null : previewed;
-    return ofVolume(ask, await inBackground(input, ask, formats, signal, watching.progress, wants));
+    return ofVolume(ask, await inBackground(input, ask, VOLUME, signal, watching.progress, wants));
   }
 }
 

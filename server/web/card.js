@@ -25,7 +25,7 @@ function levelTable({ graphs, calibration, serving }) {
     const name = graph.name === "accurate" ? levelName("accurate") : levelName(graph.level);
     return [name, millions(graph.parameters), millions(graph.macs_per_pixel), measured?.iou.toFixed(3) ?? "–", measured ? duration(measured.latency_ms) : "–", served?.precision ?? "–"];
   });
-  const head = ["level", "parameters", "MACs/pixel", "IoU", "time", "precision"];
+  const head = ["level", "params", "MACs/px", "IoU", "time", ""];
   return h("div", { className: "wide" }, h("table", {},
     h("thead", {}, h("tr", {}, ...head.map((text) => h("th", { scope: "col" }, text)))),
     h("tbody", {}, ...rows.map(([name, ...cells]) => h("tr", {}, h("th", { scope: "row" }, name), ...cells.map((cell) => h("td", {}, cell)))))));

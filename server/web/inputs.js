@@ -12,6 +12,7 @@ const NAMES = { nifti_gz: "volume.nii.gz", nifti: "volume.nii", nrrd: "volume.nr
  * @property {boolean} tiff of which only the server knows whether it is an image or a stack
  * @property {string} viewer_name for volumes, tells the viewer their format
  * @property {ImageBitmap|null} picture
+ * @property {boolean} drawn by the server, as the browser cannot: a stack, or a volume without WebGL
  */
 
 /** The format by a file's first bytes; "raster" is what browsers read. */
@@ -34,7 +35,7 @@ function sniffed(bytes) {
  */
 export async function looked(file, reference = null) {
   const format = sniffed(new Uint8Array(await file.slice(0, 400).arrayBuffer()));
-  const input = { file, reference, kind: NAMES[format] ? "volume" : "image", tiff: format === "tiff", viewer_name: NAMES[format], picture: null };
+  const input = { file, reference, kind: NAMES[format] ? "volume" : "image", tiff: format === "tiff", viewer_name: NAMES[format], picture: null, drawn: false };
   // What it cannot read the server may; and if not, it says why.
   if (format === "raster") input.picture = await createImageBitmap(file).catch(() => null);
   return input;
@@ -46,7 +47,7 @@ export async function completed(input, model, level, signal) {
   const ask = { model, level, options: {} }, bare = { file: input.file, reference: null };
   if (input.tiff) {
     const { type } = await segment(bare, ask, ["mask"], signal);
-    if (type !== "image/png") input.kind = "stack";
+    if (type !== "image/png") [input.kind, input.drawn] = ["stack", true];
   }
   input.tiff = false;
   if (input.kind === "image") input.picture = await pictureOf(await segment(bare, ask, ["picture"], signal));

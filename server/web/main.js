@@ -12,7 +12,7 @@ import * as stage from "./stage.js";
 import * as take from "./take.js";
 
 const answers = new Answers();
-let models = [], card = null, input = null, comparing = false, asking = new AbortController();
+let models = [], card = null, input = null, comparing = false, asking = new AbortController(), slow = 0;
 
 const ask = (wanted = level()) => ({ model: card.name, level: wanted, options: optionsIn($("asked")) });
 const known = (wanted) => answers.kept(ask(wanted));
@@ -22,16 +22,22 @@ const accurate = () => known("accurate");
 function anew() {
   asking.abort();
   asking = new AbortController();
-  stage.busy(null);
+  unhurried();
   $("error").hidden = true;
   return asking.signal;
+}
+
+/** Nobody waits any more. */
+function unhurried() {
+  clearTimeout(slow);
+  stage.busy(null);
 }
 
 /** Runs a step; of what goes wrong the server's words are shown, unless nobody waits for it any more. */
 async function step(work) {
   const signal = anew();
   // What is quick shall not flicker.
-  const slow = setTimeout(() => stage.busy({ level_name: input && card ? levelName(level()) : "" }), 200);
+  slow = setTimeout(() => stage.busy({ level_name: input && card ? levelName(level()) : "" }), 200);
   try {
     await work(signal);
   } catch (error) {
@@ -41,8 +47,7 @@ async function step(work) {
     $("door").hidden = error.status !== 401;
     if (error.status === 401) $("key").focus();
   } finally {
-    clearTimeout(slow);
-    if (!signal.aborted) stage.busy(null);
+    if (!signal.aborted) unhurried();
   }
 }
 
@@ -65,10 +70,10 @@ function segment() {
   return step(async (signal) => {
     const answer = await got(level(), signal);
     await reveal(answer);
+    unhurried();
     // A volume takes long; it is compared when somebody asks for it.
     if (input.kind === "image" && !accurate()) {
       await got("accurate", signal);
-      stage.busy(null);
       await reveal(answer);
     }
   });

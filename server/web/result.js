@@ -37,6 +37,9 @@ export function showResult(answer, agreed, classes, hidden, toggle) {
   if (facts.iou !== null) {
     figures.push(figure(overlap(facts.iou), "IoU with the reference"), figure(overlap(facts.dice), "Dice with the reference"));
   }
+  if (statistics.instances) {
+    figures.push(figure(overlap(statistics.instances.mean_ap), "average precision of objects", "mean over IoU thresholds of 0.5 to 0.95, as in the 2018 Data Science Bowl"));
+  }
   $("headline").replaceChildren(...figures);
   $("phases").replaceChildren(...phases(facts));
   const overlaps = overlapTable(statistics, answer.level === "accurate" ? null : agreed);
@@ -58,7 +61,7 @@ function classTable({ classes: rows }, classes, hidden, toggle) {
     [unit, (row) => count(row[unit])],
     ["share", (row) => percent(row.fraction)],
     ...sized.map(([name, label]) => [label, (row) => measured(row[name])]),
-    ...(rows.some((row) => row.mean_score) ? [["score", (row) => (row.mean_score ? row.mean_score.toFixed(2) : "–")]] : []),
+    ...(rows.length === 1 ? [SCORE] : []),
   ];
   const color = (value) => classes.find((one) => one.value === value).color;
   const swatch = (row) => {
@@ -70,14 +73,16 @@ function classTable({ classes: rows }, classes, hidden, toggle) {
   return table(numbers, rows, swatch, (row, label) => (label === unit ? touching(row) : null));
 }
 
-/** How far each of several classes agrees; of a single one the figures above say it. */
+const SCORE = ["score", (row) => (row.mean_score ? row.mean_score.toFixed(2) : "–")];
+
+/** How sure and how far in agreement each of several classes is; of a single one the figures above say it. */
 function overlapTable({ classes: rows, reference }, agreed) {
   const scored = (name) => [name === "iou" ? "IoU" : "Dice", (row) => (reference[row.name] ? overlap(reference[row.name][name]) : "–")];
   const numbers = [
-    ...(agreed ? [["agreement", (row) => overlap(agreed.byClass.get(row.value))]] : []),
+    SCORE, ...(agreed ? [["agreement", (row) => overlap(agreed.byClass.get(row.value))]] : []),
     ...(reference ? [scored("iou"), scored("dice")] : []),
   ];
-  return rows.length > 1 && numbers.length ? table(numbers, rows, (row) => row.name) : null;
+  return rows.length > 1 ? table(numbers, rows, (row) => row.name) : null;
 }
 
 function table(numbers, rows, head, beside = () => null) {

@@ -17,6 +17,8 @@ const picture = new PictureView($("picture"), (at) => {
 });
 const volume = new VolumeView($("volume"));
 
+const inPlanes = () => input.kind === "volume" && !input.drawn;
+
 /** Which of the places is to be seen: "picture", "volume", "compare" or "welcome". */
 function place(name) {
   for (const id of ["picture", "compare", "welcome"]) $(id).hidden = id !== name;
@@ -43,9 +45,13 @@ export async function setInput(given) {
   $("volume").setAttribute("aria-label", `${given.file.name} in three planes and as a rendering`);
   $("differ-label").hidden = given.kind !== "image";
   $("outline").parentElement.hidden = given.kind !== "image";
-  place(given.kind === "volume" ? "volume" : "picture");
-  if (given.kind === "volume") await volume.setInput(given.file, given.viewer_name);
-  else if (given.picture) picture.setPicture(given.picture, [given.picture.width, given.picture.height]);
+  if (given.kind === "volume") {
+    place("volume");
+    // Without WebGL, or of a file that the viewer does not read: the server may, and if not, it says why.
+    await volume.setInput(given.file, given.viewer_name).catch(() => { given.drawn = true; });
+  }
+  place(inPlanes() ? "volume" : "picture");
+  if (given.picture) picture.setPicture(given.picture, [given.picture.width, given.picture.height]);
 }
 
 /**
@@ -56,11 +62,11 @@ export async function setInput(given) {
 export async function setAnswer(answer, accurate) {
   const another = answer !== shown, first = !shown;
   [shown, best] = [answer, accurate];
-  place(input.kind === "volume" ? "volume" : "picture");
-  if (input.kind === "volume") {
+  place(inPlanes() ? "volume" : "picture");
+  if (inPlanes()) {
     if (another) await volume.setMask(answer.bytes, classes, look.hidden);
     if (first) volume.lookAt(answer.statistics.objects);
-  } else if (input.kind === "stack") {
+  } else if (input.drawn) {
     picture.setPicture(answer.overlay, [answer.overlay.width, answer.overlay.height]);
   } else {
     picture.setMask(paintedAs(answer, accurate));
@@ -95,14 +101,14 @@ export function setCompare(levels, known, chosen) {
   place("compare");
   const accurate = known("accurate"), any = accurate ?? levels.map(known).find(Boolean);
   if (!any) return;
-  const flat = input.kind === "volume" ? fullest(any.mask, any.size) : 0;
+  const flat = inPlanes() ? fullest(any.mask, any.size) : 0;
   const base = accurate?.mask && thumbnail(accurate, flat);
   const columns = levels.map((level) => {
     const answer = known(level), small = answer?.mask && (answer === accurate ? base : thumbnail(answer, flat));
     return { level, answer, agreed: agreed(answer, accurate)?.mean ?? null, size: small?.size, painted: small ? paintedAs(small, base) : null };
   });
-  const source = input.kind === "volume" ? layer(volume.slice(flat)) : input.picture;
-  showCompare(columns, { ...look, picture: source, upright: input.kind === "volume" }, chosen);
+  const source = inPlanes() ? layer(volume.slice(flat)) : input.picture;
+  showCompare(columns, { ...look, picture: source, upright: inPlanes() }, chosen);
 }
 
 /** Shows the wait for an answer: how far a job is, or that somebody works. */
@@ -146,5 +152,5 @@ export function start(again) {
 export function toggle(value, visible) {
   if (visible) look.hidden.delete(value);
   else look.hidden.add(value);
-  if (input.kind === "volume") volume.setHidden(classes, look.hidden);
+  if (inPlanes()) volume.setHidden(classes, look.hidden);
 }

@@ -21,7 +21,11 @@ CHROMIUM = (
 )  # fmt: skip
 
 # What the browser says of answers that are errors, which tests look at themselves, and of tests that look at pixels.
-NOT_OURS = ("Failed to load resource: the server responded with a status of 4", "Failed to load resource: net::ERR_FAILED", "Canvas2D: ")
+NOT_OURS = (
+    "Failed to load resource: the server responded with a status of 4",
+    "Failed to load resource: net::ERR_FAILED",
+    "Canvas2D: ",
+)
 
 
 @pytest.fixture(scope="session")

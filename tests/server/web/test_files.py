@@ -84,7 +84,9 @@ def test_is_not_sent_twice(client: httpx.Client) -> None:
     assert client.get("/", headers={"If-None-Match": '"other"'}).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["nothing.js", "index.html", "../app.py", "..%2Fapp.py", "vendor/", "", "style.css/", "vendor/niivue.LICENSE"])
+@pytest.mark.parametrize(
+    "path", ["nothing.js", "index.html", "../app.py", "..%2Fapp.py", "vendor/", "", "style.css/", "vendor/niivue.LICENSE"]
+)
 def test_nothing_else_is(client: httpx.Client, path: str) -> None:
     assert client.get(f"/web/{path}").status_code == 404
 
@@ -132,7 +134,9 @@ def test_modules_are_whole_and_short(name: str) -> None:
     if not (node := shutil.which("node")):
         pytest.skip("needs node")
     # As a module, whatever the version takes a .js for.
-    checked = subprocess.run([node, "--input-type=module", "--check"], input=path.read_text(), capture_output=True, text=True, check=False)
+    checked = subprocess.run(
+        [node, "--input-type=module", "--check"], input=path.read_text(), capture_output=True, text=True, check=False
+    )
     assert checked.returncode == 0, checked.stderr
 
 
@@ -150,5 +154,3 @@ def test_the_samples_are_credited() -> None:
     for name in page.FILES:
         if name.startswith(("samples/", "vendor/")):
             assert Path(name).name in notice
-
-

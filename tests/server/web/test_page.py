@@ -123,7 +123,7 @@ class TestImages:
     def test_outdated_answers_never_win(self, page: Any, cells: Path) -> None:
         """What is asked first may come last; and it is not waited for."""
         held: list[Any] = []
-        page.route(re.compile(r"/segment\?.*level=1"), lambda route: held.append(route))
+        page.route(re.compile(r"/segment\?.*level=1"), lambda route: held.append(route))  # noqa: PLW0108 - Playwright marks its handlers
         choose(page, cells)
         settled(page, "L3")
         slide(page, "L1")
@@ -239,7 +239,12 @@ class TestImages:
         pixels = np.asarray(Pillow.open(cells).convert("L")).astype(np.uint16) * 8
         choose(page, ("cells.tif", picture_bytes(pixels, "TIFF")))
         settled(page, "L3")
-        assert page.evaluate("(() => { const c = document.getElementById('picture'); return c.getContext('2d').getImageData(c.width / 2, c.height / 2, 1, 1).data[3]; })()") == 255
+        assert (
+            page.evaluate(
+                "(() => { const c = document.getElementById('picture'); return c.getContext('2d').getImageData(c.width / 2, c.height / 2, 1, 1).data[3]; })()"
+            )
+            == 255
+        )
         choose(page, ("cells.png", picture_bytes(pixels)))
         settled(page, "L3")
         choose(page, ("stack.tif", pages_bytes(np.stack([pixels[:128, :128]] * 3))))
@@ -256,7 +261,11 @@ class TestImages:
         page.get_by_label("smallest object").blur()
         settled(page, "L3")
         holds(page, "document.querySelector('#chosen').textContent.includes('2')")
-        answer = server.post("/segment", params={"level": "3", "threshold": "0.8", "min_size_px": "200", "format": "json"}, content=cells.read_bytes()).json()
+        answer = server.post(
+            "/segment",
+            params={"level": "3", "threshold": "0.8", "min_size_px": "200", "format": "json"},
+            content=cells.read_bytes(),
+        ).json()
         pixels = f"{answer['classes'][0]['pixels']:,}"
         holds(page, f"document.getElementById('classes').textContent.includes('{pixels}')")
         assert all(part in str(page.locator("#curl").text_content()) for part in ("threshold=0.8", "min_size_px=200"))
@@ -266,9 +275,13 @@ class TestImages:
         settled(page, "L3")
         page.locator("#options summary").click()
         page.get_by_label("split touching objects").check()
-        answer = server.post("/segment", params={"level": "3", "instances": "true", "format": "json"}, content=cells.read_bytes()).json()
+        answer = server.post(
+            "/segment", params={"level": "3", "instances": "true", "format": "json"}, content=cells.read_bytes()
+        ).json()
         holds(page, f"document.getElementById('status').textContent.includes(': {answer['classes'][0]['objects']} nucleus')")
-        colors = page.evaluate("(() => { const c = document.getElementById('picture'), d = new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.buffer); return new Set(d).size; })()")
+        colors = page.evaluate(
+            "(() => { const c = document.getElementById('picture'), d = new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.buffer); return new Set(d).size; })()"
+        )
         assert colors > 100
 
     def test_downloads(self, page: Any, cells: Path, server: httpx.Client) -> None:
@@ -336,7 +349,9 @@ class TestPeople:
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     def test_a_phone(self, browser: Any, server: httpx.Client, seen: SimpleNamespace, scheme: str) -> None:
         size = {"width": 360, "height": 740}
-        page = open_page(browser, str(server.base_url), seen, viewport=size, color_scheme=scheme, reduced_motion="reduce", has_touch=True)
+        page = open_page(
+            browser, str(server.base_url), seen, viewport=size, color_scheme=scheme, reduced_motion="reduce", has_touch=True
+        )
         page.locator("#ticks li").last.wait_for()
         assert no_sideways(page)
         page.get_by_role("button", name="Tissue").click()
@@ -388,5 +403,3 @@ def test_asks_for_a_key(browser: Any, seen: SimpleNamespace, tmp_path: Path) -> 
         other.goto(str(opened.client.base_url))
         holds(other, "!document.getElementById('door').hidden")
         page.context.close()
-
-

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image as Pillow
 
 from tests.server.conftest import until, volume_of
-from tests.server.web.conftest import SAMPLES, holds
+from tests.server.web.conftest import SAMPLES, holds, open_page
 
 VOLUME, REFERENCE = SAMPLES / "hippocampus.nii.gz", SAMPLES / "hippocampus_reference.nii.gz"
 STATUS = "document.getElementById('status').textContent"
@@ -22,7 +22,9 @@ def quarters(page: Any) -> list[np.ndarray]:
     """What the canvas shows: three planes, and the rendering last; (h, w, 3)."""
     pixels = np.asarray(Pillow.open(io.BytesIO(page.locator("#volume").screenshot())).convert("RGB")).astype(int)
     middle = pixels.shape[0] // 2, pixels.shape[1] // 2
-    return [pixels[y, x] for y in (slice(0, middle[0]), slice(middle[0], None)) for x in (slice(0, middle[1]), slice(middle[1], None))]
+    return [
+        pixels[y, x] for y in (slice(0, middle[0]), slice(middle[0], None)) for x in (slice(0, middle[1]), slice(middle[1], None))
+    ]
 
 
 def colored(pixels: np.ndarray) -> int:
@@ -39,7 +41,9 @@ def mean_iou(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_a_preview_and_then_the_result(page: Any, server: httpx.Client, seen: SimpleNamespace) -> None:
-    page.evaluate(f"""() => {{ window.said = []; new MutationObserver(() => said.push({STATUS})).observe(document.getElementById('status'), {{ childList: true }}); }}""")
+    page.evaluate(
+        f"""() => {{ window.said = []; new MutationObserver(() => said.push({STATUS})).observe(document.getElementById('status'), {{ childList: true }}); }}"""
+    )
     # The viewer comes with the first volume.
     assert not any("niivue" in request.url for request in seen.requests)
     page.set_input_files("#chooser", str(VOLUME))
@@ -83,7 +87,7 @@ def test_a_reference_and_all_levels(page: Any, server: httpx.Client) -> None:
 
 def test_cancel(page: Any, server: httpx.Client, seen: SimpleNamespace) -> None:
     held: list[Any] = []
-    page.route(re.compile("/jobs/.*/events"), lambda route: held.append(route))
+    page.route(re.compile("/jobs/.*/events"), lambda route: held.append(route))  # noqa: PLW0108 - Playwright marks its handlers
     page.set_input_files("#chooser", str(VOLUME))
     page.locator("#cancel").wait_for()
     holds(page, "document.getElementById('doing').textContent.startsWith('L2')")
@@ -91,7 +95,12 @@ def test_cancel(page: Any, server: httpx.Client, seen: SimpleNamespace) -> None:
     assert page.locator("#busy").is_hidden()
     holds(page, f"{STATUS} === 'cancelled'")
     (request,) = [request for request in seen.requests if request.method == "DELETE"]
-    until(lambda: server.get(httpx.URL(request.url).path).status_code == 404 or server.get(httpx.URL(request.url).path).json()["state"] in ("cancelled", "done"))
+    until(
+        lambda: (
+            server.get(httpx.URL(request.url).path).status_code == 404
+            or server.get(httpx.URL(request.url).path).json()["state"] in ("cancelled", "done")
+        )
+    )
     page.unroute(re.compile("/jobs/.*/events"))
     # And nothing stands in the way of another try.
     page.locator("#slider").fill("0")
@@ -111,15 +120,20 @@ def test_a_model_of_images_does_it_slice_by_slice(page: Any, seen: SimpleNamespa
     assert any("axis=0" in request.url for request in seen.requests)
 
 
-def test_errors_and_other_formats(page: Any, tmp_path: Path) -> None:
+def test_errors_and_other_formats(page: Any, server: httpx.Client, tmp_path: Path) -> None:
     broken = VOLUME.read_bytes()[:3000]
     page.set_input_files("#chooser", {"name": "broken.nii.gz", "mimeType": "", "buffer": broken})
     holds(page, "!document.getElementById('error').hidden")
+    detail = server.post("/segment", params={"model": "hippocampus"}, content=broken).json()["detail"]
+    assert page.get_by_role("alert").locator("span").text_content() == detail
     sitk = pytest.importorskip("SimpleITK")
     for name in ("volume.nrrd", "volume.mha"):
         sitk.WriteImage(sitk.ReadImage(str(VOLUME)), str(tmp_path / name))
         page.set_input_files("#chooser", str(tmp_path / name))
-        holds(page, f"document.getElementById('file').textContent === '{name}' && {STATUS}.startsWith('L2 in ') && !{STATUS}.includes('preview')")
+        holds(
+            page,
+            f"document.getElementById('file').textContent === '{name}' && {STATUS}.startsWith('L2 in ') && !{STATUS}.includes('preview')",
+        )
         assert all(colored(plane) > 500 for plane in quarters(page))
     page.locator("#download summary").click()
     page.get_by_label(".seg.nrrd").check()
@@ -127,3 +141,19 @@ def test_errors_and_other_formats(page: Any, tmp_path: Path) -> None:
     with page.expect_download() as download:
         page.get_by_role("button", name="Download").click()
     assert download.value.suggested_filename.endswith("mask.seg.nrrd")
+
+
+def test_without_webgl_the_server_draws(browser: Any, server: httpx.Client, seen: SimpleNamespace) -> None:
+    page = open_page(browser, "about:blank", seen)
+    page.add_init_script(
+        "const got = HTMLCanvasElement.prototype.getContext; HTMLCanvasElement.prototype.getContext = function (kind, ...more) { return kind.startsWith('webgl') ? null : got.call(this, kind, ...more); };"
+    )
+    page.goto(str(server.base_url))
+    seen.foreign.clear()
+    page.set_input_files("#chooser", str(VOLUME))
+    holds(page, f"{STATUS}.startsWith('L2 in ')")
+    picture = np.asarray(Pillow.open(io.BytesIO(page.locator("#picture").screenshot())).convert("RGB")).astype(int)
+    assert colored(picture) > 500
+    page.get_by_role("button", name="Compare all levels").click()
+    holds(page, "document.querySelectorAll('#compare figcaption .bar').length === 5")
+    page.context.close()
