@@ -46,7 +46,9 @@ export function showCompare(columns, look, chosen) {
 
 function drawn({ answer, painted, size }, { picture, upright, opacity, outline }) {
   // Of a stack the server has drawn all there is.
-  const source = answer?.overlay ?? picture, [width, height] = size ?? [source.width, source.height];
+  const source = answer?.overlay ?? picture;
+  if (!source) return h("canvas");
+  const [width, height] = size ?? [source.width, source.height];
   const canvas = h("canvas", { width, height, className: width < 100 ? "coarse" : "" });
   const context = canvas.getContext("2d");
   // Volumes are stored from back to front; a picture begins at its top.

@@ -66,8 +66,8 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-def open_page(browser: Any, url: str, seen: SimpleNamespace, **options: Any) -> Any:
-    """A page of its own context, of which `seen` hears what it says and asks for."""
+def open_page(browser: Any, url: str, seen: SimpleNamespace, first: str = "", **options: Any) -> Any:
+    """A page of its own context, of which `seen` hears what it says and asks for; `first` runs before its own scripts."""
     page = browser.new_context(**({"viewport": {"width": 1280, "height": 800}} | options)).new_page()
     page.set_default_timeout(30_000)
 
@@ -83,6 +83,7 @@ def open_page(browser: Any, url: str, seen: SimpleNamespace, **options: Any) -> 
     page.on("console", said)
     page.on("pageerror", lambda error: seen.errors.append(str(error)))
     page.on("request", asked)
+    page.add_init_script(first)
     page.goto(url)
     return page
 

@@ -71,6 +71,7 @@ def test_a_preview_and_then_the_result(page: Any, server: httpx.Client, seen: Si
     assert all(f"{count:,}" in table for count in counts[1:])
 
 
+@pytest.mark.long
 def test_a_reference_and_all_levels(page: Any, server: httpx.Client) -> None:
     page.get_by_role("button", name="Hippocampus").click()
     holds(page, f"{STATUS}.includes('IoU with the reference')")
@@ -120,6 +121,7 @@ def test_a_model_of_images_does_it_slice_by_slice(page: Any, seen: SimpleNamespa
     assert any("axis=0" in request.url for request in seen.requests)
 
 
+@pytest.mark.long
 def test_errors_and_other_formats(page: Any, server: httpx.Client, tmp_path: Path) -> None:
     broken = VOLUME.read_bytes()[:3000]
     page.set_input_files("#chooser", {"name": "broken.nii.gz", "mimeType": "", "buffer": broken})
@@ -143,13 +145,16 @@ def test_errors_and_other_formats(page: Any, server: httpx.Client, tmp_path: Pat
     assert download.value.suggested_filename.endswith("mask.seg.nrrd")
 
 
+NO_WEBGL = """
+  const got = HTMLCanvasElement.prototype.getContext;
+  HTMLCanvasElement.prototype.getContext = function (kind, ...more) {
+    return kind.startsWith("webgl") ? null : got.call(this, kind, ...more);
+  };
+"""
+
+
 def test_without_webgl_the_server_draws(browser: Any, server: httpx.Client, seen: SimpleNamespace) -> None:
-    page = open_page(browser, "about:blank", seen)
-    page.add_init_script(
-        "const got = HTMLCanvasElement.prototype.getContext; HTMLCanvasElement.prototype.getContext = function (kind, ...more) { return kind.startsWith('webgl') ? null : got.call(this, kind, ...more); };"
-    )
-    page.goto(str(server.base_url))
-    seen.foreign.clear()
+    page = open_page(browser, str(server.base_url), seen, NO_WEBGL)
     page.set_input_files("#chooser", str(VOLUME))
     holds(page, f"{STATUS}.startsWith('L2 in ')")
     picture = np.asarray(Pillow.open(io.BytesIO(page.locator("#picture").screenshot())).convert("RGB")).astype(int)
