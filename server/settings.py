@@ -100,6 +100,15 @@ class LimitsSettings(_Group):
     max_memory_mb: int = Field(
         4096, ge=64, description="working memory of one request, estimated from the header; more is refused with the numbers"
     )
+    max_zip_images: int = Field(
+        1000, ge=1, description="files of a zip of images; each is a request, and a few run at once. A folder sent at once fits"
+    )
+    max_zip_mb: int = Field(
+        2048,
+        ge=1,
+        description="all files of a zip together, in MiB when unpacked, and all their answers together; counted while unpacking. Of the "
+        "files four at a time lie on disk, each of `max_body_mb` at most, of the answers all",
+    )
     max_wait_s: float = Field(
         120.0,
         gt=0,

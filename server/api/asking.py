@@ -24,6 +24,7 @@ REQUEST_BODY: dict[str, Any] = {
             },
             "image/*": {"schema": BINARY},
             "application/gzip": {"schema": BINARY},
+            "application/zip": {"schema": BINARY},
             "application/octet-stream": {"schema": BINARY},
         },
     }

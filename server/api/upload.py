@@ -19,7 +19,12 @@ SPOOL_BYTES = 4 * 1024 * 1024
 # What tools call a body of unknown kind; curl's --data-binary says form-urlencoded.
 UNKNOWN = ("", "application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded")
 # What tools call NIfTI, for which no type is registered.
-VOLUMES = ("application/gzip", "application/x-gzip", "application/x-nifti", "application/nifti")
+VOLUMES = (
+    "application/gzip", "application/x-gzip", "application/x-nifti", "application/nifti", "application/x-nrrd", "application/nrrd",
+    "application/x-metaimage",
+)  # fmt: skip
+# And several images.
+ZIPS = ("application/zip", "application/x-zip-compressed")
 
 # Of a form's files, each of which may be as large as a body; and of its other fields, none of which is right.
 MOST = 2
@@ -108,8 +113,8 @@ class _WholeForm(MultiPartParser):
 
 
 def _check_type(declared: str) -> None:
-    if declared not in (*UNKNOWN, *VOLUMES) and not declared.startswith("image/"):
+    if declared not in (*UNKNOWN, *VOLUMES, *ZIPS) and not declared.startswith("image/"):
         raise UnsupportedType(
-            f"Content-Type {declared!r} is neither an image nor a volume; send image/png, image/tiff, image/jpeg, image/bmp, "
-            "image/webp, application/gzip (.nii.gz) or application/octet-stream"
+            f"Content-Type {declared!r} is neither an image nor a volume nor a zip of them; send image/png, image/tiff, image/jpeg, image/bmp, "
+            "image/webp, application/gzip (.nii.gz), application/zip (of images) or application/octet-stream"
         )

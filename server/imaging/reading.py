@@ -47,7 +47,10 @@ class Reading:
 
         Raises:
             InvalidParameter: the one asked for does not exist.
+            Unreadable: labels are wanted, and there is no telling which channel they are.
         """
+        if self.labels and count > 1 and not colors:
+            raise Unreadable(f"the label image has {count} channels; send labels (one value per pixel)")
         if self.channel is not None:
             if not 0 <= self.channel < count:
                 there = "one channel, 0" if count == 1 else f"{count} channels, 0 to {count - 1}"

@@ -10,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
 
-from server.errors import CallerError, NotReady, Overloaded, StoreBroken, StoreFull, TryAgain
+from server.errors import CallerError, InvalidParameter, NotReady, Overloaded, StoreBroken, StoreFull, TryAgain
 from server.imaging import encode as encoding
 from server.jobs.files import brief
 from server.jobs.job import Job, Ticket
 from server.jobs.live import Live, Queue, View
 from server.jobs.store import Store
 from server.metrics import Metrics
+from server.segment import archive
 from server.segment.pipeline import Segmenter
 from server.segment.request import Answer, SegmentRequest, Terms
 from server.settings import JobsSettings
@@ -155,8 +156,10 @@ class Runner:
             StoreFull, StoreBroken: it was not kept.
         """
         choice = self._segmenter.choose(request)
+        if archive.is_zip(file) and (reference or preview):
+            raise InvalidParameter("a zip of images has neither a reference nor a preview; send each image by itself to have them")
         preview = preview and choice.route.level != 1
-        estimate = await self._segmenter.estimate(file, request)
+        estimate = await archive.estimate(self._segmenter, file, request)
         seconds = estimate.seconds
         if preview:
             seconds += (await self._segmenter.estimate(file, _first_look(request))).seconds
@@ -293,7 +296,8 @@ class Runner:
                 log.exception("job %s goes on without its preview", brief(id_))
             live.progress("decode", 0, ticket.windows)
         answer = await self._answer(live, request, live.progress, scored=True)
-        return await self._insist(live, self._store.finish, id_, answer.body, self._describe(answer))
+        with contextlib.closing(answer):
+            return await self._insist(live, self._store.finish, id_, answer.body, self._describe(answer))
 
     async def _answer(
         self, live: Live, request: SegmentRequest, progress: Callable[[str, int, int], None], *, scored: bool
@@ -301,7 +305,7 @@ class Runner:
         with contextlib.ExitStack() as opened:
             file, reference = await self._insist(live, self._store.files.inputs, live.job.id, opened)
             truth = reference if scored else None
-            return await live.stoppable(self._segmenter.segment(file, request, truth, progress, Terms(urgent=False)))
+            return await live.stoppable(archive.segment(self._segmenter, file, request, truth, progress, Terms(urgent=False)))
 
 
 def _tell(job: Job, error: Exception) -> None:

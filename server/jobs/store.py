@@ -145,13 +145,13 @@ class Store:
                 )
             return self._change(id_, "state = 'running', attempts = attempts + (state = 'queued'), started = ?", self._clock())
 
-    def keep_preview(self, id_: str, body: bytes, headers: dict[str, str]) -> Job:
+    def keep_preview(self, id_: str, body: bytes | BinaryIO, headers: dict[str, str]) -> Job:
         """Keeps the quick look."""
         with self._changing:
             self._keep(id_, "preview", body)
             return self._change(id_, "preview = ?", json.dumps(headers))
 
-    def finish(self, id_: str, body: bytes, headers: dict[str, str]) -> Job:
+    def finish(self, id_: str, body: bytes | BinaryIO, headers: dict[str, str]) -> Job:
         """Keeps the result, then says so, then removes the input."""
         with self._changing:
             self._keep(id_, "result", body)
@@ -242,9 +242,9 @@ class Store:
         self._query("DELETE FROM jobs WHERE id = ?", job.id)
         self.files.discard(job.id)
 
-    def _keep(self, id_: str, name: str, body: bytes) -> None:
+    def _keep(self, id_: str, name: str, body: bytes | BinaryIO) -> None:
         if self.get(id_).finished is None:
-            self.files.write(id_, name, io.BytesIO(body))
+            self.files.write(id_, name, io.BytesIO(body) if isinstance(body, bytes) else body)
 
     def _query(self, statement: str, *values: object) -> list[Job]:
         with self._querying, self.files.disk():

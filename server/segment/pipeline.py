@@ -123,6 +123,11 @@ class Segmenter:
         self._volume_workers.shutdown()
 
     @property
+    def limits(self) -> LimitsSettings:
+        """As given."""
+        return self._limits
+
+    @property
     def bundles(self) -> Mapping[str, OpenBundle]:
         """What is open, by name."""
         return {name: served.opened for name, served in self._served.items()}

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 from jaxtyping import UInt8
 from numpy import ndarray
@@ -124,7 +124,7 @@ class Answer:
     """The finished answer.
 
     Attributes:
-        body: encoded mask.
+        body: encoded mask; of a zip of images a file, which whoever sends it closes.
         media_type: of the body.
         file: name of a file that holds it.
         requested: what was asked for.
@@ -136,7 +136,7 @@ class Answer:
         postprocessing: what was done with the mask on request, see `Postprocessing.asked`.
     """
 
-    body: bytes
+    body: bytes | BinaryIO
     media_type: str
     file: str
     requested: Route
@@ -146,6 +146,11 @@ class Answer:
     quality: dict[int, quality.Overlap]
     note: str
     postprocessing: Mapping[str, Any] = field(default_factory=dict)
+
+    def close(self) -> None:
+        """Removes the file that holds it, if one does."""
+        if not isinstance(self.body, bytes):
+            self.body.close()
 
     @property
     def mean_iou(self) -> float:

@@ -80,7 +80,8 @@ def listed(
     if affine is not None:
         columns["centroid_mm"] = np.round(centroid @ affine[:3, :3].T + affine[:3, 3], 3).tolist()
         columns["box_mm"] = np.round(_box_mm(low, high, affine), 3).tolist()
-    columns["mean_score"] = [_score(score) for score in objects.mean_score[first].tolist()]
+    scores = objects.mean_score[first].astype(np.float64)
+    columns["mean_score"] = [None] * len(scores) if np.isnan(scores).any() else np.round(scores, 4).tolist()
     columns["touches_border"] = objects.touches_border[first].tolist()
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import shutil
 
 import pytest
@@ -40,7 +41,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(calibrate_module, "LATENCY_SIDE", {2: 32, 3: 32})
 
 
-@pytest.mark.parametrize("command", ["export", "verify", "calibrate"])
+@pytest.mark.parametrize("command", ["export", "verify", "calibrate", "add-spread"])
 def test_help(command):
     result = unetpp(command, "--help")
     assert result.exit_code == 0
@@ -52,7 +53,7 @@ def test_export(small_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "GRAPH_PRECISIONS", dict.fromkeys(("fp32", "fp16"), lambda graph, tiles: proto))
     result = unetpp("export", small_checkpoint, "--card", CARD, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert f"{tmp_path / 'out'}: 8 files" in result.output
+    assert f"{tmp_path / 'out'}: 9 files" in result.output
     assert f"next: unetpp verify {tmp_path / 'out'}" in result.output
     assert read_bundle(tmp_path / "out").manifest.name == "nuclei"
 
@@ -157,3 +158,15 @@ def test_calibrate_says_what_is_wrong(small_bundle, discs, tmp_path):
     data = shutil.copytree(discs, tmp_path / "data")
     (data / "labels" / "val1.png").write_bytes(b"")
     spoken(unetpp("calibrate", small_bundle.folder, "--data", data), "labels/val1.png")
+
+
+@pytest.mark.usefixtures("quick")
+def test_add_spread(small_bundle):
+    document = json.loads((small_bundle.folder / "manifest.json").read_text())
+    del document["spread"], document["files"]["spread.onnx"]
+    (small_bundle.folder / "manifest.json").write_text(json.dumps(document))
+    result = unetpp("add-spread", small_bundle.folder)
+    assert result.exit_code == 0, result.output
+    assert "next: unetpp verify" in result.output
+    assert read_bundle(small_bundle.folder).manifest.spread
+    spoken(unetpp("add-spread", small_bundle.folder.parent), "manifest.json: not found")

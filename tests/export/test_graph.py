@@ -88,6 +88,20 @@ def test_softmax(make_network):
         torch.testing.assert_close(scores.sum(1), torch.ones(2, 16, 32))
 
 
+@pytest.mark.parametrize(("classes", "activation"), [(1, "sigmoid"), (3, "softmax")])
+def test_spread_is_the_deviation_of_the_foreground_over_the_heads(make_network, classes, activation):
+    network = make_network(classes=classes)
+    image, mean, inverse_std = inputs()
+    with torch.no_grad():
+        scores = ServedGraph(network, activation, spread=True)(image, mean, inverse_std)
+        accurate = ServedGraph(network, activation)(image, mean, inverse_std)
+        heads = [ServedGraph(network.prune(level), activation)(image, mean, inverse_std) for level in (1, 2)]
+    assert torch.equal(scores[:, :-1], accurate)
+    foreground = torch.stack([head[:, 0] if classes == 1 else head[:, 1:].sum(1) for head in heads])
+    torch.testing.assert_close(scores[:, -1], foreground.std(0, correction=0))
+    assert scores[:, -1].max() > 0.01
+
+
 def test_half_precision_weights_give_float32_scores(make_network):
     network = make_network().half()
     with torch.no_grad():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from export import pack
-from export.pack import ExportError, export, read_card, write_manifest
+from export.pack import ExportError, add_spread, export, read_card, write_manifest
 from export.verify import verify
 from model import checkpoint
 from model.baselines import UNet
@@ -200,3 +200,53 @@ def test_write_and_read_are_inverse(small_bundle):
     write_manifest(small_bundle.folder, small_bundle.manifest)
     assert read_bundle(small_bundle.folder).manifest == small_bundle.manifest
     assert torch.is_tensor(checkpoint.load(small_bundle.folder / "weights.safetensors")[0].heads["1"].weight)
+
+
+def test_the_spread_of_one_head(make_network, card, tmp_path):
+    checkpoint.save(make_network(deep_supervision=False), tmp_path / "one.safetensors")
+    bundle = export(tmp_path / "one.safetensors", card, tmp_path / "one", None)
+    assert bundle.manifest.spread is None
+    before = content(tmp_path / "one")
+    with pytest.raises(ExportError, match="one head"):
+        add_spread(tmp_path / "one")
+    assert content(tmp_path / "one") == before
+
+
+class TestAddSpread:
+    @pytest.fixture
+    def older(self, small_bundle):
+        """As a version without the graph wrote it, and without fields that it did not know."""
+        folder = small_bundle.folder
+        document = json.loads((folder / "manifest.json").read_text())
+        del document["spread"], document["files"]["spread.onnx"], document["comparison"]
+        (folder / "manifest.json").write_text(json.dumps(document, indent=1) + "\n")
+        (folder / "spread.onnx").unlink()
+        return folder
+
+    def test_everything_else_stays(self, older, small_kept):
+        before = content(older)
+        bundle = add_spread(older)
+        after = content(older)
+        assert {name for name in after if after[name] != before.get(name)} == {"spread.onnx", "manifest.json"}
+        # The same graph as the export writes, and the manifest but for its entries as it was.
+        assert after["spread.onnx"] == content(small_kept)["spread.onnx"]
+        lines = after["manifest.json"].decode().splitlines()
+        document = json.loads(after["manifest.json"])
+        assert document.pop("spread") == bundle.manifest.spread.model_dump()
+        del document["files"]["spread.onnx"]
+        assert document == json.loads(before["manifest.json"])
+        assert [line for line in before["manifest.json"].decode().splitlines() if line not in lines] == []
+        assert all(v.passed for v in verify(bundle))
+
+    def test_again_changes_nothing(self, older):
+        add_spread(older)
+        before = content(older)
+        add_spread(older)
+        assert content(older) == before
+
+    def test_one_that_fails_leaves_the_old_bundle(self, older, monkeypatch):
+        before = content(older)
+        monkeypatch.setattr(pack, "point_at_weights", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            add_spread(older)
+        assert content(older) == before

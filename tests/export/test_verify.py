@@ -25,7 +25,9 @@ def test_a_sound_bundle_passes_at_every_precision_on_every_engine(tiny_bundle):
     combinations = {(v.engine, v.precision) for v in verdicts}
     assert combinations == set(runnable(bundle))
     assert {("onnxruntime", "fp32"), ("onnxruntime", "fp16"), ("openvino", "fp32")} <= combinations
-    assert len(verdicts) == 5 * len(combinations)
+    # The spread is served at fp32 alone.
+    assert len(verdicts) == 5 * len(combinations) + sum(precision == "fp32" for _, precision in combinations)
+    assert len(verdicts) == verify_module.combinations(bundle)
     assert all(v.passed for v in verdicts)
     assert all(v.max_abs <= 1e-4 for v in verdicts if v.precision == "fp32")
 
@@ -63,7 +65,7 @@ def failing(bundle):
 class TestDamaged:
     def test_the_untouched_copy_passes(self, small_bundle):
         write_manifest(small_bundle.folder, small_bundle.manifest)
-        assert len(verify(small_bundle)) == 3
+        assert len(verify(small_bundle)) == 4
 
     def test_a_graph_of_another_level(self, small_bundle):
         shutil.copy(small_bundle.folder / "L2.onnx", small_bundle.folder / "L1.onnx")
@@ -74,6 +76,10 @@ class TestDamaged:
         assert "L1 at fp32 on onnxruntime: largest difference" in text
         assert "L2" not in text.replace("L2.onnx", "")
         assert "accurate" not in text
+
+    def test_a_spread_that_is_none(self, small_bundle):
+        shutil.copy(small_bundle.folder / "accurate.onnx", small_bundle.folder / "spread.onnx")
+        assert "spread at fp32 on onnxruntime: largest difference inf" in failing(small_bundle)
 
     def test_one_changed_weight(self, small_bundle):
         # Torch and the graphs read the same file and still agree: the golden scores tell.

@@ -5,13 +5,15 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Coroutine
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import Field
 from starlette.requests import ClientDisconnect
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from server import errors
 from server.api import upload
@@ -19,6 +21,7 @@ from server.api.asking import REQUEST_BODY, Parameters, headers
 from server.api.schemas import Problem
 from server.imaging import encode
 from server.metrics import NONE, Metrics
+from server.segment import archive
 from server.segment.pipeline import Segmenter, until
 from server.segment.request import Terms
 
@@ -32,6 +35,9 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     **{code: {"model": Problem} for code in (404, 406, 408, 413, 415, 422, 429, 500, 503, 504)},
 }
 
+# Of a file, sent at a time.
+PIECE_BYTES = 256 * 1024
+
 # model, mode and level of a request that failed before they were known.
 UNKNOWN = (NONE, NONE, NONE)
 
@@ -44,6 +50,23 @@ ENDS: dict[type[BaseException], tuple[str, str | None]] = {
     # What the server could not finish before it had to stop, and what is answered with 503.
     asyncio.CancelledError: ("refused", "stopping"),
 }
+
+
+class Spooled(StreamingResponse):
+    """A file that is gone when it is sent, or nobody wants it any more."""
+
+    def __init__(self, file: BinaryIO, headers: dict[str, str]) -> None:
+        self._file = file
+        length = file.seek(0, 2)
+        file.seek(0)
+        super().__init__(iter(lambda: file.read(PIECE_BYTES), b""), headers=headers | {"Content-Length": f"{length}"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See Starlette's."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._file.close()
 
 
 class SegmentParameters(Parameters):
@@ -91,7 +114,7 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_
             labels = (choice.model, choice.route.mode, f"{choice.route.level}")
             segmenter.check_wait(choice, wanted, terms)
             async with until(terms.deadline), upload.receive(request) as files:
-                work = segmenter.segment(files.file, wanted, files.reference, terms=terms, choice=choice)
+                work = archive.segment(segmenter, files.file, wanted, files.reference, terms=terms, choice=choice)
                 answer = await _unless_gone(request, work)
             outcome, served = "ok", f"{answer.choice.route.level}"
         except BaseException as error:
@@ -111,7 +134,9 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_
         request.state.phases = answer.seconds
         for phase, seconds in answer.seconds.items():
             metrics.phases.labels(phase).observe(seconds)
-        return Response(answer.body, media_type=answer.media_type, headers=headers(answer))
+        if isinstance(answer.body, bytes):
+            return Response(answer.body, media_type=answer.media_type, headers=headers(answer))
+        return Spooled(answer.body, headers(answer))
 
     return routes
 

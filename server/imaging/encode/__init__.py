@@ -111,7 +111,7 @@ ENCODERS: dict[str, Encoder] = {
     "geojson": Encoder("application/geo+json", "objects.geojson", _geojson, _IMAGE, _OBJECTS, packed=False),
     "geojson_gz": Encoder("application/gzip", "objects.geojson.gz", lambda p: geojson.packed(_geojson(p)), _IMAGE, _OBJECTS),
     "coco": Encoder("application/json", "coco.json", lambda p: coco.encode(p.mask, p.names), _IMAGE, _OBJECTS, packed=False),
-    "npz8": Encoder("application/x-npz", "scores_8bit.npz", lambda p: npz.eight_bits(p.mask), needs=_SCORES),
+    "npz8": Encoder("application/x-npz", "scores_8bit.npz", lambda p: npz.with_bytes(p.mask), needs=_SCORES),
     "scores_tiff": Encoder("image/tiff", "scores.tif", lambda p: tiff.scores(p.mask, p.names), _PAGES, _SCORES),
     "scores_nifti": Encoder(
         "application/gzip", "scores.nii.gz", lambda p: nifti.scores(_volume(p.source), p.mask), _VOLUME, _SCORES
@@ -140,7 +140,8 @@ def like(extent: Extent | None, *, instances: bool = False) -> str:
     kind = extent.kind if extent else "image"
     if instances:
         return LABELS[kind]
-    return "nrrd" if extent and extent.kind == "volume" and extent.family == "nrrd" else DEFAULTS[kind]
+    # Of volumes there are two families.
+    return extent.family if extent and kind == "volume" else DEFAULTS[kind]
 
 
 def choose(wanted: str | None, accept: str | None, extent: Extent | None = None, *, instances: bool = False) -> tuple[str, ...]:

@@ -65,11 +65,11 @@ def _names(rings: Rings, count: int) -> list[str]:
     return [f"{start}-{number:012x}" for number in range(1, count + 1)]
 
 
-def _measurements(objects: Objects, source: Image | None) -> list[dict[str, float]]:
+def _measurements(objects: Objects, source: Image | None) -> list[dict[str, int | float]]:
     """Numbers alone, as QuPath reads no others."""
-    columns: dict[str, list[float]] = {"Area px": objects.pixels.tolist()}
+    columns: dict[str, list[int | float]] = {"Area px^2": objects.pixels.tolist()}
     if source is not None and source.spacing_mm is not None:
-        columns["Area µm²"] = (objects.pixels * float(np.prod(source.spacing_mm)) * 1e6).round(4).tolist()
+        columns["Area µm^2"] = (objects.pixels * float(np.prod(source.spacing_mm)) * 1e6).round(4).tolist()
     if not np.isnan(objects.mean_score).any():
         columns["Mean score"] = objects.mean_score.astype(np.float64).round(4).tolist()
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -76,7 +76,7 @@ def _spread(filled: Shaped[ndarray, " slices"], count: int) -> Iterator[int]:
     return (low + (2 * k + 1) * (high - low) // (2 * count) for k in range(count))
 
 
-def arrange(rows: list[list[UInt8[ndarray, "H W 3"]]]) -> UInt8[ndarray, "H W 3"]:
+def arrange(rows: list[list[UInt8[ndarray, "_ _ 3"]]]) -> UInt8[ndarray, "height width 3"]:
     """One picture, black between the panels."""
     height = sum(row[0].shape[0] + GAP for row in rows) - GAP
     width = max(sum(picture.shape[1] + GAP for picture in row) for row in rows) - GAP

@@ -12,6 +12,7 @@ from jaxtyping import Shaped
 from numpy import ndarray
 
 from server.arrays import Mask, Volume
+from server.imaging.encode.rounding import eight_bits
 
 # Caret's label table (Connectome Workbench reads it, and TotalSegmentator writes it).
 CARET = 30
@@ -56,7 +57,7 @@ def write(
 
     Args:
         volume: the source.
-        parts: one array of values, or one per entry of the fourth axis. Real numbers are rounded to multiples of `slope`.
+        parts: one array of values, or one per entry of the fourth axis; of float16 what is between 0 and 255 times `slope`.
         dtype: what they are stored as.
         slope: what 1 of that means.
         stacked: whether there is a fourth axis.
@@ -84,7 +85,7 @@ def write(
         stream.write(start.getvalue().ljust(header.get_data_offset(), b"\0"))  # type: ignore[no-untyped-call]
         for part in parts:
             for block in _blocks(part):
-                values = block if block.dtype.kind != "f" else np.rint(np.clip(block.astype(np.float32), 0, 1) / slope)
+                values = eight_bits(block, 255 * slope) if block.dtype == np.float16 else block
                 stream.write(values.astype(header.get_data_dtype(), copy=False).tobytes())  # type: ignore[no-untyped-call]
     return out.getvalue()
 

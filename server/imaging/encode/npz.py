@@ -4,10 +4,12 @@ import io
 import zipfile
 
 import numpy as np
+from isal import isal_zlib
 from jaxtyping import Shaped
 from numpy import ndarray
 
 from server.arrays import Mask
+from server.imaging.encode.rounding import eight_bits
 
 
 def encode(mask: Mask) -> bytes:
@@ -16,21 +18,19 @@ def encode(mask: Mask) -> bytes:
     return write({"mask": mask.classes, "probabilities": mask.scores})
 
 
-def eight_bits(mask: Mask) -> bytes:
+def with_bytes(mask: Mask) -> bytes:
     """The same with probabilities as uint8, 255 is 1."""
     assert mask.scores is not None  # noqa: S101 - the table asks for scores
-    rounded = np.empty_like(mask.scores, dtype=np.uint8)
-    # Line by line: what is computed in 32 bits stays small.
-    for line, given in zip(rounded.reshape(-1, rounded.shape[-1]), mask.scores.reshape(-1, rounded.shape[-1]), strict=True):
-        line[:] = np.rint(np.clip(given.astype(np.float32), 0, 1) * 255)
-    return write({"mask": mask.classes, "probabilities": rounded})
+    return write({"mask": mask.classes, "probabilities": eight_bits(mask.scores)})
 
 
 def write(arrays: dict[str, Shaped[ndarray, "..."]]) -> bytes:
-    """As `numpy.savez_compressed` does it, but at the fastest level, which takes a quarter of the time for a tenth more."""
+    """As `numpy.savez_compressed` does it, but deflated by isal, which takes a tenth of the time for a tenth more."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                # zipfile has no way to choose it. Should it rename its own some day, the archive is sound and late.
+                file._compressor = isal_zlib.compressobj(1, isal_zlib.DEFLATED, -isal_zlib.MAX_WBITS)  # type: ignore[attr-defined]
                 np.lib.format.write_array(file, array, allow_pickle=False)
     return out.getvalue()

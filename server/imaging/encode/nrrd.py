@@ -56,7 +56,8 @@ def _vector(values: Float64[ndarray, "3"]) -> str:
 
 
 def _segments(mask: Mask, colors: dict[int, tuple[int, int, int]], names: dict[int, str]) -> list[str]:
-    boxes = ndimage.find_objects(mask.classes, max_label=max(names))
+    # Along the order of memory, which is that of files.
+    boxes = [box and box[::-1] for box in ndimage.find_objects(mask.classes.T, max_label=max(names))]
     lines = []
     for index, (value, name) in enumerate(names.items()):
         box = boxes[value - 1]

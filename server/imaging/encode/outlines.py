@@ -158,7 +158,7 @@ def _areas(xy: Int32[ndarray, "C 2"], ends: Int64[ndarray, " R"]) -> Int64[ndarr
 
 
 def _owners(
-    objects: Objects, label: Int32[ndarray, " R"], hole: Bool[ndarray, " R"], pixel: Int64[ndarray, "R 2"]
+    objects: Objects, label: Int32[ndarray, " R"], hole: Bool[ndarray, " R"], pixel: Int32[ndarray, "R 2"]
 ) -> Int64[ndarray, " R"]:
     """The outer ring in which each ring lies: itself, the object's only one, or told from a pixel at the ring's first corner."""
     begins = np.flatnonzero(np.diff(label, prepend=0))

@@ -57,13 +57,13 @@ def blend(
     out = picture.copy()
     border = _borders(classes)
     for rows in png.blocks(len(out)):
-        present = np.unique(classes[rows])
-        for value in set(colors).intersection(present.tolist()):
+        for value, color in colors.items():
             inside = classes[rows] == value
-            part = Pillow.fromarray(out[rows])
-            part.paste(part.point(_tinted(colors[value])), mask=Pillow.fromarray(inside))
-            part.paste(colors[value], mask=Pillow.fromarray(inside & border[rows]))
-            out[rows] = np.asarray(part)
+            if inside.any():
+                part = Pillow.fromarray(out[rows])
+                part.paste(part.point(_tinted(color)), mask=Pillow.fromarray(inside))
+                part.paste(color, mask=Pillow.fromarray(inside & border[rows]))
+                out[rows] = np.asarray(part)
     return out
 
 

@@ -6,7 +6,6 @@ photograph, and cannot be told to do less (`python -m bench.encoders`).
 
 import io
 import struct
-import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -98,7 +97,7 @@ def _file(pixels: Shaped[ndarray, "..."], width: int, bits: int, kind: int, colo
 
 
 def _chunk(name: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(body, zlib.crc32(name)))
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", isal_zlib.crc32(body, isal_zlib.crc32(name)))
 
 
 def _compressed(pixels: Shaped[ndarray, "H *rest"]) -> Iterator[bytes]:

@@ -6,11 +6,16 @@ from typing import Any
 
 import numpy as np
 import tifffile
+from isal import isal_zlib
 from jaxtyping import Shaped
 from numpy import ndarray
 
 from server.arrays import Mask
 from server.imaging.encode.png import palette
+from server.imaging.encode.rounding import eight_bits
+
+# Fast, and masks are still small.
+COMPRESSION = 1
 
 
 def encode(mask: Mask, colors: dict[int, tuple[int, int, int]]) -> bytes:
@@ -34,7 +39,7 @@ def scores(mask: Mask, names: dict[int, str]) -> bytes:
     slices = zip(*(pages(channel) for channel in mask.scores), strict=True)
     return write(
         (
-            (np.rint(np.clip(page.astype(np.float32), 0, 1) * 255), {"description": name.encode()})
+            (eight_bits(page), {"description": name.encode()})
             for group in slices
             for page, name in zip(group, channels, strict=True)
         ),
@@ -50,10 +55,12 @@ def pages(values: Shaped[ndarray, "*size"]) -> Shaped[ndarray, "Z Y X"]:
 def write(given: Iterable[tuple[Shaped[ndarray, "Y X"], dict[str, Any]]], dtype: type[np.generic]) -> bytes:
     """Deflated pages, each with options of its own for `tifffile.TiffWriter.write`."""
     out = io.BytesIO()
-    with tifffile.TiffWriter(out) as tiff:
+    with tifffile.TiffWriter(out, byteorder="<") as tiff:
         for page, options in given:
+            plain = np.ascontiguousarray(page, dtype=np.dtype(dtype).newbyteorder("<"))
+            # One strip, as bytes: tifffile takes them as they are.
             tiff.write(
-                np.ascontiguousarray(page, dtype=dtype), compression="zlib", compressionargs={"level": 1},
-                metadata=None, contiguous=False, **({"photometric": "minisblack"} | options),
+                iter([isal_zlib.compress(plain, COMPRESSION)]), shape=plain.shape, dtype=plain.dtype, rowsperstrip=len(plain),
+                compression="zlib", metadata=None, contiguous=False, **({"photometric": "minisblack"} | options),
             )  # fmt: skip
     return out.getvalue()

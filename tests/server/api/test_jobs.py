@@ -318,7 +318,7 @@ class TestRefusals:
             ("?level=9", GOOD, 422, "1, 2, 3, 4"),
             ("?model=lungs", GOOD, 404, "'lungs'"),
             ("?format=gif", GOOD, 406, "'gif'"),
-            ("?preveiw=true", GOOD, 422, "nonfinite, preview"),
+            ("?preveiw=true", GOOD, 422, ", preview"),
             ("?preview=true&preview=true", GOOD, 422, "preview is given 2 times"),
             ("?preview=perhaps", GOOD, 422, "preview"),
         ],

@@ -24,13 +24,12 @@ def spread_of(answer: httpx.Response) -> np.ndarray:
         return np.stack([page.asarray() for page in tiff.pages])
 
 
-@pytest.mark.parametrize("size", [(40, 50), (600, 90)])
-def test_it_is_the_deviation_of_the_levels(client: httpx.Client, size: tuple[int, int]) -> None:
-    """Each head's scores are those of its level; the large picture takes two windows, which are blended alike."""
+@pytest.mark.parametrize(("size", "tolerance"), [((40, 50), 1e-3), ((600, 90), 2e-2)])
+def test_it_is_the_deviation_of_the_levels(client: httpx.Client, size: tuple[int, int], tolerance: float) -> None:
+    """Each head's scores are those of its level; where the large picture's two windows meet, what is blended is their deviations."""
     sent = picture_bytes(random_picture(*size))
     heads = []
     for level in (1, 2, 3, 4):
-        # Padded as accurate mode pads it, so that nothing but the heads differs.
         answer = client.post(f"/segment?level={level}&format=npz", content=sent, headers=PNG)
         with np.load(io.BytesIO(answer.content)) as arrays:
             heads.append(arrays["probabilities"][0].astype(np.float32))
@@ -38,8 +37,7 @@ def test_it_is_the_deviation_of_the_levels(client: httpx.Client, size: tuple[int
     assert found.shape == size
     assert found.max() > 0.01
     # Probabilities travel in half precision.
-    inside = (slice(size[0] - 32), slice(size[1] - 32))
-    assert np.abs(found - np.std(heads, axis=0))[inside].max() < 2e-3
+    assert np.abs(found - np.std(heads, axis=0)).max() < tolerance
 
 
 def test_beside_other_formats_and_what_was_served(client: httpx.Client) -> None:

@@ -9,8 +9,9 @@ from typing import Any, BinaryIO
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
-from server.arrays import Extent, Image, Volume
+from server.arrays import Extent, Image, Objects, Volume
 from server.imaging.decode import decode, measure
 from server.imaging.reading import Reading
 
@@ -61,6 +62,31 @@ def nifti(values: np.ndarray, affine: np.ndarray | None = None, *, version: int 
     for name, value in fields.items():
         header[name] = value
     return bytes(header.binaryblock) + bytes(4) + values.astype(values.dtype.newbyteorder(order)).tobytes(order="F")
+
+
+def objects_of(labels: np.ndarray, value: int | np.ndarray = 1, mean_score: float = 0.75) -> Objects:
+    """The objects of a label map, measured in the plainest way."""
+    labels, count = np.asarray(labels, dtype=np.int32), int(labels.max(initial=0))
+    boxes = ndimage.find_objects(labels)
+    low, high = (np.array([[getattr(side, end) for side in box] for box in boxes], dtype=np.int64) for end in ("start", "stop"))
+    low, high = low.reshape(count, labels.ndim), high.reshape(count, labels.ndim)
+    places = [np.argwhere(labels == number + 1) for number in range(count)]
+    return Objects(
+        labels,
+        np.broadcast_to(np.asarray(value, dtype=np.uint8), count).copy(),
+        np.array([len(place) for place in places], dtype=np.int64),
+        np.array([place.mean(axis=0) for place in places], dtype=np.float64).reshape(count, labels.ndim),
+        low,
+        high,
+        np.full(count, mean_score, dtype=np.float32),
+        np.array([(a == 0).any() or (b == labels.shape).any() for a, b in zip(low, high, strict=True)], dtype=bool),
+    )
+
+
+def numbered(values: np.ndarray) -> np.ndarray:
+    """Label map whose numbers are 1, 2, ... without a gap, as in the server's; 0 stays background."""
+    found = np.unique(values[values > 0])
+    return np.where(values > 0, np.searchsorted(found, values) + 1, 0).astype(np.int32)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@ import json
 import zipfile
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -14,8 +15,9 @@ from scipy import ndimage
 from server.arrays import Extent, Image, Mask, Volume
 from server.errors import UnknownFormat
 from server.imaging import encode as room
-from server.imaging.encode import DEFAULTS, ENCODERS, Product, choose
+from server.imaging.encode import DEFAULTS, ENCODERS, Product, choose, png
 from server.imaging.encode.overlay import DISPLAY_PERCENTILES, OPACITY, blend, displayed
+from server.imaging.encode.rounding import eight_bits
 from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import read
 
@@ -29,9 +31,16 @@ def product(classes: np.ndarray, scores: np.ndarray | None = None, image: np.nda
 
 
 def test_every_file_has_a_row() -> None:
-    files = {path.stem for path in Path(room.__file__).parent.glob("*.py")} - {"__init__"}
-    # One file may hold the rows of one thing in several containers.
-    assert files == {name.split("_")[0] for name in ENCODERS}
+    """Files are families of formats: each row's function names its own."""
+    helpers = {"__init__", "mosaic", "outlines", "rounding"}
+    files = {path.stem for path in Path(room.__file__).parent.glob("*.py")} - helpers
+    named = {name for row in ENCODERS.values() for name in row.encode.__code__.co_names}
+    named |= {name for function in (room._geojson,) for name in function.__code__.co_names}
+    assert files <= named
+
+
+def test_no_two_rows_have_a_file_in_common() -> None:
+    assert len({row.file for row in ENCODERS.values()}) == len(ENCODERS)
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
@@ -45,6 +54,14 @@ def test_png_gives_the_classes_back(height: int, width: int, seed: int) -> None:
         assert (shown[classes == value] == color).all()
 
 
+@pytest.mark.parametrize("largest", [1.0, 0.5])
+def test_rounding_is_that_of_each_number_there_is(largest: float) -> None:
+    numbers = np.arange(65536, dtype=np.uint16).view(np.float16)
+    wanted = np.rint(np.clip(np.nan_to_num(numbers.astype(np.float32)), 0, largest) / largest * 255)
+    assert np.array_equal(eight_bits(numbers, largest), wanted)
+    assert np.array_equal(eight_bits(numbers.reshape(256, 256).T, largest), wanted.reshape(256, 256).T)
+
+
 def test_png_of_background_alone() -> None:
     picture = Pillow.open(io.BytesIO(ENCODERS["png"].encode(product(np.zeros((3, 5), dtype=np.uint8)))))
     assert (picture.mode, picture.size) == ("P", (5, 3))
@@ -54,6 +71,26 @@ def test_png_of_background_alone() -> None:
 def test_png_of_a_view_that_is_not_contiguous() -> None:
     classes = np.arange(24, dtype=np.uint8).reshape(4, 6) % 3
     assert np.array_equal(np.asarray(Pillow.open(io.BytesIO(ENCODERS["png"].encode(product(classes.T))))), classes.T)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("shape", [(1, 1), (64, 3), (65, 70), (200, 1), (130, 9, 3)])
+def test_png_is_read_alike_by_pillow_and_libpng(rng: np.random.Generator, shape: tuple[int, ...], dtype: type) -> None:
+    if len(shape) == 3 and dtype is np.uint16:
+        return
+    pixels = rng.integers(0, np.iinfo(dtype).max + 1, shape, dtype=dtype)
+    body = png.write(pixels)
+    assert np.array_equal(np.asarray(Pillow.open(io.BytesIO(body))), pixels)
+    assert np.array_equal(imagecodecs.png_decode(body).reshape(shape), pixels)
+    Pillow.open(io.BytesIO(body)).verify()
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 9, 31])
+def test_png1(rng: np.random.Generator, width: int) -> None:
+    classes = rng.choice(np.array([0, 0, 1, 2, 255], dtype=np.uint8), (70, width))
+    picture = Pillow.open(io.BytesIO(ENCODERS["png1"].encode(product(classes))))
+    assert picture.mode == "1"
+    assert np.array_equal(np.asarray(picture), classes > 0)
 
 
 def test_npz(rng: np.random.Generator) -> None:
@@ -71,6 +108,26 @@ def test_npz_of_a_volume(rng: np.random.Generator) -> None:
     with np.load(io.BytesIO(ENCODERS["npz"].encode(product(classes, scores)))) as arrays:
         assert np.array_equal(arrays["mask"], classes)
         assert np.array_equal(arrays["probabilities"], scores)
+
+
+@pytest.mark.parametrize("size", [(5, 7), (5, 7, 9)])
+def test_npz8(rng: np.random.Generator, size: tuple[int, ...]) -> None:
+    classes, scores = rng.integers(0, 3, size, dtype=np.uint8), rng.random((3, *size)).astype(np.float16)
+    scores[0].flat[:2] = 0, 1
+    with np.load(io.BytesIO(ENCODERS["npz8"].encode(product(classes, scores)))) as arrays:
+        assert set(arrays.files) == {"mask", "probabilities"}
+        assert np.array_equal(arrays["mask"], classes)
+        assert arrays["probabilities"].dtype == np.uint8
+        assert np.abs(arrays["probabilities"] / 255 - scores.astype(float)).max() <= 0.5 / 255 + 1e-9
+        assert arrays["probabilities"][0].flat[:2].tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("name", ["npz", "npz8"])
+def test_the_same_scores_are_the_same_bytes(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    asked = product(np.ones((3, 4), dtype=np.uint8), np.ones((1, 3, 4), dtype=np.float16))
+    first = ENCODERS[name].encode(asked)
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    assert ENCODERS[name].encode(asked) == first
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -98,6 +155,27 @@ def test_overlay(rng: np.random.Generator, dtype: type, channels: int) -> None:
     assert tuple(shown[5, 5]) == COLORS[1]
     assert tuple(shown[9, 9]) != tuple(displayed(image)[9, 9])
     assert np.array_equal(image, before)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_picture(rng: np.random.Generator, dtype: type, channels: int) -> None:
+    image = (rng.random((70, 30, channels)) * 200).astype(dtype)
+    picture = Pillow.open(io.BytesIO(ENCODERS["picture"].encode(product(np.zeros((70, 30), dtype=np.uint8), image=image))))
+    assert picture.mode == "RGB"
+    assert np.array_equal(np.asarray(picture), displayed(image))
+    if dtype is np.uint8:
+        assert np.array_equal(np.asarray(picture), np.broadcast_to(image, (70, 30, 3)))
+
+
+def test_overlay_as_jpeg(rng: np.random.Generator) -> None:
+    image, classes = np.full((64, 96, 3), 90, dtype=np.uint8), np.zeros((64, 96), dtype=np.uint8)
+    classes[16:48, 16:48] = 1
+    asked = product(classes, image=image)
+    picture = Pillow.open(io.BytesIO(ENCODERS["overlay_jpeg"].encode(asked)))
+    exact = np.asarray(Pillow.open(io.BytesIO(ENCODERS["overlay"].encode(asked))))
+    assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (96, 64))
+    assert np.abs(np.asarray(picture).astype(int) - exact).mean() < 3
 
 
 @pytest.mark.parametrize("height", [1, 63, 64, 65, 200])
@@ -147,6 +225,31 @@ def test_json() -> None:
     body = ENCODERS["json"].encode(product(np.zeros((1, 1), dtype=np.uint8)))
     assert json.loads(body) == {"a": "µ", "b": [1]}
     assert "µ".encode() in body
+
+
+class TestScoresTiff:
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_of_an_image_is_a_page_per_channel(self, rng: np.random.Generator, channels: int) -> None:
+        scores = rng.random((channels, 5, 7)).astype(np.float16)
+        with tifffile.TiffFile(io.BytesIO(ENCODERS["scores_tiff"].encode(scored(scores)))) as tiff:
+            assert np.array_equal(np.stack([page.asarray() for page in tiff.pages]), eight(scores))
+            names = [page.tags["ImageDescription"].value for page in tiff.pages]
+        assert names == (["one"] if channels == 1 else ["background", "one", "zweite Größe"])
+
+    def test_of_a_stack_follows_slice_by_slice(self, rng: np.random.Generator) -> None:
+        scores = rng.random((3, 4, 5, 2)).astype(np.float16)
+        with tifffile.TiffFile(io.BytesIO(ENCODERS["scores_tiff"].encode(scored(scores)))) as tiff:
+            pages = np.stack([page.asarray() for page in tiff.pages])
+        assert np.array_equal(pages.reshape(2, 3, 5, 4), eight(scores).transpose(3, 0, 2, 1))
+
+
+def scored(scores: np.ndarray) -> Product:
+    names = {1: "one"} if len(scores) == 1 else {1: "one", 2: "zweite Größe"}
+    return Product(Mask(np.zeros(scores.shape[1:], dtype=np.uint8), scores), COLORS, names)
+
+
+def eight(scores: np.ndarray) -> np.ndarray:
+    return np.rint(scores.astype(np.float32) * 255).astype(np.uint8)
 
 
 class TestTiff:
@@ -239,9 +342,10 @@ class TestChoose:
         ("kind", "accept", "name"),
         [
             ("stack", None, "tiff"), ("stack", "*/*", "tiff"), ("stack", "image/*", "tiff"), ("stack", "application/json", "json"),
-            ("stack", "image/png, */*;q=0.1", "tiff"), ("stack", "text/html", "tiff"), ("stack", "application/*", "json"),
+            ("stack", "image/png, */*;q=0.1", "overlay"), ("volume", "image/*", "overlay"), ("stack", "image/jpeg", "overlay_jpeg"),
+            ("image", "application/gzip", "geojson_gz"), ("image", "text/csv, image/png;q=0.5", "csv"), ("volume", "image/png", "overlay"), ("stack", "text/html", "tiff"), ("stack", "application/*", "json"),
             ("volume", None, "nifti"), ("volume", "*/*", "nifti"), ("volume", "application/gzip", "nifti"), ("volume", "application/*", "nifti"),
-            ("volume", "application/json, */*;q=0.9", "json"), ("volume", "image/png, application/x-npz;q=0.5", "npz"),
+            ("volume", "application/json, */*;q=0.9", "json"), ("volume", "image/tiff, application/x-npz;q=0.5", "npz"),
             ("volume", "text/html,application/xhtml+xml,image/webp", "nifti"),
         ],
     )  # fmt: skip
@@ -257,7 +361,7 @@ class TestChoose:
         assert all(known in str(caught.value) for known in ENCODERS)
 
     @pytest.mark.parametrize(
-        ("kind", "accept"), [("volume", "image/png"), ("volume", "image/*"), ("stack", "image/png"), ("stack", "application/gzip"), ("image", "application/gzip")]
+        ("kind", "accept"), [("volume", "image/tiff"), ("volume", "application/geo+json"), ("stack", "application/gzip"), ("image", "application/x-nrrd")]
     )  # fmt: skip
     def test_nothing_fits_the_kind(self, kind: str, accept: str) -> None:
         with pytest.raises(UnknownFormat) as caught:

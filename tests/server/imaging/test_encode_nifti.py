@@ -235,3 +235,46 @@ def test_real_volumes(volumes: Path, tmp_path: Path, name: str) -> None:
     )
     itk, twin = (sitk.ReadImage(str(path)) for path in (volumes / f"{name}.nii.gz", tmp_path / "mask.nii.gz"))
     assert (itk.GetOrigin(), itk.GetDirection(), itk.GetSpacing()) == (twin.GetOrigin(), twin.GetDirection(), twin.GetSpacing())
+
+
+class TestScores:
+    @pytest.mark.parametrize("channels", [1, 3])
+    @pytest.mark.parametrize("order", "<>")
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_are_a_fourth_axis_on_the_same_grid(
+        self, rng: np.random.Generator, tmp_path: Path, channels: int, order: str, version: int
+    ) -> None:
+        fields = {name: value for name, value in odd_header().items() if name != "quatern_c"}
+        source = nifti(np.zeros((4, 5, 6), dtype=np.int16), OBLIQUE, order=order, version=version, **fields)
+        scores = rng.random((channels, 4, 5, 6)).astype(np.float16)
+        made = Product(Mask(np.zeros((4, 5, 6), dtype=np.uint8), scores), COLORS, NAMES, read(source))
+        (tmp_path / "scores.nii.gz").write_bytes(ENCODERS["scores_nifti"].encode(made))
+        image = nib.load(tmp_path / "scores.nii.gz")
+        assert image.shape == (4, 5, 6, channels)
+        assert image.get_data_dtype() == np.uint8
+        assert np.abs(image.get_fdata() - np.moveaxis(scores.astype(float), 0, -1)).max() <= 0.5 / 255 + 1e-6
+        assert (image.header["intent_code"], image.header["cal_max"]) == (0, 0)
+        before = header_of(source)
+        for name in ("qform_code", "sform_code", "qoffset_x", "srow_x", "srow_y", "srow_z", "xyzt_units", "descrip"):
+            assert image.header[name].tobytes() == before[name].tobytes()
+        assert np.array_equal(image.header["pixdim"][:4], before["pixdim"][:4])
+
+    @pytest.mark.parametrize("shape", [(4, 5), (4, 5, 6, 1), (4, 5, 6, 1, 1, 1, 1)])
+    def test_of_sources_of_fewer_and_more_axes(self, tmp_path: Path, shape: tuple[int, ...]) -> None:
+        source = read(nifti(np.zeros(shape, dtype=np.int16), OBLIQUE))
+        made = Product(
+            Mask(np.zeros(source.size, dtype=np.uint8), np.ones((2, *source.size), dtype=np.float16)), COLORS, NAMES, source
+        )
+        (tmp_path / "scores.nii.gz").write_bytes(ENCODERS["scores_nifti"].encode(made))
+        image = nib.load(tmp_path / "scores.nii.gz")
+        assert image.shape == (*source.size, 2)
+        assert np.allclose(image.get_fdata(), 1)
+
+    def test_itk(self, rng: np.random.Generator, tmp_path: Path) -> None:
+        scores = rng.random((2, 4, 5, 6)).astype(np.float16)
+        source = read(nifti(np.zeros((4, 5, 6), dtype=np.int16), OBLIQUE))
+        made = Product(Mask(np.zeros((4, 5, 6), dtype=np.uint8), scores), COLORS, NAMES, source)
+        (tmp_path / "scores.nii.gz").write_bytes(ENCODERS["scores_nifti"].encode(made))
+        image = sitk.ReadImage(str(tmp_path / "scores.nii.gz"))
+        assert image.GetSize() == (4, 5, 6, 2)
+        assert np.abs(sitk.GetArrayFromImage(image).transpose(0, 3, 2, 1) - scores.astype(float)).max() <= 0.5 / 255 + 1e-6

@@ -39,6 +39,7 @@ class FakeSegmenter:
     def __init__(self, real: Segmenter) -> None:
         self._real = real
         self.choose = real.choose
+        self.limits = real.limits
         self.steps: asyncio.Queue[None] = asyncio.Queue()
         self.free = True
         self.ran: list[tuple[bytes, int, bytes | None]] = []
@@ -60,6 +61,7 @@ class FakeSegmenter:
         reference: BinaryIO | None = None,
         progress: Progress = lambda *_: None,
         terms: Terms | None = None,
+        choice: Any = None,
     ) -> Answer:
         # Jobs leave the device to whoever waits for an answer, and are never late.
         assert terms

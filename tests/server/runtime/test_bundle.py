@@ -173,7 +173,7 @@ def test_a_bundle_behind_a_link_is_read(bundle: Path, tmp_path: Path) -> None:
         (lambda d: (d["classes"][0].update(value=2), d.update(activation="softmax")), "classes"),
         (lambda d: d["graphs"].append(d["graphs"][4] | {"name": "spread"}), "name and level differ"),
         (lambda d: d.update(spread=d["graphs"][4]), "spread must be named"),
-        (lambda d: d.update(spread=SPREAD | {"level": 3}), "spread must be named"),
+        (lambda d: d.update(spread=d["graphs"][4] | {"name": "spread", "level": 3}), "spread must be named"),
         (lambda d: d.update(spread=SPREAD | {"files": {"fp16": "L1.onnx"}}), "in fp32 alone"),
         (lambda d: d.update(spread=SPREAD), "spread.onnx"),
     ],

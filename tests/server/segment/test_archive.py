@@ -1,0 +1,394 @@
+import asyncio
+import contextlib
+import gc
+import io
+import json
+import math
+import random
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import numpy as np
+import pytest
+
+from server.arrays import Tiles
+from server.errors import (
+    CallerError,
+    DeadlinePassed,
+    InferenceFailed,
+    InvalidParameter,
+    TooLarge,
+    UnknownFormat,
+    Unreadable,
+    UnsupportedType,
+)
+from server.segment import archive
+from server.segment.cost import Estimate
+from server.segment.pipeline import Segmenter
+from server.segment.request import Answer, SegmentRequest, Terms
+from server.settings import LimitsSettings
+from tests.server.conftest import Sent, bright, mask_of, memory_stays_below, nifti_bytes, pages_bytes, picture_bytes, volume_of
+from tests.server.segment.test_pipeline import segmenting
+
+Files = dict[str, bytes] | list[tuple[str, bytes]]
+
+
+def packed(files: Files, method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    """A zip."""
+    out = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(out, "w", method) as made:
+        warnings.simplefilter("ignore")  # of two files of one name
+        for name, body in files.items() if isinstance(files, dict) else files:
+            made.writestr(name, body)
+    return out.getvalue()
+
+
+def picture(value: int = 0, side: int = 16) -> bytes:
+    """Bright on its right half, and never the same twice."""
+    pixels = np.full((side, side), value, dtype=np.uint8)
+    pixels[:, side // 2 :] = 200
+    return picture_bytes(pixels)
+
+
+def answered(data: bytes, *, terms: Terms | None = None, reference: BinaryIO | None = None, run: Any = bright, limits: LimitsSettings | None = None,
+             progress: Callable[[str, int, int], None] = lambda *_: None, **wanted: Any) -> tuple[Answer, dict[str, bytes], list[dict[str, Any]]]:  # fmt: skip
+    """The answer, its files and the rows of its report."""
+    with segmenting(run, limits) as segmenter:
+        answer = asyncio.run(archive.segment(segmenter, Sent(data), SegmentRequest(**wanted), reference, progress, terms))
+    assert not isinstance(answer.body, bytes)
+    with zipfile.ZipFile(io.BytesIO(answer.body.read())) as made:
+        assert made.testzip() is None
+        files = {name: made.read(name) for name in made.namelist()}
+    answer.close()
+    return answer, files, json.loads(files.pop("report.json"))["images"]
+
+
+def tiny(**changes: Any) -> LimitsSettings:
+    return LimitsSettings(**({"max_body_mb": 1, "max_zip_mb": 1} | changes))
+
+
+class TestAnswers:
+    def test_each_image_has_its_own(self) -> None:
+        volume = np.zeros((4, 5, 6), dtype=np.uint8)
+        volume[2:] = 9
+        answer, files, rows = answered(packed({
+            "a.png": picture(1), "day 1/b.png": picture(2), "day 1/c.tif": pages_bytes(np.stack([np.eye(8, dtype=np.uint8)] * 3)),
+            "d.nii.gz": nifti_bytes(volume),
+        }))  # fmt: skip
+        assert sorted(files) == ["a_mask.png", "d_mask.nii.gz", "day 1/b_mask.png", "day 1/c_mask.tif"]
+        assert mask_of(files["a_mask.png"]).sum() == 128
+        assert np.array_equal(volume_of(files["d_mask.nii.gz"]), volume > 3)
+        assert [row["name"] for row in rows] == ["a.png", "day 1/b.png", "day 1/c.tif", "d.nii.gz"]
+        assert {row["status"] for row in rows} == {"ok"}
+        assert rows[0]["files"] == ["a_mask.png"]
+        assert (rows[0]["model"], rows[0]["mode"], rows[0]["level"], rows[0]["precision"]) == ("fake", "accurate", 4, "fp32")
+        assert {"decode", "infer", "encode"} <= rows[0]["timings_ms"].keys()
+        assert (answer.media_type, answer.file, answer.note, answer.quality) == ("application/zip", "masks.zip", "", {})
+        assert answer.seconds["infer"] > 0
+
+    def test_are_those_of_the_image_alone(self) -> None:
+        _, files, _ = answered(packed({f"{k}.png": picture(k) for k in range(9)}))
+        with segmenting() as segmenter:
+            for k in range(9):
+                alone = asyncio.run(segmenter.segment(Sent(picture(k)), SegmentRequest()))
+                assert files[f"{k}_mask.png"] == alone.body
+
+    def test_in_several_formats(self) -> None:
+        _, files, rows = answered(packed({"x/a.png": picture()}), format="png,json,npz")
+        assert sorted(files) == ["x/a_mask.png", "x/a_scores.npz", "x/a_statistics.json"]
+        assert sorted(rows[0]["files"]) == sorted(files)
+        assert json.loads(files["x/a_statistics.json"])["model"] == "fake"
+
+    def test_whose_names_differ_in_their_suffix_alone(self) -> None:
+        _, files, _ = answered(
+            packed({"a.png": picture(), "a.bmp": picture_bytes(np.eye(9, dtype=np.uint8), "BMP"), "b": picture()})
+        )
+        assert sorted(files) == ["a.bmp_mask.png", "a.png_mask.png", "b_mask.png"]
+
+    def test_what_systems_hide_is_left_out(self) -> None:
+        _, files, rows = answered(packed({
+            "a.png": picture(), "__MACOSX/._a.png": b"x", ".DS_Store": b"x", "b/.git/c.png": picture(), "empty/": b"",
+        }))  # fmt: skip
+        assert list(files) == ["a_mask.png"]
+        assert len(rows) == 1
+
+    def test_of_a_bad_image_are_missing(self) -> None:
+        answer, files, rows = answered(packed({
+            "good.png": picture(), "text.png": b"hello", "cut.png": picture()[:45], "nothing.png": b"", "inner.zip": packed({"a.png": picture()}),
+        }))  # fmt: skip
+        assert list(files) == ["good_mask.png"]
+        assert [row["status"] for row in rows] == ["ok", *["failed"] * 4]
+        assert "not a format that this server reads" in rows[1]["detail"]
+        assert "cannot be decoded" in rows[2]["detail"]
+        assert "empty" in rows[3]["detail"]
+        assert "not a format that this server reads" in rows[4]["detail"]
+        assert answer.note == "4 of 5 files could not be segmented; see report.json"
+
+    def test_only_bad_images(self) -> None:
+        with pytest.raises(Unreadable, match=r"none of the zip's 2 files could be segmented; 'a.txt': not a format"):
+            answered(packed({"a.txt": b"hello", "b.txt": b"hello"}))
+
+    def test_formats_that_do_not_fit_are_each_images_own(self) -> None:
+        _, files, rows = answered(
+            packed({"a.png": picture(), "b.nii.gz": nifti_bytes(np.zeros((4, 5, 6), np.uint8))}), format="nifti"
+        )
+        assert list(files) == ["b_mask.nii.gz"]
+        assert "does not fit" in rows[0]["detail"]
+
+    def test_stored_or_deflated(self) -> None:
+        for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            assert len(answered(packed({"a.png": picture()}, method))[1]) == 1
+
+    def test_progress_counts_images(self) -> None:
+        told: list[tuple[str, int, int]] = []
+        answered(packed({f"{k}.png": picture(k) for k in range(7)}), progress=lambda *said: told.append(said))
+        assert told == [("decode", 0, 7), *(("infer", k, 7) for k in range(1, 8))]
+
+    def test_share_batches(self) -> None:
+        batches: list[int] = []
+
+        def run(tiles: Tiles) -> np.ndarray:
+            batches.append(len(tiles))
+            return bright(tiles)
+
+        answered(packed({f"{k:02}.png": picture(k, 200) for k in range(12)}), run=run)
+        assert max(batches) > 16 // 2
+
+    def test_anything_else_passes(self) -> None:
+        with segmenting() as segmenter:
+            answer = asyncio.run(archive.segment(segmenter, Sent(picture()), SegmentRequest()))
+            assert mask_of(answer.body).sum() == 128  # type: ignore[arg-type]
+            answer.close()
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("name", "why"),
+        [
+            ("../a.png", "leads out"), ("x/../../a.png", "leads out"), ("/etc/a.png", "leads out"), ("C:\\a.png", "leads out"), ("C:a.png", "leads out"),
+            ("..\\a.png", "leads out"), ("a\nb.png", "leads out"), ("a\x1b[2J.png", "leads out"), ("x//a.png", "leads out"), ("a" * 501, "leads out"),
+        ],
+    )  # fmt: skip
+    def test_names_that_lead_elsewhere(self, name: str, why: str) -> None:
+        _, files, rows = answered(packed({"good.png": picture(), name: picture()}))
+        assert list(files) == ["good_mask.png"]
+        assert why in rows[1]["detail"]
+        assert len(rows[1]["name"]) <= 500
+
+    def test_windows_folders_are_folders(self) -> None:
+        assert list(answered(packed({"x\\a.png": picture()}))[1]) == ["x/a_mask.png"]
+
+    def test_two_of_one_name(self) -> None:
+        with pytest.raises(Unreadable, match=r"two files named 'a.png'"):
+            answered(packed([("a.png", picture()), ("a.png", picture(3))]))
+
+    @pytest.mark.parametrize("files", [{}, {"folder/": b""}, {".hidden": b"x"}])
+    def test_no_files(self, files: Files) -> None:
+        with pytest.raises(Unreadable, match="holds no files"):
+            answered(packed(files))
+
+    def test_very_many_files(self) -> None:
+        with pytest.raises(TooLarge, match=r"holds 6 files; the limit is 5\. .*UNETPP_LIMITS__MAX_ZIP_IMAGES"):
+            answered(packed({f"{k}.png": b"" for k in range(6)}), limits=tiny(max_zip_images=5))
+
+    def test_an_endless_list(self) -> None:
+        data = packed({f"{k:06}": b"" for k in range(30_000)})
+        with memory_stays_below(20), pytest.raises(TooLarge, match="list of files has more than 1,048,576 bytes"):
+            answered(data)
+
+    def test_encrypted(self) -> None:
+        data = bytearray(packed({"a.png": picture(), "b.png": picture()}, zipfile.ZIP_STORED))
+        # The second file's flags, in its own header and in the list.
+        first = data.index(b"PK\x01\x02")
+        data[data.index(b"PK\x03\x04", 4) + 6] |= 1
+        data[data.index(b"PK\x01\x02", first + 4) + 8] |= 1
+        _, files, rows = answered(bytes(data))
+        assert list(files) == ["a_mask.png"]
+        assert "encrypted" in rows[1]["detail"]
+
+    @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+    def test_other_methods(self, method: int) -> None:
+        with pytest.raises(Unreadable, match="packed by a method that is not read; pack it with deflate"):
+            answered(packed({"a.png": picture()}, method))
+
+    def test_a_wrong_checksum(self) -> None:
+        good, bad = picture(), picture(7)
+        data = packed({"good.png": good, "bad.png": bad}, zipfile.ZIP_STORED).replace(bad, bad[:-1] + b"?")
+        _, files, rows = answered(data)
+        assert list(files) == ["good_mask.png"]
+        assert "cannot be unpacked" in rows[1]["detail"]
+
+    def test_dicom(self) -> None:
+        with pytest.raises(UnsupportedType, match="holds DICOM files, which are not read here; convert the series to NIfTI"):
+            answered(packed({"a.png": picture(), "b.dcm": bytes(128) + b"DICM" + bytes(100)}))
+
+    def test_a_reference(self) -> None:
+        with pytest.raises(InvalidParameter, match="a reference is for one image"):
+            answered(packed({"a.png": picture()}), reference=Sent(picture()))
+
+    def test_wrong_choices_before_anything_else(self) -> None:
+        with pytest.raises(InvalidParameter):
+            answered(packed({"a.png": picture()}), level=9)
+
+
+class TestBombs:
+    def test_one_file(self) -> None:
+        _, files, rows = answered(packed({"good.png": picture(), "bomb.png": bytes(3_000_000)}), limits=tiny(max_zip_mb=100))
+        assert list(files) == ["good_mask.png"]
+        assert "more than 1 MiB, which is the limit; UNETPP_LIMITS__MAX_BODY_MB" in rows[1]["detail"]
+
+    def test_a_large_one(self) -> None:
+        data = packed({"bomb.png": bytes(300_000_000)})
+        with memory_stays_below(60), pytest.raises(Unreadable, match="more than 1 MiB"):
+            answered(data, limits=tiny(max_zip_mb=100))
+
+    def test_all_together(self) -> None:
+        data = packed({f"{k}.png": bytes(900_000) for k in range(3)})
+        with pytest.raises(TooLarge, match=r"all files of the zip together have more than 1 MiB.*UNETPP_LIMITS__MAX_ZIP_MB"):
+            answered(data, limits=tiny())
+
+    def test_all_answers_together(self) -> None:
+        noise = np.random.default_rng(0).integers(0, 255, (600, 600), dtype=np.uint8)
+        data = packed({"a.png": picture_bytes(noise), "b.png": picture_bytes(noise)})
+        with pytest.raises(TooLarge, match="all answers of the zip together"):
+            answered(data, limits=tiny(max_zip_mb=1), format="npz", run=lambda tiles: tiles.pixels[:, :1].astype(np.float32) / 255)
+
+    def test_sizes_that_lie(self) -> None:
+        """The list says that a file of 3 MB has 10 bytes."""
+        body = zlib.compressobj(wbits=-15)
+        squeezed = body.compress(bytes(3_000_000)) + body.flush()
+        data = bytearray(packed({"a.png": bytes(3_000_000)}))
+        assert squeezed[:50] in data
+        at = data.index(b"PK\x01\x02")
+        data[at + 24 : at + 28] = struct.pack("<I", 10)
+        with pytest.raises(Unreadable):
+            answered(bytes(data), limits=tiny(max_zip_mb=100))
+
+    def test_files_that_share_their_bytes(self) -> None:
+        """As David Fifield's better zip bomb: many entries in the list, one kernel."""
+        data = packed({"a.png": picture(), "b.png": picture()}, zipfile.ZIP_STORED)
+        start = data.index(b"PK\x01\x02")
+        second = data.index(b"PK\x01\x02", start + 4)
+        forged = bytearray(data)
+        forged[second + 42 : second + 46] = struct.pack("<I", 0)
+        with pytest.raises(Unreadable, match="lie over each other"):
+            answered(bytes(forged))
+
+    def test_a_zip_in_a_zip_stays_closed(self) -> None:
+        inner = packed({"a.png": picture()})
+        for _ in range(5):
+            inner = packed({"a.zip": inner})
+        with pytest.raises(Unreadable, match="not a format that this server reads"):
+            answered(inner)
+
+    def test_memory_does_not_grow_with_images(self) -> None:
+        rng = np.random.default_rng(0)
+        bodies = {f"{k}.bmp": picture_bytes(rng.integers(0, 255, (900, 900), dtype=np.uint8), "BMP") for k in range(50)}
+        few, many = (packed(dict(list(bodies.items())[:count]), zipfile.ZIP_STORED) for count in (8, 50))
+
+        async def go(segmenter: Segmenter, data: bytes) -> None:
+            answer = await archive.segment(segmenter, Sent(data), SegmentRequest())
+            assert not isinstance(answer.body, bytes)
+            assert answer.body.seek(0, 2) > len(data) / 8
+            answer.close()
+
+        with segmenting(lambda tiles: tiles.pixels[:, :1].astype(np.float32) / 255) as segmenter:
+            asyncio.run(go(segmenter, few))
+            gc.collect()
+            with memory_stays_below(60):
+                asyncio.run(go(segmenter, many))
+
+
+class TestEnds:
+    def test_a_fault_of_ours_ends_all(self) -> None:
+        def broken(tiles: Tiles) -> np.ndarray:
+            raise RuntimeError("no")
+
+        with pytest.raises(InferenceFailed):
+            answered(packed({f"{k}.png": picture(k) for k in range(9)}), run=broken)
+
+    def test_a_deadline_ends_all(self) -> None:
+        with pytest.raises(DeadlinePassed):
+            answered(packed({f"{k}.png": picture(k) for k in range(9)}), terms=Terms(deadline=0.0))
+
+    def test_patience_is_for_all_together(self) -> None:
+        with pytest.raises(
+            TooLarge, match=r"holds 9 images, 0 of which were done in the 0\.001 s that POST /segment works for at most"
+        ):
+            answered(packed({f"{k}.png": picture(k) for k in range(9)}), terms=Terms(patience_s=0.001, begun=-1e9))
+
+    def test_who_leaves_stops_it(self) -> None:
+        begun, ran = asyncio.Event(), 0
+
+        async def go() -> None:
+            nonlocal ran
+            loop = asyncio.get_running_loop()
+
+            def run(tiles: Tiles) -> np.ndarray:
+                nonlocal ran
+                ran += len(tiles)
+                loop.call_soon_threadsafe(begun.set)
+                return bright(tiles)
+
+            with segmenting(run, max_batch=1) as segmenter:
+                data = packed({f"{k}.png": picture(k, 100) for k in range(200)})
+                task = asyncio.create_task(archive.segment(segmenter, Sent(data), SegmentRequest()))
+                await begun.wait()
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert segmenter.line.idle()
+
+        asyncio.run(go())
+        assert ran < 200
+
+
+class TestEstimates:
+    def estimate(self, data: bytes, **limits: Any) -> Estimate:
+        with segmenting(limits=LimitsSettings(**limits), pace=0.5) as segmenter:
+            return asyncio.run(archive.estimate(segmenter, Sent(data), SegmentRequest()))
+
+    def test_the_first_image_stands_for_all(self) -> None:
+        alone = self.estimate(picture())
+        found = self.estimate(packed({"a.txt": b"no image", **{f"{k}.png": picture(k) for k in range(9)}}))
+        assert (found.windows, found.pixels) == (10, 256)
+        assert math.isclose(found.seconds, 10 * alone.seconds)
+
+    def test_of_what_cannot_be_read(self) -> None:
+        assert self.estimate(packed({"a.txt": b"no image"})).windows == 1
+        with pytest.raises(TooLarge):
+            self.estimate(packed({"a.png": picture(), "b.png": picture()}), max_zip_images=1)
+        with pytest.raises(Unreadable):
+            self.estimate(b"PK\x03\x04 and then nothing")
+
+
+def test_damaged_zips_are_only_ever_refused() -> None:
+    """Bytes changed, cut out and cut off, with one segmenter."""
+    good = packed({"a.png": picture(), "b/c.png": picture(2), "d.txt": b"hello"}), packed({"a.png": picture()}, zipfile.ZIP_STORED)
+
+    async def go(segmenter: Segmenter) -> None:
+        for number in range(400):
+            draw = random.Random(number)  # noqa: S311 - no secret
+            data = bytearray(draw.choice(good))
+            for _ in range(draw.randint(1, 4)):
+                at = draw.randrange(4, len(data))
+                if draw.random() < 0.7:
+                    data[at] = draw.randrange(256)
+                elif draw.random() < 0.5:
+                    del data[at : at + draw.randrange(20)]
+                else:
+                    del data[max(30, at) :]
+            with contextlib.suppress(CallerError):
+                (await archive.segment(segmenter, Sent(bytes(data)), SegmentRequest())).close()
+
+    with segmenting() as segmenter:
+        asyncio.run(go(segmenter))
+
+
+def test_unknown_formats_of_all_images_are_said() -> None:
+    with pytest.raises((Unreadable, UnknownFormat)):
+        answered(packed({"a.png": picture()}), format="gif")
