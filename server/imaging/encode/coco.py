@@ -4,10 +4,12 @@ pycocotools itself encodes from masks as large as the image, one per object. Her
 the label map, and packed into characters at once.
 """
 
-import json
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import orjson
 from jaxtyping import Int32, Int64, Shaped
 from numpy import ndarray
 
@@ -26,23 +28,22 @@ def encode(mask: Mask, names: dict[int, str]) -> bytes:
     document = {
         "info": {"description": "objects of one mask"},
         "images": [{"id": 1, "width": width, "height": height}],
-        "annotations": _annotations(mask.objects, [height, width]),
         "categories": [{"id": value, "name": name} for value, name in names.items()],
     }
-    return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    # One by one, see `geojson`.
+    annotations = b",".join(map(orjson.dumps, _annotations(mask.objects, [height, width])))
+    return orjson.dumps(document)[:-1] + b',"annotations":[' + annotations + b"]}"
 
 
-def _annotations(objects: Objects, size: list[int]) -> list[dict[str, Any]]:
+def _annotations(objects: Objects, size: list[int]) -> Iterator[dict[str, Any]]:
     boxes = np.concatenate([objects.low[:, ::-1], (objects.high - objects.low)[:, ::-1]], axis=1)
     columns = (objects.value, objects.pixels, boxes, objects.mean_score.astype(np.float64).round(4))
     rows = zip(run_lengths(objects.labels), *(column.tolist() for column in columns), strict=True)
-    return [
-        {
+    for number, (counts, value, pixels, box, score) in enumerate(rows, 1):
+        yield {
             "id": number, "image_id": 1, "category_id": value, "segmentation": {"size": size, "counts": counts},
             "area": pixels, "bbox": box, "iscrowd": 0,
-        } | ({"score": score} if score == score else {})  # noqa: PLR0124 - NaN alone is not itself
-        for number, (counts, value, pixels, box, score) in enumerate(rows, 1)
-    ]  # fmt: skip
+        } | ({} if math.isnan(score) else {"score": score})  # fmt: skip
 
 
 def run_lengths(labels: Int32[ndarray, "H W"]) -> list[str]:

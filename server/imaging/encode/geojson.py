@@ -5,6 +5,9 @@ UUID. Objects come as detections, which it handles by the hundred thousand; anno
 """
 
 import hashlib
+import itertools
+import operator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,19 +27,21 @@ def encode(mask: Mask, colors: dict[int, tuple[int, int, int]], names: dict[int,
         InvalidParameter: see `trace`.
     """
     assert mask.objects is not None  # noqa: S101 - the table asks for them
-    rings = trace(mask.objects)
-    geometries = _geometries(rings, len(mask.objects))
+    rings, objects = trace(mask.objects), mask.objects
     classes = {value: {"name": name, "color": colors[value]} for value, name in names.items()}
-    features = [
-        {
-            "type": "Feature", "id": name, "geometry": geometry,
-            "properties": {"objectType": "detection", "classification": classes[value], "measurements": measured},
-        }
-        for name, geometry, value, measured in zip(
-            _names(rings, len(mask.objects)), geometries, mask.objects.value.tolist(), _measurements(mask.objects, source), strict=True
+    columns = _names(rings, len(objects)), _geometries(rings), objects.value.tolist(), _measurements(objects, source)
+    # One by one: hundreds of thousands of dictionaries at once would keep the garbage collector busy for longer than all else takes.
+    features = (
+        orjson.dumps(
+            {
+                "type": "Feature", "id": name, "geometry": geometry,
+                "properties": {"objectType": "detection", "classification": classes[value], "measurements": measured},
+            },
+            option=orjson.OPT_SERIALIZE_NUMPY,
         )
-    ]  # fmt: skip
-    return orjson.dumps({"type": "FeatureCollection", "features": features}, option=orjson.OPT_SERIALIZE_NUMPY)
+        for name, geometry, value, measured in zip(*columns, strict=True)
+    )  # fmt: skip
+    return b'{"type":"FeatureCollection","features":[' + b",".join(features) + b"]}"
 
 
 def packed(document: bytes) -> bytes:
@@ -44,32 +49,30 @@ def packed(document: bytes) -> bytes:
     return bytes(igzip.compress(document, COMPRESSION, mtime=0))
 
 
-def _geometries(rings: Rings, count: int) -> list[dict[str, Any]]:
+def _geometries(rings: Rings) -> Iterator[dict[str, Any]]:
     """Of each object, in their order."""
-    pieces: list[dict[int, list[Any]]] = [{} for _ in range(count)]
-    start = 0
-    for end, label, outer in zip(rings.ends.tolist(), rings.label.tolist(), rings.outer.tolist(), strict=True):
-        pieces[label - 1].setdefault(outer, []).append(rings.xy[start:end])
-        start = end
-    polygons = (list(of_one.values()) for of_one in pieces)
-    return [
-        {"type": "Polygon", "coordinates": given[0]} if len(given) == 1 else {"type": "MultiPolygon", "coordinates": given}
-        for given in polygons
-    ]
+    start, rows = 0, zip(rings.label.tolist(), rings.outer.tolist(), rings.ends.tolist(), strict=True)
+    for _, of_one in itertools.groupby(rows, operator.itemgetter(0)):
+        polygons: dict[int, list[Any]] = {}
+        for _, outer, end in of_one:
+            polygons.setdefault(outer, []).append(rings.xy[start:end])
+            start = end
+        first, *others = polygons.values()
+        yield {"type": "MultiPolygon", "coordinates": [first, *others]} if others else {"type": "Polygon", "coordinates": first}
 
 
-def _names(rings: Rings, count: int) -> list[str]:
+def _names(rings: Rings, count: int) -> Iterator[str]:
     """UUIDs that are the same for the same mask, and others for another; of version 8, whose digits are free."""
     digest = hashlib.sha256(rings.xy.tobytes()).hexdigest()
     start = f"{digest[:8]}-{digest[8:12]}-8{digest[12:15]}-8{digest[15:18]}"
-    return [f"{start}-{number:012x}" for number in range(1, count + 1)]
+    return (f"{start}-{number:012x}" for number in range(1, count + 1))
 
 
-def _measurements(objects: Objects, source: Image | None) -> list[dict[str, int | float]]:
+def _measurements(objects: Objects, source: Image | None) -> Iterator[dict[str, int | float]]:
     """Numbers alone, as QuPath reads no others."""
     columns: dict[str, list[int | float]] = {"Area px^2": objects.pixels.tolist()}
     if source is not None and source.spacing_mm is not None:
         columns["Area µm^2"] = (objects.pixels * float(np.prod(source.spacing_mm)) * 1e6).round(4).tolist()
     if not np.isnan(objects.mean_score).any():
         columns["Mean score"] = objects.mean_score.astype(np.float64).round(4).tolist()
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))

@@ -63,8 +63,8 @@ def _slices(
     scale = SIDE / max(side * step for side, step in zip(classes.shape, mm, strict=True))
     size = (max(1, round(classes.shape[across] * mm[across] * scale)), max(1, round(classes.shape[down] * mm[down] * scale)))
     return [
-        Panel(np.swapaxes(voxels.take(at, axis), 0, 1), classes.take(at, axis).T, size)
-        for at in _spread(np.any(classes, axis=(across, down)), count)
+        Panel(np.moveaxis(voxels, axis, 0)[at].swapaxes(0, 1), np.moveaxis(classes, axis, 0)[at].T, size)
+        for at in _spread(classes.max(axis=(across, down)) > 0, count)
     ]
 
 

@@ -11,7 +11,8 @@ from PIL import Image as Pillow
 from server.arrays import Image, Mask, Volume
 from server.imaging.encode import mosaic, png
 
-OPACITY = 0.35
+# How much of a class's colour covers it, and its border, of 255.
+TINT, OPAQUE = np.uint8(89), np.uint8(255)
 # Pixels that set black and white, for 16-bit and float images.
 DISPLAY_PERCENTILES = (0.5, 99.5)
 # Pixels that they are found from.
@@ -61,8 +62,7 @@ def blend(
             inside = classes[rows] == value
             if inside.any():
                 part = Pillow.fromarray(out[rows])
-                part.paste(part.point(_tinted(color)), mask=Pillow.fromarray(inside))
-                part.paste(color, mask=Pillow.fromarray(inside & border[rows]))
+                part.paste(color, mask=Pillow.fromarray(inside * np.where(border[rows], OPAQUE, TINT)))
                 out[rows] = np.asarray(part)
     return out
 
@@ -74,12 +74,6 @@ def _borders(classes: UInt8[ndarray, "H W"]) -> Bool[ndarray, "H W"]:
     border[1:-1, 1:-1] = (inner != classes[:-2, 1:-1]) | (inner != classes[2:, 1:-1])
     border[1:-1, 1:-1] |= (inner != classes[1:-1, :-2]) | (inner != classes[1:-1, 2:])
     return border
-
-
-def _tinted(color: tuple[int, int, int]) -> list[int]:
-    """What each value of red, then of green and of blue, becomes under a tint."""
-    tint = np.array(color, dtype=np.float32)[:, None]
-    return [int(value) for value in (np.arange(256) * (1 - OPACITY) + tint * OPACITY).astype(np.uint8).ravel()]
 
 
 def contrast(pixels: Shaped[ndarray, "..."]) -> Window | None:

@@ -16,8 +16,8 @@ from server.arrays import Extent, Image, Mask, Volume
 from server.errors import UnknownFormat
 from server.imaging import encode as room
 from server.imaging.encode import DEFAULTS, ENCODERS, Product, choose, png
-from server.imaging.encode.overlay import DISPLAY_PERCENTILES, OPACITY, blend, displayed
-from server.imaging.encode.rounding import eight_bits
+from server.imaging.encode.overlay import DISPLAY_PERCENTILES, TINT, blend, displayed
+from server.imaging.encode.rounding import eight_bits, sixteen_bits
 from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import read
 
@@ -57,9 +57,11 @@ def test_png_gives_the_classes_back(height: int, width: int, seed: int) -> None:
 @pytest.mark.parametrize("largest", [1.0, 0.5])
 def test_rounding_is_that_of_each_number_there_is(largest: float) -> None:
     numbers = np.arange(65536, dtype=np.uint16).view(np.float16)
-    wanted = np.rint(np.clip(np.nan_to_num(numbers.astype(np.float32)), 0, largest) / largest * 255)
-    assert np.array_equal(eight_bits(numbers, largest), wanted)
-    assert np.array_equal(eight_bits(numbers.reshape(256, 256).T, largest), wanted.reshape(256, 256).T)
+    share = np.clip(np.nan_to_num(numbers.astype(np.float32)), 0, largest) / largest
+    assert np.array_equal(eight_bits(numbers, largest), np.rint(share * 255))
+    assert np.array_equal(eight_bits(numbers.reshape(256, 256).T, largest), np.rint(share * 255).reshape(256, 256).T)
+    assert np.array_equal(sixteen_bits(numbers, largest), np.rint(share * 65535))
+    assert np.array_equal(sixteen_bits(numbers, largest, rest=True), np.rint((1 - share) * 65535))
 
 
 def test_png_of_background_alone() -> None:
@@ -185,9 +187,9 @@ def test_blocks_of_rows_change_no_pixel(rng: np.random.Generator, height: int) -
     wanted = picture.copy()
     for value, color in COLORS.items():
         inside = classes == value
-        wanted[inside] = (wanted[inside] * (1 - OPACITY) + np.array(color, dtype=np.float32) * OPACITY).astype(np.uint8)
+        wanted[inside] = np.rint(wanted[inside] * (1 - TINT / 255) + np.array(color) * (TINT / 255))
         wanted[inside & ~ndimage.binary_erosion(inside)] = color
-    assert np.array_equal(blend(picture, classes, COLORS), wanted)
+    assert np.abs(blend(picture, classes, COLORS).astype(int) - wanted).max() <= 1
 
     for deep in (picture.astype(np.uint16) * 200, picture.astype(np.float32) - 100):
         low, high = np.percentile(deep, DISPLAY_PERCENTILES)
