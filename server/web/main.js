@@ -52,7 +52,9 @@ async function step(work) {
 }
 
 /** The answer of a level, kept or new. */
-function got(wanted, signal) {
+async function got(wanted, signal) {
+  // Only then it is known whether the browser can show it, or the server has to draw.
+  await stage.ready();
   return answers.get(ask(wanted), signal, {
     first: levels()[0],
     progress: (job) => !signal.aborted && stage.busy({ ...job, level_name: levelName(wanted) }),
@@ -153,6 +155,8 @@ function given(file, reference = null) {
     $("status").textContent = "";
     told();
     await stage.setInput(input);
+    // Who has moved the slider meanwhile has asked already.
+    signal.throwIfAborted();
     queueMicrotask(segment);
   });
 }

@@ -8,7 +8,7 @@ import { VolumeView } from "./volume.js";
 /** How masks look; kept from input to input. */
 const look = { opacity: 0.45, outline: true, differ: false, hidden: new Set() };
 
-let classes = [], input = null, shown = null, best = null;
+let classes = [], input = null, shown = null, begun = Promise.resolve();
 
 const picture = new PictureView($("picture"), (at) => {
   const value = at && shown?.mask ? shown.mask[at[1] * shown.size[0] + at[0]] : 0;
@@ -39,8 +39,16 @@ export const hidden = () => look.hidden;
  * Shows another input, as yet without a mask.
  * @param {import("./inputs.js").Input} given
  */
-export async function setInput(given) {
-  [input, shown, best] = [given, null, null];
+export function setInput(given) {
+  [input, shown] = [given, null];
+  begun = showInput(given);
+  return begun;
+}
+
+/** Resolves once the input is shown. */
+export const ready = () => begun;
+
+async function showInput(given) {
   $("picture").setAttribute("aria-label", `${given.file.name}; arrows move it, + and − zoom, 0 fits it`);
   $("volume").setAttribute("aria-label", `${given.file.name} in three planes and as a rendering`);
   $("differ-label").hidden = given.kind !== "image";
@@ -61,7 +69,7 @@ export async function setInput(given) {
  */
 export async function setAnswer(answer, accurate) {
   const another = answer !== shown, first = !shown;
-  [shown, best] = [answer, accurate];
+  shown = answer;
   place(inPlanes() ? "volume" : "picture");
   if (inPlanes()) {
     if (another) await volume.setMask(answer.bytes, classes, look.hidden);

@@ -28,6 +28,7 @@ function table(classes, hidden) {
 
 export class VolumeView {
   #viewer = null;
+  #latest = null;
   #opacity = 0.45;
 
   /** @param {HTMLCanvasElement} canvas */
@@ -51,8 +52,11 @@ export class VolumeView {
       await this.#viewer.attachToCanvas(this.canvas);
       this.#viewer.setSliceType(this.#viewer.sliceTypeMultiplanar);
     }
-    for (const volume of [...this.#viewer.volumes]) this.#viewer.removeVolume(volume);
-    this.#viewer.addVolume(await NVImage.loadFromFile({ file: new File([file], name), name }));
+    this.#latest = file;
+    const volume = await NVImage.loadFromFile({ file: new File([file], name), name });
+    if (this.#latest !== file) return;
+    for (const before of [...this.#viewer.volumes]) this.#viewer.removeVolume(before);
+    this.#viewer.addVolume(volume);
     // Else its flat inside would hide the mask from the rendering.
     await this.#viewer.setGradientOpacity(0.7);
   }

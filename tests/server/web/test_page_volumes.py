@@ -86,6 +86,19 @@ def test_a_reference_and_all_levels(page: Any, server: httpx.Client) -> None:
         assert f"agreement {agreed:.3f}" in page.locator("#compare figure").nth(level - 1).inner_text()
 
 
+def test_nobody_has_to_wait_for_the_viewer(page: Any) -> None:
+    """Levels may be asked for while it is still being loaded, and inputs given one upon the other."""
+    page.set_input_files("#chooser", str(REFERENCE))
+    page.set_input_files("#chooser", str(VOLUME))
+    page.locator("#all:enabled").wait_for()
+    page.locator("#all").click()
+    holds(page, "document.querySelectorAll('#compare figcaption .bar').length === 9")
+    page.get_by_role("button", name="show L1").click()
+    holds(page, f"{STATUS}.startsWith('L1 in ')")
+    assert page.locator("#file").text_content() == VOLUME.name
+    assert all(colored(plane) > 500 for plane in quarters(page))
+
+
 def test_cancel(page: Any, server: httpx.Client, seen: SimpleNamespace) -> None:
     held: list[Any] = []
     page.route(re.compile("/jobs/.*/events"), lambda route: held.append(route))  # noqa: PLW0108 - Playwright marks its handlers
