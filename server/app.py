@@ -17,7 +17,7 @@ from server.api.access import Access
 from server.api.connections import Connection, Patience
 from server.api.limits import BodyLimit, HeadLimit
 from server.api.request_id import RequestId
-from server.api.routes import docs, health, jobs, models, segment
+from server.api.routes import docs, health, jobs, models, page, segment
 from server.api.routes import ops as ops_routes
 from server.api.schemas import Problem
 from server.api.stopping import LastAnswers, Stopping
@@ -34,7 +34,7 @@ from server.segment.pipeline import Segmenter
 from server.serving import Operations, OpsServer, Server
 from server.settings import Settings
 
-PAGE = Path(__file__).parent / "web" / "index.html"
+WEB = Path(__file__).parent / "web"
 
 # Threads for decoding, planning, restoring and encoding, which also wait for disk.
 WORKERS = 4
@@ -126,7 +126,8 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
     has_ops_port = settings.http.ops_port is not None
 
     guard = functools.partial(_guard, settings=settings, stopping=stopping, keys=keys, refuse=metrics.refuse, traced=traced)
-    guard(app, free=auth.STATIC if has_ops_port else auth.STATIC | auth.HEALTH)
+    static = auth.STATIC | page.paths()
+    guard(app, free=static if has_ops_port else static | auth.HEALTH)
     # For what runs the application, and for the ops port.
     app.state.operations = Operations(
         stopping, functools.partial(_drain, runner, agreement), Reload(look, segmenter, metrics, stopping.check), operating, guard
@@ -141,7 +142,8 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
         app.include_router(operating)
     problems.describe(app)
 
-    app.include_router(docs.router(PAGE.read_text("utf-8"), app.openapi))
+    app.include_router(docs.router(app.openapi))
+    app.include_router(page.router(page.read(WEB)))
 
     return app
 

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 # What says nothing of anybody's images: for orchestrators and Prometheus, and for whoever has yet to enter a key.
 HEALTH = frozenset({"/health/live", "/health/ready", "/metrics"})
-STATIC = frozenset({"/", "/docs", "/openapi.json"})
+STATIC = frozenset({"/docs", "/openapi.json"})
 
 # For tools that look for keys that were published by mistake.
 PREFIX = "unetpp_"

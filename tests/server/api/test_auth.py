@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 
@@ -260,11 +259,3 @@ class TestFile:
         monkeypatch.setattr(auth.hmac, "compare_digest", lambda a, b: compared.append(b) or compare(a, b))
         assert keys.known(KEY)
         assert len(compared) == 10
-
-
-def test_the_page_asks_for_a_key() -> None:
-    with doors() as opened:
-        page: httpx.Response = opened.client.get("/")
-    assert 'type="password"' in page.text
-    assert "sessionStorage" in page.text
-    assert "localStorage" not in page.text

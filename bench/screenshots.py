@@ -1,0 +1,50 @@
+"""The README's pictures of the page, as it is served, in a real browser.
+
+    python -m bench.screenshots
+
+Needs chromium. The inputs are the page's own samples (see NOTICE).
+"""
+
+import io
+import shutil
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Page, ViewportSize, sync_playwright
+
+from bench.serving import serving
+from bench.table import RESULTS
+
+# WebGL in software, so that pictures do not depend on a graphics card.
+ARGUMENTS = ("--no-sandbox", "--headless=new", "--use-angle=swiftshader", "--enable-unsafe-swiftshader")
+
+
+def main() -> None:
+    """Writes results/page.png and results/page_volume.png."""
+    with serving(Path("bundles")) as server, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=list(ARGUMENTS))
+        for name, sample, level, dark in (("page", "Tissue", "L2", False), ("page_volume", "Hippocampus", "accurate", True)):
+            size = ViewportSize(width=1400, height=880)
+            context = browser.new_context(viewport=size, color_scheme="dark" if dark else "light")
+            page = context.new_page()
+            page.goto(str(server.client.base_url))
+            page.get_by_role("button", name=sample).click()
+            # Every level, so that the slider tells of all of them.
+            page.get_by_role("button", name="Compare all levels").click()
+            page.locator("#compare figcaption .bar").nth(13).wait_for()
+            page.get_by_role("button", name=f"show {level}").click()
+            page.locator("#compare").wait_for(state="hidden")
+            page.wait_for_timeout(1000)
+            save(page, name)
+            context.close()
+        browser.close()
+
+
+def save(page: Page, name: str) -> None:
+    """A screenshot in 256 colours, which is a third of the bytes and looks the same."""
+    picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    picture.save(RESULTS / f"{name}.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+/** What can be downloaded, and how a request may be changed. */
+import { h } from "./dom.js";
+
+const ALL = ["image", "stack", "volume"], IMAGE = ["image"], STACKS = ["image", "stack"], VOLUME = ["volume"];
+
+/** Every output format of the server: label, kinds of input, whether it needs mode=accurate. A test compares it with the server's table. */
+export const FORMATS = {
+  png: ["mask, indexed PNG", IMAGE],
+  png1: ["mask, 1-bit PNG", IMAGE],
+  tiff: ["mask, TIFF", STACKS],
+  nifti: ["mask, NIfTI", VOLUME],
+  nrrd: ["mask, .seg.nrrd (3D Slicer)", VOLUME],
+  labels_png: ["objects, 16-bit PNG", IMAGE],
+  labels_tiff: ["objects, TIFF", STACKS],
+  labels_nifti: ["objects, NIfTI", VOLUME],
+  geojson: ["objects, GeoJSON (QuPath)", IMAGE],
+  geojson_gz: ["objects, GeoJSON, compressed", IMAGE],
+  coco: ["objects, COCO", IMAGE],
+  csv: ["objects, CSV", ALL],
+  json: ["statistics, JSON", ALL],
+  overlay: ["overlay, PNG", ALL],
+  overlay_jpeg: ["overlay, JPEG", ALL],
+  picture: ["input as shown, PNG", IMAGE],
+  npz: ["scores, NumPy float16", ALL],
+  npz8: ["scores, NumPy uint8", ALL],
+  png16: ["scores, 16-bit PNG", IMAGE],
+  scores_tiff: ["scores, TIFF", STACKS],
+  scores_nifti: ["scores, NIfTI", VOLUME],
+  uncertainty_png: ["uncertainty, PNG", IMAGE, true],
+  uncertainty_tiff: ["uncertainty, TIFF", STACKS, true],
+  uncertainty_nifti: ["uncertainty, NIfTI", VOLUME, true],
+};
+
+const DEFAULT = { image: "png", stack: "tiff", volume: "nifti" };
+
+/** Boxes to tick and a button. */
+export function formatBoxes(kind) {
+  const boxes = Object.entries(FORMATS).filter(([, [, kinds]]) => kinds.includes(kind)).map(([name, [label, , accurate]]) => h(
+    "label", accurate ? { title: "from mode accurate alone" } : {},
+    h("input", { type: "checkbox", name: "format", value: name, checked: name === DEFAULT[kind], "data-accurate": String(Boolean(accurate)) }),
+    ` ${label}`,
+  ));
+  return [h("div", { className: "boxes" }, ...boxes), h("button", {}, "Download"), h("small", {}, " several come as one zip")];
+}
+
+/** The names that are ticked and can be had at a level; at least one. */
+export function formatsIn(form, level, kind) {
+  const ticked = [...form.querySelectorAll("[name=format]")];
+  for (const box of ticked) box.disabled = box.dataset.accurate === "true" && level !== "accurate";
+  const names = ticked.filter((box) => box.checked && !box.disabled).map((box) => box.value);
+  return names.length ? names : [DEFAULT[kind]];
+}
+
+/** The fields that change a request, each by the name of its parameter. */
+export function optionFields(kind, dims, card) {
+  const field = (label, name, properties) => h("label", {}, `${label} `, h("input", { name, ...properties }));
+  const number = (label, name, step, most) => field(label, name, { type: "number", min: "0", step, ...(most ? { max: most } : {}), placeholder: "–" });
+  const box = (label, name) => h("label", {}, h("input", { type: "checkbox", name, value: "true" }), ` ${label}`);
+  const choice = (label, name, values) => h("label", {}, `${label} `, h("select", { name }, ...values.map(([value, text]) => new Option(text, value))));
+  const smallest = kind === "image" ? [["min_size_px", "pixels"], ["min_size_mm2", "mm²"]]
+    : kind === "volume" ? [["min_size_px", "voxels"], ["min_size_mm3", "mm³"]] : [["min_size_px", "pixels"]];
+  return [
+    number("threshold", "threshold", "0.05", "1"),
+    h("label", {}, "smallest object ", h("input", { name: "min_size", type: "number", min: "0", step: "any", placeholder: "–" }),
+      h("select", { name: "unit", ariaLabel: "unit" }, ...smallest.map(([value, text]) => new Option(text, value)))),
+    box("fill holes", "fill_holes"), box("only the largest object of a class", "keep_largest"), box("split touching objects", "instances"),
+    kind === "volume" ? null : field("pixel size, µm", "pixel_size_um", { inputMode: "decimal", placeholder: "–", pattern: "[0-9.,]*" }),
+    kind !== "image" && dims === 2 ? choice("slices along", "axis", [["", "coarsest axis"], ["0", "axis 0"], ["1", "axis 1"], ["2", "axis 2"]]) : null,
+    choice("precision", "precision", [["", "automatic"], ...card.precisions.map((name) => [name, name])]),
+  ].filter(Boolean);
+}
+
+/** What is filled in, as parameters of a query. */
+export function optionsIn(form) {
+  const data = Object.fromEntries(new FormData(form));
+  const { min_size: least, unit, ...options } = data;
+  if (least) options[unit] = least;
+  return Object.fromEntries(Object.entries(options).filter(([, value]) => value !== ""));
+}

@@ -1,0 +1,245 @@
+/** The page: what is chosen becomes a request, and its answer is shown; the last request wins. */
+import { Answers } from "./answers.js";
+import { card as cardOf, key, models as listed } from "./api.js";
+import { cardNodes } from "./card.js";
+import { $ } from "./dom.js";
+import { optionFields, optionsIn } from "./formats.js";
+import { completed, looked, sample } from "./inputs.js";
+import { level, levels, named, setLevel, setLevels, tell } from "./levels.js";
+import { drawNetwork, lightNetwork } from "./network.js";
+import { levelName, sentence, showResult } from "./result.js";
+import * as stage from "./stage.js";
+import * as take from "./take.js";
+
+const answers = new Answers();
+let models = [], card = null, input = null, comparing = false, asking = new AbortController(), slow = 0;
+
+const ask = (wanted = level()) => ({ model: card.name, level: wanted, options: optionsIn($("asked")) });
+const known = (wanted) => answers.kept(ask(wanted));
+const accurate = () => known("accurate");
+
+/** Gives up what was asked before. */
+function anew() {
+  asking.abort();
+  asking = new AbortController();
+  unhurried();
+  $("error").hidden = true;
+  return asking.signal;
+}
+
+/** Nobody waits any more. */
+function unhurried() {
+  clearTimeout(slow);
+  stage.busy(null);
+}
+
+/** Runs a step; of what goes wrong the server's words are shown, unless nobody waits for it any more. */
+async function step(work) {
+  const signal = anew();
+  // What is quick shall not flicker.
+  slow = setTimeout(() => stage.busy({ level_name: input && card ? levelName(level()) : "" }), 200);
+  try {
+    await work(signal);
+  } catch (error) {
+    if (signal.aborted) return;
+    $("error").firstElementChild.textContent = error.message;
+    $("error").hidden = false;
+    $("door").hidden = error.status !== 401;
+    if (error.status === 401) $("key").focus();
+  } finally {
+    if (!signal.aborted) unhurried();
+  }
+}
+
+/** The answer of a level, kept or new. */
+async function got(wanted, signal) {
+  // Only then it is known whether the browser can show it, or the server has to draw.
+  await stage.ready();
+  return answers.get(ask(wanted), signal, {
+    first: levels()[0],
+    progress: (job) => !signal.aborted && stage.busy({ ...job, level_name: levelName(wanted) }),
+    // Of what is compared, each level shows itself when it is there.
+    preview: (answer) => (comparing ? draw() : reveal(answer, `preview at ${levelName(answer.level)}; ${levelName(wanted)} is being computed`)),
+  });
+}
+
+/** Shows what the slider says; and then, to know how far it agrees, asks for `accurate`. */
+function segment() {
+  comparing = false;
+  $("all").setAttribute("aria-pressed", "false");
+  lightNetwork(level(), levels().length - 1);
+  if (!input) return null;
+  return step(async (signal) => {
+    const answer = await got(level(), signal);
+    await reveal(answer);
+    unhurried();
+    // A volume takes long; it is compared when somebody asks for it.
+    if (input.kind === "image" && !accurate()) {
+      await got("accurate", signal);
+      await reveal(answer);
+    }
+  });
+}
+
+/** Shows an answer as the result. */
+async function reveal(answer, remark = "") {
+  await stage.setAnswer(answer, accurate());
+  figures(answer, remark);
+}
+
+function figures(answer, remark = "") {
+  const agreed = stage.agreed(answer, accurate());
+  showResult(answer, agreed, card.classes, stage.hidden(), (value, visible) => {
+    stage.toggle(value, visible);
+    draw();
+  });
+  told();
+  $("status").textContent = [sentence(answer, agreed), remark].filter(Boolean).join(" · ");
+  take.show(input, ask(answer.level));
+}
+
+function told() {
+  tell((wanted) => {
+    const answer = known(wanted);
+    if (!answer) return null;
+    const agreed = () => (wanted === "accurate" ? null : stage.agreed(answer, accurate())?.mean ?? null);
+    return { ms: answer.facts.server_ms, iou: input.reference ? answer.facts.iou : agreed() };
+  });
+  $("means").textContent = `time on the server, ${input.reference ? "IoU with the reference" : "agreement with accurate"}`;
+}
+
+/** Draws again what is shown. */
+function draw() {
+  if (comparing) stage.setCompare(levels(), known, chosen);
+  else if (known(level())) reveal(known(level()));
+}
+
+function chosen(wanted) {
+  setLevel(wanted);
+  segment();
+}
+
+function compareAll() {
+  if (comparing) return segment();
+  comparing = true;
+  $("all").setAttribute("aria-pressed", "true");
+  return step(async (signal) => {
+    draw();
+    for (const wanted of ["accurate", ...levels().slice(0, -1)]) {
+      await got(wanted, signal);
+      draw();
+      told();
+    }
+    figures(known(level()));
+  });
+}
+
+/** Another input, or another reference of the same. */
+function given(file, reference = null) {
+  return step(async (signal) => {
+    const next = await looked(file, reference);
+    signal.throwIfAborted();
+    const kind = next.kind === "volume" ? 3 : 2;
+    if (!input || card.dims !== kind) await chooseModel(offered(kind), signal);
+    await completed(next, ask().model, levels()[0], signal);
+    signal.throwIfAborted();
+    const same = input?.kind === next.kind;
+    [input, comparing] = [next, false];
+    answers.begin(input);
+    if (!same) $("asked").replaceChildren(...optionFields(input.kind, card.dims, card));
+    if (!same) take.begin(input);
+    $("file").textContent = [file.name, reference && `reference ${reference.name}`].filter(Boolean).join(" · ");
+    $("reference").disabled = $("all").disabled = false;
+    // What is still to be read is of the one before.
+    $("result").classList.add("stale");
+    $("status").textContent = "";
+    told();
+    await stage.setInput(input);
+    // Who has moved the slider meanwhile has asked already.
+    signal.throwIfAborted();
+    queueMicrotask(segment);
+  });
+}
+
+/** The models for images (2) or volumes (3), in the list; a volume can also be segmented slice by slice. Gives the one to take. */
+function offered(dims) {
+  const fitting = models.filter((one) => one.dims === dims || dims === 3).sort((a, b) => b.dims - a.dims);
+  const label = (one) => (one.dims < dims ? `${one.name} (slice by slice)` : one.name);
+  $("model").replaceChildren(...fitting.map((one) => new Option(label(one), one.name)));
+  const best = fitting.filter((one) => one.dims === dims);
+  return (best.find((one) => one.default) ?? best[0] ?? fitting[0])?.name;
+}
+
+async function chooseModel(name, signal) {
+  if (!name) throw new Error("No model that is open here takes this kind of input.");
+  card = await cardOf(name);
+  signal.throwIfAborted();
+  $("model").value = name;
+  $("about").textContent = card.title;
+  $("card").querySelector("div").replaceChildren(...cardNodes(card));
+  stage.setClasses(card.classes);
+  setLevels(card.levels, card.recommended_level, segment);
+  drawNetwork(Math.max(...card.levels));
+  lightNetwork(level(), Math.max(...card.levels));
+  $("asked").replaceChildren(...optionFields(input?.kind ?? (card.dims === 3 ? "volume" : "image"), card.dims, card));
+}
+
+function begin() {
+  return step(async (signal) => {
+    models = await listed();
+    $("door").hidden = true;
+    await chooseModel(offered(2) ?? offered(3), signal);
+  });
+}
+
+function wire() {
+  const pick = (button, chooser, use) => {
+    $(button).addEventListener("click", () => $(chooser).click());
+    $(chooser).addEventListener("change", () => {
+      if ($(chooser).files[0]) use($(chooser).files[0]);
+      $(chooser).value = "";
+    });
+  };
+  pick("open", "chooser", (file) => given(file));
+  pick("reference", "reference-chooser", (file) => given(input.file, file));
+  for (const button of document.querySelectorAll("[data-sample]")) {
+    button.addEventListener("click", () => step(async () => {
+      const files = await sample(button.dataset.sample, button.dataset.reference);
+      queueMicrotask(() => given(...files));
+    }));
+  }
+  addEventListener("dragover", (event) => event.preventDefault());
+  addEventListener("drop", (event) => {
+    event.preventDefault();
+    if (event.dataTransfer.files.length) given(...event.dataTransfer.files);
+  });
+  addEventListener("paste", ({ clipboardData }) => clipboardData.files.length && given(...clipboardData.files));
+  $("slider").addEventListener("input", () => { named(); segment(); });
+  $("all").addEventListener("click", compareAll);
+  $("cancel").addEventListener("click", () => { anew(); $("status").textContent = "cancelled"; });
+  $("again").addEventListener("click", () => (card ? (comparing ? ((comparing = false), compareAll()) : segment()) : begin()));
+  $("model").addEventListener("change", () => step(async (signal) => {
+    await chooseModel($("model").value, signal);
+    answers.begin(input);
+    queueMicrotask(segment);
+  }));
+  $("asked").addEventListener("submit", (event) => event.preventDefault());
+  $("asked").addEventListener("change", () => {
+    const number = Object.keys(optionsIn($("asked"))).length;
+    $("chosen").textContent = number ? `· ${number} set` : "";
+    segment();
+  });
+  $("door").addEventListener("submit", (event) => {
+    event.preventDefault();
+    key.set($("key").value.trim());
+    $("key").value = "";
+    $("door").hidden = true;
+    if (card) segment();
+    else begin();
+  });
+  stage.start(draw);
+  take.start(() => ({ input, ask: ask() }), step);
+}
+
+wire();
+begin();

@@ -1,0 +1,138 @@
+/** A picture with a mask over it, on a canvas: zoom by wheel, keys or two fingers, pan by dragging. */
+
+const MOST = 40, STEP = 1.25;
+
+/** A canvas that holds an ImageData. */
+export function layer(data) {
+  const canvas = new OffscreenCanvas(data.width, data.height);
+  canvas.getContext("2d").putImageData(data, 0, 0);
+  return canvas;
+}
+
+export class PictureView {
+  /**
+   * @param {HTMLCanvasElement} canvas
+   * @param {(at: [number, number]|null) => void} pointed is told over which pixel the pointer is
+   */
+  constructor(canvas, pointed) {
+    Object.assign(this, { canvas, pointed, picture: null, area: null, edge: null, opacity: 0.45, outline: true });
+    // Position of the picture's corner and its scale, in CSS pixels; scale 0 fits it.
+    Object.assign(this, { x: 0, y: 0, scale: 0, fingers: new Map() });
+    new ResizeObserver(() => this.draw()).observe(canvas);
+    canvas.addEventListener("wheel", (event) => this.#wheel(event), { passive: false });
+    canvas.addEventListener("pointerdown", (event) => this.#down(event));
+    canvas.addEventListener("pointermove", (event) => this.#move(event));
+    for (const end of ["pointerup", "pointercancel"]) canvas.addEventListener(end, (event) => this.fingers.delete(event.pointerId));
+    canvas.addEventListener("pointerleave", () => this.pointed(null));
+    canvas.addEventListener("dblclick", () => this.fit());
+    canvas.addEventListener("keydown", (event) => this.#key(event));
+  }
+
+  /** Another input: an image, or none of which the mask alone is shown. */
+  setPicture(picture, [width, height]) {
+    Object.assign(this, { picture, width, height, area: null, edge: null, scale: 0 });
+    this.draw();
+  }
+
+  /** Another mask, see `painted`; null for none. */
+  setMask(mask) {
+    this.area = mask && layer(mask.area);
+    this.edge = mask && (mask.edge === mask.area ? this.area : layer(mask.edge));
+    this.draw();
+  }
+
+  fit() {
+    this.scale = 0;
+    this.draw();
+  }
+
+  /** Zooms about a point of the canvas, else its middle. */
+  zoom(factor, x = this.canvas.clientWidth / 2, y = this.canvas.clientHeight / 2) {
+    const scale = Math.min(MOST, Math.max(this.#fitting() / 2, this.scale * factor));
+    this.x = x - ((x - this.x) * scale) / this.scale;
+    this.y = y - ((y - this.y) * scale) / this.scale;
+    this.scale = scale;
+    this.draw();
+  }
+
+  pan(dx, dy) {
+    this.x += dx;
+    this.y += dy;
+    this.draw();
+  }
+
+  draw() {
+    // Once a frame, however often it is asked for.
+    this.frame ??= requestAnimationFrame(() => {
+      this.frame = null;
+      this.#paint();
+    });
+  }
+
+  #fitting() {
+    return 0.96 * Math.min(this.canvas.clientWidth / this.width, this.canvas.clientHeight / this.height);
+  }
+
+  #paint() {
+    const { canvas } = this, { clientWidth, clientHeight } = canvas, dense = devicePixelRatio;
+    if (!this.width || !clientWidth) return;
+    canvas.width = clientWidth * dense;
+    canvas.height = clientHeight * dense;
+    if (!this.scale) {
+      this.scale = this.#fitting();
+      this.x = (clientWidth - this.width * this.scale) / 2;
+      this.y = (clientHeight - this.height * this.scale) / 2;
+    }
+    const context = canvas.getContext("2d");
+    context.setTransform(dense * this.scale, 0, 0, dense * this.scale, dense * this.x, dense * this.y);
+    context.imageSmoothingEnabled = this.scale < 1;
+    context.fillStyle = "#000";
+    context.fillRect(0, 0, this.width, this.height);
+    if (this.picture) context.drawImage(this.picture, 0, 0, this.width, this.height);
+    // Differences are few and thin.
+    context.globalAlpha = this.edge === this.area ? 0.85 : this.opacity;
+    if (this.area) context.drawImage(this.area, 0, 0);
+    context.globalAlpha = 1;
+    if (this.edge && this.outline && this.edge !== this.area) context.drawImage(this.edge, 0, 0);
+  }
+
+  #wheel(event) {
+    if (!this.width) return;
+    event.preventDefault();
+    this.zoom(Math.exp(-event.deltaY * (event.ctrlKey ? 0.01 : 0.0015)), event.offsetX, event.offsetY);
+  }
+
+  #down(event) {
+    this.canvas.setPointerCapture(event.pointerId);
+    this.fingers.set(event.pointerId, [event.offsetX, event.offsetY]);
+  }
+
+  #move(event) {
+    const here = [event.offsetX, event.offsetY], before = this.fingers.get(event.pointerId);
+    this.pointed(this.#pixel(here));
+    if (!before) return;
+    const other = [...this.fingers].find(([id]) => id !== event.pointerId)?.[1];
+    if (other) {
+      const apart = ([x, y]) => Math.hypot(x - other[0], y - other[1]);
+      this.zoom(apart(here) / Math.max(1, apart(before)), (here[0] + other[0]) / 2, (here[1] + other[1]) / 2);
+    } else {
+      this.pan(here[0] - before[0], here[1] - before[1]);
+    }
+    this.fingers.set(event.pointerId, here);
+  }
+
+  #pixel([x, y]) {
+    const at = [Math.floor((x - this.x) / this.scale), Math.floor((y - this.y) / this.scale)];
+    return at[0] >= 0 && at[1] >= 0 && at[0] < this.width && at[1] < this.height ? at : null;
+  }
+
+  #key(event) {
+    const moves = { ArrowLeft: [40, 0], ArrowRight: [-40, 0], ArrowUp: [0, 40], ArrowDown: [0, -40] };
+    if (moves[event.key]) this.pan(...moves[event.key]);
+    else if (event.key === "+" || event.key === "=") this.zoom(STEP);
+    else if (event.key === "-") this.zoom(1 / STEP);
+    else if (event.key === "0") this.fit();
+    else return;
+    event.preventDefault();
+  }
+}

@@ -1,0 +1,72 @@
+/**
+ * Masks as they are: the values in a PNG (8-bit indices, 16-bit grey) or a NIfTI file of bytes.
+ *
+ * A browser would give colours instead, and some give them with noise, so that pages cannot tell who looks.
+ */
+import { inflated } from "./zip.js";
+
+/** How a byte is predicted from those before: a is to the left, b above, c above to the left (PNG, section 9). */
+const PREDICTED = [
+  () => 0,
+  (a) => a,
+  (a, b) => b,
+  (a, b) => (a + b) >> 1,
+  (a, b, c) => {
+    const pa = Math.abs(b - c), pb = Math.abs(a - c), pc = Math.abs(a + b - 2 * c);
+    return pa <= pb && pa <= pc ? a : pb <= pc ? b : c;
+  },
+];
+
+/**
+ * The values of a PNG.
+ * @param {Uint8Array} bytes
+ * @returns {Promise<{size: number[], values: Uint8Array|Uint16Array}>} size is (width, height)
+ */
+export async function png(bytes) {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  const parts = [];
+  for (let at = 8; at < bytes.length; at += 12 + view.getUint32(at)) {
+    if (view.getUint32(at + 4) === 0x49444154) parts.push(bytes.subarray(at + 8, at + 8 + view.getUint32(at)));
+  }
+  const width = view.getUint32(16), height = view.getUint32(20), depth = bytes[24] >> 3;
+  const rows = unfiltered(await inflated(await new Blob(parts).arrayBuffer(), "deflate"), width * depth, height, depth);
+  return { size: [width, height], values: depth === 2 ? wordsOf(rows) : rows };
+}
+
+function unfiltered(raw, stride, height, depth) {
+  const rows = new Uint8Array(stride * height);
+  for (let y = 0; y < height; y += 1) {
+    const from = y * (stride + 1) + 1, to = y * stride, filter = raw[from - 1];
+    if (filter === 0) {
+      rows.set(raw.subarray(from, from + stride), to);
+      continue;
+    }
+    const predict = PREDICTED[filter];
+    for (let x = 0; x < stride; x += 1) {
+      const a = x < depth ? 0 : rows[to + x - depth], b = y ? rows[to + x - stride] : 0;
+      const c = y && x >= depth ? rows[to + x - stride - depth] : 0;
+      rows[to + x] = raw[from + x] + predict(a, b, c);
+    }
+  }
+  return rows;
+}
+
+function wordsOf(bytes) {
+  const words = new Uint16Array(bytes.length / 2);
+  for (let at = 0; at < words.length; at += 1) words[at] = (bytes[2 * at] << 8) | bytes[2 * at + 1];
+  return words;
+}
+
+/**
+ * The voxels of a .nii.gz of bytes, as stored.
+ * @param {Uint8Array} bytes
+ * @returns {Promise<{size: number[], values: Uint8Array}>} size is (x, y, z); x runs fastest
+ */
+export async function nifti(bytes) {
+  const data = await inflated(bytes, "gzip");
+  const view = new DataView(data.buffer);
+  const little = view.getInt32(0, true) === 348;
+  const size = [42, 44, 46].map((offset) => Math.max(1, view.getInt16(offset, little)));
+  const start = view.getFloat32(108, little);
+  return { size, values: data.subarray(start, start + size[0] * size[1] * size[2]) };
+}

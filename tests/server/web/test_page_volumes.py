@@ -1,0 +1,177 @@
+"""The page with volumes: NiiVue in a real browser, jobs on the shipped network."""
+
+import io
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image as Pillow
+
+from tests.server.conftest import until, volume_of
+from tests.server.web.conftest import SAMPLES, holds, open_page
+
+VOLUME, REFERENCE = SAMPLES / "hippocampus.nii.gz", SAMPLES / "hippocampus_reference.nii.gz"
+STATUS = "document.getElementById('status').textContent"
+
+
+def quarters(page: Any) -> list[np.ndarray]:
+    """What the canvas shows: three planes, and the rendering last; (h, w, 3)."""
+    pixels = np.asarray(Pillow.open(io.BytesIO(page.locator("#volume").screenshot())).convert("RGB")).astype(int)
+    middle = pixels.shape[0] // 2, pixels.shape[1] // 2
+    return [
+        pixels[y, x] for y in (slice(0, middle[0]), slice(middle[0], None)) for x in (slice(0, middle[1]), slice(middle[1], None))
+    ]
+
+
+def colored(pixels: np.ndarray) -> int:
+    """Pixels that are no grey."""
+    return int((np.ptp(pixels, axis=-1) > 40).sum())
+
+
+def mask(server: httpx.Client, **query: str) -> np.ndarray:
+    return volume_of(server.post("/segment", params={"model": "hippocampus", **query}, content=VOLUME.read_bytes()).content)
+
+
+def mean_iou(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.mean([((a == value) & (b == value)).sum() / ((a == value) | (b == value)).sum() for value in (1, 2)]))
+
+
+def test_a_preview_and_then_the_result(page: Any, server: httpx.Client, seen: SimpleNamespace) -> None:
+    page.evaluate(
+        f"""() => {{ window.said = []; new MutationObserver(() => said.push({STATUS})).observe(document.getElementById('status'), {{ childList: true }}); }}"""
+    )
+    # The viewer comes with the first volume.
+    assert not any("niivue" in request.url for request in seen.requests)
+    page.set_input_files("#chooser", str(VOLUME))
+    holds(page, f"{STATUS}.startsWith('L2 in ') && !{STATUS}.includes('preview')")
+    assert any("niivue" in request.url for request in seen.requests)
+    first = next(text for text in page.evaluate("said") if text)
+    assert "preview at L1; L2 is being computed" in first
+    # The preview is L1's answer, so that level need not be asked for.
+    page.locator("#slider").fill("0")
+    holds(page, f"{STATUS}.startsWith('L1 in ')")
+    assert sum(request.method == "POST" for request in seen.requests) == 1
+    page.locator("#slider").fill("1")
+    holds(page, f"{STATUS}.startsWith('L2 in ')")
+    planes = quarters(page)
+    assert all((plane.max(axis=-1) > 60).mean() > 0.1 for plane in planes[:3])
+    assert all(colored(plane) > 500 for plane in planes)
+    # Without the classes there is no colour.
+    for box in page.locator("#classes input").all():
+        box.uncheck()
+    page.wait_for_timeout(300)
+    assert all(colored(plane) < 100 for plane in quarters(page))
+    # What is shown is what the server has counted.
+    counts = np.bincount(mask(server, level="2").ravel(), minlength=3)
+    table = page.locator("#classes").inner_text()
+    assert all(f"{count:,}" in table for count in counts[1:])
+
+
+@pytest.mark.long
+def test_a_reference_and_all_levels(page: Any, server: httpx.Client) -> None:
+    page.get_by_role("button", name="Hippocampus").click()
+    holds(page, f"{STATUS}.includes('IoU with the reference')")
+    files = {"file": VOLUME.read_bytes(), "reference": REFERENCE.read_bytes()}
+    answer = server.post("/segment", params={"model": "hippocampus", "level": "2"}, files=files)
+    assert f"{float(answer.headers['x-segment-iou']):.3f}" in page.locator("#headline").inner_text()
+    page.get_by_role("button", name="Compare all levels").click()
+    holds(page, "document.querySelectorAll('#compare figcaption .bar').length === 14")
+    accurate = mask(server)
+    for level in range(1, 5):
+        agreed = mean_iou(mask(server, level=str(level)), accurate)
+        assert f"agreement {agreed:.3f}" in page.locator("#compare figure").nth(level - 1).inner_text()
+
+
+def test_nobody_has_to_wait_for_the_viewer(page: Any) -> None:
+    """Levels may be asked for while it is still being loaded, and inputs given one upon the other."""
+    page.set_input_files("#chooser", str(REFERENCE))
+    page.set_input_files("#chooser", str(VOLUME))
+    page.locator("#all:enabled").wait_for()
+    page.locator("#all").click()
+    holds(page, "document.querySelectorAll('#compare figcaption .bar').length === 9")
+    page.get_by_role("button", name="show L1").click()
+    holds(page, f"{STATUS}.startsWith('L1 in ')")
+    assert page.locator("#file").text_content() == VOLUME.name
+    assert all(colored(plane) > 500 for plane in quarters(page))
+
+
+def test_cancel(page: Any, server: httpx.Client, seen: SimpleNamespace) -> None:
+    held: list[Any] = []
+    page.route(re.compile("/jobs/.*/events"), lambda route: held.append(route))  # noqa: PLW0108 - Playwright marks its handlers
+    page.set_input_files("#chooser", str(VOLUME))
+    page.locator("#cancel").wait_for()
+    holds(page, "document.getElementById('doing').textContent.startsWith('L2')")
+    page.locator("#cancel").click()
+    assert page.locator("#busy").is_hidden()
+    holds(page, f"{STATUS} === 'cancelled'")
+    (request,) = [request for request in seen.requests if request.method == "DELETE"]
+    until(
+        lambda: (
+            server.get(httpx.URL(request.url).path).status_code == 404
+            or server.get(httpx.URL(request.url).path).json()["state"] in ("cancelled", "done")
+        )
+    )
+    page.unroute(re.compile("/jobs/.*/events"))
+    # And nothing stands in the way of another try.
+    page.locator("#slider").fill("0")
+    holds(page, f"{STATUS}.startsWith('L1 in ')")
+
+
+def test_a_model_of_images_does_it_slice_by_slice(page: Any, seen: SimpleNamespace) -> None:
+    page.set_input_files("#chooser", str(VOLUME))
+    holds(page, f"{STATUS}.startsWith('L2 in ')")
+    assert page.locator("#model option").all_inner_texts() == ["hippocampus", "nuclei (slice by slice)"]
+    page.locator("#model").select_option("nuclei")
+    page.locator("#slider").fill("0")
+    holds(page, f"{STATUS}.startsWith('L1 in ') && {STATUS}.includes('nuclei')")
+    page.locator("#options summary").click()
+    page.get_by_label("slices along").select_option("0")
+    holds(page, "document.getElementById('busy').hidden")
+    assert any("axis=0" in request.url for request in seen.requests)
+
+
+@pytest.mark.long
+def test_errors_and_other_formats(page: Any, server: httpx.Client, tmp_path: Path) -> None:
+    broken = VOLUME.read_bytes()[:3000]
+    page.set_input_files("#chooser", {"name": "broken.nii.gz", "mimeType": "", "buffer": broken})
+    holds(page, "!document.getElementById('error').hidden")
+    detail = server.post("/segment", params={"model": "hippocampus"}, content=broken).json()["detail"]
+    assert page.get_by_role("alert").locator("span").text_content() == detail
+    sitk = pytest.importorskip("SimpleITK")
+    for name in ("volume.nrrd", "volume.mha"):
+        sitk.WriteImage(sitk.ReadImage(str(VOLUME)), str(tmp_path / name))
+        page.set_input_files("#chooser", str(tmp_path / name))
+        holds(
+            page,
+            f"document.getElementById('file').textContent === '{name}' && {STATUS}.startsWith('L2 in ') && !{STATUS}.includes('preview')",
+        )
+        assert all(colored(plane) > 500 for plane in quarters(page))
+    page.locator("#download summary").click()
+    page.get_by_label(".seg.nrrd").check()
+    page.get_by_label("mask, NIfTI").uncheck()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download").click()
+    assert download.value.suggested_filename.endswith("mask.seg.nrrd")
+
+
+NO_WEBGL = """
+  const got = HTMLCanvasElement.prototype.getContext;
+  HTMLCanvasElement.prototype.getContext = function (kind, ...more) {
+    return kind.startsWith("webgl") ? null : got.call(this, kind, ...more);
+  };
+"""
+
+
+def test_without_webgl_the_server_draws(browser: Any, server: httpx.Client, seen: SimpleNamespace) -> None:
+    page = open_page(browser, str(server.base_url), seen, NO_WEBGL)
+    page.set_input_files("#chooser", str(VOLUME))
+    holds(page, f"{STATUS}.startsWith('L2 in ')")
+    picture = np.asarray(Pillow.open(io.BytesIO(page.locator("#picture").screenshot())).convert("RGB")).astype(int)
+    assert colored(picture) > 500
+    page.get_by_role("button", name="Compare all levels").click()
+    holds(page, "document.querySelectorAll('#compare figcaption .bar').length === 5")
+    page.context.close()
