@@ -27,17 +27,29 @@ def model(name: str, retries: Retries) -> Talk[ModelCard]:
 
 
 def segment(
-    source: Source, formats: Formats, reference: Source | None, affine: ArrayLike | None, parameters: Mapping[str, Any], retries: Retries
+    source: Source,
+    formats: Formats,
+    reference: Source | None,
+    affine: ArrayLike | None,
+    parameters: Mapping[str, Any],
+    retries: Retries,
 ) -> Talk[Result]:
     """An answer at once."""
     return read_result((yield from ask(_posted("segment", source, formats, reference, affine, parameters), retries)))
 
 
 def submit(
-    source: Source, formats: Formats, reference: Source | None, affine: ArrayLike | None, parameters: Mapping[str, Any], retries: Retries
+    source: Source,
+    formats: Formats,
+    reference: Source | None,
+    affine: ArrayLike | None,
+    parameters: Mapping[str, Any],
+    retries: Retries,
 ) -> Talk[JobDocument]:
     """A job."""
-    return cast("JobDocument", (yield from ask(_posted("jobs", source, formats, reference, affine, parameters), retries)).document())
+    return cast(
+        "JobDocument", (yield from ask(_posted("jobs", source, formats, reference, affine, parameters), retries)).document()
+    )
 
 
 def _posted(

@@ -95,7 +95,10 @@ class AsyncLocal:
             progress: called with (stage, windows done, windows in all).
             parameters: the same.
         """
-        given = [upload(source, affine), None if reference is None else upload(reference, affine if hasattr(reference, "dtype") else None)]
+        given = [
+            upload(source, affine),
+            None if reference is None else upload(reference, affine if hasattr(reference, "dtype") else None),
+        ]
         return await self._answer(given, query(formats, parameters), progress)
 
     async def _answer(self, given: list[Upload | None], asked: dict[str, Any], progress: Progress) -> Result:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Source: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | NDArray[Any]"
+Source: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def encode(array: NDArray[Any], affine: ArrayLike | None = None) -> bytes:
             f"an image is (H, W) or (H, W, 3), a stack (S, H, W), not {values.shape}; a volume (X, Y, Z) comes with its affine"
         )
     out = io.BytesIO()
-    if values.dtype == np.uint8 and (colour or values.ndim == 2) or values.dtype == np.uint16 and values.ndim == 2:
+    if (values.dtype == np.uint8 and (colour or values.ndim == 2)) or (values.dtype == np.uint16 and values.ndim == 2):
         from PIL import Image
 
         # Speed: it is read once.

@@ -61,7 +61,13 @@ def arguments(call: Call, limit_s: float, files: dict[str, Any] | None = None) -
     """A call in httpx's words."""
     # httpx counts from the last byte that came; `Sink` has the clock for all of them.
     limits = httpx.Timeout(None if limit_s == math.inf else max(limit_s, 0.001), connect=max(0.001, min(CONNECT_S, limit_s)))
-    told: dict[str, Any] = {"method": call.method, "url": call.path, "params": call.query, "headers": call.headers, "timeout": limits}
+    told: dict[str, Any] = {
+        "method": call.method,
+        "url": call.path,
+        "params": call.query,
+        "headers": call.headers,
+        "timeout": limits,
+    }
     return told | ({"files": files} if files else {})
 
 
