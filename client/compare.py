@@ -92,18 +92,17 @@ def agreement(mask: NDArray[Any], other: NDArray[Any], values: list[int]) -> flo
 
 
 def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells, for people."""
-    phases = [phase for phase in rows[0].result.timings_ms if any(row.result.timings_ms.get(phase, 0) >= 0.05 for row in rows)]
+    """Headings and cells, for people: what the network took, what everything else took, and what came of it."""
     scored = rows[0].result.iou is not None
-    headings = ["graph", "precision", *(f"{phase} ms" for phase in phases), "total ms", "faster", "agreement"]
-    headings += ["IoU", "Dice"] if scored else []
-    return headings, [_cells(row, phases) for row in rows]
+    headings = ["graph", "precision", "network ms", "other ms", "total ms", "faster", "agreement"]
+    return headings + (["IoU", "Dice"] if scored else []), [_cells(row) for row in rows]
 
 
-def _cells(row: Row, phases: list[str]) -> list[str]:
+def _cells(row: Row) -> list[str]:
     result = row.result
-    spent = [f"{result.timings_ms.get(phase, 0):.1f}" for phase in phases]
-    cells = [row.name, result.precision, *spent, f"{row.total_ms:.1f}", f"{row.speed_up:.1f}×", f"{row.agreement:.4f}"]
+    network_ms = result.timings_ms.get("infer", 0.0)
+    spent = [f"{network_ms:.1f}", f"{row.total_ms - network_ms:.1f}", f"{row.total_ms:.1f}"]
+    cells = [row.name, result.precision, *spent, f"{row.speed_up:.1f}×", f"{row.agreement:.4f}"]
     return cells + ([] if result.iou is None else [f"{result.iou:.4f}", f"{result.dice:.4f}"])
 
 

@@ -15,8 +15,8 @@ from client.replies import Reply, file_name, timings
 
 # Files that are the mask, the plainest first, as the server names them.
 MASKS = ("mask.png", "mask.tif", "mask.nii.gz", "mask.seg.nrrd", "labels.png", "labels.tif", "labels.nii.gz", "mask_1bit.png",
-         "scores.npz", "mask.npz", "scores_8bit.npz")  # fmt: skip
-STATISTICS = ("statistics.json", "mask.json")
+         "scores.npz", "scores_8bit.npz")  # fmt: skip
+STATISTICS = ("statistics.json",)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Float64, Shaped, UInt8
+from jaxtyping import Bool, Float32, Float64, Int32, Int64, Shaped, UInt8
 from numpy import ndarray
 
 
@@ -41,10 +41,12 @@ class Image:
     Attributes:
         pixels: (H, W, C) uint8, uint16 or float32, all finite; C = 1 grey or 3 red, green, blue.
         note: what the caller should know about the decoding, e.g. that only the first page was read.
+        spacing_mm: from row to row and from column to column, where the file says it.
     """
 
     pixels: Shaped[ndarray, "H W C"]
     note: str = ""
+    spacing_mm: tuple[float, float] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -136,13 +138,45 @@ Scores = Float32[ndarray, "N K *tile"]
 
 
 @dataclass(frozen=True)
+class Objects:
+    """The separate objects of a mask: object k + 1 is row k of every column.
+
+    Attributes:
+        labels: (H, W) or (X, Y, Z) int32, the object's number per pixel; 0 is background.
+        value: class of each.
+        pixels: how many pixels or voxels it has.
+        centroid: mean index of its pixels, along the axes of `labels`.
+        low: first index of its bounding box.
+        high: the box's end, one beyond its last pixel.
+        mean_score: mean over its pixels of the probability of its class.
+        touches_border: whether it may go on outside of the picture.
+    """
+
+    labels: Int32[ndarray, "*size"]
+    value: UInt8[ndarray, " N"]
+    pixels: Int64[ndarray, " N"]
+    centroid: Float64[ndarray, "N axes"]
+    low: Int64[ndarray, "N axes"]
+    high: Int64[ndarray, "N axes"]
+    mean_score: Float32[ndarray, " N"]
+    touches_border: Bool[ndarray, " N"]
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+
+@dataclass(frozen=True)
 class Mask:
-    """The finished answer, in the caller's own pixels or voxels.
+    """The finished answer, in the caller's own pixels or voxels; what is None was not asked for.
 
     Attributes:
         classes: (H, W) or (X, Y, Z) uint8, class index per pixel; 0 is background.
-        scores: (K, H, W) or (K, X, Y, Z) float16 probabilities, only where the output format needs them.
+        scores: (K, H, W) or (K, X, Y, Z) float16 probabilities.
+        spread: (H, W) or (X, Y, Z) float16, standard deviation of the foreground probability over the heads.
+        objects: what the mask is made of.
     """
 
     classes: UInt8[ndarray, "*size"]
     scores: Shaped[ndarray, "K *size"] | None = None
+    spread: Shaped[ndarray, "*size"] | None = None
+    objects: Objects | None = None

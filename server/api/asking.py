@@ -36,7 +36,11 @@ class Parameters(BaseModel):
     level: int | None = Field(None, description="1 (fastest) to 4 (deepest); implies mode=fast")
     model: str | None = Field(None, description="bundle name; see GET /models")
     precision: Precision = Field("auto", description="auto: the fastest within 0.5 points of IoU of fp32")
-    format: str | None = Field(None, description=" | ".join(encode.ENCODERS) + "; else by Accept, else as the input")
+    format: str | None = Field(
+        None,
+        description=" | ".join((encode.MASK, *encode.ENCODERS))
+        + "; several by comma: a zip of them; else by Accept, else as the input",
+    )
     include_mask: bool = Field(False, description="with format=json: the mask in base64, as mask_png, mask_tiff or mask_nifti")
     axis: str = Field("auto", description="slices of a volume for a model of images: auto (coarsest spacing), 0, 1, 2")
     nonfinite: str = Field("refuse", description="values that are NaN or infinite: refuse, or zero")
@@ -77,7 +81,7 @@ def headers(answer: Answer) -> dict[str, str]:
         "X-Segment-Mode-Requested": answer.requested.mode,
         "X-Segment-Level-Requested": str(answer.requested.level),
         "X-Segment-Precision": answer.choice.precision,
-        "Content-Disposition": f'inline; filename="mask{answer.suffix}"',
+        "Content-Disposition": f'inline; filename="{answer.file}"',
         "Server-Timing": ", ".join(f"{phase};dur={seconds * 1e3:.2f}" for phase, seconds in answer.seconds.items()),
     }
     if answer.quality:

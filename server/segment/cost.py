@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from server.arrays import Extent
 from server.errors import TooLarge
-from server.imaging.encode import Encoder
 from server.imaging.geometry import Placement
 from server.imaging.reading import Reading
 from server.runtime.bundle import Graph, Manifest
@@ -44,7 +43,13 @@ class Estimate:
 
 
 def estimate(
-    extent: Extent, reference: Extent | None, placement: Placement, manifest: Manifest, graph: Graph, encoder: Encoder, pace: Pace
+    extent: Extent,
+    reference: Extent | None,
+    placement: Placement,
+    manifest: Manifest,
+    graph: Graph,
+    needs: frozenset[str],
+    pace: Pace,
 ) -> Estimate:
     """Adds up time and memory.
 
@@ -54,7 +59,7 @@ def estimate(
         placement: of the network's grid.
         manifest: of the network.
         graph: to be run.
-        encoder: of the answer.
+        needs: of the answer, see `Encoder`.
         pace: of that graph.
     """
     grid = tile_grid(placement.size, manifest, graph, flat=placement.flat)
@@ -68,7 +73,7 @@ def estimate(
     open_rows = math.prod(sides) * 4 * (2 * k + 3)
     steps = max(STEP_PIXELS, tile_pixels) * 4 * (len(manifest.channels) + k) * 2 + WINDOW_BYTES * windows
     # Probabilities, and them encoded; or the four bytes per pixel in which components are labelled.
-    kept = (6 * k if encoder.needs_scores else 5 if encoder.needs_report else 0) * pixels
+    kept = ((6 * k if "scores" in needs else 0) + (5 if "report" in needs else 0)) * pixels
     compared = math.prod(reference.size) * (reference.channels * reference.sample_bytes + 3) if reference else 0
     # The mask, its encoded form, and what finding the best class takes in passing.
     memory = pixels * (extent.channels * extent.sample_bytes + 2) + copied + open_rows + steps + kept + compared

@@ -25,7 +25,6 @@ from server.errors import (
 )
 from server.imaging import encode as encoding
 from server.imaging.decode import decode, is_quick, measure
-from server.imaging.encode import ENCODERS, Encoder
 from server.imaging.reading import Reading
 from server.metrics import Metrics
 from server.runtime.admission import PixelBudget
@@ -82,7 +81,7 @@ class _Order:
 
     choice: Choice
     requested: Route
-    encoder: Encoder
+    formats: tuple[str, ...]
     reading: Reading
     estimate: Estimate
     alone_s: float
@@ -232,17 +231,17 @@ class Segmenter:
         if request.nonfinite not in ("refuse", "zero"):
             raise InvalidParameter(f"nonfinite={request.nonfinite!r:.20} does not exist; there are: refuse, zero")
         limits, manifest = self._limits, choice.manifest
-        encoder = ENCODERS[encoding.choose(request.format, request.accept, extent.kind)]
+        formats = encoding.choose(request.format, request.accept, extent)
         placement = place(extent, manifest, request.axis)
         graph = manifest.graph(choice.route.graph)
-        estimate = cost.estimate(extent, reference, placement, manifest, graph, encoder, choice.lane.pace)
+        estimate = cost.estimate(extent, reference, placement, manifest, graph, encoding.needs(formats), choice.lane.pace)
         cost.check(estimate, extent, limits)
         # An image may still lie on its side (EXIF).
         if reference and (extent.kind != "image" or sorted(extent.size) != sorted(reference.size)):
             quality.check_grid(extent, reference)
         reading = Reading(limits.max_pixels, limits.max_voxels, zero_nonfinite=request.nonfinite == "zero")
         alone_s = estimate.seconds + self._beside[extent.kind].seconds(estimate.pixels)
-        return _Order(choice, choice.route, encoder, reading, estimate, alone_s, self.line.wait_s(estimate.seconds) + alone_s)
+        return _Order(choice, choice.route, formats, reading, estimate, alone_s, self.line.wait_s(estimate.seconds) + alone_s)
 
     def check_wait(self, choice: Choice, request: SegmentRequest, terms: Terms) -> None:
         """What can be told before the body is there.
@@ -284,7 +283,7 @@ class Segmenter:
         async with until(terms.deadline):
             extents = await clock.off_loop("decode", self._measure, file, reference)
             order = self._decide(*extents, request, requested, terms)
-            if not clock.workers and (math.prod(extents[0].size) > SMALL_PIXELS or order.encoder is not ENCODERS["png"]):
+            if not clock.workers and (math.prod(extents[0].size) > SMALL_PIXELS or order.formats != ("png",)):
                 clock.workers = self._workers
             if extents[0].kind != "image":
                 clock.workers = self._volume_workers
@@ -453,13 +452,13 @@ class Segmenter:
         self, file: BinaryIO, reference: BinaryIO | None, request: SegmentRequest, order: _Order, clock: Clock
     ) -> tuple[Work, Image | Volume | None]:
         """Decodes input and reference, and cuts the tiles of the first step."""
-        manifest, encoder = order.choice.manifest, order.encoder
+        manifest = order.choice.manifest
         with clock.phase("decode"):
             source = decode(file, order.reading)
             expected = self._decode_reference(reference, source) if reference else None
         with clock.phase("plan"):
             graph = manifest.graph(order.choice.route.graph)
-            return lay_out(source, manifest, graph, request.axis, scores=encoder.needs_scores), expected
+            return lay_out(source, manifest, graph, request.axis, scores="scores" in encoding.needs(order.formats)), expected
 
     def _decode_reference(self, reference: BinaryIO, source: Image | Volume) -> Image | Volume:
         """Labels on the input's grid."""
@@ -474,7 +473,7 @@ class Segmenter:
         self, work: Work, expected: Image | Volume | None, last: Ran, request: SegmentRequest, order: _Order, clock: Clock
     ) -> Answer:
         """Restores the last step, and encodes."""
-        choice, encoder = order.choice, order.encoder
+        choice = order.choice
         with clock.phase("restore"):
             work.finish(last)
             values = [c.value for c in choice.manifest.classes]
@@ -484,14 +483,14 @@ class Segmenter:
         if order.degraded:
             facts |= {"requested": {"mode": order.requested.mode, "level": order.requested.level}, "degraded": order.degraded}
         with clock.phase("encode"):
-            body = report.encode(
-                work.mask, work.source, choice.manifest, encoder, facts, overlaps, clock.seconds,
+            encoded = report.encode(
+                work.mask, work.source, choice.manifest, order.formats, facts, overlaps, clock.seconds,
                 include_mask=request.include_mask,
             )  # fmt: skip
         return Answer(
-            body,
-            encoder.media_type,
-            encoder.suffix,
+            encoded.body,
+            encoded.media_type,
+            encoded.file,
             order.requested,
             choice,
             order.degraded,

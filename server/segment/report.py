@@ -9,7 +9,7 @@ import numpy as np
 from server.arrays import Image, Mask, Volume
 from server.imaging import encode as encoding
 from server.imaging import geometry
-from server.imaging.encode import ENCODERS, Encoder, Product
+from server.imaging.encode import ENCODERS, Encoded, Product
 from server.runtime.bundle import Manifest
 from server.segment import quality, statistics
 
@@ -18,20 +18,20 @@ def encode(
     mask: Mask,
     source: Image | Volume,
     manifest: Manifest,
-    encoder: Encoder,
+    formats: tuple[str, ...],
     facts: dict[str, Any],
     overlaps: dict[int, quality.Overlap],
     seconds: dict[str, float],
     *,
     include_mask: bool,
-) -> bytes:
-    """Bytes of the answer.
+) -> Encoded:
+    """The answer.
 
     Args:
         mask: the answer.
         source: the decoded input.
         manifest: for names and colours.
-        encoder: of the format.
+        formats: see `encoding.choose`.
         facts: what was served, for the report.
         overlaps: with the reference, per class value; empty without one.
         seconds: per phase so far.
@@ -39,8 +39,8 @@ def encode(
     """
     names = {c.value: c.name for c in manifest.classes}
     product = Product(mask, {c.value: rgb(c.color) for c in manifest.classes}, names, source)
-    if not encoder.needs_report:
-        return encoder.encode(product)
+    if "report" not in encoding.needs(formats):
+        return encoding.encode(formats, product)
     affine = source.affine if isinstance(source, Volume) else None
     # By the determinant: the axes of a tilted gantry are not at right angles.
     voxel_mm3 = None if affine is None else float(abs(np.linalg.det(affine[:3, :3])))
@@ -58,7 +58,7 @@ def encode(
         like = encoding.DEFAULTS[source.extent.kind]
         report[f"mask_{like}"] = base64.b64encode(ENCODERS[like].encode(product)).decode()
     report["timings_ms"] = {phase: round(spent * 1e3, 2) for phase, spent in seconds.items()}
-    return encoder.encode(dataclasses.replace(product, report=report))
+    return encoding.encode(formats, dataclasses.replace(product, report=report))
 
 
 def rgb(color: str) -> tuple[int, int, int]:

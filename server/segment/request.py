@@ -98,7 +98,7 @@ class Answer:
     Attributes:
         body: encoded mask.
         media_type: of the body.
-        suffix: of a file that holds it.
+        file: name of a file that holds it.
         requested: what was asked for.
         choice: what was served.
         degraded: why less was served than asked for: "deadline", "load", or "".
@@ -109,7 +109,7 @@ class Answer:
 
     body: bytes
     media_type: str
-    suffix: str
+    file: str
     requested: Route
     choice: Choice
     degraded: str

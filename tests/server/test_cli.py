@@ -94,13 +94,13 @@ class TestSegment:
     def test_format(self, image: Path) -> None:
         result = run("segment", image, "--level", 1, "--format", "json")
         assert result.exit_code == 0, result.output
-        report = json.loads((image.parent / "tissue_mask.json").read_text())
+        report = json.loads((image.parent / "tissue_statistics.json").read_text())
         assert report["size"] == {"height": 200, "width": 240}
 
     def test_include_mask(self, image: Path) -> None:
         result = run("segment", image, "--level", 1, "--format", "json", "--include-mask")
         assert result.exit_code == 0, result.output
-        report = json.loads((image.parent / "tissue_mask.json").read_text())
+        report = json.loads((image.parent / "tissue_statistics.json").read_text())
         assert mask_of(base64.b64decode(report["mask_png"])).shape == (200, 240)
 
     def test_has_the_parameters_of_the_server(self, app: FastAPI) -> None:
@@ -113,7 +113,7 @@ class TestSegment:
         assert sorted(path.name for path in image.parent.iterdir()) == ["tissue.png", "tissue_mask.png"]
 
     def test_errors(self, image: Path, tmp_path: Path) -> None:
-        assert "there are: png" in fails("segment", image, "--format", "gif")
+        assert "there are: mask (as the input), png" in fails("segment", image, "--format", "gif")
         assert "levels 1, 2, 3, 4" in fails("segment", image, "--level", 9)
         assert "'lungs'" in fails("segment", image, "--model", "lungs")
         assert "auto, fp32" in fails("segment", image, "--precision", "fp8")
@@ -185,8 +185,8 @@ class TestVolumes:
         )
         assert result.exit_code == 0, result.output
         assert "note: 1 values that are not finite were read as 0" in result.output
-        assert left == {"x_mask.json"}
-        report = json.loads((tmp_path / "x_mask.json").read_text())
+        assert left == {"x_statistics.json"}
+        report = json.loads((tmp_path / "x_statistics.json").read_text())
         assert volume_of(base64.b64decode(report["mask_nifti"])).shape == VOLUME.shape
 
     def test_reference(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -27,7 +27,7 @@ T = TypeVar("T")
 RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "the mask in the input's own pixels or voxels, in the format asked for",
-        "content": {row.media_type: {} for row in encode.ENCODERS.values()},
+        "content": {row.media_type: {} for row in encode.ENCODERS.values()} | {"application/zip": {}},
     },
     **{code: {"model": Problem} for code in (404, 406, 408, 413, 415, 422, 429, 500, 503, 504)},
 }

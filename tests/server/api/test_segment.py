@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -107,6 +108,16 @@ class TestHappyPath:
             assert np.array_equal(mask_of(base64.b64decode(report["mask_png"])), plain)
         else:
             assert Pillow.open(io.BytesIO(answer.content)).size == (41, 33)
+
+    def test_several_formats_are_a_zip(self, client: httpx.Client) -> None:
+        sent = picture_bytes(random_picture(8, 9))
+        answer = client.post(f"{L1}&format=mask,overlay", content=sent, headers=PNG)
+        assert answer.status_code == 200
+        assert answer.headers["content-type"] == "application/zip"
+        assert answer.headers["content-disposition"] == 'inline; filename="mask.zip"'
+        with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+            assert archive.namelist() == ["mask.png", "overlay.png"]
+            assert archive.read("mask.png") == client.post(L1, content=sent, headers=PNG).content
 
     def test_json_without_the_mask(self, client: httpx.Client) -> None:
         answer = client.post(f"{L1}&format=json", content=picture_bytes(random_picture(8, 8)), headers=PNG)

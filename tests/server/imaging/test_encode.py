@@ -1,5 +1,6 @@
 import io
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 from scipy import ndimage
 
-from server.arrays import Image, Mask, Volume
+from server.arrays import Extent, Image, Mask, Volume
 from server.errors import UnknownFormat
 from server.imaging import encode as room
 from server.imaging.encode import DEFAULTS, ENCODERS, Product, choose
@@ -19,6 +20,7 @@ from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import read
 
 COLORS = {1: (255, 127, 14), 2: (0, 0, 255), 255: (1, 2, 3)}
+EXTENTS = {"image": Extent((2, 3)), "stack": Extent((2, 3, 4)), "volume": Extent((2, 3, 4), affine=np.eye(4))}
 NAMES = {1: "one", 2: "two", 255: "last"}
 
 
@@ -182,12 +184,39 @@ class TestTiff:
         assert ENCODERS["tiff"].encode(asked) == first
 
 
+def test_several_formats_are_a_zip_of_what_each_is_alone() -> None:
+    classes = np.eye(40, dtype=np.uint8)
+    made = product(classes, classes[None].astype(np.float16))
+    together = room.encode(("json", "png", "npz"), made)
+    assert (together.media_type, together.file) == ("application/zip", "mask.zip")
+    with zipfile.ZipFile(io.BytesIO(together.body)) as archive:
+        assert archive.testzip() is None
+        assert archive.namelist() == ["statistics.json", "mask.png", "scores.npz"]
+        for name in ("json", "png"):
+            assert archive.read(ENCODERS[name].file) == ENCODERS[name].encode(made)
+    assert room.encode(("png",), made) == room.Encoded(ENCODERS["png"].encode(made), "image/png", "mask.png")
+    assert room.needs(("json", "png", "npz")) == {"report", "scores"}
+
+
 class TestChoose:
     @pytest.mark.parametrize("name", ENCODERS)
     def test_a_name_wins(self, name: str) -> None:
-        assert choose(name, "application/json") == name
+        assert choose(name, "application/json") == (name,)
         for kind in ENCODERS[name].kinds:
-            assert choose(name, "application/json", kind) == name
+            assert choose(name, "application/json", EXTENTS[kind]) == (name,)
+
+    def test_several_names(self) -> None:
+        assert choose("json,mask,overlay,json,png", None) == ("json", "png", "overlay")
+        assert [choose("mask,json", None, extent) for extent in EXTENTS.values()] == [
+            ("png", "json"),
+            ("tiff", "json"),
+            ("nifti", "json"),
+        ]
+        for wrong in ("png,", ",", "png,gif", "png, json"):
+            with pytest.raises(UnknownFormat, match="does not exist; there are: mask"):
+                choose(wrong, None)
+        with pytest.raises(UnknownFormat, match="'nifti' does not fit"):
+            choose("png,nifti", None, EXTENTS["image"])
 
     @pytest.mark.parametrize(
         ("accept", "name"),
@@ -201,9 +230,9 @@ class TestChoose:
         ],
     )  # fmt: skip
     def test_accept(self, accept: str | None, name: str) -> None:
-        assert choose(None, accept, "image") == name
+        assert choose(None, accept, EXTENTS["image"]) == (name,)
         if accept != "application/*":
-            assert choose(None, accept) == name
+            assert choose(None, accept) == (name,)
 
     @pytest.mark.parametrize(
         ("kind", "accept", "name"),
@@ -216,7 +245,7 @@ class TestChoose:
         ],
     )  # fmt: skip
     def test_accept_by_kind(self, kind: str, accept: str | None, name: str) -> None:
-        assert choose(None, accept, kind) == name
+        assert choose(None, accept, EXTENTS[kind]) == (name,)
 
     @pytest.mark.parametrize(
         ("name", "accept"), [("gif", None), ("", None), ("PNG", None), (None, "application/pdf"), (None, "image/png;q=0")]
@@ -231,7 +260,7 @@ class TestChoose:
     )  # fmt: skip
     def test_nothing_fits_the_kind(self, kind: str, accept: str) -> None:
         with pytest.raises(UnknownFormat) as caught:
-            choose(None, accept, kind)
+            choose(None, accept, EXTENTS[kind])
         for name, row in ENCODERS.items():
             assert (name in str(caught.value).split("one of: ")[1].split(", ")) == (kind in row.kinds)
 
@@ -239,11 +268,11 @@ class TestChoose:
     @pytest.mark.parametrize("name", ENCODERS)
     def test_formats_that_do_not_fit_are_refused_by_name(self, kind: str, name: str) -> None:
         if kind in ENCODERS[name].kinds:
-            assert choose(name, None, kind) == name
+            assert choose(name, None, EXTENTS[kind]) == (name,)
             return
         shown = {"image": "an image", "stack": "a stack of pages", "volume": "a volume"}[kind]
         with pytest.raises(UnknownFormat, match=f"does not fit: the input is {shown}; there are: ") as caught:
-            choose(name, None, kind)
+            choose(name, None, EXTENTS[kind])
         assert name not in str(caught.value).split("there are: ")[1].split(", ")
 
     def test_like_is_answered_with_like(self) -> None:

@@ -203,7 +203,7 @@ class TestSlices:
         voxels[12:] //= 8
         voxels[..., 16:] //= 4
         answer = segment(nifti_bytes(voxels), axis=axis)
-        assert (answer.media_type, answer.suffix) == ("application/gzip", ".nii.gz")
+        assert (answer.media_type, answer.file) == ("application/gzip", "mask.nii.gz")
         assert np.array_equal(volume_of(answer.body), voxels > voxels.mean())
 
     @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -234,7 +234,7 @@ class TestSlices:
         pages = VOLUME.astype(dtype)
         pages[3] //= 4
         answer = segment(pages_bytes(pages))
-        assert (answer.media_type, answer.suffix, answer.note) == ("image/tiff", ".tif", "")
+        assert (answer.media_type, answer.file, answer.note) == ("image/tiff", "mask.tif", "")
         assert np.array_equal(pages_of(answer.body), pages > pages.mean(dtype=float))
 
     def test_grey_goes_through_a_network_for_colours(self) -> None:
