@@ -2,10 +2,8 @@
 
 import asyncio
 import contextlib
-import math
 import os
 import threading
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +20,7 @@ from client.replies import Reply
 from client.result import Result, query, read_result
 from client.sources import Source, Upload, upload
 from server.api import asking, problems, schemas
-from server.api.routes.segment import SegmentParameters
+from server.api.routes.segment import SegmentParameters, read_deadline
 from server.errors import UnetppError, UnknownModel
 from server.segment.request import Terms
 from server.settings import Settings
@@ -107,10 +105,10 @@ class AsyncLocal:
             request = Request({"type": "http", "headers": [], "query_string": urlencode(asked).encode()})
             parameters = SegmentParameters.model_validate(asked)
             wanted = parameters.wanted(request)
-            end = math.inf if parameters.deadline_ms is None else time.monotonic() + parameters.deadline_ms / 1000
+            terms = Terms(deadline=read_deadline(parameters.deadline_ms, request))
             file, labels = (files.enter_context(one.open()) if one else None for one in given)
             assert file  # noqa: S101 - the first is always there
-            answer = await self._segmenter.segment(file, wanted, labels, progress, Terms(deadline=end))
+            answer = await self._segmenter.segment(file, wanted, labels, progress, terms)
         headers = {name.lower(): value for name, value in asking.headers(answer).items()}
         return read_result(Reply(200, headers, answer.body))
 

@@ -58,8 +58,14 @@ def upload(source: Source, affine: ArrayLike | None = None) -> Upload:
     raise TypeError(f"a path, bytes, an open file or a numpy array can be sent, not {type(source).__name__}")
 
 
+class _Held(io.BytesIO):
+    """These two make it a `BinaryIO` in every respect."""
+
+    name, mode = "upload", "rb"
+
+
 def _held(data: bytes) -> Upload:
-    return Upload(lambda: io.BytesIO(data), len(data))
+    return Upload(lambda: _Held(data), len(data))
 
 
 def encode(array: NDArray[Any], affine: ArrayLike | None = None) -> bytes:

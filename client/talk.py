@@ -91,33 +91,32 @@ Command = Send | Open | Next | Close | Sleep
 Talk = Generator[Command, Any, T]
 
 
-def ask(call: Call, retries: Retries, clock: "Clock | None" = None) -> Talk[Reply]:
+def ask(call: Call, retries: Retries) -> Talk[Reply]:
     """Sends a call until it is answered, within bounds.
 
     Args:
         call: what to send.
         retries: the bounds.
-        clock: how long this may still take; `retries.total_s` from now, if not given.
 
     Raises:
         SegmentError: what the server said last, or that it could not be reached.
     """
-    clock = clock or Clock(retries.total_s)
-    tried = 0
+    error: errors.SegmentError
+    clock, tried = Clock(retries.total_s), 0
     while True:
         tried += 1
         try:
             reply: Reply = yield Send(call, clock.left_s())
         except Lost as lost:
-            error: errors.SegmentError = errors.Unreachable(str(lost))
-            again, asked_s = lost.again, None
+            again, error = lost.again, errors.Unreachable(str(lost))
         else:
             if reply.status < 300:
                 return reply
-            error = explain(reply)
-            again, asked_s = reply.status in STATUSES, error.retry_after_s
-        wait_s = retries.wait_s(tried, asked_s)
-        if not again or tried > retries.most or wait_s >= clock.left_s():
+            again, error = reply.status in STATUSES, explain(reply)
+        if not again or tried > retries.most:
+            raise error
+        wait_s = retries.wait_s(tried, error.retry_after_s)
+        if wait_s >= clock.left_s():
             raise error
         yield Sleep(wait_s)
 
