@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from client import errors
 from client.documents import ModelCard, ModelSummary
-from client.inputs import Input
+from client.inputs import Input, shown
 from client.journal import Journal, sha256, write
 from client.result import Result
 
@@ -161,7 +161,7 @@ class _Work:
 def told(result: Result, paths: list[Path]) -> str:
     """An answer in a line or a few."""
     spent_ms = sum(result.timings_ms.values())
-    lines = [f"{', '.join(map(str, paths))}  {result.model} {result.mode} L{result.level} {result.precision}, {spent_ms:.0f} ms"]
+    lines = [f"{', '.join(map(shown, paths))}  {result.model} {result.mode} L{result.level} {result.precision}, {spent_ms:.0f} ms"]
     if result.iou is not None:
         lines.append(f"IoU {result.iou:.4f}  Dice {result.dice:.4f}")
     if result.note:

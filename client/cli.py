@@ -129,7 +129,7 @@ def compare(
             table.add_row(*line)
         journal.write(target, comparing.drawn(rows, image, card))
         Console().print(table)
-        typer.echo(f"agreement: IoU with the mask of accurate. {target}")
+        typer.echo(f"agreement: IoU with the mask of accurate. {inputs.shown(target)}")
 
 
 compare = with_options(compare, without=COMPARED)

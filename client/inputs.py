@@ -46,7 +46,7 @@ class Input:
     @property
     def shown(self) -> str:
         """Its path as text, also where a name is none."""
-        return os.fsencode(self.path).decode("utf-8", "backslashreplace")
+        return shown(self.path)
 
     def home(self, out: Path | None) -> Path:
         """The folder of its answers."""
@@ -55,6 +55,11 @@ class Input:
     def answer(self, out: Path | None, name: str) -> Path:
         """Where a file of its answer goes."""
         return self.home(out) / f"{self.stem}_{PurePath(name).name}"
+
+
+def shown(path: Path) -> str:
+    """A path as text; what is none in it is escaped."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def collect(typed: Iterable[str], *, recursive: bool, out: Path | None) -> list[Input]:
@@ -70,16 +75,18 @@ def collect(typed: Iterable[str], *, recursive: bool, out: Path | None) -> list[
     """
     found: dict[Path, Input] = {}
     for text in typed:
-        matches = list(_expand(text))
-        before = len(found)
-        for path, base in matches:
+        matches = [
+            one
+            for path, base in _expand(text)
             for one in (
                 _walk(path, base, recursive=recursive, out=out) if path.is_dir() else [Input(path, _below(path.parent, base))]
-            ):
-                found.setdefault(one.path.absolute(), one)
-        if len(found) == before and all(path.is_dir() for path, _ in matches):
+            )
+        ]
+        if not matches:
             deeper = "" if recursive else ", folders in it left out"
             raise InputError(f"{text}: no image or volume in it{deeper} (names end with {', '.join(SUFFIXES)})")
+        for one in matches:
+            found.setdefault(one.path.absolute(), one)
     return list(found.values())
 
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from client.inputs import Input, InputError
+from client.inputs import Input, InputError, shown
 
 FORMAT = "unetpp.run/1"
 
@@ -39,8 +39,7 @@ class Journal:
 
     def name(self, path: Path) -> str:
         """A path as the report has it: seen from the report's own folder, so that both can be moved together."""
-        shown = path if self.path is None else Path(os.path.relpath(path.absolute(), self.path.absolute().parent))
-        return os.fsencode(shown).decode("utf-8", "backslashreplace")
+        return shown(path if self.path is None else Path(os.path.relpath(path.absolute(), self.path.absolute().parent)))
 
     def place(self, name: str) -> Path:
         """The path of a name."""

@@ -72,7 +72,9 @@ def answer(**headers: str) -> httpx.Response:
 def problem(status: int, detail: str = "said so", **headers: str) -> httpx.Response:
     """A problem document."""
     document = {"type": "urn:unetpp:test", "title": "Test", "status": status, "detail": detail}
-    return httpx.Response(status, json=document, headers={"X-Request-Id": "abc"} | {k.replace("_", "-"): v for k, v in headers.items()})
+    return httpx.Response(
+        status, json=document, headers={"X-Request-Id": "abc"} | {k.replace("_", "-"): v for k, v in headers.items()}
+    )
 
 
 @pytest.fixture

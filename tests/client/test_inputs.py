@@ -60,7 +60,9 @@ def test_the_same_file_counts_once(folder: Path) -> None:
     assert len(collected(folder, folder / "a.png", folder / "*.png", folder / "day 2")) == 4
 
 
-@pytest.mark.parametrize(("typed", "words"), [("none.png", "does not exist"), ("*.gif", "nothing matches"), ("empty", "no image or volume")])
+@pytest.mark.parametrize(
+    ("typed", "words"), [("none.png", "does not exist"), ("*.gif", "nothing matches"), ("empty", "no image or volume")]
+)
 def test_nothing(tmp_path: Path, typed: str, words: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=words):
@@ -83,7 +85,8 @@ def test_a_closed_folder(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "stem"), [("x.png", "x"), ("x.nii.gz", "x"), ("scan.v2.nii.gz", "scan.v2"), ("x.seg.nrrd", "x.seg"), ("x", "x"), ("x.gz", "x")]
+    ("name", "stem"),
+    [("x.png", "x"), ("x.nii.gz", "x"), ("scan.v2.nii.gz", "scan.v2"), ("x.seg.nrrd", "x.seg"), ("x", "x"), ("x.gz", "x")],
 )
 def test_stems(name: str, stem: str) -> None:
     assert Input(Path(name)).stem == stem

@@ -43,7 +43,9 @@ def test_goes_on(tmp_path: Path, one: Input) -> None:
     assert again(tmp_path, one).is_complete(one, sha256(one.path), None)
 
 
-@pytest.mark.parametrize("head", [{"version": "2"}, {"options": {"level": 2}}, {"options": {}}, {"model": {"name": "m", "sha256": "1"}}])
+@pytest.mark.parametrize(
+    "head", [{"version": "2"}, {"options": {"level": 2}}, {"options": {}}, {"model": {"name": "m", "sha256": "1"}}]
+)
 def test_another_run_is_no_run_to_go_on_from(tmp_path: Path, one: Input, head: dict[str, Any]) -> None:
     finished(tmp_path, one)
     assert not again(tmp_path, one, **head).is_complete(one, sha256(one.path), None)

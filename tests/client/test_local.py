@@ -55,7 +55,11 @@ def test_says_what_a_server_logs(tmp_path: Path) -> None:
     with pytest.raises(errors.Failed, match="no bundle there"):
         Local(tmp_path)
     with pytest.raises(errors.NotFound, match="UNETPP_DEFAULT_MODEL"):
-        Local(settings=Settings(bundles=Path("bundles/nuclei"), default_model="lungs", runtime={"precision": "fp32", "engine": "onnxruntime"}))
+        Local(
+            settings=Settings(
+                bundles=Path("bundles/nuclei"), default_model="lungs", runtime={"precision": "fp32", "engine": "onnxruntime"}
+            )
+        )
 
 
 def test_progress(local: Local) -> None:

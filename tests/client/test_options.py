@@ -24,5 +24,5 @@ def test_only_what_is_given_arrives() -> None:
         return path, asked
 
     spelled = with_options(command)
-    given = dict.fromkeys((option.name for option in OPTIONS)) | {"level": 2, "include_mask": False}
+    given = dict.fromkeys(option.name for option in OPTIONS) | {"level": 2, "include_mask": False}
     assert spelled(path="x", **given) == ("x", {"level": 2, "include_mask": False})

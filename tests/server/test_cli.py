@@ -1,9 +1,6 @@
 import asyncio
-import base64
 import contextlib
-import inspect
 import io
-import json
 import shutil
 import signal
 import socket
@@ -19,18 +16,16 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from fastapi import FastAPI
 from PIL import Image as Pillow
 from typer.testing import CliRunner, Result
 
 from server import cli
-from server.arrays import Tiles
 from server.errors import StoreBroken
 from server.jobs.store import Store
 from server.serving import Server
 from server.settings import JobsSettings, Settings
 from tests.conftest import ROOT
-from tests.server.conftest import bright, fake_bundles, mask_of, nifti_bytes, pages_bytes, pages_of, picture_bytes, volume_of
+from tests.server.conftest import fake_bundles, mask_of, picture_bytes
 
 
 @pytest.fixture(autouse=True)
