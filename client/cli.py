@@ -70,7 +70,7 @@ def segment(
         if resume and kept is None:
             fail("--resume goes by the report of the run before; name it with --report, or use --out, which has one")
         before = journal.read(kept) if kept else {}
-        asking = _asking(server, api_key_file, ca, no_verify, timeout_s, as_job, bundles)
+        asking = _asking(server, api_key_file, ca, no_verify, timeout_s, as_job, bundles, asked.get("model"))
         if kept:
             kept.parent.mkdir(parents=True, exist_ok=True)
         plan = Plan({"formats": formats, **asked}, out, output, labels, jobs, resume)
@@ -112,7 +112,7 @@ def compare(
         one = inputs.Input(image)
         target = output or one.answer(None, "levels.png")
         inputs.check([one], None, target)
-        asking = _asking(server, api_key_file, ca, no_verify, timeout_s, False, bundles)
+        asking = _asking(server, api_key_file, ca, no_verify, timeout_s, False, bundles, asked.get("model"))
 
         async def work(shown: "_Shown") -> tuple["ModelCard", list[comparing.Row]]:
             async with asking:
@@ -143,14 +143,15 @@ def _asking(
     timeout_s: float,
     as_job: bool,
     bundles: Path | None,
+    model: str | None,
 ) -> Any:
     """Who segments: a server, or this process."""
     if server is None:
         if as_job or key_file or ca or no_verify:
             fail("--as-job, --api-key-file, --ca and --no-verify are for a server; name it with --server")
-        from client.local import AsyncLocal
+        from client.local import AsyncLocal, narrowed
 
-        return AsyncLocal(settings=read_settings(bundles))
+        return AsyncLocal(settings=narrowed(read_settings(bundles), model))
     if bundles:
         fail("--bundles is for work in this process; a server has its own")
     from client.aio import AsyncClient

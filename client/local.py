@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import threading
 from collections.abc import Callable, Coroutine, Iterator
@@ -22,6 +23,7 @@ from client.sources import Source, Upload, upload
 from server.api import asking, problems, schemas
 from server.api.routes.segment import SegmentParameters, read_deadline
 from server.errors import UnetppError, UnknownModel
+from server.runtime.bundle import MANIFEST, find_bundles
 from server.segment.request import Terms
 from server.settings import Settings
 
@@ -154,6 +156,17 @@ class Local:
         finally:
             # Ctrl-C in whoever waits ends the work, too.
             future.cancel()
+
+
+def narrowed(settings: Settings, model: str | None) -> Settings:
+    """Settings with the one bundle that will be asked, as each takes seconds to open; unchanged where it is not found."""
+    for folder in find_bundles(settings.bundles):
+        # What is wrong with it is said when it is opened.
+        with contextlib.suppress(OSError, ValueError):
+            document = json.loads((folder / MANIFEST).read_bytes())
+            if isinstance(document, dict) and document.get("name") == (model or settings.default_model):
+                return settings.model_copy(update={"bundles": folder} | ({"default_model": model} if model else {}))
+    return settings
 
 
 @contextlib.contextmanager

@@ -20,7 +20,9 @@ from typer.testing import Result
 
 from client import journal
 from client.errors import Failed
+from client.local import narrowed
 from server.arrays import Tiles
+from server.settings import Settings
 from tests.client.conftest import done, fails, run, served
 from tests.conftest import ROOT
 from tests.server.conftest import bright, fake_bundles, mask_of, nifti_bytes, pages_bytes, pages_of, picture_bytes, volume_of
@@ -42,38 +44,28 @@ def image(tmp_path: Path, ihc: np.ndarray) -> Path:
     return path
 
 
-@pytest.mark.usefixtures("quick")
 class TestSegment:
-    def test_is_the_answer_of_the_server(self, image: Path, client: httpx.Client) -> None:
-        result = run("segment", image, "--level", 1)
-        assert result.exit_code == 0, result.output
-        assert "nuclei fast L1 fp32" in result.output
+    def test_is_the_answer_of_the_server(self, quick: None, image: Path, client: httpx.Client) -> None:
+        assert "nuclei fast L1 fp32" in done("segment", image, "--level", 1)
         answer = client.post("/segment?mode=fast&level=1&precision=fp32", content=image.read_bytes())
         assert (image.parent / "tissue_mask.png").read_bytes() == answer.content
 
-    def test_reference(self, image: Path, tmp_path: Path) -> None:
+    def test_reference(self, fakes: Callable[..., None], image: Path, tmp_path: Path) -> None:
         own = tmp_path / "own.png"
-        assert run("segment", image, "--level", 1, "-o", own).exit_code == 0
-        result = run("segment", image, "--level", 1, "--reference", own)
-        assert "IoU 1.0000  Dice 1.0000" in result.output
+        done("segment", image, "--level", 1, "-o", own)
+        assert "IoU 1.0000  Dice 1.0000" in done("segment", image, "--level", 1, "--reference", own)
 
-    def test_format(self, image: Path) -> None:
-        result = run("segment", image, "--level", 1, "--format", "json")
-        assert result.exit_code == 0, result.output
+    def test_format(self, fakes: Callable[..., None], image: Path) -> None:
+        done("segment", image, "--format", "json", "--include-mask")
         report = json.loads((image.parent / "tissue_statistics.json").read_text())
         assert report["size"] == {"height": 200, "width": 240}
-
-    def test_include_mask(self, image: Path) -> None:
-        result = run("segment", image, "--level", 1, "--format", "json", "--include-mask")
-        assert result.exit_code == 0, result.output
-        report = json.loads((image.parent / "tissue_statistics.json").read_text())
         assert mask_of(base64.b64decode(report["mask_png"])).shape == (200, 240)
 
-    def test_nothing_is_left_beside_the_answer(self, image: Path) -> None:
-        run("segment", image, "--level", 1)
-        assert sorted(path.name for path in image.parent.iterdir()) == ["tissue.png", "tissue_mask.png"]
+    def test_nothing_is_left_beside_the_answer(self, fakes: Callable[..., None], image: Path) -> None:
+        done("segment", image)
+        assert left(image.parent) == ["tissue.png", "tissue_mask.png"]
 
-    def test_errors(self, image: Path, tmp_path: Path) -> None:
+    def test_errors(self, fakes: Callable[..., None], image: Path, tmp_path: Path) -> None:
         assert "there are: mask (as the input), png" in fails("segment", image, "--format", "gif")
         assert "levels 1, 2, 3, 4" in fails("segment", image, "--level", 9)
         assert "'lungs'" in fails("segment", image, "--model", "lungs")
@@ -83,10 +75,18 @@ class TestSegment:
         assert "no/such/folder is not a folder" in fails("segment", image, "-o", tmp_path / "no/such/folder/out.png")
         assert "axis is for volumes" in fails("segment", image, "--level", 1, "--axis", "1")
         assert "there are: refuse, zero" in fails("segment", image, "--level", 1, "--nonfinite", "drop")
+
+    def test_no_bundles(self, image: Path, tmp_path: Path) -> None:
         assert "UNETPP_BUNDLES" in fails("segment", image, "--bundles", tmp_path / "nowhere")
 
     def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
         assert "does not exist" in fails("segment", tmp_path / "missing.png")
+
+    @pytest.mark.parametrize("model", [None, "nuclei", "hippocampus", "lungs"])
+    def test_opens_only_what_is_asked(self, model: str | None) -> None:
+        both = Settings(bundles=ROOT / "bundles")
+        found = narrowed(both, model)
+        assert found.bundles == (both.bundles if model == "lungs" else ROOT / "bundles" / (model or "nuclei"))
 
 
 VOLUME = np.random.default_rng(1).integers(0, 256, (12, 20, 9), dtype=np.uint8)
