@@ -34,6 +34,17 @@ def _nifti(data: bytes) -> Array:
     return np.asanyarray(nib.Nifti1Image.from_bytes(gzip.decompress(data)).dataobj)
 
 
+def _nrrd(data: bytes) -> Array:
+    import nrrd
+
+    file = io.BytesIO(data)
+    header = nrrd.read_header(file)
+    if "data file" in header or "datafile" in header:
+        # It would be opened, whatever it is.
+        raise ValueError("the NRRD names another file for its voxels")
+    return np.asarray(nrrd.read_data(header, file))
+
+
 def _npz(data: bytes) -> Array:
     with np.load(io.BytesIO(data), allow_pickle=False) as held:
         return np.asarray(held["mask"])
@@ -44,6 +55,7 @@ DECODERS: dict[str, Callable[[bytes], Array]] = {
     ".jpg": _png,
     ".tif": _tiff,
     ".nii.gz": _nifti,
+    ".nrrd": _nrrd,
     ".npz": _npz,
 }
 

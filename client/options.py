@@ -42,7 +42,7 @@ OPTIONS = (
     Option("min_level", int, "Under load the answer may be of a shallower level, down to this one."),
     Option("deadline_ms", float, "Milliseconds after which the answer is of no use."),
     Option("threshold", float, "0 to 1: foreground is where the score is above it [the model's]."),
-    Option("min_size_px", float, "Objects of fewer pixels or voxels are removed."),
+    Option("min_size_px", int, "Objects of fewer pixels or voxels are removed."),
     Option("min_size_mm2", float, "Objects of less area are removed (images)."),
     Option("min_size_mm3", float, "Objects of less volume are removed (volumes)."),
     Option("fill_holes", bool, "Holes inside of objects are filled."),
