@@ -8,7 +8,7 @@ import contextlib
 import functools
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -27,7 +27,7 @@ COMPARED = ("mode", "level", "format", "include_mask", "min_level", "deadline_ms
 # As of a shell's own commands.
 INTERRUPTED = 130
 
-Server = Annotated[str | None, typer.Option(help="Address of a server [in this process].")]
+Server = Annotated[str | None, typer.Option(show_default="in this process", help="Address of a server.")]
 KeyFile = Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="File with the API key.")]
 Authority = Annotated[Path | None, typer.Option("--ca", exists=True, dir_okay=False, help="Certificates to trust (PEM).")]
 Unverified = Annotated[bool, typer.Option("--no-verify", help="Trust every certificate.")]
@@ -39,10 +39,14 @@ Bundles = Annotated[Path | None, typer.Option(help="A bundle or a folder of bund
 def segment(
     paths: Annotated[list[str], typer.Argument(help="Images, volumes, folders of them, patterns.", show_default=False)],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File of the answer, for one input.")] = None,
-    out: Annotated[Path | None, typer.Option(file_okay=False, help="Folder of the answers [beside each input].")] = None,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, show_default="beside each input", help="Folder of the answers.")
+    ] = None,
     recursive: Annotated[bool, typer.Option(help="Look into folders in folders.")] = True,
     reference: Annotated[Path | None, typer.Option(help="Labels to score against; for several inputs a folder.")] = None,
-    report: Annotated[Path | None, typer.Option(dir_okay=False, help="Report of the run, JSON [run.json in --out].")] = None,
+    report: Annotated[
+        Path | None, typer.Option(dir_okay=False, show_default="run.json in --out", help="Report of the run, JSON.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Leave out what the report says is done.")] = False,
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Inputs at a time.")] = 2,
     server: Server = None,
@@ -89,7 +93,9 @@ def segment(
 
 def compare(
     image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The image or volume.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The picture, PNG [image's name + _levels.png].")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", show_default="image's name + _levels.png", help="The picture, PNG.")
+    ] = None,
     reference: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Labels to score against.")] = None,
     server: Server = None,
     api_key_file: KeyFile = None,
@@ -251,10 +257,14 @@ def _end(shown: _Shown, total: int) -> None:
         lines = "".join(f"\n  {name}: {text}" for name, text in sorted(shown.failures))
         typer.secho(f"error: {len(shown.failures)} of {total} failed:{lines}", fg="red", err=True)
     if shown.interrupted:
-        typer.secho("interrupted", err=True)
-        raise typer.Exit(INTERRUPTED)
+        _interrupted()
     if shown.failures or shown.ended_by:
         raise typer.Exit(1)
+
+
+def _interrupted() -> NoReturn:
+    typer.secho("interrupted", err=True)
+    raise typer.Exit(INTERRUPTED)
 
 
 @contextlib.contextmanager
@@ -267,3 +277,6 @@ def _said() -> Iterator[None]:
         yield
     except (SegmentError, InputError) as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        # While bundles are opened: nothing is begun.
+        _interrupted()

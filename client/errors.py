@@ -14,7 +14,8 @@ SegmentError
 from dataclasses import dataclass
 
 
-@dataclass
+# Errors are told apart by identity, as others are: what handles them may collect them in sets.
+@dataclass(eq=False)
 class SegmentError(Exception):
     """Base of all errors.
 
