@@ -6,6 +6,7 @@ Heavy imports happen inside, so that `--help` is quick and needs no extra.
 import asyncio
 import contextlib
 import functools
+import sys
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -216,13 +217,13 @@ class _Shown:
         elif text == "as before":
             self.skipped += 1
         else:
-            typer.echo(text)
+            # Through what rich has put there, which writes above the bars; typer's echo would go around it.
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
 
 
 @contextlib.contextmanager
 def _showing(total: int | None) -> Iterator[_Shown]:
-    import sys
-
     from rich.console import Console
     from rich.progress import Progress
 
