@@ -69,8 +69,8 @@ def segment(
         formats = asked.pop("format", "mask")
         if output and "," in formats:
             fail("-o names one file, and --format asks for several; use --out FOLDER")
-        inputs.check(found, out, output)
         labels = inputs.references(reference, found)
+        inputs.check(found, out, output, labels.values())
         kept = report or (out / "run.json" if out else None)
         if resume and kept is None:
             fail("--resume goes by the report of the run before; name it with --report, or use --out, which has one")
@@ -118,7 +118,7 @@ def compare(
     with _said():
         one = inputs.Input(image)
         target = output or one.answer(None, "levels.png")
-        inputs.check([one], None, target)
+        inputs.check([one], None, target, [reference] if reference else [])
         asking = _asking(server, api_key_file, ca, no_verify, timeout_s, False, bundles, asked.get("model"))
 
         async def work(shown: "_Shown") -> tuple["ModelCard", list[comparing.Row]]:

@@ -8,7 +8,8 @@ SegmentError
 ├── TryAgain              the same request may succeed later, and was tried as often as allowed (429, 503, 504, 507)
 ├── Failed                the server failed, and its log says why (other 5xx), or its answer is none of ours
 ├── JobEnded              the job failed or was cancelled, so there is no result
-└── Unreachable           no answer came: refused, closed, too slow, or a certificate that is not trusted
+├── TimedOut              the answer took longer than allowed
+└── Unreachable           no answer came: refused, closed, or a certificate that is not trusted
 """
 
 from dataclasses import dataclass
@@ -65,6 +66,10 @@ class Failed(SegmentError):
 
 class JobEnded(SegmentError):
     """The job ended without a result."""
+
+
+class TimedOut(SegmentError):
+    """The answer took longer than allowed."""
 
 
 class Unreachable(SegmentError):

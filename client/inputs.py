@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 
 # What is taken from a folder; whatever is named itself is tried. The server knows files by what is in them.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".nii", ".nii.gz", ".nrrd", ".mha")  # fmt: skip
@@ -53,8 +53,12 @@ class Input:
         return self.path.parent if out is None else out / self.folder
 
     def answer(self, out: Path | None, name: str) -> Path:
-        """Where a file of its answer goes."""
-        return self.home(out) / f"{self.stem}_{PurePath(name).name}"
+        """Where a file of its answer goes; of an archive's into a folder of its name, as there are many."""
+        # The server's names lead nowhere else, even if they try.
+        parts = [part for part in PurePosixPath(name).parts if part.strip("./")]
+        if self.path.suffix.lower() == ".zip":
+            return self.home(out).joinpath(self.stem, *parts)
+        return self.home(out) / f"{self.stem}_{parts[-1]}"
 
 
 def shown(path: Path) -> str:
@@ -134,8 +138,8 @@ def _same(one: Path, other: Path) -> bool:
     return one.resolve() == other.resolve()
 
 
-def check(inputs: list[Input], out: Path | None, output: Path | None) -> None:
-    """Refuses what would overwrite an input or another answer.
+def check(inputs: list[Input], out: Path | None, output: Path | None, labels: Iterable[Path] = ()) -> None:
+    """Refuses what would overwrite an input, a reference or another answer.
 
     Raises:
         InputError: names the files.
@@ -145,11 +149,13 @@ def check(inputs: list[Input], out: Path | None, output: Path | None) -> None:
             raise InputError(f"-o names one file, and there are {len(inputs)} inputs; use --out FOLDER")
         if not output.parent.is_dir():
             raise InputError(f"{output.parent} is not a folder")
-    own = {one.path.resolve() for one in inputs}
+    own = {path.resolve() for path in (*labels, *(one.path for one in inputs))}
     places = {one: [one.answer(out, name) for name in ANSWERS] if output is None else [output] for one in inputs}
     if over := [(one, place) for one in inputs for place in places[one] if place.resolve() in own]:
         one, place = over[0]
-        raise InputError(f"the answer to {one.shown} would be {Input(place).shown}, which is an input itself; use --out FOLDER")
+        raise InputError(
+            f"the answer to {one.shown} would be {Input(place).shown}, which is an input or a reference itself; use --out FOLDER"
+        )
     homes = {one: one.home(out).resolve() / one.stem for one in inputs}
     twice = {home for home, times in Counter(homes.values()).items() if times > 1}
     if same := [one.shown for one in inputs if homes[one] in twice]:

@@ -53,7 +53,8 @@ def wait(job_id: str, retries: Retries, progress: Progress, timeout_s: float | N
     Raises:
         JobEnded: without a result; says why.
         NotFound: it is not there, or not any more.
-        Unreachable: the server is gone, or the time is over while the job goes on.
+        TimedOut: the time is over; the job goes on.
+        Unreachable: the server is gone.
     """
     clock = Clock(math.inf if timeout_s is None else timeout_s)
     pause_s = FIRST_S
@@ -68,7 +69,7 @@ def wait(job_id: str, retries: Retries, progress: Progress, timeout_s: float | N
         if document["state"] in FINISHED:
             return _done(document)
         if clock.left_s() <= pause_s:
-            raise errors.Unreachable(f"the job is still {document['state']} and the time to wait for it is over; it goes on")
+            raise errors.TimedOut(f"the job is still {document['state']} and the time to wait for it is over; it goes on")
         yield Sleep(pause_s)
         pause_s = min(LONGEST_S, pause_s * 2)
 

@@ -78,12 +78,14 @@ class Lost(Exception):
 
     Args:
         text: why.
-        again: whether nothing of the answer had come, and trying again may help.
+        again: whether trying again may help.
+        kind: the error that this is in the end.
     """
 
-    def __init__(self, text: str, *, again: bool) -> None:
+    def __init__(self, text: str, *, again: bool, kind: type[errors.SegmentError] = errors.Unreachable) -> None:
         super().__init__(text)
         self.again = again
+        self.kind = kind
 
 
 Command = Send | Open | Next | Close | Sleep
@@ -108,7 +110,7 @@ def ask(call: Call, retries: Retries) -> Talk[Reply]:
         try:
             reply: Reply = yield Send(call, clock.left_s())
         except Lost as lost:
-            again, error = lost.again, errors.Unreachable(str(lost))
+            again, error = lost.again, lost.kind(str(lost))
         else:
             if reply.status < 300:
                 return reply

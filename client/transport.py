@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, Self, cast
 
 import httpx
 
+from client.errors import TimedOut
 from client.replies import Reply
 from client.retry import Retries
 from client.talk import Call, Clock, Lost
@@ -74,7 +75,8 @@ def arguments(call: Call, limit_s: float, files: dict[str, Any] | None = None) -
 def lost(error: httpx.HTTPError) -> Lost:
     """Why no answer came."""
     if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout | httpx.PoolTimeout):
-        return Lost("the server did not answer in time; allow more (timeout_s), or submit a job", again=False)
+        text = "the server did not answer in time; allow more (timeout_s), or submit a job"
+        return Lost(text, again=False, kind=TimedOut)
     cause: BaseException | None = error
     while cause:
         if isinstance(cause, ssl.SSLCertVerificationError):

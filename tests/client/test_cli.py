@@ -291,7 +291,7 @@ class TestBatch:
             patch.setattr("server.app.open_bundles", opens)
             assert "does not exist" in fails("segment", tmp_path / "none.png")
             assert "nothing matches" in fails("segment", folder / "*.gif")
-            assert "an input itself" in fails("segment", folder / "a.png", "-o", folder / "a.png")
+            assert "an input or a reference" in fails("segment", folder / "a.png", "-o", folder / "a.png")
             assert "4 inputs" in fails("segment", folder, "-o", tmp_path / "x.png")
             assert "use --out" in fails("segment", folder / "a.png", "-o", tmp_path / "x.png", "--format", "png,json")
             assert "name it with --report" in fails("segment", folder, "--resume")
@@ -512,6 +512,20 @@ class TestServer:
         assert states(tmp_path / "out") == ["done", "failed", "pending", "pending"]
         assert "1 of 4 were done before" in done("segment", folder, *out, "--resume")
 
+    def test_one_that_takes_too_long_is_one_that_fails(self, folder: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        from client.aio import AsyncClient
+        from client.errors import TimedOut
+
+        segment = AsyncClient.segment
+
+        async def late(self: AsyncClient, source: Path, **asked: Any) -> Any:
+            if source.name == "b.png":
+                raise TimedOut("the server did not answer in time")
+            return await segment(self, source, **asked)
+
+        monkeypatch.setattr(AsyncClient, "segment", late)
+        assert "1 of 4 failed" in fails("segment", folder, "--server", url)
+
     def test_key(self, folder: Path, tmp_path: Path) -> None:
         from server.api.auth import make
 
@@ -553,7 +567,7 @@ class TestCompare:
     def test_errors(self, folder: Path, where: list[str]) -> None:
         (folder / "c.png").write_text("hello there")
         assert "not a format" in fails("compare", folder / "c.png", *where)
-        assert "an input itself" in fails("compare", folder / "a.png", "-o", folder / "a.png", *where)
+        assert "an input or a reference" in fails("compare", folder / "a.png", "-o", folder / "a.png", *where)
         assert "'lungs'" in fails("compare", folder / "a.png", "--model", "lungs", *where)
 
     def test_measures_each_graph(self, folder: Path, fakes: Callable[..., None]) -> None:

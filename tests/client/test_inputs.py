@@ -97,6 +97,9 @@ def test_where_answers_go(tmp_path: Path) -> None:
     assert one.answer(None, "mask.nii.gz") == tmp_path / "in" / "day" / "x_mask.nii.gz"
     assert one.answer(tmp_path / "out", "mask.nii.gz") == tmp_path / "out" / "day" / "x_mask.nii.gz"
     assert one.answer(None, "../../etc/passwd") == tmp_path / "in" / "day" / "x_passwd"
+    archive = Input(tmp_path / "scans.zip")
+    assert archive.answer(None, "a/x_mask.png") == tmp_path / "scans" / "a" / "x_mask.png"
+    assert archive.answer(tmp_path / "out", "/../../x_mask.png") == tmp_path / "out" / "scans" / "x_mask.png"
 
 
 def test_the_same_name_twice(folder: Path, tmp_path: Path) -> None:
@@ -115,16 +118,25 @@ def test_the_same_name_twice(folder: Path, tmp_path: Path) -> None:
 def test_no_input_is_overwritten(folder: Path, tmp_path: Path) -> None:
     (folder / "a_mask.png").touch()
     both = collected(folder / "a.png", folder / "a_mask.png")
-    with pytest.raises(InputError, match="an input itself"):
+    with pytest.raises(InputError, match="an input or a reference"):
         check(both, None, None)
     check(both, tmp_path / "out", None)
-    with pytest.raises(InputError, match="an input itself"):
+    with pytest.raises(InputError, match="an input or a reference"):
         check(collected(folder / "a.png"), None, folder / "a.png")
-    with pytest.raises(InputError, match="an input itself"):
+    with pytest.raises(InputError, match="an input or a reference"):
         check(both, folder, None)
     (tmp_path / "link.png").symlink_to(folder / "a.png")
-    with pytest.raises(InputError, match="an input itself"):
+    with pytest.raises(InputError, match="an input or a reference"):
         check(collected(folder / "a.png"), None, tmp_path / "link.png")
+
+
+def test_no_reference_is_overwritten(folder: Path) -> None:
+    """Labels often lie beside their images, by this very name."""
+    (folder / "a_mask.png").touch()
+    one = collected(folder / "a.png")
+    check(one, None, None)
+    with pytest.raises(InputError, match="an input or a reference"):
+        check(one, None, None, references(folder / "a_mask.png", one).values())
 
 
 def test_one_output_for_many(folder: Path) -> None:

@@ -119,7 +119,7 @@ def test_failed_and_cancelled() -> None:
 
 
 def test_the_time_is_over() -> None:
-    with pytest.raises(errors.Unreachable, match="it goes on"):
+    with pytest.raises(errors.TimedOut, match="it goes on"):
         followed(STREAM, asked("running"), timeout_s=0)
 
 
