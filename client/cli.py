@@ -6,6 +6,7 @@ Heavy imports happen inside, so that `--help` is quick and needs no extra.
 import asyncio
 import contextlib
 import functools
+import re
 import sys
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
@@ -177,7 +178,8 @@ def _head(card: "ModelCard", server: str | None, options: dict[str, Any]) -> dic
 
     return {
         "version": __version__,
-        "server": server,
+        # Without a password in it.
+        "server": server and re.sub(r"//[^/@]*@", "//", server),
         "model": {"name": card["name"], "sha256": card["sha256"]},
         "options": options,
         "started": now(),

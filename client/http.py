@@ -76,7 +76,11 @@ class Client(Configured):
         affine: ArrayLike | None = None,
         **parameters: Any,
     ) -> "Job":
-        """The same in the background, for what takes minutes; with preview=True there is soon a mask of level 1, too."""
+        """The same in the background, for what takes minutes; with preview=True there is soon a mask of level 1, too.
+
+        If the connection breaks before the answer it is sent again, and the server may have the job twice; the one that nobody
+        knows of ends by itself.
+        """
         return self.job(self.run(calls.submit(source, formats, reference, affine, parameters, self._retries))["id"])
 
     def job(self, job_id: str) -> "Job":

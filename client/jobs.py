@@ -88,7 +88,9 @@ def _listen(job_id: str, progress: Progress, clock: Clock) -> Talk[JobDocument |
     """
     document: JobDocument | None = None
     try:
-        reply: Reply = yield Open(Call("GET", f"jobs/{job_id}/events", headers={"Accept": "text/event-stream"}), SILENCE_S)
+        reply: Reply = yield Open(
+            Call("GET", f"jobs/{job_id}/events", headers={"Accept": "text/event-stream"}), min(SILENCE_S, clock.left_s())
+        )
         if reply.status != 200:
             error = explain(reply)
             if isinstance(error, errors.Refused):

@@ -489,6 +489,10 @@ class TestServer:
         done("segment", tmp_path / "x.nii.gz", "--server", url, "--deadline-ms", 60000)
         assert len(submitted) == 1
 
+    def test_passwords_are_not_reported(self, folder: Path, tmp_path: Path, url: str) -> None:
+        done("segment", folder, "--out", tmp_path / "out", "--server", url.replace("//", "//me:secret@"))
+        assert report_of(tmp_path / "out")["server"] == url
+
     def test_is_gone(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("client.retry.Retries.wait_s", lambda *_: 0)
         assert "no server answers" in fails("segment", folder, "--server", "http://127.0.0.1:9")

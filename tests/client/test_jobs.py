@@ -91,6 +91,8 @@ def test_the_end_came_while_nobody_listened() -> None:
 def test_silence_is_not_waited_for_without_end() -> None:
     seen = followed(STREAM, event("done"))[2]
     assert seen[0].limit_s == jobs.SILENCE_S
+    seen = followed(STREAM, event("done"), timeout_s=5)[2]
+    assert seen[0].limit_s <= 5
 
 
 @pytest.mark.parametrize("status", [404, 401])
