@@ -36,7 +36,7 @@ $(BIN)/python:
 # Serving installs no torch.
 $(VENV)/.installed-cpu $(VENV)/.installed-gpu: $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(UNINSTALL) $(OTHER_$*)
-	$(PIP) --editable '.[$*]'
+	$(PIP) --editable '.[$*,client]'
 	@rm -f $(VENV)/.installed-* && touch $@
 
 # torch first and by its exact version, so that no other package's range picks one.

@@ -9,6 +9,7 @@ COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY server server
 COPY model model
 COPY export export
+COPY client client
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM base AS packages

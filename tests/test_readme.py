@@ -1,7 +1,11 @@
 """The README shows what is: its generated blocks are up to date and its commands exist."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,3 +62,25 @@ def test_every_command_exists(command: str) -> None:
     from server.cli import app
 
     assert command in {c.name or (c.callback and c.callback.__name__) for c in app.registered_commands}
+
+
+@pytest.mark.parametrize("code", re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
+def test_python_does_what_it_says(code: str, client: Any, ihc: Any, tmp_path: Path) -> None:
+    """Against a real server, on a folder of real images."""
+    pytest.importorskip("matplotlib")
+    from tests.server.conftest import picture_bytes
+
+    (tmp_path / "images").mkdir()
+    for number in range(2):
+        (tmp_path / "images" / f"{number}.png").write_bytes(picture_bytes(ihc[:128, number * 64 : number * 64 + 160]))
+    assert "http://localhost:8000" in code
+    ran = subprocess.run(
+        [sys.executable, "-c", code.replace("http://localhost:8000", str(client.base_url))],
+        cwd=tmp_path, env=os.environ | {"MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)},  # noqa: TID251 - of a child
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    written = {path.name for path in tmp_path.iterdir()} - {"images"}
+    assert written == set(re.findall(r'"([\w-]+\.(?:csv|png))"', code))
+    for name in written:
+        assert name in README.replace(code, "")

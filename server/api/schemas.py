@@ -34,8 +34,9 @@ class ModelSummary(BaseModel):
 
 
 class ModelCard(ModelSummary):
-    """Everything about one model."""
+    """Everything about one model; `sha256` is of its manifest, which has those of all its files."""
 
+    sha256: str
     description: str
     intended_use: str
     channels: tuple[str, ...]
@@ -132,6 +133,7 @@ def card(opened: OpenBundle, default: str) -> ModelCard:
     )
     return ModelCard(
         **_summary(manifest, opened, default),
+        sha256=opened.bundle.sha256,
         description=manifest.description,
         intended_use=manifest.intended_use,
         channels=manifest.channels,

@@ -1,9 +1,6 @@
 import asyncio
-import base64
 import contextlib
-import inspect
 import io
-import json
 import shutil
 import signal
 import socket
@@ -19,18 +16,16 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from fastapi import FastAPI
 from PIL import Image as Pillow
 from typer.testing import CliRunner, Result
 
 from server import cli
-from server.arrays import Tiles
 from server.errors import StoreBroken
 from server.jobs.store import Store
 from server.serving import Server
 from server.settings import JobsSettings, Settings
 from tests.conftest import ROOT
-from tests.server.conftest import bright, fake_bundles, mask_of, nifti_bytes, pages_bytes, pages_of, picture_bytes, volume_of
+from tests.server.conftest import fake_bundles, mask_of, picture_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -75,177 +70,6 @@ def image(tmp_path: Path, ihc: np.ndarray) -> Path:
     path = tmp_path / "tissue.png"
     path.write_bytes(picture_bytes(ihc[:200, :240]))
     return path
-
-
-class TestSegment:
-    def test_is_the_answer_of_the_server(self, image: Path, client: httpx.Client) -> None:
-        result = run("segment", image, "--level", 1)
-        assert result.exit_code == 0, result.output
-        assert "nuclei fast L1 fp32" in result.output
-        answer = client.post("/segment?mode=fast&level=1&precision=fp32", content=image.read_bytes())
-        assert (image.parent / "tissue_mask.png").read_bytes() == answer.content
-
-    def test_reference(self, image: Path, tmp_path: Path) -> None:
-        own = tmp_path / "own.png"
-        assert run("segment", image, "--level", 1, "-o", own).exit_code == 0
-        result = run("segment", image, "--level", 1, "--reference", own)
-        assert "IoU 1.0000  Dice 1.0000" in result.output
-
-    def test_format(self, image: Path) -> None:
-        result = run("segment", image, "--level", 1, "--format", "json")
-        assert result.exit_code == 0, result.output
-        report = json.loads((image.parent / "tissue_statistics.json").read_text())
-        assert report["size"] == {"height": 200, "width": 240}
-
-    def test_include_mask(self, image: Path) -> None:
-        result = run("segment", image, "--level", 1, "--format", "json", "--include-mask")
-        assert result.exit_code == 0, result.output
-        report = json.loads((image.parent / "tissue_statistics.json").read_text())
-        assert mask_of(base64.b64decode(report["mask_png"])).shape == (200, 240)
-
-    def test_has_the_parameters_of_the_server(self, app: FastAPI) -> None:
-        parameters = {p["name"] for p in app.openapi()["paths"]["/segment"]["post"]["parameters"]}
-        # Of use only where others wait too.
-        assert parameters - {"deadline_ms", "min_level"} <= inspect.signature(cli.segment).parameters.keys()
-
-    def test_nothing_is_left_beside_the_answer(self, image: Path) -> None:
-        run("segment", image, "--level", 1)
-        assert sorted(path.name for path in image.parent.iterdir()) == ["tissue.png", "tissue_mask.png"]
-
-    def test_errors(self, image: Path, tmp_path: Path) -> None:
-        assert "there are: mask (as the input), png" in fails("segment", image, "--format", "gif")
-        assert "levels 1, 2, 3, 4" in fails("segment", image, "--level", 9)
-        assert "'lungs'" in fails("segment", image, "--model", "lungs")
-        assert "auto, fp32" in fails("segment", image, "--precision", "fp8")
-        (tmp_path / "text.png").write_text("hello there")
-        assert "not a format that this server reads" in fails("segment", tmp_path / "text.png", "--level", 1)
-        assert "no/such/folder is not a folder" in fails("segment", image, "-o", tmp_path / "no/such/folder/out.png")
-        assert "axis is for volumes" in fails("segment", image, "--level", 1, "--axis", "1")
-        assert "there are: refuse, zero" in fails("segment", image, "--level", 1, "--nonfinite", "drop")
-        assert "UNETPP_BUNDLES" in fails("segment", image, "--bundles", tmp_path / "nowhere")
-
-    def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
-        result = run("segment", tmp_path / "missing.png")
-        assert result.exit_code == 2
-        assert "does not exist" in result.stderr
-
-
-VOLUME = np.random.default_rng(1).integers(0, 256, (12, 20, 9), dtype=np.uint8)
-
-
-class TestVolumes:
-    """On fake engines."""
-
-    def segmented(self, monkeypatch: pytest.MonkeyPatch, path: Path, data: bytes, *options: object, engine: Any = bright,
-                  **changes: Any) -> tuple[Result, set[str]]:  # fmt: skip
-        """What the command says, and which files it left beside the input."""
-        path.write_bytes(data)
-        monkeypatch.setattr("server.app.open_bundles", lambda settings: fake_bundles(engine, **changes))
-        result = run("segment", path, *options)
-        return result, {file.name for file in path.parent.iterdir()} - {path.name}
-
-    @pytest.mark.parametrize(
-        ("name", "answer"),
-        [
-            ("x.nii.gz", "x_mask.nii.gz"), ("x.nii", "x_mask.nii.gz"), ("scan.v2.nii.gz", "scan.v2_mask.nii.gz"),
-            ("x", "x_mask.nii.gz"), ("x.gz", "x_mask.nii.gz"),
-        ],
-    )  # fmt: skip
-    @pytest.mark.parametrize("dims", [2, 3])
-    def test_nifti(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, answer: str, dims: int) -> None:
-        result, left = self.segmented(monkeypatch, tmp_path / name, nifti_bytes(VOLUME), dims=dims)
-        assert result.exit_code == 0, result.output
-        assert answer in result.output
-        assert left == {answer}
-        assert np.array_equal(volume_of((tmp_path / answer).read_bytes()), VOLUME.mean() < VOLUME)
-
-    def test_pages(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        result, left = self.segmented(monkeypatch, tmp_path / "x.tif", pages_bytes(VOLUME))
-        assert result.exit_code == 0, result.output
-        assert left == {"x_mask.tif"}
-        assert np.array_equal(pages_of((tmp_path / "x_mask.tif").read_bytes()), VOLUME.mean() < VOLUME)
-
-    def test_one_page_is_an_image(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert self.segmented(monkeypatch, tmp_path / "x.tif", pages_bytes(VOLUME[:1]))[1] == {"x_mask.png"}
-
-    def test_options(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        voxels = VOLUME.astype(np.float32)
-        voxels[0, 0, 0] = np.nan
-        result, left = self.segmented(
-            monkeypatch,
-            tmp_path / "x.nii.gz",
-            nifti_bytes(voxels),
-            "--axis",
-            0,
-            "--nonfinite",
-            "zero",
-            "--format",
-            "json",
-            "--include-mask",
-        )
-        assert result.exit_code == 0, result.output
-        assert "note: 1 values that are not finite were read as 0" in result.output
-        assert left == {"x_statistics.json"}
-        report = json.loads((tmp_path / "x_statistics.json").read_text())
-        assert volume_of(base64.b64decode(report["mask_nifti"])).shape == VOLUME.shape
-
-    def test_reference(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-        truth = tmp_path_factory.mktemp("truth") / "truth.nii.gz"
-        truth.write_bytes(nifti_bytes((VOLUME.mean() < VOLUME).astype(np.uint8)))
-        result, _ = self.segmented(monkeypatch, tmp_path / "x.nii.gz", nifti_bytes(VOLUME), "--reference", truth)
-        assert "IoU 1.0000  Dice 1.0000" in result.output
-
-    def test_interrupted_in_the_engine(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        calls = []
-
-        def interrupted(tiles: Tiles) -> np.ndarray:
-            calls.append(len(tiles))
-            if len(calls) == 2:
-                raise KeyboardInterrupt
-            return bright(tiles)
-
-        pages = np.zeros((200, 16, 16), dtype=np.uint8)
-        result, left = self.segmented(monkeypatch, tmp_path / "x.tif", pages_bytes(pages), engine=interrupted)
-        assert result.exit_code not in (0, None)
-        assert not left
-        assert sum(calls) < 200
-
-    def test_interrupted_while_it_writes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        write = Path.write_bytes
-
-        def half(path: Path, data: bytes) -> int:
-            if "_mask" not in path.name:
-                return write(path, data)
-            write(path, data[:10])
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(Path, "write_bytes", half)
-        (tmp_path / "x_mask.nii.gz").touch()
-        result, left = self.segmented(monkeypatch, tmp_path / "x.nii.gz", nifti_bytes(VOLUME))
-        assert result.exit_code != 0
-        assert left == {"x_mask.nii.gz"}
-        assert (tmp_path / "x_mask.nii.gz").read_bytes() == b""  # as it was
-
-    def test_ctrl_c(self, tmp_path: Path) -> None:
-        """A real signal to a real process, in the middle of a thousand slow batches."""
-        (tmp_path / "x.tif").write_bytes(pages_bytes(np.zeros((2000, 16, 16), dtype=np.uint8)))
-        code = (
-            "import time\nimport server.app\nfrom server.cli import app\nfrom tests.server.conftest import bright, fake_bundles\n"
-            "def slow(tiles):\n    print('at work', flush=True)\n    time.sleep(0.5)\n    return bright(tiles)\n"
-            "server.app.open_bundles = lambda settings: fake_bundles(slow)\n"
-            f"app(['segment', {str(tmp_path / 'x.tif')!r}])\n"
-        )
-        with subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-        ) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "at work\n"
-            process.send_signal(signal.SIGINT)
-            said, errors = process.communicate(timeout=60)
-        assert process.returncode != 0
-        assert said.count("at work") < 10
-        assert "Traceback" not in errors
-        assert [path.name for path in tmp_path.iterdir()] == ["x.tif"]
 
 
 class TestModels:

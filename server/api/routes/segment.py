@@ -108,7 +108,7 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_
         in_flight += 1
         metrics.in_flight.set(in_flight)
         try:
-            terms = Terms(max_wait_s, _deadline(asked.deadline_ms, request))
+            terms = Terms(max_wait_s, read_deadline(asked.deadline_ms, request))
             wanted = asked.wanted(request)
             choice = segmenter.choose(wanted)
             labels = (choice.model, choice.route.mode, f"{choice.route.level}")
@@ -141,7 +141,7 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_
     return routes
 
 
-def _deadline(query_ms: float | None, request: Request) -> float:
+def read_deadline(query_ms: float | None, request: Request) -> float:
     """When the answer is of no more use, in seconds of `time.monotonic`; from the query or the header.
 
     Raises:

@@ -3,7 +3,8 @@ from typing import Any
 
 import httpx
 
-from tests.conftest import serving
+from server.runtime.bundle import MANIFEST, sha256
+from tests.conftest import ROOT, serving
 from tests.server.conftest import calibrated, fake_app
 
 
@@ -23,6 +24,7 @@ def test_card(client: httpx.Client) -> None:
     assert card["classes"][0]["name"] == "nucleus"
     assert "Not a medical device" in card["intended_use"]
     assert card["license"]["weights"]
+    assert card["sha256"] == sha256(ROOT / "bundles" / "nuclei" / MANIFEST)
     served = {(row["graph"], row["precision"]) for row in card["serving"]}
     assert ("L1", "fp32") in served
     for graph in card["graphs"]:

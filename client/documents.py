@@ -1,0 +1,144 @@
+"""The server's JSON, as it is: dictionaries whose keys a type checker knows."""
+
+from typing import Any, Literal, NotRequired, TypedDict
+
+# One of its keys is a keyword of Python.
+Object = TypedDict(
+    "Object",
+    {
+        "id": int,
+        "class": int,
+        "name": str,
+        "pixels": NotRequired[int],
+        "voxels": NotRequired[int],
+        "area_mm2": NotRequired[float],
+        "volume_mm3": NotRequired[float],
+        "volume_ml": NotRequired[float],
+        "centroid": list[float],
+        "box": list[list[int]],
+        "centroid_mm": NotRequired[list[float]],
+        "box_mm": NotRequired[list[list[float]]],
+        "mean_score": float | None,
+        "touches_border": bool,
+    },
+)
+"""One object. Coordinates are (row, column) of images and (x, y, z) of volumes as stored; boxes are half-open."""
+
+
+class ClassStatistics(TypedDict):
+    """All of one class."""
+
+    value: int
+    name: str
+    pixels: NotRequired[int]
+    voxels: NotRequired[int]
+    fraction: float
+    objects: int
+    area_mm2: NotRequired[float]
+    volume_ml: NotRequired[float]
+    mean_score: float | None
+    largest_score: float | None
+    touches_border: bool
+    note: NotRequired[str]
+
+
+class Overlap(TypedDict):
+    """With the reference."""
+
+    iou: float
+    dice: float
+
+
+class Statistics(TypedDict):
+    """The document of `format=json`."""
+
+    model: str
+    mode: str
+    level: int
+    precision: str
+    engine: str
+    requested: NotRequired[dict[str, Any]]
+    degraded: NotRequired[str]
+    size: dict[str, int]
+    pixel_size_um: NotRequired[dict[str, float]]
+    spacing_mm: NotRequired[dict[str, float]]
+    postprocessing: NotRequired[dict[str, Any]]
+    classes: list[ClassStatistics]
+    objects: list[Object]
+    objects_omitted: NotRequired[int]
+    reference: NotRequired[dict[str, Overlap]]
+    instances: NotRequired[dict[str, Any]]
+    note: NotRequired[str]
+    timings_ms: dict[str, float]
+
+
+class ModelSummary(TypedDict):
+    """One line of the list of models."""
+
+    name: str
+    title: str
+    dims: int
+    levels: list[int]
+    recommended_level: int
+    precisions: list[str]
+    default: bool
+
+
+class Class(TypedDict):
+    """One foreground class: its value in the mask, name and colour as #rrggbb."""
+
+    value: int
+    name: str
+    color: str
+
+
+class Serving(TypedDict):
+    """What serves a graph at a precision."""
+
+    graph: str
+    precision: str
+    engine: str
+    provider: str
+    auto: bool
+
+
+class ModelCard(ModelSummary):
+    """Everything about one model; `sha256` is of its manifest, which has the hashes of all its files."""
+
+    sha256: str
+    description: str
+    intended_use: str
+    channels: list[str]
+    classes: list[Class]
+    serving: list[Serving]
+    calibration: dict[str, Any] | None
+    license: dict[str, str]
+    provenance: dict[str, str]
+
+
+class Windows(TypedDict):
+    """How far the network is."""
+
+    done: int
+    total: int
+
+
+class JobDocument(TypedDict):
+    """A job as it stands; times are UTC in ISO 8601."""
+
+    id: str
+    state: Literal["queued", "running", "done", "failed", "cancelled"]
+    stage: str | None
+    windows: Windows
+    queue_position: int | None
+    eta_s: float | None
+    created: str
+    started: str | None
+    finished: str | None
+    expires: str | None
+    model: str
+    mode: str
+    level: int
+    precision: str
+    links: dict[str, str | None]
+    error: dict[str, Any] | None
