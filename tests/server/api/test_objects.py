@@ -111,7 +111,7 @@ class TestStatistics:
         assert report["classes"][0]["area_mm2"] == pytest.approx(report["classes"][0]["pixels"] * 0.125e-6)
         assert report["objects"][0]["area_mm2"] == pytest.approx(report["objects"][0]["pixels"] * 0.125e-6)
         out = io.BytesIO()
-        tifffile.imwrite(out, pixels, resolution=(1e4 / 2, 1e4 / 4), resolutionunit="CENTIMETER")
+        tifffile.imwrite(out, pixels, ome=True, metadata={"axes": "YX", "PhysicalSizeX": 2, "PhysicalSizeY": 4})
         assert report_of(shaded, out.getvalue())["pixel_size_um"] == {"height": 4.0, "width": 2.0}
         # What the caller says wins.
         assert report_of(shaded, out.getvalue(), "&pixel_size_um=1")["pixel_size_um"] == {"height": 1.0, "width": 1.0}
@@ -141,15 +141,19 @@ class TestStatistics:
         pixels[2:5, 2:5], pixels[10:15, 10:15], pixels[10:12, 15:20] = 18, 27, 19
         report = report_of(classed, picture_bytes(pixels))
         assert [(row["pixels"], row["objects"]) for row in report["classes"]] == [(19, 2), (25, 1)]
-        assert [(one["class"], one["mean_score"]) for one in report["objects"]] == [(1, 0.8), (2, 0.7), (1, 0.9)]
+        assert [one["class"] for one in report["objects"]] == [1, 2, 1]
+        assert [one["mean_score"] for one in report["objects"]] == pytest.approx([0.8, 0.7, 0.9], abs=1e-3)
 
 
 class TestPostprocessing:
     def test_threshold(self, shaded: httpx.Client, classed: httpx.Client) -> None:
         pixels = picture()
-        for threshold in (0.0, 0.3, 0.8, 1.0):
+        for threshold in (0.0, 0.3, 0.81, 1.0):
             mask = mask_by(shaded, picture_bytes(pixels), f"threshold={threshold}")
-            assert np.array_equal(mask, pixels.astype(np.float32) / np.float32(255) > np.float32(threshold))
+            # What was blended may be off by its last bit.
+            sure = np.abs(pixels / 255 - threshold) > 1e-6
+            assert np.array_equal(mask[sure], (pixels / 255 > threshold)[sure])
+        assert mask_by(shaded, picture_bytes(pixels), "threshold=0").sum() == np.count_nonzero(pixels)
         # The best foreground class, also where background scores higher; and none where it is not above.
         pixels = np.array([[14, 22, 19, 0]], dtype=np.uint8)
         assert mask_by(classed, picture_bytes(pixels), "format=png").tolist() == [[0, 0, 1, 0]]
@@ -257,12 +261,13 @@ class TestInstances:
         labels[:, 27:] *= 2
         files = {"file": picture_bytes(TWO * np.uint8(200)), "reference": picture_bytes(labels)}
         answer = shaded.post(f"/segment?format=json&instances={str(given).lower()}", files=files)
+        assert answer.status_code == 200, answer.text
         report = answer.json()
         assert report["reference"]["bright"]["iou"] == 1
         assert answer.headers["x-segment-iou"] == "1.0000"
         assert ("instances" in report) == given
         if given:
-            assert list(report["instances"]["ap"]) == [f"{50 + 5 * k:d}"[:-1] and f"{0.5 + 0.05 * k:g}" for k in range(10)]
+            assert list(report["instances"]["ap"]) == [f"{0.5 + 0.05 * k:g}" for k in range(10)]
             assert report["instances"]["ap"]["0.5"] == 1.0
             assert report["instances"]["mean_ap"] > 0.8
 

@@ -320,7 +320,7 @@ class TestWhatDoesNotFit:
     @pytest.mark.parametrize("call", [segment, estimate])
     def test_formats_of_another_kind(self, call: Any) -> None:
         for data, name, kind in ((picture_bytes(VOLUME[0]), "nifti", "an image"), (nifti_bytes(VOLUME), "png", "a volume"),
-                                 (pages_bytes(VOLUME), "overlay", "a stack of pages")):  # fmt: skip
+                                 (pages_bytes(VOLUME), "geojson", "a stack of pages")):  # fmt: skip
             with pytest.raises(UnknownFormat, match=f"format='{name}' does not fit: the input is {kind}; there are: "):
                 call(data, format=name)
 
