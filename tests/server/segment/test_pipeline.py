@@ -431,6 +431,8 @@ class TestEstimate:
         ({"dims": 3, "activation": "softmax", "classes": CLASSES}, {"format": "npz"}),
         ({"dims": 3, "activation": "softmax", "classes": CLASSES, "spacing": (0.7, 0.7, 0.7)}, {}),
         ({"activation": "softmax", "classes": CLASSES}, {"format": "json", "axis": "0"}),
+        ({"dims": 3, "activation": "softmax", "classes": CLASSES}, {"format": "csv", "instances": True}),
+        ({"activation": "softmax", "classes": CLASSES}, {"fill_holes": True, "keep_largest": True, "threshold": 0.2}),
     ])  # fmt: skip
     def test_memory_is_not_more(self, bundle: dict[str, Any], wanted: dict[str, Any]) -> None:
         voxels = np.random.default_rng(0).normal(1, 1, (120, 120, 120)).clip(0, 2).round().astype(np.float32)
