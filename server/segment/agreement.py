@@ -102,6 +102,7 @@ class Agreement:
         if sample.choice.route.mode != "fast" or self._closed:
             return
         drawn = self._sampler.draws()
+        # What was done with a mask on request says nothing of its level.
         if self._running or sample.classes.size > self._max_pixels or not sample.raw:
             # What is only due can be the next one.
             if drawn:

@@ -269,7 +269,8 @@ class Segmenter:
         async with until(terms.deadline):
             extents = await clock.off_loop("decode", self._measure, file, reference, request)
             order = self._decide(*extents, request, requested, terms)
-            if not clock.workers and (math.prod(extents[0].size) > SMALL_PIXELS or order.formats != ("png",)):
+            plain = order.formats == ("png",) and not request.postprocessing.asked
+            if not clock.workers and (math.prod(extents[0].size) > SMALL_PIXELS or not plain):
                 clock.workers = self._workers
             if extents[0].kind != "image":
                 clock.workers = self._volume_workers

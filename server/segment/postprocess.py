@@ -13,18 +13,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8
 from numpy import ndarray
-from scipy import ndimage
 
 from server.arrays import Extent, Mask
 from server.errors import InvalidParameter
 from server.segment import instances
+from server.segment.holes import HOLE_BYTES, fill_holes
 from server.segment.objects import (
     MOST_OBJECTS,
     OBJECT_BYTES,
     PIXEL_BYTES,
     check_count,
     in_scan_order,
-    looked_up,
     measure,
     number,
     parts,
@@ -128,10 +127,6 @@ class Postprocessing:
         )
 
 
-# Per pixel, while holes are looked for: labels of what is not the class, and what is a hole.
-HOLE_BYTES = 12
-
-
 @dataclass(frozen=True)
 class Processed:
     """What became of a mask.
@@ -181,43 +176,6 @@ def apply(
         else mask,
         dropped,
     )
-
-
-def fill_holes(classes: UInt8[ndarray, "*size"]) -> None:
-    """Background that one class encloses, and that touches it, becomes of that class, in place.
-
-    Enclosed is what cannot be left through sides of pixels (corners are closed, as objects hold together at them). Axes of one voxel
-    do not count. What two classes enclose together stays.
-    """
-    flat = classes.squeeze() if classes.ndim == 3 else classes
-    several = flat.max(initial=0) > 1
-    for value, box in enumerate(ndimage.find_objects(np.atleast_1d(flat)), start=1):
-        if box is not None:
-            part = np.atleast_1d(flat)[box]
-            holes = _enclosed(part != value)
-            holes &= part == 0
-            if several and holes.any():
-                holes = _beside(part == value, holes)
-            part[holes] = value
-
-
-def _enclosed(outside: Bool[ndarray, "*box"]) -> Bool[ndarray, "*box"]:
-    """Where no way leads from to the border of the box."""
-    labels, count = ndimage.label(outside, output=np.int32)
-    closed = np.ones(count + 1, dtype=np.bool_)
-    closed[0] = False
-    for axis in range(outside.ndim):
-        for end in (0, -1):
-            closed[labels.take(end, axis)] = False
-    return looked_up(closed, labels)
-
-
-def _beside(inside: Bool[ndarray, "*box"], holes: Bool[ndarray, "*box"]) -> Bool[ndarray, "*box"]:
-    """The holes that touch what is inside: others lie within another class that lies in there."""
-    labels, count = ndimage.label(holes, output=np.int32)
-    touched = np.zeros(count + 1, dtype=np.bool_)
-    touched[labels[ndimage.binary_dilation(inside) & holes]] = True
-    return looked_up(touched, labels)
 
 
 def _drop(

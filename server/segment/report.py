@@ -112,8 +112,8 @@ def _scored(precision: dict[float, float]) -> dict[str, Any]:
     """Average precision per threshold of IoU, and its mean."""
     if not precision:
         return {}
-    ap = {f"{threshold:g}": round(value, 4) for threshold, value in precision.items()}
-    return {"ap": ap, "mean_ap": round(sum(precision.values()) / len(ap), 4)}
+    ap = {f"{threshold:g}": round(float(value), 4) for threshold, value in precision.items()}
+    return {"ap": ap, "mean_ap": round(float(sum(precision.values())) / len(ap), 4)}
 
 
 def _pixel_size_um(spacing_mm: tuple[float, ...]) -> dict[str, float]:

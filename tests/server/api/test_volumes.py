@@ -85,7 +85,7 @@ def test_like_is_answered_by_like(flat: httpx.Client, data: bytes, kind: str, na
     ("data", "accept", "kind"),
     [
         (VOLUME, "application/json", "application/json"), (VOLUME, "application/gzip", "application/gzip"),
-        (VOLUME, "image/png, application/x-npz;q=0.5", "application/x-npz"), (STACK, "image/*", "image/tiff"),
+        (VOLUME, "image/webp, application/x-npz;q=0.5", "application/x-npz"), (STACK, "image/*", "image/tiff"),
         (IMAGE, "image/tiff", "image/tiff"), (STACK, "application/gzip;q=0.5, application/json;q=0.1", "application/json"),
     ],
 )  # fmt: skip
@@ -95,7 +95,7 @@ def test_accept(flat: httpx.Client, data: bytes, accept: str, kind: str) -> None
 
 @pytest.mark.parametrize(
     ("data", "query", "accept"),
-    [(VOLUME, "?format=png", "*/*"), (STACK, "?format=nifti", "*/*"), (IMAGE, "?format=nifti", "*/*"), (VOLUME, "", "image/png")],
+    [(VOLUME, "?format=png", "*/*"), (STACK, "?format=nifti", "*/*"), (IMAGE, "?format=nifti", "*/*"), (VOLUME, "", "image/webp")],
 )
 def test_formats_that_do_not_fit(flat: httpx.Client, problem: Callable[..., Any], data: bytes, query: str, accept: str) -> None:
     refused = problem(flat.post(f"/segment{query}", content=data, headers={"accept": accept}), 406, "unknown-format")

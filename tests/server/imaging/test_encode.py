@@ -301,7 +301,7 @@ def test_several_formats_are_a_zip_of_what_each_is_alone() -> None:
         for name in ("json", "png"):
             assert archive.read(ENCODERS[name].file) == ENCODERS[name].encode(made)
     assert room.encode(("png",), made) == room.Encoded(ENCODERS["png"].encode(made), "image/png", "mask.png")
-    assert room.needs(("json", "png", "npz")) == {"report", "scores"}
+    assert room.needs(("json", "png", "npz")) == {"report", "objects", "scores"}
 
 
 class TestChoose:

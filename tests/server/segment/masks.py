@@ -34,3 +34,8 @@ def disc(size: tuple[int, ...], *balls: tuple[tuple[float, ...], float]) -> np.n
         away = index - np.array(middle).reshape(-1, *(1,) * len(size))
         found[np.linalg.norm(away, axis=0) <= radius] = 1
     return found
+
+
+def lines(*rows: str) -> np.ndarray:
+    """A picture by hand: a digit per pixel, background as dots."""
+    return np.array([[int(char) for char in row.replace(".", "0")] for row in rows], dtype=np.uint8)

@@ -166,6 +166,19 @@ def test_classes_are_compared_each_by_itself() -> None:
     assert scene.counts() == {"compared": 1}
 
 
+@pytest.mark.parametrize("wanted", [{"threshold": 0.4}, {"min_size_px": 2}, {"fill_holes": True}, {"instances": True}])
+def test_masks_that_callers_had_changed_are_not_compared(wanted: dict[str, Any]) -> None:
+    """Nor are they taken for it later: the next raw one is."""
+
+    async def act(scene: Scene) -> None:
+        await scene.answer(picture_bytes(BITS), level=1, format="png", **wanted)
+        assert scene.engine.ran == ["fast"]
+        await scene.answer(picture_bytes(BITS), level=1)
+        await scene.compared()
+
+    assert play(act).counts() == {"compared": 1, "skipped": 1}
+
+
 def test_nothing_against_nothing_is_counted_apart() -> None:
     async def act(scene: Scene) -> None:
         await scene.answer(picture_bytes(np.zeros((4, 4), dtype=np.uint8)), level=1)

@@ -320,7 +320,7 @@ class TestWhatDoesNotFit:
     @pytest.mark.parametrize("call", [segment, estimate])
     def test_formats_of_another_kind(self, call: Any) -> None:
         for data, name, kind in ((picture_bytes(VOLUME[0]), "nifti", "an image"), (nifti_bytes(VOLUME), "png", "a volume"),
-                                 (pages_bytes(VOLUME), "overlay", "a stack of pages")):  # fmt: skip
+                                 (pages_bytes(VOLUME), "geojson", "a stack of pages")):  # fmt: skip
             with pytest.raises(UnknownFormat, match=f"format='{name}' does not fit: the input is {kind}; there are: "):
                 call(data, format=name)
 
@@ -431,6 +431,8 @@ class TestEstimate:
         ({"dims": 3, "activation": "softmax", "classes": CLASSES}, {"format": "npz"}),
         ({"dims": 3, "activation": "softmax", "classes": CLASSES, "spacing": (0.7, 0.7, 0.7)}, {}),
         ({"activation": "softmax", "classes": CLASSES}, {"format": "json", "axis": "0"}),
+        ({"dims": 3, "activation": "softmax", "classes": CLASSES}, {"format": "csv", "instances": True}),
+        ({"activation": "softmax", "classes": CLASSES}, {"fill_holes": True, "keep_largest": True, "threshold": 0.2}),
     ])  # fmt: skip
     def test_memory_is_not_more(self, bundle: dict[str, Any], wanted: dict[str, Any]) -> None:
         voxels = np.random.default_rng(0).normal(1, 1, (120, 120, 120)).clip(0, 2).round().astype(np.float32)
