@@ -3,39 +3,39 @@ import { h } from "./dom.js";
 
 const ALL = ["image", "stack", "volume"], IMAGE = ["image"], STACKS = ["image", "stack"], VOLUME = ["volume"];
 
-/** Every output format of the server: label, kinds of input, whether it needs mode=accurate. A test compares it with the server's table. */
+/** Every output format of the server: label, kinds of input, name of the file, and whether it needs mode=accurate. A test compares it with the server's table. */
 export const FORMATS = {
-  png: ["mask, indexed PNG", IMAGE],
-  png1: ["mask, 1-bit PNG", IMAGE],
-  tiff: ["mask, TIFF", STACKS],
-  nifti: ["mask, NIfTI", VOLUME],
-  nrrd: ["mask, .seg.nrrd (3D Slicer)", VOLUME],
-  labels_png: ["objects, 16-bit PNG", IMAGE],
-  labels_tiff: ["objects, TIFF", STACKS],
-  labels_nifti: ["objects, NIfTI", VOLUME],
-  geojson: ["objects, GeoJSON (QuPath)", IMAGE],
-  geojson_gz: ["objects, GeoJSON, compressed", IMAGE],
-  coco: ["objects, COCO", IMAGE],
-  csv: ["objects, CSV", ALL],
-  json: ["statistics, JSON", ALL],
-  overlay: ["overlay, PNG", ALL],
-  overlay_jpeg: ["overlay, JPEG", ALL],
-  picture: ["input as shown, PNG", IMAGE],
-  npz: ["scores, NumPy float16", ALL],
-  npz8: ["scores, NumPy uint8", ALL],
-  png16: ["scores, 16-bit PNG", IMAGE],
-  scores_tiff: ["scores, TIFF", STACKS],
-  scores_nifti: ["scores, NIfTI", VOLUME],
-  uncertainty_png: ["uncertainty, PNG", IMAGE, true],
-  uncertainty_tiff: ["uncertainty, TIFF", STACKS, true],
-  uncertainty_nifti: ["uncertainty, NIfTI", VOLUME, true],
+  png: ["mask, indexed PNG", IMAGE, "mask.png"],
+  png1: ["mask, 1-bit PNG", IMAGE, "mask_1bit.png"],
+  tiff: ["mask, TIFF", STACKS, "mask.tif"],
+  nifti: ["mask, NIfTI", VOLUME, "mask.nii.gz"],
+  nrrd: ["mask, .seg.nrrd (3D Slicer)", VOLUME, "mask.seg.nrrd"],
+  labels_png: ["objects, 16-bit PNG", IMAGE, "labels.png"],
+  labels_tiff: ["objects, TIFF", STACKS, "labels.tif"],
+  labels_nifti: ["objects, NIfTI", VOLUME, "labels.nii.gz"],
+  geojson: ["objects, GeoJSON (QuPath)", IMAGE, "objects.geojson"],
+  geojson_gz: ["objects, GeoJSON, compressed", IMAGE, "objects.geojson.gz"],
+  coco: ["objects, COCO", IMAGE, "coco.json"],
+  csv: ["objects, CSV", ALL, "objects.csv"],
+  json: ["statistics, JSON", ALL, "statistics.json"],
+  overlay: ["overlay, PNG", ALL, "overlay.png"],
+  overlay_jpeg: ["overlay, JPEG", ALL, "overlay.jpg"],
+  picture: ["input as shown, PNG", IMAGE, "picture.png"],
+  npz: ["scores, NumPy float16", ALL, "scores.npz"],
+  npz8: ["scores, NumPy uint8", ALL, "scores_8bit.npz"],
+  png16: ["scores, 16-bit PNG", IMAGE, "score.png"],
+  scores_tiff: ["scores, TIFF", STACKS, "scores.tif"],
+  scores_nifti: ["scores, NIfTI", VOLUME, "scores.nii.gz"],
+  uncertainty_png: ["uncertainty, PNG", IMAGE, "uncertainty.png", true],
+  uncertainty_tiff: ["uncertainty, TIFF", STACKS, "uncertainty.tif", true],
+  uncertainty_nifti: ["uncertainty, NIfTI", VOLUME, "uncertainty.nii.gz", true],
 };
 
 const DEFAULT = { image: "png", stack: "tiff", volume: "nifti" };
 
 /** Boxes to tick and a button. */
 export function formatBoxes(kind) {
-  const boxes = Object.entries(FORMATS).filter(([, [, kinds]]) => kinds.includes(kind)).map(([name, [label, , accurate]]) => h(
+  const boxes = Object.entries(FORMATS).filter(([, [, kinds]]) => kinds.includes(kind)).map(([name, [label, , , accurate]]) => h(
     "label", accurate ? { title: "from mode accurate alone" } : {},
     h("input", { type: "checkbox", name: "format", value: name, checked: name === DEFAULT[kind], "data-accurate": String(Boolean(accurate)) }),
     ` ${label}`,

@@ -1,31 +1,31 @@
 /** What a person takes away: files in any format, and the request as a command. */
-import { call, inBackground, key, query, segment } from "./api.js";
+import { inBackground, key, query, segment } from "./api.js";
 import { $, h } from "./dom.js";
-import { formatBoxes, formatsIn } from "./formats.js";
+import { FORMATS, formatBoxes, formatsIn } from "./formats.js";
 
 /** Another kind of input: other formats. */
 export function begin({ kind }) {
   $("formats").replaceChildren(...formatBoxes(kind));
 }
 
+/** Within double quotes, as curl takes commas and semicolons of bare names for its own. */
+const given = (field, { name }) => `-F ${quoted(`${field}=@"${name.replace(/["\\]/g, "\\$&")}"`)}`;
+
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
 /** The command that asks for the same; the key stays in the reader's own shell. */
 export function command(input, ask, formats, name) {
   const needs = key.get() ? '-H "X-API-Key: $KEY" ' : "";
-  const parts = [`-F file=@${quoted(input.file.name)}`, ...(input.reference ? [`-F reference=@${quoted(input.reference.name)}`] : [])];
+  const parts = [given("file", input.file), ...(input.reference ? [given("reference", input.reference)] : [])];
   return `curl ${needs}${parts.join(" ")} \\\n  ${quoted(`${location.origin}/segment?${query(ask, formats)}`)} \\\n  -o ${name}`;
 }
 
 /** Shows how to ask for what is on the screen. */
 export function show(input, ask) {
   const formats = formatsIn($("formats"), ask.level, input.kind);
-  $("curl").textContent = command(input, ask, formats, formats.length > 1 ? "mask.zip" : nameOf(formats[0]));
+  $("curl").textContent = command(input, ask, formats, formats.length > 1 ? "mask.zip" : FORMATS[formats[0]][2]);
   $("take").hidden = false;
 }
-
-const SUFFIXES = { nifti: ".nii.gz", labels_nifti: ".nii.gz", scores_nifti: ".nii.gz", uncertainty_nifti: ".nii.gz", nrrd: ".seg.nrrd", npz8: ".npz", png16: ".png", png1: ".png", overlay: ".png", overlay_jpeg: ".jpg", picture: ".png", geojson_gz: ".geojson.gz", coco: ".json" };
-const nameOf = (format) => `${/^(png|tiff|nifti|nrrd)/.test(format) ? "mask" : format.replace(/_.*/, "")}${SUFFIXES[format] ?? `.${format.replace(/.*_/, "").replace("tiff", "tif")}`}`;
 
 /**
  * Wires the buttons.

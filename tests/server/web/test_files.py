@@ -145,8 +145,9 @@ def test_downloads_are_what_the_server_offers() -> None:
 
     text = (WEB / "formats.js").read_text()
     kinds = {"ALL": ("image", "stack", "volume"), "IMAGE": ("image",), "STACKS": ("image", "stack"), "VOLUME": ("volume",)}
-    offered = {name: kinds[kind] for name, kind in re.findall(r'^  (\w+): \["[^"]+", (\w+)', text, re.MULTILINE)}
-    assert offered == {name: row.kinds for name, row in ENCODERS.items()}
+    rows = re.findall(r'^  (\w+): \["[^"]+", (\w+), "([\w.]+)"(, true)?\]', text, re.MULTILINE)
+    offered = {name: (kinds[kind], file, bool(accurate)) for name, kind, file, accurate in rows}
+    assert offered == {name: (row.kinds, row.file, "spread" in row.needs) for name, row in ENCODERS.items()}
 
 
 def test_the_samples_are_credited() -> None:

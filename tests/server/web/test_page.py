@@ -305,8 +305,8 @@ class TestImages:
     def test_the_command_does_the_same(self, page: Any, cells: Path, server: httpx.Client, tmp_path: Path) -> None:
         import subprocess
 
-        (tmp_path / "it's.png").write_bytes(cells.read_bytes())
-        choose(page, tmp_path / "it's.png")
+        (tmp_path / 'it\'s; a 1,5 "cell".png').write_bytes(cells.read_bytes())
+        choose(page, tmp_path / 'it\'s; a 1,5 "cell".png')
         settled(page, "L3")
         page.locator("#request summary").click()
         command = page.locator("#curl").inner_text()
