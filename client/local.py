@@ -24,6 +24,7 @@ from server.api import asking, problems, schemas
 from server.api.routes.segment import SegmentParameters, read_deadline
 from server.errors import UnetppError, UnknownModel
 from server.runtime.bundle import MANIFEST, find_bundles
+from server.segment import archive
 from server.segment.request import Terms
 from server.settings import Settings
 
@@ -110,9 +111,10 @@ class AsyncLocal:
             terms = Terms(deadline=read_deadline(parameters.deadline_ms, request))
             file, labels = (files.enter_context(one.open()) if one else None for one in given)
             assert file  # noqa: S101 - the first is always there
-            answer = await self._segmenter.segment(file, wanted, labels, progress, terms)
-        headers = {name.lower(): value for name, value in asking.headers(answer).items()}
-        return read_result(Reply(200, headers, answer.body))
+            answer = await archive.segment(self._segmenter, file, wanted, labels, progress, terms)
+        with contextlib.closing(answer):
+            headers = {name.lower(): value for name, value in asking.headers(answer).items()}
+            return read_result(Reply(200, headers, answer.body if isinstance(answer.body, bytes) else answer.body.read()))
 
 
 class Local:

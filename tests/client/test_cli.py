@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,13 @@ class TestBatch:
         said = done("segment", folder, "--out", tmp_path / "out", "--reference", tmp_path / "truth", *where)
         assert said.count("IoU 1.0000  Dice 1.0000") == 4
         assert [entry["iou"] for entry in report_of(tmp_path / "out")["inputs"]] == [1.0] * 4
+
+    def test_an_archive(self, folder: Path, where: list[str], tmp_path: Path) -> None:
+        with zipfile.ZipFile(tmp_path / "all.zip", "w") as held:
+            for name in ("a.png", "day 2/a.png"):
+                held.write(folder / name, name)
+        done("segment", tmp_path / "all.zip", "--out", tmp_path / "out", *where)
+        assert left(tmp_path / "out") == ["all/a_mask.png", "all/day 2/a_mask.png", "all/report.json", "run.json"]
 
     @pytest.mark.parametrize("jobs", [1, 4])
     def test_some_at_a_time(self, folder: Path, where: list[str], jobs: int) -> None:

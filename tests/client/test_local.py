@@ -1,6 +1,8 @@
 import asyncio
+import io
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +93,14 @@ def test_a_client_needs_no_server() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_a_zip_of_images(local: Local) -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as held:
+        held.writestr("a/x.png", IMAGE)
+        held.writestr("b/x.png", IMAGE)
+    with served() as url, Client(url) as client:
+        here, there = (one.segment(out.getvalue(), formats="mask") for one in (local, client))
+    assert list(here.files) == list(there.files) == ["a/x_mask.png", "b/x_mask.png", "report.json"]
+    assert here.files["a/x_mask.png"] == there.files["b/x_mask.png"]

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import orjson
 from jaxtyping import Int32, Int64, Shaped
+from msgspec import json
 from numpy import ndarray
 
 from server.arrays import Mask, Objects
@@ -31,8 +31,8 @@ def encode(mask: Mask, names: dict[int, str]) -> bytes:
         "categories": [{"id": value, "name": name} for value, name in names.items()],
     }
     # One by one, see `geojson`.
-    annotations = b",".join(map(orjson.dumps, _annotations(mask.objects, [height, width])))
-    return orjson.dumps(document)[:-1] + b',"annotations":[' + annotations + b"]}"
+    annotations = b",".join(map(json.encode, _annotations(mask.objects, [height, width])))
+    return json.encode(document)[:-1] + b',"annotations":[' + annotations + b"]}"
 
 
 def _annotations(objects: Objects, size: list[int]) -> Iterator[dict[str, Any]]:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import orjson
 from isal import igzip
+from msgspec import json
 
 from server.arrays import Image, Mask, Objects
 from server.imaging.encode.outlines import Rings, trace
@@ -32,13 +32,10 @@ def encode(mask: Mask, colors: dict[int, tuple[int, int, int]], names: dict[int,
     columns = _names(rings, len(objects)), _geometries(rings), objects.value.tolist(), _measurements(objects, source)
     # One by one: hundreds of thousands of dictionaries at once would keep the garbage collector busy for longer than all else takes.
     features = (
-        orjson.dumps(
-            {
-                "type": "Feature", "id": name, "geometry": geometry,
-                "properties": {"objectType": "detection", "classification": classes[value], "measurements": measured},
-            },
-            option=orjson.OPT_SERIALIZE_NUMPY,
-        )
+        json.encode({
+            "type": "Feature", "id": name, "geometry": geometry,
+            "properties": {"objectType": "detection", "classification": classes[value], "measurements": measured},
+        })
         for name, geometry, value, measured in zip(*columns, strict=True)
     )  # fmt: skip
     return b'{"type":"FeatureCollection","features":[' + b",".join(features) + b"]}"
@@ -55,7 +52,7 @@ def _geometries(rings: Rings) -> Iterator[dict[str, Any]]:
     for _, of_one in itertools.groupby(rows, operator.itemgetter(0)):
         polygons: dict[int, list[Any]] = {}
         for _, outer, end in of_one:
-            polygons.setdefault(outer, []).append(rings.xy[start:end])
+            polygons.setdefault(outer, []).append(rings.xy[start:end].tolist())
             start = end
         first, *others = polygons.values()
         yield {"type": "MultiPolygon", "coordinates": [first, *others]} if others else {"type": "Polygon", "coordinates": first}
