@@ -114,7 +114,7 @@ class AsyncLocal:
             answer = await archive.segment(self._segmenter, file, wanted, labels, progress, terms)
         with contextlib.closing(answer):
             headers = {name.lower(): value for name, value in asking.headers(answer).items()}
-            return read_result(Reply(200, headers, answer.body if isinstance(answer.body, bytes) else answer.body.read()))
+            return read_result(Reply(200, headers, content if isinstance(content := answer.content, bytes) else content.read()))
 
 
 class Local:
