@@ -39,7 +39,7 @@ POLYGONS = ("geojson", "geojson_gz", "coco")
 # Objects that the slowest other ways are timed with.
 SOME = 20
 # Seconds after which a way is not run again.
-LONG = 1.0
+LONG = 2.0
 
 COLORS, NAMES = {1: (255, 127, 14)}, {1: "nucleus"}
 

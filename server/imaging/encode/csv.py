@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -54,13 +55,17 @@ def _columns(objects: Objects, names: dict[int, str], source: Image | Volume | N
 
 def _sizes(objects: Objects, source: Image | Volume | None) -> dict[str, Iterable[Any]]:
     """In mm² or mm³, where that is known."""
-    if isinstance(source, Image) and source.spacing_mm is not None:
-        return {"area_mm2": _numbers(objects.pixels * float(np.prod(source.spacing_mm)))}
     if isinstance(source, Volume) and source.affine is not None:
         # By the determinant: the axes of a tilted gantry are not at right angles.
-        volume = objects.pixels * float(abs(np.linalg.det(source.affine[:3, :3])))
-        return {"volume_mm3": _numbers(volume), "volume_ml": _numbers(volume / 1e3)}
-    return {}
+        unit = float(abs(np.linalg.det(source.affine[:3, :3])))
+    else:
+        spacing = getattr(source, "spacing_mm", None)
+        if spacing is None:
+            return {}
+        unit = math.prod(spacing)
+    if objects.labels.ndim == 2:
+        return {"area_mm2": _numbers(objects.pixels * unit)}
+    return {"volume_mm3": _numbers(objects.pixels * unit), "volume_ml": _numbers(objects.pixels * unit / 1e3)}
 
 
 def _along(heading: str, axes: Iterable[str], values: Shaped[ndarray, "N axes"]) -> dict[str, Iterable[Any]]:

@@ -1,6 +1,8 @@
 import base64
 import concurrent.futures
 import contextlib
+import csv
+import gzip
 import http.client
 import io
 import json
@@ -19,6 +21,7 @@ import pytest
 import tifffile
 from PIL import Image as Pillow
 from prometheus_client.parser import text_string_to_metric_families
+from scipy import ndimage
 from scipy.special import expit
 
 from server.arrays import Tiles
@@ -42,6 +45,15 @@ def random_picture(height: int, width: int, seed: int = 0) -> np.ndarray:
             distance = np.hypot(rows[cell[0]] - top - y, columns[:, cell[1]] - left - x)
             picture[cell] += random.uniform(100, 180) * expit((radius - distance) * 1.5)
     return np.clip(picture[..., None] * [0.9, 0.95, 1.0], 0, 255).astype(np.uint8)
+
+
+# How many objects a document describes.
+COUNTED: dict[str, Callable[[bytes], int]] = {
+    "csv": lambda body: len(list(csv.DictReader(io.StringIO(body.decode())))),
+    "geojson": lambda body: len(json.loads(body)["features"]),
+    "geojson_gz": lambda body: len(json.loads(gzip.decompress(body))["features"]),
+    "coco": lambda body: len(json.loads(body)["annotations"]),
+}
 
 
 class TestHappyPath:
@@ -95,7 +107,9 @@ class TestHappyPath:
         answer = client.post(f"{L1}&format={name}&include_mask=true", content=picture_bytes(picture), headers=PNG)
         assert answer.status_code == 200, answer.text
         assert answer.headers["content-type"] == ENCODERS[name].media_type
-        if name == "npz":
+        if name in COUNTED:
+            assert COUNTED[name](answer.content) == ndimage.label(plain, structure=np.ones((3, 3)))[1]
+        elif name.startswith("npz"):
             with np.load(io.BytesIO(answer.content)) as arrays:
                 assert np.array_equal(arrays["mask"], plain)
                 assert arrays["probabilities"].shape == (1, 33, 41)
