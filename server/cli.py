@@ -191,7 +191,6 @@ def segment(
     target = output or image.with_name(f"{name}_{answer.file}")
     partial = target.with_name(f".{target.name}.part")
     try:
-        assert isinstance(answer.body, bytes)  # noqa: S101 - of one image
         partial.write_bytes(answer.body)
         partial.replace(target)
     finally:

@@ -20,6 +20,7 @@ from server.metrics import Metrics
 from server.segment import archive
 from server.segment.pipeline import Segmenter
 from server.segment.request import Answer, SegmentRequest, Terms
+from server.segment.zips import is_zip
 from server.settings import JobsSettings
 
 log = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ class Runner:
             StoreFull, StoreBroken: it was not kept.
         """
         choice = self._segmenter.choose(request)
-        if archive.is_zip(file) and (reference or preview):
+        if is_zip(file) and (reference or preview):
             raise InvalidParameter("a zip of images has neither a reference nor a preview; send each image by itself to have them")
         preview = preview and choice.route.level != 1
         estimate = await archive.estimate(self._segmenter, file, request)
@@ -297,7 +298,7 @@ class Runner:
             live.progress("decode", 0, ticket.windows)
         answer = await self._answer(live, request, live.progress, scored=True)
         with contextlib.closing(answer):
-            return await self._insist(live, self._store.finish, id_, answer.body, self._describe(answer))
+            return await self._insist(live, self._store.finish, id_, answer.content, self._describe(answer))
 
     async def _answer(
         self, live: Live, request: SegmentRequest, progress: Callable[[str, int, int], None], *, scored: bool

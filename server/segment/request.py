@@ -124,7 +124,7 @@ class Answer:
     """The finished answer.
 
     Attributes:
-        body: encoded mask; of a zip of images a file, which whoever sends it closes.
+        body: encoded mask.
         media_type: of the body.
         file: name of a file that holds it.
         requested: what was asked for.
@@ -136,7 +136,7 @@ class Answer:
         postprocessing: what was done with the mask on request, see `Postprocessing.asked`.
     """
 
-    body: bytes | BinaryIO
+    body: bytes
     media_type: str
     file: str
     requested: Route
@@ -147,10 +147,13 @@ class Answer:
     note: str
     postprocessing: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def content(self) -> bytes | BinaryIO:
+        """What is sent, or kept."""
+        return self.body
+
     def close(self) -> None:
         """Removes the file that holds it, if one does."""
-        if not isinstance(self.body, bytes):
-            self.body.close()
 
     @property
     def mean_iou(self) -> float:
@@ -161,3 +164,23 @@ class Answer:
     def mean_dice(self) -> float:
         """Dice with the reference, averaged over the foreground classes."""
         return sum(q.dice for q in self.quality.values()) / len(self.quality)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Archived(Answer):
+    """The answer to a zip of images, on disk; whoever has it closes it.
+
+    Attributes:
+        zip: all answers and a report; `body` is empty.
+    """
+
+    zip: BinaryIO
+
+    @property
+    def content(self) -> bytes | BinaryIO:
+        """What is sent, or kept."""
+        return self.zip
+
+    def close(self) -> None:
+        """Removes the file."""
+        self.zip.close()

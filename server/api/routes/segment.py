@@ -23,7 +23,7 @@ from server.imaging import encode
 from server.metrics import NONE, Metrics
 from server.segment import archive
 from server.segment.pipeline import Segmenter, until
-from server.segment.request import Terms
+from server.segment.request import Archived, Terms
 
 T = TypeVar("T")
 
@@ -134,9 +134,9 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_
         request.state.phases = answer.seconds
         for phase, seconds in answer.seconds.items():
             metrics.phases.labels(phase).observe(seconds)
-        if isinstance(answer.body, bytes):
-            return Response(answer.body, media_type=answer.media_type, headers=headers(answer))
-        return Spooled(answer.body, headers(answer))
+        if isinstance(answer, Archived):
+            return Spooled(answer.zip, headers(answer))
+        return Response(answer.body, media_type=answer.media_type, headers=headers(answer))
 
     return routes
 

@@ -166,7 +166,8 @@ def choose(wanted: str | None, accept: str | None, extent: Extent | None = None,
         for key in (default, *fitting):
             if fnmatchcase(ENCODERS[key].media_type, media_type):
                 return (key,)
-    if any(t in ("text/html", "application/problem+json") for t in types):
+    # Of zips what is in them is as the input.
+    if any(t in ("text/html", "application/problem+json", "application/zip") for t in types):
         return (default,)
     raise UnknownFormat(f"nothing in Accept: {accept} is offered; use format= with one of: {', '.join(fitting)}")
 

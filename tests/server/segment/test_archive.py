@@ -29,7 +29,7 @@ from server.errors import (
 from server.segment import archive
 from server.segment.cost import Estimate
 from server.segment.pipeline import Segmenter
-from server.segment.request import Answer, SegmentRequest, Terms
+from server.segment.request import Answer, Archived, SegmentRequest, Terms
 from server.settings import LimitsSettings
 from tests.server.conftest import Sent, bright, mask_of, memory_stays_below, nifti_bytes, pages_bytes, picture_bytes, volume_of
 from tests.server.segment.test_pipeline import segmenting
@@ -59,8 +59,8 @@ def answered(data: bytes, *, terms: Terms | None = None, reference: BinaryIO | N
     """The answer, its files and the rows of its report."""
     with segmenting(run, limits) as segmenter:
         answer = asyncio.run(archive.segment(segmenter, Sent(data), SegmentRequest(**wanted), reference, progress, terms))
-    assert not isinstance(answer.body, bytes)
-    with zipfile.ZipFile(io.BytesIO(answer.body.read())) as made:
+    assert isinstance(answer, Archived)
+    with zipfile.ZipFile(io.BytesIO(answer.zip.read())) as made:
         assert made.testzip() is None
         files = {name: made.read(name) for name in made.namelist()}
     answer.close()
@@ -129,8 +129,10 @@ class TestAnswers:
         assert answer.note == "4 of 5 files could not be segmented; see report.json"
 
     def test_only_bad_images(self) -> None:
-        with pytest.raises(Unreadable, match=r"none of the zip's 2 files could be segmented; 'a.txt': not a format"):
+        with pytest.raises(UnsupportedType, match=r"none of the zip's 2 files could be segmented; 'a.txt': not a format"):
             answered(packed({"a.txt": b"hello", "b.txt": b"hello"}))
+        with pytest.raises(Unreadable, match=r"none of the zip's 2 files could be segmented; 'a.txt': not a format"):
+            answered(packed({"a.txt": b"hello", "b.png": b""}))
 
     def test_formats_that_do_not_fit_are_each_images_own(self) -> None:
         _, files, rows = answered(
@@ -161,7 +163,7 @@ class TestAnswers:
     def test_anything_else_passes(self) -> None:
         with segmenting() as segmenter:
             answer = asyncio.run(archive.segment(segmenter, Sent(picture()), SegmentRequest()))
-            assert mask_of(answer.body).sum() == 128  # type: ignore[arg-type]
+            assert mask_of(answer.body).sum() == 128
             answer.close()
 
 
@@ -282,7 +284,7 @@ class TestBombs:
         inner = packed({"a.png": picture()})
         for _ in range(5):
             inner = packed({"a.zip": inner})
-        with pytest.raises(Unreadable, match="not a format that this server reads"):
+        with pytest.raises(UnsupportedType, match="not a format that this server reads"):
             answered(inner)
 
     def test_memory_does_not_grow_with_images(self) -> None:
@@ -292,8 +294,8 @@ class TestBombs:
 
         async def go(segmenter: Segmenter, data: bytes) -> None:
             answer = await archive.segment(segmenter, Sent(data), SegmentRequest())
-            assert not isinstance(answer.body, bytes)
-            assert answer.body.seek(0, 2) > len(data) / 8
+            assert isinstance(answer, Archived)
+            assert answer.zip.seek(0, 2) > len(data) / 8
             answer.close()
 
         with segmenting(lambda tiles: tiles.pixels[:, :1].astype(np.float32) / 255) as segmenter:
@@ -359,7 +361,9 @@ class TestEstimates:
         assert math.isclose(found.seconds, 10 * alone.seconds)
 
     def test_of_what_cannot_be_read(self) -> None:
-        assert self.estimate(packed({"a.txt": b"no image"})).windows == 1
+        for files in ({"a.txt": b"no image"}, {"b.dcm": bytes(128) + b"DICM", "a.png": picture()}):
+            with pytest.raises(UnsupportedType):
+                self.estimate(packed(files))
         with pytest.raises(TooLarge):
             self.estimate(packed({"a.png": picture(), "b.png": picture()}), max_zip_images=1)
         with pytest.raises(Unreadable):
