@@ -148,8 +148,8 @@ def test_bars_end_where_they_should(small_checkpoint, small_bundle, discs, tmp_p
     assert unetpp("export", small_checkpoint, "--card", CARD, "--out", tmp_path / "out", "--data", discs).exit_code == 0
     assert unetpp("verify", small_bundle.folder).exit_code == 0
     assert unetpp("calibrate", small_bundle.folder, "--data", discs).exit_code == 0
-    # Three graphs: files of three precisions; pairs; and rows (two, as fp32 has one) of two images.
-    assert [(bar.completed, bar.total) for bar in bars] == [(9, 9), (9, 9), (12, 12)]
+    # Three graphs: files of three precisions; pairs; both with the spread at fp32; and rows (two, as fp32 has one) of two images.
+    assert [(bar.completed, bar.total) for bar in bars] == [(10, 10), (11, 11), (12, 12)]
 
 
 def test_calibrate_says_what_is_wrong(small_bundle, discs, tmp_path):

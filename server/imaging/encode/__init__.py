@@ -118,10 +118,10 @@ ENCODERS: dict[str, Encoder] = {
     ),
     "overlay_jpeg": Encoder("image/jpeg", "overlay.jpg", lambda p: overlay.jpeg(_any(p.source), p.mask, p.colors)),
     "picture": Encoder("image/png", "picture.png", lambda p: overlay.picture(_image(p.source)), _IMAGE),
-    "uncertainty_png": Encoder("image/png", "uncertainty.png", lambda p: uncertainty.png(p.mask), _IMAGE, _SPREAD),
-    "uncertainty_tiff": Encoder("image/tiff", "uncertainty.tif", lambda p: uncertainty.tiff(p.mask), _PAGES, _SPREAD),
+    "uncertainty_png": Encoder("image/png", "uncertainty.png", lambda p: uncertainty.as_png(p.mask), _IMAGE, _SPREAD),
+    "uncertainty_tiff": Encoder("image/tiff", "uncertainty.tif", lambda p: uncertainty.as_tiff(p.mask), _PAGES, _SPREAD),
     "uncertainty_nifti": Encoder(
-        "application/gzip", "uncertainty.nii.gz", lambda p: uncertainty.nifti(_volume(p.source), p.mask), _VOLUME, _SPREAD
+        "application/gzip", "uncertainty.nii.gz", lambda p: uncertainty.as_nifti(_volume(p.source), p.mask), _VOLUME, _SPREAD
     ),
 }
 
