@@ -135,13 +135,13 @@ def in_scan_order(labels: Int32[ndarray, "*lines"], count: int) -> tuple[Int32[n
     """
     flat = labels.reshape(-1)
     first = np.full(count + 1, flat.size, dtype=np.int64)
-    for part in reversed(list(parts(flat.size))):
-        # Backwards: of several assignments the last one stays.
-        first[flat[part][::-1]] = np.arange(part.stop, part.start, -1) - 1
+    for part in parts(flat.size):
+        starts, _, numbers = runs(flat[part], part.start, flat.size)
+        np.minimum.at(first, numbers, starts)
     left = int(np.count_nonzero(first[1:] < flat.size))
-    numbers = np.zeros(count + 1, dtype=np.int32)
-    numbers[1 + np.argsort(first[1:], kind="stable")[:left]] = np.arange(1, left + 1)
-    replace(labels, numbers)
+    anew = np.zeros(count + 1, dtype=np.int32)
+    anew[1 + np.argsort(first[1:], kind="stable")[:left]] = np.arange(1, left + 1)
+    replace(labels, anew)
     return labels, left
 
 
@@ -168,10 +168,16 @@ def _corners(axes: int) -> Bool[ndarray, "..."]:
 def _pure(labels: Int32[ndarray, "*lines"], lines: UInt8[ndarray, "*lines"], count: int) -> bool:
     """Whether each label has pixels of one class only."""
     flat, kinds = labels.reshape(-1), lines.reshape(-1)
-    value = np.zeros(count + 1, dtype=np.uint8)
+    least, most = np.full(count + 1, 255, dtype=np.uint8), np.zeros(count + 1, dtype=np.uint8)
     for part in parts(flat.size):
-        value[flat[part]] = kinds[part]
-    return all(np.array_equal(value[flat[part]], kinds[part]) for part in parts(flat.size))
+        label, kind = flat[part], kinds[part]
+        # Within a run, and from run to run.
+        if ((kind[1:] != kind[:-1]) & (label[1:] == label[:-1])).any():
+            return False
+        starts, _, numbers = runs(label, 0, flat.size)
+        np.minimum.at(least, numbers, kind[starts])
+        np.maximum.at(most, numbers, kind[starts])
+    return bool((least[1:] == most[1:]).all())
 
 
 def _class_by_class(lines: UInt8[ndarray, "*lines"]) -> tuple[Int32[ndarray, "*lines"], int]:
