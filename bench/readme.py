@@ -111,9 +111,14 @@ def peers() -> str:
     return "\n".join([markdown(headings, rows), of, "", heading, rule, *missed, ""])
 
 
+def as_written(name: str) -> Callable[[], str]:
+    """A result's own table, with its caption."""
+    return lambda: (RESULTS / f"{name}.md").read_text()
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "levels": levels, "accuracy": accuracy, "memory": memory, "hippocampus": hippocampus, "volumes": volumes,
-    "peers": peers, "settings": markdown_table,
+    "peers": peers, "settings": markdown_table, **{name: as_written(name) for name in ("encoders", "instances", "uncertainty")},
 }  # fmt: skip
 
 
