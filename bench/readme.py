@@ -113,7 +113,7 @@ def peers() -> str:
 
 def as_written(name: str) -> Callable[[], str]:
     """A result's own table, with its caption."""
-    return lambda: (RESULTS / f"{name}.md").read_text()
+    return (RESULTS / f"{name}.md").read_text
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
