@@ -12,7 +12,9 @@ import * as stage from "./stage.js";
 import * as take from "./take.js";
 
 const answers = new Answers();
-let models = [], card = null, input = null, comparing = false, asking = new AbortController(), slow = 0;
+let models = [], cards = new Map(), card = null, input = null, comparing = false, asking = new AbortController(), slow = 0;
+// While another input is looked at: it is segmented then, with what is chosen by that time.
+let giving = null;
 
 const ask = (wanted = level()) => ({ model: card.name, level: wanted, options: optionsIn($("asked")) });
 const known = (wanted) => answers.kept(ask(wanted));
@@ -68,7 +70,7 @@ function segment() {
   comparing = false;
   $("all").setAttribute("aria-pressed", "false");
   lightNetwork(level(), levels().length - 1);
-  if (!input) return null;
+  if (!input || giving) return null;
   return step(async (signal) => {
     const answer = await got(level(), signal);
     await reveal(answer);
@@ -120,7 +122,7 @@ function chosen(wanted) {
 }
 
 function compareAll() {
-  if (comparing) return segment();
+  if (comparing || giving) return segment();
   comparing = true;
   $("all").setAttribute("aria-pressed", "true");
   return step(async (signal) => {
@@ -137,12 +139,18 @@ function compareAll() {
 /** Another input, or another reference of the same. */
 function given(file, reference = null) {
   return step(async (signal) => {
-    const next = await looked(file, reference);
-    signal.throwIfAborted();
-    const kind = next.kind === "volume" ? 3 : 2;
-    if (!input || card.dims !== kind) await chooseModel(offered(kind), signal);
-    await completed(next, ask().model, levels()[0], signal);
-    signal.throwIfAborted();
+    giving = signal;
+    let next;
+    try {
+      next = await looked(file, reference);
+      signal.throwIfAborted();
+      const kind = next.kind === "volume" ? 3 : 2;
+      if (!input || card.dims !== kind) chooseModel(offered(kind));
+      await completed(next, ask().model, levels()[0], signal);
+      signal.throwIfAborted();
+    } finally {
+      if (giving === signal) giving = null;
+    }
     const same = input?.kind === next.kind;
     [input, comparing] = [next, false];
     answers.begin(input);
@@ -170,10 +178,9 @@ function offered(dims) {
   return (best.find((one) => one.default) ?? best[0] ?? fitting[0])?.name;
 }
 
-async function chooseModel(name, signal) {
+function chooseModel(name) {
   if (!name) throw new Error("No model that is open here takes this kind of input.");
-  card = await cardOf(name);
-  signal.throwIfAborted();
+  card = cards.get(name);
   $("model").value = name;
   $("about").textContent = card.title;
   $("card").querySelector("div").replaceChildren(...cardNodes(card));
@@ -187,8 +194,10 @@ async function chooseModel(name, signal) {
 function begin() {
   return step(async (signal) => {
     models = await listed();
+    cards = new Map(await Promise.all(models.map(async ({ name }) => [name, await cardOf(name)])));
+    signal.throwIfAborted();
     $("door").hidden = true;
-    await chooseModel(offered(2) ?? offered(3), signal);
+    chooseModel(offered(2) ?? offered(3));
   });
 }
 
@@ -218,11 +227,10 @@ function wire() {
   $("all").addEventListener("click", compareAll);
   $("cancel").addEventListener("click", () => { anew(); $("status").textContent = "cancelled"; });
   $("again").addEventListener("click", () => (card ? (comparing ? ((comparing = false), compareAll()) : segment()) : begin()));
-  $("model").addEventListener("change", () => step(async (signal) => {
-    await chooseModel($("model").value, signal);
-    answers.begin(input);
-    queueMicrotask(segment);
-  }));
+  $("model").addEventListener("change", () => {
+    chooseModel($("model").value);
+    segment();
+  });
   $("asked").addEventListener("submit", (event) => event.preventDefault());
   $("asked").addEventListener("change", () => {
     const number = Object.keys(optionsIn($("asked"))).length;

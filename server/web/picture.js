@@ -16,8 +16,8 @@ export class PictureView {
    */
   constructor(canvas, pointed) {
     Object.assign(this, { canvas, pointed, picture: null, area: null, edge: null, opacity: 0.45, outline: true });
-    // Position of the picture's corner and its scale, in CSS pixels; scale 0 fits it.
-    Object.assign(this, { x: 0, y: 0, scale: 0, fingers: new Map() });
+    // Position of the picture's corner and its scale, in CSS pixels; while it is fitted it stays so when the canvas changes.
+    Object.assign(this, { x: 0, y: 0, scale: 1, fitted: true, fingers: new Map() });
     new ResizeObserver(() => this.draw()).observe(canvas);
     canvas.addEventListener("wheel", (event) => this.#wheel(event), { passive: false });
     canvas.addEventListener("pointerdown", (event) => this.#down(event));
@@ -30,7 +30,7 @@ export class PictureView {
 
   /** Another input: an image, or none of which the mask alone is shown. */
   setPicture(picture, [width, height]) {
-    Object.assign(this, { picture, width, height, area: null, edge: null, scale: 0 });
+    Object.assign(this, { picture, width, height, area: null, edge: null, fitted: true });
     this.draw();
   }
 
@@ -42,7 +42,7 @@ export class PictureView {
   }
 
   fit() {
-    this.scale = 0;
+    this.fitted = true;
     this.draw();
   }
 
@@ -51,13 +51,12 @@ export class PictureView {
     const scale = Math.min(MOST, Math.max(this.#fitting() / 2, this.scale * factor));
     this.x = x - ((x - this.x) * scale) / this.scale;
     this.y = y - ((y - this.y) * scale) / this.scale;
-    this.scale = scale;
+    Object.assign(this, { scale, fitted: false });
     this.draw();
   }
 
   pan(dx, dy) {
-    this.x += dx;
-    this.y += dy;
+    Object.assign(this, { x: this.x + dx, y: this.y + dy, fitted: false });
     this.draw();
   }
 
@@ -78,7 +77,7 @@ export class PictureView {
     if (!this.width || !clientWidth) return;
     canvas.width = clientWidth * dense;
     canvas.height = clientHeight * dense;
-    if (!this.scale) {
+    if (this.fitted) {
       this.scale = this.#fitting();
       this.x = (clientWidth - this.width * this.scale) / 2;
       this.y = (clientHeight - this.height * this.scale) / 2;

@@ -38,7 +38,7 @@ export function showResult(answer, agreed, classes, hidden, toggle) {
     figures.push(figure(overlap(facts.iou), "IoU with the reference"), figure(overlap(facts.dice), "Dice with the reference"));
   }
   if (statistics.instances) {
-    figures.push(figure(overlap(statistics.instances.mean_ap), "average precision of objects", "mean over IoU thresholds of 0.5 to 0.95, as in the 2018 Data Science Bowl"));
+    figures.push(figure(overlap(statistics.instances.mean_ap), "mean AP of objects", "average precision, mean over IoU thresholds of 0.5 to 0.95, as in the 2018 Data Science Bowl"));
   }
   $("headline").replaceChildren(...figures);
   $("phases").replaceChildren(...phases(facts));

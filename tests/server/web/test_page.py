@@ -13,7 +13,7 @@ import pytest
 from PIL import Image as Pillow
 
 from server.api import auth
-from tests.server.conftest import doors, mask_of, pages_bytes, picture_bytes
+from tests.server.conftest import doors, mask_of, pages_bytes, picture_bytes, until
 from tests.server.web.conftest import SAMPLES, holds, open_page
 
 CELLS = SAMPLES / "cells.png"
@@ -137,6 +137,20 @@ class TestImages:
         page.wait_for_timeout(200)
         assert page.locator("#status").text_content() == said
         assert not page.locator("#error").is_visible()
+
+    def test_an_input_is_not_lost_when_the_slider_moves(self, page: Any, cells: Path) -> None:
+        """While the server still draws a TIFF for the browser."""
+        held: list[Any] = []
+        page.route(re.compile("format=picture"), lambda route: held.append(route))  # noqa: PLW0108 - Playwright marks its handlers
+        choose(page, cells)
+        settled(page, "L3")
+        choose(page, ("cells.tif", picture_bytes(Pillow.open(cells).convert("L"), "TIFF")))
+        until(lambda: bool(page.evaluate("1") and held))
+        slide(page, "L1")
+        page.get_by_role("button", name="Compare all levels").click()
+        held[0].continue_()
+        settled(page, "L1")
+        assert page.locator("#file").text_content() == "cells.tif"
 
     def test_compare(self, page: Any, cells: Path, server: httpx.Client) -> None:
         choose(page, cells)
