@@ -56,8 +56,7 @@ export async function completed(input, model, level, signal) {
 /** The only file of a reply as a bitmap. */
 export const pictureOf = (reply) => createImageBitmap(new Blob([...reply.files.values()]));
 
-/** A sample of the page's own, with its reference if it has one. */
-export async function sample(url, reference) {
-  const loaded = async (from) => new File([await (await fetch(from)).blob()], new URL(from, location.href).pathname.split("/").pop());
-  return [await loaded(url), reference ? await loaded(reference) : null];
+/** A sample of the page's own. */
+export async function sample(url) {
+  return new File([await (await fetch(url)).blob()], new URL(url, location.href).pathname.split("/").pop());
 }

@@ -213,8 +213,8 @@ function wire() {
   pick("reference", "reference-chooser", (file) => given(input.file, file));
   for (const button of document.querySelectorAll("[data-sample]")) {
     button.addEventListener("click", () => step(async () => {
-      const files = await sample(button.dataset.sample, button.dataset.reference);
-      queueMicrotask(() => given(...files));
+      const file = await sample(button.dataset.sample);
+      queueMicrotask(() => given(file));
     }));
   }
   addEventListener("dragover", (event) => event.preventDefault());

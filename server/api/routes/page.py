@@ -34,10 +34,7 @@ FILES: dict[str, str] = {
     **{f"{name}.js": SCRIPT for name in MODULES},
     "vendor/niivue.umd.js": SCRIPT,
     "samples/cells.png": PNG,
-    "samples/tissue.png": PNG,
-    "samples/tissue_reference.png": PNG,
     "samples/hippocampus.nii.gz": GZIP,
-    "samples/hippocampus_reference.nii.gz": GZIP,
 }
 
 # What others have written, as it was when it was chosen.

@@ -17,7 +17,6 @@ from tests.server.conftest import doors, mask_of, pages_bytes, picture_bytes, un
 from tests.server.web.conftest import SAMPLES, holds, open_page
 
 CELLS = SAMPLES / "cells.png"
-TISSUE, REFERENCE = SAMPLES / "tissue.png", SAMPLES / "tissue_reference.png"
 LEVELS = ["L1", "L2", "L3", "L4", "accurate"]
 
 DROP = """(files) => {
@@ -172,19 +171,21 @@ class TestImages:
         assert page.locator("#compare").is_hidden()
 
     @pytest.mark.parametrize("dropped", [False, True])
-    def test_a_reference(self, page: Any, server: httpx.Client, dropped: bool) -> None:
+    def test_a_reference(self, page: Any, server: httpx.Client, tmp_path: Path, dropped: bool) -> None:
+        reference = tmp_path / "reference.png"
+        reference.write_bytes(server.post("/segment", params={"level": "1"}, content=CELLS.read_bytes()).content)
         if dropped:
-            page.evaluate(DROP, [[path.name, list(path.read_bytes())] for path in (TISSUE, REFERENCE)])
+            page.evaluate(DROP, [[path.name, list(path.read_bytes())] for path in (CELLS, reference)])
         else:
-            choose(page, TISSUE)
+            choose(page, CELLS)
             settled(page, "L3")
-            page.set_input_files("#reference-chooser", str(REFERENCE))
+            page.set_input_files("#reference-chooser", str(reference))
         holds(page, "document.getElementById('status').textContent.includes('IoU with the reference')")
-        files = {"file": TISSUE.read_bytes(), "reference": REFERENCE.read_bytes()}
+        files = {"file": CELLS.read_bytes(), "reference": reference.read_bytes()}
         answer = server.post("/segment", params={"level": "3"}, files=files)
         assert f"IoU with the reference {shown(float(answer.headers['x-segment-iou']))}" in settled(page, "L3")
         assert f"{shown(float(answer.headers['x-segment-dice']))}" in page.locator("#headline").inner_text()
-        assert REFERENCE.name in str(page.locator("#file").text_content())
+        assert reference.name in str(page.locator("#file").text_content())
 
     def test_differences(self, page: Any, cells: Path) -> None:
         choose(page, cells)
@@ -225,7 +226,7 @@ class TestImages:
         canvas.hover()
         assert canvas.screenshot() == before
 
-    def test_errors_are_in_the_servers_words(self, page: Any, cells: Path, server: httpx.Client) -> None:
+    def test_errors_are_in_the_servers_words(self, page: Any, cells: Path, server: httpx.Client, tmp_path: Path) -> None:
         broken = cells.read_bytes()[:2000]
         choose(page, ("broken.png", broken))
         detail = server.post("/segment", files={"file": ("broken.png", broken)}).json()["detail"]
@@ -235,7 +236,9 @@ class TestImages:
         choose(page, cells)
         settled(page, "L3")
         assert page.get_by_role("alert").is_hidden()
-        choose(page, cells, SAMPLES / "tissue_reference.png")
+        other = tmp_path / "other.png"
+        other.write_bytes(picture_bytes(np.zeros((256, 320), dtype=np.uint8)))
+        choose(page, cells, other)
         holds(page, "!document.getElementById('error').hidden")
         assert "the reference is 320 × 256 pixels" in str(page.get_by_role("alert").text_content())
 
@@ -368,7 +371,7 @@ class TestPeople:
         )
         page.locator("#ticks li").last.wait_for()
         assert no_sideways(page)
-        page.get_by_role("button", name="Tissue").click()
+        page.get_by_role("button", name="Hippocampus").click()
         settled(page, "L3")
         for part in ("#card", "#options", "#download", "#request"):
             if page.locator(part).get_attribute("open") is None:

@@ -14,7 +14,7 @@ from PIL import Image as Pillow
 from tests.server.conftest import until, volume_of
 from tests.server.web.conftest import SAMPLES, holds, open_page
 
-VOLUME, REFERENCE = SAMPLES / "hippocampus.nii.gz", SAMPLES / "hippocampus_reference.nii.gz"
+VOLUME = SAMPLES / "hippocampus.nii.gz"
 STATUS = "document.getElementById('status').textContent"
 
 
@@ -34,6 +34,14 @@ def colored(pixels: np.ndarray) -> int:
 
 def mask(server: httpx.Client, **query: str) -> np.ndarray:
     return volume_of(server.post("/segment", params={"model": "hippocampus", **query}, content=VOLUME.read_bytes()).content)
+
+
+@pytest.fixture
+def reference(server: httpx.Client, tmp_path: Path) -> Path:
+    """Labels of another level than those that are scored against them."""
+    path = tmp_path / "reference.nii.gz"
+    path.write_bytes(server.post("/segment", params={"model": "hippocampus", "level": "1"}, content=VOLUME.read_bytes()).content)
+    return path
 
 
 def mean_iou(a: np.ndarray, b: np.ndarray) -> float:
@@ -72,10 +80,12 @@ def test_a_preview_and_then_the_result(page: Any, server: httpx.Client, seen: Si
 
 
 @pytest.mark.long
-def test_a_reference_and_all_levels(page: Any, server: httpx.Client) -> None:
+def test_a_reference_and_all_levels(page: Any, server: httpx.Client, reference: Path) -> None:
     page.get_by_role("button", name="Hippocampus").click()
+    holds(page, f"{STATUS}.startsWith('L2 in ') && !{STATUS}.includes('preview')")
+    page.set_input_files("#reference-chooser", str(reference))
     holds(page, f"{STATUS}.includes('IoU with the reference')")
-    files = {"file": VOLUME.read_bytes(), "reference": REFERENCE.read_bytes()}
+    files = {"file": VOLUME.read_bytes(), "reference": reference.read_bytes()}
     answer = server.post("/segment", params={"model": "hippocampus", "level": "2"}, files=files)
     assert f"{float(answer.headers['x-segment-iou']):.3f}" in page.locator("#headline").inner_text()
     page.get_by_role("button", name="Compare all levels").click()
@@ -86,9 +96,9 @@ def test_a_reference_and_all_levels(page: Any, server: httpx.Client) -> None:
         assert f"agreement {agreed:.3f}" in page.locator("#compare figure").nth(level - 1).inner_text()
 
 
-def test_nobody_has_to_wait_for_the_viewer(page: Any) -> None:
+def test_nobody_has_to_wait_for_the_viewer(page: Any, reference: Path) -> None:
     """Levels may be asked for while it is still being loaded, and inputs given one upon the other."""
-    page.set_input_files("#chooser", str(REFERENCE))
+    page.set_input_files("#chooser", str(reference))
     page.set_input_files("#chooser", str(VOLUME))
     page.locator("#all:enabled").wait_for()
     page.locator("#all").click()
