@@ -371,7 +371,7 @@ class TestPeople:
         )
         page.locator("#ticks li").last.wait_for()
         assert no_sideways(page)
-        page.get_by_role("button", name="Hippocampus").click()
+        page.get_by_role("button", name="Cells").click()
         settled(page, "L3")
         for part in ("#card", "#options", "#download", "#request"):
             if page.locator(part).get_attribute("open") is None:
