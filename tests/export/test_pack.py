@@ -84,7 +84,7 @@ def test_a_new_bundle_replaces_the_old_one_whole(small_checkpoint, card, small_b
     # No int8 without data, and no files left of the bundle before.
     assert not [name for name in content(small_bundle.folder) if "int8" in name]
     assert [p.name for p in small_bundle.folder.parent.iterdir()] == ["small"]
-    assert steps == ["L1.onnx", "L1.fp16.onnx", "L2.onnx", "L2.fp16.onnx", "accurate.onnx", "accurate.fp16.onnx"]
+    assert steps == ["L1.onnx", "L1.fp16.onnx", "L2.onnx", "L2.fp16.onnx", "accurate.onnx", "accurate.fp16.onnx", "spread.onnx"]
 
 
 def test_a_failing_rename_puts_the_old_bundle_back(exported, small_bundle, monkeypatch):
