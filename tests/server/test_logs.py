@@ -15,7 +15,7 @@ import pytest
 
 from server import logs
 from server.errors import BundleDamaged, InvalidParameter, NotReady
-from server.segment import pipeline
+from server.segment import steps
 from tests.conftest import serving
 from tests.server.conftest import fake_app, picture_bytes
 
@@ -199,7 +199,7 @@ class TestRequests:
         def bug(*_: Any) -> None:
             raise KeyError(MARKS[1])
 
-        monkeypatch.setattr(pipeline, "decode", bug)
+        monkeypatch.setattr(steps, "decode", bug)
         with serving(fake_app()) as client:
             written = log("json")
             assert client.post("/segment", content=PICTURE, headers={"X-Request-Id": "mine"}).status_code == 500

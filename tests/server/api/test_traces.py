@@ -10,7 +10,7 @@ import pytest
 
 from server import app as composed
 from server.api import traces
-from server.segment import pipeline
+from server.segment import steps
 from tests.conftest import serving
 from tests.server.conftest import fake_app, picture_bytes
 
@@ -77,7 +77,7 @@ def test_failures(exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatc
     def bug(*_: Any) -> None:
         raise KeyError("SECRETNAME")
 
-    monkeypatch.setattr(pipeline, "decode", bug)
+    monkeypatch.setattr(steps, "decode", bug)
     with serving(fake_app()) as client:
         client.post("/segment", content=PICTURE)
     (request,), phases = split(exporter)

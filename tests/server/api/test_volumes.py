@@ -77,7 +77,7 @@ def test_every_format(spatial: httpx.Client, data: bytes, name: str) -> None:
     if ("stack" if data is STACK else "volume") not in row.kinds:
         assert answer.status_code == 406
         return
-    if data is STACK:
+    if data is STACK and spatial.get("/models").json()[0]["dims"] == 3:
         # A network of volumes needs to know where voxels lie.
         assert answer.status_code == 422
         return
