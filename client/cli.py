@@ -118,6 +118,8 @@ def compare(
 
     with _said():
         one = inputs.Input(image)
+        if one.is_archive:
+            fail(f"{one.shown} is a zip; compare takes one image or volume")
         target = output or one.answer(None, "levels.png")
         inputs.check([one], None, target, [reference] if reference else [])
         asking = _asking(server, api_key_file, ca, no_verify, timeout_s, False, bundles, asked.get("model"))

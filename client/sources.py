@@ -58,6 +58,15 @@ def upload(source: Source, affine: ArrayLike | None = None) -> Upload:
     raise TypeError(f"a path, bytes, an open file or a numpy array can be sent, not {type(source).__name__}")
 
 
+def is_zip(path: Path) -> bool:
+    """Whether a file is a zip, by its beginning, as the server tells; False where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
+    except OSError:
+        return False
+
+
 class _Held(io.BytesIO):
     """These two make it a `BinaryIO` in every respect."""
 

@@ -213,6 +213,15 @@ def left(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
+def packed(path: Path, folder: Path, **more: bytes) -> None:
+    """A zip of two images of a folder, and more."""
+    with zipfile.ZipFile(path, "w") as held:
+        for name in ("a.png", "day 2/a.png"):
+            held.write(folder / name, name)
+        for name, data in more.items():
+            held.writestr(f"{name}.png", data)
+
+
 def report_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run.json").read_text())  # type: ignore[no-any-return]
 
@@ -280,11 +289,45 @@ class TestBatch:
         assert [entry["iou"] for entry in report_of(tmp_path / "out")["inputs"]] == [1.0] * 4
 
     def test_an_archive(self, folder: Path, where: list[str], tmp_path: Path) -> None:
-        with zipfile.ZipFile(tmp_path / "all.zip", "w") as held:
-            for name in ("a.png", "day 2/a.png"):
-                held.write(folder / name, name)
+        packed(tmp_path / "all.zip", folder)
         done("segment", tmp_path / "all.zip", "--out", tmp_path / "out", *where)
         assert left(tmp_path / "out") == ["all/a_mask.png", "all/day 2/a_mask.png", "all/report.json", "run.json"]
+
+    def test_an_archive_with_bad_images(self, folder: Path, where: list[str], tmp_path: Path) -> None:
+        """The good ones are written, the bad ones are named, and the run has failed."""
+        packed(tmp_path / "all.zip", folder, broken=b"hello there")
+        out = ["--out", tmp_path / "out", *where]
+        said = fails("segment", tmp_path / "all.zip", *out)
+        assert "1 of 3 images of the zip could not be segmented" in said
+        assert "broken.png: " in said
+        assert "not a format" in said
+        assert left(tmp_path / "out") == ["all/a_mask.png", "all/day 2/a_mask.png", "all/report.json", "run.json"]
+        entry = report_of(tmp_path / "out")["inputs"][0]
+        assert entry["status"] == "failed"
+        assert "broken.png" in entry["error"]["detail"]
+        assert len(entry["outputs"]) == 3
+        # It is tried again, and it may be one of many inputs.
+        fails("segment", tmp_path / "all.zip", *out, "--resume")
+        assert "1 of 2 failed" in fails("segment", tmp_path / "all.zip", folder / "a.png", *out)
+
+    def test_an_archive_has_no_one_file_of_its_answer(self, folder: Path, where: list[str], tmp_path: Path) -> None:
+        for name in ("all.zip", "all"):
+            packed(tmp_path / name, folder)
+            said = fails("segment", tmp_path / name, "-o", tmp_path / "out.zip", *where)
+            assert "the answer to a zip of images has many; use --out FOLDER" in said
+        assert not (tmp_path / "out.zip").exists()
+        assert "one image or volume" in fails("compare", tmp_path / "all.zip", *where)
+
+    def test_an_archive_is_known_by_what_is_in_it(self, folder: Path, where: list[str], tmp_path: Path) -> None:
+        packed(tmp_path / "all", folder)
+        done("segment", tmp_path / "all", *where)
+        assert left(tmp_path) == [
+            "all", "all_answers/a_mask.png", "all_answers/day 2/a_mask.png", "all_answers/report.json",
+            *(f"images/{name}" for name in left(folder)),
+        ]  # fmt: skip
+        (tmp_path / "x.zip").write_bytes((folder / "a.png").read_bytes())
+        done("segment", tmp_path / "x.zip", *where)
+        assert (tmp_path / "x_mask.png").exists()
 
     @pytest.mark.parametrize("jobs", [1, 4])
     def test_some_at_a_time(self, folder: Path, where: list[str], jobs: int) -> None:
