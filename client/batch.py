@@ -114,7 +114,7 @@ class _Work:
             self.watcher.ended(one, text, failed=failed)
 
     def _failed(self, one: Input, error: Exception) -> str:
-        known = {key: value for key in ("sha256", "bytes") if (value := self.journal.entries[one].get(key)) is not None}
+        known = {key: value for key in ("sha256", "bytes", "outputs") if (value := self.journal.entries[one].get(key)) is not None}
         told = {"detail": str(error)}
         if isinstance(error, errors.SegmentError):
             told |= {key: value for key in ("type", "request_id") if (value := getattr(error, key))}
@@ -136,6 +136,14 @@ class _Work:
             {"path": self.journal.name(path), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             for path, data in zip(paths, result.files.values(), strict=True)
         ]
+        lost = [row for row in result.images if row["status"] != "ok"]
+        if lost:
+            # A later run tries the whole again.
+            self.journal.set(one, status="failed", **facts, outputs=outputs)
+            raise errors.Refused(
+                f"{len(lost)} of {len(result.images)} images of the zip could not be segmented; the others are in {shown(paths[-1].parent)}"
+                + "".join(f"\n    {row['name']}: {row.get('detail', 'says no more')}" for row in lost)
+            )
         served = {"mode": result.mode, "level": result.level, "precision": result.precision, **self._engine(result)}
         self.journal.set(
             one, status="done", **facts, outputs=outputs, **served, degraded=result.degraded or None, timings_ms=dict(result.timings_ms),
@@ -161,7 +169,8 @@ class _Work:
 def told(result: Result, paths: list[Path]) -> str:
     """An answer in a line or a few."""
     spent_ms = sum(result.timings_ms.values())
-    lines = [f"{', '.join(map(shown, paths))}  {result.model} {result.mode} L{result.level} {result.precision}, {spent_ms:.0f} ms"]
+    places = f"{len(paths)} files in {shown(paths[-1].parent)}" if result.images else ", ".join(map(shown, paths))
+    lines = [f"{places}  {result.model} {result.mode} L{result.level} {result.precision}, {spent_ms:.0f} ms"]
     if result.iou is not None:
         lines.append(f"IoU {result.iou:.4f}  Dice {result.dice:.4f}")
     if result.note:

@@ -72,6 +72,22 @@ class Statistics(TypedDict):
     timings_ms: dict[str, float]
 
 
+class ImageReport(TypedDict):
+    """One image of a zip: status "ok" with the names of its files, or "failed" with what is wrong."""
+
+    name: str
+    status: Literal["ok", "failed"]
+    detail: NotRequired[str]
+    files: NotRequired[list[str]]
+    model: NotRequired[str]
+    mode: NotRequired[str]
+    level: NotRequired[int]
+    precision: NotRequired[str]
+    postprocessing: NotRequired[dict[str, Any]]
+    note: NotRequired[str]
+    timings_ms: NotRequired[dict[str, float]]
+
+
 class ModelSummary(TypedDict):
     """One line of the list of models."""
 
