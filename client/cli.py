@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from client.inputs import Input
 
 # What compare chooses itself.
-COMPARED = ("mode", "level", "format", "include_mask", "min_level", "deadline_ms")
+COMPARED = ("mode", "level", "format", "include_mask", "instances", "min_level", "deadline_ms")
 
 # As of a shell's own commands.
 INTERRUPTED = 130
@@ -56,7 +56,7 @@ def segment(
     ca: Authority = None,
     no_verify: Unverified = False,
     timeout_s: Timeout = 600,
-    as_job: Annotated[bool, typer.Option("--as-job", help="As jobs of the server; large volumes are anyway.")] = False,
+    as_job: Annotated[bool, typer.Option("--as-job", help="As jobs of the server; zips, large volumes and stacks are anyway.")] = False,
     bundles: Bundles = None,
     *,
     asked: dict[str, Any],
@@ -164,6 +164,8 @@ def _asking(
         return AsyncLocal(settings=narrowed(read_settings(bundles), model))
     if bundles:
         fail("--bundles is for work in this process; a server has its own")
+    if ca and no_verify:
+        fail("--ca names whom to trust, and --no-verify trusts everyone; name one of them")
     from client.aio import AsyncClient
     from client.remote import Remote
 

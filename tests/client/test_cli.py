@@ -350,6 +350,9 @@ class TestBatch:
             assert "--server" in fails("segment", folder, "--as-job")
             assert "--bundles" in fails("segment", folder, "--server", "http://x", "--bundles", tmp_path)
             assert "no address" in fails("segment", folder, "--server", "x")
+            (tmp_path / "ca.pem").touch()
+            both = ["--ca", tmp_path / "ca.pem", "--no-verify"]
+            assert "name one of them" in fails("segment", folder, "--server", "https://x", *both)
             (folder / "a.jpg").touch()
             assert "the same name" in fails("segment", folder)
             (folder / "a.jpg").unlink()
@@ -624,6 +627,11 @@ class TestCompare:
         assert "not a format" in fails("compare", folder / "c.png", *where)
         assert "an input or a reference" in fails("compare", folder / "a.png", "-o", folder / "a.png", *where)
         assert "'lungs'" in fails("compare", folder / "a.png", "--model", "lungs", *where)
+
+    @pytest.mark.parametrize("option", ["--instances", "--level", "--format"])
+    def test_what_it_chooses_itself(self, folder: Path, option: str) -> None:
+        """With instances the mask would be numbers of objects, and the agreement that of object 1."""
+        assert "No such option" in run("compare", folder / "a.png", option, 1).stderr
 
     def test_measures_each_graph(self, folder: Path, fakes: Callable[..., None]) -> None:
         """A level that sees nothing agrees with nothing."""
