@@ -70,6 +70,14 @@ class Statistics(TypedDict):
     instances: NotRequired[dict[str, Any]]
     note: NotRequired[str]
     timings_ms: dict[str, float]
+    # One of them, in base64, where include_mask was asked for.
+    mask_png: NotRequired[str]
+    mask_tiff: NotRequired[str]
+    mask_nifti: NotRequired[str]
+    mask_nrrd: NotRequired[str]
+    mask_labels_png: NotRequired[str]
+    mask_labels_tiff: NotRequired[str]
+    mask_labels_nifti: NotRequired[str]
 
 
 class ImageReport(TypedDict):
@@ -97,6 +105,7 @@ class ModelSummary(TypedDict):
     levels: list[int]
     recommended_level: int
     precisions: list[str]
+    uncertainty: bool
     default: bool
 
 
@@ -125,9 +134,15 @@ class ModelCard(ModelSummary):
     description: str
     intended_use: str
     channels: list[str]
+    orientation: str | None
+    spacing: list[float] | None
+    normalization: str
     classes: list[Class]
-    serving: list[Serving]
+    graphs: list[dict[str, Any]]
     calibration: dict[str, Any] | None
+    held_out: dict[str, Any] | None
+    comparison: list[dict[str, Any]]
+    serving: list[Serving]
     license: dict[str, str]
     provenance: dict[str, str]
 
