@@ -108,7 +108,10 @@ def compare(
     *,
     asked: dict[str, Any],
 ) -> None:
-    """Segment an image or a volume at every level: a table of time and agreement, and a picture."""
+    """Segment an image or a volume at every level: a table of time and agreement, and a picture.
+
+    The picture shows images with each mask over them; of volumes and stacks a few slices, spread over what each mask has found.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -124,20 +127,21 @@ def compare(
         inputs.check([one], None, target, [reference] if reference else [])
         asking = _asking(server, api_key_file, ca, no_verify, timeout_s, False, bundles, asked.get("model"))
 
-        async def work(shown: "_Shown") -> tuple["ModelCard", list[comparing.Row]]:
+        async def work(shown: "_Shown") -> tuple["ModelCard", list[comparing.Row], bytes | None]:
             async with asking:
                 card = await card_of(asking, asked.get("model"))
-                return card, await comparing.compare(asking, card, image, reference, asked, shown.say)
+                rows = await comparing.compare(asking, card, image, reference, asked, shown.say)
+                return card, rows, await comparing.input_picture(asking, card, image, asked, rows)
 
         with _showing(None) as shown:
             outcome = _through(work(shown), shown)
         _end(shown, 1)
-        card, rows = outcome
+        card, rows, picture = outcome
         headings, cells = comparing.table(rows)
         table = Table(*headings, title=f"{one.shown}: {card['title']}")
         for line in cells:
             table.add_row(*line)
-        journal.write(target, comparing.drawn(rows, image, card))
+        journal.write(target, comparing.drawn(rows, picture))
         Console().print(table)
         typer.echo(f"agreement: IoU with the mask of accurate. {inputs.shown(target)}")
 

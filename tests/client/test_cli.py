@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import io
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image as Pillow
 from typer.testing import Result
 
@@ -601,6 +603,35 @@ class TestServer:
         assert "pip install '.[client]'" in ran.stderr
 
 
+def mha_bytes(voxels: np.ndarray) -> bytes:
+    """(X, Y, Z) as MetaImage."""
+    head = f"ObjectType = Image\nNDims = 3\nDimSize = {' '.join(map(str, voxels.shape))}\nElementType = MET_UCHAR\nElementDataFile = LOCAL\n"
+    return head.encode() + voxels.tobytes(order="F")
+
+
+def nrrd_bytes(voxels: np.ndarray) -> bytes:
+    """(X, Y, Z) as NRRD."""
+    sizes = " ".join(map(str, voxels.shape))
+    head = f"NRRD0004\ntype: uint8\ndimension: 3\nsizes: {sizes}\nencoding: raw\nspace: LPS\n"
+    return (head + "space directions: (1,0,0) (0,1,0) (0,0,1)\n\n").encode() + voxels.tobytes(order="F")
+
+
+def channels_bytes(pixels: np.ndarray) -> bytes:
+    """(C, H, W) as an ImageJ TIFF."""
+    out = io.BytesIO()
+    tifffile.imwrite(out, pixels, imagej=True, metadata={"axes": "CYX"})
+    return out.getvalue()
+
+
+READABLE: dict[str, Callable[[], bytes]] = {
+    "x.png": lambda: picture_bytes(VOLUME[..., 0]),
+    "x.mha": lambda: mha_bytes(VOLUME),
+    "x.nrrd": lambda: nrrd_bytes(VOLUME),
+    "channels.tif": lambda: channels_bytes(np.stack([VOLUME[..., 0] * 0, VOLUME[..., 0]])),
+    "grey16.tif": lambda: pages_bytes(VOLUME[None, ..., 0].astype(np.uint16) * 4),
+}
+
+
 class TestCompare:
     def test_an_image(self, folder: Path, where: list[str]) -> None:
         said = done("compare", folder / "a.png", *where)
@@ -620,7 +651,16 @@ class TestCompare:
         (tmp_path / name).write_bytes(nifti_bytes(VOLUME) if name.endswith("gz") else pages_bytes(VOLUME))
         done("compare", tmp_path / name, *where)
         with Pillow.open(tmp_path / "x_levels.png") as sheet:
-            assert sheet.width > sheet.height
+            assert min(sheet.size) > 640
+
+    @pytest.mark.parametrize("name", ["x.png", "x.mha", "x.nrrd", "channels.tif", "grey16.tif"])
+    def test_the_input_is_seen(self, tmp_path: Path, where: list[str], name: str) -> None:
+        """Whatever the server reads is drawn by the server."""
+        (tmp_path / name).write_bytes(READABLE[name]())
+        done("compare", tmp_path / name, *where, *(["--channel", 1] if name == "channels.tif" else []))
+        with Pillow.open(tmp_path / f"{name.split('.')[0]}_levels.png") as sheet:
+            first = np.asarray(sheet.convert("L"))[8:160, 8:160]
+        assert first.std() > 20
 
     def test_errors(self, folder: Path, where: list[str]) -> None:
         (folder / "c.png").write_text("hello there")
