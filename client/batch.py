@@ -2,18 +2,16 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from client import errors
-from client.documents import ModelCard, ModelSummary
+from client.documents import ModelCard, ModelSummary, Progress
 from client.inputs import Input, shown
 from client.journal import Journal, sha256, write
 from client.result import Result
-
-Progress = Callable[[str, int, int], None]
 
 
 class Segmenting(Protocol):
@@ -37,7 +35,7 @@ class Plan:
         asked: parameters of the server; `formats` among them.
         out: folder of the answers; beside the inputs, if None.
         output: the one file of the one answer, instead.
-        references: labels by input.
+        references: the reference of each input that has one.
         jobs: inputs at a time.
         resume: leaves out what the journal says is done.
     """
@@ -124,11 +122,11 @@ class _Work:
     async def _one(self, one: Input, progress: Progress) -> str:
         reference = self.plan.references.get(one)
         digest = await asyncio.to_thread(sha256, one.path)
-        labels = None if reference is None else await asyncio.to_thread(sha256, reference)
-        if self.plan.resume and await asyncio.to_thread(self.journal.is_complete, one, digest, labels):
+        reference_digest = None if reference is None else await asyncio.to_thread(sha256, reference)
+        if self.plan.resume and await asyncio.to_thread(self.journal.is_complete, one, digest, reference_digest):
             return "as before"
         # Whatever happens now, the answer of before is not the one to this.
-        facts = {"sha256": digest, "bytes": one.path.stat().st_size, "reference_sha256": labels}
+        facts = {"sha256": digest, "bytes": one.path.stat().st_size, "reference_sha256": reference_digest}
         self.journal.set(one, status="pending", **facts)
         result = await self.asking.segment(one.path, reference=reference, progress=progress, **self.plan.asked)
         paths = await asyncio.to_thread(self._write, one, result)

@@ -18,8 +18,7 @@ from client.options import with_options
 from server.shell import fail, read_settings
 
 if TYPE_CHECKING:
-    from client.batch import Progress
-    from client.documents import ModelCard
+    from client.documents import ModelCard, Progress
     from client.errors import SegmentError
     from client.inputs import Input
 
@@ -45,7 +44,7 @@ def segment(
         Path | None, typer.Option(file_okay=False, show_default="beside each input", help="Folder of the answers.")
     ] = None,
     recursive: Annotated[bool, typer.Option(help="Look into folders in folders.")] = True,
-    reference: Annotated[Path | None, typer.Option(help="Labels to score against; for several inputs a folder.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Mask to score against; for several inputs a folder.")] = None,
     report: Annotated[
         Path | None, typer.Option(dir_okay=False, show_default="run.json in --out", help="Report of the run, JSON.")
     ] = None,
@@ -56,7 +55,9 @@ def segment(
     ca: Authority = None,
     no_verify: Unverified = False,
     timeout_s: Timeout = 600,
-    as_job: Annotated[bool, typer.Option("--as-job", help="As jobs of the server; zips, large volumes and stacks are anyway.")] = False,
+    as_job: Annotated[
+        bool, typer.Option("--as-job", help="As jobs of the server; zips, large volumes and stacks are anyway.")
+    ] = False,
     bundles: Bundles = None,
     *,
     asked: dict[str, Any],
@@ -70,8 +71,8 @@ def segment(
         formats = asked.pop("format", "mask")
         if output and "," in formats:
             fail("-o names one file, and --format asks for several; use --out FOLDER")
-        labels = inputs.references(reference, found)
-        inputs.check(found, out, output, labels.values())
+        references = inputs.references(reference, found)
+        inputs.check(found, out, output, references.values())
         kept = report or (out / "run.json" if out else None)
         if resume and kept is None:
             fail("--resume goes by the report of the run before; name it with --report, or use --out, which has one")
@@ -79,7 +80,7 @@ def segment(
         asking = _asking(server, api_key_file, ca, no_verify, timeout_s, as_job, bundles, asked.get("model"))
         if kept:
             kept.parent.mkdir(parents=True, exist_ok=True)
-        plan = Plan({"formats": formats, **asked}, out, output, labels, jobs, resume)
+        plan = Plan({"formats": formats, **asked}, out, output, references, jobs, resume)
 
         async def work(shown: "_Shown") -> None:
             async with asking:
@@ -98,7 +99,7 @@ def compare(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", show_default="image's name + _levels.png", help="The picture, PNG.")
     ] = None,
-    reference: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Labels to score against.")] = None,
+    reference: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Mask to score against.")] = None,
     server: Server = None,
     api_key_file: KeyFile = None,
     ca: Authority = None,

@@ -64,7 +64,7 @@ async def compare(
         asking: who segments.
         card: of the model.
         path: the input.
-        reference: labels to score against.
+        reference: mask to score against.
         asked: the other parameters.
         progress: told of each graph by name.
     """

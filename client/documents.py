@@ -1,6 +1,7 @@
 """The server's JSON, as it is: dictionaries whose keys a type checker knows."""
 
-from typing import Any, Literal, NotRequired, TypedDict
+from collections.abc import Callable
+from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
 
 # One of its keys is a keyword of Python.
 Object = TypedDict(
@@ -145,6 +146,10 @@ class ModelCard(ModelSummary):
     serving: list[Serving]
     license: dict[str, str]
     provenance: dict[str, str]
+
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Told how far one input is: the stage, windows done, windows in all."""
 
 
 class Windows(TypedDict):

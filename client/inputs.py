@@ -147,7 +147,7 @@ def _same(one: Path, other: Path) -> bool:
     return one.resolve() == other.resolve()
 
 
-def check(inputs: list[Input], out: Path | None, output: Path | None, labels: Iterable[Path] = ()) -> None:
+def check(inputs: list[Input], out: Path | None, output: Path | None, references: Iterable[Path] = ()) -> None:
     """Refuses what would overwrite an input, a reference or another answer.
 
     Raises:
@@ -160,7 +160,7 @@ def check(inputs: list[Input], out: Path | None, output: Path | None, labels: It
             raise InputError("-o names one file, but the answer to a zip of images has many; use --out FOLDER")
         if not output.parent.is_dir():
             raise InputError(f"{output.parent} is not a folder")
-    own = {path.resolve() for path in (*labels, *(one.path for one in inputs))}
+    own = {path.resolve() for path in (*references, *(one.path for one in inputs))}
     places = {one: [one.answer(out, name) for name in ANSWERS] if output is None else [output] for one in inputs}
     if over := [(one, place) for one in inputs for place in places[one] if place.resolve() in own]:
         one, place = over[0]
@@ -177,16 +177,18 @@ def check(inputs: list[Input], out: Path | None, output: Path | None, labels: It
 
 
 def references(given: Path | None, inputs: list[Input]) -> dict[Input, Path]:
-    """The labels of each input: the file itself for one input, else the file of the same name, whatever its format, in a folder like its own.
+    """The reference of each input: the file itself for one input, else the file of the same name, whatever its format, in a folder like its own.
 
     Raises:
-        InputError: labels are missing.
+        InputError: references are missing.
     """
     if given is None:
         return {}
     if given.is_file():
         if len(inputs) > 1:
-            raise InputError(f"--reference {given} is one file, and there are {len(inputs)} inputs; name the folder of the labels")
+            raise InputError(
+                f"--reference {given} is one file, and there are {len(inputs)} inputs; name the folder of the references"
+            )
         return {inputs[0]: given}
     if not given.is_dir():
         raise InputError(f"--reference {given} does not exist")
@@ -198,6 +200,6 @@ def references(given: Path | None, inputs: list[Input]) -> dict[Input, Path]:
     if missing:
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise InputError(
-            f"no labels in {given} for {', '.join(missing[:SHOWN])}{more}; they have the name of the input, in the same folders"
+            f"no reference in {given} for {', '.join(missing[:SHOWN])}{more}; references have the name of their input, in the same folders"
         )
     return {one: known[one.folder][one.stem] for one in inputs}

@@ -2,13 +2,12 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from client.aio import AsyncClient, AsyncJob
-from client.documents import JobDocument, ModelCard, ModelSummary
+from client.documents import JobDocument, ModelCard, ModelSummary, Progress
 from client.result import Result
 from client.sources import is_zip
 
@@ -19,8 +18,6 @@ TIFFS = (".tif", ".tiff")
 
 # What only makes sense where somebody waits; jobs refuse them.
 URGENT = ("deadline_ms", "min_level")
-
-Progress = Callable[[str, int, int], None]
 
 
 class Remote:

@@ -141,10 +141,12 @@ def query(formats: tuple[str, ...] | str, parameters: Mapping[str, Any]) -> dict
     asked = formats.split(",") if isinstance(formats, str) else list(formats)
     # "As the input" alone is what the server does anyway.
     chosen = {} if asked in ([], ["mask"]) else {"format": ",".join(asked)}
-    return chosen | {name: _text(value) for name, value in parameters.items() if value is not None}
+    return chosen | {name: _text(name, value) for name, value in parameters.items() if value is not None}
 
 
-def _text(value: Any) -> str:
+def _text(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+    # Sizes are written with x, as 0,5 is one number to many people.
+    between = "x" if name == "pixel_size_um" else ","
+    return between.join(map(str, value)) if isinstance(value, tuple | list) else str(value)

@@ -658,7 +658,7 @@ class TestCompare:
         """Whatever the server reads is drawn by the server."""
         (tmp_path / name).write_bytes(READABLE[name]())
         done("compare", tmp_path / name, *where, *(["--channel", 1] if name == "channels.tif" else []))
-        with Pillow.open(tmp_path / f"{name.split('.')[0]}_levels.png") as sheet:
+        with Pillow.open(tmp_path / f"{Path(name).stem}_levels.png") as sheet:
             first = np.asarray(sheet.convert("L"))[8:160, 8:160]
         assert first.std() > 20
 

@@ -30,7 +30,9 @@ def test_keys(here: type, there: type[BaseModel]) -> None:
     assert set(get_type_hints(here)) == set(there.model_fields)
 
 
-@pytest.mark.parametrize("data", [picture_bytes(VOXELS[0]), pages_bytes(VOXELS), nifti_bytes(VOXELS)], ids=["image", "stack", "volume"])
+@pytest.mark.parametrize(
+    "data", [picture_bytes(VOXELS[0]), pages_bytes(VOXELS), nifti_bytes(VOXELS)], ids=["image", "stack", "volume"]
+)
 @pytest.mark.parametrize("asked", [{}, {"instances": True}, {"min_size_px": 2, "level": 1}])
 def test_statistics(fakes: Any, data: bytes, asked: dict[str, Any]) -> None:
     fakes()

@@ -117,7 +117,7 @@ def test_query_and_headers(either: Callable[..., Any]) -> None:
     )  # fmt: skip
     (request,) = script.asked
     assert request.url.path == "/sub/segment"
-    assert dict(request.url.params) == {"format": "mask,json", "level": "2", "instances": "true", "pixel_size_um": "0.5,0.25"}
+    assert dict(request.url.params) == {"format": "mask,json", "level": "2", "instances": "true", "pixel_size_um": "0.5x0.25"}
     assert request.headers["x-api-key"] == "k1"
 
 
