@@ -246,13 +246,16 @@ def _showing(total: int | None) -> Iterator[_Shown]:
 
 
 def _through(work: Coroutine[Any, Any, Any], shown: _Shown) -> Any:
-    from client.errors import SegmentError
+    from client.errors import KeyNeeded, SegmentError
 
     try:
         return asyncio.run(work)
     except KeyboardInterrupt:
         shown.interrupted = True
     except SegmentError as error:
+        if isinstance(error, KeyNeeded):
+            # The server speaks of headers.
+            error.detail += "; --api-key-file FILE sends the one in a file"
         shown.ended_by = error
     return None
 

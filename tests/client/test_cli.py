@@ -593,7 +593,10 @@ class TestServer:
         (tmp_path / "keys").write_text(line)
         (tmp_path / "key").write_text(f"{secret}\n")
         with served(auth={"keys_file": tmp_path / "keys"}) as url:
-            assert "needs an API key" in fails("segment", folder, "--server", url)
+            for what in (["segment", folder], ["segment", folder / "a.png"], ["compare", folder / "a.png"]):
+                said = fails(*what, "--server", url)
+                assert "needs an API key" in said
+                assert "--api-key-file" in said
             done("segment", folder, "--server", url, "--api-key-file", tmp_path / "key")
 
     def test_without_httpx(self, folder: Path) -> None:
