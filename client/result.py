@@ -138,7 +138,7 @@ def query(formats: tuple[str, ...] | str, parameters: Mapping[str, Any]) -> dict
     """
     if "format" in parameters:
         raise TypeError("formats=(...) says what is wanted, not format=")
-    asked = formats.split(",") if isinstance(formats, str) else list(formats)
+    asked = [one.strip() for one in formats.split(",")] if isinstance(formats, str) else list(formats)
     # "As the input" alone is what the server does anyway.
     chosen = {} if asked in ([], ["mask"]) else {"format": ",".join(asked)}
     return chosen | {name: _text(name, value) for name, value in parameters.items() if value is not None}

@@ -21,10 +21,12 @@ class Upload:
     Attributes:
         open: a new file at its start, each time.
         size: bytes.
+        name: what it is called, where that is told.
     """
 
     open: Callable[[], BinaryIO]
     size: int
+    name: str = "upload"
 
 
 def upload(source: Source, affine: ArrayLike | None = None) -> Upload:
