@@ -132,7 +132,7 @@ class AsyncJob:
         """How far it is."""
         return await self._client.run(jobs.status(self.id, self._client._retries))
 
-    async def wait(self, progress: jobs.Progress = lambda document: None, timeout_s: float | None = None) -> JobDocument:
+    async def wait(self, progress: jobs.Follower = lambda document: None, timeout_s: float | None = None) -> JobDocument:
         """Returns when it is done; see `jobs.wait`."""
         return await self._client.run(jobs.wait(self.id, self._client._retries, progress, timeout_s))
 

@@ -2,18 +2,16 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from client import errors
-from client.documents import ModelCard, ModelSummary
+from client.documents import ModelCard, ModelSummary, Progress
 from client.inputs import Input, shown
 from client.journal import Journal, sha256, write
 from client.result import Result
-
-Progress = Callable[[str, int, int], None]
 
 
 class Segmenting(Protocol):
@@ -37,7 +35,7 @@ class Plan:
         asked: parameters of the server; `formats` among them.
         out: folder of the answers; beside the inputs, if None.
         output: the one file of the one answer, instead.
-        references: labels by input.
+        references: the reference of each input that has one.
         jobs: inputs at a time.
         resume: leaves out what the journal says is done.
     """
@@ -114,7 +112,7 @@ class _Work:
             self.watcher.ended(one, text, failed=failed)
 
     def _failed(self, one: Input, error: Exception) -> str:
-        known = {key: value for key in ("sha256", "bytes") if (value := self.journal.entries[one].get(key)) is not None}
+        known = {key: value for key in ("sha256", "bytes", "outputs") if (value := self.journal.entries[one].get(key)) is not None}
         told = {"detail": str(error)}
         if isinstance(error, errors.SegmentError):
             told |= {key: value for key in ("type", "request_id") if (value := getattr(error, key))}
@@ -124,11 +122,11 @@ class _Work:
     async def _one(self, one: Input, progress: Progress) -> str:
         reference = self.plan.references.get(one)
         digest = await asyncio.to_thread(sha256, one.path)
-        labels = None if reference is None else await asyncio.to_thread(sha256, reference)
-        if self.plan.resume and await asyncio.to_thread(self.journal.is_complete, one, digest, labels):
+        reference_digest = None if reference is None else await asyncio.to_thread(sha256, reference)
+        if self.plan.resume and await asyncio.to_thread(self.journal.is_complete, one, digest, reference_digest):
             return "as before"
         # Whatever happens now, the answer of before is not the one to this.
-        facts = {"sha256": digest, "bytes": one.path.stat().st_size, "reference_sha256": labels}
+        facts = {"sha256": digest, "bytes": one.path.stat().st_size, "reference_sha256": reference_digest}
         self.journal.set(one, status="pending", **facts)
         result = await self.asking.segment(one.path, reference=reference, progress=progress, **self.plan.asked)
         paths = await asyncio.to_thread(self._write, one, result)
@@ -136,6 +134,14 @@ class _Work:
             {"path": self.journal.name(path), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             for path, data in zip(paths, result.files.values(), strict=True)
         ]
+        lost = [row for row in result.images if row["status"] != "ok"]
+        if lost:
+            # A later run tries the whole again.
+            self.journal.set(one, status="failed", **facts, outputs=outputs)
+            raise errors.Refused(
+                f"{len(lost)} of {len(result.images)} images of the zip could not be segmented; the others are in {shown(paths[-1].parent)}"
+                + "".join(f"\n    {row['name']}: {row.get('detail', 'says no more')}" for row in lost)
+            )
         served = {"mode": result.mode, "level": result.level, "precision": result.precision, **self._engine(result)}
         self.journal.set(
             one, status="done", **facts, outputs=outputs, **served, degraded=result.degraded or None, timings_ms=dict(result.timings_ms),
@@ -161,7 +167,8 @@ class _Work:
 def told(result: Result, paths: list[Path]) -> str:
     """An answer in a line or a few."""
     spent_ms = sum(result.timings_ms.values())
-    lines = [f"{', '.join(map(shown, paths))}  {result.model} {result.mode} L{result.level} {result.precision}, {spent_ms:.0f} ms"]
+    places = f"{len(paths)} files in {shown(paths[-1].parent)}" if result.images else ", ".join(map(shown, paths))
+    lines = [f"{places}  {result.model} {result.mode} L{result.level} {result.precision}, {spent_ms:.0f} ms"]
     if result.iou is not None:
         lines.append(f"IoU {result.iou:.4f}  Dice {result.dice:.4f}")
     if result.note:

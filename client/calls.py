@@ -1,5 +1,7 @@
 """What can be asked of a server, as conversations."""
 
+import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -58,7 +60,12 @@ def _posted(
     given = {"file": source} if reference is None else {"file": source, "reference": reference}
     # A reference may be a file although the input is an array, and the other way round.
     uploads = {name: upload(one, affine if hasattr(one, "dtype") else None) for name, one in given.items()}
-    return Call("POST", path, query(formats, parameters), uploads)
+    asked = query(formats, parameters)
+    # What a file is called at home stays there, except for COCO, whose readers look for images by name.
+    if isinstance(source, str | os.PathLike) and "coco" in asked.get("format", "").split(","):
+        name = os.fsencode(Path(source).name).decode("utf-8", "backslashreplace")
+        uploads["file"] = dataclasses.replace(uploads["file"], name=name)
+    return Call("POST", path, asked, uploads)
 
 
 def fetch(job_id: str, what: str, retries: Retries) -> Talk[Result]:

@@ -18,13 +18,12 @@ from client.options import with_options
 from server.shell import fail, read_settings
 
 if TYPE_CHECKING:
-    from client.batch import Progress
-    from client.documents import ModelCard
+    from client.documents import ModelCard, Progress
     from client.errors import SegmentError
     from client.inputs import Input
 
 # What compare chooses itself.
-COMPARED = ("mode", "level", "format", "include_mask", "min_level", "deadline_ms")
+COMPARED = ("mode", "level", "format", "include_mask", "instances", "min_level", "deadline_ms")
 
 # As of a shell's own commands.
 INTERRUPTED = 130
@@ -45,7 +44,7 @@ def segment(
         Path | None, typer.Option(file_okay=False, show_default="beside each input", help="Folder of the answers.")
     ] = None,
     recursive: Annotated[bool, typer.Option(help="Look into folders in folders.")] = True,
-    reference: Annotated[Path | None, typer.Option(help="Labels to score against; for several inputs a folder.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Mask to score against; for several inputs a folder.")] = None,
     report: Annotated[
         Path | None, typer.Option(dir_okay=False, show_default="run.json in --out", help="Report of the run, JSON.")
     ] = None,
@@ -56,7 +55,9 @@ def segment(
     ca: Authority = None,
     no_verify: Unverified = False,
     timeout_s: Timeout = 600,
-    as_job: Annotated[bool, typer.Option("--as-job", help="As jobs of the server; large volumes are anyway.")] = False,
+    as_job: Annotated[
+        bool, typer.Option("--as-job", help="As jobs of the server; zips, large volumes and stacks are anyway.")
+    ] = False,
     bundles: Bundles = None,
     *,
     asked: dict[str, Any],
@@ -70,8 +71,8 @@ def segment(
         formats = asked.pop("format", "mask")
         if output and "," in formats:
             fail("-o names one file, and --format asks for several; use --out FOLDER")
-        labels = inputs.references(reference, found)
-        inputs.check(found, out, output, labels.values())
+        references = inputs.references(reference, found)
+        inputs.check(found, out, output, references.values())
         kept = report or (out / "run.json" if out else None)
         if resume and kept is None:
             fail("--resume goes by the report of the run before; name it with --report, or use --out, which has one")
@@ -79,7 +80,7 @@ def segment(
         asking = _asking(server, api_key_file, ca, no_verify, timeout_s, as_job, bundles, asked.get("model"))
         if kept:
             kept.parent.mkdir(parents=True, exist_ok=True)
-        plan = Plan({"formats": formats, **asked}, out, output, labels, jobs, resume)
+        plan = Plan({"formats": formats, **asked}, out, output, references, jobs, resume)
 
         async def work(shown: "_Shown") -> None:
             async with asking:
@@ -98,7 +99,7 @@ def compare(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", show_default="image's name + _levels.png", help="The picture, PNG.")
     ] = None,
-    reference: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Labels to score against.")] = None,
+    reference: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Mask to score against.")] = None,
     server: Server = None,
     api_key_file: KeyFile = None,
     ca: Authority = None,
@@ -108,7 +109,10 @@ def compare(
     *,
     asked: dict[str, Any],
 ) -> None:
-    """Segment an image or a volume at every level: a table of time and agreement, and a picture."""
+    """Segment an image or a volume at every level: a table of time and agreement, and a picture.
+
+    The picture shows images with each mask over them; of volumes and stacks a few slices, spread over what each mask has found.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -118,24 +122,27 @@ def compare(
 
     with _said():
         one = inputs.Input(image)
+        if one.is_archive:
+            fail(f"{one.shown} is a zip; compare takes one image or volume")
         target = output or one.answer(None, "levels.png")
         inputs.check([one], None, target, [reference] if reference else [])
         asking = _asking(server, api_key_file, ca, no_verify, timeout_s, False, bundles, asked.get("model"))
 
-        async def work(shown: "_Shown") -> tuple["ModelCard", list[comparing.Row]]:
+        async def work(shown: "_Shown") -> tuple["ModelCard", list[comparing.Row], bytes | None]:
             async with asking:
                 card = await card_of(asking, asked.get("model"))
-                return card, await comparing.compare(asking, card, image, reference, asked, shown.say)
+                rows = await comparing.compare(asking, card, image, reference, asked, shown.say)
+                return card, rows, await comparing.input_picture(asking, card, image, asked, rows)
 
         with _showing(None) as shown:
             outcome = _through(work(shown), shown)
         _end(shown, 1)
-        card, rows = outcome
+        card, rows, picture = outcome
         headings, cells = comparing.table(rows)
         table = Table(*headings, title=f"{one.shown}: {card['title']}")
         for line in cells:
             table.add_row(*line)
-        journal.write(target, comparing.drawn(rows, image, card))
+        journal.write(target, comparing.drawn(rows, picture))
         Console().print(table)
         typer.echo(f"agreement: IoU with the mask of accurate. {inputs.shown(target)}")
 
@@ -162,6 +169,8 @@ def _asking(
         return AsyncLocal(settings=narrowed(read_settings(bundles), model))
     if bundles:
         fail("--bundles is for work in this process; a server has its own")
+    if ca and no_verify:
+        fail("--ca names whom to trust, and --no-verify trusts everyone; name one of them")
     from client.aio import AsyncClient
     from client.remote import Remote
 
@@ -237,13 +246,16 @@ def _showing(total: int | None) -> Iterator[_Shown]:
 
 
 def _through(work: Coroutine[Any, Any, Any], shown: _Shown) -> Any:
-    from client.errors import SegmentError
+    from client.errors import KeyNeeded, SegmentError
 
     try:
         return asyncio.run(work)
     except KeyboardInterrupt:
         shown.interrupted = True
     except SegmentError as error:
+        if isinstance(error, KeyNeeded):
+            # The server speaks of headers.
+            error.detail += "; --api-key-file FILE sends the one in a file"
         shown.ended_by = error
     return None
 

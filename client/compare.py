@@ -8,15 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from client import picture
 from client.batch import Segmenting
 from client.documents import ModelCard
+from client.picture import sheet
 from client.result import Result
 
 # A graph that has not seen an input of this size yet may prepare for it first; so the quickest of a few runs counts.
 RUNS = 3
 # Of what takes longer than this one run is enough.
 LONG_MS = 5000.0
+# Pictures in a row and pixels of their longer sides: of images, and of volumes and stacks, which are mosaics of slices.
+IMAGES, MOSAICS = (6, 360), (3, 640)
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,14 @@ class Row:
     Attributes:
         name: "L1" ... or "accurate".
         result: its quickest answer.
+        overlay: its mask over the input, as the server draws it.
         agreement: IoU of its mask with that of accurate, mean over the foreground classes.
         speed_up: how much quicker than accurate it is.
     """
 
     name: str
     result: Result
+    overlay: bytes
     agreement: float
     speed_up: float
 
@@ -60,25 +64,40 @@ async def compare(
         asking: who segments.
         card: of the model.
         path: the input.
-        reference: labels to score against.
+        reference: mask to score against.
         asked: the other parameters.
         progress: told of each graph by name.
     """
     graphs: dict[str, dict[str, Any]] = {f"L{level}": {"mode": "fast", "level": level} for level in card["levels"]}
     graphs["accurate"] = {"mode": "accurate"}
-    results: dict[str, Result] = {}
+    runs: dict[str, list[Result]] = {}
     for name, which in graphs.items():
         progress(name)
-        runs: list[Result] = []
-        while len(runs) < RUNS and (not runs or total_ms(runs[0]) < LONG_MS):
-            runs.append(await asking.segment(path, formats=("mask",), reference=reference, **asked, **which))
-        results[name] = min(runs, key=total_ms)
+        # The first is to be thrown away, so it may take the time to draw; of a long one nobody sees it in the time.
+        runs[name] = [await asking.segment(path, formats=("mask", "overlay"), reference=reference, **asked, **which)]
+        while len(runs[name]) < RUNS and total_ms(runs[name][0]) < LONG_MS:
+            runs[name].append(await asking.segment(path, formats=("mask",), reference=reference, **asked, **which))
+    results = {name: min(several, key=total_ms) for name, several in runs.items()}
     best = results["accurate"]
     values = [one["value"] for one in card["classes"]]
     return [
-        Row(name, result, agreement(result.mask, best.mask, values), total_ms(best) / max(total_ms(result), 1e-9))
+        Row(
+            name,
+            result,
+            runs[name][0].files["overlay.png"],
+            agreement(result.mask, best.mask, values),
+            total_ms(best) / max(total_ms(result), 1e-9),
+        )
         for name, result in results.items()
     ]
+
+
+async def input_picture(asking: Segmenting, card: ModelCard, path: Path, asked: Mapping[str, Any], rows: list[Row]) -> bytes | None:
+    """The input as the server shows it, from the quickest graph; None of volumes and stacks."""
+    if "mask.png" not in rows[0].result.files:
+        return None
+    result = await asking.segment(path, formats=("picture",), **asked, mode="fast", level=min(card["levels"]))
+    return result.files["picture.png"]
 
 
 def agreement(mask: NDArray[Any], other: NDArray[Any], values: list[int]) -> float:
@@ -106,15 +125,16 @@ def _cells(row: Row) -> list[str]:
     return cells + ([] if result.iou is None else [f"{result.iou:.4f}", f"{result.dice:.4f}"])
 
 
-def drawn(rows: list[Row], path: Path, card: ModelCard) -> bytes:
-    """The masks side by side, as PNG; of a volume the plane where accurate has most."""
-    best = rows[-1].result
-    colors = {one["value"]: one["color"] for one in card["classes"]}
-    volume = next(iter(best.files)).endswith((".nii.gz", ".nrrd"))
-    below = picture.flat(picture.backdrop(path, best.mask), best.mask, volume=volume)
-    panels = [("input", below)]
+def drawn(rows: list[Row], picture: bytes | None) -> bytes:
+    """The overlays side by side, as PNG.
+
+    Args:
+        rows: of all graphs.
+        picture: of the input, if it is an image.
+    """
+    panels = [] if picture is None else [("input", picture)]
     for row in rows:
-        mask = picture.flat(row.result.mask, best.mask, volume=volume)
         score = f"agreement {row.agreement:.3f}" if row.result.iou is None else f"IoU {row.result.iou:.3f}"
-        panels.append((f"{row.name}  {row.total_ms:,.0f} ms\n{score}", picture.over(below, mask, colors)))
-    return picture.side_by_side(panels)
+        panels.append((f"{row.name}  {row.total_ms:,.0f} ms\n{score}", row.overlay))
+    columns, side = MOSAICS if picture is None else IMAGES
+    return sheet(panels, side, columns)

@@ -1,6 +1,7 @@
 """The server's JSON, as it is: dictionaries whose keys a type checker knows."""
 
-from typing import Any, Literal, NotRequired, TypedDict
+from collections.abc import Callable
+from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
 
 # One of its keys is a keyword of Python.
 Object = TypedDict(
@@ -70,6 +71,30 @@ class Statistics(TypedDict):
     instances: NotRequired[dict[str, Any]]
     note: NotRequired[str]
     timings_ms: dict[str, float]
+    # One of them, in base64, where include_mask was asked for.
+    mask_png: NotRequired[str]
+    mask_tiff: NotRequired[str]
+    mask_nifti: NotRequired[str]
+    mask_nrrd: NotRequired[str]
+    mask_labels_png: NotRequired[str]
+    mask_labels_tiff: NotRequired[str]
+    mask_labels_nifti: NotRequired[str]
+
+
+class ImageReport(TypedDict):
+    """One image of a zip: status "ok" with the names of its files, or "failed" with what is wrong."""
+
+    name: str
+    status: Literal["ok", "failed"]
+    detail: NotRequired[str]
+    files: NotRequired[list[str]]
+    model: NotRequired[str]
+    mode: NotRequired[str]
+    level: NotRequired[int]
+    precision: NotRequired[str]
+    postprocessing: NotRequired[dict[str, Any]]
+    note: NotRequired[str]
+    timings_ms: NotRequired[dict[str, float]]
 
 
 class ModelSummary(TypedDict):
@@ -81,6 +106,7 @@ class ModelSummary(TypedDict):
     levels: list[int]
     recommended_level: int
     precisions: list[str]
+    uncertainty: bool
     default: bool
 
 
@@ -109,11 +135,21 @@ class ModelCard(ModelSummary):
     description: str
     intended_use: str
     channels: list[str]
+    orientation: str | None
+    spacing: list[float] | None
+    normalization: str
     classes: list[Class]
-    serving: list[Serving]
+    graphs: list[dict[str, Any]]
     calibration: dict[str, Any] | None
+    held_out: dict[str, Any] | None
+    comparison: list[dict[str, Any]]
+    serving: list[Serving]
     license: dict[str, str]
     provenance: dict[str, str]
+
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Told how far one input is: the stage, windows done, windows in all."""
 
 
 class Windows(TypedDict):

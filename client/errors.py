@@ -5,7 +5,7 @@ SegmentError
 │   ├── KeyNeeded          no API key, or none that the server knows (401)
 │   ├── NotFound           no such model or job (404)
 │   └── NotFinished        the job has no result, or none yet (409)
-├── TryAgain              the same request may succeed later, and was tried as often as allowed (429, 503, 504, 507)
+├── TryAgain              the same request may succeed later (429, 503, 504, 507); after 429 and 503 it was tried as often as allowed
 ├── Failed                the server failed, and its log says why (other 5xx), or its answer is none of ours
 ├── JobEnded              the job failed or was cancelled, so there is no result
 ├── TimedOut              the answer took longer than allowed

@@ -58,7 +58,7 @@ class Client(Configured):
         Args:
             source: see `sources.upload`.
             formats: what the answer shall hold; "mask" is the mask in a format like the input's.
-            reference: labels to score against.
+            reference: mask to score against.
             affine: of a volume given as an array, and of its reference.
             parameters: those of POST /segment by name, e.g. level=2, min_size_px=30.
 
@@ -145,7 +145,7 @@ class Job:
         """How far it is."""
         return self._client.run(jobs.status(self.id, self._client._retries))
 
-    def wait(self, progress: jobs.Progress = lambda document: None, timeout_s: float | None = None) -> JobDocument:
+    def wait(self, progress: jobs.Follower = lambda document: None, timeout_s: float | None = None) -> JobDocument:
         """Returns when it is done; see `jobs.wait`."""
         return self._client.run(jobs.wait(self.id, self._client._retries, progress, timeout_s))
 

@@ -1,11 +1,14 @@
 """Which files are meant by what was typed, and what their answers are called."""
 
+import functools
 import glob
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
+
+from client.sources import is_zip
 
 # What is taken from a folder; whatever is named itself is tried. The server knows files by what is in them.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".nii", ".nii.gz", ".nrrd", ".mha")  # fmt: skip
@@ -48,6 +51,11 @@ class Input:
         """Its path as text, also where a name is none."""
         return shown(self.path)
 
+    @functools.cached_property
+    def is_archive(self) -> bool:
+        """Whether it is a zip of images, whose answers are many."""
+        return is_zip(self.path)
+
     def home(self, out: Path | None) -> Path:
         """The folder of its answers."""
         return self.path.parent if out is None else out / self.folder
@@ -56,8 +64,9 @@ class Input:
         """Where a file of its answer goes; of an archive's into a folder of its name, as there are many."""
         # The server's names lead nowhere else, even if they try.
         parts = [part for part in PurePosixPath(name).parts if part.strip("./")]
-        if self.path.suffix.lower() == ".zip":
-            return self.home(out).joinpath(self.stem, *parts)
+        if self.is_archive:
+            # Where its name has no suffix, a folder of that name cannot stand beside it.
+            return self.home(out).joinpath(self.stem if self.path.suffix else f"{self.stem}_answers", *parts)
         return self.home(out) / f"{self.stem}_{parts[-1]}"
 
 
@@ -138,7 +147,7 @@ def _same(one: Path, other: Path) -> bool:
     return one.resolve() == other.resolve()
 
 
-def check(inputs: list[Input], out: Path | None, output: Path | None, labels: Iterable[Path] = ()) -> None:
+def check(inputs: list[Input], out: Path | None, output: Path | None, references: Iterable[Path] = ()) -> None:
     """Refuses what would overwrite an input, a reference or another answer.
 
     Raises:
@@ -147,9 +156,11 @@ def check(inputs: list[Input], out: Path | None, output: Path | None, labels: It
     if output:
         if len(inputs) > 1:
             raise InputError(f"-o names one file, and there are {len(inputs)} inputs; use --out FOLDER")
+        if inputs[0].is_archive:
+            raise InputError("-o names one file, but the answer to a zip of images has many; use --out FOLDER")
         if not output.parent.is_dir():
             raise InputError(f"{output.parent} is not a folder")
-    own = {path.resolve() for path in (*labels, *(one.path for one in inputs))}
+    own = {path.resolve() for path in (*references, *(one.path for one in inputs))}
     places = {one: [one.answer(out, name) for name in ANSWERS] if output is None else [output] for one in inputs}
     if over := [(one, place) for one in inputs for place in places[one] if place.resolve() in own]:
         one, place = over[0]
@@ -166,16 +177,18 @@ def check(inputs: list[Input], out: Path | None, output: Path | None, labels: It
 
 
 def references(given: Path | None, inputs: list[Input]) -> dict[Input, Path]:
-    """The labels of each input: the file itself for one input, else the file of the same name, whatever its format, in a folder like its own.
+    """The reference of each input: the file itself for one input, else the file of the same name, whatever its format, in a folder like its own.
 
     Raises:
-        InputError: labels are missing.
+        InputError: references are missing.
     """
     if given is None:
         return {}
     if given.is_file():
         if len(inputs) > 1:
-            raise InputError(f"--reference {given} is one file, and there are {len(inputs)} inputs; name the folder of the labels")
+            raise InputError(
+                f"--reference {given} is one file, and there are {len(inputs)} inputs; name the folder of the references"
+            )
         return {inputs[0]: given}
     if not given.is_dir():
         raise InputError(f"--reference {given} does not exist")
@@ -187,6 +200,6 @@ def references(given: Path | None, inputs: list[Input]) -> dict[Input, Path]:
     if missing:
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise InputError(
-            f"no labels in {given} for {', '.join(missing[:SHOWN])}{more}; they have the name of the input, in the same folders"
+            f"no reference in {given} for {', '.join(missing[:SHOWN])}{more}; references have the name of their input, in the same folders"
         )
     return {one: known[one.folder][one.stem] for one in inputs}

@@ -11,7 +11,7 @@ from client.replies import Reply, explain
 from client.retry import Retries
 from client.talk import Call, Clock, Close, Lost, Next, Open, Sleep, Talk, ask
 
-Progress = Callable[[JobDocument], None]
+Follower = Callable[[JobDocument], None]
 
 FINISHED = ("done", "failed", "cancelled")
 
@@ -41,13 +41,13 @@ class Events:
                 self._data = []
 
 
-def wait(job_id: str, retries: Retries, progress: Progress, timeout_s: float | None) -> Talk[JobDocument]:
+def wait(job_id: str, retries: Retries, follower: Follower, timeout_s: float | None) -> Talk[JobDocument]:
     """Follows a job until it is done.
 
     Args:
         job_id: which.
         retries: of each question.
-        progress: told of each change.
+        follower: told of each change.
         timeout_s: how long at most; for ever, if None.
 
     Raises:
@@ -59,13 +59,13 @@ def wait(job_id: str, retries: Retries, progress: Progress, timeout_s: float | N
     clock = Clock(math.inf if timeout_s is None else timeout_s)
     pause_s = FIRST_S
     while True:
-        document = yield from _listen(job_id, progress, clock)
+        document = yield from _listen(job_id, follower, clock)
         yield Close()
         if document is not None:
             pause_s = FIRST_S
         if document is None or document["state"] not in FINISHED:
             document = yield from status(job_id, retries)
-            progress(document)
+            follower(document)
         if document["state"] in FINISHED:
             return _done(document)
         if clock.left_s() <= pause_s:
@@ -80,7 +80,7 @@ def status(job_id: str, retries: Retries) -> Talk[JobDocument]:
     return cast("JobDocument", reply.document())
 
 
-def _listen(job_id: str, progress: Progress, clock: Clock) -> Talk[JobDocument | None]:
+def _listen(job_id: str, follower: Follower, clock: Clock) -> Talk[JobDocument | None]:
     """The last document of a stream; None where there was no stream, or nothing in it.
 
     Raises:
@@ -103,7 +103,7 @@ def _listen(job_id: str, progress: Progress, clock: Clock) -> Talk[JobDocument |
                 break
             for data in events.feed(piece):
                 document = cast("JobDocument", json.loads(data))
-                progress(document)
+                follower(document)
                 if document["state"] in FINISHED:
                     return document
     except (Lost, ValueError):

@@ -5,7 +5,7 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from client import errors
-from client.documents import ModelCard, ModelSummary
+from client.documents import ModelCard, ModelSummary, Progress
 from client.replies import Reply
 from client.result import Result, query, read_result
 from client.sources import Source, Upload, upload
@@ -29,7 +29,6 @@ from server.segment.request import Terms
 from server.settings import Settings
 
 T = TypeVar("T")
-Progress = Callable[[str, int, int], None]
 
 
 class AsyncLocal:
@@ -109,9 +108,9 @@ class AsyncLocal:
             parameters = SegmentParameters.model_validate(asked)
             wanted = parameters.wanted(request)
             terms = Terms(deadline=read_deadline(parameters.deadline_ms, request))
-            file, labels = (files.enter_context(one.open()) if one else None for one in given)
+            file, known = (files.enter_context(one.open()) if one else None for one in given)
             assert file  # noqa: S101 - the first is always there
-            answer = await archive.segment(self._segmenter, file, wanted, labels, progress, terms)
+            answer = await archive.segment(self._segmenter, file, wanted, known, progress, terms)
         with contextlib.closing(answer):
             headers = {name.lower(): value for name, value in asking.headers(answer).items()}
             return read_result(Reply(200, headers, content if isinstance(content := answer.content, bytes) else content.read()))

@@ -48,7 +48,7 @@ OPTIONS = (
     Option("fill_holes", bool, "Holes inside of objects are filled."),
     Option("keep_largest", bool, "Only the largest object of each class is kept."),
     Option("instances", bool, "Objects that touch are split."),
-    Option("pixel_size_um", str, "Of images and stacks: 0.5, or 0.5,0.25 (height,width)."),
+    Option("pixel_size_um", str, "Of images and stacks: 0.5, or 0.5x0.25 (height x width)."),
     Option("axes", str, "Of a TIFF, e.g. ZYX or TCYX."),
     Option("channel", int, "Of an input with several channels this one alone, from 0."),
 )

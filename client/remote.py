@@ -2,23 +2,22 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from client.aio import AsyncClient, AsyncJob
-from client.documents import JobDocument, ModelCard, ModelSummary
+from client.documents import JobDocument, ModelCard, ModelSummary, Progress
 from client.result import Result
+from client.sources import is_zip
 
-# Volumes of more take longer than one likes to hold a connection open for.
+# Volumes and stacks of more take longer than one likes to hold a connection open for.
 JOB_BYTES = 8 * 1024 * 1024
-VOLUMES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
+VOLUMES = (".nii", ".nii.gz", ".nrrd", ".mha")
+TIFFS = (".tif", ".tiff")
 
 # What only makes sense where somebody waits; jobs refuse them.
 URGENT = ("deadline_ms", "min_level")
-
-Progress = Callable[[str, int, int], None]
 
 
 class Remote:
@@ -61,8 +60,20 @@ class Remote:
 
 
 def is_long(source: Path) -> bool:
-    """Whether this is a large volume."""
-    return source.name.lower().endswith(VOLUMES) and source.stat().st_size > JOB_BYTES
+    """Whether this is a large volume or stack, or a zip, whose size does not say how long its images take."""
+    if is_zip(source):
+        return True
+    name = source.name.lower()
+    return source.stat().st_size > JOB_BYTES and (name.endswith(VOLUMES) or (name.endswith(TIFFS) and _is_stack(source)))
+
+
+def _is_stack(source: Path) -> bool:
+    import tifffile
+
+    # What is wrong with it the server says.
+    with contextlib.suppress(Exception), tifffile.TiffFile(source) as tiff:
+        return len(tiff.pages) > 1
+    return False
 
 
 def _tell(document: JobDocument, progress: Progress) -> None:

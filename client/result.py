@@ -10,13 +10,15 @@ from typing import Any, cast
 
 from client import errors
 from client.decode import Array, decode
-from client.documents import Statistics
+from client.documents import ImageReport, Statistics
 from client.replies import Reply, file_name, timings
 
 # Files that are the mask, the plainest first, as the server names them.
 MASKS = ("mask.png", "mask.tif", "mask.nii.gz", "mask.seg.nrrd", "labels.png", "labels.tif", "labels.nii.gz", "mask_1bit.png",
          "scores.npz", "scores_8bit.npz")  # fmt: skip
 STATISTICS = ("statistics.json",)
+# Of a zip of images, beside the files of each.
+REPORT = "report.json"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Result:
         """Class of each pixel, in the input's own grid; numbers of objects where only `labels_*` was asked for.
 
         Raises:
-            LookupError: none of the formats asked for holds it.
+            LookupError: none of the formats asked for holds it, or the input was a zip of images.
         """
         name = self._first(MASKS, "mask", "mask")
         return decode(name, self.files[name])
@@ -64,9 +66,14 @@ class Result:
         """What the mask holds, in numbers.
 
         Raises:
-            LookupError: they were not asked for.
+            LookupError: they were not asked for, or the input was a zip of images.
         """
         return cast("Statistics", json.loads(self.files[self._first(STATISTICS, "statistics", "json")]))
+
+    @functools.cached_property
+    def images(self) -> list[ImageReport]:
+        """What came of each image of a zip; empty where the input was none."""
+        return cast("list[ImageReport]", json.loads(self.files[REPORT])["images"]) if REPORT in self.files else []
 
     def array(self, name: str) -> Array:
         """Any file that holds pixels, e.g. "score.png" or "uncertainty.tif"; see `decode`."""
@@ -76,6 +83,11 @@ class Result:
         for name in names:
             if name in self.files:
                 return name
+        if self.images:
+            example = next((held for held in self.files if held.endswith(names)), next(iter(self.files)))
+            raise LookupError(
+                f"the answer to a zip of images has a file for each, e.g. .array({example!r}) or .files[{example!r}]; .images lists them"
+            )
         raise LookupError(f"the answer holds no {what}, only {', '.join(self.files)}; ask for it with formats=({format_!r}, ...)")
 
 
@@ -126,13 +138,15 @@ def query(formats: tuple[str, ...] | str, parameters: Mapping[str, Any]) -> dict
     """
     if "format" in parameters:
         raise TypeError("formats=(...) says what is wanted, not format=")
-    asked = formats.split(",") if isinstance(formats, str) else list(formats)
+    asked = [one.strip() for one in formats.split(",")] if isinstance(formats, str) else list(formats)
     # "As the input" alone is what the server does anyway.
     chosen = {} if asked in ([], ["mask"]) else {"format": ",".join(asked)}
-    return chosen | {name: _text(value) for name, value in parameters.items() if value is not None}
+    return chosen | {name: _text(name, value) for name, value in parameters.items() if value is not None}
 
 
-def _text(value: Any) -> str:
+def _text(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+    # Sizes are written with x, as 0,5 is one number to many people.
+    between = "x" if name == "pixel_size_um" else ","
+    return between.join(map(str, value)) if isinstance(value, tuple | list) else str(value)

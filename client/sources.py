@@ -21,10 +21,12 @@ class Upload:
     Attributes:
         open: a new file at its start, each time.
         size: bytes.
+        name: what it is called, where that is told.
     """
 
     open: Callable[[], BinaryIO]
     size: int
+    name: str = "upload"
 
 
 def upload(source: Source, affine: ArrayLike | None = None) -> Upload:
@@ -56,6 +58,15 @@ def upload(source: Source, affine: ArrayLike | None = None) -> Upload:
             raise TypeError('the file is open for text; open it with "rb"')
         return _held(data)
     raise TypeError(f"a path, bytes, an open file or a numpy array can be sent, not {type(source).__name__}")
+
+
+def is_zip(path: Path) -> bool:
+    """Whether a file is a zip, by its beginning, as the server tells; False where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
+    except OSError:
+        return False
 
 
 class _Held(io.BytesIO):

@@ -140,6 +140,8 @@ class Clock:
 
 @contextlib.contextmanager
 def opened(uploads: Mapping[str, Upload]) -> Generator[dict[str, tuple[str, Any, str]], None, None]:
-    """The files of a multipart body, open at their start. What they are called at home stays there."""
+    """The files of a multipart body, open at their start."""
     with contextlib.ExitStack() as stack:
-        yield {name: ("upload", stack.enter_context(upload.open()), "application/octet-stream") for name, upload in uploads.items()}
+        yield {
+            name: (upload.name, stack.enter_context(upload.open()), "application/octet-stream") for name, upload in uploads.items()
+        }

@@ -29,6 +29,7 @@ class Configured:
         timeout_s: for a whole answer, all tries and waits included.
         retries: further tries after 429, 503, and connections that were refused or closed.
         verify: False trusts every certificate; a path names those of your own authority (PEM).
+        transport: of httpx, instead of the network: for tests, or an application in the same process.
 
     Raises:
         ValueError: the address or the key cannot be one.

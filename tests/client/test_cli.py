@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import io
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image as Pillow
 from typer.testing import Result
 
@@ -213,6 +215,15 @@ def left(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
+def packed(path: Path, folder: Path, **more: bytes) -> None:
+    """A zip of two images of a folder, and more."""
+    with zipfile.ZipFile(path, "w") as held:
+        for name in ("a.png", "day 2/a.png"):
+            held.write(folder / name, name)
+        for name, data in more.items():
+            held.writestr(f"{name}.png", data)
+
+
 def report_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run.json").read_text())  # type: ignore[no-any-return]
 
@@ -280,11 +291,45 @@ class TestBatch:
         assert [entry["iou"] for entry in report_of(tmp_path / "out")["inputs"]] == [1.0] * 4
 
     def test_an_archive(self, folder: Path, where: list[str], tmp_path: Path) -> None:
-        with zipfile.ZipFile(tmp_path / "all.zip", "w") as held:
-            for name in ("a.png", "day 2/a.png"):
-                held.write(folder / name, name)
+        packed(tmp_path / "all.zip", folder)
         done("segment", tmp_path / "all.zip", "--out", tmp_path / "out", *where)
         assert left(tmp_path / "out") == ["all/a_mask.png", "all/day 2/a_mask.png", "all/report.json", "run.json"]
+
+    def test_an_archive_with_bad_images(self, folder: Path, where: list[str], tmp_path: Path) -> None:
+        """The good ones are written, the bad ones are named, and the run has failed."""
+        packed(tmp_path / "all.zip", folder, broken=b"hello there")
+        out = ["--out", tmp_path / "out", *where]
+        said = fails("segment", tmp_path / "all.zip", *out)
+        assert "1 of 3 images of the zip could not be segmented" in said
+        assert "broken.png: " in said
+        assert "not a format" in said
+        assert left(tmp_path / "out") == ["all/a_mask.png", "all/day 2/a_mask.png", "all/report.json", "run.json"]
+        entry = report_of(tmp_path / "out")["inputs"][0]
+        assert entry["status"] == "failed"
+        assert "broken.png" in entry["error"]["detail"]
+        assert len(entry["outputs"]) == 3
+        # It is tried again, and it may be one of many inputs.
+        fails("segment", tmp_path / "all.zip", *out, "--resume")
+        assert "1 of 2 failed" in fails("segment", tmp_path / "all.zip", folder / "a.png", *out)
+
+    def test_an_archive_has_no_one_file_of_its_answer(self, folder: Path, where: list[str], tmp_path: Path) -> None:
+        for name in ("all.zip", "all"):
+            packed(tmp_path / name, folder)
+            said = fails("segment", tmp_path / name, "-o", tmp_path / "out.zip", *where)
+            assert "the answer to a zip of images has many; use --out FOLDER" in said
+        assert not (tmp_path / "out.zip").exists()
+        assert "one image or volume" in fails("compare", tmp_path / "all.zip", *where)
+
+    def test_an_archive_is_known_by_what_is_in_it(self, folder: Path, where: list[str], tmp_path: Path) -> None:
+        packed(tmp_path / "all", folder)
+        done("segment", tmp_path / "all", *where)
+        assert left(tmp_path) == [
+            "all", "all_answers/a_mask.png", "all_answers/day 2/a_mask.png", "all_answers/report.json",
+            *(f"images/{name}" for name in left(folder)),
+        ]  # fmt: skip
+        (tmp_path / "x.zip").write_bytes((folder / "a.png").read_bytes())
+        done("segment", tmp_path / "x.zip", *where)
+        assert (tmp_path / "x_mask.png").exists()
 
     @pytest.mark.parametrize("jobs", [1, 4])
     def test_some_at_a_time(self, folder: Path, where: list[str], jobs: int) -> None:
@@ -307,6 +352,9 @@ class TestBatch:
             assert "--server" in fails("segment", folder, "--as-job")
             assert "--bundles" in fails("segment", folder, "--server", "http://x", "--bundles", tmp_path)
             assert "no address" in fails("segment", folder, "--server", "x")
+            (tmp_path / "ca.pem").touch()
+            both = ["--ca", tmp_path / "ca.pem", "--no-verify"]
+            assert "name one of them" in fails("segment", folder, "--server", "https://x", *both)
             (folder / "a.jpg").touch()
             assert "the same name" in fails("segment", folder)
             (folder / "a.jpg").unlink()
@@ -545,7 +593,10 @@ class TestServer:
         (tmp_path / "keys").write_text(line)
         (tmp_path / "key").write_text(f"{secret}\n")
         with served(auth={"keys_file": tmp_path / "keys"}) as url:
-            assert "needs an API key" in fails("segment", folder, "--server", url)
+            for what in (["segment", folder], ["segment", folder / "a.png"], ["compare", folder / "a.png"]):
+                said = fails(*what, "--server", url)
+                assert "needs an API key" in said
+                assert "--api-key-file" in said
             done("segment", folder, "--server", url, "--api-key-file", tmp_path / "key")
 
     def test_without_httpx(self, folder: Path) -> None:
@@ -553,6 +604,35 @@ class TestServer:
         ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
         assert ran.returncode == 1
         assert "pip install '.[client]'" in ran.stderr
+
+
+def mha_bytes(voxels: np.ndarray) -> bytes:
+    """(X, Y, Z) as MetaImage."""
+    head = f"ObjectType = Image\nNDims = 3\nDimSize = {' '.join(map(str, voxels.shape))}\nElementType = MET_UCHAR\nElementDataFile = LOCAL\n"
+    return head.encode() + voxels.tobytes(order="F")
+
+
+def nrrd_bytes(voxels: np.ndarray) -> bytes:
+    """(X, Y, Z) as NRRD."""
+    sizes = " ".join(map(str, voxels.shape))
+    head = f"NRRD0004\ntype: uint8\ndimension: 3\nsizes: {sizes}\nencoding: raw\nspace: LPS\n"
+    return (head + "space directions: (1,0,0) (0,1,0) (0,0,1)\n\n").encode() + voxels.tobytes(order="F")
+
+
+def channels_bytes(pixels: np.ndarray) -> bytes:
+    """(C, H, W) as an ImageJ TIFF."""
+    out = io.BytesIO()
+    tifffile.imwrite(out, pixels, imagej=True, metadata={"axes": "CYX"})
+    return out.getvalue()
+
+
+READABLE: dict[str, Callable[[], bytes]] = {
+    "x.png": lambda: picture_bytes(VOLUME[..., 0]),
+    "x.mha": lambda: mha_bytes(VOLUME),
+    "x.nrrd": lambda: nrrd_bytes(VOLUME),
+    "channels.tif": lambda: channels_bytes(np.stack([VOLUME[..., 0] * 0, VOLUME[..., 0]])),
+    "grey16.tif": lambda: pages_bytes(VOLUME[None, ..., 0].astype(np.uint16) * 4),
+}
 
 
 class TestCompare:
@@ -574,13 +654,27 @@ class TestCompare:
         (tmp_path / name).write_bytes(nifti_bytes(VOLUME) if name.endswith("gz") else pages_bytes(VOLUME))
         done("compare", tmp_path / name, *where)
         with Pillow.open(tmp_path / "x_levels.png") as sheet:
-            assert sheet.width > sheet.height
+            assert min(sheet.size) > 640
+
+    @pytest.mark.parametrize("name", ["x.png", "x.mha", "x.nrrd", "channels.tif", "grey16.tif"])
+    def test_the_input_is_seen(self, tmp_path: Path, where: list[str], name: str) -> None:
+        """Whatever the server reads is drawn by the server."""
+        (tmp_path / name).write_bytes(READABLE[name]())
+        done("compare", tmp_path / name, *where, *(["--channel", 1] if name == "channels.tif" else []))
+        with Pillow.open(tmp_path / f"{Path(name).stem}_levels.png") as sheet:
+            first = np.asarray(sheet.convert("L"))[8:160, 8:160]
+        assert first.std() > 20
 
     def test_errors(self, folder: Path, where: list[str]) -> None:
         (folder / "c.png").write_text("hello there")
         assert "not a format" in fails("compare", folder / "c.png", *where)
         assert "an input or a reference" in fails("compare", folder / "a.png", "-o", folder / "a.png", *where)
         assert "'lungs'" in fails("compare", folder / "a.png", "--model", "lungs", *where)
+
+    @pytest.mark.parametrize("option", ["--instances", "--level", "--format"])
+    def test_what_it_chooses_itself(self, folder: Path, option: str) -> None:
+        """With instances the mask would be numbers of objects, and the agreement that of object 1."""
+        assert "No such option" in run("compare", folder / "a.png", option, 1).stderr
 
     def test_measures_each_graph(self, folder: Path, fakes: Callable[..., None]) -> None:
         """A level that sees nothing agrees with nothing."""

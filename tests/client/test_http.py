@@ -117,7 +117,7 @@ def test_query_and_headers(either: Callable[..., Any]) -> None:
     )  # fmt: skip
     (request,) = script.asked
     assert request.url.path == "/sub/segment"
-    assert dict(request.url.params) == {"format": "mask,json", "level": "2", "instances": "true", "pixel_size_um": "0.5,0.25"}
+    assert dict(request.url.params) == {"format": "mask,json", "level": "2", "instances": "true", "pixel_size_um": "0.5x0.25"}
     assert request.headers["x-api-key"] == "k1"
 
 
@@ -325,3 +325,16 @@ class TestServer:
         with Client(url) as client, ThreadPoolExecutor(8) as pool:
             results = list(pool.map(lambda _: client.segment(IMAGE, formats="png"), range(16)))
         assert all(np.array_equal(mask_of(one.files["mask.png"]), PIXELS.mean() < PIXELS) for one in results)
+
+
+@pytest.mark.parametrize(
+    ("formats", "name"), [("mask, coco", "Müller.png"), (("coco",), "Müller.png"), ("mask", "upload"), (("mask", "json"), "upload")]
+)
+def test_names_are_told_where_the_answer_has_them(tmp_path: Path, either: Callable[..., Any], formats: Any, name: str) -> None:
+    """COCO is of no use without; else they stay at home, as they may be those of patients."""
+    script = Script(answer())
+    (tmp_path / "Müller.png").write_bytes(IMAGE)
+    either("http://x", lambda c: c.segment(tmp_path / "Müller.png", formats=formats, reference=IMAGE), transport=script)
+    body = script.asked[0].content
+    assert f'name="file"; filename="{name}"'.encode() in body
+    assert b'name="reference"; filename="upload"' in body

@@ -97,6 +97,7 @@ def test_where_answers_go(tmp_path: Path) -> None:
     assert one.answer(None, "mask.nii.gz") == tmp_path / "in" / "day" / "x_mask.nii.gz"
     assert one.answer(tmp_path / "out", "mask.nii.gz") == tmp_path / "out" / "day" / "x_mask.nii.gz"
     assert one.answer(None, "../../etc/passwd") == tmp_path / "in" / "day" / "x_passwd"
+    (tmp_path / "scans.zip").write_bytes(b"PK\x03\x04")
     archive = Input(tmp_path / "scans.zip")
     assert archive.answer(None, "a/x_mask.png") == tmp_path / "scans" / "a" / "x_mask.png"
     assert archive.answer(tmp_path / "out", "/../../x_mask.png") == tmp_path / "out" / "scans" / "x_mask.png"

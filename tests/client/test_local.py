@@ -104,3 +104,12 @@ def test_a_zip_of_images(local: Local) -> None:
         here, there = (one.segment(out.getvalue(), formats="mask") for one in (local, client))
     assert list(here.files) == list(there.files) == ["a/x_mask.png", "b/x_mask.png", "report.json"]
     assert here.files["a/x_mask.png"] == there.files["b/x_mask.png"]
+    for one in (here, there):
+        assert [(row["name"], row["status"]) for row in one.images] == [("a/x.png", "ok"), ("b/x.png", "ok")]
+        assert one.array("a/x_mask.png").shape == one.array(one.images[1]["files"][0]).shape
+        # What was asked for is there, but not once.
+        with pytest.raises(LookupError, match=r"a zip of images has a file for each.*\.array\(.a/x_mask\.png"):
+            _ = one.mask
+        with pytest.raises(LookupError, match="has a file for each"):
+            _ = one.statistics
+    assert local.segment(IMAGE).images == []

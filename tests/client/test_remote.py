@@ -1,5 +1,6 @@
 import asyncio
 import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,10 @@ import pytest
 
 from client.aio import AsyncClient, AsyncJob
 from client.errors import NotFound, Refused
-from client.remote import Remote
+from client.remote import Remote, is_long
 from server.arrays import Tiles
 from tests.client.conftest import served
-from tests.server.conftest import bright, picture_bytes
+from tests.server.conftest import bright, pages_bytes, picture_bytes
 
 
 @pytest.fixture
@@ -79,3 +80,36 @@ def test_refused(image: Path, url: str) -> None:
 
     with pytest.raises(Refused, match="levels 1, 2, 3, 4"):
         asyncio.run(work())
+
+
+MUCH = bytes(9 * 1024 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "long"),
+    [
+        ("x.nii.gz", MUCH, True), ("x.mha", MUCH, True), ("x.NRRD", MUCH, True), ("x.nii", b"", False), ("x.png", MUCH, False),
+        # What they stand for is refused, as another file holds the voxels.
+        ("x.nhdr", MUCH, False), ("x.mhd", MUCH, False),
+        # How long a zip takes its size does not say, and its images are done one after the other.
+        ("x.zip", b"PK\x03\x04", True), ("x", b"PK\x03\x04", True), ("x.zip", MUCH, False),
+        ("x.tif", pages_bytes(np.zeros((3, 1800, 1800), np.uint8)), True), ("x.tif", pages_bytes(np.zeros((1, 3000, 3000), np.uint8)), False),
+        ("x.tif", pages_bytes(np.zeros((3, 9, 9), np.uint8)), False), ("x.tif", MUCH, False),
+    ],
+)  # fmt: skip
+def test_what_takes_long(tmp_path: Path, name: str, data: bytes, long: bool) -> None:
+    (tmp_path / name).write_bytes(data)
+    assert is_long(tmp_path / name) is long
+
+
+def test_zips_are_jobs(image: Path, tmp_path: Path, url: str, submitted: list[AsyncJob]) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as held:
+        held.write(image, "x.png")
+
+    async def work() -> None:
+        async with Remote(AsyncClient(url), as_job=False) as remote:
+            result = await remote.segment(tmp_path / "x.zip", formats="mask")
+            assert list(result.files) == ["x_mask.png", "report.json"]
+
+    asyncio.run(work())
+    assert len(submitted) == 1
