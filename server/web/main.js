@@ -57,6 +57,7 @@ async function step(work) {
 async function got(wanted, signal) {
   // Only then it is known whether the browser can show it, or the server has to draw.
   await stage.ready();
+  signal.throwIfAborted();
   return answers.get(ask(wanted), signal, {
     first: levels()[0],
     progress: (job) => !signal.aborted && stage.busy({ ...job, level_name: levelName(wanted) }),
@@ -74,6 +75,7 @@ function segment() {
   return step(async (signal) => {
     const answer = await got(level(), signal);
     await reveal(answer);
+    signal.throwIfAborted();
     unhurried();
     // A volume takes long; it is compared when somebody asks for it.
     if (input.kind === "image" && !accurate()) {
@@ -85,8 +87,7 @@ function segment() {
 
 /** Shows an answer as the result. */
 async function reveal(answer, remark = "") {
-  await stage.setAnswer(answer, accurate());
-  figures(answer, remark);
+  if (await stage.setAnswer(answer, accurate())) figures(answer, remark);
 }
 
 function figures(answer, remark = "") {

@@ -1,5 +1,6 @@
 """The page with volumes: NiiVue in a real browser, jobs on the shipped network."""
 
+import gzip
 import io
 import re
 from pathlib import Path
@@ -107,6 +108,61 @@ def test_nobody_has_to_wait_for_the_viewer(page: Any, reference: Path) -> None:
     holds(page, f"{STATUS}.startsWith('L1 in ')")
     assert page.locator("#file").text_content() == VOLUME.name
     assert all(colored(plane) > 500 for plane in quarters(page))
+
+
+def test_scaled_voxels_in_the_second_format(page: Any, server: httpx.Client, tmp_path: Path) -> None:
+    """NIfTI-2 of stored values that are not those that are meant: of both the page reads masks, and draws slices."""
+    import nibabel as nib
+
+    source = nib.Nifti1Image.from_filename(VOLUME)
+    scaled = nib.Nifti2Image(source.get_fdata(), source.affine)
+    scaled.header.set_data_dtype(np.int16)
+    scaled.header.set_slope_inter(0.01, 300)
+    path = tmp_path / "second.nii.gz"
+    nib.save(scaled, path)
+    page.set_input_files("#chooser", str(path))
+    page.locator("#all:enabled").wait_for()
+    page.locator("#slider").fill("0")
+    page.locator("#all").click()
+    holds(page, "document.querySelector('#compare figcaption')?.textContent.includes('agreement')")
+    bodies = [server.post("/segment", params={"model": "hippocampus"} | more, content=path.read_bytes()).content for more in ({"level": "1"}, {})]
+    first, accurate = (np.asarray(nib.Nifti2Image.from_bytes(gzip.decompress(body)).dataobj) for body in bodies)
+    assert f"agreement {mean_iou(first, accurate):.3f}" in page.locator("#compare figure").first.inner_text()
+    pixels = np.array(
+        page.evaluate(
+            "(() => { const c = document.querySelector('#compare canvas'); return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]; })()"
+        )
+    ).reshape(-1, 4)
+    greys = pixels[np.ptp(pixels[:, :3], axis=1) == 0, 0]
+    assert ((greys > 20) & (greys < 235)).mean() > 0.3
+
+
+def test_of_two_masks_the_last_is_seen(page: Any) -> None:
+    """Both are kept, and the viewer takes longer to read the first."""
+    page.set_input_files("#chooser", str(VOLUME))
+    holds(page, f"{STATUS}.startsWith('L2 in ') && !{STATUS}.includes('preview')")
+    page.evaluate("""() => {
+      const { NVImage, Niivue } = window.niivue, load = NVImage.loadFromFile, add = Niivue.prototype.addVolume;
+      Object.assign(window, { held: [], added: 0 });
+      NVImage.loadFromFile = async (file) => {
+        const mask = await load.call(NVImage, file);
+        await new Promise((go) => held.push(go));
+        return mask;
+      };
+      Niivue.prototype.addVolume = function (volume) {
+        added += 1;
+        return add.call(this, volume);
+      };
+    }""")
+    page.locator("#slider").fill("0")
+    holds(page, "held.length === 1")
+    page.locator("#slider").fill("1")
+    holds(page, "held.length === 2")
+    page.evaluate("held[1]()")
+    holds(page, f"{STATUS}.startsWith('L2 in ') && added === 1")
+    page.evaluate("held[0]()")
+    page.evaluate("new Promise((go) => setTimeout(go))")
+    assert page.evaluate(f"{STATUS}.startsWith('L2 in ') && added === 1")
 
 
 def test_cancel(page: Any, server: httpx.Client, seen: SimpleNamespace) -> None:
