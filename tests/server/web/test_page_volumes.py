@@ -187,6 +187,56 @@ def test_cancel(page: Any, server: httpx.Client, seen: SimpleNamespace) -> None:
     holds(page, f"{STATUS}.startsWith('L1 in ')")
 
 
+def test_a_connection_ends_and_the_job_does_not(page: Any, server: httpx.Client, seen: SimpleNamespace) -> None:
+    """Of its events the first stream cannot be had, the second is empty, the third broken; the server is away once. No preview comes."""
+    streams: list[Any] = []
+    asked: list[Any] = []
+
+    def stream(route: Any) -> None:
+        streams.append(route)
+        if len(streams) == 1:
+            route.abort()
+        elif len(streams) == 2:
+            route.fulfill(status=200, body="", headers={"content-type": "text/event-stream"})
+        elif len(streams) == 3:
+            route.fulfill(status=200, body="data: {", headers={"content-type": "text/event-stream", "content-length": "100"})
+        else:
+            route.continue_()
+
+    def itself(route: Any) -> None:
+        asked.append(route)
+        if route.request.method == "GET" and len(asked) == 1:
+            route.abort()
+        elif route.request.method == "GET" and len(asked) < 4:
+            # As if it were still at work.
+            answer = route.fetch()
+            route.fulfill(response=answer, json=answer.json() | {"state": "running"})
+        else:
+            route.continue_()
+
+    page.route(re.compile("/jobs/[^/]*/events"), stream)
+    page.route(re.compile("/jobs/[^/]*/preview"), lambda route: route.abort())
+    page.route(re.compile("/jobs/[^/]*$"), itself)
+    page.set_input_files("#chooser", str(VOLUME))
+    holds(page, f"{STATUS}.startsWith('L2 in ')")
+    assert len(streams) >= 3
+    assert page.get_by_role("alert").is_hidden()
+    # What has been fetched is kept nowhere else.
+    until(lambda: bool(page.evaluate("1")) and any(request.method == "DELETE" for request in seen.requests))
+    (gone,) = [request.url for request in seen.requests if request.method == "DELETE"]
+    until(lambda: server.get(httpx.URL(gone).path).status_code == 404)
+
+
+def test_a_job_that_is_lost_is_said_to_be(page: Any, server: httpx.Client, seen: SimpleNamespace) -> None:
+    page.route(re.compile("/jobs/[^/]*/events"), lambda route: route.abort())
+    gone = {"status": 404, "json": {"detail": "no such job"}}
+    page.route(re.compile("/jobs/[^/]*$"), lambda route: route.fulfill(**gone) if route.request.method == "GET" else route.continue_())
+    page.set_input_files("#chooser", str(VOLUME))
+    holds(page, "!document.getElementById('error').hidden")
+    assert page.get_by_role("alert").locator("span").text_content() == "no such job"
+    until(lambda: bool(page.evaluate("1")) and any(request.method == "DELETE" for request in seen.requests))
+
+
 def test_a_model_of_images_does_it_slice_by_slice(page: Any, seen: SimpleNamespace) -> None:
     page.set_input_files("#chooser", str(VOLUME))
     holds(page, f"{STATUS}.startsWith('L2 in ')")
