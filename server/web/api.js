@@ -125,31 +125,34 @@ export async function inBackground(input, ask, formats, signal, progress, previe
 
 const over = ({ state }) => ["done", "failed", "cancelled"].includes(state);
 
-// A restart takes some seconds; who has waited a minute may be told.
-const PAUSE_MS = 1000, TRIES = 60;
+// A restart takes some seconds; who has heard nothing for a minute may be told.
+const PAUSE_MS = 1000, PATIENCE_MS = 60000;
 
 /** Follows a job by its events, and through broken connections and restarts of the server. */
 async function followed(job, signal, progress, preview) {
-  let last = job, previewed = null, failures = 0;
+  let last = job, previewed = null, heard = 0;
   const told = (event) => {
-    [last, failures] = [event, 0];
+    [last, heard] = [event, performance.now()];
     progress(last);
     // Without it the result comes all the same.
     if (preview && last.links.preview) previewed ??= preview(last.links.preview).catch(() => {});
   };
   told(job);
-  while (!over(last)) {
+  const tried = async (work) => {
     try {
-      for await (const event of events(job.links.events, signal)) told(event);
-      if (over(last)) break;
-      await pause(signal);
-      told(await json(job.links.self, { signal }));
+      await work();
     } catch (error) {
       signal.throwIfAborted();
       // Of what passes there are broken connections, too many streams, and whatever is the server's own fault.
-      if ((error.status >= 400 && error.status < 500 && error.status !== 429) || (failures += 1) > TRIES) throw error;
-      await pause(signal);
+      if ((error.status >= 400 && error.status < 500 && error.status !== 429) || performance.now() - heard > PATIENCE_MS) throw error;
     }
+  };
+  // However the stream ends, the job says itself how things stand.
+  while (!over(last)) {
+    await tried(async () => { for await (const event of events(job.links.events, signal)) told(event); });
+    if (over(last)) break;
+    await pause(signal);
+    await tried(async () => told(await json(job.links.self, { signal })));
   }
   await previewed;
   return last;

@@ -3,6 +3,7 @@
 import gzip
 import io
 import re
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -240,6 +241,11 @@ def test_a_job_that_is_lost_is_said_to_be(page: Any, server: httpx.Client, seen:
 def test_a_model_of_images_does_it_slice_by_slice(page: Any, seen: SimpleNamespace) -> None:
     page.set_input_files("#chooser", str(VOLUME))
     holds(page, f"{STATUS}.startsWith('L2 in ')")
+    # What cannot be read changes nothing.
+    page.set_input_files("#chooser", {"name": "broken.tif", "mimeType": "", "buffer": b"II*\0broken"})
+    holds(page, "!document.getElementById('error').hidden")
+    assert page.locator("#file").text_content() == VOLUME.name
+    assert page.locator("#model").input_value() == "hippocampus"
     assert page.locator("#model option").all_inner_texts() == ["hippocampus", "nuclei (slice by slice)"]
     page.locator("#model").select_option("nuclei")
     page.locator("#slider").fill("0")
@@ -248,6 +254,15 @@ def test_a_model_of_images_does_it_slice_by_slice(page: Any, seen: SimpleNamespa
     page.get_by_label("slices along").select_option("0")
     holds(page, "document.getElementById('busy').hidden")
     assert any("axis=0" in request.url for request in seen.requests)
+
+
+def test_the_commands_do_the_same(page: Any, server: httpx.Client, tmp_path: Path) -> None:
+    page.set_input_files("#chooser", str(VOLUME))
+    holds(page, f"{STATUS}.startsWith('L2 in ') && !{STATUS}.includes('preview')")
+    (tmp_path / VOLUME.name).write_bytes(VOLUME.read_bytes())
+    page.locator("#request summary").click()
+    subprocess.run(["bash", "-c", page.locator("#curl").inner_text()], cwd=tmp_path, check=True, capture_output=True)
+    assert np.array_equal(volume_of((tmp_path / "mask.nii.gz").read_bytes()), mask(server, level="2"))
 
 
 @pytest.mark.long
