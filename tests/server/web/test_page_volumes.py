@@ -126,7 +126,10 @@ def test_scaled_voxels_in_the_second_format(page: Any, server: httpx.Client, tmp
     page.locator("#slider").fill("0")
     page.locator("#all").click()
     holds(page, "document.querySelector('#compare figcaption')?.textContent.includes('agreement')")
-    bodies = [server.post("/segment", params={"model": "hippocampus"} | more, content=path.read_bytes()).content for more in ({"level": "1"}, {})]
+    bodies = [
+        server.post("/segment", params={"model": "hippocampus"} | more, content=path.read_bytes()).content
+        for more in ({"level": "1"}, {})
+    ]
     first, accurate = (np.asarray(nib.Nifti2Image.from_bytes(gzip.decompress(body)).dataobj) for body in bodies)
     assert f"agreement {mean_iou(first, accurate):.3f}" in page.locator("#compare figure").first.inner_text()
     pixels = np.array(
@@ -231,7 +234,9 @@ def test_a_connection_ends_and_the_job_does_not(page: Any, server: httpx.Client,
 def test_a_job_that_is_lost_is_said_to_be(page: Any, server: httpx.Client, seen: SimpleNamespace) -> None:
     page.route(re.compile("/jobs/[^/]*/events"), lambda route: route.abort())
     gone = {"status": 404, "json": {"detail": "no such job"}}
-    page.route(re.compile("/jobs/[^/]*$"), lambda route: route.fulfill(**gone) if route.request.method == "GET" else route.continue_())
+    page.route(
+        re.compile("/jobs/[^/]*$"), lambda route: route.fulfill(**gone) if route.request.method == "GET" else route.continue_()
+    )
     page.set_input_files("#chooser", str(VOLUME))
     holds(page, "!document.getElementById('error').hidden")
     assert page.get_by_role("alert").locator("span").text_content() == "no such job"
