@@ -419,7 +419,7 @@ class TestPeople:
                 page.locator(f"{part} summary").click()
         assert no_sideways(page)
         page.get_by_role("button", name="Compare all levels").click()
-        holds(page, "document.querySelectorAll('#compare figcaption .bar').length === 14")
+        holds(page, "document.querySelectorAll('#compare figcaption .bar').length === 9")
         assert no_sideways(page)
         dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (dark == "rgb(20, 23, 23)") == (scheme == "dark")
