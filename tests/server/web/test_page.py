@@ -207,22 +207,22 @@ class TestImages:
         canvas.focus()
         canvas.press("0")
         canvas.hover()
-        page.wait_for_timeout(100)
+        drawn(page)
         at = str(page.locator("#readout").text_content())
         before = canvas.screenshot()
         page.mouse.wheel(0, -600)
-        page.wait_for_timeout(100)
+        until(lambda: canvas.screenshot() != before)
+        drawn(page)
         zoomed = canvas.screenshot()
-        assert zoomed != before
         # What lies under the pointer stays there.
         page.mouse.move(*middle(canvas, 1))
         canvas.hover()
         assert str(page.locator("#readout").text_content()) == at
         page.keyboard.press("ArrowLeft")
-        page.wait_for_timeout(100)
+        drawn(page)
         assert canvas.screenshot() != zoomed
         page.keyboard.press("0")
-        page.wait_for_timeout(100)
+        drawn(page)
         page.mouse.move(*middle(canvas, 1))
         canvas.hover()
         assert canvas.screenshot() == before
@@ -364,6 +364,11 @@ class TestImages:
         subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, capture_output=True)
         known = server.post("/segment", params={"level": "3"}, content=cells.read_bytes()).content
         assert (tmp_path / "mask.png").read_bytes() == known
+
+
+def drawn(page: Any) -> None:
+    """Waits until what was asked for is on the canvas."""
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 def hues(page: Any) -> int:

@@ -73,12 +73,15 @@ def test_a_preview_and_then_the_result(page: Any, server: httpx.Client, seen: Si
     # Without the classes there is no colour.
     for box in page.locator("#classes input").all():
         box.uncheck()
-    page.wait_for_timeout(300)
-    assert all(colored(plane) < 100 for plane in quarters(page))
+    until(lambda: all(colored(plane) < 100 for plane in quarters(page)))
     # What is shown is what the server has counted.
     counts = np.bincount(mask(server, level="2").ravel(), minlength=3)
     table = page.locator("#classes").inner_text()
     assert all(f"{count:,}" in table for count in counts[1:])
+    # And as L1 is known, the next one needs no preview.
+    page.locator("#slider").fill("2")
+    holds(page, f"{STATUS}.startsWith('L3 in ')")
+    assert ["preview=true" in request.url for request in seen.requests if request.method == "POST"] == [True, False]
 
 
 @pytest.mark.long
