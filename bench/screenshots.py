@@ -31,7 +31,7 @@ def main() -> None:
             page.get_by_role("button", name=sample).click()
             # Every level, so that the slider tells of all of them.
             page.get_by_role("button", name="Compare all levels").click()
-            page.locator("#compare figcaption .bar").nth(13).wait_for()
+            page.locator("#compare figcaption .bar").nth(8).wait_for()
             page.get_by_role("button", name=f"show {level}").click()
             page.locator("#compare").wait_for(state="hidden")
             page.wait_for_timeout(1000)

@@ -39,44 +39,44 @@ export class Answers {
    * The answer to an ask, kept or new.
    * @param {import("./api.js").Ask} ask
    * @param {AbortSignal} signal
-   * @param {{progress: (job: Object) => void, preview: (answer: Answer) => void, first: number}} watching of volumes; `first` is their preview's level
+   * @param {{progress: (job: Object) => void, preview: (answer: Answer) => void, first: number}} watching of volumes and stacks; `first` is their preview's level
    * @returns {Promise<Answer>}
    */
   async get(ask, signal, watching) {
     const found = this.kept(ask);
     if (found) return found;
-    const input = this.#input;
-    const answer = await (input.kind === "volume" && !input.drawn ? this.#volume(input, ask, signal, watching) : this.#image(input, ask, signal));
+    const answer = await (this.#input.kind === "image" ? this.#image(this.#input, ask, signal) : this.#job(this.#input, ask, signal, watching));
     signal.throwIfAborted();
     this.#kept.set(keyOf(ask), answer);
     return answer;
   }
 
   async #image(input, ask, signal) {
-    const objects = ask.options.instances && !input.drawn, formats = input.drawn ? DRAWN : objects ? ["labels_png", ...IMAGE] : IMAGE;
-    const reply = await segment(input, ask, formats, signal);
-    const file = (name) => reply.files.get(name);
-    const answer = common(ask, reply);
-    if (input.drawn) return { ...answer, overlay: await createImageBitmap(new Blob([file("overlay.png")])), bytes: null, mask: null };
-    const { size, values } = await png(file("mask.png"));
-    return { ...answer, size, mask: values, objects: objects ? (await png(file("labels.png"))).values : null, bytes: file("mask.png") };
+    const objects = ask.options.instances, reply = await segment(input, ask, objects ? ["labels_png", ...IMAGE] : IMAGE, signal);
+    const bytes = reply.files.get("mask.png"), { size, values } = await png(bytes);
+    return { ...common(ask, reply), size, mask: values, objects: objects ? (await png(reply.files.get("labels.png"))).values : null, bytes };
   }
 
-  async #volume(input, ask, signal, watching) {
+  /** Volumes and stacks, which may take longer than a connection lasts. */
+  async #job(input, ask, signal, watching) {
+    const read = input.drawn ? drawn : ofVolume, first = { ...ask, level: watching.first };
     const previewed = async (reply) => {
-      const first = { ...ask, level: watching.first };
-      const answer = await ofVolume(first, reply);
+      const answer = await read(first, reply);
       if (signal.aborted) return;
       // It has not been scored against a reference.
       if (!input.reference) this.#kept.set(keyOf(first), answer);
       watching.preview(answer);
     };
-    const wants = ask.level === watching.first ? null : previewed;
-    return ofVolume(ask, await inBackground(input, ask, VOLUME, signal, watching.progress, wants));
+    const wants = ask.level === watching.first || this.kept(first) ? null : previewed;
+    return read(ask, await inBackground(input, ask, input.drawn ? DRAWN : VOLUME, signal, watching.progress, wants));
   }
 }
 
 const keyOf = ({ model, level, options }) => JSON.stringify([model, level, Object.entries(options).sort()]);
+
+async function drawn(ask, reply) {
+  return { ...common(ask, reply), overlay: await createImageBitmap(new Blob([reply.files.get("overlay.png")])), bytes: null, mask: null };
+}
 
 async function ofVolume(ask, reply) {
   const bytes = reply.files.get("mask.nii.gz");

@@ -110,36 +110,63 @@ export async function inBackground(input, ask, formats, signal, progress, previe
   const begun = performance.now();
   const url = `/jobs?${query(ask, formats, preview ? { preview: "true" } : {})}`;
   const job = await json(url, { method: "POST", body: form(input), signal });
-  const cancel = () => call(job.links.self, { method: "DELETE", keepalive: true }).catch(() => {});
-  signal.addEventListener("abort", cancel, { once: true });
+  // Cancels it, or removes what nobody will ask for again.
+  const remove = () => call(job.links.self, { method: "DELETE", keepalive: true }).catch(() => {});
+  signal.addEventListener("abort", remove, { once: true });
   try {
     const last = await followed(job, signal, progress, preview && (async (at) => preview(await reply(await call(at, { signal }), formats, begun))));
     if (last.state !== "done") throw new Problem(last.error?.status ?? 0, last.error?.detail ?? `The job was ${last.state}.`);
     return await reply(await call(last.links.result, { signal }), formats, begun);
   } finally {
-    signal.removeEventListener("abort", cancel);
+    signal.removeEventListener("abort", remove);
+    if (!signal.aborted) remove();
   }
 }
 
-/** Reads a job's events with fetch, as an EventSource could not send the key. */
+const over = ({ state }) => ["done", "failed", "cancelled"].includes(state);
+
+// A restart takes some seconds; who has heard nothing for a minute may be told.
+const PAUSE_MS = 1000, PATIENCE_MS = 60000;
+
+/** Follows a job by its events, and through broken connections and restarts of the server. */
 async function followed(job, signal, progress, preview) {
-  let last = job, previewed = null;
-  progress(job);
-  // Connections end now and then; the stream begins with how things stand.
-  while (!["done", "failed", "cancelled"].includes(last.state)) {
-    const response = await call(job.links.events, { signal });
-    for await (const event of events(response.body)) {
-      last = event;
-      progress(last);
-      if (preview && last.links.preview && !previewed) previewed = preview(last.links.preview);
+  let last = job, previewed = null, heard = 0;
+  const told = (event) => {
+    [last, heard] = [event, performance.now()];
+    progress(last);
+    // Without it the result comes all the same.
+    if (preview && last.links.preview) previewed ??= preview(last.links.preview).catch(() => {});
+  };
+  told(job);
+  const tried = async (work) => {
+    try {
+      await work();
+    } catch (error) {
+      signal.throwIfAborted();
+      // Of what passes there are broken connections, too many streams, and whatever is the server's own fault.
+      if ((error.status >= 400 && error.status < 500 && error.status !== 429) || performance.now() - heard > PATIENCE_MS) throw error;
     }
+  };
+  // However the stream ends, the job says itself how things stand.
+  while (!over(last)) {
+    await tried(async () => { for await (const event of events(job.links.events, signal)) told(event); });
+    if (over(last)) break;
+    await pause(signal);
+    await tried(async () => told(await json(job.links.self, { signal })));
   }
   await previewed;
   return last;
 }
 
-async function* events(stream) {
-  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+const pause = (signal) => new Promise((resolve, reject) => {
+  setTimeout(resolve, PAUSE_MS);
+  signal.addEventListener("abort", () => reject(signal.reason), { once: true });
+});
+
+/** A job's events until the stream ends, read with fetch, as an EventSource could not send the key. */
+async function* events(url, signal) {
+  const { body } = await call(url, { signal });
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
     const { done, value } = await reader.read();

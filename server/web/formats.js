@@ -51,21 +51,29 @@ export function formatsIn(form, level, kind) {
   return names.length ? names : [DEFAULT[kind]];
 }
 
-/** The fields that change a request, each by the name of its parameter. */
-export function optionFields(kind, dims, card) {
+/** Of the fields those by which a file is read, so that it looks another way. */
+export const READING = ["axes", "channel", "nonfinite"];
+
+/**
+ * The fields that change a request, each by the name of its parameter.
+ * @param {{kind: "image"|"stack"|"volume", tiff: boolean}} input
+ */
+export function optionFields({ kind, tiff }, card) {
   const field = (label, name, properties) => h("label", {}, `${label} `, h("input", { name, ...properties }));
   const number = (label, name, step, most) => field(label, name, { type: "number", min: "0", step, ...(most ? { max: most } : {}), placeholder: "–" });
   const box = (label, name) => h("label", {}, h("input", { type: "checkbox", name, value: "true" }), ` ${label}`);
   const choice = (label, name, values) => h("label", {}, `${label} `, h("select", { name }, ...values.map(([value, text]) => new Option(text, value))));
   const smallest = kind === "image" ? [["min_size_px", "pixels"], ["min_size_mm2", "mm²"]]
-    : kind === "volume" ? [["min_size_px", "voxels"], ["min_size_mm3", "mm³"]] : [["min_size_px", "pixels"]];
+    : [["min_size_px", "voxels"], ["min_size_mm3", "mm³"]];
   return [
     number("threshold", "threshold", "0.05", "1"),
     h("label", {}, "smallest object ", h("input", { name: "min_size", type: "number", min: "0", step: "any", placeholder: "–" }),
       h("select", { name: "unit", ariaLabel: "unit" }, ...smallest.map(([value, text]) => new Option(text, value)))),
     box("fill holes", "fill_holes"), box("only the largest object of a class", "keep_largest"), box("split touching objects", "instances"),
-    kind === "volume" ? null : field("pixel size, µm", "pixel_size_um", { inputMode: "decimal", placeholder: "–", pattern: "[0-9.,]*" }),
-    kind !== "image" && dims === 2 ? choice("slices along", "axis", [["", "coarsest axis"], ["0", "axis 0"], ["1", "axis 1"], ["2", "axis 2"]]) : null,
+    kind === "volume" ? null : field("pixel size, µm", "pixel_size_um", { placeholder: kind === "image" ? "0.5 or 0.5x0.25" : "0.5 or 0.5x0.5x1", title: "of height and width, where they differ" + (kind === "image" ? "" : ", and of the step from page to page") }),
+    kind !== "image" && card.dims === 2 ? choice("slices along", "axis", [["", "coarsest axis"], ["0", "axis 0"], ["1", "axis 1"], ["2", "axis 2"]]) : null,
+    tiff ? field("axes of the TIFF", "axes", { placeholder: "as the file says", title: "slowest first, as ZYX, TCYX, YXS" }) : null,
+    number("channel alone", "channel", "1"), choice("NaN and infinite values", "nonfinite", [["", "are refused"], ["zero", "are 0"]]),
     choice("precision", "precision", [["", "automatic"], ...card.precisions.map((name) => [name, name])]),
   ].filter(Boolean);
 }

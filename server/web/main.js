@@ -3,7 +3,7 @@ import { Answers } from "./answers.js";
 import { card as cardOf, key, models as listed } from "./api.js";
 import { cardNodes } from "./card.js";
 import { $ } from "./dom.js";
-import { optionFields, optionsIn } from "./formats.js";
+import { optionFields, optionsIn, READING } from "./formats.js";
 import { completed, looked, sample } from "./inputs.js";
 import { level, levels, named, setLevel, setLevels, tell } from "./levels.js";
 import { drawNetwork, lightNetwork } from "./network.js";
@@ -57,6 +57,7 @@ async function step(work) {
 async function got(wanted, signal) {
   // Only then it is known whether the browser can show it, or the server has to draw.
   await stage.ready();
+  signal.throwIfAborted();
   return answers.get(ask(wanted), signal, {
     first: levels()[0],
     progress: (job) => !signal.aborted && stage.busy({ ...job, level_name: levelName(wanted) }),
@@ -74,6 +75,7 @@ function segment() {
   return step(async (signal) => {
     const answer = await got(level(), signal);
     await reveal(answer);
+    signal.throwIfAborted();
     unhurried();
     // A volume takes long; it is compared when somebody asks for it.
     if (input.kind === "image" && !accurate()) {
@@ -85,8 +87,7 @@ function segment() {
 
 /** Shows an answer as the result. */
 async function reveal(answer, remark = "") {
-  await stage.setAnswer(answer, accurate());
-  figures(answer, remark);
+  if (await stage.setAnswer(answer, accurate())) figures(answer, remark);
 }
 
 function figures(answer, remark = "") {
@@ -136,26 +137,34 @@ function compareAll() {
   });
 }
 
-/** Another input, or another reference of the same. */
+/** Another input; or the same with another reference, or read in another way. */
 function given(file, reference = null) {
+  const again = file === input?.file;
   return step(async (signal) => {
     giving = signal;
-    let next;
+    let next, name;
     try {
       next = await looked(file, reference);
       signal.throwIfAborted();
-      const kind = next.kind === "volume" ? 3 : 2;
-      if (!input || card.dims !== kind) chooseModel(offered(kind));
-      await completed(next, ask().model, levels()[0], signal);
+      const dims = next.kind === "volume" ? 3 : 2;
+      name = again || card.dims === dims ? card.name : best(dims);
+      const read = again ? Object.entries(optionsIn($("asked"))).filter(([option]) => READING.includes(option)) : [];
+      await completed(next, { model: name, level: cards.get(name).levels[0], options: Object.fromEntries(read) }, signal);
       signal.throwIfAborted();
     } finally {
       if (giving === signal) giving = null;
     }
-    const same = input?.kind === next.kind;
+    const before = input;
     [input, comparing] = [next, false];
     answers.begin(input);
-    if (!same) $("asked").replaceChildren(...optionFields(input.kind, card.dims, card));
-    if (!same) take.begin(input);
+    // Nothing has changed until here, as the file could have been a broken one.
+    if (before?.kind !== next.kind) offer(next.kind === "volume" ? 3 : 2);
+    if (name === card.name) $("model").value = name;
+    else chooseModel(name);
+    if (!again) for (const option of READING) if ($("asked").elements[option]) $("asked").elements[option].value = "";
+    if (before?.kind !== next.kind || before.tiff !== next.tiff) fields(again);
+    if (before?.kind !== next.kind) take.begin(input);
+    counted();
     $("file").textContent = [file.name, reference && `reference ${reference.name}`].filter(Boolean).join(" · ");
     $("reference").disabled = $("all").disabled = false;
     // What is still to be read is of the one before.
@@ -169,17 +178,40 @@ function given(file, reference = null) {
   });
 }
 
-/** The models for images (2) or volumes (3), in the list; a volume can also be segmented slice by slice. Gives the one to take. */
-function offered(dims) {
-  const fitting = models.filter((one) => one.dims === dims || dims === 3).sort((a, b) => b.dims - a.dims);
+/** The fields of the options; what was filled in may stay. */
+function fields(keep) {
+  const before = keep ? [...new FormData($("asked"))] : [];
+  $("asked").replaceChildren(...optionFields(input ?? { kind: card.dims === 3 ? "volume" : "image", tiff: false }, card));
+  for (const [name, value] of before) {
+    const field = $("asked").elements[name];
+    if (field?.type === "checkbox") field.checked = true;
+    else if (field && (!field.options || [...field.options].some((option) => option.value === value))) field.value = value;
+  }
+  counted();
+}
+
+function counted() {
+  const number = Object.keys(optionsIn($("asked"))).length;
+  $("chosen").textContent = number ? `· ${number} set` : "";
+}
+
+/** The models for images (2) or volumes (3), the fitting ones first; a volume can also be segmented slice by slice. */
+const fitting = (dims) => models.filter((one) => one.dims === dims || dims === 3).sort((a, b) => b.dims - a.dims);
+
+/** The name of the model to begin with. */
+function best(dims) {
+  const all = fitting(dims), found = all.find((one) => one.default && one.dims === dims) ?? all[0];
+  if (!found) throw new Error("No model that is open here takes this kind of input.");
+  return found.name;
+}
+
+/** Lists them. */
+function offer(dims) {
   const label = (one) => (one.dims < dims ? `${one.name} (slice by slice)` : one.name);
-  $("model").replaceChildren(...fitting.map((one) => new Option(label(one), one.name)));
-  const best = fitting.filter((one) => one.dims === dims);
-  return (best.find((one) => one.default) ?? best[0] ?? fitting[0])?.name;
+  $("model").replaceChildren(...fitting(dims).map((one) => new Option(label(one), one.name)));
 }
 
 function chooseModel(name) {
-  if (!name) throw new Error("No model that is open here takes this kind of input.");
   card = cards.get(name);
   $("model").value = name;
   $("about").textContent = card.title;
@@ -188,7 +220,7 @@ function chooseModel(name) {
   setLevels(card.levels, card.recommended_level, segment);
   drawNetwork(Math.max(...card.levels));
   lightNetwork(level(), Math.max(...card.levels));
-  $("asked").replaceChildren(...optionFields(input?.kind ?? (card.dims === 3 ? "volume" : "image"), card.dims, card));
+  fields(true);
 }
 
 function begin() {
@@ -197,7 +229,9 @@ function begin() {
     cards = new Map(await Promise.all(models.map(async ({ name }) => [name, await cardOf(name)])));
     signal.throwIfAborted();
     $("door").hidden = true;
-    chooseModel(offered(2) ?? offered(3));
+    const dims = models.some((one) => one.dims === 2) ? 2 : 3;
+    offer(dims);
+    chooseModel(best(dims));
   });
 }
 
@@ -232,10 +266,11 @@ function wire() {
     segment();
   });
   $("asked").addEventListener("submit", (event) => event.preventDefault());
-  $("asked").addEventListener("change", () => {
-    const number = Object.keys(optionsIn($("asked"))).length;
-    $("chosen").textContent = number ? `· ${number} set` : "";
-    segment();
+  $("asked").addEventListener("change", ({ target }) => {
+    counted();
+    // Of what the browser reads itself it shows what it can.
+    if (input && !giving && READING.includes(target.name) && (input.tiff || input.kind !== "volume")) given(input.file, input.reference);
+    else segment();
   });
   $("door").addEventListener("submit", (event) => {
     event.preventDefault();

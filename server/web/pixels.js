@@ -65,8 +65,10 @@ function wordsOf(bytes) {
 export async function nifti(bytes) {
   const data = await inflated(bytes, "gzip");
   const view = new DataView(data.buffer);
-  const little = view.getInt32(0, true) === 348;
-  const size = [42, 44, 46].map((offset) => Math.max(1, view.getInt16(offset, little)));
-  const start = view.getFloat32(108, little);
+  const little = [348, 540].includes(view.getInt32(0, true)), second = view.getInt32(0, little) === 540;
+  // Of NIfTI-2, which large volumes need, all that counts has eight bytes.
+  const at = (offset) => Number(view.getBigInt64(offset, little));
+  const size = [1, 2, 3].map((axis) => Math.max(1, second ? at(16 + 8 * axis) : view.getInt16(40 + 2 * axis, little)));
+  const start = second ? at(168) : view.getFloat32(108, little);
   return { size, values: data.subarray(start, start + size[0] * size[1] * size[2]) };
 }

@@ -66,20 +66,23 @@ async function showInput(given) {
  * Shows a mask over the input.
  * @param {import("./answers.js").Answer} answer
  * @param {import("./answers.js").Answer|undefined} accurate what it is compared with, if that is known
+ * @returns {Promise<boolean>} whether it is to be seen; another may have overtaken it
  */
 export async function setAnswer(answer, accurate) {
   const another = answer !== shown, first = !shown;
   shown = answer;
   place(inPlanes() ? "volume" : "picture");
   if (inPlanes()) {
-    if (another) await volume.setMask(answer.bytes, classes, look.hidden);
     if (first) volume.lookAt(answer.statistics.objects);
+    if (another) await volume.setMask(answer.bytes, classes, look.hidden);
+    if (answer !== shown) return false;
   } else if (input.drawn) {
     picture.setPicture(answer.overlay, [answer.overlay.width, answer.overlay.height]);
   } else {
     picture.setMask(paintedAs(answer, accurate));
   }
   $("key-differ").hidden = !(look.differ && accurate && answer.mask && input.kind === "image" && answer !== accurate);
+  return true;
 }
 
 function paintedAs(answer, accurate) {

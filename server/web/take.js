@@ -2,6 +2,8 @@
 import { inBackground, key, query, segment } from "./api.js";
 import { $, h } from "./dom.js";
 import { FORMATS, formatBoxes, formatsIn } from "./formats.js";
+import { levelName } from "./result.js";
+import { busy } from "./stage.js";
 
 /** Another kind of input: other formats. */
 export function begin({ kind }) {
@@ -13,11 +15,18 @@ const given = (field, { name }) => `-F ${quoted(`${field}=@"${name.replace(/["\\
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
-/** The command that asks for the same; the key stays in the reader's own shell. */
+/** The commands that ask for the same, what takes long as a job; the key stays in the reader's own shell. */
 export function command(input, ask, formats, name) {
-  const needs = key.get() ? '-H "X-API-Key: $KEY" ' : "";
-  const parts = [given("file", input.file), ...(input.reference ? [given("reference", input.reference)] : [])];
-  return `curl ${needs}${parts.join(" ")} \\\n  ${quoted(`${location.origin}/segment?${query(ask, formats)}`)} \\\n  -o ${name}`;
+  const curl = `curl ${key.get() ? '-H "X-API-Key: $KEY" ' : ""}`, { origin } = location;
+  const parts = [given("file", input.file), ...(input.reference ? [given("reference", input.reference)] : [])].join(" ");
+  const posted = (path) => `${parts} \\\n  ${quoted(`${origin}${path}?${query(ask, formats)}`)}`;
+  if (input.kind === "image") return `${curl}${posted("/segment")} \\\n  -o ${name}`;
+  return [
+    `job=$(${curl}-s ${posted("/jobs")} \\\n  | sed -n 's/.*"id":"\\([^"]*\\)".*/\\1/p')`,
+    "# its progress, until it is done",
+    `${curl}-N ${origin}/jobs/$job/events`,
+    `${curl}${origin}/jobs/$job/result -o ${name}`,
+  ].join("\n");
 }
 
 /** Shows how to ask for what is on the screen. */
@@ -39,7 +48,8 @@ export function start(current, step) {
     const { input, ask } = current();
     const formats = formatsIn($("formats"), ask.level, input.kind);
     step(async (signal) => {
-      const reply = await (input.kind === "volume" ? inBackground(input, ask, formats, signal, () => {}) : segment(input, ask, formats, signal));
+      const reply = await (input.kind === "image" ? segment(input, ask, formats, signal)
+        : inBackground(input, ask, formats, signal, (job) => !signal.aborted && busy({ ...job, level_name: levelName(ask.level) })));
       const url = URL.createObjectURL(new Blob([reply.buffer], { type: reply.type }));
       const stem = input.file.name.replace(/\.nii\.gz$|\.[^.]+$/, "");
       h("a", { href: url, download: `${stem}_${reply.name}` }).click();

@@ -28,7 +28,9 @@ function table(classes, hidden) {
 
 export class VolumeView {
   #viewer = null;
+  // What is to be seen, as files come at different times: the last that was asked for wins.
   #latest = null;
+  #mask = null;
   #opacity = 0.45;
 
   /** @param {HTMLCanvasElement} canvas */
@@ -52,7 +54,7 @@ export class VolumeView {
       await this.#viewer.attachToCanvas(this.canvas);
       this.#viewer.setSliceType(this.#viewer.sliceTypeMultiplanar);
     }
-    this.#latest = file;
+    [this.#latest, this.#mask] = [file, null];
     const volume = await NVImage.loadFromFile({ file: new File([file], name), name });
     if (this.#latest !== file) return;
     for (const before of [...this.#viewer.volumes]) this.#viewer.removeVolume(before);
@@ -68,8 +70,10 @@ export class VolumeView {
    * @param {Set<number>} hidden
    */
   async setMask(bytes, classes, hidden) {
+    this.#mask = bytes;
     const { NVImage } = await niivue();
     const mask = await NVImage.loadFromFile({ file: new File([bytes], "mask.nii.gz"), name: "mask.nii.gz", opacity: this.#opacity });
+    if (this.#mask !== bytes) return;
     mask.setColormapLabel(table(classes, hidden));
     const viewer = this.#viewer;
     if (viewer.volumes[1]) viewer.removeVolume(viewer.volumes[1]);
@@ -98,7 +102,9 @@ export class VolumeView {
 
   /** The slice of the volume along z that a mask fills most, grey, for small pictures. */
   slice(z) {
-    const { img, dims, cal_min: low, cal_max: high } = this.#viewer.volumes[0];
+    const volume = this.#viewer.volumes[0], { img, dims } = volume;
+    // The window is in scaled values, and the voxels are as stored.
+    const [low, high] = [volume.cal_min, volume.cal_max].map((value) => volume.intensityScaled2Raw(value));
     const [width, height] = [dims[1], dims[2]];
     const data = new ImageData(width, height), first = z * width * height;
     for (let at = 0; at < width * height; at += 1) {

@@ -43,6 +43,8 @@ PINNED = {"vendor/niivue.umd.js": "47b896b77ec4a5be3ef1949c33ad393b6f45629921f32
 # How one text file names another: "/web/x" in the page, "./x" in a module.
 NAMED = re.compile(r'"(/web/|\./)([\w./-]+)"')
 
+# NiiVue needs no more: of 0.69.0 what would, WebAssembly, is for Zarr, which this server does not answer with; it has no eval, and
+# no workers from blobs.
 POLICY = "; ".join((
     "default-src 'none'",
     "script-src 'self'",

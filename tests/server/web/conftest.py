@@ -14,6 +14,9 @@ from tests.server.conftest import NO_AGREEMENT, until
 WEB = ROOT / "server" / "web"
 SAMPLES = WEB / "samples"
 
+# As distributions and Google call it.
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
 # Of a browser in a container without a GPU: WebGL in software, and nothing asked of its maker.
 CHROMIUM = (
     "--no-sandbox", "--headless=new", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-quic", "--no-first-run",
@@ -58,7 +61,7 @@ def holds(page: Any, script: str) -> None:
 def browser() -> Iterator[Any]:
     """Chromium. No longer than a module: while it is open, this thread has an event loop."""
     playwright = pytest.importorskip("playwright.sync_api")
-    if not (path := shutil.which("chromium")):
+    if not (path := next(filter(None, map(shutil.which, BROWSERS)), None)):
         pytest.skip("needs chromium")
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=path, args=list(CHROMIUM))

@@ -1,7 +1,9 @@
 """The page with volumes: NiiVue in a real browser, jobs on the shipped network."""
 
+import gzip
 import io
 import re
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,12 +73,15 @@ def test_a_preview_and_then_the_result(page: Any, server: httpx.Client, seen: Si
     # Without the classes there is no colour.
     for box in page.locator("#classes input").all():
         box.uncheck()
-    page.wait_for_timeout(300)
-    assert all(colored(plane) < 100 for plane in quarters(page))
+    until(lambda: all(colored(plane) < 100 for plane in quarters(page)))
     # What is shown is what the server has counted.
     counts = np.bincount(mask(server, level="2").ravel(), minlength=3)
     table = page.locator("#classes").inner_text()
     assert all(f"{count:,}" in table for count in counts[1:])
+    # And as L1 is known, the next one needs no preview.
+    page.locator("#slider").fill("2")
+    holds(page, f"{STATUS}.startsWith('L3 in ')")
+    assert ["preview=true" in request.url for request in seen.requests if request.method == "POST"] == [True, False]
 
 
 @pytest.mark.long
@@ -109,6 +114,64 @@ def test_nobody_has_to_wait_for_the_viewer(page: Any, reference: Path) -> None:
     assert all(colored(plane) > 500 for plane in quarters(page))
 
 
+def test_scaled_voxels_in_the_second_format(page: Any, server: httpx.Client, tmp_path: Path) -> None:
+    """NIfTI-2 of stored values that are not those that are meant: of both the page reads masks, and draws slices."""
+    import nibabel as nib
+
+    source = nib.Nifti1Image.from_filename(VOLUME)
+    scaled = nib.Nifti2Image(source.get_fdata(), source.affine)
+    scaled.header.set_data_dtype(np.int16)
+    scaled.header.set_slope_inter(0.01, 300)
+    path = tmp_path / "second.nii.gz"
+    nib.save(scaled, path)
+    page.set_input_files("#chooser", str(path))
+    page.locator("#all:enabled").wait_for()
+    page.locator("#slider").fill("0")
+    page.locator("#all").click()
+    holds(page, "document.querySelector('#compare figcaption')?.textContent.includes('agreement')")
+    bodies = [
+        server.post("/segment", params={"model": "hippocampus"} | more, content=path.read_bytes()).content
+        for more in ({"level": "1"}, {})
+    ]
+    first, accurate = (np.asarray(nib.Nifti2Image.from_bytes(gzip.decompress(body)).dataobj) for body in bodies)
+    assert f"agreement {mean_iou(first, accurate):.3f}" in page.locator("#compare figure").first.inner_text()
+    pixels = np.array(
+        page.evaluate(
+            "(() => { const c = document.querySelector('#compare canvas'); return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]; })()"
+        )
+    ).reshape(-1, 4)
+    greys = pixels[np.ptp(pixels[:, :3], axis=1) == 0, 0]
+    assert ((greys > 20) & (greys < 235)).mean() > 0.3
+
+
+def test_of_two_masks_the_last_is_seen(page: Any) -> None:
+    """Both are kept, and the viewer takes longer to read the first."""
+    page.set_input_files("#chooser", str(VOLUME))
+    holds(page, f"{STATUS}.startsWith('L2 in ') && !{STATUS}.includes('preview')")
+    page.evaluate("""() => {
+      const { NVImage, Niivue } = window.niivue, load = NVImage.loadFromFile, add = Niivue.prototype.addVolume;
+      Object.assign(window, { held: [], added: 0 });
+      NVImage.loadFromFile = async (file) => {
+        const mask = await load.call(NVImage, file);
+        await new Promise((go) => held.push(go));
+        return mask;
+      };
+      Niivue.prototype.addVolume = function (volume) {
+        added += 1;
+        return add.call(this, volume);
+      };
+    }""")
+    page.locator("#slider").fill("0")
+    holds(page, "held.length === 1")
+    page.locator("#slider").fill("1")
+    holds(page, "held.length === 2")
+    page.evaluate("held[1]()")
+    holds(page, f"{STATUS}.startsWith('L2 in ') && added === 1")
+    page.evaluate("held[0]()")
+    page.evaluate("new Promise((go) => setTimeout(go))")
+    assert page.evaluate(f"{STATUS}.startsWith('L2 in ') && added === 1")
+
+
 def test_cancel(page: Any, server: httpx.Client, seen: SimpleNamespace) -> None:
     held: list[Any] = []
     page.route(re.compile("/jobs/.*/events"), lambda route: held.append(route))  # noqa: PLW0108 - Playwright marks its handlers
@@ -131,9 +194,66 @@ def test_cancel(page: Any, server: httpx.Client, seen: SimpleNamespace) -> None:
     holds(page, f"{STATUS}.startsWith('L1 in ')")
 
 
+def test_a_connection_ends_and_the_job_does_not(page: Any, server: httpx.Client, seen: SimpleNamespace) -> None:
+    """Of its events the first stream cannot be had, the second is empty, the third broken; the server is away once. No preview comes."""
+    streams: list[Any] = []
+    asked: list[Any] = []
+
+    def stream(route: Any) -> None:
+        streams.append(route)
+        if len(streams) == 1:
+            route.abort()
+        elif len(streams) == 2:
+            route.fulfill(status=200, body="", headers={"content-type": "text/event-stream"})
+        elif len(streams) == 3:
+            route.fulfill(status=200, body="data: {", headers={"content-type": "text/event-stream", "content-length": "100"})
+        else:
+            route.continue_()
+
+    def itself(route: Any) -> None:
+        asked.append(route)
+        if route.request.method == "GET" and len(asked) == 1:
+            route.abort()
+        elif route.request.method == "GET" and len(asked) < 4:
+            # As if it were still at work.
+            answer = route.fetch()
+            route.fulfill(response=answer, json=answer.json() | {"state": "running"})
+        else:
+            route.continue_()
+
+    page.route(re.compile("/jobs/[^/]*/events"), stream)
+    page.route(re.compile("/jobs/[^/]*/preview"), lambda route: route.abort())
+    page.route(re.compile("/jobs/[^/]*$"), itself)
+    page.set_input_files("#chooser", str(VOLUME))
+    holds(page, f"{STATUS}.startsWith('L2 in ')")
+    assert len(streams) >= 3
+    assert page.get_by_role("alert").is_hidden()
+    # What has been fetched is kept nowhere else.
+    until(lambda: bool(page.evaluate("1")) and any(request.method == "DELETE" for request in seen.requests))
+    (gone,) = [request.url for request in seen.requests if request.method == "DELETE"]
+    until(lambda: server.get(httpx.URL(gone).path).status_code == 404)
+
+
+def test_a_job_that_is_lost_is_said_to_be(page: Any, server: httpx.Client, seen: SimpleNamespace) -> None:
+    page.route(re.compile("/jobs/[^/]*/events"), lambda route: route.abort())
+    gone = {"status": 404, "json": {"detail": "no such job"}}
+    page.route(
+        re.compile("/jobs/[^/]*$"), lambda route: route.fulfill(**gone) if route.request.method == "GET" else route.continue_()
+    )
+    page.set_input_files("#chooser", str(VOLUME))
+    holds(page, "!document.getElementById('error').hidden")
+    assert page.get_by_role("alert").locator("span").text_content() == "no such job"
+    until(lambda: bool(page.evaluate("1")) and any(request.method == "DELETE" for request in seen.requests))
+
+
 def test_a_model_of_images_does_it_slice_by_slice(page: Any, seen: SimpleNamespace) -> None:
     page.set_input_files("#chooser", str(VOLUME))
     holds(page, f"{STATUS}.startsWith('L2 in ')")
+    # What cannot be read changes nothing.
+    page.set_input_files("#chooser", {"name": "broken.tif", "mimeType": "", "buffer": b"II*\0broken"})
+    holds(page, "!document.getElementById('error').hidden")
+    assert page.locator("#file").text_content() == VOLUME.name
+    assert page.locator("#model").input_value() == "hippocampus"
     assert page.locator("#model option").all_inner_texts() == ["hippocampus", "nuclei (slice by slice)"]
     page.locator("#model").select_option("nuclei")
     page.locator("#slider").fill("0")
@@ -142,6 +262,15 @@ def test_a_model_of_images_does_it_slice_by_slice(page: Any, seen: SimpleNamespa
     page.get_by_label("slices along").select_option("0")
     holds(page, "document.getElementById('busy').hidden")
     assert any("axis=0" in request.url for request in seen.requests)
+
+
+def test_the_commands_do_the_same(page: Any, server: httpx.Client, tmp_path: Path) -> None:
+    page.set_input_files("#chooser", str(VOLUME))
+    holds(page, f"{STATUS}.startsWith('L2 in ') && !{STATUS}.includes('preview')")
+    (tmp_path / VOLUME.name).write_bytes(VOLUME.read_bytes())
+    page.locator("#request summary").click()
+    subprocess.run(["bash", "-c", page.locator("#curl").inner_text()], cwd=tmp_path, check=True, capture_output=True)
+    assert np.array_equal(volume_of((tmp_path / "mask.nii.gz").read_bytes()), mask(server, level="2"))
 
 
 @pytest.mark.long
