@@ -116,5 +116,6 @@ def _check_type(declared: str) -> None:
     if declared not in (*UNKNOWN, *VOLUMES, *ZIPS) and not declared.startswith("image/"):
         raise UnsupportedType(
             f"Content-Type {declared!r} is neither an image nor a volume nor a zip of them; send image/png, image/tiff, image/jpeg, image/bmp, "
-            "image/webp, application/gzip (.nii.gz), application/zip (of images) or application/octet-stream"
+            "image/webp, application/gzip (.nii.gz), application/x-nrrd (.nrrd), application/x-metaimage (.mha), application/zip (of images) "
+            "or application/octet-stream"
         )

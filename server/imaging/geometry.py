@@ -5,6 +5,7 @@ array with the caller's: there is no inverse to get wrong.
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from nibabel import Nifti1Header, Nifti2Header, orientations
 from numpy import ndarray
 from scipy import ndimage
 
+from server.arrays import Image, Volume
 from server.errors import InvalidParameter, Unreadable
 
 # A spacing this near to the network's is not resampled: it would only blur.
@@ -153,6 +155,14 @@ def spacing(affine: Float64[ndarray, "4 4"]) -> tuple[float, float, float]:
     with np.errstate(over="ignore"):
         x, y, z = np.sqrt(np.square(affine[:3, :3]).sum(axis=0)).tolist()
     return x, y, z
+
+
+def unit_mm(source: Image | Volume) -> float | None:
+    """Mm² of a pixel, also where each page is a time, or mm³ of a voxel, where it is known."""
+    if isinstance(source, Volume) and source.affine is not None:
+        # By the determinant: the axes of a tilted gantry are not at right angles.
+        return float(abs(np.linalg.det(source.affine[:3, :3])))
+    return None if source.spacing_mm is None else math.prod(source.spacing_mm)
 
 
 def nifti_header(affine: Float64[ndarray, "4 4"], size: tuple[int, ...]) -> Nifti1Header:

@@ -61,6 +61,7 @@ class _Layout:
         channels: as will be decoded.
         spacing: mm along X, Y, Z, of what is known.
         note: what is in doubt.
+        time_slices: see `Volume`.
     """
 
     pages: list[int]
@@ -68,6 +69,7 @@ class _Layout:
     channels: int
     spacing: dict[str, float]
     note: str
+    time_slices: int | None
 
 
 def size(file: BinaryIO, reading: Reading) -> Extent:
@@ -79,7 +81,8 @@ def size(file: BinaryIO, reading: Reading) -> Extent:
         # Read as they are, or as float32.
         sample_bytes = page.dtype.itemsize if page.dtype in KEPT else 4
         slices = len(layout.pages)
-        return Extent(planar if slices == 1 else (*planar[::-1], slices), layout.channels, sample_bytes)
+        whole = planar if slices == 1 else (*planar[::-1], slices)
+        return Extent(whole, layout.channels, sample_bytes, time_slices=layout.time_slices)
 
 
 def decode(file: BinaryIO, reading: Reading) -> Image | Volume:
@@ -112,8 +115,10 @@ def decode(file: BinaryIO, reading: Reading) -> Image | Volume:
     note = notes(layout.note, met(wrong, stack.size, reading.zero_nonfinite))
     if slices == 1:
         return Image(stack[0], note, (known["Y"], known["X"]) if known.keys() >= set("XY") else None)
-    spacing_mm = (known["X"], known["Y"], known["Z"]) if known.keys() >= set("XYZ") else None
-    return Volume(stack.transpose(2, 1, 0, 3), None, note=note, spacing_mm=spacing_mm)
+    # From one time to the next is no distance.
+    axes = "XY" if layout.time_slices == 1 else "XYZ"
+    spacing_mm = tuple(known[axis] for axis in axes) if known.keys() >= set(axes) else None
+    return Volume(stack.transpose(2, 1, 0, 3), None, note=note, spacing_mm=spacing_mm, time_slices=layout.time_slices)
 
 
 def _lay_out(tiff: "tifffile.TiffFile", reading: Reading) -> _Layout:
@@ -146,14 +151,15 @@ def _lay_out(tiff: "tifffile.TiffFile", reading: Reading) -> _Layout:
         table = table.T
     several = ""
     if times > 1:
-        several = f"{times} times of {slices} slices" if slices > 1 else f"{times} times"
-        several = f"{several} were taken as {times * slices} slices, one after the other"
+        each = f"{times} times of {slices} slices" if slices > 1 else f"{times} times"
+        several = (
+            f"{each} follow each other as {times * slices} pages, and objects do not go on from time to time; axes= says otherwise"
+        )
     chosen = [int(index) for index in table.ravel()]
     if not _alike(tiff, chosen):
         chosen, several = chosen[:1], f"only the first of {count} pages was read"
-    # From one time to the next is no distance.
-    spacing = {letter: mm for letter, mm in pages.spacing.items() if letter != "Z" or times == 1}
-    return _Layout(chosen, wanted, channels, spacing, notes(pages.note, guess, several))
+    time_slices = slices if times > 1 and len(chosen) > 1 else None
+    return _Layout(chosen, wanted, channels, pages.spacing, notes(pages.note, guess, several), time_slices)
 
 
 def _described(first: "tifffile.TiffPage", count: int, shape: tuple[int, int, int], axes: str) -> Pages:

@@ -106,7 +106,7 @@ class TestStatistics:
 
     def test_in_mm(self, shaded: httpx.Client, spatial: httpx.Client) -> None:
         pixels = picture()
-        report = report_of(shaded, picture_bytes(pixels), "&pixel_size_um=0.5,0.25")
+        report = report_of(shaded, picture_bytes(pixels), "&pixel_size_um=0.5x0.25")
         assert report["pixel_size_um"] == {"height": 0.5, "width": 0.25}
         assert report["classes"][0]["area_mm2"] == pytest.approx(report["classes"][0]["pixels"] * 0.125e-6)
         assert report["objects"][0]["area_mm2"] == pytest.approx(report["objects"][0]["pixels"] * 0.125e-6)
@@ -129,12 +129,30 @@ class TestStatistics:
     def test_of_a_stack(self, shaded: httpx.Client) -> None:
         pages = np.zeros((3, 8, 9), dtype=np.uint8)
         pages[1:, 2:4, 3:5] = 255
-        report = report_of(shaded, pages_bytes(pages), "&pixel_size_um=1,2,3")
+        report = report_of(shaded, pages_bytes(pages), "&pixel_size_um=1x2x3")
         assert report["size"] == {"x": 9, "y": 8, "z": 3}
         assert report["pixel_size_um"] == {"height": 1.0, "width": 2.0, "page": 3.0}
         (one,) = report["objects"]
         assert (one["voxels"], one["box"], one["touches_border"]) == (8, [[3, 2, 1], [5, 4, 3]], True)
         assert one["volume_mm3"] == pytest.approx(8 * 6e-9)
+
+    def test_of_a_time_lapse(self, shaded: httpx.Client) -> None:
+        pages = np.zeros((3, 8, 9), dtype=np.uint8)
+        pages[:, 2:5, 3:6] = 255
+        # Open in the first time alone, and closed by nothing in the last.
+        pages[0, 3, 4] = pages[0, 3, 5] = pages[1, 3, 4] = 0
+        out = io.BytesIO()
+        tifffile.imwrite(out, pages, imagej=True, metadata={"axes": "TYX", "unit": "um"}, resolution=(1, 0.5))
+        report = report_of(shaded, out.getvalue(), "&fill_holes=true")
+        assert report["pixel_size_um"] == {"height": 2.0, "width": 1.0}
+        assert [one["pixels"] for one in report["objects"]] == [7, 9, 9]
+        assert [one["box"] for one in report["objects"]] == [[[3, 2, t], [6, 5, t + 1]] for t in range(3)]
+        assert [one["touches_border"] for one in report["objects"]] == [False] * 3
+        assert report["objects"][1]["area_mm2"] == pytest.approx(18e-6)
+        assert "objects do not go on from time to time" in report["note"]
+        report = report_of(shaded, out.getvalue(), "&min_size_mm2=1.5e-5")
+        assert [one["id"] for one in report["objects"]] == [1, 2]
+        assert report_of(shaded, out.getvalue(), "&axes=ZYX")["classes"][0]["objects"] == 1
 
     def test_of_several_classes(self, classed: httpx.Client) -> None:
         pixels = np.zeros((20, 30), dtype=np.uint8)
@@ -204,9 +222,13 @@ class TestPostprocessing:
             ("min_size_px=-1", "min_size_px=-1 is not a size"),
             ("min_size_px=5&min_size_mm2=1", "give one of them"),
             ("min_size_mm2=1", "add pixel_size_um=0.5"),
-            ("min_size_mm3=1", "min_size_mm3 does not fit; objects of images are measured by min_size_mm2"),
+            (
+                "min_size_mm3=1",
+                "min_size_mm3 does not fit; objects of images and of pages that are times are measured by min_size_mm2",
+            ),
             ("pixel_size_um=0", "is not one number of micrometres"),
-            ("pixel_size_um=1,2,3", "is not one number of micrometres"),
+            ("pixel_size_um=1x2x3", "is not one number of micrometres"),
+            ("pixel_size_um=1,3", "has a comma, which may mean two things"),
         ],
     )
     @pytest.mark.parametrize("path", ["/segment", "/jobs"])
@@ -222,7 +244,7 @@ class TestPostprocessing:
                             ("pixel_size_um=1", "pixel_size_um is for images and stacks")):  # fmt: skip
             assert says in problem(spatial.post(f"/segment?{query}", content=volume), 422, "invalid-parameter").detail
         stack = pages_bytes(np.full((3, 9, 9), 200, np.uint8))
-        for query, says in (("min_size_mm3=1", "height,width,page"), ("pixel_size_um=1", "how far apart the pages")):
+        for query, says in (("min_size_mm3=1", "height x width x page"), ("pixel_size_um=1", "how far apart the pages")):
             assert says in problem(shaded.post(f"/segment?{query}", content=stack), 422, "invalid-parameter").detail
 
 

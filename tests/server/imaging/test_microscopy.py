@@ -93,12 +93,14 @@ class TestHyperstacks:
 
     @pytest.mark.parametrize(
         ("axes", "note"),
-        [("TZYX", "2 times of 3 slices were taken as 6 slices, one after the other"), ("TYX", "2 times were taken as 2 slices, one after the other"), ("ZYX", "")],
+        [("TZYX", "2 times of 3 slices follow each other as 6 pages, and objects do not go on from time to time; axes= says otherwise"), ("TYX", "2 times follow each other as 2 pages, and objects do not go on from time to time; axes= says otherwise"), ("ZYX", "")],
     )  # fmt: skip
     def test_times_say_so(self, rng: np.random.Generator, axes: str, note: str) -> None:
         lengths = {"T": 2, "Z": 3}
         found = read(written(values(rng, *(lengths[letter] for letter in axes[:-2])), axes, imagej=True))
         assert found.note == note
+        assert isinstance(found, Volume)
+        assert found.time_slices == {"TZYX": 3, "TYX": 1, "ZYX": None}[axes]
 
     @pytest.mark.parametrize("kind", ["imagej", "ome"])
     def test_colours_stay_colours(self, rng: np.random.Generator, kind: str) -> None:
@@ -213,8 +215,11 @@ class TestSpacing:
         assert read(file, axes="CYX").spacing_mm == pytest.approx((0.5 * mm, 0.25 * mm))
 
     def test_of_times_is_no_distance(self, rng: np.random.Generator) -> None:
-        file = written(values(rng, 2, 3), "TZYX", imagej=True, resolution=(4, 2), metadata={"spacing": 3.0, "unit": "um"})
-        assert read(file).spacing_mm is None
+        tags = {"imagej": True, "resolution": (4, 2), "metadata": {"spacing": 3.0, "unit": "um"}}
+        mm = 1e-3
+        assert read(written(values(rng, 2), "TYX", **tags)).spacing_mm == pytest.approx((0.25 * mm, 0.5 * mm))
+        # Of the slices of each time it is one.
+        assert read(written(values(rng, 2, 3), "TZYX", **tags)).spacing_mm == pytest.approx((0.25 * mm, 0.5 * mm, 3 * mm))
 
     @pytest.mark.parametrize("unit", ["", "pixel", "inches?", "furlong", "sec"])
     def test_without_a_unit_that_is_a_length(self, unit: str) -> None:
