@@ -142,9 +142,7 @@ class TestTimes:
         before, dropped = 0, dict[int, int]()
         for first in range(0, classes.shape[2], slices):
             one = classes[..., first : first + slices]
-            alone = processed(one[..., 0].T if slices == 1 else one, **{
-                "min_size_px": least, "fill_holes": holes, "keep_largest": largest, "instances": instances
-            })  # fmt: skip
+            alone = processed(one[..., 0].T if slices == 1 else one, min_size_px=least, fill_holes=holes, keep_largest=largest, instances=instances)  # fmt: skip
             assert alone.mask.objects is not None
             labels = alone.mask.objects.labels.T[..., None] if slices == 1 else alone.mask.objects.labels
             seen = done.mask.objects.labels[..., first : first + slices]

@@ -53,7 +53,7 @@ def test_what_is_no_size(text: str) -> None:
 
 def test_a_stack_may_have_three() -> None:
     scale.check("1x2x3", Extent((4, 5, 6)))
-    with pytest.raises(InvalidParameter, match="height x width x page, as 0.5x0.25x2"):
+    with pytest.raises(InvalidParameter, match=r"height x width x page, as 0\.5x0\.25x2"):
         scale.check("1x2x3x4", Extent((4, 5, 6)))
 
 
@@ -68,5 +68,5 @@ def test_of_pages_that_are_times() -> None:
     sized = scale.sized(times, "0.5x0.25")
     assert scale.steps_mm(sized) == (0.00025, 0.0005)
     assert unit_mm(sized) == pytest.approx(1.25e-7)
-    with pytest.raises(InvalidParameter, match="or height x width, as 0.5x0.25, each"):
+    with pytest.raises(InvalidParameter, match=r"or height x width, as 0\.5x0\.25, each"):
         scale.check("1x1x1", times.extent)
