@@ -171,12 +171,17 @@ def nifti_header(affine: Float64[ndarray, "4 4"], size: tuple[int, ...]) -> Nift
     header.set_data_shape(size)
     header.set_xyzt_units("mm")
     header.set_zooms(spacing(affine))
-    turned = affine[:3, :3] / spacing(affine)
-    if np.abs(turned.T @ turned - np.eye(3)).max() < RIGID:
+    if not sheared(affine):
         # A qform knows no shear.
         header.set_qform(affine, "scanner")
     header.set_sform(affine, "scanner")
     return header
+
+
+def sheared(affine: Float64[ndarray, "4 4"]) -> bool:
+    """Whether axes of the volume are not at right angles, as a tilted gantry leaves them."""
+    turned = affine[:3, :3] / spacing(affine)
+    return not np.abs(turned.T @ turned - np.eye(3)).max() < RIGID
 
 
 def apart(size: tuple[int, ...], a: Float64[ndarray, "4 4"], b: Float64[ndarray, "4 4"]) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 from server.arrays import Extent, Image, Mask, Volume
 from server.errors import UnknownFormat
+from server.imaging import geometry
 from server.imaging.encode import coco, csv, geojson, json, nifti, npz, nrrd, overlay, png, png16, tiff, uncertainty
 
 
@@ -141,7 +142,12 @@ def like(extent: Extent | None, *, instances: bool = False) -> str:
     if instances:
         return LABELS[kind]
     # Of volumes there are two families.
-    return extent.family if extent and kind == "volume" else DEFAULTS[kind]
+    return extent.family if extent and kind == "volume" and not _sheared(extent) else DEFAULTS[kind]
+
+
+def _sheared(extent: Extent | None) -> bool:
+    """Whether NRRD is no use: ITK, and with it Slicer, would read the volume elsewhere, or not at all."""
+    return extent is not None and extent.affine is not None and geometry.sheared(extent.affine)
 
 
 def choose(wanted: str | None, accept: str | None, extent: Extent | None = None, *, instances: bool = False) -> tuple[str, ...]:
@@ -156,8 +162,8 @@ def choose(wanted: str | None, accept: str | None, extent: Extent | None = None,
     Raises:
         UnknownFormat: lists what exists.
     """
-    kind = extent.kind if extent else None
-    fitting = [key for key, row in ENCODERS.items() if kind is None or kind in row.kinds]
+    kind, sheared = extent.kind if extent else None, _sheared(extent)
+    fitting = [key for key, row in ENCODERS.items() if (kind is None or kind in row.kinds) and not (sheared and key == "nrrd")]
     default = like(extent, instances=instances)
     if wanted is not None:
         return tuple(dict.fromkeys(_named(name, fitting, kind or "image", default) for name in wanted.split(",")))
@@ -178,6 +184,11 @@ def _named(name: str, fitting: list[str], kind: str, default: str) -> str:
     exists = ", ".join(fitting)
     if name not in ENCODERS:
         raise UnknownFormat(f"format={name!r:.60} does not exist; there are: {MASK} (as the input), {exists}")
+    if name == "nrrd" and kind == "volume" and name not in fitting:
+        raise UnknownFormat(
+            f"format={name!r} does not fit: the volume's axes are not at right angles (sheared, as by a tilted gantry), and Slicer and ITK "
+            "would read the mask elsewhere; use nifti"
+        )
     if name not in fitting:
         raise UnknownFormat(f"format={name!r} does not fit: the input is {_KINDS[kind]}; there are: {exists}")
     return name
