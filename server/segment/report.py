@@ -62,7 +62,7 @@ def compared(found: Found, reference: Shaped[ndarray, "*reference"]) -> Found:
 
 
 def encode(
-    found: Found, formats: tuple[str, ...], facts: dict[str, Any], seconds: dict[str, float], *, include_mask: bool
+    found: Found, formats: tuple[str, ...], facts: dict[str, Any], seconds: dict[str, float], *, include_mask: bool, name: str = ""
 ) -> Encoded:
     """The answer.
 
@@ -72,9 +72,11 @@ def encode(
         facts: what was served, for the report.
         seconds: per phase so far.
         include_mask: whether the report carries the mask too, in base64.
+        name: see `SegmentRequest`.
     """
     classes = found.manifest.classes
-    product = Product(found.mask, {c.value: rgb(c.color) for c in classes}, {c.value: c.name for c in classes}, found.source)
+    colors, names = {c.value: rgb(c.color) for c in classes}, {c.value: c.name for c in classes}
+    product = Product(found.mask, colors, names, found.source, file=name)
     if "report" not in encoding.needs(formats):
         return encoding.encode(formats, product)
     report = facts | _described(found, product.names)

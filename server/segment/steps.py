@@ -103,7 +103,7 @@ def finish(work: Work, expected: Image | Volume | None, last: Ran, request: Segm
     if order.degraded:
         facts |= {"requested": {"mode": order.requested.mode, "level": order.requested.level}, "degraded": order.degraded}
     with clock.phase("encode"):
-        encoded = report.encode(found, order.formats, facts, clock.seconds, include_mask=request.include_mask)
+        encoded = report.encode(found, order.formats, facts, clock.seconds, include_mask=request.include_mask, name=request.name)
     return Answer(
         encoded.body,
         encoded.media_type,

@@ -24,6 +24,7 @@ class Product:
         names: class names per value.
         source: the decoded input.
         report: statistics and facts for JSON.
+        file: name of the input, where it is known.
     """
 
     mask: Mask
@@ -31,6 +32,7 @@ class Product:
     names: dict[int, str]
     source: Image | Volume | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,9 @@ ENCODERS: dict[str, Encoder] = {
     "csv": Encoder("text/csv", "objects.csv", lambda p: csv.encode(p.mask, p.names, p.source), needs=_OBJECTS, packed=False),
     "geojson": Encoder("application/geo+json", "objects.geojson", _geojson, _IMAGE, _OBJECTS, packed=False),
     "geojson_gz": Encoder("application/gzip", "objects.geojson.gz", lambda p: geojson.packed(_geojson(p)), _IMAGE, _OBJECTS),
-    "coco": Encoder("application/json", "coco.json", lambda p: coco.encode(p.mask, p.names), _IMAGE, _OBJECTS, packed=False),
+    "coco": Encoder(
+        "application/json", "coco.json", lambda p: coco.encode(p.mask, p.names, p.file), _IMAGE, _OBJECTS, packed=False
+    ),
     "npz8": Encoder("application/x-npz", "scores_8bit.npz", lambda p: npz.with_bytes(p.mask), needs=_SCORES),
     "scores_tiff": Encoder("image/tiff", "scores.tif", lambda p: tiff.scores(p.mask, p.names), _PAGES, _SCORES),
     "scores_nifti": Encoder(
@@ -166,7 +170,7 @@ def choose(wanted: str | None, accept: str | None, extent: Extent | None = None,
     fitting = [key for key, row in ENCODERS.items() if (kind is None or kind in row.kinds) and not (sheared and key == "nrrd")]
     default = like(extent, instances=instances)
     if wanted is not None:
-        return tuple(dict.fromkeys(_named(name, fitting, kind or "image", default) for name in wanted.split(",")))
+        return tuple(dict.fromkeys(_named(name, fitting, kind or "image", default) for name in _split(wanted)))
     types = _by_preference(accept or "*/*")
     for media_type in types:
         for key in (default, *fitting):
@@ -176,6 +180,10 @@ def choose(wanted: str | None, accept: str | None, extent: Extent | None = None,
     if any(t in ("text/html", "application/problem+json", "application/zip") for t in types):
         return (default,)
     raise UnknownFormat(f"nothing in Accept: {accept} is offered; use format= with one of: {', '.join(fitting)}")
+
+
+def _split(wanted: str) -> list[str]:
+    return [name.strip() for name in wanted.split(",")]
 
 
 def _named(name: str, fitting: list[str], kind: str, default: str) -> str:
@@ -201,12 +209,12 @@ def needs(names: tuple[str, ...]) -> frozenset[str]:
 
 def wants(wanted: str | None, what: str) -> bool:
     """Whether one of the formats asked for needs it, whatever the input is."""
-    return any(what in ENCODERS[name].needs for name in (wanted or "").split(",") if name in ENCODERS)
+    return any(what in ENCODERS[name].needs for name in _split(wanted or "") if name in ENCODERS)
 
 
 def without(wanted: str | None, what: str) -> str | None:
     """The formats asked for less those that need it; the mask, if none is left."""
-    return ",".join(name for name in wanted.split(",") if not wants(name, what)) or MASK if wanted else wanted
+    return ",".join(name for name in _split(wanted) if not wants(name, what)) or MASK if wanted else wanted
 
 
 def encode(names: tuple[str, ...], product: Product) -> Encoded:

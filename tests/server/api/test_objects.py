@@ -18,6 +18,7 @@ from server.segment.objects import find
 from tests.conftest import serving
 from tests.server.conftest import fake_app, mask_of, nifti_bytes, pages_bytes, picture_bytes, volume_of
 from tests.server.segment.masks import disc
+from tests.server.segment.test_archive import packed
 
 CLASSES = [{"value": 1, "name": "a", "color": "#ff0000"}, {"value": 2, "name": "b", "color": "#00ff00"}]
 
@@ -249,6 +250,27 @@ class TestPostprocessing:
 
 
 TWO = disc((40, 60), ((20, 18), 10), ((20, 35), 10))
+
+
+class TestCoco:
+    """Loaders of COCO look for the file of an image by its name."""
+
+    def test_the_file_has_its_name(self, shaded: httpx.Client) -> None:
+        def named(body: bytes) -> str:
+            (image,) = json.loads(body)["images"]
+            return str(image["file_name"])
+
+        files = {"file": ("plate 7/well.png", picture_bytes(TWO * np.uint8(200)))}
+        assert named(shaded.post("/segment?format=coco", files=files).content) == "well.png"
+        zipped = packed({"x/a.png": picture_bytes(TWO), "b.png": picture_bytes(TWO)})
+        answer = shaded.post("/segment?format=coco", content=zipped, headers={"content-type": "application/zip"})
+        with zipfile.ZipFile(io.BytesIO(answer.content)) as made:
+            assert named(made.read("x/a_coco.json")) == "x/a.png"
+            assert named(made.read("b_coco.json")) == "b.png"
+
+    def test_without_a_name_it_is_an_image(self, shaded: httpx.Client) -> None:
+        answer = shaded.post("/segment?format=coco", content=picture_bytes(TWO))
+        assert answer.json()["images"] == [{"id": 1, "file_name": "image", "width": 60, "height": 40}]
 
 
 class TestInstances:

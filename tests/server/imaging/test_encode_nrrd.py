@@ -98,7 +98,7 @@ class TestSheared:
         extent = Extent((4, 5, 6), affine=SHEARED, family=family)
         assert choose(None, None, extent) == choose("mask", None, extent) == ("nifti",)
         assert choose(None, "application/x-nrrd, */*;q=0.1", extent) == ("nifti",)
-        with pytest.raises(UnknownFormat, match="format='nrrd' does not fit: the volume's axes are not at right angles .* nifti"):
+        with pytest.raises(UnknownFormat, match=r"format=.nrrd. does not fit: the volume's axes are not at right angles .* nifti"):
             choose("json,nrrd", None, extent)
 
     def test_what_rounding_leaves_is_fine(self) -> None:
