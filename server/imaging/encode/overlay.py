@@ -30,7 +30,7 @@ def encode(source: Image | Volume, mask: Mask, colors: dict[int, tuple[int, int,
 def jpeg(source: Image | Volume, mask: Mask, colors: dict[int, tuple[int, int, int]]) -> bytes:
     """The same as JPEG: much smaller, and sooner there."""
     out = io.BytesIO()
-    Pillow.fromarray(draw(source, mask, colors)).save(out, "JPEG", quality=JPEG_QUALITY)
+    Pillow.fromarray(draw(source, mask, colors)).save(out, "JPEG", quality=JPEG_QUALITY, subsampling="4:2:0")
     return out.getvalue()
 
 
@@ -55,15 +55,17 @@ def blend(
     picture: UInt8[ndarray, "H W 3"], classes: UInt8[ndarray, "H W"], colors: dict[int, tuple[int, int, int]]
 ) -> UInt8[ndarray, "H W 3"]:
     """`picture` with each class tinted and outlined in its colour."""
-    out = picture.copy()
-    border = _borders(classes)
-    for rows in png.blocks(len(out)):
+    out, border = np.empty_like(picture), _borders(classes)
+
+    def strip(rows: slice) -> None:
+        part, cover = Pillow.fromarray(picture[rows]), np.where(border[rows], OPAQUE, TINT)
         for value, color in colors.items():
             inside = classes[rows] == value
             if inside.any():
-                part = Pillow.fromarray(out[rows])
-                part.paste(color, mask=Pillow.fromarray(inside * np.where(border[rows], OPAQUE, TINT)))
-                out[rows] = np.asarray(part)
+                part.paste(color, mask=Pillow.fromarray(inside * cover))
+        out[rows] = np.asarray(part)
+
+    png.in_strips(*classes.shape, strip)
     return out
 
 
