@@ -120,7 +120,9 @@ def touching(
         shift = np.zeros_like(low)
         shift[:, -1] = low[:, -1] // time_slices * time_slices
         low, high, size = low - shift, high - shift, (*size[:-1], time_slices)
-    counted = np.array([len(size) == 2 or side > 1 for side in size])
+    # Of pages that are times, each is a picture.
+    planar = len(size) == 2 or time_slices == 1
+    counted = np.array([axis < 2 if planar else side > 1 for axis, side in enumerate(size)])
     reaches: Bool[ndarray, " N"] = (((low == 0) | (high == np.array(size))) & counted).any(axis=1)
     return reaches
 

@@ -7,7 +7,6 @@ page to page of a stack, and so are holes. Times of a time-lapse are each by the
 and the largest is that of each time.
 """
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -32,6 +31,9 @@ from server.segment.objects import (
     runs,
     scanned,
 )
+
+# Pixels or mm of an object; beyond it numbers are not exact any more.
+MOST_SIZE = 1e15
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,9 @@ class Postprocessing:
         return {name: value for name, value in named.items() if value is not None and value is not False}
 
     @property
-    def sizes(self) -> dict[str, float]:
+    def sizes(self) -> dict[str, int | float]:
         """The least size of an object, by the name of its parameter; at most one."""
-        return {name: float(value) for name, value in self.asked.items() if name.startswith("min_size")}
+        return {name: value for name, value in self.asked.items() if name.startswith("min_size")}
 
     @property
     def of_objects(self) -> bool:
@@ -83,8 +85,8 @@ class Postprocessing:
         if len(self.sizes) > 1:
             raise InvalidParameter(f"{' and '.join(self.sizes)} are given; objects have one least size: give one of them")
         for name, least in self.sizes.items():
-            if not 0 <= least < math.inf:
-                raise InvalidParameter(f"{name}={least:g} is not a size; give 0 or more")
+            if not 0 <= least <= MOST_SIZE:
+                raise InvalidParameter(f"{name}={least!s:.20} is not a size; give 0 or more, up to {MOST_SIZE:g}")
 
     def check_kind(self, extent: Extent) -> None:
         """Refuses sizes of another dimension than the input's.

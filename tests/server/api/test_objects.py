@@ -229,6 +229,12 @@ class TestPostprocessing:
             ),
             ("pixel_size_um=0", "is not one number of micrometres"),
             ("pixel_size_um=1x2x3", "is not one number of micrometres"),
+            ("min_size_px=1" + "0" * 400, "is not a size"),
+            ("min_size_px=1" + "0" * 16, "is not a size"),
+            ("min_size_px=-1" + "0" * 400, "is not a size"),
+            ("min_size_mm2=1e400", "is not a size"),
+            ("channel=1" + "0" * 400, "does not exist; the input has one channel, 0"),
+            ("channel=1", "does not exist; the input has one channel, 0"),
             ("pixel_size_um=1,3", "has a comma, which may mean two things"),
         ],
     )
