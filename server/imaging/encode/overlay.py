@@ -65,7 +65,7 @@ def blend(
                 part.paste(color, mask=Pillow.fromarray(inside * cover))
         out[rows] = np.asarray(part)
 
-    png.in_strips(*classes.shape, strip)
+    png.in_strips(len(classes), classes.shape[1], strip)
     return out
 
 
