@@ -96,14 +96,21 @@ def displayed(pixels: Shaped[ndarray, "H W C"], window: Window | None = None) ->
     """
     pixels = pixels if pixels.shape[-1] == 3 else pixels[..., :1]
     window = window or contrast(pixels)
-    if window is not None:
-        stretched = np.empty(pixels.shape, dtype=np.uint8)
-        # Once for each value there is, or else pixel by pixel.
-        table = _stretched(np.arange(65536, dtype=np.uint16), window) if pixels.dtype == np.uint16 else None
-        for rows in png.blocks(len(pixels)):
-            stretched[rows] = _stretched(pixels[rows], window) if table is None else table[pixels[rows]]
-        pixels = stretched
-    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+    if window is None and pixels.shape[-1] == 3:
+        return np.ascontiguousarray(pixels)
+    out = np.empty((*pixels.shape[:2], 3), dtype=np.uint8)
+    # Once for each value there is, or else pixel by pixel.
+    table = _stretched(np.arange(65536, dtype=np.uint16), window) if window and pixels.dtype == np.uint16 else None
+
+    def strip(rows: slice) -> None:
+        for block in png.blocks(rows):
+            part = pixels[block]
+            if window is not None:
+                part = _stretched(part, window) if table is None else table[part]
+            out[block] = part
+
+    png.in_strips(len(pixels), pixels.shape[1], strip)
+    return out
 
 
 def _stretched(values: Shaped[ndarray, "..."], window: Window) -> UInt8[ndarray, "..."]:

@@ -74,16 +74,16 @@ def palette(colors: dict[int, tuple[int, int, int]]) -> bytes:
     return bytes(table)
 
 
-def blocks(height: int) -> Iterator[slice]:
+def blocks(rows: slice) -> Iterator[slice]:
     """Rows of a picture, a few at a time: what is computed from them stays small."""
-    return (slice(top, top + ROWS) for top in range(0, height, ROWS))
+    return (slice(top, min(top + ROWS, rows.stop)) for top in range(rows.start, rows.stop, ROWS))
 
 
 def in_strips(height: int, width: int, work: Callable[[slice], T]) -> list[T]:
     """`work` for the rows of each strip of a picture, from top to bottom; a few at a time, where the picture is large."""
-    strips = [slice(top, min(top + STRIP, height)) for top in range(0, height, STRIP)]
     if height * width < LARGE:
-        return [work(strip) for strip in strips]
+        return [work(slice(0, height))]
+    strips = [slice(top, min(top + STRIP, height)) for top in range(0, height, STRIP)]
     with ThreadPoolExecutor(THREADS, thread_name_prefix="strip") as threads:
         return list(threads.map(work, strips))
 
@@ -135,13 +135,14 @@ def _strip(pixels: Shaped[ndarray, "H *rest"], rows: slice) -> tuple[bytes, int,
     """Some rows, compressed by themselves up to a whole byte; their Adler-32, and how many bytes they were."""
     stream = isal_zlib.compressobj(COMPRESSION, wbits=-isal_zlib.MAX_WBITS)
     packed, check, size = [], 1, 0
-    for top in range(rows.start, rows.stop, ROWS):
-        plain = _bytes(pixels[max(0, top - 1) : min(top + ROWS, rows.stop)])
-        filtered = np.empty((len(plain) - (top > 0), 1 + plain.shape[1]), dtype=np.uint8)
+    for block in blocks(rows):
+        top = block.start == 0
+        plain = _bytes(pixels[block if top else slice(block.start - 1, block.stop)])
+        filtered = np.empty((block.stop - block.start, 1 + plain.shape[1]), dtype=np.uint8)
         filtered[:, 0] = UP
-        np.subtract(plain[1:], plain[:-1], out=filtered[len(filtered) - len(plain) + 1 :, 1:])
-        if top == 0:
-            filtered[0, 1:] = plain[0]
+        # Above the top row lies nothing.
+        filtered[:1, 1:] = plain[:1]
+        np.subtract(plain[1:], plain[:-1], out=filtered[top:, 1:])
         packed.append(stream.compress(filtered))
         check, size = isal_zlib.adler32(filtered, check), size + filtered.size
     packed.append(stream.flush(isal_zlib.Z_FULL_FLUSH))
