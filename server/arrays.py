@@ -22,6 +22,7 @@ class Extent:
         sample_bytes: of one decoded value.
         affine: see `Volume`.
         family: see `Volume`.
+        time_slices: see `Volume`.
     """
 
     size: tuple[int, ...]
@@ -29,6 +30,12 @@ class Extent:
     sample_bytes: int = 1
     affine: Float64[ndarray, "4 4"] | None = None
     family: str = "nifti"
+    time_slices: int | None = None
+
+    @property
+    def planar(self) -> bool:
+        """Whether objects have an area, as in images and in pages that are times, rather than a volume."""
+        return len(self.size) == 2 or self.time_slices == 1
 
     @property
     def kind(self) -> str:
@@ -75,16 +82,18 @@ class Volume:
         affine: (4, 4) voxel index to mm along right, anterior, superior; None for a stack of pages.
         header: the file's own header, which the answer is written with; None for a stack of pages.
         note: as `Image.note`.
-        spacing_mm: of a stack, along X, Y, Z, where the file says it; of a volume the affine tells.
+        spacing_mm: of a stack, along X, Y and, unless each page is a time, Z, where the file says it; of a volume the affine tells.
         family: what a volume is answered in unless another format is asked for: "nifti", or "nrrd" for NRRD and MetaImage.
+        time_slices: of a time-lapse, how many slices each time has, through which alone objects go on; else None.
     """
 
     voxels: Shaped[ndarray, "X Y Z C"]
     affine: Float64[ndarray, "4 4"] | None
     header: Any = None
     note: str = ""
-    spacing_mm: tuple[float, float, float] | None = None
+    spacing_mm: tuple[float, ...] | None = None
     family: str = "nifti"
+    time_slices: int | None = None
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -100,7 +109,7 @@ class Volume:
     @property
     def extent(self) -> Extent:
         """What a header would say."""
-        return Extent(self.size, self.voxels.shape[-1], self.voxels.itemsize, self.affine, self.family)
+        return Extent(self.size, self.voxels.shape[-1], self.voxels.itemsize, self.affine, self.family, self.time_slices)
 
 
 @dataclass(frozen=True)
@@ -156,6 +165,7 @@ class Objects:
         high: the box's end, one beyond its last pixel.
         mean_score: mean over its pixels of the probability of its class.
         touches_border: whether it may go on outside of the picture.
+        time_slices: see `Volume`.
     """
 
     labels: Int32[ndarray, "*size"]
@@ -166,6 +176,12 @@ class Objects:
     high: Int64[ndarray, "N axes"]
     mean_score: Float32[ndarray, " N"]
     touches_border: Bool[ndarray, " N"]
+    time_slices: int | None = None
+
+    @property
+    def planar(self) -> bool:
+        """See `Extent`."""
+        return self.labels.ndim == 2 or self.time_slices == 1
 
     def __len__(self) -> int:
         return len(self.value)

@@ -43,7 +43,10 @@ class Parameters(BaseModel):
         description=" | ".join((encode.MASK, *encode.ENCODERS))
         + "; several by comma: a zip of them; else by Accept, else as the input",
     )
-    include_mask: bool = Field(False, description="with format=json: the mask in base64, as mask_png, mask_tiff or mask_nifti")
+    include_mask: bool = Field(
+        False,
+        description="with format=json: the mask in base64, as mask_png, mask_tiff, mask_nifti or mask_nrrd, or with instances as mask_labels_png and so on",
+    )
     threshold: float | None = Field(
         None, description="0 to 1: foreground is what scores above it; of several classes the best; else as the model card says"
     )
@@ -51,13 +54,14 @@ class Parameters(BaseModel):
     instances: bool = Field(False, description="touching objects of one class are split; the mask is then their numbers")
     min_size_px: int | None = Field(None, description="objects of fewer pixels (voxels) are removed")
     min_size_mm2: float | None = Field(
-        None, description="of images: objects of a smaller area are removed; the pixel size must be known"
+        None,
+        description="of images, and of pages that are times: objects of a smaller area are removed; the pixel size must be known",
     )
     min_size_mm3: float | None = Field(None, description="of volumes and stacks: objects of a smaller volume are removed")
     keep_largest: bool = Field(False, description="of each class only the largest object is kept")
     pixel_size_um: str | None = Field(
         None,
-        description="of images and stacks, as 0.5 or 0.5,0.25 (height,width; of stacks also page); wins over what the file says",
+        description="of images and stacks, as 0.5 or 0.5x0.25 (height x width; of stacks also x page); wins over what the file says",
     )
     axis: str = Field("auto", description="slices of a volume for a model of images: auto (coarsest spacing), 0, 1, 2")
     nonfinite: str = Field("refuse", description="values that are NaN or infinite: refuse, or zero")

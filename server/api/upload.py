@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
@@ -28,15 +29,17 @@ ZIPS = ("application/zip", "application/x-zip-compressed")
 
 # Of a form's files, each of which may be as large as a body; and of its other fields, none of which is right.
 MOST = 2
+MOST_NAME = 500
 FIELDS = "The fields are file and reference, one of each; mode, level and the other parameters belong in the URL"
 
 
 @dataclass(frozen=True)
 class Upload:
-    """Open files, at their start."""
+    """Open files, at their start, and the name of the first in a form."""
 
     file: BinaryIO
     reference: BinaryIO | None = None
+    name: str = ""
 
 
 @contextlib.asynccontextmanager
@@ -88,7 +91,9 @@ async def _multipart(request: Request) -> AsyncIterator[Upload]:
         if "file" not in fields:
             raise InvalidParameter("no file in the request; with curl write -F file=@image.png")
         reference = fields.get("reference")
-        yield Upload(fields["file"].file, reference.file if reference else None)
+        # Without the folders of whoever sent it.
+        name = re.split(r"[\\/]", fields["file"].filename or "")[-1][:MOST_NAME]
+        yield Upload(fields["file"].file, reference.file if reference else None, name)
     finally:
         await form.close()
 
@@ -116,5 +121,6 @@ def _check_type(declared: str) -> None:
     if declared not in (*UNKNOWN, *VOLUMES, *ZIPS) and not declared.startswith("image/"):
         raise UnsupportedType(
             f"Content-Type {declared!r} is neither an image nor a volume nor a zip of them; send image/png, image/tiff, image/jpeg, image/bmp, "
-            "image/webp, application/gzip (.nii.gz), application/zip (of images) or application/octet-stream"
+            "image/webp, application/gzip (.nii.gz), application/x-nrrd (.nrrd), application/x-metaimage (.mha), application/zip (of images) "
+            "or application/octet-stream"
         )

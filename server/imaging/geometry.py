@@ -5,6 +5,7 @@ array with the caller's: there is no inverse to get wrong.
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from nibabel import Nifti1Header, Nifti2Header, orientations
 from numpy import ndarray
 from scipy import ndimage
 
+from server.arrays import Image, Volume
 from server.errors import InvalidParameter, Unreadable
 
 # A spacing this near to the network's is not resampled: it would only blur.
@@ -155,18 +157,31 @@ def spacing(affine: Float64[ndarray, "4 4"]) -> tuple[float, float, float]:
     return x, y, z
 
 
+def unit_mm(source: Image | Volume) -> float | None:
+    """Mm² of a pixel, also where each page is a time, or mm³ of a voxel, where it is known."""
+    if isinstance(source, Volume) and source.affine is not None:
+        # By the determinant: the axes of a tilted gantry are not at right angles.
+        return float(abs(np.linalg.det(source.affine[:3, :3])))
+    return None if source.spacing_mm is None else math.prod(source.spacing_mm)
+
+
 def nifti_header(affine: Float64[ndarray, "4 4"], size: tuple[int, ...]) -> Nifti1Header:
     """A header that answers in NIfTI are written with, for volumes that came without one."""
     header = (Nifti1Header if max(size) < 2**15 else Nifti2Header)()
     header.set_data_shape(size)
     header.set_xyzt_units("mm")
     header.set_zooms(spacing(affine))
-    turned = affine[:3, :3] / spacing(affine)
-    if np.abs(turned.T @ turned - np.eye(3)).max() < RIGID:
+    if not sheared(affine):
         # A qform knows no shear.
         header.set_qform(affine, "scanner")
     header.set_sform(affine, "scanner")
     return header
+
+
+def sheared(affine: Float64[ndarray, "4 4"]) -> bool:
+    """Whether axes of the volume are not at right angles, as a tilted gantry leaves them."""
+    turned = affine[:3, :3] / spacing(affine)
+    return not np.abs(turned.T @ turned - np.eye(3)).max() < RIGID
 
 
 def apart(size: tuple[int, ...], a: Float64[ndarray, "4 4"], b: Float64[ndarray, "4 4"]) -> float:

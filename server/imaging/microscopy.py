@@ -67,6 +67,30 @@ def describe(text: str, count: int, shape: tuple[int, int, int], resolution: tup
     return plain(count)
 
 
+def planes(text: str, count: int, samples: int, axes: str) -> int:
+    """How many samples of a page, each stored by itself, are slices, times or channels; 1 where they are colours.
+
+    Args:
+        text: of the first page.
+        count: of pages.
+        samples: of a pixel, more than one.
+        axes: as the caller says them, or "".
+    """
+    if axes:
+        told = len(axes) > 2 and axes.endswith("YX") and (count == 1 or _told(text, samples))
+        return samples if told else 1
+    return samples if _told(text, samples) else 1
+
+
+def _told(text: str, samples: int) -> bool:
+    """Whether tifffile was told so when it wrote the file."""
+    try:
+        values = json.loads(text[:65536]) if text.startswith("{") else {}
+        return str(values.get("axes", ""))[-3:] in ("TYX", "ZYX", "CYX") and values["shape"][-3] == samples
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        return False
+
+
 def plain(count: int, note: str = "") -> Pages:
     """Pages of which nothing is known."""
     return Pages("?", np.arange(count), {}, note)

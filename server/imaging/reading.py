@@ -54,7 +54,7 @@ class Reading:
         if self.channel is not None:
             if not 0 <= self.channel < count:
                 there = "one channel, 0" if count == 1 else f"{count} channels, 0 to {count - 1}"
-                raise InvalidParameter(f"channel={self.channel} does not exist; the input has {there}")
+                raise InvalidParameter(f"channel={self.channel!s:.20} does not exist; the input has {there}")
             return slice(self.channel, self.channel + 1), ""
         if colors and count >= 3:
             return slice(0, 3), ""

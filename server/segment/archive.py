@@ -224,7 +224,9 @@ class _Batch:
             _refuse_dicom(target)
             # Time is for all together: each alone would be refused because of the others.
             terms = Terms(urgent=self._terms.urgent)
-            answer = await self._segmenter.segment(target, self._request, terms=terms, choice=self._choice)
+            answer = await self._segmenter.segment(
+                target, replace(self._request, name=entry.name), terms=terms, choice=self._choice
+            )
         files = await clock.off_loop("", lambda: zips.add(entry, _files(answer)))
         self._seconds.update(answer.seconds)
         route = answer.choice.route

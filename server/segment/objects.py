@@ -51,6 +51,7 @@ def measure(
     count: int,
     classes: UInt8[ndarray, "*size"],
     confidence: Shaped[ndarray, "*size"] | None = None,
+    time_slices: int | None = None,
 ) -> Objects:
     """All there is to know of numbered objects, in one pass.
 
@@ -59,6 +60,7 @@ def measure(
         count: of the objects.
         classes: class index per pixel.
         confidence: the score of that class; without it mean scores are NaN.
+        time_slices: see `Volume`.
 
     Raises:
         InvalidParameter: there are more than `MOST_OBJECTS`.
@@ -92,8 +94,8 @@ def measure(
     mean = np.full(count, np.nan) if scores is None else total / pixels
     axes = slice(None, None, -1 if lines.ndim == 3 else 1)
     low, high, centroid = (np.ascontiguousarray(column[axes].T) for column in (low, high, moment / pixels))
-    border = touching(low, high, labels.shape)
-    return Objects(labels, value, pixels, centroid, low, high, mean.astype(np.float32), border)
+    border = touching(low, high, labels.shape, time_slices)
+    return Objects(labels, value, pixels, centroid, low, high, mean.astype(np.float32), border, time_slices)
 
 
 def check_count(count: int) -> None:
@@ -109,9 +111,18 @@ def check_count(count: int) -> None:
         )
 
 
-def touching(low: Int64[ndarray, "N axes"], high: Int64[ndarray, "N axes"], size: tuple[int, ...]) -> Bool[ndarray, " N"]:
-    """Which boxes reach the border of the picture; not that of a volume of one slice across it, which all do."""
-    counted = np.array([len(size) == 2 or side > 1 for side in size])
+def touching(
+    low: Int64[ndarray, "N axes"], high: Int64[ndarray, "N axes"], size: tuple[int, ...], time_slices: int | None = None
+) -> Bool[ndarray, " N"]:
+    """Which boxes reach the border of the picture, or of their time; not that of a volume of one slice across it, which all do."""
+    if time_slices:
+        # Where they begin within their time.
+        shift = np.zeros_like(low)
+        shift[:, -1] = low[:, -1] // time_slices * time_slices
+        low, high, size = low - shift, high - shift, (*size[:-1], time_slices)
+    # Of pages that are times, each is a picture.
+    planar = len(size) == 2 or time_slices == 1
+    counted = np.array([axis < 2 if planar else side > 1 for axis, side in enumerate(size)])
     reaches: Bool[ndarray, " N"] = (((low == 0) | (high == np.array(size))) & counted).any(axis=1)
     return reaches
 

@@ -3,10 +3,10 @@
 threshold -> fill_holes -> instances -> min_size -> keep_largest
 
 The first is decided where scores become classes (`restore.py`). Objects are what is connected in all axes of the mask, also from
-page to page of a stack, and so are holes.
+page to page of a stack, and so are holes. Times of a time-lapse are each by themselves: nothing is connected from one to the next,
+and the largest is that of each time.
 """
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -32,6 +32,9 @@ from server.segment.objects import (
     scanned,
 )
 
+# Pixels or mm of an object; beyond it numbers are not exact any more.
+MOST_SIZE = 1e15
+
 
 @dataclass(frozen=True)
 class Postprocessing:
@@ -42,7 +45,7 @@ class Postprocessing:
         fill_holes: background that an object of one class encloses becomes of that class.
         instances: touching objects are split.
         min_size_px: objects of fewer pixels or voxels are removed.
-        min_size_mm2: likewise by area, of images.
+        min_size_mm2: likewise by area, of images and of pages that are times.
         min_size_mm3: likewise by volume, of volumes and stacks.
         keep_largest: of each class only its largest object is kept; of several, the first.
     """
@@ -62,9 +65,9 @@ class Postprocessing:
         return {name: value for name, value in named.items() if value is not None and value is not False}
 
     @property
-    def sizes(self) -> dict[str, float]:
+    def sizes(self) -> dict[str, int | float]:
         """The least size of an object, by the name of its parameter; at most one."""
-        return {name: float(value) for name, value in self.asked.items() if name.startswith("min_size")}
+        return {name: value for name, value in self.asked.items() if name.startswith("min_size")}
 
     @property
     def of_objects(self) -> bool:
@@ -82,8 +85,8 @@ class Postprocessing:
         if len(self.sizes) > 1:
             raise InvalidParameter(f"{' and '.join(self.sizes)} are given; objects have one least size: give one of them")
         for name, least in self.sizes.items():
-            if not 0 <= least < math.inf:
-                raise InvalidParameter(f"{name}={least:g} is not a size; give 0 or more")
+            if not 0 <= least <= MOST_SIZE:
+                raise InvalidParameter(f"{name}={least!s:.20} is not a size; give 0 or more, up to {MOST_SIZE:g}")
 
     def check_kind(self, extent: Extent) -> None:
         """Refuses sizes of another dimension than the input's.
@@ -91,7 +94,7 @@ class Postprocessing:
         Raises:
             InvalidParameter: names the one that fits.
         """
-        fits, other, what = ("min_size_mm2", "min_size_mm3", "images") if extent.kind == "image" else (
+        fits, other, what = ("min_size_mm2", "min_size_mm3", "images and of pages that are times") if extent.planar else (
             "min_size_mm3", "min_size_mm2", "volumes and stacks")  # fmt: skip
         if other in self.sizes:
             raise InvalidParameter(f"{other} does not fit; objects of {what} are measured by {fits} or min_size_px")
@@ -108,7 +111,7 @@ class Postprocessing:
         """
         for name in self.sizes:
             if name != "min_size_px" and unit_mm is None:
-                example = "0.5 (µm), or 0.5,0.25 (height,width)" if extent.kind == "image" else "0.5,0.5,2 (µm: height,width,page)"
+                example = "0.5 (µm), or 0.5x0.25 (height x width)" if extent.planar else "0.5x0.5x2 (µm: height x width x page)"
                 raise InvalidParameter(
                     f"{name} needs to know how large pixels are, and the file does not say; add pixel_size_um={example}, "
                     "or use min_size_px"
@@ -141,41 +144,102 @@ class Processed:
 
 
 def apply(
-    mask: Mask, wanted: Postprocessing, steps: tuple[float, ...] | None, unit_mm: float | None, *, objects: bool
+    mask: Mask,
+    wanted: Postprocessing,
+    steps: tuple[float, ...] | None,
+    unit_mm: float | None,
+    *,
+    objects: bool,
+    time_slices: int | None = None,
 ) -> Processed:
     """All but the threshold. The mask's classes are changed in place.
 
     Args:
         mask: as restored.
         wanted: see there; checked.
-        steps: mm from pixel to pixel along each axis of the mask, where they are known.
+        steps: mm from pixel to pixel along each axis of the mask (of one page, where pages are times), where they are known.
         unit_mm: mm² of a pixel or mm³ of a voxel, where it is known.
         objects: whether the mask is to have them.
+        time_slices: see `Volume`.
 
     Raises:
         InvalidParameter: there are too many objects.
     """
-    classes = mask.classes
+    classes, dropped = mask.classes, dict[int, int]()
+    least = next((v / (1 if name == "min_size_px" else unit_mm or 1) for name, v in wanted.sizes.items()), 0.0)
+    labelled = objects or wanted.of_objects
+    if time_slices is None:
+        labels, count = _apply(classes, wanted, steps, least, dropped, labelled=labelled)
+    else:
+        labels, count = _by_time(classes, wanted, steps, least, dropped, labelled=labelled, time_slices=time_slices)
+    if not objects or labels is None:
+        return Processed(mask, dropped)
+    return Processed(
+        Mask(
+            mask.classes, mask.scores, mask.spread, measure(labels, count, classes, mask.confidence, time_slices), mask.confidence
+        ),
+        dropped,
+    )
+
+
+def _by_time(
+    classes: UInt8[ndarray, "X Y Z"],
+    wanted: Postprocessing,
+    steps: tuple[float, ...] | None,
+    least: float,
+    dropped: dict[int, int],
+    *,
+    labelled: bool,
+    time_slices: int,
+) -> tuple[Int32[ndarray, "X Y Z"] | None, int]:
+    """As `_apply`, for each time by itself; numbers go on from one to the next."""
+    # In the order of files.
+    lines = classes.T
+    labels, count = np.zeros(lines.shape, dtype=np.int32) if labelled else None, 0
+    for first in range(0, len(lines), time_slices):
+        time = slice(first, first + time_slices)
+        # One slice is a picture, whose rows are the lines of the volume.
+        now = lines[first] if time_slices == 1 else lines[time].T
+        along = steps and (steps[::-1] if time_slices == 1 else steps)
+        found, more = _apply(now, wanted, along, least, dropped, labelled=labelled)
+        if labels is not None and found is not None:
+            np.add(scanned(found), count, out=labels[time] if time_slices > 1 else labels[first], where=scanned(found) > 0)
+            count += more
+            check_count(count)
+    return None if labels is None else labels.T, count
+
+
+def _apply(
+    classes: UInt8[ndarray, "*size"],
+    wanted: Postprocessing,
+    steps: tuple[float, ...] | None,
+    least: float,
+    dropped: dict[int, int],
+    *,
+    labelled: bool,
+) -> tuple[Int32[ndarray, "*size"] | None, int]:
+    """What is asked for with what is connected; numbers of the objects, if they are known, and how many there are.
+
+    Args:
+        classes: changed in place.
+        wanted: see there.
+        steps: see `apply`.
+        least: pixels of an object that stays.
+        dropped: per class value, added to.
+        labelled: whether objects must be known.
+    """
     if wanted.fill_holes:
         fill_holes(classes)
-    if not objects and not wanted.of_objects:
-        return Processed(mask, {})
+    if not labelled:
+        return None, 0
     labels, count = number(classes)
-    least = next((v / (1 if name == "min_size_px" else unit_mm or 1) for name, v in wanted.sizes.items()), 0.0)
-    dropped: dict[int, int] = {}
     if wanted.instances:
         # What is too small as a whole is so in parts.
         count = _drop(labels, count, classes, dropped, least)
         check_count(count)
         count = instances.split(labels, count, steps or (1.0,) * classes.ndim)
         count = in_scan_order(scanned(labels), count)[1]
-    count = _drop(labels, count, classes, dropped, least, largest=wanted.keep_largest)
-    return Processed(
-        Mask(mask.classes, mask.scores, mask.spread, measure(labels, count, classes, mask.confidence), mask.confidence)
-        if objects
-        else mask,
-        dropped,
-    )
+    return labels, _drop(labels, count, classes, dropped, least, largest=wanted.keep_largest)
 
 
 def _drop(

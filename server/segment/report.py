@@ -13,7 +13,7 @@ from server.imaging import encode as encoding
 from server.imaging import geometry
 from server.imaging.encode import ENCODERS, Encoded, Product
 from server.runtime.bundle import Manifest
-from server.segment import quality, scale, statistics
+from server.segment import quality, statistics
 from server.segment.postprocess import Postprocessing
 
 
@@ -62,7 +62,7 @@ def compared(found: Found, reference: Shaped[ndarray, "*reference"]) -> Found:
 
 
 def encode(
-    found: Found, formats: tuple[str, ...], facts: dict[str, Any], seconds: dict[str, float], *, include_mask: bool
+    found: Found, formats: tuple[str, ...], facts: dict[str, Any], seconds: dict[str, float], *, include_mask: bool, name: str = ""
 ) -> Encoded:
     """The answer.
 
@@ -72,9 +72,11 @@ def encode(
         facts: what was served, for the report.
         seconds: per phase so far.
         include_mask: whether the report carries the mask too, in base64.
+        name: see `SegmentRequest`.
     """
     classes = found.manifest.classes
-    product = Product(found.mask, {c.value: rgb(c.color) for c in classes}, {c.value: c.name for c in classes}, found.source)
+    colors, names = {c.value: rgb(c.color) for c in classes}, {c.value: c.name for c in classes}
+    product = Product(found.mask, colors, names, found.source, file=name)
     if "report" not in encoding.needs(formats):
         return encoding.encode(formats, product)
     report = facts | _described(found, product.names)
@@ -89,13 +91,13 @@ def _described(found: Found, names: dict[int, str]) -> dict[str, Any]:
     """What is known of the mask, in the order in which it is read."""
     source, objects, asked = found.source, found.mask.objects, found.wanted.asked
     assert objects is not None  # noqa: S101 - whoever needs a report needs objects
-    unit_mm, affine = scale.unit_mm(source), source.affine if isinstance(source, Volume) else None
+    unit_mm, affine = geometry.unit_mm(source), source.affine if isinstance(source, Volume) else None
     listed = statistics.listed(objects, names, unit_mm, affine)
     overlaps = {names[value]: {"iou": q.iou, "dice": q.dice} for value, q in found.overlaps.items()}
     report = {
         "size": dict(zip(("height", "width") if isinstance(source, Image) else ("x", "y", "z"), source.size, strict=True)),
         "spacing_mm": None if affine is None else dict(zip("xyz", geometry.spacing(affine), strict=True)),
-        "pixel_size_um": _pixel_size_um(source.spacing_mm) if affine is None and source.spacing_mm else None,
+        "pixel_size_um": _pixel_size_um(source),
         "postprocessing": asked,
         "classes": statistics.describe(objects, names, unit_mm, found.largest, found.threshold, found.dropped),
         "objects": listed,
@@ -116,11 +118,12 @@ def _scored(precision: dict[float, float]) -> dict[str, Any]:
     return {"ap": ap, "mean_ap": round(float(sum(precision.values())) / len(ap), 4)}
 
 
-def _pixel_size_um(spacing_mm: tuple[float, ...]) -> dict[str, float]:
+def _pixel_size_um(source: Image | Volume) -> dict[str, float]:
     """Of an image, or of a stack, whose axes are those of a volume."""
-    named = zip(("height", "width") if len(spacing_mm) == 2 else ("width", "height", "page"), spacing_mm, strict=True)
-    sizes = {name: float(f"{mm * 1e3:.6g}") for name, mm in named}
-    return {name: sizes[name] for name in ("height", "width", "page") if name in sizes}
+    spacing_mm = source.spacing_mm or ()
+    if isinstance(source, Volume):
+        spacing_mm = spacing_mm[1::-1] + spacing_mm[2:]
+    return {name: float(f"{mm * 1e3:.6g}") for name, mm in zip(("height", "width", "page"), spacing_mm, strict=False)}
 
 
 def rgb(color: str) -> tuple[int, int, int]:

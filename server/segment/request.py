@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, BinaryIO
 
 from jaxtyping import UInt8
@@ -20,7 +20,7 @@ from server.segment.served import Served
 
 @dataclass(frozen=True)
 class SegmentRequest:
-    """What a caller may choose; None means the default."""
+    """What a caller may choose; None means the default. `name` is that of the file, for formats that tell it."""
 
     model: str | None = None
     mode: str | None = None
@@ -42,19 +42,12 @@ class SegmentRequest:
     min_size_mm3: float | None = None
     keep_largest: bool = False
     pixel_size_um: str | None = None
+    name: str = ""
 
     @property
     def postprocessing(self) -> Postprocessing:
         """What is to be done with the mask."""
-        return Postprocessing(
-            self.threshold,
-            self.fill_holes,
-            self.instances,
-            self.min_size_px,
-            self.min_size_mm2,
-            self.min_size_mm3,
-            self.keep_largest,
-        )
+        return Postprocessing(**{f.name: getattr(self, f.name) for f in fields(Postprocessing)})
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,6 @@
 """How large pixels and voxels are, and what the caller says of it."""
 
 import dataclasses
-import math
-
-import numpy as np
 
 from server.arrays import Extent, Image, Volume
 from server.errors import InvalidParameter
@@ -20,14 +17,6 @@ def steps_mm(source: Image | Volume) -> tuple[float, ...] | None:
     return source.spacing_mm
 
 
-def unit_mm(source: Image | Volume) -> float | None:
-    """Mm² of a pixel, or mm³ of a voxel, where it is known."""
-    if isinstance(source, Volume) and source.affine is not None:
-        # By the determinant: the axes of a tilted gantry are not at right angles.
-        return float(abs(np.linalg.det(source.affine[:3, :3])))
-    return None if source.spacing_mm is None else math.prod(source.spacing_mm)
-
-
 def check(pixel_size_um: str | None, extent: Extent) -> None:
     """Refuses a pixel size that does not fit the input, before it is decoded.
 
@@ -40,7 +29,7 @@ def check(pixel_size_um: str | None, extent: Extent) -> None:
         raise InvalidParameter(
             "pixel_size_um is for images and stacks; of a volume the file's header says the spacing: leave it out"
         )
-    _parsed(pixel_size_um, len(extent.size))
+    _parsed(pixel_size_um, 2 if extent.planar else 3)
 
 
 def sized(source: Image | Volume, pixel_size_um: str | None) -> Image | Volume:
@@ -55,26 +44,34 @@ def sized(source: Image | Volume, pixel_size_um: str | None) -> Image | Volume:
     """
     if pixel_size_um is None:
         return source
-    height, width, *page = (um / 1e3 for um in _parsed(pixel_size_um, len(source.size)))
+    planar = source.extent.planar
+    height, width, *page = (um / 1e3 for um in _parsed(pixel_size_um, 2 if planar else 3))
     if isinstance(source, Image):
         return dataclasses.replace(source, spacing_mm=(height, width))
+    if planar:
+        return dataclasses.replace(source, spacing_mm=(width, height))
     between = page or (source.spacing_mm or ())[2:]
     if not between:
         raise InvalidParameter(
             f"pixel_size_um={pixel_size_um!r:.40} does not say how far apart the pages of the stack are, nor does the file; give "
-            "height,width,page, e.g. pixel_size_um=0.5,0.5,2"
+            "height x width x page, e.g. pixel_size_um=0.5x0.5x2"
         )
     return dataclasses.replace(source, spacing_mm=(width, height, between[0]))
 
 
 def _parsed(text: str, most: int) -> tuple[float, ...]:
     """Height, width and perhaps page distance; one number is both height and width."""
+    if "," in text:
+        # Half of the world writes 1,3 for one and three tenths.
+        raise InvalidParameter(
+            f"pixel_size_um={text!r:.40} has a comma, which may mean two things; write 0.5 with a point, and height x width as 0.5x0.25"
+        )
     try:
-        found = tuple(float(part) for part in text.split(","))
+        found = tuple(float(part) for part in text.split("x"))
     except ValueError:
         found = ()
     if not 1 <= len(found) <= most or not all(LEAST_UM <= um <= MOST_UM for um in found):
-        what = "height,width" if most == 2 else "height,width[,page]"
+        what = "height x width, as 0.5x0.25" if most == 2 else "height x width x page, as 0.5x0.25x2"
         raise InvalidParameter(
             f"pixel_size_um={text!r:.40} is not one number of micrometres, or {what}, each between {LEAST_UM:g} and {MOST_UM:g}"
         )

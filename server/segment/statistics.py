@@ -31,7 +31,7 @@ def describe(
         threshold: above which a pixel is foreground; None where the largest score won.
         dropped: objects that were removed from the mask, per class value.
     """
-    size, flat = objects.labels.size, objects.labels.ndim == 2
+    size, flat = objects.labels.size, objects.planar
     unit, rows = "pixels" if flat else "voxels", []
     for value, name in names.items():
         mine = objects.value == value
@@ -61,7 +61,7 @@ def listed(
         unit_mm: mm² of a pixel or mm³ of a voxel, where it is known.
         affine: of a volume, voxel index to mm.
     """
-    flat, first = objects.labels.ndim == 2, slice(MOST_LISTED)
+    flat, first = objects.planar, slice(MOST_LISTED)
     pixels, value = objects.pixels[first], objects.value[first].tolist()
     low, high, centroid = objects.low[first], objects.high[first], objects.centroid[first]
     # Column by column, as an array gives its elements slowly.

@@ -9,6 +9,7 @@ import numpy as np
 from server.arrays import Image, Volume
 from server.errors import InvalidParameter
 from server.imaging import encode as encoding
+from server.imaging import geometry
 from server.imaging.decode import decode
 from server.imaging.reading import Reading
 from server.runtime.batcher import Ran
@@ -59,7 +60,7 @@ def prepare(
     manifest = order.choice.manifest
     with clock.phase("decode"):
         source = scale.sized(decode(file, order.reading), request.pixel_size_um)
-        request.postprocessing.check_unit(source.extent, scale.unit_mm(source))
+        request.postprocessing.check_unit(source.extent, geometry.unit_mm(source))
         expected = _decode_reference(reference, source, order.reading) if reference else None
     with clock.phase("plan"):
         graph = manifest.graph(order.choice.route.graph)
@@ -90,8 +91,10 @@ def finish(work: Work, expected: Image | Volume | None, last: Ran, request: Segm
     choice, wanted = order.choice, request.postprocessing
     with clock.phase("restore"):
         work.finish(last)
-        source, steps, unit_mm = work.source, scale.steps_mm(work.source), scale.unit_mm(work.source)
-        done = postprocess.apply(work.mask, wanted, steps, unit_mm, objects="objects" in order.needs)
+        source, steps, unit_mm = work.source, scale.steps_mm(work.source), geometry.unit_mm(work.source)
+        done = postprocess.apply(
+            work.mask, wanted, steps, unit_mm, objects="objects" in order.needs, time_slices=source.extent.time_slices
+        )
         found = Found(source, choice.manifest, done.mask, wanted, done.dropped, work.canvas.largest)
         if expected:
             found = report.compared(found, expected.values[..., 0])
@@ -100,7 +103,7 @@ def finish(work: Work, expected: Image | Volume | None, last: Ran, request: Segm
     if order.degraded:
         facts |= {"requested": {"mode": order.requested.mode, "level": order.requested.level}, "degraded": order.degraded}
     with clock.phase("encode"):
-        encoded = report.encode(found, order.formats, facts, clock.seconds, include_mask=request.include_mask)
+        encoded = report.encode(found, order.formats, facts, clock.seconds, include_mask=request.include_mask, name=request.name)
     return Answer(
         encoded.body,
         encoded.media_type,

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Coroutine
@@ -114,7 +115,8 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_
             labels = (choice.model, choice.route.mode, f"{choice.route.level}")
             segmenter.check_wait(choice, wanted, terms)
             async with until(terms.deadline), upload.receive(request) as files:
-                work = archive.segment(segmenter, files.file, wanted, files.reference, terms=terms, choice=choice)
+                named = dataclasses.replace(wanted, name=files.name)
+                work = archive.segment(segmenter, files.file, named, files.reference, terms=terms, choice=choice)
                 answer = await _unless_gone(request, work)
             outcome, served = "ok", f"{answer.choice.route.level}"
         except BaseException as error:

@@ -23,6 +23,9 @@ ON_ITS_SIDE = (5, 6, 7, 8)
 # 16-bit grey; Pillow reads 16-bit colour PNG as 8 bits per channel.
 SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 
+# What becomes one channel.
+GREY = ("1", "L", "LA", "La", "I", *SIXTEEN_BIT)
+
 
 def recognises(head: bytes) -> bool:
     """PNG, JPEG, BMP or WebP by their first bytes."""
@@ -34,9 +37,11 @@ def is_plain_png(data: bytes) -> bool:
     return data.startswith(PNG) and not any(chunk in data for chunk in (b"zTXt", b"iTXt", b"iCCP"))
 
 
-def size(file: BinaryIO, reading: Reading) -> Extent:  # noqa: ARG001 - one signature for all
+def size(file: BinaryIO, reading: Reading) -> Extent:
     """(H, W) as the header says, and upright as far as it tells: PNG may have its EXIF behind the pixels."""
     with Pillow.open(file, formats=FORMATS) as picture:
+        grey = picture.mode in GREY or (reading.labels and picture.mode == "P")
+        reading.channels(1 if grey else 3, colors=not grey)
         exif = Pillow.Exif()
         exif.load(picture.info.get("exif", b""))
         height, width = (picture.width, picture.height) if exif.get(ORIENTATION) in ON_ITS_SIDE else (picture.height, picture.width)

@@ -56,11 +56,13 @@ class _Layout:
     """The pages that are read.
 
     Attributes:
-        pages: one for each slice.
+        pages: one for each slice; where samples are slices, their number among all samples of all pages.
         wanted: samples of their pixels.
         channels: as will be decoded.
         spacing: mm along X, Y, Z, of what is known.
         note: what is in doubt.
+        time_slices: see `Volume`.
+        planes: samples of a page that are slices or channels by themselves, as tifffile writes three or four; else 1.
     """
 
     pages: list[int]
@@ -68,6 +70,13 @@ class _Layout:
     channels: int
     spacing: dict[str, float]
     note: str
+    time_slices: int | None
+    planes: int
+
+    def at(self, index: int) -> tuple[int, slice]:
+        """Where a slice lies: its page, and the samples there."""
+        page, sample = divmod(index, self.planes)
+        return page, self.wanted if self.planes == 1 else slice(sample, sample + 1)
 
 
 def size(file: BinaryIO, reading: Reading) -> Extent:
@@ -79,7 +88,8 @@ def size(file: BinaryIO, reading: Reading) -> Extent:
         # Read as they are, or as float32.
         sample_bytes = page.dtype.itemsize if page.dtype in KEPT else 4
         slices = len(layout.pages)
-        return Extent(planar if slices == 1 else (*planar[::-1], slices), layout.channels, sample_bytes)
+        whole = planar if slices == 1 else (*planar[::-1], slices)
+        return Extent(whole, layout.channels, sample_bytes, time_slices=layout.time_slices)
 
 
 def decode(file: BinaryIO, reading: Reading) -> Image | Volume:
@@ -99,8 +109,9 @@ def decode(file: BinaryIO, reading: Reading) -> Image | Volume:
         _check_page(page, reading.max_pixels)
         for number, index in enumerate(layout.pages):
             # Alike is what the tags say; each page's own strips are counted too.
-            _check_page(tiff.pages[index], reading.max_pixels)
-            pixels, odd = _pixels(tiff.pages[index], reading.labels, layout.wanted)
+            at, wanted = layout.at(index)
+            _check_page(tiff.pages[at], reading.max_pixels)
+            pixels, odd = _pixels(tiff.pages[at], reading.labels, wanted)
             if slices == 1:
                 stack = pixels[None]
             else:
@@ -112,8 +123,10 @@ def decode(file: BinaryIO, reading: Reading) -> Image | Volume:
     note = notes(layout.note, met(wrong, stack.size, reading.zero_nonfinite))
     if slices == 1:
         return Image(stack[0], note, (known["Y"], known["X"]) if known.keys() >= set("XY") else None)
-    spacing_mm = (known["X"], known["Y"], known["Z"]) if known.keys() >= set("XYZ") else None
-    return Volume(stack.transpose(2, 1, 0, 3), None, note=note, spacing_mm=spacing_mm)
+    # From one time to the next is no distance.
+    axes = "XY" if layout.time_slices == 1 else "XYZ"
+    spacing_mm = tuple(known[axis] for axis in axes) if known.keys() >= set(axes) else None
+    return Volume(stack.transpose(2, 1, 0, 3), None, note=note, spacing_mm=spacing_mm, time_slices=layout.time_slices)
 
 
 def _lay_out(tiff: "tifffile.TiffFile", reading: Reading) -> _Layout:
@@ -128,16 +141,20 @@ def _lay_out(tiff: "tifffile.TiffFile", reading: Reading) -> _Layout:
         # Seeks no further than that, while counting would walk through millions.
         tiff.pages[MOST_PAGES]
         raise TooLarge(f"the TIFF has more than {MOST_PAGES:,} pages, which is the limit. Split it")
-    first, count = tiff.pages.first, len(tiff.pages)
-    shape = (operator.index(first.imagelength), operator.index(first.imagewidth), operator.index(first.samplesperpixel))
+    first, samples = tiff.pages.first, operator.index(tiff.pages.first.samplesperpixel)
+    planes = 1
+    if samples > 1 and first.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
+        planes = microscopy.planes(first.description, len(tiff.pages), samples, reading.axes)
+    count = len(tiff.pages) * planes
+    shape = (operator.index(first.imagelength), operator.index(first.imagewidth), samples // planes)
     pages = _described(first, count, shape, reading.axes)
     table, letters = pages.table, pages.letters
     if "C" in letters and table.shape[letters.index("C")] > 1:
         # Where these pages are colours, all of them are read.
-        wanted, channels, _ = _samples(first, dataclasses.replace(reading, channel=None))
+        wanted, channels, _ = _samples(first, dataclasses.replace(reading, channel=None), planes)
         picked, guess = reading.channels(table.shape[letters.index("C")])
     else:
-        wanted, channels, guess = _samples(first, reading)
+        wanted, channels, guess = _samples(first, reading, planes)
         picked = slice(0, 1)
     if "C" in letters:
         table, letters = table.take(picked.start, letters.index("C")), letters.replace("C", "")
@@ -146,14 +163,15 @@ def _lay_out(tiff: "tifffile.TiffFile", reading: Reading) -> _Layout:
         table = table.T
     several = ""
     if times > 1:
-        several = f"{times} times of {slices} slices" if slices > 1 else f"{times} times"
-        several = f"{several} were taken as {times * slices} slices, one after the other"
+        each = f"{times} times of {slices} slices" if slices > 1 else f"{times} times"
+        several = (
+            f"{each} follow each other as {times * slices} pages, and objects do not go on from time to time; axes= says otherwise"
+        )
     chosen = [int(index) for index in table.ravel()]
-    if not _alike(tiff, chosen):
+    if not _alike(tiff, sorted({index // planes for index in chosen})):
         chosen, several = chosen[:1], f"only the first of {count} pages was read"
-    # From one time to the next is no distance.
-    spacing = {letter: mm for letter, mm in pages.spacing.items() if letter != "Z" or times == 1}
-    return _Layout(chosen, wanted, channels, spacing, notes(pages.note, guess, several))
+    time_slices = slices if times > 1 and len(chosen) > 1 else None
+    return _Layout(chosen, wanted, channels, pages.spacing, notes(pages.note, guess, several), time_slices, planes)
 
 
 def _described(first: "tifffile.TiffPage", count: int, shape: tuple[int, int, int], axes: str) -> Pages:
@@ -177,9 +195,11 @@ def _resolution(page: "tifffile.TiffPage", name: str) -> float:
         return 0.0
 
 
-def _samples(page: "tifffile.TiffPage", reading: Reading) -> tuple[slice, int, str]:
+def _samples(page: "tifffile.TiffPage", reading: Reading, planes: int) -> tuple[slice, int, str]:
     """Which samples of a pixel are read, how many values they become, and a note where that is a guess."""
-    if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
+    if planes > 1:
+        count, colors = 1, False
+    elif page.photometric == tifffile.PHOTOMETRIC.PALETTE:
         count, colors = (1, False) if reading.labels else (3, True)
     else:
         # Grey with an alpha channel is one channel.

@@ -10,6 +10,7 @@ from typing import Any
 
 from server.arrays import Extent, Image, Mask, Volume
 from server.errors import UnknownFormat
+from server.imaging import geometry
 from server.imaging.encode import coco, csv, geojson, json, nifti, npz, nrrd, overlay, png, png16, tiff, uncertainty
 
 
@@ -23,6 +24,7 @@ class Product:
         names: class names per value.
         source: the decoded input.
         report: statistics and facts for JSON.
+        file: name of the input, where it is known.
     """
 
     mask: Mask
@@ -30,6 +32,7 @@ class Product:
     names: dict[int, str]
     source: Image | Volume | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,9 @@ ENCODERS: dict[str, Encoder] = {
     "csv": Encoder("text/csv", "objects.csv", lambda p: csv.encode(p.mask, p.names, p.source), needs=_OBJECTS, packed=False),
     "geojson": Encoder("application/geo+json", "objects.geojson", _geojson, _IMAGE, _OBJECTS, packed=False),
     "geojson_gz": Encoder("application/gzip", "objects.geojson.gz", lambda p: geojson.packed(_geojson(p)), _IMAGE, _OBJECTS),
-    "coco": Encoder("application/json", "coco.json", lambda p: coco.encode(p.mask, p.names), _IMAGE, _OBJECTS, packed=False),
+    "coco": Encoder(
+        "application/json", "coco.json", lambda p: coco.encode(p.mask, p.names, p.file), _IMAGE, _OBJECTS, packed=False
+    ),
     "npz8": Encoder("application/x-npz", "scores_8bit.npz", lambda p: npz.with_bytes(p.mask), needs=_SCORES),
     "scores_tiff": Encoder("image/tiff", "scores.tif", lambda p: tiff.scores(p.mask, p.names), _PAGES, _SCORES),
     "scores_nifti": Encoder(
@@ -141,7 +146,12 @@ def like(extent: Extent | None, *, instances: bool = False) -> str:
     if instances:
         return LABELS[kind]
     # Of volumes there are two families.
-    return extent.family if extent and kind == "volume" else DEFAULTS[kind]
+    return extent.family if extent and kind == "volume" and not _sheared(extent) else DEFAULTS[kind]
+
+
+def _sheared(extent: Extent | None) -> bool:
+    """Whether NRRD is no use: ITK, and with it Slicer, would read the volume elsewhere, or not at all."""
+    return extent is not None and extent.affine is not None and geometry.sheared(extent.affine)
 
 
 def choose(wanted: str | None, accept: str | None, extent: Extent | None = None, *, instances: bool = False) -> tuple[str, ...]:
@@ -156,11 +166,11 @@ def choose(wanted: str | None, accept: str | None, extent: Extent | None = None,
     Raises:
         UnknownFormat: lists what exists.
     """
-    kind = extent.kind if extent else None
-    fitting = [key for key, row in ENCODERS.items() if kind is None or kind in row.kinds]
+    kind, sheared = extent.kind if extent else None, _sheared(extent)
+    fitting = [key for key, row in ENCODERS.items() if (kind is None or kind in row.kinds) and not (sheared and key == "nrrd")]
     default = like(extent, instances=instances)
     if wanted is not None:
-        return tuple(dict.fromkeys(_named(name, fitting, kind or "image", default) for name in wanted.split(",")))
+        return tuple(dict.fromkeys(_named(name, fitting, kind or "image", default) for name in _split(wanted)))
     types = _by_preference(accept or "*/*")
     for media_type in types:
         for key in (default, *fitting):
@@ -172,12 +182,21 @@ def choose(wanted: str | None, accept: str | None, extent: Extent | None = None,
     raise UnknownFormat(f"nothing in Accept: {accept} is offered; use format= with one of: {', '.join(fitting)}")
 
 
+def _split(wanted: str) -> list[str]:
+    return [name.strip() for name in wanted.split(",")]
+
+
 def _named(name: str, fitting: list[str], kind: str, default: str) -> str:
     if name == MASK:
         return default
     exists = ", ".join(fitting)
     if name not in ENCODERS:
         raise UnknownFormat(f"format={name!r:.60} does not exist; there are: {MASK} (as the input), {exists}")
+    if name == "nrrd" and kind == "volume" and name not in fitting:
+        raise UnknownFormat(
+            f"format={name!r} does not fit: the volume's axes are not at right angles (sheared, as by a tilted gantry), and Slicer and ITK "
+            "would read the mask elsewhere; use nifti"
+        )
     if name not in fitting:
         raise UnknownFormat(f"format={name!r} does not fit: the input is {_KINDS[kind]}; there are: {exists}")
     return name
@@ -190,12 +209,12 @@ def needs(names: tuple[str, ...]) -> frozenset[str]:
 
 def wants(wanted: str | None, what: str) -> bool:
     """Whether one of the formats asked for needs it, whatever the input is."""
-    return any(what in ENCODERS[name].needs for name in (wanted or "").split(",") if name in ENCODERS)
+    return any(what in ENCODERS[name].needs for name in _split(wanted or "") if name in ENCODERS)
 
 
 def without(wanted: str | None, what: str) -> str | None:
     """The formats asked for less those that need it; the mask, if none is left."""
-    return ",".join(name for name in wanted.split(",") if not wants(name, what)) or MASK if wanted else wanted
+    return ",".join(name for name in _split(wanted) if not wants(name, what)) or MASK if wanted else wanted
 
 
 def encode(names: tuple[str, ...], product: Product) -> Encoded:

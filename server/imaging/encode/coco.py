@@ -21,13 +21,13 @@ BITS, MORE, FIRST = 5, 32, 48
 MOST = 7
 
 
-def encode(mask: Mask, names: dict[int, str]) -> bytes:
-    """One image, id 1; annotations and categories have the numbers of objects and classes. Boxes are [x, y, width, height]."""
+def encode(mask: Mask, names: dict[int, str], file: str = "") -> bytes:
+    """One image, id 1, of the name `file`, which loaders look for; annotations and categories have the numbers of objects and classes. Boxes are [x, y, width, height]."""
     assert mask.objects is not None  # noqa: S101 - the table asks for them
     height, width = mask.objects.labels.shape
     document = {
         "info": {"description": "objects of one mask"},
-        "images": [{"id": 1, "width": width, "height": height}],
+        "images": [{"id": 1, "file_name": file or "image", "width": width, "height": height}],
         "categories": [{"id": value, "name": name} for value, name in names.items()],
     }
     # One by one, see `geojson`.

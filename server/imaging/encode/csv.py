@@ -2,16 +2,15 @@
 
 import csv
 import io
-import math
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 from jaxtyping import Shaped
 from nibabel.affines import apply_affine
 from numpy import ndarray
 
 from server.arrays import Image, Mask, Objects, Volume
+from server.imaging import geometry
 
 # At the head of a text they make a spreadsheet compute it.
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -40,7 +39,7 @@ def _columns(objects: Objects, names: dict[int, str], source: Image | Volume | N
         "id": range(1, len(values) + 1),
         "class": values,
         "name": [texts[value] for value in values],
-        "pixels" if objects.labels.ndim == 2 else "voxels": objects.pixels.tolist(),
+        "pixels" if objects.planar else "voxels": objects.pixels.tolist(),
     }
     axes = "yx" if objects.labels.ndim == 2 else "xyz"
     columns |= _sizes(objects, source)
@@ -55,15 +54,10 @@ def _columns(objects: Objects, names: dict[int, str], source: Image | Volume | N
 
 def _sizes(objects: Objects, source: Image | Volume | None) -> dict[str, Iterable[Any]]:
     """In mm² or mm³, where that is known."""
-    if isinstance(source, Volume) and source.affine is not None:
-        # By the determinant: the axes of a tilted gantry are not at right angles.
-        unit = float(abs(np.linalg.det(source.affine[:3, :3])))
-    else:
-        spacing = getattr(source, "spacing_mm", None)
-        if spacing is None:
-            return {}
-        unit = math.prod(spacing)
-    if objects.labels.ndim == 2:
+    unit = geometry.unit_mm(source) if source else None
+    if unit is None:
+        return {}
+    if objects.planar:
         return {"area_mm2": _numbers(objects.pixels * unit)}
     return {"volume_mm3": _numbers(objects.pixels * unit), "volume_ml": _numbers(objects.pixels * unit / 1e3)}
 

@@ -1,4 +1,4 @@
-"""Statistics and, by choice, the mask as base64 PNG."""
+"""Statistics and, by choice, the mask in base64: as the input, see `encode.like`."""
 
 from typing import Any
 

@@ -22,7 +22,7 @@ TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 def encode(volume: Volume, mask: Mask, colors: dict[int, tuple[int, int, int]], names: dict[int, str]) -> bytes:
     """Voxels as stored, values are classes; a segment for each class, those without voxels too.
 
-    ITK, and with it Slicer, takes axes at right angles alone: of a sheared volume it reads other places, or nothing.
+    ITK, and with it Slicer, takes axes at right angles alone, so `choose` offers this for no sheared volume.
     """
     assert volume.affine is not None  # noqa: S101 - the row's kinds say so
     out = io.BytesIO()

@@ -30,7 +30,7 @@ def encode(source: Image | Volume, mask: Mask, colors: dict[int, tuple[int, int,
 def jpeg(source: Image | Volume, mask: Mask, colors: dict[int, tuple[int, int, int]]) -> bytes:
     """The same as JPEG: much smaller, and sooner there."""
     out = io.BytesIO()
-    Pillow.fromarray(draw(source, mask, colors)).save(out, "JPEG", quality=JPEG_QUALITY)
+    Pillow.fromarray(draw(source, mask, colors)).save(out, "JPEG", quality=JPEG_QUALITY, subsampling="4:2:0")
     return out.getvalue()
 
 
@@ -55,15 +55,17 @@ def blend(
     picture: UInt8[ndarray, "H W 3"], classes: UInt8[ndarray, "H W"], colors: dict[int, tuple[int, int, int]]
 ) -> UInt8[ndarray, "H W 3"]:
     """`picture` with each class tinted and outlined in its colour."""
-    out = picture.copy()
-    border = _borders(classes)
-    for rows in png.blocks(len(out)):
+    out, border = np.empty_like(picture), _borders(classes)
+
+    def strip(rows: slice) -> None:
+        part, cover = Pillow.fromarray(picture[rows]), np.where(border[rows], OPAQUE, TINT)
         for value, color in colors.items():
             inside = classes[rows] == value
             if inside.any():
-                part = Pillow.fromarray(out[rows])
-                part.paste(color, mask=Pillow.fromarray(inside * np.where(border[rows], OPAQUE, TINT)))
-                out[rows] = np.asarray(part)
+                part.paste(color, mask=Pillow.fromarray(inside * cover))
+        out[rows] = np.asarray(part)
+
+    png.in_strips(len(classes), classes.shape[1], strip)
     return out
 
 
@@ -94,14 +96,21 @@ def displayed(pixels: Shaped[ndarray, "H W C"], window: Window | None = None) ->
     """
     pixels = pixels if pixels.shape[-1] == 3 else pixels[..., :1]
     window = window or contrast(pixels)
-    if window is not None:
-        stretched = np.empty(pixels.shape, dtype=np.uint8)
-        # Once for each value there is, or else pixel by pixel.
-        table = _stretched(np.arange(65536, dtype=np.uint16), window) if pixels.dtype == np.uint16 else None
-        for rows in png.blocks(len(pixels)):
-            stretched[rows] = _stretched(pixels[rows], window) if table is None else table[pixels[rows]]
-        pixels = stretched
-    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+    if window is None and pixels.shape[-1] == 3:
+        return np.ascontiguousarray(pixels)
+    out = np.empty((*pixels.shape[:2], 3), dtype=np.uint8)
+    # Once for each value there is, or else pixel by pixel.
+    table = _stretched(np.arange(65536, dtype=np.uint16), window) if window and pixels.dtype == np.uint16 else None
+
+    def strip(rows: slice) -> None:
+        for block in png.blocks(rows):
+            part = pixels[block]
+            if window is not None:
+                part = _stretched(part, window) if table is None else table[part]
+            out[block] = part
+
+    png.in_strips(len(pixels), pixels.shape[1], strip)
+    return out
 
 
 def _stretched(values: Shaped[ndarray, "..."], window: Window) -> UInt8[ndarray, "..."]:

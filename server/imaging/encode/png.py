@@ -1,12 +1,15 @@
 """PNG: classes with a palette of their colours, or in one bit; numbers of objects.
 
 The container is written here, around a stream that isal compresses: Pillow takes three times as long for a mask, ten times for a
-photograph, and cannot be told to do less (`python -m bench.encoders`).
+photograph, and cannot be told to do less (`python -m bench.encoders`). Large pictures are compressed in strips by a few threads; NumPy,
+isal and Pillow let others work meanwhile.
 """
 
 import io
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 from isal import isal_zlib
@@ -17,8 +20,14 @@ from PIL import Image as Pillow
 from server.arrays import Mask
 from server.errors import InvalidParameter
 
+T = TypeVar("T")
+
 # Rows worked on at once by encoders that compute in more than 8 bits.
 ROWS = 64
+
+# Rows of a strip that a thread works on, and pixels from which on that is worth it: a thread takes some 50 microseconds to start.
+STRIP, LARGE = 256, 1024 * 1024
+THREADS = 4
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, RGB, INDEXED = 0, 2, 3
@@ -27,6 +36,8 @@ UP = 2
 MOST_LABELS = 65_535
 # Fast, and masks are still small.
 COMPRESSION = 1
+# Of zlib: the two bytes that it begins with, an empty last block, and what Adler-32 is counted modulo.
+ZLIB, LAST, ADLER = b"\x78\x01", b"\x03\x00", 65_521
 
 
 def encode(mask: Mask, colors: dict[int, tuple[int, int, int]]) -> bytes:
@@ -63,9 +74,18 @@ def palette(colors: dict[int, tuple[int, int, int]]) -> bytes:
     return bytes(table)
 
 
-def blocks(height: int) -> Iterator[slice]:
+def blocks(rows: slice) -> Iterator[slice]:
     """Rows of a picture, a few at a time: what is computed from them stays small."""
-    return (slice(top, top + ROWS) for top in range(0, height, ROWS))
+    return (slice(top, min(top + ROWS, rows.stop)) for top in range(rows.start, rows.stop, ROWS))
+
+
+def in_strips(height: int, width: int, work: Callable[[slice], T]) -> list[T]:
+    """`work` for the rows of each strip of a picture, from top to bottom; a few at a time, where the picture is large."""
+    if height * width < LARGE:
+        return [work(slice(0, height))]
+    strips = [slice(top, min(top + STRIP, height)) for top in range(0, height, STRIP)]
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="strip") as threads:
+        return list(threads.map(work, strips))
 
 
 def write(pixels: Shaped[ndarray, "..."], colors: bytes = b"") -> bytes:
@@ -102,18 +122,38 @@ def _chunk(name: bytes, body: bytes) -> bytes:
 
 def _compressed(pixels: Shaped[ndarray, "H *rest"]) -> Iterator[bytes]:
     """The rows, filtered, as parts of one zlib stream."""
-    stream = isal_zlib.compressobj(COMPRESSION)
-    above = np.uint8(0)
-    for rows in blocks(len(pixels)):
-        plain = _bytes(pixels[rows])
-        filtered = np.empty((len(plain), 1 + plain.shape[1]), dtype=np.uint8)
+    yield ZLIB
+    check = 1
+    for packed, sum_of, size in in_strips(len(pixels), pixels.shape[1], lambda rows: _strip(pixels, rows)):
+        yield packed
+        check = _joined(check, sum_of, size)
+    # Nothing more, and what all of it adds up to.
+    yield LAST + struct.pack(">I", check)
+
+
+def _strip(pixels: Shaped[ndarray, "H *rest"], rows: slice) -> tuple[bytes, int, int]:
+    """Some rows, compressed by themselves up to a whole byte; their Adler-32, and how many bytes they were."""
+    stream = isal_zlib.compressobj(COMPRESSION, wbits=-isal_zlib.MAX_WBITS)
+    packed, check, size = [], 1, 0
+    for block in blocks(rows):
+        top = block.start == 0
+        plain = _bytes(pixels[block if top else slice(block.start - 1, block.stop)])
+        filtered = np.empty((block.stop - block.start, 1 + plain.shape[1]), dtype=np.uint8)
         filtered[:, 0] = UP
-        np.subtract(plain[0], above, out=filtered[0, 1:])
-        np.subtract(plain[1:], plain[:-1], out=filtered[1:, 1:])
-        above = plain[-1]
-        if part := stream.compress(filtered):
-            yield part
-    yield stream.flush()
+        # Above the top row lies nothing.
+        filtered[:1, 1:] = plain[:1]
+        np.subtract(plain[1:], plain[:-1], out=filtered[top:, 1:])
+        packed.append(stream.compress(filtered))
+        check, size = isal_zlib.adler32(filtered, check), size + filtered.size
+    packed.append(stream.flush(isal_zlib.Z_FULL_FLUSH))
+    return b"".join(packed), check, size
+
+
+def _joined(first: int, second: int, size: int) -> int:
+    """The Adler-32 of two pieces, of theirs and the size of the second."""
+    low = (first & 0xFFFF) + (second & 0xFFFF) - 1
+    high = (first >> 16) + (second >> 16) + size * ((first & 0xFFFF) - 1)
+    return (high % ADLER) << 16 | low % ADLER
 
 
 def _bytes(rows: Shaped[ndarray, "H *rest"]) -> UInt8[ndarray, "H bytes"]:

@@ -18,6 +18,7 @@ from server.segment.objects import find
 from tests.conftest import serving
 from tests.server.conftest import fake_app, mask_of, nifti_bytes, pages_bytes, picture_bytes, volume_of
 from tests.server.segment.masks import disc
+from tests.server.segment.test_archive import packed
 
 CLASSES = [{"value": 1, "name": "a", "color": "#ff0000"}, {"value": 2, "name": "b", "color": "#00ff00"}]
 
@@ -106,7 +107,7 @@ class TestStatistics:
 
     def test_in_mm(self, shaded: httpx.Client, spatial: httpx.Client) -> None:
         pixels = picture()
-        report = report_of(shaded, picture_bytes(pixels), "&pixel_size_um=0.5,0.25")
+        report = report_of(shaded, picture_bytes(pixels), "&pixel_size_um=0.5x0.25")
         assert report["pixel_size_um"] == {"height": 0.5, "width": 0.25}
         assert report["classes"][0]["area_mm2"] == pytest.approx(report["classes"][0]["pixels"] * 0.125e-6)
         assert report["objects"][0]["area_mm2"] == pytest.approx(report["objects"][0]["pixels"] * 0.125e-6)
@@ -129,12 +130,30 @@ class TestStatistics:
     def test_of_a_stack(self, shaded: httpx.Client) -> None:
         pages = np.zeros((3, 8, 9), dtype=np.uint8)
         pages[1:, 2:4, 3:5] = 255
-        report = report_of(shaded, pages_bytes(pages), "&pixel_size_um=1,2,3")
+        report = report_of(shaded, pages_bytes(pages), "&pixel_size_um=1x2x3")
         assert report["size"] == {"x": 9, "y": 8, "z": 3}
         assert report["pixel_size_um"] == {"height": 1.0, "width": 2.0, "page": 3.0}
         (one,) = report["objects"]
         assert (one["voxels"], one["box"], one["touches_border"]) == (8, [[3, 2, 1], [5, 4, 3]], True)
         assert one["volume_mm3"] == pytest.approx(8 * 6e-9)
+
+    def test_of_a_time_lapse(self, shaded: httpx.Client) -> None:
+        pages = np.zeros((3, 8, 9), dtype=np.uint8)
+        pages[:, 2:5, 3:6] = 255
+        # Open in the first time alone, and closed by nothing in the last.
+        pages[0, 3, 4] = pages[0, 3, 5] = pages[1, 3, 4] = 0
+        out = io.BytesIO()
+        tifffile.imwrite(out, pages, imagej=True, metadata={"axes": "TYX", "unit": "um"}, resolution=(1, 0.5))
+        report = report_of(shaded, out.getvalue(), "&fill_holes=true")
+        assert report["pixel_size_um"] == {"height": 2.0, "width": 1.0}
+        assert [one["pixels"] for one in report["objects"]] == [7, 9, 9]
+        assert [one["box"] for one in report["objects"]] == [[[3, 2, t], [6, 5, t + 1]] for t in range(3)]
+        assert [one["touches_border"] for one in report["objects"]] == [False] * 3
+        assert report["objects"][1]["area_mm2"] == pytest.approx(18e-6)
+        assert "objects do not go on from time to time" in report["note"]
+        report = report_of(shaded, out.getvalue(), "&min_size_mm2=1.5e-5")
+        assert [one["id"] for one in report["objects"]] == [1, 2]
+        assert report_of(shaded, out.getvalue(), "&axes=ZYX")["classes"][0]["objects"] == 1
 
     def test_of_several_classes(self, classed: httpx.Client) -> None:
         pixels = np.zeros((20, 30), dtype=np.uint8)
@@ -204,9 +223,19 @@ class TestPostprocessing:
             ("min_size_px=-1", "min_size_px=-1 is not a size"),
             ("min_size_px=5&min_size_mm2=1", "give one of them"),
             ("min_size_mm2=1", "add pixel_size_um=0.5"),
-            ("min_size_mm3=1", "min_size_mm3 does not fit; objects of images are measured by min_size_mm2"),
+            (
+                "min_size_mm3=1",
+                "min_size_mm3 does not fit; objects of images and of pages that are times are measured by min_size_mm2",
+            ),
             ("pixel_size_um=0", "is not one number of micrometres"),
-            ("pixel_size_um=1,2,3", "is not one number of micrometres"),
+            ("pixel_size_um=1x2x3", "is not one number of micrometres"),
+            ("min_size_px=1" + "0" * 400, "is not a size"),
+            ("min_size_px=1" + "0" * 16, "is not a size"),
+            ("min_size_px=-1" + "0" * 400, "is not a size"),
+            ("min_size_mm2=1e400", "is not a size"),
+            ("channel=1" + "0" * 400, "does not exist; the input has one channel, 0"),
+            ("channel=1", "does not exist; the input has one channel, 0"),
+            ("pixel_size_um=1,3", "has a comma, which may mean two things"),
         ],
     )
     @pytest.mark.parametrize("path", ["/segment", "/jobs"])
@@ -222,11 +251,32 @@ class TestPostprocessing:
                             ("pixel_size_um=1", "pixel_size_um is for images and stacks")):  # fmt: skip
             assert says in problem(spatial.post(f"/segment?{query}", content=volume), 422, "invalid-parameter").detail
         stack = pages_bytes(np.full((3, 9, 9), 200, np.uint8))
-        for query, says in (("min_size_mm3=1", "height,width,page"), ("pixel_size_um=1", "how far apart the pages")):
+        for query, says in (("min_size_mm3=1", "height x width x page"), ("pixel_size_um=1", "how far apart the pages")):
             assert says in problem(shaded.post(f"/segment?{query}", content=stack), 422, "invalid-parameter").detail
 
 
 TWO = disc((40, 60), ((20, 18), 10), ((20, 35), 10))
+
+
+class TestCoco:
+    """Loaders of COCO look for the file of an image by its name."""
+
+    def test_the_file_has_its_name(self, shaded: httpx.Client) -> None:
+        def named(body: bytes) -> str:
+            (image,) = json.loads(body)["images"]
+            return str(image["file_name"])
+
+        files = {"file": ("plate 7/well.png", picture_bytes(TWO * np.uint8(200)))}
+        assert named(shaded.post("/segment?format=coco", files=files).content) == "well.png"
+        zipped = packed({"x/a.png": picture_bytes(TWO), "b.png": picture_bytes(TWO)})
+        answer = shaded.post("/segment?format=coco", content=zipped, headers={"content-type": "application/zip"})
+        with zipfile.ZipFile(io.BytesIO(answer.content)) as made:
+            assert named(made.read("x/a_coco.json")) == "x/a.png"
+            assert named(made.read("b_coco.json")) == "b.png"
+
+    def test_without_a_name_it_is_an_image(self, shaded: httpx.Client) -> None:
+        answer = shaded.post("/segment?format=coco", content=picture_bytes(TWO))
+        assert answer.json()["images"] == [{"id": 1, "file_name": "image", "width": 60, "height": 40}]
 
 
 class TestInstances:

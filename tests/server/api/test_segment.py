@@ -127,7 +127,7 @@ class TestHappyPath:
 
     def test_several_formats_are_a_zip(self, client: httpx.Client) -> None:
         sent = picture_bytes(random_picture(8, 9))
-        answer = client.post(f"{L1}&format=mask,overlay", content=sent, headers=PNG)
+        answer = client.post(f"{L1}&format=mask,%20overlay", content=sent, headers=PNG)
         assert answer.status_code == 200
         assert answer.headers["content-type"] == "application/zip"
         assert answer.headers["content-disposition"] == 'inline; filename="mask.zip"'

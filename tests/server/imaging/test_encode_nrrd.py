@@ -8,8 +8,9 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 import slicerio
 
-from server.arrays import Mask, Volume
-from server.imaging.encode import ENCODERS, Product
+from server.arrays import Extent, Mask, Volume
+from server.errors import UnknownFormat
+from server.imaging.encode import ENCODERS, Product, choose
 from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import nifti, read
 from tests.server.imaging.test_encode_nifti import AFFINES, COLORS, NAMES, random_classes
@@ -84,3 +85,22 @@ def test_real_volumes(volumes: Path, tmp_path: Path, name: str) -> None:
     corner = [side - 1 for side in source.size]
     wanted = nib.affines.apply_affine(image.affine, corner)
     assert np.allclose(np.array(mask.TransformIndexToPhysicalPoint(corner)) * (-1, -1, 1), wanted, atol=1e-3)
+
+
+SHEARED = np.array([[1, 0, 0, 0], [0, 1, 0.3, 0], [0, 0, 2, 0], [0, 0, 0, 1.0]])
+
+
+class TestSheared:
+    """What ITK would read elsewhere, or not at all, is not written."""
+
+    @pytest.mark.parametrize("family", ["nifti", "nrrd"])
+    def test_the_mask_is_nifti(self, family: str) -> None:
+        extent = Extent((4, 5, 6), affine=SHEARED, family=family)
+        assert choose(None, None, extent) == choose("mask", None, extent) == ("nifti",)
+        assert choose(None, "application/x-nrrd, */*;q=0.1", extent) == ("nifti",)
+        with pytest.raises(UnknownFormat, match=r"format=.nrrd. does not fit: the volume's axes are not at right angles .* nifti"):
+            choose("json,nrrd", None, extent)
+
+    def test_what_rounding_leaves_is_fine(self) -> None:
+        extent = Extent((4, 5, 6), affine=np.diag([0.5, 1, 3, 1.0]) + 1e-6 * np.eye(4, k=1), family="nrrd")
+        assert choose(None, None, extent) == choose("nrrd", None, extent) == ("nrrd",)

@@ -178,7 +178,7 @@ class TestCoco:
     def test_of_nothing(self) -> None:
         document = json.loads(ENCODERS["coco"].encode(product(np.zeros((3, 4), dtype=np.int32))))
         assert document["annotations"] == []
-        assert document["images"] == [{"id": 1, "width": 4, "height": 3}]
+        assert document["images"] == [{"id": 1, "file_name": "image", "width": 4, "height": 3}]
 
     def test_unknown_scores_are_left_out(self) -> None:
         asked = product(np.ones((2, 2), dtype=np.int32), mean_score=float("nan"))

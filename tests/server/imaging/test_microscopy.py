@@ -1,6 +1,7 @@
 """Axes and pixel sizes of TIFF, as ImageJ, OME and tifffile write them: all written by tifffile, and some by hand."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import math
@@ -93,12 +94,43 @@ class TestHyperstacks:
 
     @pytest.mark.parametrize(
         ("axes", "note"),
-        [("TZYX", "2 times of 3 slices were taken as 6 slices, one after the other"), ("TYX", "2 times were taken as 2 slices, one after the other"), ("ZYX", "")],
+        [("TZYX", "2 times of 3 slices follow each other as 6 pages, and objects do not go on from time to time; axes= says otherwise"), ("TYX", "2 times follow each other as 2 pages, and objects do not go on from time to time; axes= says otherwise"), ("ZYX", "")],
     )  # fmt: skip
     def test_times_say_so(self, rng: np.random.Generator, axes: str, note: str) -> None:
         lengths = {"T": 2, "Z": 3}
         found = read(written(values(rng, *(lengths[letter] for letter in axes[:-2])), axes, imagej=True))
         assert found.note == note
+        assert isinstance(found, Volume)
+        assert found.time_slices == {"TZYX": 3, "TYX": 1, "ZYX": None}[axes]
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tifffile, which takes them for colours for now
+    @pytest.mark.parametrize("length", [3, 4])
+    @pytest.mark.parametrize("axes", ["ZYX", "TYX", "CYX", "TZYX", "TCZYX", "ZTCYX", "CTZYX"])
+    def test_planes_that_tifffile_writes_as_colours(self, rng: np.random.Generator, axes: str, length: int) -> None:
+        """Three or four of them become the samples of one page; the axes say what they are."""
+        lengths = dict(zip(axes[:-3], (2, 5), strict=False)) | {axes[-3]: length}
+        wanted = values(rng, *(lengths[letter] for letter in axes[:-2]))
+        out = io.BytesIO()
+        tifffile.imwrite(out, wanted, metadata={"axes": axes})
+        file, at = out.getvalue(), axes.find("C")
+        for channel in range(lengths.get("C", 1)):
+            one = wanted.take(channel, at) if at >= 0 else wanted
+            rest = axes[:-2].replace("C", "")
+            if rest == "ZT":
+                one = one.swapaxes(0, 1)
+            found = read(file, channel=channel)
+            assert np.array_equal(slices(found), one.reshape(-1, *SIDES))
+            assert extent(file, channel=channel) == dataclasses.replace(found.extent, affine=None)
+            assert isinstance(found, Image if rest == "" else Volume)
+        named = read(file, axes=axes, channel=0 if at >= 0 else None)
+        assert np.array_equal(named.values, read(file, channel=0 if at >= 0 else None).values)
+        if len(axes) == 3:
+            assert isinstance(read(file, axes="YXS"), Image)
+            # Whatever the file says, or does not.
+            out = io.BytesIO()
+            tifffile.imwrite(out, wanted)
+            assert isinstance(read(out.getvalue()), Image)
+            assert np.array_equal(slices(read(out.getvalue(), axes="ZYX")), wanted)
 
     @pytest.mark.parametrize("kind", ["imagej", "ome"])
     def test_colours_stay_colours(self, rng: np.random.Generator, kind: str) -> None:
@@ -213,8 +245,11 @@ class TestSpacing:
         assert read(file, axes="CYX").spacing_mm == pytest.approx((0.5 * mm, 0.25 * mm))
 
     def test_of_times_is_no_distance(self, rng: np.random.Generator) -> None:
-        file = written(values(rng, 2, 3), "TZYX", imagej=True, resolution=(4, 2), metadata={"spacing": 3.0, "unit": "um"})
-        assert read(file).spacing_mm is None
+        tags = {"imagej": True, "resolution": (4, 2), "metadata": {"spacing": 3.0, "unit": "um"}}
+        mm = 1e-3
+        assert read(written(values(rng, 2), "TYX", **tags)).spacing_mm == pytest.approx((0.25 * mm, 0.5 * mm))
+        # Of the slices of each time it is one.
+        assert read(written(values(rng, 2, 3), "TZYX", **tags)).spacing_mm == pytest.approx((0.25 * mm, 0.5 * mm, 3 * mm))
 
     @pytest.mark.parametrize("unit", ["", "pixel", "inches?", "furlong", "sec"])
     def test_without_a_unit_that_is_a_length(self, unit: str) -> None:

@@ -119,6 +119,51 @@ def test_instances_leave_classes_alone(classes: np.ndarray) -> None:
     assert first == sorted(first)
 
 
+class TestTimes:
+    """What is done with a time-lapse is done with each time, as if it had come alone."""
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        st.lists(masks(axes=(3,), most_side=8), min_size=1, max_size=1),
+        st.integers(1, 3),
+        st.integers(0, 6),
+        st.booleans(),
+        st.booleans(),
+        st.booleans(),
+    )
+    def test_each_is_by_itself(
+        self, drawn: list[np.ndarray], slices: int, least: int, holes: bool, largest: bool, instances: bool
+    ) -> None:
+        classes = np.asfortranarray(np.concatenate([drawn[0]] * slices, axis=2))
+        wanted = Postprocessing(min_size_px=least, fill_holes=holes, keep_largest=largest, instances=instances)
+        confidence = np.full_like(classes, 0.5, dtype=np.float16)
+        done = apply(Mask(classes.copy(order="K"), confidence=confidence), wanted, None, None, objects=True, time_slices=slices)
+        assert done.mask.objects is not None
+        before, dropped = 0, dict[int, int]()
+        for first in range(0, classes.shape[2], slices):
+            one = classes[..., first : first + slices]
+            alone = processed(one[..., 0].T if slices == 1 else one, min_size_px=least, fill_holes=holes, keep_largest=largest, instances=instances)  # fmt: skip
+            assert alone.mask.objects is not None
+            labels = alone.mask.objects.labels.T[..., None] if slices == 1 else alone.mask.objects.labels
+            seen = done.mask.objects.labels[..., first : first + slices]
+            assert np.array_equal(seen, np.where(labels > 0, labels + before, 0))
+            count = len(alone.mask.objects)
+            border = done.mask.objects.touches_border[before : before + count]
+            assert border.tolist() == alone.mask.objects.touches_border.tolist()
+            before += count
+            for value, times in alone.dropped.items():
+                dropped[value] = dropped.get(value, 0) + times
+        assert len(done.mask.objects) == before
+        assert done.dropped == dropped
+
+    def test_pages_are_measured_by_area(self) -> None:
+        times = Extent((4, 5, 6), time_slices=1)
+        Postprocessing(min_size_mm2=1.0).check_kind(times)
+        with pytest.raises(InvalidParameter, match="min_size_mm3 does not fit; objects of images and of pages that are times"):
+            Postprocessing(min_size_mm3=1.0).check_kind(times)
+        Postprocessing(min_size_mm3=1.0).check_kind(Extent((4, 5, 6), time_slices=2))
+
+
 IMAGE, STACK, VOLUME = Extent((4, 5)), Extent((4, 5, 6)), Extent((4, 5, 6), affine=np.eye(4))
 
 
@@ -148,7 +193,7 @@ class TestChecks:
             (
                 IMAGE,
                 {"min_size_mm3": 1.0},
-                "min_size_mm3 does not fit; objects of images are measured by min_size_mm2 or min_size_px",
+                "min_size_mm3 does not fit; objects of images and of pages that are times are measured by min_size_mm2 or min_size_px",
             ),
             (STACK, {"min_size_mm2": 1.0}, "min_size_mm2 does not fit; objects of volumes and stacks are measured by min_size_mm3"),
             (VOLUME, {"min_size_mm2": 1.0}, "min_size_mm2 does not fit"),
@@ -163,7 +208,7 @@ class TestChecks:
         with pytest.raises(InvalidParameter, match=r"min_size_mm2 needs to know .* add pixel_size_um=0.5 .*, or use min_size_px"):
             Postprocessing(min_size_mm2=1.0).check_unit(IMAGE, None)
         with pytest.raises(
-            InvalidParameter, match=r"min_size_mm3 needs to know .* add pixel_size_um=0.5,0.5,2 .*height,width,page"
+            InvalidParameter, match=r"min_size_mm3 needs to know .* add pixel_size_um=0.5x0.5x2 .*height x width x page"
         ):
             Postprocessing(min_size_mm3=1.0).check_unit(STACK, None)
         Postprocessing(min_size_mm3=1.0).check_unit(STACK, 0.5)
