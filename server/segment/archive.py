@@ -11,15 +11,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
-from typing import Any, BinaryIO, Protocol, cast, runtime_checkable
+from typing import Any, BinaryIO, cast
 
 from server.errors import CallerError, InvalidParameter, TooLarge, Unreadable, UnsupportedType
 from server.segment.clock import Clock
 from server.segment.cost import Estimate
-from server.segment.pipeline import until
+from server.segment.packing import MOST_NAME, SPOOL_BYTES, Entry, Full, Zips, is_zip
+from server.segment.pipeline import Segmenter, until
 from server.segment.request import Answer, Archived, Choice, SegmentRequest, Terms
-from server.segment.zips import MOST_NAME, SPOOL_BYTES, Entry, Full, Zips, is_zip
-from server.settings import LimitsSettings
 
 # Images at once: enough to fill batches with small ones, while each holds its memory and a file of up to a body's size.
 AT_ONCE = 4
@@ -27,37 +26,7 @@ AT_ONCE = 4
 REPORT = "report.json"
 
 
-@runtime_checkable
-class Segments(Protocol):
-    """What is asked of a `Segmenter`."""
-
-    @property
-    def limits(self) -> LimitsSettings:
-        """See there."""
-        ...
-
-    def choose(self, request: SegmentRequest) -> Choice:
-        """See there."""
-        ...
-
-    async def estimate(self, file: BinaryIO, request: SegmentRequest) -> Estimate:
-        """See there."""
-        ...
-
-    async def segment(
-        self,
-        file: BinaryIO,
-        request: SegmentRequest,
-        reference: BinaryIO | None = None,
-        progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-        terms: Terms | None = None,
-        choice: Choice | None = None,
-    ) -> Answer:
-        """See there."""
-        ...
-
-
-async def estimate(segmenter: Segments, file: BinaryIO, request: SegmentRequest) -> Estimate:
+async def estimate(segmenter: Segmenter, file: BinaryIO, request: SegmentRequest) -> Estimate:
     """What a request would take; for a zip its images are its windows, and the first that can be read stands for all.
 
     Raises:
@@ -77,7 +46,7 @@ async def estimate(segmenter: Segments, file: BinaryIO, request: SegmentRequest)
     return replace(one, windows=len(entries), seconds=one.seconds * len(entries))
 
 
-async def _first(segmenter: Segments, zips: Zips, entries: list[Entry], request: SegmentRequest, clock: Clock) -> Estimate:
+async def _first(segmenter: Segmenter, zips: Zips, entries: list[Entry], request: SegmentRequest, clock: Clock) -> Estimate:
     """The estimate of the first image that can be read.
 
     Raises:
@@ -105,7 +74,7 @@ def _none(first: str, errors: list[CallerError]) -> CallerError:
 
 
 async def segment(
-    segmenter: Segments,
+    segmenter: Segmenter,
     file: BinaryIO,
     request: SegmentRequest,
     reference: BinaryIO | None = None,
@@ -113,7 +82,7 @@ async def segment(
     terms: Terms | None = None,
     choice: Choice | None = None,
 ) -> Answer:
-    """Segments an input, or each image of a zip. See `Segmenter.segment`; the progress of a zip is that of its images.
+    """Segmenter an input, or each image of a zip. See `Segmenter.segment`; the progress of a zip is that of its images.
 
     Raises:
         CallerError, TryAgain, ServerFault: also what is wrong with a whole zip. What is wrong with one image is in its report.
@@ -139,7 +108,7 @@ class _Batch:
     """
 
     def __init__(
-        self, segmenter: Segments, request: SegmentRequest, progress: Callable[[str, int, int], None], terms: Terms, choice: Choice
+        self, segmenter: Segmenter, request: SegmentRequest, progress: Callable[[str, int, int], None], terms: Terms, choice: Choice
     ) -> None:
         self._segmenter = segmenter
         self._request = request
