@@ -126,7 +126,8 @@ class _Batch:
         try:
             entries = await clock.off_loop("", zips.entries)
             await self._in_time(self._all(zips, entries, clock), len(entries))
-            await clock.off_loop("", zips.finish, REPORT, json.dumps({"images": self._rows}, indent=1).encode())
+            order = [name for row in self._rows for name in row.get("files", ())]
+            await clock.off_loop("", zips.finish, order, REPORT, json.dumps({"images": self._rows}, indent=1).encode())
         except BaseException:
             zips.close()
             raise
