@@ -85,10 +85,7 @@ class Zips:
     def __init__(self, file: BinaryIO, limits: LimitsSettings) -> None:
         self._limits = limits
         self._left = limits.max_zip_mb * 1024 * 1024
-        try:
-            self._zip = zipfile.ZipFile(cast("BinaryIO", _Bounded(file)))
-        except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, ValueError, OSError) as error:
-            raise Unreadable("the zip's list of files cannot be read (truncated or damaged?); pack it again") from error
+        self._file = file
         self.out = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115 - the answer's, who closes it
         self._made = zipfile.ZipFile(self.out, "w")
 
@@ -99,12 +96,16 @@ class Zips:
         self.out.close()
 
     def entries(self) -> list[Entry]:
-        """The images; folders and what systems hide among them are left out.
+        """Opens the zip that came: its images; folders and what systems hide among them are left out.
 
         Raises:
-            Unreadable: none, two of one name, or two in one place.
+            Unreadable: damaged, none, two of one name, or two in one place.
             TooLarge: says the limit.
         """
+        try:
+            self._zip = zipfile.ZipFile(cast("BinaryIO", _Bounded(self._file)))
+        except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, ValueError, OSError) as error:
+            raise Unreadable("the zip's list of files cannot be read (truncated or damaged?); pack it again") from error
         infos = [(info, _plain(info.filename)) for info in self._zip.infolist()]
         infos = [(info, name) for info, name in infos if not name.endswith("/") and not _is_hidden(name)]
         if not infos:

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import struct
+import time
 import warnings
 import zipfile
 import zlib
@@ -19,13 +20,16 @@ from server.arrays import Tiles
 from server.errors import (
     CallerError,
     DeadlinePassed,
+    DeadlineTooShort,
     InferenceFailed,
     InvalidParameter,
+    Overloaded,
     TooLarge,
     UnknownFormat,
     Unreadable,
     UnsupportedType,
 )
+from server.runtime.line import Caller
 from server.segment import archive
 from server.segment.cost import Estimate
 from server.segment.pipeline import Segmenter
@@ -367,6 +371,45 @@ class TestEnds:
             TooLarge, match=r"holds 9 images, 0 of which were done in the 0\.001 s that POST /segment works for at most"
         ):
             answered(packed({f"{k}.png": picture(k) for k in range(9)}), terms=Terms(patience_s=0.001, begun=-1e9))
+
+    @pytest.mark.parametrize(
+        ("patience_s", "left_s", "error", "said"),
+        [
+            (10.0, math.inf, TooLarge, r"9 images, which would take about 18 s here.*at most 10 s\. Send it to POST /jobs, or in parts"),
+            (100.0, 8.0, DeadlineTooShort, r"9 images, which take about 18 s here"),
+            (100.0, -1.0, DeadlinePassed, "deadline"),
+        ],
+    )  # fmt: skip
+    def test_what_would_be_too_late_is_not_begun(self, patience_s: float, left_s: float, error: type[Exception], said: str) -> None:
+        ran: list[int] = []
+
+        def run(tiles: Tiles) -> np.ndarray:
+            ran.append(len(tiles))
+            return bright(tiles)
+
+        data = packed({"a.txt": b"no image", **{f"{k}.png": picture(k) for k in range(8)}})
+        with segmenting(run, pace=2 / 256) as segmenter, pytest.raises(error, match=said):
+            terms = Terms(patience_s, time.monotonic() + left_s)
+            asyncio.run(archive.segment(segmenter, Sent(data), SegmentRequest(), terms=terms))
+        assert not ran
+
+    def test_nor_what_others_leave_no_time_for(self) -> None:
+        data = packed({f"{k}.png": picture(k) for k in range(9)})
+        with segmenting(pace=2 / 256) as segmenter:
+            caller, lane = Caller(), segmenter.choose(SegmentRequest()).lane
+            with segmenter.line.join(caller, lane, 256, 100), pytest.raises(Overloaded, match="others wait already") as refused:
+                asyncio.run(archive.segment(segmenter, Sent(data), SegmentRequest(), terms=Terms(patience_s=30.0)))
+        assert refused.value.retry_after_s == 6
+
+    def test_sizes_are_counted_once(self) -> None:
+        """To estimate it the first image is unpacked too."""
+        body = picture_bytes(np.random.default_rng(0).integers(0, 255, (500, 1400), dtype=np.uint8))
+        assert 2**20 / 2 < len(body) < 2**20
+        assert len(answered(packed({"a.png": body}), limits=tiny(), terms=Terms(patience_s=1000.0))[1]) == 1
+
+    def test_no_shallower_levels(self) -> None:
+        with pytest.raises(InvalidParameter, match=r"min_level is for one image.*level="):
+            answered(packed({"a.png": picture()}), min_level=1)
 
     def test_who_leaves_stops_it(self) -> None:
         begun, ran = asyncio.Event(), 0
