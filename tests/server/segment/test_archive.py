@@ -388,9 +388,10 @@ class TestEnds:
             return bright(tiles)
 
         data = packed({"a.txt": b"no image", **{f"{k}.png": picture(k) for k in range(8)}})
-        with segmenting(run, pace=2 / 256) as segmenter, pytest.raises(error, match=said):
+        with segmenting(run, pace=2 / 256) as segmenter:
             terms = Terms(patience_s, time.monotonic() + left_s)
-            asyncio.run(archive.segment(segmenter, Sent(data), SegmentRequest(), terms=terms))
+            with pytest.raises(error, match=said):
+                asyncio.run(archive.segment(segmenter, Sent(data), SegmentRequest(), terms=terms))
         assert not ran
 
     def test_nor_what_others_leave_no_time_for(self) -> None:
