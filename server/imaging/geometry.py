@@ -26,7 +26,7 @@ LEAST_SPACING, MOST_SPACING = 1e-4, 100.0
 # mm per unit of length, as formats and microscopes write it, in small letters.
 MM = {
     **dict.fromkeys(("nm", "nanometer", "nanometers"), 1e-6),
-    **dict.fromkeys(("µm", "μm", "um", "micron", "microns", "micrometer", "micrometers", "\\u00b5m", "\\u03bcm"), 1e-3),
+    **dict.fromkeys(("µm", "μm", "um", "micron", "microns", "micrometer", "micrometers", "\\u00b5m", "\\u03bcm", "\\xb5m"), 1e-3),
     **dict.fromkeys(("mm", "millimeter", "millimeters"), 1.0),
     **dict.fromkeys(("cm", "centimeter", "centimeters"), 10.0),
     **dict.fromkeys(("m", "meter", "meters"), 1e3),

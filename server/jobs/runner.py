@@ -18,9 +18,9 @@ from server.jobs.live import Live, Queue, View
 from server.jobs.store import Store
 from server.metrics import Metrics
 from server.segment import archive
+from server.segment.packing import is_zip
 from server.segment.pipeline import Segmenter
 from server.segment.request import Answer, SegmentRequest, Terms
-from server.segment.zips import is_zip
 from server.settings import JobsSettings
 
 log = logging.getLogger(__name__)

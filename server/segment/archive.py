@@ -11,15 +11,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
-from typing import Any, BinaryIO, Protocol, cast, runtime_checkable
+from typing import Any, BinaryIO, cast
 
-from server.errors import CallerError, InvalidParameter, TooLarge, Unreadable, UnsupportedType
+from server.errors import CallerError, DeadlineTooShort, InvalidParameter, Overloaded, TooLarge, Unreadable, UnsupportedType
+from server.runtime.batcher import HOPE
+from server.runtime.line import Line
 from server.segment.clock import Clock
 from server.segment.cost import Estimate
-from server.segment.pipeline import until
+from server.segment.packing import MOST_NAME, SPOOL_BYTES, Entry, Full, Zips, is_zip
+from server.segment.pipeline import Segmenter, until
 from server.segment.request import Answer, Archived, Choice, SegmentRequest, Terms
-from server.segment.zips import MOST_NAME, SPOOL_BYTES, Entry, Full, Zips, is_zip
-from server.settings import LimitsSettings
 
 # Images at once: enough to fill batches with small ones, while each holds its memory and a file of up to a body's size.
 AT_ONCE = 4
@@ -27,37 +28,7 @@ AT_ONCE = 4
 REPORT = "report.json"
 
 
-@runtime_checkable
-class Segments(Protocol):
-    """What is asked of a `Segmenter`."""
-
-    @property
-    def limits(self) -> LimitsSettings:
-        """See there."""
-        ...
-
-    def choose(self, request: SegmentRequest) -> Choice:
-        """See there."""
-        ...
-
-    async def estimate(self, file: BinaryIO, request: SegmentRequest) -> Estimate:
-        """See there."""
-        ...
-
-    async def segment(
-        self,
-        file: BinaryIO,
-        request: SegmentRequest,
-        reference: BinaryIO | None = None,
-        progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-        terms: Terms | None = None,
-        choice: Choice | None = None,
-    ) -> Answer:
-        """See there."""
-        ...
-
-
-async def estimate(segmenter: Segments, file: BinaryIO, request: SegmentRequest) -> Estimate:
+async def estimate(segmenter: Segmenter, file: BinaryIO, request: SegmentRequest) -> Estimate:
     """What a request would take; for a zip its images are its windows, and the first that can be read stands for all.
 
     Raises:
@@ -67,7 +38,7 @@ async def estimate(segmenter: Segments, file: BinaryIO, request: SegmentRequest)
         return await segmenter.estimate(file, request)
     with ThreadPoolExecutor(1, thread_name_prefix="zip") as thread:
         clock = Clock(thread)
-        zips = await clock.off_loop("", Zips, file, segmenter.limits)
+        zips = Zips(file, segmenter.limits)
         try:
             entries = await clock.off_loop("", zips.entries)
             one = await _first(segmenter, zips, entries, request, clock)
@@ -77,7 +48,7 @@ async def estimate(segmenter: Segments, file: BinaryIO, request: SegmentRequest)
     return replace(one, windows=len(entries), seconds=one.seconds * len(entries))
 
 
-async def _first(segmenter: Segments, zips: Zips, entries: list[Entry], request: SegmentRequest, clock: Clock) -> Estimate:
+async def _first(segmenter: Segmenter, zips: Zips, entries: list[Entry], request: SegmentRequest, clock: Clock) -> Estimate:
     """The estimate of the first image that can be read.
 
     Raises:
@@ -105,7 +76,7 @@ def _none(first: str, errors: list[CallerError]) -> CallerError:
 
 
 async def segment(
-    segmenter: Segments,
+    segmenter: Segmenter,
     file: BinaryIO,
     request: SegmentRequest,
     reference: BinaryIO | None = None,
@@ -113,7 +84,7 @@ async def segment(
     terms: Terms | None = None,
     choice: Choice | None = None,
 ) -> Answer:
-    """Segments an input, or each image of a zip. See `Segmenter.segment`; the progress of a zip is that of its images.
+    """Segmenter an input, or each image of a zip. See `Segmenter.segment`; the progress of a zip is that of its images.
 
     Raises:
         CallerError, TryAgain, ServerFault: also what is wrong with a whole zip. What is wrong with one image is in its report.
@@ -122,9 +93,49 @@ async def segment(
         return await segmenter.segment(file, request, reference, progress, terms, choice)
     if reference:
         raise InvalidParameter("a reference is for one image, and the input is a zip; send each image with its own")
-    batch = _Batch(segmenter, request, progress, terms or Terms(), choice or segmenter.choose(request))
+    if request.min_level is not None:
+        raise InvalidParameter("min_level is for one image, and the input is a zip; choose the level for all of it with level=")
+    terms, choice = terms or Terms(), choice or segmenter.choose(request)
+    if terms.given_s < math.inf:
+        async with until(terms.deadline):
+            _check_in_time(await estimate(segmenter, file, request), terms, segmenter.line)
+    batch = _Batch(segmenter, request, progress, terms, choice)
     with ThreadPoolExecutor(1, thread_name_prefix="zip") as thread:
         return await batch.run(file, Clock(thread))
+
+
+def _check_in_time(found: Estimate, terms: Terms, line: Line) -> None:
+    """Refuses what would take too long, before any of it is done; as for one image, see `Segmenter`.
+
+    Args:
+        found: see `estimate`.
+        terms: of all together.
+        line: of those who use the device.
+
+    Raises:
+        TooLarge, DeadlineTooShort: the work alone would.
+        Overloaded: with the wait for others it would.
+    """
+    holds, seconds = f"the zip holds {found.windows:,} images", f"about {found.seconds:,.0f} s here"
+    if found.seconds > terms.patience_s:
+        raise TooLarge(
+            f"{holds}, which would take {seconds} if all are like the first, and POST /segment works for at most "
+            f"{terms.patience_s:g} s. Send it to POST /jobs, or in parts"
+        )
+    idle, left_s = line.idle(), max(0.0, terms.allowed_s)
+    # Where nobody waits it is tried, unless hopeless: estimates err.
+    if found.seconds * (HOPE if idle else 1) > terms.given_s:
+        raise DeadlineTooShort(
+            f"{holds}, which take {seconds} even when nobody else waits, and the deadline leaves {terms.given_s:,.1f} s; allow more, "
+            "send it in parts, or choose a shallower level"
+        )
+    likely_s = found.seconds + line.wait_s(found.seconds)
+    if not idle and likely_s > left_s:
+        raise Overloaded(
+            f"others wait already: the zip would take {likely_s:,.1f} s and is of use for {left_s:,.1f} s; try again later, or send it "
+            "to POST /jobs",
+            retry_after_s=math.ceil(likely_s - left_s),
+        )
 
 
 class _Batch:
@@ -139,7 +150,7 @@ class _Batch:
     """
 
     def __init__(
-        self, segmenter: Segments, request: SegmentRequest, progress: Callable[[str, int, int], None], terms: Terms, choice: Choice
+        self, segmenter: Segmenter, request: SegmentRequest, progress: Callable[[str, int, int], None], terms: Terms, choice: Choice
     ) -> None:
         self._segmenter = segmenter
         self._request = request
@@ -153,11 +164,13 @@ class _Batch:
 
     async def run(self, file: BinaryIO, clock: Clock) -> Answer:
         """All of it; `clock` has the one thread that touches the zips."""
-        zips = await clock.off_loop("", Zips, file, self._segmenter.limits)
+        # Here, as whoever is cancelled while a thread makes it has nothing to close.
+        zips = Zips(file, self._segmenter.limits)
         try:
             entries = await clock.off_loop("", zips.entries)
             await self._in_time(self._all(zips, entries, clock), len(entries))
-            await clock.off_loop("", zips.finish, REPORT, json.dumps({"images": self._rows}, indent=1).encode())
+            order = [name for row in self._rows for name in row.get("files", ())]
+            await clock.off_loop("", zips.finish, order, REPORT, json.dumps({"images": self._rows}, indent=1).encode())
         except BaseException:
             zips.close()
             raise

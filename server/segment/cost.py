@@ -103,5 +103,5 @@ def check(found: Estimate, extent: Extent, limits: LimitsSettings) -> None:
     if found.memory_bytes > limits.max_memory_mb * 1e6:
         raise TooLarge(
             f"this would take {found} of memory; the limit is {limits.max_memory_mb:,} MB. Crop the input, ask for "
-            "a format without probabilities, or raise UNETPP_LIMITS__MAX_MEMORY_MB on the server"
+            "fewer formats, of which the mask takes least, or raise UNETPP_LIMITS__MAX_MEMORY_MB on the server"
         )

@@ -135,6 +135,21 @@ class TestZips:
         assert len(answer.content) > 4 * 1024 * 1024 or answer.status_code == 200
         assert len(opened(answer.content)) == 25
 
+    def test_that_would_take_too_long_are_refused_at_once(self, problem: Checked) -> None:
+        ran: list[int] = []
+        app = fake_app(lambda tiles: ran.append(1) or bright(tiles), pace=2 / 256, limits={"max_wait_s": 10})
+        data = packed({f"{k}.png": picture(k) for k in range(8)})
+        with serving(app) as client:
+            assert "8 images" in problem(client.post("/segment", content=data, headers=ZIP), 413).detail
+            few = packed({f"{k}.png": picture(k) for k in range(4)})
+            assert "4 images" in problem(client.post("/segment?deadline_ms=3000", content=few, headers=ZIP), 422).detail
+            assert not ran
+            assert client.post("/segment", content=packed({"a.png": picture()}), headers=ZIP).status_code == 200
+
+    def test_have_no_shallower_levels(self, server: httpx.Client, problem: Checked) -> None:
+        refused = problem(server.post("/segment?min_level=1", content=THREE, headers=ZIP), 422, "invalid-parameter")
+        assert "min_level is for one image" in refused.detail
+
     def test_deadlines_hold_for_all(self, problem: Checked) -> None:
         def slow(tiles: Tiles) -> np.ndarray:
             threading.Event().wait(0.05)

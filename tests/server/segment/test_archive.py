@@ -6,6 +6,7 @@ import json
 import math
 import random
 import struct
+import time
 import warnings
 import zipfile
 import zlib
@@ -19,13 +20,16 @@ from server.arrays import Tiles
 from server.errors import (
     CallerError,
     DeadlinePassed,
+    DeadlineTooShort,
     InferenceFailed,
     InvalidParameter,
+    Overloaded,
     TooLarge,
     UnknownFormat,
     Unreadable,
     UnsupportedType,
 )
+from server.runtime.line import Caller
 from server.segment import archive
 from server.segment.cost import Estimate
 from server.segment.pipeline import Segmenter
@@ -103,11 +107,34 @@ class TestAnswers:
         assert sorted(rows[0]["files"]) == sorted(files)
         assert json.loads(files["x/a_statistics.json"])["model"] == "fake"
 
-    def test_whose_names_differ_in_their_suffix_alone(self) -> None:
-        _, files, _ = answered(
-            packed({"a.png": picture(), "a.bmp": picture_bytes(np.eye(9, dtype=np.uint8), "BMP"), "b": picture()})
-        )
-        assert sorted(files) == ["a.bmp_mask.png", "a.png_mask.png", "b_mask.png"]
+    @pytest.mark.parametrize(
+        ("names", "stems"),
+        [
+            (["a.png", "a.bmp", "b"], ["a", "a_2", "b"]),
+            # Of which the first three have the same name in a folder of Windows or macOS.
+            (["a.png", "A.PNG", "A.tif", "x/a.png"], ["a", "A_2", "A_3", "x/a"]),
+            (["a.png", "a.tif", "a.png.png"], ["a", "a_2", "a.png"]),
+            # A name that an image has by itself is not given to another.
+            (["a.png", "a.tif", "a_2.png", "a.bmp"], ["a", "a_3", "a_2", "a_4"]),
+            # One composed, one decomposed.
+            (["\u00e9.png", "e\u0301.tif"], ["\u00e9", "e\u0301_2"]),
+        ],
+    )  # fmt: skip
+    def test_have_names_of_their_own(self, names: list[str], stems: list[str]) -> None:
+        _, files, rows = answered(packed({name: picture(k, 16 + 2 * k) for k, name in enumerate(names)}), format="png,json")
+        assert [row["files"] for row in rows] == [[f"{stem}_mask.png", f"{stem}_statistics.json"] for stem in stems]
+        assert [mask_of(files[row["files"][0]]).shape for row in rows] == [(16 + 2 * k,) * 2 for k in range(len(names))]
+
+    def test_lie_in_the_order_of_their_images(self) -> None:
+        """The first is done last: it has the most tiles."""
+        _, files, _ = answered(packed({f"{k}.png": picture(k, 900 if k == 3 else 16) for k in range(9, 0, -1)}), format="png,json")
+        assert list(files) == [f"{k}_{name}" for k in range(9, 0, -1) for name in ("mask.png", "statistics.json")]
+
+    @pytest.mark.parametrize("name", ["./a.png", "x/./a.png", ".\\a.png", "././a.png"])
+    def test_of_names_that_begin_here(self, name: str) -> None:
+        _, files, rows = answered(packed({name: picture(), "b.png": picture()}))
+        assert (len(files), rows[0]["status"]) == (2, "ok")
+        assert rows[0]["name"] == name.replace("\\", "/").replace("./", "")
 
     def test_what_systems_hide_is_left_out(self) -> None:
         _, files, rows = answered(packed({
@@ -180,6 +207,28 @@ class TestRefusals:
         assert list(files) == ["good_mask.png"]
         assert why in rows[1]["detail"]
         assert len(rows[1]["name"]) <= 500
+
+    def test_no_name(self) -> None:
+        """What zipfile never writes: the list names the second file with no letters at all."""
+        data = packed({"good.png": picture(), "x": picture()}, zipfile.ZIP_STORED)
+        at, end = data.rindex(b"PK\x01\x02"), data.rindex(b"PK\x05\x06")
+        size = struct.unpack_from("<I", data, end + 12)[0]
+        data = (
+            data[: at + 28]
+            + bytes(2)
+            + data[at + 30 : at + 46]
+            + data[at + 47 : end + 12]
+            + struct.pack("<I", size - 1)
+            + data[end + 16 :]
+        )
+        _, files, rows = answered(data)
+        assert list(files) == ["good_mask.png"]
+        assert (rows[1]["name"], rows[1]["status"]) == ("", "failed")
+        assert "or is none" in rows[1]["detail"]
+
+    def test_two_of_one_place(self) -> None:
+        with pytest.raises(Unreadable, match=r"two files named 'a.png'"):
+            answered(packed({"a.png": picture(), "./a.png": picture(3)}))
 
     def test_windows_folders_are_folders(self) -> None:
         assert list(answered(packed({"x\\a.png": picture()}))[1]) == ["x/a_mask.png"]
@@ -322,6 +371,46 @@ class TestEnds:
             TooLarge, match=r"holds 9 images, 0 of which were done in the 0\.001 s that POST /segment works for at most"
         ):
             answered(packed({f"{k}.png": picture(k) for k in range(9)}), terms=Terms(patience_s=0.001, begun=-1e9))
+
+    @pytest.mark.parametrize(
+        ("patience_s", "left_s", "error", "said"),
+        [
+            (10.0, math.inf, TooLarge, r"9 images, which would take about 18 s here.*at most 10 s\. Send it to POST /jobs, or in parts"),
+            (100.0, 8.0, DeadlineTooShort, r"9 images, which take about 18 s here"),
+            (100.0, -1.0, DeadlinePassed, "deadline"),
+        ],
+    )  # fmt: skip
+    def test_what_would_be_too_late_is_not_begun(self, patience_s: float, left_s: float, error: type[Exception], said: str) -> None:
+        ran: list[int] = []
+
+        def run(tiles: Tiles) -> np.ndarray:
+            ran.append(len(tiles))
+            return bright(tiles)
+
+        data = packed({"a.txt": b"no image", **{f"{k}.png": picture(k) for k in range(8)}})
+        with segmenting(run, pace=2 / 256) as segmenter:
+            terms = Terms(patience_s, time.monotonic() + left_s)
+            with pytest.raises(error, match=said):
+                asyncio.run(archive.segment(segmenter, Sent(data), SegmentRequest(), terms=terms))
+        assert not ran
+
+    def test_nor_what_others_leave_no_time_for(self) -> None:
+        data = packed({f"{k}.png": picture(k) for k in range(9)})
+        with segmenting(pace=2 / 256) as segmenter:
+            caller, lane = Caller(), segmenter.choose(SegmentRequest()).lane
+            with segmenter.line.join(caller, lane, 256, 100), pytest.raises(Overloaded, match="others wait already") as refused:
+                asyncio.run(archive.segment(segmenter, Sent(data), SegmentRequest(), terms=Terms(patience_s=30.0)))
+        assert refused.value.retry_after_s == 6
+
+    def test_sizes_are_counted_once(self) -> None:
+        """To estimate it the first image is unpacked too."""
+        body = picture_bytes(np.random.default_rng(0).integers(0, 255, (500, 1400), dtype=np.uint8))
+        assert 2**20 / 2 < len(body) < 2**20
+        assert len(answered(packed({"a.png": body}), limits=tiny(), terms=Terms(patience_s=1000.0))[1]) == 1
+
+    def test_no_shallower_levels(self) -> None:
+        with pytest.raises(InvalidParameter, match=r"min_level is for one image.*level="):
+            answered(packed({"a.png": picture()}), min_level=1)
 
     def test_who_leaves_stops_it(self) -> None:
         begun, ran = asyncio.Event(), 0

@@ -6,10 +6,11 @@ Sizes are counted while inflating, whatever the list of files says, and nothing 
 import contextlib
 import itertools
 import tempfile
+import unicodedata
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
@@ -37,7 +38,7 @@ class Entry:
     Attributes:
         info: where it lies.
         name: with its folders.
-        stem: what the names of its answers begin with.
+        stem: what the names of its answers begin with; of no other image, in any case of letters.
         problem: why it is not read, or "".
     """
 
@@ -84,10 +85,7 @@ class Zips:
     def __init__(self, file: BinaryIO, limits: LimitsSettings) -> None:
         self._limits = limits
         self._left = limits.max_zip_mb * 1024 * 1024
-        try:
-            self._zip = zipfile.ZipFile(cast("BinaryIO", _Bounded(file)))
-        except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, ValueError, OSError) as error:
-            raise Unreadable("the zip's list of files cannot be read (truncated or damaged?); pack it again") from error
+        self._file = file
         self.out = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115 - the answer's, who closes it
         self._made = zipfile.ZipFile(self.out, "w")
 
@@ -98,14 +96,18 @@ class Zips:
         self.out.close()
 
     def entries(self) -> list[Entry]:
-        """The images; folders and what systems hide among them are left out.
+        """Opens the zip that came: its images; folders and what systems hide among them are left out.
 
         Raises:
-            Unreadable: none, two of one name, or two in one place.
+            Unreadable: damaged, none, two of one name, or two in one place.
             TooLarge: says the limit.
         """
-        infos = [(info, info.filename.replace("\\", "/")) for info in self._zip.infolist()]
-        infos = [(info, name) for info, name in infos if not info.is_dir() and not _is_hidden(name)]
+        try:
+            self._zip = zipfile.ZipFile(cast("BinaryIO", _Bounded(self._file)))
+        except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, ValueError, OSError) as error:
+            raise Unreadable("the zip's list of files cannot be read (truncated or damaged?); pack it again") from error
+        infos = [(info, _plain(info.filename)) for info in self._zip.infolist()]
+        infos = [(info, name) for info, name in infos if not name.endswith("/") and not _is_hidden(name)]
         if not infos:
             raise Unreadable("the zip holds no files; pack the images themselves")
         if len(infos) > self._limits.max_zip_images:
@@ -118,8 +120,8 @@ class Zips:
         places = sorted((info.header_offset, info.compress_size) for info, _ in infos)
         if any(start + size > after for (start, size), (after, _) in itertools.pairwise(places)):
             raise Unreadable("files of the zip lie over each other, as no packer writes them; pack it again")
-        stems = Counter(_stem(name) for _, name in infos)
-        return [Entry(info, name, _stem(name) if stems[_stem(name)] == 1 else name, _problem(info, name)) for info, name in infos]
+        stems = _apart([_stem(name) for _, name in infos])
+        return [Entry(info, name, stem, _problem(info, name)) for (info, name), stem in zip(infos, stems, strict=True)]
 
     def extract(self, entry: Entry, target: BinaryIO) -> None:
         """Inflates an image.
@@ -167,9 +169,11 @@ class Zips:
             self._write(name, body)
         return names
 
-    def finish(self, name: str, body: bytes) -> None:
-        """Writes the last file."""
+    def finish(self, order: Sequence[str], name: str, body: bytes) -> None:
+        """Writes the last file, and lists the others in this order; they came as they were done."""
         self._write(name, body)
+        places = {listed: place for place, listed in enumerate(order)}
+        self._made.filelist.sort(key=lambda info: places.get(info.filename, len(places)))
         self._made.close()
         self.out.seek(0)
 
@@ -177,7 +181,7 @@ class Zips:
         if self.out.tell() + len(body) > self._limits.max_zip_mb * 1024 * 1024:
             raise self._full("answers")
         method = zipfile.ZIP_DEFLATED if name.endswith(TEXTS) else zipfile.ZIP_STORED
-        # A date would make the same answer other bytes each time.
+        # As in zips of several formats: of no date.
         self._made.writestr(zipfile.ZipInfo(name, EPOCH), body, method, 1)
 
     def _full(self, what: str) -> "Full":
@@ -194,6 +198,11 @@ def is_zip(file: BinaryIO) -> bool:
     return head in (b"PK\x03\x04", b"PK\x05\x06")
 
 
+def _plain(name: str) -> str:
+    """With the separators of zips, and without steps that stay where they are (./a.png)."""
+    return "/".join(part for part in name.replace("\\", "/").split("/") if part != ".")
+
+
 def _is_hidden(name: str) -> bool:
     parts = name.split("/")
     return "__MACOSX" in parts or any(part.startswith(".") and part != ".." for part in parts)
@@ -204,6 +213,27 @@ def _stem(name: str) -> str:
     plain = name.removesuffix(".gz")
     folder, slash, last = plain.rpartition("/")
     return f"{folder}{slash}{last.rpartition('.')[0] or last}"
+
+
+def _apart(stems: Sequence[str]) -> list[str]:
+    """The same, each of its own in any folder, also where a.png and A.png are one file: the later ones get a number."""
+    alone = [_folded(stem) for stem in stems]
+    taken, seen = set(alone), set[str]()
+    numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(2))
+    apart = []
+    for stem, folded in zip(stems, alone, strict=True):
+        name = stem
+        if folded in seen:
+            name = next(name for number in numbers[folded] if _folded(name := f"{stem}_{number}") not in taken)
+            taken.add(_folded(name))
+        seen.add(folded)
+        apart.append(name)
+    return apart
+
+
+def _folded(name: str) -> str:
+    """What names that are one to Windows or macOS have in common."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _problem(info: zipfile.ZipInfo, name: str) -> str:
