@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import threading
@@ -99,14 +100,15 @@ class AsyncLocal:
             upload(source, affine),
             None if reference is None else upload(reference, affine if hasattr(reference, "dtype") else None),
         ]
-        return await self._answer(given, query(formats, parameters), progress)
+        name = Path(source).name if isinstance(source, str | os.PathLike) else ""
+        return await self._answer(given, query(formats, parameters), progress, name)
 
-    async def _answer(self, given: list[Upload | None], asked: dict[str, Any], progress: Progress) -> Result:
+    async def _answer(self, given: list[Upload | None], asked: dict[str, Any], progress: Progress, name: str) -> Result:
         with _translated(), contextlib.ExitStack() as files:
             # The very words of a URL, read as the server reads them.
             request = Request({"type": "http", "headers": [], "query_string": urlencode(asked).encode()})
             parameters = SegmentParameters.model_validate(asked)
-            wanted = parameters.wanted(request)
+            wanted = dataclasses.replace(parameters.wanted(request), name=name)
             terms = Terms(deadline=read_deadline(parameters.deadline_ms, request))
             file, known = (files.enter_context(one.open()) if one else None for one in given)
             assert file  # noqa: S101 - the first is always there
