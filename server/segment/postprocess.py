@@ -31,6 +31,7 @@ from server.segment.objects import (
     runs,
     scanned,
 )
+from server.stop import NEVER, Stop
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,13 @@ class Processed:
 
 
 def apply(
-    mask: Mask, wanted: Postprocessing, steps: tuple[float, ...] | None, unit_mm: float | None, *, objects: bool
+    mask: Mask,
+    wanted: Postprocessing,
+    steps: tuple[float, ...] | None,
+    unit_mm: float | None,
+    *,
+    objects: bool,
+    stop: Stop = NEVER,
 ) -> Processed:
     """All but the threshold. The mask's classes are changed in place.
 
@@ -151,25 +158,30 @@ def apply(
         steps: mm from pixel to pixel along each axis of the mask, where they are known.
         unit_mm: mm² of a pixel or mm³ of a voxel, where it is known.
         objects: whether the mask is to have them.
+        stop: ends it between two objects or steps.
 
     Raises:
         InvalidParameter: there are too many objects.
+        Stopped: it was.
     """
     classes = mask.classes
     if wanted.fill_holes:
         fill_holes(classes)
     if not objects and not wanted.of_objects:
         return Processed(mask, {})
+    stop.check()
     labels, count = number(classes)
+    stop.check()
     least = next((v / (1 if name == "min_size_px" else unit_mm or 1) for name, v in wanted.sizes.items()), 0.0)
     dropped: dict[int, int] = {}
     if wanted.instances:
         # What is too small as a whole is so in parts.
         count = _drop(labels, count, classes, dropped, least)
         check_count(count)
-        count = instances.split(labels, count, steps or (1.0,) * classes.ndim)
+        count = instances.split(labels, count, steps or (1.0,) * classes.ndim, stop)
         count = in_scan_order(scanned(labels), count)[1]
     count = _drop(labels, count, classes, dropped, least, largest=wanted.keep_largest)
+    stop.check()
     return Processed(
         Mask(mask.classes, mask.scores, mask.spread, measure(labels, count, classes, mask.confidence), mask.confidence)
         if objects

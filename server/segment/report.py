@@ -15,6 +15,7 @@ from server.imaging.encode import ENCODERS, Encoded, Product
 from server.runtime.bundle import Manifest
 from server.segment import quality, scale, statistics
 from server.segment.postprocess import Postprocessing
+from server.stop import NEVER, Stop
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,13 @@ def compared(found: Found, reference: Shaped[ndarray, "*reference"]) -> Found:
 
 
 def encode(
-    found: Found, formats: tuple[str, ...], facts: dict[str, Any], seconds: dict[str, float], *, include_mask: bool
+    found: Found,
+    formats: tuple[str, ...],
+    facts: dict[str, Any],
+    seconds: dict[str, float],
+    *,
+    include_mask: bool,
+    stop: Stop = NEVER,
 ) -> Encoded:
     """The answer.
 
@@ -72,9 +79,16 @@ def encode(
         facts: what was served, for the report.
         seconds: per phase so far.
         include_mask: whether the report carries the mask too, in base64.
+        stop: ends it between two formats, objects or their like.
+
+    Raises:
+        InvalidParameter: there are too many objects to describe.
+        Stopped: it was.
     """
     classes = found.manifest.classes
-    product = Product(found.mask, {c.value: rgb(c.color) for c in classes}, {c.value: c.name for c in classes}, found.source)
+    product = Product(
+        found.mask, {c.value: rgb(c.color) for c in classes}, {c.value: c.name for c in classes}, found.source, stop=stop
+    )
     if "report" not in encoding.needs(formats):
         return encoding.encode(formats, product)
     report = facts | _described(found, product.names)

@@ -86,13 +86,15 @@ def finish(work: Work, expected: Image | Volume | None, last: Ran, request: Segm
 
     Raises:
         InvalidParameter: there are too many objects to describe.
+        Stopped: nobody wants the answer any more.
     """
     choice, wanted = order.choice, request.postprocessing
     with clock.phase("restore"):
         work.finish(last)
         source, steps, unit_mm = work.source, scale.steps_mm(work.source), scale.unit_mm(work.source)
-        done = postprocess.apply(work.mask, wanted, steps, unit_mm, objects="objects" in order.needs)
+        done = postprocess.apply(work.mask, wanted, steps, unit_mm, objects="objects" in order.needs, stop=clock.stop)
         found = Found(source, choice.manifest, done.mask, wanted, done.dropped, work.canvas.largest)
+        clock.stop.check()
         if expected:
             found = report.compared(found, expected.values[..., 0])
     facts = {"model": choice.model, "mode": choice.route.mode, "level": choice.route.level, "precision": choice.precision,
@@ -100,7 +102,7 @@ def finish(work: Work, expected: Image | Volume | None, last: Ran, request: Segm
     if order.degraded:
         facts |= {"requested": {"mode": order.requested.mode, "level": order.requested.level}, "degraded": order.degraded}
     with clock.phase("encode"):
-        encoded = report.encode(found, order.formats, facts, clock.seconds, include_mask=request.include_mask)
+        encoded = report.encode(found, order.formats, facts, clock.seconds, include_mask=request.include_mask, stop=clock.stop)
     return Answer(
         encoded.body,
         encoded.media_type,

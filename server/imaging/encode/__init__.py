@@ -11,6 +11,7 @@ from typing import Any
 from server.arrays import Extent, Image, Mask, Volume
 from server.errors import UnknownFormat
 from server.imaging.encode import coco, csv, geojson, json, nifti, npz, nrrd, overlay, png, png16, tiff, uncertainty
+from server.stop import NEVER, Stop
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Product:
         names: class names per value.
         source: the decoded input.
         report: statistics and facts for JSON.
+        stop: ends the work between two formats, and within those of many objects.
     """
 
     mask: Mask
@@ -30,6 +32,7 @@ class Product:
     names: dict[int, str]
     source: Image | Volume | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    stop: Stop = NEVER
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def _any(source: Image | Volume | None) -> Image | Volume:
 
 
 def _geojson(product: Product) -> bytes:
-    return geojson.encode(product.mask, product.colors, product.names, _image(product.source))
+    return geojson.encode(product.mask, product.colors, product.names, _image(product.source), product.stop)
 
 
 _IMAGE, _PAGES, _VOLUME = ("image",), ("image", "stack"), ("volume",)
@@ -110,7 +113,9 @@ ENCODERS: dict[str, Encoder] = {
     "csv": Encoder("text/csv", "objects.csv", lambda p: csv.encode(p.mask, p.names, p.source), needs=_OBJECTS, packed=False),
     "geojson": Encoder("application/geo+json", "objects.geojson", _geojson, _IMAGE, _OBJECTS, packed=False),
     "geojson_gz": Encoder("application/gzip", "objects.geojson.gz", lambda p: geojson.packed(_geojson(p)), _IMAGE, _OBJECTS),
-    "coco": Encoder("application/json", "coco.json", lambda p: coco.encode(p.mask, p.names), _IMAGE, _OBJECTS, packed=False),
+    "coco": Encoder(
+        "application/json", "coco.json", lambda p: coco.encode(p.mask, p.names, p.stop), _IMAGE, _OBJECTS, packed=False
+    ),
     "npz8": Encoder("application/x-npz", "scores_8bit.npz", lambda p: npz.with_bytes(p.mask), needs=_SCORES),
     "scores_tiff": Encoder("image/tiff", "scores.tif", lambda p: tiff.scores(p.mask, p.names), _PAGES, _SCORES),
     "scores_nifti": Encoder(
@@ -199,13 +204,19 @@ def without(wanted: str | None, what: str) -> str | None:
 
 
 def encode(names: tuple[str, ...], product: Product) -> Encoded:
-    """One format as it is, several as a zip with a file for each."""
+    """One format as it is, several as a zip with a file for each.
+
+    Raises:
+        InvalidParameter: there are too many objects, or they have too many corners.
+        Stopped: see `Product`.
+    """
     rows = [ENCODERS[name] for name in names]
     if len(rows) == 1:
         return Encoded(rows[0].encode(product), rows[0].media_type, rows[0].file)
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         for row in rows:
+            product.stop.check()
             method = zipfile.ZIP_STORED if row.packed else zipfile.ZIP_DEFLATED
             archive.writestr(zipfile.ZipInfo(row.file, EPOCH), row.encode(product), method, compresslevel=1)
     return Encoded(out.getvalue(), "application/zip", "mask.zip")

@@ -14,6 +14,7 @@ from msgspec import json
 from numpy import ndarray
 
 from server.arrays import Mask, Objects
+from server.stop import NEVER, Stop
 
 # Of a character: five bits of a number, and whether more follow; offset to be printable.
 BITS, MORE, FIRST = 5, 32, 48
@@ -21,7 +22,7 @@ BITS, MORE, FIRST = 5, 32, 48
 MOST = 7
 
 
-def encode(mask: Mask, names: dict[int, str]) -> bytes:
+def encode(mask: Mask, names: dict[int, str], stop: Stop = NEVER) -> bytes:
     """One image, id 1; annotations and categories have the numbers of objects and classes. Boxes are [x, y, width, height]."""
     assert mask.objects is not None  # noqa: S101 - the table asks for them
     height, width = mask.objects.labels.shape
@@ -31,15 +32,16 @@ def encode(mask: Mask, names: dict[int, str]) -> bytes:
         "categories": [{"id": value, "name": name} for value, name in names.items()],
     }
     # One by one, see `geojson`.
-    annotations = b",".join(map(json.encode, _annotations(mask.objects, [height, width])))
+    annotations = b",".join(map(json.encode, _annotations(mask.objects, [height, width], stop)))
     return json.encode(document)[:-1] + b',"annotations":[' + annotations + b"]}"
 
 
-def _annotations(objects: Objects, size: list[int]) -> Iterator[dict[str, Any]]:
+def _annotations(objects: Objects, size: list[int], stop: Stop) -> Iterator[dict[str, Any]]:
     boxes = np.concatenate([objects.low[:, ::-1], (objects.high - objects.low)[:, ::-1]], axis=1)
     columns = (objects.value, objects.pixels, boxes, objects.mean_score.astype(np.float64).round(4))
     rows = zip(run_lengths(objects.labels), *(column.tolist() for column in columns), strict=True)
     for number, (counts, value, pixels, box, score) in enumerate(rows, 1):
+        stop.check()
         yield {
             "id": number, "image_id": 1, "category_id": value, "segmentation": {"size": size, "counts": counts},
             "area": pixels, "bbox": box, "iscrowd": 0,

@@ -18,6 +18,7 @@ from scipy.sparse.csgraph import breadth_first_order, connected_components
 
 from server.arrays import Objects
 from server.errors import InvalidParameter
+from server.stop import NEVER, Stop
 
 # Each takes some 150 bytes meanwhile. A hundred thousand nuclei have four million.
 MOST_CORNERS = 10_000_000
@@ -46,15 +47,17 @@ class Rings:
     outer: Int64[ndarray, " R"]
 
 
-def trace(objects: Objects) -> Rings:
+def trace(objects: Objects, stop: Stop = NEVER) -> Rings:
     """The rings of each object of an image.
 
     Raises:
         InvalidParameter: there are more corners than anybody could use.
+        Stopped: `stop` was set.
     """
     label, y, x, dy, dx, turns_across = _corners(objects.labels)
     if not len(label):
         return Rings(np.zeros((0, 2), np.int32), np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int64))
+    stop.check()
     height, width = objects.labels.shape
     by_column = np.argsort(((label.astype(np.int64) * (width + 1) + x) * (height + 1) + y) * 2 + dy)
     # They are sorted by rows already.
@@ -68,11 +71,13 @@ def trace(objects: Objects) -> Rings:
     if len(twin):
         following[twin], following[twin + 1] = following[twin + 1], following[twin]
         ring = _cycles(following)
+    stop.check()
     starts, order = _walk(following, ring)
     lengths = np.bincount(ring)[ring[starts]]
     # Each ring's first corner again behind its last.
     closed = np.insert(order, np.cumsum(lengths), starts)
     xy, ends = np.stack([x[closed], y[closed]], axis=1), np.cumsum(lengths + 1)
+    stop.check()
     pixel = np.stack([y[starts] + dy[starts] - 1, x[starts] + dx[starts] - 1], axis=1)
     return Rings(xy, ends, label[starts], _owners(objects, label[starts], _areas(xy, ends) < 0, pixel))
 

@@ -36,11 +36,13 @@ from server.metrics import Metrics
 from server.runtime.engines.fake import FakeEngine
 from server.runtime.line import Caller, Lane
 from server.runtime.pace import Margin
-from server.segment import pipeline, steps
+from server.imaging.encode import csv, geojson
+from server.segment import instances, pipeline, postprocess, steps
 from server.segment.cost import Estimate
 from server.segment.pipeline import Segmenter
 from server.segment.request import Answer, SegmentRequest, Terms
 from server.settings import BatchingSettings, LimitsSettings
+from server.stop import Stopped
 from tests.server.conftest import (
     Fixed,
     Sent,
@@ -54,6 +56,7 @@ from tests.server.conftest import (
     picture_bytes,
     volume_of,
 )  # fmt: skip
+from tests.server.segment.masks import disc
 
 CLASSES = [{"value": 1, "name": "a", "color": "#ff0000"}, {"value": 2, "name": "b", "color": "#00ff00"}]
 TWO: dict[str, Any] = {"classes": CLASSES, "activation": "softmax"}
@@ -1055,6 +1058,47 @@ class TestGivenUp:
                 assert not slow.inside
 
             asyncio.run(go())
+
+    @pytest.mark.parametrize(
+        ("module", "name", "wanted"),
+        [
+            (instances, "_divide", {"instances": True}),
+            (geojson, "trace", {"format": "geojson"}),
+            (csv, "encode", {"format": "csv,geojson"}),
+            (postprocess, "fill_holes", {"fill_holes": True, "format": "json"}),
+        ],
+    )
+    def test_what_is_done_with_the_mask_ends_between_two_pieces(
+        self, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, wanted: dict[str, Any]
+    ) -> None:
+        """As a thread cannot be interrupted; a deadline that passes cancels too."""
+        slow, ended = Slow(getattr(module, name)), []
+        monkeypatch.setattr(module, name, slow)
+        finish = steps.finish
+
+        def watched(*args: Any) -> Any:
+            try:
+                return finish(*args)
+            except BaseException as error:
+                ended.append(type(error))
+                raise
+
+        monkeypatch.setattr(steps, "finish", watched)
+        pairs = [((20, x + dx), 10.0) for x in (20, 80, 140) for dx in (0, 17)]
+        with segmenting() as segmenter:
+
+            async def go() -> None:
+                data = picture_bytes(200 * disc((60, 200), *pairs))
+                task = asyncio.create_task(segmenter.segment(Sent(data), SegmentRequest(**wanted)))
+                await holds(slow.entered.is_set)
+                task.cancel()
+                await asyncio.sleep(0)
+                slow.leave.set()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+
+            asyncio.run(go())
+        assert ended == [Stopped]
 
     def test_a_deadline_waits_for_the_thread_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
         slow = Slow(steps.decode)
