@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from server.arrays import Extent
 from server.errors import TooLarge
+from server.imaging import encode as encoding
 from server.imaging.geometry import Placement
 from server.imaging.reading import Reading
 from server.runtime.bundle import Graph, Manifest
@@ -13,6 +14,11 @@ from server.segment.plan import STEP_PIXELS, tile_grid
 from server.segment.postprocess import Postprocessing
 from server.segment.statistics import LISTED_BYTES, MOST_LISTED
 from server.settings import LimitsSettings
+
+# How many times longer than restoring and encoding a mask it takes beside the device, until it has been measured: what is done
+# with it, of which the first of a request's is meant. Of noise and of diagonal lines it is up to five times that again.
+WORK = {"instances": 10, "outlines": 6, "objects": 2, "mask": 1}
+LONG = ("instances", "outlines")
 
 # Of the place of one window; a stack of tiny slices has more windows than pixels in one.
 WINDOW_BYTES = 100
@@ -90,6 +96,18 @@ def estimate(
     covered = math.prod(min(s, t) for s, t in zip(placement.size, grid.tile, strict=True))
     padding = windows * (tile_pixels - covered)
     return Estimate(max(pixels, network), windows, tile_pixels, padding, windows * pace.seconds(tile_pixels), memory)
+
+
+def work_of(formats: tuple[str, ...], wanted: Postprocessing) -> str:
+    """What is done with the mask, by the time it takes: a row of `WORK`."""
+    needs = encoding.needs(formats)
+    asked = {
+        "instances": wanted.instances,
+        "outlines": any(encoding.ENCODERS[name].outlines for name in formats),
+        "objects": bool(needs) or wanted.of_objects or wanted.fill_holes,
+        "mask": True,
+    }
+    return next(work for work in WORK if asked[work])
 
 
 def check(found: Estimate, extent: Extent, limits: LimitsSettings) -> None:

@@ -30,6 +30,7 @@ class Order:
         requested: what was asked for.
         alone_s: until the answer is there, if nobody else waits.
         predicted_s: the same, waiting included.
+        work: what is done with the mask, see `cost.work_of`.
         degraded: why they differ: "deadline", "load", or "" if they do not.
     """
 
@@ -40,6 +41,7 @@ class Order:
     estimate: Estimate
     alone_s: float
     predicted_s: float
+    work: str
     degraded: str = ""
 
     @property

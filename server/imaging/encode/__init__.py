@@ -46,6 +46,7 @@ class Encoder:
         kinds: of input that it can answer, see `Extent.kind`.
         needs: what must be in the product: "scores", "spread", "objects" (see `Mask`), "report".
         packed: whether it is compressed already.
+        outlines: whether it describes the shape of each object, which takes longer than all else.
     """
 
     media_type: str
@@ -54,6 +55,7 @@ class Encoder:
     kinds: tuple[str, ...] = ("image", "stack", "volume")
     needs: frozenset[str] = frozenset()
     packed: bool = True
+    outlines: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,18 @@ ENCODERS: dict[str, Encoder] = {
         "application/gzip", "labels.nii.gz", lambda p: nifti.labels(_volume(p.source), p.mask), _VOLUME, _OBJECTS
     ),
     "csv": Encoder("text/csv", "objects.csv", lambda p: csv.encode(p.mask, p.names, p.source), needs=_OBJECTS, packed=False),
-    "geojson": Encoder("application/geo+json", "objects.geojson", _geojson, _IMAGE, _OBJECTS, packed=False),
-    "geojson_gz": Encoder("application/gzip", "objects.geojson.gz", lambda p: geojson.packed(_geojson(p)), _IMAGE, _OBJECTS),
+    "geojson": Encoder("application/geo+json", "objects.geojson", _geojson, _IMAGE, _OBJECTS, packed=False, outlines=True),
+    "geojson_gz": Encoder(
+        "application/gzip", "objects.geojson.gz", lambda p: geojson.packed(_geojson(p)), _IMAGE, _OBJECTS, outlines=True
+    ),
     "coco": Encoder(
-        "application/json", "coco.json", lambda p: coco.encode(p.mask, p.names, p.stop), _IMAGE, _OBJECTS, packed=False
+        "application/json",
+        "coco.json",
+        lambda p: coco.encode(p.mask, p.names, p.stop),
+        _IMAGE,
+        _OBJECTS,
+        packed=False,
+        outlines=True,
     ),
     "npz8": Encoder("application/x-npz", "scores_8bit.npz", lambda p: npz.with_bytes(p.mask), needs=_SCORES),
     "scores_tiff": Encoder("image/tiff", "scores.tif", lambda p: tiff.scores(p.mask, p.names), _PAGES, _SCORES),

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 from scipy import ndimage
 
-from server.arrays import Tiles
+from server.arrays import Extent, Tiles
 from server.errors import (
     DeadlinePassed,
     DeadlineTooShort,
@@ -32,11 +32,11 @@ from server.errors import (
     UnknownModel,
     Unreadable,
 )
+from server.imaging.encode import csv, geojson
 from server.metrics import Metrics
 from server.runtime.engines.fake import FakeEngine
 from server.runtime.line import Caller, Lane
 from server.runtime.pace import Margin
-from server.imaging.encode import csv, geojson
 from server.segment import instances, pipeline, postprocess, steps
 from server.segment.cost import Estimate
 from server.segment.pipeline import Segmenter
@@ -867,6 +867,63 @@ class TestInTime:
             assert asked(segmenter, patience_s=10.0, data=picture_bytes(np.zeros((16, 16), dtype=np.uint8))).body
             # 20 ms for 16² pixels would make 82 s for 1024²; and as what is refused is never run, nothing would be learned.
             assert asked(segmenter, patience_s=10.0, data=picture_bytes(np.zeros((1024, 1024), dtype=np.uint8))).body
+
+
+class TestKindsOfWork:
+    """What takes long with the objects of one caller says nothing of another's mask."""
+
+    @pytest.mark.parametrize(
+        ("wanted", "work"),
+        [
+            ({}, "mask"),
+            ({"threshold": 0.4, "format": "tiff"}, "mask"),
+            ({"format": "json"}, "objects"),
+            ({"fill_holes": True}, "objects"),
+            ({"format": "png,geojson_gz"}, "outlines"),
+            ({"format": "coco"}, "outlines"),
+            ({"instances": True}, "instances"),
+            ({"instances": True, "format": "geojson"}, "instances"),
+        ],
+    )
+    def test_each_learns_for_itself(self, wanted: dict[str, Any], work: str) -> None:
+        with segmenting() as segmenter:
+            for pace in segmenter._beside.values():
+                pace.learn = lambda pixels, seconds, pace=pace: learnt.append((pace, pixels))  # type: ignore[method-assign, misc]
+            learnt: list[tuple[Any, int]] = []
+            asyncio.run(segmenter.segment(Sent(IMAGE), SegmentRequest(**wanted)))
+            assert [pace for pace, _ in learnt] == [segmenter._beside["image", work]]
+
+    def test_slow_instances_leave_the_predictions_of_masks_alone(self) -> None:
+        with segmenting() as segmenter:
+
+            def predicted(**wanted: Any) -> float:
+                request = SegmentRequest(**wanted)
+                return segmenter._order(Extent((2048, 2048)), None, request, segmenter.choose(request)).alone_s
+
+            before, long = predicted(), predicted(instances=True)
+            assert long > 5 * before
+            for _ in range(20):
+                segmenter._beside["image", "instances"].learn(2048 * 2048, 60.0)
+                segmenter._margins["instances"].learn(1.0, 60.0)
+            assert predicted() == before
+            assert predicted(instances=True) > 10 * long
+            assert segmenter._margins["mask"].factor == Margin().factor
+
+    def test_what_would_take_too_long_is_refused(self) -> None:
+        huge = picture_bytes(Pillow.new("L", (5000, 5000)))
+        with segmenting() as segmenter, pytest.raises(TooLarge, match="POST /jobs"):
+            asyncio.run(segmenter.segment(Sent(huge), SegmentRequest(instances=True), terms=Terms(5.0)))
+
+    @pytest.mark.parametrize(("wanted", "pool"), [({}, "worker"), ({"instances": True}, "volume"), ({"format": "coco"}, "volume")])
+    def test_long_work_leaves_the_threads_of_images_free(
+        self, wanted: dict[str, Any], pool: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pipeline, "LONG_PIXELS", 48)
+        monkeypatch.setattr(pipeline, "SMALL_BYTES", 0)
+        finish, names = steps.finish, []
+        monkeypatch.setattr(steps, "finish", lambda *args: (names.append(threading.current_thread().name), finish(*args))[1])
+        segment(IMAGE, **wanted)
+        assert names[0].startswith(pool)
 
 
 @pytest.mark.usefixtures("exact")
