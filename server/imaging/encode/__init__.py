@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 from server.arrays import Extent, Image, Mask, Volume
@@ -33,6 +34,11 @@ class Product:
     source: Image | Volume | None = None
     report: dict[str, Any] = field(default_factory=dict)
     stop: Stop = NEVER
+
+    @cached_property
+    def geojson(self) -> bytes:
+        """As it is and packed: tracing outlines takes longer than all else."""
+        return geojson.encode(self.mask, self.colors, self.names, _image(self.source), self.stop)
 
 
 @dataclass(frozen=True)
@@ -82,10 +88,6 @@ def _any(source: Image | Volume | None) -> Image | Volume:
     return source
 
 
-def _geojson(product: Product) -> bytes:
-    return geojson.encode(product.mask, product.colors, product.names, _image(product.source), product.stop)
-
-
 _IMAGE, _PAGES, _VOLUME = ("image",), ("image", "stack"), ("volume",)
 _SPREAD = frozenset({"spread"})
 _SCORES = frozenset({"scores"})
@@ -113,9 +115,11 @@ ENCODERS: dict[str, Encoder] = {
         "application/gzip", "labels.nii.gz", lambda p: nifti.labels(_volume(p.source), p.mask), _VOLUME, _OBJECTS
     ),
     "csv": Encoder("text/csv", "objects.csv", lambda p: csv.encode(p.mask, p.names, p.source), needs=_OBJECTS, packed=False),
-    "geojson": Encoder("application/geo+json", "objects.geojson", _geojson, _IMAGE, _OBJECTS, packed=False, outlines=True),
+    "geojson": Encoder(
+        "application/geo+json", "objects.geojson", lambda p: p.geojson, _IMAGE, _OBJECTS, packed=False, outlines=True
+    ),
     "geojson_gz": Encoder(
-        "application/gzip", "objects.geojson.gz", lambda p: geojson.packed(_geojson(p)), _IMAGE, _OBJECTS, outlines=True
+        "application/gzip", "objects.geojson.gz", lambda p: geojson.packed(p.geojson), _IMAGE, _OBJECTS, outlines=True
     ),
     "coco": Encoder(
         "application/json",
