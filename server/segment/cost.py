@@ -1,7 +1,7 @@
 """What a request will take, told from the file's header alone, and the limits that it is held against."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.arrays import Extent
 from server.errors import TooLarge
@@ -56,7 +56,7 @@ def estimate(
     placement: Placement,
     manifest: Manifest,
     graph: Graph,
-    needs: frozenset[str],
+    formats: tuple[str, ...],
     wanted: Postprocessing,
     pace: Pace,
 ) -> Estimate:
@@ -68,7 +68,7 @@ def estimate(
         placement: of the network's grid.
         manifest: of the network.
         graph: to be run.
-        needs: of the answer, see `Encoder`.
+        formats: of the answer.
         wanted: what is to be done with the mask.
         pace: of that graph.
     """
@@ -78,6 +78,7 @@ def estimate(
     # The network's own copy: resampled, or colours averaged to grey.
     copied = network * 4 * extent.channels if placement.resampled else 0
     copied += network * 4 if extent.channels > len(manifest.channels) else 0
+    needs = encoding.needs(formats)
     # Of the axis that orders the windows one window, of the others all.
     sides = (t if a == grid.axis else max(s, t) for a, (s, t) in enumerate(zip(placement.size, grid.tile, strict=True)))
     open_channels = k + ("spread" in needs)
@@ -87,8 +88,10 @@ def estimate(
     kept = (6 * k if "scores" in needs else 0) * pixels
     # The spread, and it encoded as float32.
     kept += (10 if "spread" in needs else 0) * pixels
-    # The score of each pixel's class, and what is labelled and listed.
-    kept += (2 if "objects" in needs else 0) * pixels + wanted.bytes(pixels, objects="objects" in needs)
+    # The score of each pixel's class, and what is labelled and listed; what is done with the mask is over when it is encoded.
+    labelled = replace(wanted, instances=False, fill_holes=False).bytes(pixels, objects="objects" in needs)
+    kept += (2 if "objects" in needs else 0) * pixels
+    kept += max(wanted.bytes(pixels, objects="objects" in needs), labelled + encoding.memory(formats, extent))
     kept += LISTED_BYTES * min(MOST_LISTED, pixels) if "report" in needs else 0
     compared = math.prod(reference.size) * (reference.channels * reference.sample_bytes + 3) if reference else 0
     # The mask, its encoded form, and what finding the best class takes in passing.

@@ -226,8 +226,7 @@ class Segmenter:
         request.postprocessing.check_kind(extent)
         placement = place(extent, manifest, request.axis)
         graph = manifest.graph(choice.route.graph)
-        needs = encoding.needs(formats)
-        estimate = cost.estimate(extent, reference, placement, manifest, graph, needs, request.postprocessing, choice.lane.pace)
+        estimate = cost.estimate(extent, reference, placement, manifest, graph, formats, request.postprocessing, choice.lane.pace)
         cost.check(estimate, extent, limits)
         # An image may still lie on its side (EXIF).
         if reference and (extent.kind != "image" or sorted(extent.size) != sorted(reference.size)):

@@ -1,6 +1,7 @@
 """Masks to bytes. One row per output format; several at once are a zip."""
 
 import io
+import math
 import re
 import zipfile
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 from server.arrays import Extent, Image, Mask, Volume
 from server.errors import UnknownFormat
-from server.imaging.encode import coco, csv, geojson, json, nifti, npz, nrrd, overlay, png, png16, tiff, uncertainty
+from server.imaging.encode import coco, csv, geojson, json, nifti, npz, nrrd, outlines, overlay, png, png16, tiff, uncertainty
 from server.stop import NEVER, Stop
 
 
@@ -53,6 +54,9 @@ class Encoder:
         needs: what must be in the product: "scores", "spread", "objects" (see `Mask`), "report".
         packed: whether it is compressed already.
         outlines: whether it describes the shape of each object, which takes longer than all else.
+        image_bytes: of memory that it takes per pixel of an image, at the most, on top of what it makes; measured on noise, stripes
+            and dots. Of volumes it makes a small picture.
+        most_bytes: in all, where the number of objects, corners or runs is limited.
     """
 
     media_type: str
@@ -62,6 +66,8 @@ class Encoder:
     needs: frozenset[str] = frozenset()
     packed: bool = True
     outlines: bool = False
+    image_bytes: int = 0
+    most_bytes: int = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ ENCODERS: dict[str, Encoder] = {
     "json": Encoder("application/json", "statistics.json", lambda p: json.encode(p.report), needs=_REPORT | _OBJECTS, packed=False),
     "npz": Encoder("application/x-npz", "scores.npz", lambda p: npz.encode(p.mask), needs=_SCORES),
     "png16": Encoder("image/png", "score.png", lambda p: png16.encode(p.mask), _IMAGE, _SCORES),
-    "overlay": Encoder("image/png", "overlay.png", lambda p: overlay.encode(_any(p.source), p.mask, p.colors)),
+    "overlay": Encoder("image/png", "overlay.png", lambda p: overlay.encode(_any(p.source), p.mask, p.colors), image_bytes=17),
     "png1": Encoder("image/png", "mask_1bit.png", lambda p: png.one_bit(p.mask), _IMAGE),
     "nrrd": Encoder(
         "application/x-nrrd", "mask.seg.nrrd", lambda p: nrrd.encode(_volume(p.source), p.mask, p.colors, p.names), _VOLUME
@@ -114,12 +120,35 @@ ENCODERS: dict[str, Encoder] = {
     "labels_nifti": Encoder(
         "application/gzip", "labels.nii.gz", lambda p: nifti.labels(_volume(p.source), p.mask), _VOLUME, _OBJECTS
     ),
-    "csv": Encoder("text/csv", "objects.csv", lambda p: csv.encode(p.mask, p.names, p.source), needs=_OBJECTS, packed=False),
+    "csv": Encoder(
+        "text/csv",
+        "objects.csv",
+        lambda p: csv.encode(p.mask, p.names, p.source),
+        needs=_OBJECTS,
+        packed=False,
+        image_bytes=75,
+        most_bytes=500_000_000,
+    ),
     "geojson": Encoder(
-        "application/geo+json", "objects.geojson", lambda p: p.geojson, _IMAGE, _OBJECTS, packed=False, outlines=True
+        "application/geo+json",
+        "objects.geojson",
+        lambda p: p.geojson,
+        _IMAGE,
+        _OBJECTS,
+        packed=False,
+        outlines=True,
+        image_bytes=160,
+        most_bytes=160 * outlines.MOST_CORNERS,
     ),
     "geojson_gz": Encoder(
-        "application/gzip", "objects.geojson.gz", lambda p: geojson.packed(p.geojson), _IMAGE, _OBJECTS, outlines=True
+        "application/gzip",
+        "objects.geojson.gz",
+        lambda p: geojson.packed(p.geojson),
+        _IMAGE,
+        _OBJECTS,
+        outlines=True,
+        image_bytes=160,
+        most_bytes=160 * outlines.MOST_CORNERS,
     ),
     "coco": Encoder(
         "application/json",
@@ -129,14 +158,16 @@ ENCODERS: dict[str, Encoder] = {
         _OBJECTS,
         packed=False,
         outlines=True,
+        image_bytes=90,
+        most_bytes=90 * coco.MOST_RUNS,
     ),
     "npz8": Encoder("application/x-npz", "scores_8bit.npz", lambda p: npz.with_bytes(p.mask), needs=_SCORES),
     "scores_tiff": Encoder("image/tiff", "scores.tif", lambda p: tiff.scores(p.mask, p.names), _PAGES, _SCORES),
     "scores_nifti": Encoder(
         "application/gzip", "scores.nii.gz", lambda p: nifti.scores(_volume(p.source), p.mask), _VOLUME, _SCORES
     ),
-    "overlay_jpeg": Encoder("image/jpeg", "overlay.jpg", lambda p: overlay.jpeg(_any(p.source), p.mask, p.colors)),
-    "picture": Encoder("image/png", "picture.png", lambda p: overlay.picture(_image(p.source)), _IMAGE),
+    "overlay_jpeg": Encoder("image/jpeg", "overlay.jpg", lambda p: overlay.jpeg(_any(p.source), p.mask, p.colors), image_bytes=17),
+    "picture": Encoder("image/png", "picture.png", lambda p: overlay.picture(_image(p.source)), _IMAGE, image_bytes=12),
     "uncertainty_png": Encoder("image/png", "uncertainty.png", lambda p: uncertainty.as_png(p.mask), _IMAGE, _SPREAD),
     "uncertainty_tiff": Encoder("image/tiff", "uncertainty.tif", lambda p: uncertainty.as_tiff(p.mask), _PAGES, _SPREAD),
     "uncertainty_nifti": Encoder(
@@ -205,6 +236,14 @@ def _named(name: str, fitting: list[str], kind: str, default: str) -> str:
 def needs(names: tuple[str, ...]) -> frozenset[str]:
     """What the product must hold for these formats."""
     return frozenset().union(*(ENCODERS[name].needs for name in names))
+
+
+def memory(names: tuple[str, ...], extent: Extent) -> int:
+    """Bytes that encoding takes at the most: one format after the other, each dropped but for what is sent."""
+    if extent.kind != "image":
+        return 0
+    rows, pixels = [ENCODERS[name] for name in names], math.prod(extent.size)
+    return max(min(row.image_bytes * pixels, row.most_bytes) for row in rows)
 
 
 def wants(wanted: str | None, what: str) -> bool:

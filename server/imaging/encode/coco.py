@@ -14,16 +14,24 @@ from msgspec import json
 from numpy import ndarray
 
 from server.arrays import Mask, Objects
+from server.errors import InvalidParameter
 from server.stop import NEVER, Stop
 
 # Of a character: five bits of a number, and whether more follow; offset to be printable.
 BITS, MORE, FIRST = 5, 32, 48
+# Down the columns, background included; each takes some 90 bytes meanwhile. A hundred thousand nuclei have eight million.
+MOST_RUNS = 20_000_000
 # Characters of the largest number.
 MOST = 7
 
 
 def encode(mask: Mask, names: dict[int, str], stop: Stop = NEVER) -> bytes:
-    """One image, id 1; annotations and categories have the numbers of objects and classes. Boxes are [x, y, width, height]."""
+    """One image, id 1; annotations and categories have the numbers of objects and classes. Boxes are [x, y, width, height].
+
+    Raises:
+        InvalidParameter: there are more runs than anybody could use.
+        Stopped: see `Product`.
+    """
     assert mask.objects is not None  # noqa: S101 - the table asks for them
     height, width = mask.objects.labels.shape
     document = {
@@ -69,6 +77,11 @@ def _runs(labels: Int32[ndarray, "H W"]) -> tuple[Int64[ndarray, " R"], Int64[nd
     begins = np.ones(labels.shape, dtype=bool)
     np.not_equal(labels[1:], labels[:-1], out=begins[1:])
     np.not_equal(labels[0, 1:], labels[-1, :-1], out=begins[0, 1:])
+    if np.count_nonzero(begins) > MOST_RUNS:
+        raise InvalidParameter(
+            f"the objects have more than {MOST_RUNS:,} runs of pixels, which is noise. Drop the small objects with min_size_px, or ask "
+            "for labels_tiff"
+        )
     row, column = np.nonzero(begins)
     starts, numbers = column * len(labels) + row, labels[begins]
     order = np.argsort(starts)

@@ -141,6 +141,11 @@ class TestCsv:
 
 
 class TestCoco:
+    def test_noise_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(coco, "MOST_RUNS", 100)
+        with pytest.raises(InvalidParameter, match=r"more than 100 runs.*min_size_px"):
+            ENCODERS["coco"].encode(product(np.indices((20, 20)).sum(axis=0).astype(np.int32) % 2))
+
     @given(label_maps)
     def test_runs_are_those_of_pycocotools(self, labels: np.ndarray) -> None:
         wanted = [

@@ -909,6 +909,17 @@ class TestKindsOfWork:
             assert predicted(instances=True) > 10 * long
             assert segmenter._margins["mask"].factor == Margin().factor
 
+    @pytest.mark.parametrize(
+        ("wanted", "least"),
+        [("overlay", 17), ("overlay_jpeg", 17), ("picture", 12), ("csv", 75), ("geojson", 160), ("geojson_gz", 160), ("coco", 90)],
+    )
+    def test_memory_of_what_encodes_is_counted(self, wanted: str, least: int) -> None:
+        data = picture_bytes(Pillow.new("L", (1000, 1000)))
+        assert estimate(data, format=wanted).memory_bytes - estimate(data).memory_bytes >= least * 1_000_000
+        # One after the other.
+        several = estimate(data, format=f"{wanted},coco").memory_bytes
+        assert several == max(estimate(data, format=f).memory_bytes for f in (wanted, "coco"))
+
     def test_what_would_take_too_long_is_refused(self) -> None:
         huge = picture_bytes(Pillow.new("L", (5000, 5000)))
         with segmenting() as segmenter, pytest.raises(TooLarge, match="POST /jobs"):
