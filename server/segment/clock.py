@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
+from server.stop import Stop
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -18,10 +20,12 @@ class Clock:
 
     Attributes:
         workers: the threads to run it in; None for work that is over before a thread would have begun.
+        stop: set once whoever waits for a thread has left.
     """
 
     workers: ThreadPoolExecutor | None
     seconds: dict[str, float] = field(default_factory=dict)
+    stop: Stop = field(default_factory=Stop)
 
     def add(self, phase: str, seconds: float) -> None:
         """What a phase took, or one more piece of it."""
@@ -39,7 +43,8 @@ class Clock:
     async def off_loop(self, phase: str, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs `work` in a worker thread; counts its own time, not the wait for a thread, unless `phase` is "".
 
-        Whoever is cancelled waits for the thread's end too: until then it uses memory, and the caller's files.
+        Whoever is cancelled waits for the thread's end too: until then it uses memory, and the caller's files. Work that asks
+        `stop` ends soon.
         """
 
         def timed() -> T:
@@ -54,6 +59,7 @@ class Clock:
             return await asyncio.shield(wrapped)
         except asyncio.CancelledError:
             if not future.cancel():
+                self.stop.set()
                 while not wrapped.done():
                     with contextlib.suppress(asyncio.CancelledError):  # once is enough
                         await asyncio.wait([wrapped])

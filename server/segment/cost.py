@@ -1,10 +1,11 @@
 """What a request will take, told from the file's header alone, and the limits that it is held against."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.arrays import Extent
 from server.errors import TooLarge
+from server.imaging import encode as encoding
 from server.imaging.geometry import Placement
 from server.imaging.reading import Reading
 from server.runtime.bundle import Graph, Manifest
@@ -13,6 +14,11 @@ from server.segment.plan import STEP_PIXELS, tile_grid
 from server.segment.postprocess import Postprocessing
 from server.segment.statistics import LISTED_BYTES, MOST_LISTED
 from server.settings import LimitsSettings
+
+# How many times longer than restoring and encoding a mask it takes beside the device, until it has been measured: what is done
+# with it, of which the first of a request's is meant. Of noise and of diagonal lines it is up to five times that again.
+WORK = {"instances": 10, "outlines": 6, "objects": 2, "mask": 1}
+LONG = ("instances", "outlines")
 
 # Of the place of one window; a stack of tiny slices has more windows than pixels in one.
 WINDOW_BYTES = 100
@@ -50,7 +56,7 @@ def estimate(
     placement: Placement,
     manifest: Manifest,
     graph: Graph,
-    needs: frozenset[str],
+    formats: tuple[str, ...],
     wanted: Postprocessing,
     pace: Pace,
 ) -> Estimate:
@@ -62,7 +68,7 @@ def estimate(
         placement: of the network's grid.
         manifest: of the network.
         graph: to be run.
-        needs: of the answer, see `Encoder`.
+        formats: of the answer.
         wanted: what is to be done with the mask.
         pace: of that graph.
     """
@@ -72,6 +78,7 @@ def estimate(
     # The network's own copy: resampled, or colours averaged to grey.
     copied = network * 4 * extent.channels if placement.resampled else 0
     copied += network * 4 if extent.channels > len(manifest.channels) else 0
+    needs = encoding.needs(formats)
     # Of the axis that orders the windows one window, of the others all.
     sides = (t if a == grid.axis else max(s, t) for a, (s, t) in enumerate(zip(placement.size, grid.tile, strict=True)))
     open_channels = k + ("spread" in needs)
@@ -81,8 +88,10 @@ def estimate(
     kept = (6 * k if "scores" in needs else 0) * pixels
     # The spread, and it encoded as float32.
     kept += (10 if "spread" in needs else 0) * pixels
-    # The score of each pixel's class, and what is labelled and listed.
-    kept += (2 if "objects" in needs else 0) * pixels + wanted.bytes(pixels, objects="objects" in needs)
+    # The score of each pixel's class, and what is labelled and listed; what is done with the mask is over when it is encoded.
+    labelled = replace(wanted, instances=False, fill_holes=False).bytes(pixels, objects="objects" in needs)
+    kept += (2 if "objects" in needs else 0) * pixels
+    kept += max(wanted.bytes(pixels, objects="objects" in needs), labelled + encoding.memory(formats, extent))
     kept += LISTED_BYTES * min(MOST_LISTED, pixels) if "report" in needs else 0
     compared = math.prod(reference.size) * (reference.channels * reference.sample_bytes + 3) if reference else 0
     # The mask, its encoded form, and what finding the best class takes in passing.
@@ -90,6 +99,18 @@ def estimate(
     covered = math.prod(min(s, t) for s, t in zip(placement.size, grid.tile, strict=True))
     padding = windows * (tile_pixels - covered)
     return Estimate(max(pixels, network), windows, tile_pixels, padding, windows * pace.seconds(tile_pixels), memory)
+
+
+def work_of(formats: tuple[str, ...], wanted: Postprocessing) -> str:
+    """What is done with the mask, by the time it takes: a row of `WORK`."""
+    needs = encoding.needs(formats)
+    asked = {
+        "instances": wanted.instances,
+        "outlines": any(encoding.ENCODERS[name].outlines for name in formats),
+        "objects": bool(needs) or wanted.of_objects or wanted.fill_holes,
+        "mask": True,
+    }
+    return next(work for work in WORK if asked[work])
 
 
 def check(found: Estimate, extent: Extent, limits: LimitsSettings) -> None:

@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from numpy import ndarray
 from scipy import ndimage
 
-from server.segment.objects import parts, runs, scanned
+from server.segment.objects import looked_up, parts, runs, scanned
+from server.stop import NEVER, Stop
 
 # A saddle of this share of the lower peak, or more, is no boundary; a share does for objects of any size. On the validation split
 # 0.8 gives 0.568 mean AP, 0.85 0.569, 0.9 0.573 and 0.95 0.571.
@@ -29,12 +30,16 @@ ROUND = 0.97
 # Smaller ones are not split: a part would be a few pixels.
 LEAST_PIXELS = 20
 
-# Per pixel of the largest object's box, at the most.
-BOX_BYTES = 64
+# Boxes of the objects that are looked at one by one have at most so many pixels together, of those of the labels: the boxes of
+# diagonal lines or nested rings have far more. Nuclei come to about one.
+MOST_BOXES = 4
+
+# Per pixel, at the most: diagonal sheets in a volume take 75, nuclei half of it.
+BOX_BYTES = 80
 
 
-def split(labels: Int32[ndarray, "*size"], count: int, spacing: tuple[float, ...]) -> int:
-    """Gives the parts of objects that seem to be several numbers of their own, in place.
+def split(labels: Int32[ndarray, "*size"], count: int, spacing: tuple[float, ...], stop: Stop = NEVER) -> int:
+    """Gives the parts of objects that seem to be several numbers of their own, in place; time goes with the pixels.
 
     The first part keeps the object's number, the others come after `count`.
 
@@ -42,22 +47,41 @@ def split(labels: Int32[ndarray, "*size"], count: int, spacing: tuple[float, ...
         labels: numbered from 1 to `count`, each connected.
         count: of the objects.
         spacing: from pixel to pixel along each axis of `labels`, in any unit.
+        stop: ends it between two objects.
 
     Returns:
         How many objects there are now.
+
+    Raises:
+        Stopped: it was.
     """
     lines = scanned(labels)
     steps = spacing[::-1] if lines.ndim == 3 else spacing
     doubtful = _doubtful(lines, count)
     boxes = ndimage.find_objects(lines) if doubtful.any() else []
-    for index in np.flatnonzero(doubtful).tolist():
+    alone, together = _by_box(np.flatnonzero(doubtful), boxes, lines.size)
+    for index in alone.tolist():
+        stop.check()
         within = lines[boxes[index]]
         inside = within == index + 1
-        found, more = _parts(inside, steps)
-        if more > 1:
-            np.add(found, count - 1, out=within, where=inside & (found > 1))
-            count += more - 1
+        count = _divide(within, _height(inside, inside | _holes(inside), steps), count, stop)
+    if len(together):
+        among = np.zeros(count + 1, dtype=np.bool_)
+        among[together + 1] = True
+        inside = looked_up(among, lines)
+        # Their holes are edges: others lie in them.
+        count = _divide(lines, _height(inside, inside & ~_touching(lines), steps), count, stop)
     return count
+
+
+def _by_box(
+    doubtful: Int64[ndarray, " N"], boxes: list[tuple[slice, ...]], pixels: int
+) -> tuple[Int64[ndarray, " A"], Int64[ndarray, " T"]]:
+    """Which objects are looked at each in its box, and which, as their boxes are the largest of too many, all at once."""
+    areas = np.array([math.prod(side.stop - side.start for side in boxes[index]) for index in doubtful.tolist()], dtype=np.int64)
+    order = np.argsort(areas, kind="stable")
+    alone = int(np.searchsorted(np.cumsum(areas[order]), MOST_BOXES * pixels, side="right"))
+    return np.sort(doubtful[order[:alone]]), doubtful[order[alone:]]
 
 
 def _doubtful(lines: Int32[ndarray, "*lines"], count: int) -> Bool[ndarray, " N"]:
@@ -103,46 +127,80 @@ def _moments(
     return pixels, sums.T, products.transpose(2, 0, 1)
 
 
-def _parts(inside: Bool[ndarray, "*box"], steps: tuple[float, ...]) -> tuple[Int32[ndarray, "*box"], int]:
-    """Numbers from 1 on of the parts of one object, and how many there are; outside it is 0."""
-    height = _height(np.pad(inside, 1), steps)
-    uphill = _uphill(height)
+def _divide(lines: Int32[ndarray, "*box"], height: Float32[ndarray, "*box"], count: int, stop: Stop) -> int:
+    """Numbers the parts of the objects on which a height is given; how many objects there are now, of `count` before."""
+    stop.check()
+    uphill = _uphill(height, lines)
     peaks = np.flatnonzero((uphill == np.arange(uphill.size)) & (height.reshape(-1) >= 0))
-    box = (slice(1, -1),) * inside.ndim
     numbers = np.zeros(uphill.size, dtype=np.int32)
     numbers[peaks] = np.arange(1, len(peaks) + 1)
     found = numbers[uphill].reshape(height.shape)
-    if len(peaks) > 1:
-        joined = _joined(height.reshape(-1)[peaks], _saddles(height, found, len(peaks)))
-        found = joined[found]
-        return found[box], int(joined.max())
-    return found[box], len(peaks)
+    del uphill, numbers
+    stop.check()
+    objects = lines[np.unravel_index(peaks, lines.shape)]
+    if len(peaks) == len(np.unique(objects)):
+        return count
+    joined = _joined(height.reshape(-1)[peaks], _saddles(height, found, lines, len(peaks)))
+    # The object of each part, which becomes its name; of all but an object's first a new one.
+    named = objects[np.unique(joined, return_index=True)[1]]
+    later = np.ones(len(named), dtype=np.bool_)
+    later[np.unique(named, return_index=True)[1]] = False
+    more = int(np.count_nonzero(later))
+    named[later] = count + 1 + np.arange(more, dtype=np.int32)
+    np.copyto(lines, np.append(np.int32(0), named[joined])[found], where=found > 0)
+    return count + more
 
 
-def _height(inside: Bool[ndarray, "*box"], steps: tuple[float, ...]) -> Float32[ndarray, "*box"]:
-    """Smoothed distance to the edge, -1 outside; holes, which are the network's doubts, make no edge."""
-    holes = ndimage.label(~inside)[0] > 1
-    nearest = ndimage.distance_transform_edt(inside | holes, steps, return_distances=False, return_indices=True)
-    squares = np.zeros(inside.shape, dtype=np.float32)
+def _holes(inside: Bool[ndarray, "*box"]) -> Bool[ndarray, "*box"]:
+    """What one object encloses, which are the network's doubts."""
+    around = np.pad(~inside, 1, constant_values=True)
+    found: Bool[ndarray, "*box"] = (ndimage.label(around)[0] > 1)[(slice(1, -1),) * inside.ndim]
+    return found
+
+
+def _touching(lines: Int32[ndarray, "*box"]) -> Bool[ndarray, "*box"]:
+    """Where another object is the neighbour."""
+    touching = np.zeros(lines.shape, dtype=np.bool_)
+    for one, other in _neighbours(lines.shape):
+        a, b = lines[one], lines[other]
+        meet = (a != b) & (a > 0) & (b > 0)
+        touching[one] |= meet
+        touching[other] |= meet
+    return touching
+
+
+def _height(inside: Bool[ndarray, "*box"], filled: Bool[ndarray, "*box"], steps: tuple[float, ...]) -> Float32[ndarray, "*box"]:
+    """Smoothed distance to the edge of what is filled, -1 outside; beyond the box is outside too."""
+    padded = np.pad(filled, 1)
+    nearest = ndimage.distance_transform_edt(padded, steps, return_distances=False, return_indices=True)
+    squares = np.zeros(padded.shape, dtype=np.float32)
     for axis, step in enumerate(steps):
         shape = [-1 if k == axis else 1 for k in range(inside.ndim)]
-        nearest[axis] -= np.arange(inside.shape[axis], dtype=np.int32).reshape(shape)
+        nearest[axis] -= np.arange(padded.shape[axis], dtype=np.int32).reshape(shape)
         away = nearest[axis] * np.float32(step)
         squares += np.square(away, out=away)
     del nearest, away
     smoothed = [SMOOTHED * min(steps) / step for step in steps]
     height: Float32[ndarray, "*box"] = ndimage.gaussian_filter(np.sqrt(squares, out=squares), smoothed, output=np.float32)
+    del squares
+    height = np.ascontiguousarray(height[(slice(1, -1),) * inside.ndim])
     height[~inside] = -1
     return height
 
 
-def _uphill(height: Float32[ndarray, "*box"]) -> Int32[ndarray, " pixels"]:
-    """Where one comes to from each pixel by going to the highest neighbour again and again: an index into the flat array."""
+def _uphill(height: Float32[ndarray, "*box"], lines: Int32[ndarray, "*box"]) -> Int32[ndarray, " pixels"]:
+    """Where one comes to from each pixel by going to the highest neighbour of the same object again and again.
+
+    Returns:
+        An index into the flat array.
+    """
     here = np.arange(height.size, dtype=np.int32).reshape(height.shape)
     best, to = height.copy(), here.copy()
     for one, other in _neighbours(height.shape):
+        same = lines[one] == lines[other]
         for a, b in ((one, other), (other, one)):
             higher = height[b] > best[a]
+            higher &= same
             np.copyto(best[a], height[b], where=higher)
             np.copyto(to[a], here[b], where=higher)
     del best, here
@@ -154,12 +212,14 @@ def _uphill(height: Float32[ndarray, "*box"]) -> Int32[ndarray, " pixels"]:
         before = after
 
 
-def _saddles(height: Float32[ndarray, "*box"], found: Int32[ndarray, "*box"], count: int) -> list[tuple[float, int, int]]:
-    """The highest way between any two parts that touch: its lowest point, and the parts (from 0 on); highest first."""
+def _saddles(
+    height: Float32[ndarray, "*box"], found: Int32[ndarray, "*box"], lines: Int32[ndarray, "*box"], count: int
+) -> list[tuple[float, int, int]]:
+    """The highest way between any two parts of an object that touch: its lowest point, and the parts (from 0 on); highest first."""
     keys, saddles = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.float32)]
     for one, other in _neighbours(height.shape):
         a, b = found[one], found[other]
-        meet = (a != b) & (a > 0) & (b > 0)
+        meet = (a != b) & (a > 0) & (b > 0) & (lines[one] == lines[other])
         a, b = a[meet].astype(np.int64) - 1, b[meet].astype(np.int64) - 1
         lowest = np.minimum(height[one][meet], height[other][meet])
         # Each direction by itself, as many pixels meet.
@@ -180,8 +240,8 @@ def _highest(keys: Int64[ndarray, " n"], heights: Float32[ndarray, " n"]) -> tup
     return once, highest
 
 
-def _joined(peaks: Float32[ndarray, " P"], saddles: list[tuple[float, int, int]]) -> Int32[ndarray, " numbers"]:
-    """The part (from 1 on) that each peak (from 1 on) belongs to, once those without a valley between them are one."""
+def _joined(peaks: Float32[ndarray, " P"], saddles: list[tuple[float, int, int]]) -> Int32[ndarray, " P"]:
+    """The part that each peak belongs to, both from 0 on, once those without a valley between them are one."""
     heights, parent = peaks.tolist(), list(range(len(peaks)))
 
     def top(peak: int) -> int:
@@ -193,9 +253,7 @@ def _joined(peaks: Float32[ndarray, " P"], saddles: list[tuple[float, int, int]]
         low, high = sorted((top(first), top(second)), key=heights.__getitem__)
         if saddle >= SADDLE * heights[low]:
             parent[low] = high
-    kept, numbers = np.unique([top(peak) for peak in range(len(peaks))], return_inverse=True)
-    del kept
-    return np.concatenate([[0], numbers + 1]).astype(np.int32)
+    return np.unique([top(peak) for peak in range(len(peaks))], return_inverse=True)[1].astype(np.int32)
 
 
 def _neighbours(shape: tuple[int, ...]) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:

@@ -61,7 +61,9 @@ RETRY_S = 30.0
 # How long a sample waits for the memory of jobs, where nothing says when the next one is due.
 MEMORY_WAIT_S = 300.0
 
-# Threads for volumes, whose decoding and resampling take seconds each.
+# Threads for volumes, whose decoding and resampling take seconds each, and for images of more pixels than this whose objects are
+# split or outlined.
+LONG_PIXELS = 1024 * 1024
 VOLUME_WORKERS = 2
 
 
@@ -107,8 +109,13 @@ class Segmenter:
         self.answered: Callable[[Sample], None] = lambda sample: None
         self._batcher = Batcher(self._device, self.line, metrics, batching.max_wait_ms / 1000)
         self._degradation = Degradation()
-        self._beside = {"image": Pace(BESIDE), "volume": Pace(BESIDE), "stack": Pace(BESIDE)}
-        self._margin = Margin()
+        # By what is done with the mask: what takes long for one caller says nothing of another's.
+        self._beside = {
+            (kind, work): Pace({pixels: times * pace for pixels, pace in BESIDE.items()})
+            for kind in ("image", "volume", "stack")
+            for work, times in cost.WORK.items()
+        }
+        self._margins = {work: Margin() for work in cost.WORK}
         self._tried = time.monotonic()
         self._served: Mapping[str, Served] = {}
         self.swap(bundles)
@@ -219,15 +226,15 @@ class Segmenter:
         request.postprocessing.check_kind(extent)
         placement = place(extent, manifest, request.axis)
         graph = manifest.graph(choice.route.graph)
-        needs = encoding.needs(formats)
-        estimate = cost.estimate(extent, reference, placement, manifest, graph, needs, request.postprocessing, choice.lane.pace)
+        estimate = cost.estimate(extent, reference, placement, manifest, graph, formats, request.postprocessing, choice.lane.pace)
         cost.check(estimate, extent, limits)
         # An image may still lie on its side (EXIF).
         if reference and (extent.kind != "image" or sorted(extent.size) != sorted(reference.size)):
             quality.check_grid(extent, reference)
         reading = self._reading(request)
-        alone_s = estimate.seconds + self._beside[extent.kind].seconds(estimate.pixels)
-        return Order(choice, choice.route, formats, reading, estimate, alone_s, self.line.wait_s(estimate.seconds) + alone_s)
+        work = cost.work_of(formats, request.postprocessing)
+        alone_s = estimate.seconds + self._beside[extent.kind, work].seconds(estimate.pixels)
+        return Order(choice, choice.route, formats, reading, estimate, alone_s, self.line.wait_s(estimate.seconds) + alone_s, work)
 
     def check_wait(self, choice: Choice, request: SegmentRequest, terms: Terms) -> None:
         """What can be told before the body is there.
@@ -239,7 +246,7 @@ class Segmenter:
         modes.shallower(choice.manifest, choice.route, request.min_level)
         # With what it holds it would only be later; so this is refused before its body is read.
         if not self.line.idle():
-            self._check_in_time(self.line.wait_s(), terms.allowed_s)
+            self._check_in_time(self.line.wait_s(), terms.allowed_s, "mask")
 
     async def segment(
         self,
@@ -272,7 +279,7 @@ class Segmenter:
             plain = order.formats == ("png",) and not request.postprocessing.asked
             if not clock.workers and (math.prod(extents[0].size) > SMALL_PIXELS or not plain):
                 clock.workers = self._workers
-            if extents[0].kind != "image":
+            if extents[0].kind != "image" or (order.work in cost.LONG and order.estimate.pixels > LONG_PIXELS):
                 clock.workers = self._volume_workers
             caller = Caller(urgent=terms.urgent, deadline=terms.deadline)
             async with self._admitted(extents[0], order, caller, terms, clock):
@@ -283,7 +290,7 @@ class Segmenter:
                 answer = await clock.off_loop("", steps.finish, work, expected, last, request, order, clock)
         # Without waiting for a thread, which says something about this moment only.
         beside_s = sum(seconds for phase, seconds in clock.seconds.items() if phase not in ("queue", "infer"))
-        self._beside[extents[0].kind].learn(order.estimate.pixels, beside_s)
+        self._beside[extents[0].kind, order.work].learn(order.estimate.pixels, beside_s)
         self._count(answer)
         self.answered(Sample(order.choice, work.source, request.axis, work.mask.classes, raw=not answer.postprocessing))
         return answer
@@ -360,7 +367,7 @@ class Segmenter:
                 orders.append(dataclasses.replace(less, requested=requested.route, degraded=why))
         if len(orders) > 1 and allowed_s > 0:
             levels = [o.choice.route.level for o in orders]
-            predicted_s = [o.predicted_s * self._margin.factor for o in orders]
+            predicted_s = [o.predicted_s * self._margins[o.work].factor for o in orders]
             like = requested.model, order.estimate.pixels.bit_length()
             picked = self._degradation.pick(like, allowed_s, levels, predicted_s, idle=self.line.idle())
             if picked is not None:
@@ -368,7 +375,7 @@ class Segmenter:
         # The last is what comes soonest.
         self._check_possible(orders[-1], terms, allowed_s)
         if not self.line.idle():
-            self._check_in_time(orders[-1].predicted_s, allowed_s)
+            self._check_in_time(orders[-1].predicted_s, allowed_s, orders[-1].work)
         return orders[-1]
 
     def _check_possible(self, order: Order, terms: Terms, allowed_s: float) -> None:
@@ -392,9 +399,9 @@ class Segmenter:
                 f"{terms.given_s * 1e3:,.0f} ms; allow more, or choose a shallower level (min_level lets the server choose)"
             )
 
-    def _check_in_time(self, predicted_s: float, allowed_s: float) -> None:
+    def _check_in_time(self, predicted_s: float, allowed_s: float, work: str) -> None:
         """Refuses what would come too late, and says when to ask again."""
-        likely_s, left_s = predicted_s * self._margin.factor, max(0.0, allowed_s)
+        likely_s, left_s = predicted_s * self._margins[work].factor, max(0.0, allowed_s)
         if likely_s > left_s:
             raise Overloaded(
                 f"others wait already: the answer would take {likely_s:,.1f} s and is of use for {left_s:,.1f} s; try again later, send "
@@ -427,10 +434,10 @@ class Segmenter:
                 why = _why(error, caller)
                 self._metrics.dropped.labels(why).inc(max(0, estimate.windows - caller.ran))
                 if why == "late":
-                    self._margin.learn(order.predicted_s, time.perf_counter() - begun)
+                    self._margins[order.work].learn(order.predicted_s, time.perf_counter() - begun)
                 raise
             if terms.urgent:
-                self._margin.learn(order.predicted_s, time.perf_counter() - begun)
+                self._margins[order.work].learn(order.predicted_s, time.perf_counter() - begun)
 
     async def _hold(self, held: contextlib.AsyncExitStack, budget: PixelBudget, estimate: Estimate, spare_s: float) -> None:
         try:

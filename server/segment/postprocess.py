@@ -31,6 +31,7 @@ from server.segment.objects import (
     runs,
     scanned,
 )
+from server.stop import NEVER, Stop
 
 # Pixels or mm of an object; beyond it numbers are not exact any more.
 MOST_SIZE = 1e15
@@ -151,6 +152,7 @@ def apply(
     *,
     objects: bool,
     time_slices: int | None = None,
+    stop: Stop = NEVER,
 ) -> Processed:
     """All but the threshold. The mask's classes are changed in place.
 
@@ -161,17 +163,19 @@ def apply(
         unit_mm: mm² of a pixel or mm³ of a voxel, where it is known.
         objects: whether the mask is to have them.
         time_slices: see `Volume`.
+        stop: ends it between two objects or steps.
 
     Raises:
         InvalidParameter: there are too many objects.
+        Stopped: it was.
     """
     classes, dropped = mask.classes, dict[int, int]()
     least = next((v / (1 if name == "min_size_px" else unit_mm or 1) for name, v in wanted.sizes.items()), 0.0)
     labelled = objects or wanted.of_objects
     if time_slices is None:
-        labels, count = _apply(classes, wanted, steps, least, dropped, labelled=labelled)
+        labels, count = _apply(classes, wanted, steps, least, dropped, labelled=labelled, stop=stop)
     else:
-        labels, count = _by_time(classes, wanted, steps, least, dropped, labelled=labelled, time_slices=time_slices)
+        labels, count = _by_time(classes, wanted, steps, least, dropped, labelled=labelled, time_slices=time_slices, stop=stop)
     if not objects or labels is None:
         return Processed(mask, dropped)
     return Processed(
@@ -191,6 +195,7 @@ def _by_time(
     *,
     labelled: bool,
     time_slices: int,
+    stop: Stop,
 ) -> tuple[Int32[ndarray, "X Y Z"] | None, int]:
     """As `_apply`, for each time by itself; numbers go on from one to the next."""
     # In the order of files.
@@ -201,7 +206,7 @@ def _by_time(
         # One slice is a picture, whose rows are the lines of the volume.
         now = lines[first] if time_slices == 1 else lines[time].T
         along = steps and (steps[::-1] if time_slices == 1 else steps)
-        found, more = _apply(now, wanted, along, least, dropped, labelled=labelled)
+        found, more = _apply(now, wanted, along, least, dropped, labelled=labelled, stop=stop)
         if labels is not None and found is not None:
             np.add(scanned(found), count, out=labels[time] if time_slices > 1 else labels[first], where=scanned(found) > 0)
             count += more
@@ -217,6 +222,7 @@ def _apply(
     dropped: dict[int, int],
     *,
     labelled: bool,
+    stop: Stop,
 ) -> tuple[Int32[ndarray, "*size"] | None, int]:
     """What is asked for with what is connected; numbers of the objects, if they are known, and how many there are.
 
@@ -227,19 +233,24 @@ def _apply(
         least: pixels of an object that stays.
         dropped: per class value, added to.
         labelled: whether objects must be known.
+        stop: see `apply`.
     """
     if wanted.fill_holes:
         fill_holes(classes)
     if not labelled:
         return None, 0
+    stop.check()
     labels, count = number(classes)
+    stop.check()
     if wanted.instances:
         # What is too small as a whole is so in parts.
         count = _drop(labels, count, classes, dropped, least)
         check_count(count)
-        count = instances.split(labels, count, steps or (1.0,) * classes.ndim)
+        count = instances.split(labels, count, steps or (1.0,) * classes.ndim, stop)
         count = in_scan_order(scanned(labels), count)[1]
-    return labels, _drop(labels, count, classes, dropped, least, largest=wanted.keep_largest)
+    count = _drop(labels, count, classes, dropped, least, largest=wanted.keep_largest)
+    stop.check()
+    return labels, count
 
 
 def _drop(

@@ -15,6 +15,7 @@ from server.imaging.encode import ENCODERS, Encoded, Product
 from server.runtime.bundle import Manifest
 from server.segment import quality, statistics
 from server.segment.postprocess import Postprocessing
+from server.stop import NEVER, Stop
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,14 @@ def compared(found: Found, reference: Shaped[ndarray, "*reference"]) -> Found:
 
 
 def encode(
-    found: Found, formats: tuple[str, ...], facts: dict[str, Any], seconds: dict[str, float], *, include_mask: bool, name: str = ""
+    found: Found,
+    formats: tuple[str, ...],
+    facts: dict[str, Any],
+    seconds: dict[str, float],
+    *,
+    include_mask: bool,
+    name: str = "",
+    stop: Stop = NEVER,
 ) -> Encoded:
     """The answer.
 
@@ -73,10 +81,15 @@ def encode(
         seconds: per phase so far.
         include_mask: whether the report carries the mask too, in base64.
         name: see `SegmentRequest`.
+        stop: ends it between two formats, objects or their like.
+
+    Raises:
+        InvalidParameter: there are too many objects to describe.
+        Stopped: it was.
     """
     classes = found.manifest.classes
     colors, names = {c.value: rgb(c.color) for c in classes}, {c.value: c.name for c in classes}
-    product = Product(found.mask, colors, names, found.source, file=name)
+    product = Product(found.mask, colors, names, found.source, file=name, stop=stop)
     if "report" not in encoding.needs(formats):
         return encoding.encode(formats, product)
     report = facts | _described(found, product.names)

@@ -31,6 +31,7 @@ class Order:
         requested: what was asked for.
         alone_s: until the answer is there, if nobody else waits.
         predicted_s: the same, waiting included.
+        work: what is done with the mask, see `cost.work_of`.
         degraded: why they differ: "deadline", "load", or "" if they do not.
     """
 
@@ -41,6 +42,7 @@ class Order:
     estimate: Estimate
     alone_s: float
     predicted_s: float
+    work: str
     degraded: str = ""
 
     @property
@@ -87,15 +89,23 @@ def finish(work: Work, expected: Image | Volume | None, last: Ran, request: Segm
 
     Raises:
         InvalidParameter: there are too many objects to describe.
+        Stopped: nobody wants the answer any more.
     """
     choice, wanted = order.choice, request.postprocessing
     with clock.phase("restore"):
         work.finish(last)
         source, steps, unit_mm = work.source, scale.steps_mm(work.source), geometry.unit_mm(work.source)
         done = postprocess.apply(
-            work.mask, wanted, steps, unit_mm, objects="objects" in order.needs, time_slices=source.extent.time_slices
+            work.mask,
+            wanted,
+            steps,
+            unit_mm,
+            objects="objects" in order.needs,
+            time_slices=source.extent.time_slices,
+            stop=clock.stop,
         )
         found = Found(source, choice.manifest, done.mask, wanted, done.dropped, work.canvas.largest)
+        clock.stop.check()
         if expected:
             found = report.compared(found, expected.values[..., 0])
     facts = {"model": choice.model, "mode": choice.route.mode, "level": choice.route.level, "precision": choice.precision,
@@ -103,7 +113,9 @@ def finish(work: Work, expected: Image | Volume | None, last: Ran, request: Segm
     if order.degraded:
         facts |= {"requested": {"mode": order.requested.mode, "level": order.requested.level}, "degraded": order.degraded}
     with clock.phase("encode"):
-        encoded = report.encode(found, order.formats, facts, clock.seconds, include_mask=request.include_mask, name=request.name)
+        encoded = report.encode(
+            found, order.formats, facts, clock.seconds, include_mask=request.include_mask, name=request.name, stop=clock.stop
+        )
     return Answer(
         encoded.body,
         encoded.media_type,

@@ -1,17 +1,20 @@
 """Masks to bytes. One row per output format; several at once are a zip."""
 
 import io
+import math
 import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 from server.arrays import Extent, Image, Mask, Volume
 from server.errors import UnknownFormat
 from server.imaging import geometry
-from server.imaging.encode import coco, csv, geojson, json, nifti, npz, nrrd, overlay, png, png16, tiff, uncertainty
+from server.imaging.encode import coco, csv, geojson, json, nifti, npz, nrrd, outlines, overlay, png, png16, tiff, uncertainty
+from server.stop import NEVER, Stop
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Product:
         source: the decoded input.
         report: statistics and facts for JSON.
         file: name of the input, where it is known.
+        stop: ends the work between two formats, and within those of many objects.
     """
 
     mask: Mask
@@ -33,6 +37,12 @@ class Product:
     source: Image | Volume | None = None
     report: dict[str, Any] = field(default_factory=dict)
     file: str = ""
+    stop: Stop = NEVER
+
+    @cached_property
+    def geojson(self) -> bytes:
+        """As it is and packed: tracing outlines takes longer than all else."""
+        return geojson.encode(self.mask, self.colors, self.names, _image(self.source), self.stop)
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,10 @@ class Encoder:
         kinds: of input that it can answer, see `Extent.kind`.
         needs: what must be in the product: "scores", "spread", "objects" (see `Mask`), "report".
         packed: whether it is compressed already.
+        outlines: whether it describes the shape of each object, which takes longer than all else.
+        image_bytes: of memory that it takes per pixel of an image, at the most, on top of what it makes; measured on noise, stripes
+            and dots. Of volumes it makes a small picture.
+        most_bytes: in all, where the number of objects, corners or runs is limited.
     """
 
     media_type: str
@@ -54,6 +68,9 @@ class Encoder:
     kinds: tuple[str, ...] = ("image", "stack", "volume")
     needs: frozenset[str] = frozenset()
     packed: bool = True
+    outlines: bool = False
+    image_bytes: int = 0
+    most_bytes: int = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -80,10 +97,6 @@ def _any(source: Image | Volume | None) -> Image | Volume:
     return source
 
 
-def _geojson(product: Product) -> bytes:
-    return geojson.encode(product.mask, product.colors, product.names, _image(product.source))
-
-
 _IMAGE, _PAGES, _VOLUME = ("image",), ("image", "stack"), ("volume",)
 _SPREAD = frozenset({"spread"})
 _SCORES = frozenset({"scores"})
@@ -100,7 +113,7 @@ ENCODERS: dict[str, Encoder] = {
     "json": Encoder("application/json", "statistics.json", lambda p: json.encode(p.report), needs=_REPORT | _OBJECTS, packed=False),
     "npz": Encoder("application/x-npz", "scores.npz", lambda p: npz.encode(p.mask), needs=_SCORES),
     "png16": Encoder("image/png", "score.png", lambda p: png16.encode(p.mask), _IMAGE, _SCORES),
-    "overlay": Encoder("image/png", "overlay.png", lambda p: overlay.encode(_any(p.source), p.mask, p.colors)),
+    "overlay": Encoder("image/png", "overlay.png", lambda p: overlay.encode(_any(p.source), p.mask, p.colors), image_bytes=17),
     "png1": Encoder("image/png", "mask_1bit.png", lambda p: png.one_bit(p.mask), _IMAGE),
     "nrrd": Encoder(
         "application/x-nrrd", "mask.seg.nrrd", lambda p: nrrd.encode(_volume(p.source), p.mask, p.colors, p.names), _VOLUME
@@ -110,19 +123,54 @@ ENCODERS: dict[str, Encoder] = {
     "labels_nifti": Encoder(
         "application/gzip", "labels.nii.gz", lambda p: nifti.labels(_volume(p.source), p.mask), _VOLUME, _OBJECTS
     ),
-    "csv": Encoder("text/csv", "objects.csv", lambda p: csv.encode(p.mask, p.names, p.source), needs=_OBJECTS, packed=False),
-    "geojson": Encoder("application/geo+json", "objects.geojson", _geojson, _IMAGE, _OBJECTS, packed=False),
-    "geojson_gz": Encoder("application/gzip", "objects.geojson.gz", lambda p: geojson.packed(_geojson(p)), _IMAGE, _OBJECTS),
+    "csv": Encoder(
+        "text/csv",
+        "objects.csv",
+        lambda p: csv.encode(p.mask, p.names, p.source),
+        needs=_OBJECTS,
+        packed=False,
+        image_bytes=75,
+        most_bytes=500_000_000,
+    ),
+    "geojson": Encoder(
+        "application/geo+json",
+        "objects.geojson",
+        lambda p: p.geojson,
+        _IMAGE,
+        _OBJECTS,
+        packed=False,
+        outlines=True,
+        image_bytes=160,
+        most_bytes=160 * outlines.MOST_CORNERS,
+    ),
+    "geojson_gz": Encoder(
+        "application/gzip",
+        "objects.geojson.gz",
+        lambda p: geojson.packed(p.geojson),
+        _IMAGE,
+        _OBJECTS,
+        outlines=True,
+        image_bytes=160,
+        most_bytes=160 * outlines.MOST_CORNERS,
+    ),
     "coco": Encoder(
-        "application/json", "coco.json", lambda p: coco.encode(p.mask, p.names, p.file), _IMAGE, _OBJECTS, packed=False
+        "application/json",
+        "coco.json",
+        lambda p: coco.encode(p.mask, p.names, p.file, p.stop),
+        _IMAGE,
+        _OBJECTS,
+        packed=False,
+        outlines=True,
+        image_bytes=90,
+        most_bytes=90 * coco.MOST_RUNS,
     ),
     "npz8": Encoder("application/x-npz", "scores_8bit.npz", lambda p: npz.with_bytes(p.mask), needs=_SCORES),
     "scores_tiff": Encoder("image/tiff", "scores.tif", lambda p: tiff.scores(p.mask, p.names), _PAGES, _SCORES),
     "scores_nifti": Encoder(
         "application/gzip", "scores.nii.gz", lambda p: nifti.scores(_volume(p.source), p.mask), _VOLUME, _SCORES
     ),
-    "overlay_jpeg": Encoder("image/jpeg", "overlay.jpg", lambda p: overlay.jpeg(_any(p.source), p.mask, p.colors)),
-    "picture": Encoder("image/png", "picture.png", lambda p: overlay.picture(_image(p.source)), _IMAGE),
+    "overlay_jpeg": Encoder("image/jpeg", "overlay.jpg", lambda p: overlay.jpeg(_any(p.source), p.mask, p.colors), image_bytes=17),
+    "picture": Encoder("image/png", "picture.png", lambda p: overlay.picture(_image(p.source)), _IMAGE, image_bytes=12),
     "uncertainty_png": Encoder("image/png", "uncertainty.png", lambda p: uncertainty.as_png(p.mask), _IMAGE, _SPREAD),
     "uncertainty_tiff": Encoder("image/tiff", "uncertainty.tif", lambda p: uncertainty.as_tiff(p.mask), _PAGES, _SPREAD),
     "uncertainty_nifti": Encoder(
@@ -207,6 +255,14 @@ def needs(names: tuple[str, ...]) -> frozenset[str]:
     return frozenset().union(*(ENCODERS[name].needs for name in names))
 
 
+def memory(names: tuple[str, ...], extent: Extent) -> int:
+    """Bytes that encoding takes at the most: one format after the other, each dropped but for what is sent."""
+    if extent.kind != "image":
+        return 0
+    rows, pixels = [ENCODERS[name] for name in names], math.prod(extent.size)
+    return max(min(row.image_bytes * pixels, row.most_bytes) for row in rows)
+
+
 def wants(wanted: str | None, what: str) -> bool:
     """Whether one of the formats asked for needs it, whatever the input is."""
     return any(what in ENCODERS[name].needs for name in _split(wanted or "") if name in ENCODERS)
@@ -218,13 +274,19 @@ def without(wanted: str | None, what: str) -> str | None:
 
 
 def encode(names: tuple[str, ...], product: Product) -> Encoded:
-    """One format as it is, several as a zip with a file for each."""
+    """One format as it is, several as a zip with a file for each.
+
+    Raises:
+        InvalidParameter: there are too many objects, or they have too many corners.
+        Stopped: see `Product`.
+    """
     rows = [ENCODERS[name] for name in names]
     if len(rows) == 1:
         return Encoded(rows[0].encode(product), rows[0].media_type, rows[0].file)
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         for row in rows:
+            product.stop.check()
             method = zipfile.ZIP_STORED if row.packed else zipfile.ZIP_DEFLATED
             archive.writestr(zipfile.ZipInfo(row.file, EPOCH), row.encode(product), method, compresslevel=1)
     return Encoded(out.getvalue(), "application/zip", "mask.zip")

@@ -14,15 +14,26 @@ from msgspec import json
 from numpy import ndarray
 
 from server.arrays import Mask, Objects
+from server.errors import InvalidParameter
+from server.stop import NEVER, Stop
 
 # Of a character: five bits of a number, and whether more follow; offset to be printable.
 BITS, MORE, FIRST = 5, 32, 48
+# Down the columns, background included; each takes some 90 bytes meanwhile. A hundred thousand nuclei have eight million.
+MOST_RUNS = 20_000_000
 # Characters of the largest number.
 MOST = 7
 
 
-def encode(mask: Mask, names: dict[int, str], file: str = "") -> bytes:
-    """One image, id 1, of the name `file`, which loaders look for; annotations and categories have the numbers of objects and classes. Boxes are [x, y, width, height]."""
+def encode(mask: Mask, names: dict[int, str], file: str = "", stop: Stop = NEVER) -> bytes:
+    """One image, id 1, of the name `file`, which loaders look for; annotations and categories have the numbers of objects and classes.
+
+    Boxes are [x, y, width, height].
+
+    Raises:
+        InvalidParameter: there are more runs than anybody could use.
+        Stopped: see `Product`.
+    """
     assert mask.objects is not None  # noqa: S101 - the table asks for them
     height, width = mask.objects.labels.shape
     document = {
@@ -31,15 +42,16 @@ def encode(mask: Mask, names: dict[int, str], file: str = "") -> bytes:
         "categories": [{"id": value, "name": name} for value, name in names.items()],
     }
     # One by one, see `geojson`.
-    annotations = b",".join(map(json.encode, _annotations(mask.objects, [height, width])))
+    annotations = b",".join(map(json.encode, _annotations(mask.objects, [height, width], stop)))
     return json.encode(document)[:-1] + b',"annotations":[' + annotations + b"]}"
 
 
-def _annotations(objects: Objects, size: list[int]) -> Iterator[dict[str, Any]]:
+def _annotations(objects: Objects, size: list[int], stop: Stop) -> Iterator[dict[str, Any]]:
     boxes = np.concatenate([objects.low[:, ::-1], (objects.high - objects.low)[:, ::-1]], axis=1)
     columns = (objects.value, objects.pixels, boxes, objects.mean_score.astype(np.float64).round(4))
     rows = zip(run_lengths(objects.labels), *(column.tolist() for column in columns), strict=True)
     for number, (counts, value, pixels, box, score) in enumerate(rows, 1):
+        stop.check()
         yield {
             "id": number, "image_id": 1, "category_id": value, "segmentation": {"size": size, "counts": counts},
             "area": pixels, "bbox": box, "iscrowd": 0,
@@ -67,6 +79,11 @@ def _runs(labels: Int32[ndarray, "H W"]) -> tuple[Int64[ndarray, " R"], Int64[nd
     begins = np.ones(labels.shape, dtype=bool)
     np.not_equal(labels[1:], labels[:-1], out=begins[1:])
     np.not_equal(labels[0, 1:], labels[-1, :-1], out=begins[0, 1:])
+    if np.count_nonzero(begins) > MOST_RUNS:
+        raise InvalidParameter(
+            f"the objects have more than {MOST_RUNS:,} runs of pixels, which is noise. Drop the small objects with min_size_px, or ask "
+            "for labels_tiff"
+        )
     row, column = np.nonzero(begins)
     starts, numbers = column * len(labels) + row, labels[begins]
     order = np.argsort(starts)

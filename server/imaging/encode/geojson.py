@@ -16,20 +16,24 @@ from msgspec import json
 
 from server.arrays import Image, Mask, Objects
 from server.imaging.encode.outlines import Rings, trace
+from server.stop import NEVER, Stop
 
 COMPRESSION = 1
 
 
-def encode(mask: Mask, colors: dict[int, tuple[int, int, int]], names: dict[int, str], source: Image | None) -> bytes:
+def encode(
+    mask: Mask, colors: dict[int, tuple[int, int, int]], names: dict[int, str], source: Image | None, stop: Stop = NEVER
+) -> bytes:
     """A FeatureCollection; geometries are Polygons with holes, or MultiPolygons of pieces that touch at corners alone.
 
     Raises:
         InvalidParameter: see `trace`.
+        Stopped: see `Product`.
     """
     assert mask.objects is not None  # noqa: S101 - the table asks for them
-    rings, objects = trace(mask.objects), mask.objects
+    rings, objects = trace(mask.objects, stop), mask.objects
     classes = {value: {"name": name, "color": colors[value]} for value, name in names.items()}
-    columns = _names(rings, len(objects)), _geometries(rings), objects.value.tolist(), _measurements(objects, source)
+    columns = _names(rings, len(objects)), _geometries(rings, stop), objects.value.tolist(), _measurements(objects, source)
     # One by one: hundreds of thousands of dictionaries at once would keep the garbage collector busy for longer than all else takes.
     features = (
         json.encode({
@@ -46,10 +50,11 @@ def packed(document: bytes) -> bytes:
     return bytes(igzip.compress(document, COMPRESSION, mtime=0))
 
 
-def _geometries(rings: Rings) -> Iterator[dict[str, Any]]:
+def _geometries(rings: Rings, stop: Stop) -> Iterator[dict[str, Any]]:
     """Of each object, in their order."""
     start, rows = 0, zip(rings.label.tolist(), rings.outer.tolist(), rings.ends.tolist(), strict=True)
     for _, of_one in itertools.groupby(rows, operator.itemgetter(0)):
+        stop.check()
         polygons: dict[int, list[Any]] = {}
         for _, outer, end in of_one:
             polygons.setdefault(outer, []).append(rings.xy[start:end].tolist())

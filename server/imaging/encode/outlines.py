@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 from numpy import ndarray
-from scipy import ndimage
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, connected_components
 
 from server.arrays import Objects
 from server.errors import InvalidParameter
+from server.stop import NEVER, Stop
 
 # Each takes some 150 bytes meanwhile. A hundred thousand nuclei have four million.
 MOST_CORNERS = 10_000_000
@@ -46,15 +46,17 @@ class Rings:
     outer: Int64[ndarray, " R"]
 
 
-def trace(objects: Objects) -> Rings:
+def trace(objects: Objects, stop: Stop = NEVER) -> Rings:
     """The rings of each object of an image.
 
     Raises:
         InvalidParameter: there are more corners than anybody could use.
+        Stopped: `stop` was set.
     """
     label, y, x, dy, dx, turns_across = _corners(objects.labels)
     if not len(label):
         return Rings(np.zeros((0, 2), np.int32), np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int64))
+    stop.check()
     height, width = objects.labels.shape
     by_column = np.argsort(((label.astype(np.int64) * (width + 1) + x) * (height + 1) + y) * 2 + dy)
     # They are sorted by rows already.
@@ -68,13 +70,20 @@ def trace(objects: Objects) -> Rings:
     if len(twin):
         following[twin], following[twin + 1] = following[twin + 1], following[twin]
         ring = _cycles(following)
+    stop.check()
     starts, order = _walk(following, ring)
+    number = np.empty(len(starts), dtype=np.int64)
+    number[ring[starts]] = np.arange(len(starts))
     lengths = np.bincount(ring)[ring[starts]]
     # Each ring's first corner again behind its last.
     closed = np.insert(order, np.cumsum(lengths), starts)
     xy, ends = np.stack([x[closed], y[closed]], axis=1), np.cumsum(lengths + 1)
+    stop.check()
     pixel = np.stack([y[starts] + dy[starts] - 1, x[starts] + dx[starts] - 1], axis=1)
-    return Rings(xy, ends, label[starts], _owners(objects, label[starts], _areas(xy, ends) < 0, pixel))
+    # Vertical sides by label, column and row, from their upper corners.
+    upper = by_column[::2]
+    sides = _Sides(objects.labels.shape, label[upper], y[upper], x[upper], number[ring[upper]])
+    return Rings(xy, ends, label[starts], _owners(objects, label[starts], _areas(xy, ends) < 0, pixel, sides))
 
 
 def _corners(labels: Int32[ndarray, "H W"]) -> list[ndarray]:
@@ -157,23 +166,57 @@ def _areas(xy: Int32[ndarray, "C 2"], ends: Int64[ndarray, " R"]) -> Int64[ndarr
     return areas
 
 
+class _Sides:
+    """Finds the ring of a vertical side.
+
+    Args:
+        size: of the image.
+        label: of each side, by which they are sorted, then by column and row.
+        y: of its upper end.
+        x: of both ends.
+        ring: its number.
+    """
+
+    def __init__(self, size: tuple[int, ...], label: ndarray, y: ndarray, x: ndarray, ring: ndarray) -> None:
+        self._height, self._width = size
+        self._ring = ring
+        self._keys = self._key(label, y, x)
+
+    def _key(self, label: ndarray, y: ndarray, x: ndarray) -> Int64[ndarray, " n"]:
+        key: Int64[ndarray, " n"] = (label.astype(np.int64) * (self._width + 1) + x) * (self._height + 1) + y
+        return key
+
+    def left_of(self, label: ndarray, y: ndarray, x: ndarray) -> Int64[ndarray, " n"]:
+        """Of an object's pixels with another pixel to their left."""
+        found: Int64[ndarray, " n"] = self._ring[np.searchsorted(self._keys, self._key(label, y, x), side="right") - 1]
+        return found
+
+
 def _owners(
-    objects: Objects, label: Int32[ndarray, " R"], hole: Bool[ndarray, " R"], pixel: Int32[ndarray, "R 2"]
+    objects: Objects, label: Int32[ndarray, " R"], hole: Bool[ndarray, " R"], pixel: Int32[ndarray, "R 2"], sides: _Sides
 ) -> Int64[ndarray, " R"]:
     """The outer ring in which each ring lies: itself, the object's only one, or told from a pixel at the ring's first corner."""
     begins = np.flatnonzero(np.diff(label, prepend=0))
     sizes = np.diff(begins, append=len(label))
     # An object's first ring is an outer one.
     owner = np.where(hole, np.repeat(begins, sizes), np.arange(len(label)))
-    several = (np.add.reduceat(~hole, begins, dtype=int) > 1) & (np.add.reduceat(hole, begins, dtype=int) > 0)
-    for first, size in zip(begins[several].tolist(), sizes[several].tolist(), strict=True):
-        low, high = objects.low[label[first] - 1], objects.high[label[first] - 1]
-        box = objects.labels[low[0] : high[0], low[1] : high[1]]
-        rows, columns = (pixel[first : first + size] - low).T
-        # Pieces hang together along edges, and each has one outer ring.
-        piece = ndimage.label(box == label[first])[0][rows, columns]
-        outers = np.flatnonzero(~hole[first : first + size])
-        of_piece = np.zeros(piece.max() + 1, dtype=np.int64)
-        of_piece[piece[outers]] = first + outers
-        owner[first : first + size] = of_piece[piece]
+    several = np.add.reduceat(~hole, begins, dtype=int) > 1
+    unsure = np.flatnonzero(hole & np.repeat(several, sizes))
+    if len(unsure):
+        # To the left from there, what ends the object's line is the outer ring or that of a hole that begins before this one does.
+        y, x = pixel[unsure].T
+        owner[unsure] = sides.left_of(label[unsure], y, _line_begins(objects.labels, y, x))
+        while (owner[owner] != owner).any():
+            owner = owner[owner]
     return owner
+
+
+def _line_begins(labels: Int32[ndarray, "H W"], y: Int32[ndarray, " n"], x: Int32[ndarray, " n"]) -> Int64[ndarray, " n"]:
+    """The column in which the run of pixels of one label begins that each of these pixels, sorted by rows within labels, lies in."""
+    column = np.empty(len(y), dtype=np.int64)
+    order = np.argsort(y, kind="stable")
+    rows, first = np.unique(y[order], return_index=True)
+    for row, some in zip(rows.tolist(), np.split(order, first[1:]), strict=True):
+        starts = np.append(0, 1 + np.flatnonzero(labels[row, 1:] != labels[row, :-1]))
+        column[some] = starts[np.searchsorted(starts, x[some], side="right") - 1]
+    return column

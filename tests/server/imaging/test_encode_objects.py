@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import uuid
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from scipy import ndimage
 
 from server.arrays import Image, Mask, Volume
 from server.errors import InvalidParameter
-from server.imaging.encode import ENCODERS, Product, coco, outlines
+from server.imaging.encode import ENCODERS, Product, coco, encode, geojson, outlines
 from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import nifti, numbered, objects_of, read
 
@@ -140,6 +141,11 @@ class TestCsv:
 
 
 class TestCoco:
+    def test_noise_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(coco, "MOST_RUNS", 100)
+        with pytest.raises(InvalidParameter, match=r"more than 100 runs.*min_size_px"):
+            ENCODERS["coco"].encode(product(np.indices((20, 20)).sum(axis=0).astype(np.int32) % 2))
+
     @given(label_maps)
     def test_runs_are_those_of_pycocotools(self, labels: np.ndarray) -> None:
         wanted = [
@@ -302,6 +308,14 @@ class TestGeojson:
         monkeypatch.setattr("time.time", lambda: 1e9)
         assert ENCODERS["geojson_gz"].encode(asked) == first
 
+    def test_both_kinds_in_one_answer_are_traced_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        trace, traced = geojson.trace, []
+        monkeypatch.setattr(geojson, "trace", lambda *args: (traced.append(args), trace(*args))[1])
+        body = encode(("geojson", "geojson_gz", "png"), product(blobs())).body
+        assert len(traced) == 1
+        with zipfile.ZipFile(io.BytesIO(body)) as archive:
+            assert gzip.decompress(archive.read("objects.geojson.gz")) == archive.read("objects.geojson")
+
     def test_of_nothing(self) -> None:
         assert features(np.zeros((3, 4), dtype=np.int32)) == []
 
@@ -323,6 +337,24 @@ class TestGeojson:
         objects = outlines.Objects(labels, *one, np.ones(1, np.float32), np.zeros(1, bool))
         with memory_stays_below(40):
             outlines.trace(objects)
+
+
+def test_holes_of_long_thin_objects_are_found_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of lines that hold together at corners, each with a hole; object by object would be line by line through everything."""
+    inside = np.subtract.outer(np.arange(120), np.arange(120)) % 12 == 0
+    middles = [(y, y - 12 * k) for k in range(-8, 9) for y in (max(12 * k, 0) + 6,)]
+    for y, x in middles:
+        inside[y - 1 : y + 2, x - 1 : x + 2] = True
+        inside[y, x] = False
+    labels = ndimage.label(inside, structure=np.ones((3, 3)))[0].astype(np.int32)
+    left_of, asked = outlines._Sides.left_of, []
+    monkeypatch.setattr(outlines._Sides, "left_of", lambda *args: (asked.append(len(args[1])), left_of(*args))[1])
+    found = features(labels)
+    assert asked == [len(middles)]
+    for number, feature in enumerate(found, 1):
+        geometry = shapely.geometry.shape(feature["geometry"])
+        assert geometry.is_valid
+        assert np.array_equal(rasterised(geometry, labels.shape), labels == number)
 
 
 MAKERS: dict[str, Callable[[], np.ndarray]] = {

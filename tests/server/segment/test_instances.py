@@ -9,6 +9,7 @@ from scipy import ndimage
 from server.segment import instances
 from server.segment.instances import split
 from server.segment.objects import number
+from server.stop import Stop, Stopped
 from tests.server.conftest import memory_stays_below
 from tests.server.segment.masks import disc, masks
 
@@ -84,8 +85,74 @@ def test_an_ellipse_stays_whole_however_it_lies(radii: tuple[int, int]) -> None:
 
 
 def test_no_time_is_spent_on_what_is_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(instances, "_parts", lambda *_: pytest.fail("looked at"))
+    monkeypatch.setattr(instances, "_divide", lambda *_: pytest.fail("looked at"))
     assert instances_of(disc((60, 60), ((20, 20), 9), ((40, 45), 12)))[1] == 2
+
+
+def stripes(side: int, apart: int = 16) -> np.ndarray:
+    """Diagonal lines: the box of each is about everything."""
+    return (np.subtract.outer(np.arange(side), np.arange(side)) % apart < 6).astype(np.uint8)
+
+
+def rings(side: int) -> np.ndarray:
+    away = np.hypot(*np.indices((side, side)) - side / 2)
+    return (away % 8 < 4).astype(np.uint8)
+
+
+def sheets(side: int) -> np.ndarray:
+    return np.asfortranarray(np.indices((side,) * 3).sum(axis=0) % 8 < 3).astype(np.uint8, order="A")
+
+
+@pytest.mark.parametrize("classes", [stripes(300), stripes(600), rings(400), sheets(60)], ids=["small", "large", "rings", "volume"])
+def test_work_goes_with_the_pixels_however_large_the_boxes_are(classes: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at = []
+    uphill = instances._uphill
+    monkeypatch.setattr(instances, "_uphill", lambda height, lines: (looked_at.append(height.size), uphill(height, lines))[1])
+    labels, count = instances_of(classes)
+    assert sum(looked_at) <= (instances.MOST_BOXES + 1) * classes.size
+    assert np.array_equal(labels > 0, classes > 0)
+    assert sorted(set(labels.ravel().tolist()) - {0}) == list(range(1, count + 1))
+
+
+@settings(max_examples=100, deadline=None)
+@given(masks(most_side=24))
+def test_all_at_once_keeps_objects_apart_too(classes: np.ndarray) -> None:
+    whole, _ = number(classes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(instances, "MOST_BOXES", 0)
+        labels, count = instances_of(classes)
+    assert np.array_equal(labels > 0, classes > 0)
+    for value in range(1, count + 1):
+        inside = labels == value
+        assert len(set(whole[inside].tolist())) == 1
+        assert ndimage.label(inside, np.ones((3,) * classes.ndim))[1] == 1
+
+
+def test_all_at_once_finds_what_one_by_one_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of objects that do not lie within a few pixels of each other."""
+    pairs = [((y, x + dx), 10.0) for y in range(20, 150, 40) for x in range(20, 150, 60) for dx in (0, 17)]
+    one_by_one, count = instances_of(disc((160, 180), *pairs))
+    monkeypatch.setattr(instances, "MOST_BOXES", 0)
+    at_once, same = instances_of(disc((160, 180), *pairs))
+    assert count == same == len(pairs)
+    assert np.array_equal(one_by_one > 0, at_once > 0)
+    assert all(len(set(at_once[one_by_one == value].tolist())) == 1 for value in range(1, count + 1))
+
+
+def test_a_stop_ends_it_after_the_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, looked_at = Stop(), []
+    divide = instances._divide
+
+    def one(*args: object) -> int:
+        looked_at.append(args)
+        stop.set()
+        return divide(*args)
+
+    monkeypatch.setattr(instances, "_divide", one)
+    labels, count = number(disc((60, 200), *(((20, x + dx), 10) for x in (20, 80, 140) for dx in (0, 17))))
+    with pytest.raises(Stopped):
+        split(labels, count, (1.0, 1.0), stop)
+    assert len(looked_at) == 1
 
 
 def test_holes_are_no_edge() -> None:
@@ -138,3 +205,10 @@ def test_memory_of_one_large_object(size: tuple[int, ...]) -> None:
     labels, count = number(classes)
     with memory_stays_below(classes.size * instances.BOX_BYTES / 1e6 + 5):
         assert split(labels, count, (1.0,) * len(size)) > 100
+
+
+@pytest.mark.parametrize("classes", [stripes(1000), sheets(100)], ids=["image", "volume"])
+def test_memory_of_many_at_once(classes: np.ndarray) -> None:
+    labels, count = number(classes)
+    with memory_stays_below(classes.size * instances.BOX_BYTES / 1e6 + 5):
+        split(labels, count, (1.0,) * classes.ndim)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 from scipy import ndimage
 
-from server.arrays import Tiles
+from server.arrays import Extent, Tiles
 from server.errors import (
     DeadlinePassed,
     DeadlineTooShort,
@@ -32,15 +32,17 @@ from server.errors import (
     UnknownModel,
     Unreadable,
 )
+from server.imaging.encode import csv, geojson
 from server.metrics import Metrics
 from server.runtime.engines.fake import FakeEngine
 from server.runtime.line import Caller, Lane
 from server.runtime.pace import Margin
-from server.segment import pipeline, steps
+from server.segment import instances, pipeline, postprocess, steps
 from server.segment.cost import Estimate
 from server.segment.pipeline import Segmenter
 from server.segment.request import Answer, SegmentRequest, Terms
 from server.settings import BatchingSettings, LimitsSettings
+from server.stop import Stopped
 from tests.server.conftest import (
     Fixed,
     Sent,
@@ -54,6 +56,7 @@ from tests.server.conftest import (
     picture_bytes,
     volume_of,
 )  # fmt: skip
+from tests.server.segment.masks import disc
 
 CLASSES = [{"value": 1, "name": "a", "color": "#ff0000"}, {"value": 2, "name": "b", "color": "#00ff00"}]
 TWO: dict[str, Any] = {"classes": CLASSES, "activation": "softmax"}
@@ -867,6 +870,74 @@ class TestInTime:
             assert asked(segmenter, patience_s=10.0, data=picture_bytes(np.zeros((1024, 1024), dtype=np.uint8))).body
 
 
+class TestKindsOfWork:
+    """What takes long with the objects of one caller says nothing of another's mask."""
+
+    @pytest.mark.parametrize(
+        ("wanted", "work"),
+        [
+            ({}, "mask"),
+            ({"threshold": 0.4, "format": "tiff"}, "mask"),
+            ({"format": "json"}, "objects"),
+            ({"fill_holes": True}, "objects"),
+            ({"format": "png,geojson_gz"}, "outlines"),
+            ({"format": "coco"}, "outlines"),
+            ({"instances": True}, "instances"),
+            ({"instances": True, "format": "geojson"}, "instances"),
+        ],
+    )
+    def test_each_learns_for_itself(self, wanted: dict[str, Any], work: str) -> None:
+        with segmenting() as segmenter:
+            for pace in segmenter._beside.values():
+                pace.learn = lambda pixels, seconds, pace=pace: learnt.append((pace, pixels))  # type: ignore[method-assign, misc]
+            learnt: list[tuple[Any, int]] = []
+            asyncio.run(segmenter.segment(Sent(IMAGE), SegmentRequest(**wanted)))
+            assert [pace for pace, _ in learnt] == [segmenter._beside["image", work]]
+
+    def test_slow_instances_leave_the_predictions_of_masks_alone(self) -> None:
+        with segmenting() as segmenter:
+
+            def predicted(**wanted: Any) -> float:
+                request = SegmentRequest(**wanted)
+                return segmenter._order(Extent((2048, 2048)), None, request, segmenter.choose(request)).alone_s
+
+            before, long = predicted(), predicted(instances=True)
+            assert long > 5 * before
+            for _ in range(20):
+                segmenter._beside["image", "instances"].learn(2048 * 2048, 60.0)
+                segmenter._margins["instances"].learn(1.0, 60.0)
+            assert predicted() == before
+            assert predicted(instances=True) > 10 * long
+            assert segmenter._margins["mask"].factor == Margin().factor
+
+    @pytest.mark.parametrize(
+        ("wanted", "least"),
+        [("overlay", 17), ("overlay_jpeg", 17), ("picture", 12), ("csv", 75), ("geojson", 160), ("geojson_gz", 160), ("coco", 90)],
+    )
+    def test_memory_of_what_encodes_is_counted(self, wanted: str, least: int) -> None:
+        data = picture_bytes(Pillow.new("L", (1000, 1000)))
+        assert estimate(data, format=wanted).memory_bytes - estimate(data).memory_bytes >= least * 1_000_000
+        # One after the other.
+        several = estimate(data, format=f"{wanted},coco").memory_bytes
+        assert several == max(estimate(data, format=f).memory_bytes for f in (wanted, "coco"))
+
+    def test_what_would_take_too_long_is_refused(self) -> None:
+        huge = picture_bytes(Pillow.new("L", (5000, 5000)))
+        with segmenting() as segmenter, pytest.raises(TooLarge, match="POST /jobs"):
+            asyncio.run(segmenter.segment(Sent(huge), SegmentRequest(instances=True), terms=Terms(5.0)))
+
+    @pytest.mark.parametrize(("wanted", "pool"), [({}, "worker"), ({"instances": True}, "volume"), ({"format": "coco"}, "volume")])
+    def test_long_work_leaves_the_threads_of_images_free(
+        self, wanted: dict[str, Any], pool: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pipeline, "LONG_PIXELS", 48)
+        monkeypatch.setattr(pipeline, "SMALL_BYTES", 0)
+        finish, names = steps.finish, []
+        monkeypatch.setattr(steps, "finish", lambda *args: (names.append(threading.current_thread().name), finish(*args))[1])
+        segment(IMAGE, **wanted)
+        assert names[0].startswith(pool)
+
+
 @pytest.mark.usefixtures("exact")
 class TestConsent:
     """Level 4 takes 40 s, each shallower one 10 s less, accurate 50 s; 100 s are allowed."""
@@ -1056,6 +1127,47 @@ class TestGivenUp:
                 assert not slow.inside
 
             asyncio.run(go())
+
+    @pytest.mark.parametrize(
+        ("module", "name", "wanted"),
+        [
+            (instances, "_divide", {"instances": True}),
+            (geojson, "trace", {"format": "geojson"}),
+            (csv, "encode", {"format": "csv,geojson"}),
+            (postprocess, "fill_holes", {"fill_holes": True, "format": "json"}),
+        ],
+    )
+    def test_what_is_done_with_the_mask_ends_between_two_pieces(
+        self, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, wanted: dict[str, Any]
+    ) -> None:
+        """As a thread cannot be interrupted; a deadline that passes cancels too."""
+        slow, ended = Slow(getattr(module, name)), []
+        monkeypatch.setattr(module, name, slow)
+        finish = steps.finish
+
+        def watched(*args: Any) -> Any:
+            try:
+                return finish(*args)
+            except BaseException as error:
+                ended.append(type(error))
+                raise
+
+        monkeypatch.setattr(steps, "finish", watched)
+        pairs = [((20, x + dx), 10.0) for x in (20, 80, 140) for dx in (0, 17)]
+        with segmenting() as segmenter:
+
+            async def go() -> None:
+                data = picture_bytes(200 * disc((60, 200), *pairs))
+                task = asyncio.create_task(segmenter.segment(Sent(data), SegmentRequest(**wanted)))
+                await holds(slow.entered.is_set)
+                task.cancel()
+                await asyncio.sleep(0)
+                slow.leave.set()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+
+            asyncio.run(go())
+        assert ended == [Stopped]
 
     def test_a_deadline_waits_for_the_thread_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
         slow = Slow(steps.decode)

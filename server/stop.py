@@ -1,0 +1,29 @@
+"""How a thread learns that nobody wants its result any more."""
+
+
+class Stopped(Exception):
+    """Ends work whose result nobody wants; whoever began the work has left."""
+
+
+class Stop:
+    """Asked between pieces of work of a second or so; set by whoever waits for it."""
+
+    def __init__(self) -> None:
+        self._set = False
+
+    def set(self) -> None:
+        """The work is to end."""
+        self._set = True
+
+    def check(self) -> None:
+        """Ends the work, if it is to.
+
+        Raises:
+            Stopped: it is.
+        """
+        if self._set:
+            raise Stopped
+
+
+# Of work that goes on to its end.
+NEVER = Stop()
