@@ -35,7 +35,7 @@ def test_every_file_has_a_row() -> None:
     helpers = {"__init__", "mosaic", "outlines", "rounding"}
     files = {path.stem for path in Path(room.__file__).parent.glob("*.py")} - helpers
     named = {name for row in ENCODERS.values() for name in row.encode.__code__.co_names}
-    named |= {name for function in (room._geojson,) for name in function.__code__.co_names}
+    named |= {name for function in (Product.geojson.func,) for name in function.__code__.co_names}
     assert files <= named
 
 
