@@ -32,8 +32,8 @@ CPU = {
     "openvino/cmake": "build files",
 }
 
-# Of SciPy the server uses ndimage, which needs these.
-SCIPY = ("ndimage", "special", "_lib")
+# Of SciPy the server uses ndimage and the graphs of sparse, which need these.
+SCIPY = ("ndimage", "sparse", "linalg", "special", "_lib")
 
 # The compressions of server/imaging/decode/tiff.py; every further codec is a parser of strangers' bytes that nobody calls.
 CODECS = ("_imcd.", "_ccitt.", "_deflate.", "_zlib.", "_zstd.", "_lzma.", "_shared.", "_shared_cython.")
