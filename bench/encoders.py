@@ -29,10 +29,11 @@ from skimage.measure import find_contours
 from bench.levels import picture
 from bench.table import write
 from server.arrays import Image, Mask, Objects, Volume
-from server.imaging.encode import ENCODERS, Product
+from server.imaging.encode import ENCODERS, SegmentationResult
 from server.imaging.encode.nrrd import TO_LPS
 from server.imaging.encode.overlay import displayed, draw
-from server.segment import objects, statistics
+from server.segment import statistics
+from server.segment.labels import find as find_objects
 
 SIDE, OBJECTS, VOXELS = 4096, 30_000, 256
 # Seconds that the project set itself for a mask, and for as many polygons.
@@ -88,11 +89,11 @@ def probabilities(inside: np.ndarray) -> np.ndarray:
 
 def spread_of(scores: np.ndarray) -> np.ndarray:
     """Something that is 0 where the scores are sure, as the spread of heads is; float16."""
-    spread: Float16[np.ndarray, "*size"] = (scores[0] * (1 - scores[0])).astype(np.float16)
-    return spread
+    head_std: Float16[np.ndarray, "*size"] = (scores[0] * (1 - scores[0])).astype(np.float16)
+    return head_std
 
 
-def statistics_of(product: Product) -> bytes:
+def statistics_of(product: SegmentationResult) -> bytes:
     """As `format=json` makes it of the mask's objects."""
     found = product.mask.objects
     assert found is not None  # noqa: S101 - made so
@@ -107,15 +108,15 @@ def photograph() -> np.ndarray:
     return np.clip(large + np.random.default_rng(3).normal(0, 2, large.shape), 0, 255).astype(np.uint8)
 
 
-def image() -> Product:
+def image() -> SegmentationResult:
     """The 2D case."""
     labels = ellipses()
     inside = (labels > 0).astype(np.uint8)
     scores = probabilities(inside)
-    return Product(Mask(inside, scores, spread_of(scores), measured(labels)), COLORS, NAMES, Image(photograph()))
+    return SegmentationResult(Mask(inside, scores, spread_of(scores), measured(labels)), COLORS, NAMES, Image(photograph()))
 
 
-def volume() -> Product:
+def volume() -> SegmentationResult:
     """The 3D case: blobs, in the order of files."""
     smooth = ndimage.gaussian_filter(np.random.default_rng(4).normal(size=(VOXELS,) * 3).astype(np.float32), 6)
     inside = np.asfortranarray(smooth > 0.02, dtype=np.uint8)
@@ -124,7 +125,7 @@ def volume() -> Product:
     voxels = np.asfortranarray(smooth * 5000, dtype=np.int16)[..., None]
     source = Volume(voxels, header.get_best_affine(), header)
     scores = np.asfortranarray(probabilities(inside)[0])[None]
-    return Product(Mask(inside, scores, spread_of(scores), measured(labels)), COLORS, NAMES, source)
+    return SegmentationResult(Mask(inside, scores, spread_of(scores), measured(labels)), COLORS, NAMES, source)
 
 
 def by_pillow(pixels: np.ndarray) -> bytes:
@@ -177,7 +178,7 @@ def by_pycocotools(found: Objects) -> bytes:
     return b"".join(one["counts"] for one in counts)
 
 
-def others(flat: Product, solid: Product) -> dict[str, tuple[str, Callable[[], bytes], float]]:
+def others(flat: SegmentationResult, solid: SegmentationResult) -> dict[str, tuple[str, Callable[[], bytes], float]]:
     """Per format the other way: its name, itself, and what to multiply it with."""
     mask, found, scores = flat.mask.classes, flat.mask.objects, flat.mask.scores
     source = solid.source
@@ -246,7 +247,7 @@ def main() -> None:
         for fact in facts
     ]  # fmt: skip
     count = len(flat.mask.objects or ())
-    finding, _ = timed(lambda: bytes(len(objects.find(flat.mask.classes, flat.mask.spread))), arguments.repeats)
+    finding, _ = timed(lambda: bytes(len(find_objects(flat.mask.classes, flat.mask.head_std))), arguments.repeats)
     caption = (
         f"Seconds per format: an image of {SIDE} × {SIDE} pixels with {count:,} objects, a volume of {VOXELS}³ voxels; the fastest of "
         f"{arguments.repeats}. Formats of objects need them found, which takes {finding:.3f} s more, once. The other way is that of a notebook, at its defaults."

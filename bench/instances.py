@@ -26,8 +26,8 @@ from model.reading import read_array
 from server.runtime.bundle import Bundle, read_bundle
 from server.runtime.engines import ENGINES
 from server.runtime.opening import cores
-from server.segment import instances
-from server.segment.objects import number
+from server.segment import watershed
+from server.segment.labels import number
 from server.segment.quality import AP_THRESHOLDS, average_precision
 
 SHOWN = (0.5, 0.7, 0.9)
@@ -67,7 +67,7 @@ def connected(classes: UInt8[ndarray, "*size"]) -> Labels:
 def divided(classes: UInt8[ndarray, "*size"]) -> Labels:
     """As with instances=true."""
     labels, count = number(classes)
-    instances.split(labels, count, (1.0,) * classes.ndim)
+    watershed.split(labels, count, (1.0,) * classes.ndim)
     return labels
 
 
@@ -96,13 +96,13 @@ def masks_of(bundle: Bundle, graph: str, images: list[Labelled]) -> list[UInt8[n
 
 def sweep(masks: list[UInt8[ndarray, "*size"]], references: list[Shaped[ndarray, "*size"]]) -> None:
     """Prints mean AP for other constants of the split."""
-    chosen = instances.SADDLE, instances.SMOOTHED
+    chosen = watershed.SADDLE, watershed.SMOOTHED
     rows = [("connected", "", f"{score('', 'connected', masks, references).mean_ap:.4f}", "")]
     for saddle, smoothed in itertools.product(SADDLES, SMOOTHINGS):
-        instances.SADDLE, instances.SMOOTHED = saddle, smoothed
+        watershed.SADDLE, watershed.SMOOTHED = saddle, smoothed
         row = score("", "split", masks, references)
         rows.append((f"{saddle:g}", f"{smoothed:g}", f"{row.mean_ap:.4f}", "chosen" if (saddle, smoothed) == chosen else ""))
-    instances.SADDLE, instances.SMOOTHED = chosen
+    watershed.SADDLE, watershed.SMOOTHED = chosen
     print(markdown(["saddle", "smoothed", "mean AP", ""], rows))
 
 

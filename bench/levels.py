@@ -31,8 +31,8 @@ from model import checkpoint
 from model.network import UNetPlusPlus
 from server.arrays import Mask, Tiles
 from server.imaging.decode import decode
+from server.imaging.decode_options import DecodeOptions
 from server.imaging.encode import png
-from server.imaging.reading import Reading
 from server.runtime.bundle import WEIGHTS, Bundle, read_bundle
 from server.runtime.engines import ENGINES
 from server.runtime.opening import noise
@@ -60,7 +60,7 @@ def codec(body: bytes, side: int) -> Callable[[], object]:
     mask = Mask((picture(side)[..., 0] < 128).astype(np.uint8))
 
     def run() -> bytes:
-        decode(io.BytesIO(body), Reading(10**8))
+        decode(io.BytesIO(body), DecodeOptions(10**8))
         return png.encode(mask, {1: (255, 127, 14)})
 
     return run

@@ -277,11 +277,11 @@ def _checks(ledger: Ledger, metrics: str) -> list[Check]:
     """What the ledger tells, alone and against the metrics."""
     settled, left = sum(ledger.statuses.values()), sum(n for (_, status), n in ledger.statuses.items() if status == LEAVES)
     answered = settled - left - sum(n for (_, status), n in ledger.statuses.items() if status == LOST)
-    counted, jobs = total(metrics, "unetpp_requests_total", "outcome"), total(metrics, "unetpp_jobs_total", "outcome")
+    model_info, jobs = total(metrics, "unetpp_requests_total", "outcome"), total(metrics, "unetpp_jobs_total", "outcome")
     timed = sum(total(metrics, "unetpp_request_duration_seconds_count", "level").values())
-    if timed != counted["ok"]:
-        ledger.fault("metrics", f"{timed} durations of {counted['ok']} good answers")
-    _within(ledger, "metrics", counted, ledger.outcomes, ledger.unsure)
+    if timed != model_info["ok"]:
+        ledger.fault("metrics", f"{timed} durations of {model_info['ok']} good answers")
+    _within(ledger, "metrics", model_info, ledger.outcomes, ledger.unsure)
     _within(ledger, "jobs", jobs, ledger.jobs, ledger.unsure_jobs)
     if settled != ledger.sent:
         ledger.fault("answers", f"{ledger.sent} requests were sent, and {settled} came to an end")
@@ -292,25 +292,25 @@ def _checks(ledger: Ledger, metrics: str) -> list[Check]:
         ("answers", "every request is answered once, as it should be", f"{ledger.sent:,} sent = {answered:,} answered + {left:,} left"),
         ("masks", "have the input's size and the level asked for", f"{ledger.masks:,} masks"),
         ("same bytes", "the same question, the same answer", f"{ledger.repeated:,} answers"),
-        ("metrics", "answers in = answers out", f"{_listed(counted)}; ledger {_listed(ledger.outcomes)}, {ledger.unsure} unsure"),
+        ("metrics", "answers in = answers out", f"{_listed(model_info)}; ledger {_listed(ledger.outcomes)}, {ledger.unsure} unsure"),
         ("jobs", "jobs in = jobs out", f"{_listed(jobs)}; ledger {_listed(ledger.jobs)}, {ledger.unsure_jobs} unsure"),
     ]  # fmt: skip
     return [Check(name, goal, found, not ledger.faults[name], ledger.faults[name]) for name, goal, found in rows]
 
 
-def _within(ledger: Ledger, goal: str, counted: Counter[str], ours: Counter[str], unsure: int) -> None:
+def _within(ledger: Ledger, goal: str, model_info: Counter[str], ours: Counter[str], unsure: int) -> None:
     """What the server counted is what we did, and at most the unsure more, where such a request may have ended so."""
-    for name in counted.keys() | ours.keys():
+    for name in model_info.keys() | ours.keys():
         more = unsure if name in MAY_BE[goal] else 0
-        if not ours[name] <= counted[name] <= ours[name] + more:
-            ledger.fault(goal, f"{name}: the server counted {counted[name]}, we {ours[name]}, with {more} unsure")
-    if sum(counted.values()) > sum(ours.values()) + unsure:
-        ledger.fault(goal, f"the server counted {sum(counted.values())}, we {sum(ours.values())}, with {unsure} unsure")
+        if not ours[name] <= model_info[name] <= ours[name] + more:
+            ledger.fault(goal, f"{name}: the server counted {model_info[name]}, we {ours[name]}, with {more} unsure")
+    if sum(model_info.values()) > sum(ours.values()) + unsure:
+        ledger.fault(goal, f"the server counted {sum(model_info.values())}, we {sum(ours.values())}, with {unsure} unsure")
 
 
 def _met(ledger: Ledger, metrics: str, minutes: float) -> Check:
     """That each way a request can take was taken, of which the other checks then speak; a short run may miss the rare ones."""
-    counted, dropped, again = (
+    model_info, dropped, again = (
         total(metrics, name, label)
         for name, label in (
             ("unetpp_requests_total", "outcome"),
@@ -322,8 +322,8 @@ def _met(ledger: Ledger, metrics: str, minutes: float) -> Check:
     good, masks = sum(n for _, n in answers), sum(n for status, n in answers if status == 200)
     share = masks / max(1, good)
     often = {
-        "ok": counted["ok"], "refused": counted["refused"], "cancelled": counted["cancelled"],
-        "late or too short": counted["late"] + ledger.too_short,
+        "ok": model_info["ok"], "refused": model_info["refused"], "cancelled": model_info["cancelled"],
+        "late or too short": model_info["late"] + ledger.too_short,
         "degraded": sum(total(metrics, "unetpp_degraded_total", "reason").values()), "windows dropped": dropped["cancelled"] + dropped["late"],  # "error" are those of broken files
         "compared": again["compared"],
     }  # fmt: skip

@@ -170,11 +170,11 @@ class Ledger:
         with self._lock:
             self.sent += 1
 
-    def settles(self, kind: str, route: str, status: int, *, counted: bool = True) -> None:
+    def settles(self, kind: str, route: str, status: int, *, model_info: bool = True) -> None:
         """An answer came, or will not; `counted`: it got as far as the route, e.g. POST /segment, which counts it."""
         with self._lock:
             self.statuses[kind, status] += 1
-            if status in (LEAVES, LOST) or not counted:
+            if status in (LEAVES, LOST) or not model_info:
                 self.unsure += route == "POST /segment"
                 self.unsure_jobs += route == "POST /jobs"
             elif route == "POST /segment":
@@ -415,7 +415,7 @@ class Client:
         head = self._head("/segment", "image/png", 10)
         kind = self.draw.randrange(4)
         if kind == 0:
-            self._answered(head.replace(b"Content-Length: 10", b"Content-Length: 13000000"), [413], counted=False)
+            self._answered(head.replace(b"Content-Length: 10", b"Content-Length: 13000000"), [413], model_info=False)
         elif kind == 1:
             # Refused, unless it comes in one piece: then it is a request whose body does not come.
             self._answered(head[:-2] + b"X-Long: " + b"x" * 200_000 + b"\r\n\r\n", [400, 408, 429, 431], ours=False)
@@ -588,7 +588,7 @@ class Client:
     def _connection(self) -> socket.socket:
         return socket.create_connection((self._url.host, self._url.port or 80), PATIENCE_S)
 
-    def _answered(self, request: bytes, expected: Collection[int], *, counted: bool = True, ours: bool = True) -> None:
+    def _answered(self, request: bytes, expected: Collection[int], *, model_info: bool = True, ours: bool = True) -> None:
         """Sends bytes as they are and reads the answer; `ours`: it does not come from the HTTP library below us."""
         self._ledger.sends()
         status = LOST
@@ -605,7 +605,7 @@ class Client:
                 self._ledger.fault("answers", f"{self._where}: {error!r}")
             else:
                 status = LEAVES  # the library below hangs up on what is still being sent, and its answer may be lost with that
-        self._ledger.settles(self._kind, "POST /segment", status, counted=counted and ours)
+        self._ledger.settles(self._kind, "POST /segment", status, model_info=model_info and ours)
         if status > 0 and ours:
             self._check(status, httpx.Headers(headers), body, expected)
         elif status > 0 and status not in expected:

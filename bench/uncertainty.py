@@ -21,7 +21,7 @@ from bench.levels import BUNDLE
 from bench.table import write
 from export.calibrate import machine, segment
 from export.data import Labelled, labelled
-from server.runtime.bundle import SPREAD, Bundle, Manifest, read_bundle
+from server.runtime.bundle import HEAD_STD, Bundle, Manifest, read_bundle
 from server.runtime.engines import ENGINES, Engine
 from server.runtime.opening import cores
 from server.segment.plan import make_plan, seen_by
@@ -75,17 +75,17 @@ class Use:
 def see(item: Labelled, manifest: Manifest, engine: Engine, shallow: Engine) -> Seen:
     """Runs an image as the server does, but keeps scores in full precision."""
     placement, pixels = seen_by(item.image, manifest)
-    plan = make_plan(pixels, manifest, manifest.graph(SPREAD), flat=placement.flat)
+    plan = make_plan(pixels, manifest, manifest.graph(HEAD_STD), flat=placement.flat)
     size, k = item.image.size, manifest.score_channels
-    classes, scores, spread = np.empty(size, np.uint8), np.empty((k, *size), np.float32), np.empty(size, np.float32)
-    views = placement.view(classes), placement.view(scores, leading=1), placement.view(spread)
+    classes, scores, head_std = np.empty(size, np.uint8), np.empty((k, *size), np.float32), np.empty(size, np.float32)
+    views = placement.view(classes), placement.view(scores, leading=1), placement.view(head_std)
     canvas = Canvas(plan.windows, k, manifest.threshold, *views)
     for step in plan.windows.steps:
         tiles = plan.cut(pixels, step)
         canvas.add(step, [engine.run(tiles.one(i))[0] for i in range(len(tiles))])
     canvas.finish()
     foreground = scores[0] if k == 1 else 1 - scores[0]
-    maps = {"spread of the heads": spread, "1 - abs(2p - 1) of the score": 1 - np.abs(2 * foreground - 1)}
+    maps = {"spread of the heads": head_std, "1 - abs(2p - 1) of the score": 1 - np.abs(2 * foreground - 1)}
     iou = overlap(classes > 0, item.label > 0).iou
     other = segment(shallow, manifest, manifest.graph("L1"), item.image)
     return Seen(
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
     arguments = parser.parse_args()
     bundle = read_bundle(arguments.bundle)
-    engines = opened(bundle, SPREAD), opened(bundle, "L1")
+    engines = opened(bundle, HEAD_STD), opened(bundle, "L1")
     images = [
         see(item, bundle.manifest, *engines)
         for item in track([*labelled(arguments.data, arguments.split, bundle.manifest)], "images")

@@ -58,16 +58,16 @@ class Watcher(Protocol):
         """It is done, or not; says how."""
 
 
-async def card_of(asking: Segmenting, name: str | None) -> ModelCard:
+async def card_of(params: Segmenting, name: str | None) -> ModelCard:
     """The card of the model that will be served."""
-    return await asking.model(name or next(model["name"] for model in await asking.models() if model["default"]))
+    return await params.model(name or next(model["name"] for model in await params.models() if model["default"]))
 
 
-async def run(asking: Segmenting, card: ModelCard, plan: Plan, journal: Journal, watcher: Watcher) -> None:
+async def run(params: Segmenting, card: ModelCard, plan: Plan, journal: Journal, watcher: Watcher) -> None:
     """Works through the journal's inputs.
 
     Args:
-        asking: who segments.
+        params: who segments.
         card: of the model, for what serves.
         plan: what is asked.
         journal: told of each input; written also where this is interrupted.
@@ -77,7 +77,7 @@ async def run(asking: Segmenting, card: ModelCard, plan: Plan, journal: Journal,
         Unreachable, KeyNeeded: nothing more can come of it; what was not begun is still "pending".
     """
     waiting = iter(journal.entries)
-    work = _Work(asking, card, plan, journal, watcher)
+    work = _Work(params, card, plan, journal, watcher)
     try:
         tasks = [asyncio.create_task(work.through(waiting)) for _ in range(min(plan.jobs, len(journal.entries)))]
         try:
@@ -92,7 +92,7 @@ async def run(asking: Segmenting, card: ModelCard, plan: Plan, journal: Journal,
 
 @dataclass(frozen=True)
 class _Work:
-    asking: Segmenting
+    params: Segmenting
     card: ModelCard
     plan: Plan
     journal: Journal
@@ -104,7 +104,7 @@ class _Work:
             progress = self.watcher.began(one)
             try:
                 text, failed = await self._one(one, progress), False
-            except (errors.Unreachable, errors.KeyNeeded) as error:
+            except (errors.Unreachable, errors.APIKeyMiddleware) as error:
                 self._failed(one, error)
                 raise
             except (errors.SegmentError, OSError) as error:
@@ -128,7 +128,7 @@ class _Work:
         # Whatever happens now, the answer of before is not the one to this.
         facts = {"sha256": digest, "bytes": one.path.stat().st_size, "reference_sha256": reference_digest}
         self.journal.set(one, status="pending", **facts)
-        result = await self.asking.segment(one.path, reference=reference, progress=progress, **self.plan.asked)
+        result = await self.params.segment(one.path, reference=reference, progress=progress, **self.plan.asked)
         paths = await asyncio.to_thread(self._write, one, result)
         outputs = [
             {"path": self.journal.name(path), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from client.options import with_options
-from server.shell import fail, read_settings
+from server.cli_utils import fail, read_settings
 
 if TYPE_CHECKING:
     from client.documents import ModelCard, Progress
@@ -77,17 +77,17 @@ def segment(
         if resume and kept is None:
             fail("--resume goes by the report of the run before; name it with --report, or use --out, which has one")
         before = journal.read(kept) if kept else {}
-        asking = _asking(server, api_key_file, ca, no_verify, timeout_s, as_job, bundles, asked.get("model"))
+        params = _asking(server, api_key_file, ca, no_verify, timeout_s, as_job, bundles, asked.get("model"))
         if kept:
             kept.parent.mkdir(parents=True, exist_ok=True)
         plan = Plan({"formats": formats, **asked}, out, output, references, jobs, resume)
 
         async def work(shown: "_Shown") -> None:
-            async with asking:
-                card = await card_of(asking, asked.get("model"))
+            async with params:
+                card = await card_of(params, asked.get("model"))
                 notes = journal.Journal(kept, _head(card, server, {"format": formats, **asked}))
                 notes.begin(found, before if resume else {})
-                await run(asking, card, plan, notes, shown)
+                await run(params, card, plan, notes, shown)
 
         with _showing(len(found)) as shown:
             _through(work(shown), shown)
@@ -126,13 +126,13 @@ def compare(
             fail(f"{one.shown} is a zip; compare takes one image or volume")
         target = output or one.answer(None, "levels.png")
         inputs.check([one], None, target, [reference] if reference else [])
-        asking = _asking(server, api_key_file, ca, no_verify, timeout_s, False, bundles, asked.get("model"))
+        params = _asking(server, api_key_file, ca, no_verify, timeout_s, False, bundles, asked.get("model"))
 
         async def work(shown: "_Shown") -> tuple["ModelCard", list[comparing.Row], bytes | None]:
-            async with asking:
-                card = await card_of(asking, asked.get("model"))
-                rows = await comparing.compare(asking, card, image, reference, asked, shown.say)
-                return card, rows, await comparing.input_picture(asking, card, image, asked, rows)
+            async with params:
+                card = await card_of(params, asked.get("model"))
+                rows = await comparing.compare(params, card, image, reference, asked, shown.say)
+                return card, rows, await comparing.input_picture(params, card, image, asked, rows)
 
         with _showing(None) as shown:
             outcome = _through(work(shown), shown)
@@ -246,14 +246,14 @@ def _showing(total: int | None) -> Iterator[_Shown]:
 
 
 def _through(work: Coroutine[Any, Any, Any], shown: _Shown) -> Any:
-    from client.errors import KeyNeeded, SegmentError
+    from client.errors import APIKeyMiddleware, SegmentError
 
     try:
         return asyncio.run(work)
     except KeyboardInterrupt:
         shown.interrupted = True
     except SegmentError as error:
-        if isinstance(error, KeyNeeded):
+        if isinstance(error, APIKeyMiddleware):
             # The server speaks of headers.
             error.detail += "; --api-key-file FILE sends the one in a file"
         shown.ended_by = error

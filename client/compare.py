@@ -51,7 +51,7 @@ def total_ms(result: Result) -> float:
 
 
 async def compare(
-    asking: Segmenting,
+    params: Segmenting,
     card: ModelCard,
     path: Path,
     reference: Path | None,
@@ -61,7 +61,7 @@ async def compare(
     """Asks every level, then accurate.
 
     Args:
-        asking: who segments.
+        params: who segments.
         card: of the model.
         path: the input.
         reference: mask to score against.
@@ -74,9 +74,9 @@ async def compare(
     for name, which in graphs.items():
         progress(name)
         # The first is to be thrown away, so it may take the time to draw; of a long one nobody sees it in the time.
-        runs[name] = [await asking.segment(path, formats=("mask", "overlay"), reference=reference, **asked, **which)]
+        runs[name] = [await params.segment(path, formats=("mask", "overlay"), reference=reference, **asked, **which)]
         while len(runs[name]) < RUNS and total_ms(runs[name][0]) < LONG_MS:
-            runs[name].append(await asking.segment(path, formats=("mask",), reference=reference, **asked, **which))
+            runs[name].append(await params.segment(path, formats=("mask",), reference=reference, **asked, **which))
     results = {name: min(several, key=total_ms) for name, several in runs.items()}
     best = results["accurate"]
     values = [one["value"] for one in card["classes"]]
@@ -92,11 +92,11 @@ async def compare(
     ]
 
 
-async def input_picture(asking: Segmenting, card: ModelCard, path: Path, asked: Mapping[str, Any], rows: list[Row]) -> bytes | None:
+async def input_picture(params: Segmenting, card: ModelCard, path: Path, asked: Mapping[str, Any], rows: list[Row]) -> bytes | None:
     """The input as the server shows it, from the quickest graph; None of volumes and stacks."""
     if "mask.png" not in rows[0].result.files:
         return None
-    result = await asking.segment(path, formats=("picture",), **asked, mode="fast", level=min(card["levels"]))
+    result = await params.segment(path, formats=("picture",), **asked, mode="fast", level=min(card["levels"]))
     return result.files["picture.png"]
 
 

@@ -44,7 +44,7 @@ class Refused(SegmentError):
     """The request is wrong as it is."""
 
 
-class KeyNeeded(Refused):
+class APIKeyMiddleware(Refused):
     """No API key, or none that is known."""
 
 
@@ -77,7 +77,7 @@ class Unreachable(SegmentError):
 
 
 STATUS: dict[int, type[SegmentError]] = {
-    401: KeyNeeded,
+    401: APIKeyMiddleware,
     404: NotFound,
     409: NotFinished,
     429: TryAgain,

@@ -21,7 +21,7 @@ from client.documents import ModelCard, ModelSummary, Progress
 from client.replies import Reply
 from client.result import Result, query, read_result
 from client.sources import Source, Upload, upload
-from server.api import asking, problems, schemas
+from server.api import params, problems, schemas
 from server.api.routes.segment import SegmentParameters, read_deadline
 from server.errors import UnetppError, UnknownModel
 from server.runtime.bundle import MANIFEST, find_bundles
@@ -114,7 +114,7 @@ class AsyncLocal:
             assert file  # noqa: S101 - the first is always there
             answer = await archive.segment(self._segmenter, file, wanted, known, progress, terms)
         with contextlib.closing(answer):
-            headers = {name.lower(): value for name, value in asking.headers(answer).items()}
+            headers = {name.lower(): value for name, value in params.headers(answer).items()}
             return read_result(Reply(200, headers, content if isinstance(content := answer.content, bytes) else content.read()))
 
 

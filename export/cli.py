@@ -66,13 +66,13 @@ def _graph_files(checkpoint: Path, *, int8: bool) -> int | None:
     return (len(network.heads) + 1) * (2 + int8) + (len(network.heads) > 1) if isinstance(network, UNetPlusPlus) else None
 
 
-def add_spread(bundle: Annotated[Path, BUNDLE]) -> None:
+def add_uncertainty(bundle: Annotated[Path, BUNDLE]) -> None:
     """Add the graph behind formats uncertainty_* to a bundle exported without it; all else in it stays."""
-    from export.pack import add_spread as run
+    from export.pack import add_uncertainty as run
 
     with _spoken():
-        entry = run(bundle).manifest.files["spread.onnx"]
-    typer.echo(f"{bundle}/spread.onnx: {entry.bytes / 1e3:.1f} kB\nnext: unetpp verify {bundle}")
+        entry = run(bundle).manifest.files["head_std.onnx"]
+    typer.echo(f"{bundle}/head_std.onnx: {entry.bytes / 1e3:.1f} kB\nnext: unetpp verify {bundle}")
 
 
 def verify(bundle: Annotated[Path, BUNDLE]) -> None:

@@ -12,7 +12,7 @@ from model.reading import DataError, Sample, misplaced, read_index, read_label
 from server.arrays import Image, Tiles, Volume
 from server.errors import UnetppError
 from server.imaging.decode import decode
-from server.imaging.reading import Reading
+from server.imaging.decode_options import DecodeOptions
 from server.runtime.bundle import Graph, Manifest
 from server.segment.plan import make_plan, seen_by
 
@@ -80,7 +80,7 @@ def calibration_tiles(root: Path, manifest: Manifest, graph: Graph, count: int, 
 def _decoded(path: Path, *, labels: bool = False) -> Image | Volume:
     try:
         with path.open("rb") as file:
-            return decode(file, Reading(MOST, MOST, labels=labels))
+            return decode(file, DecodeOptions(MOST, MOST, labels=labels))
     except UnetppError as error:
         raise DataError(f"{path.parent.name}/{path.name}: {error}") from error
 

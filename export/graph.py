@@ -21,11 +21,11 @@ class ServedGraph(nn.Module):
         spread: give the spread of the heads too, as a last channel.
     """
 
-    def __init__(self, network: UNetPlusPlus, activation: Literal["sigmoid", "softmax"], *, spread: bool = False) -> None:
+    def __init__(self, network: UNetPlusPlus, activation: Literal["sigmoid", "softmax"], *, head_std: bool = False) -> None:
         super().__init__()
         self.network = network
         self.activation = activation
-        self.spread = spread
+        self.head_std = head_std
 
     def forward(self, image: Tensor, mean: Tensor, inverse_std: Tensor) -> Tensor:
         """Mean of the heads' probabilities.
@@ -46,7 +46,7 @@ class ServedGraph(nn.Module):
         for score in scores[1:]:
             total = total + score
         mean_score = total / len(scores) if len(scores) > 1 else total
-        return torch.cat([mean_score, self._spread(scores, mean_score)], dim=1) if self.spread else mean_score
+        return torch.cat([mean_score, self._spread(scores, mean_score)], dim=1) if self.head_std else mean_score
 
     @staticmethod
     def _spread(scores: list[Tensor], mean_score: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from model.network import UNetPlusPlus
 from server.runtime.bundle import (
     FORMAT,
     GOLDEN,
+    HEAD_STD,
     MANIFEST,
-    SPREAD,
     WEIGHTS,
     Bundle,
     Class,
@@ -116,8 +116,8 @@ def export(source: Path, card: Card, out: Path, data: Path | None, advance: Call
                 onnx.save(point_at_weights(proto, folder / WEIGHTS), folder / file)
                 advance(file)
         if len(config.heads) > 1:
-            manifest = with_spread(folder, manifest, network)
-            advance(f"{SPREAD}.onnx")
+            manifest = with_head_std(folder, manifest, network)
+            advance(f"{HEAD_STD}.onnx")
         write_golden(folder / GOLDEN, served, config.in_channels, config.dims)
         write_manifest(folder, _stamped(manifest))
         read_bundle(folder)
@@ -125,7 +125,7 @@ def export(source: Path, card: Card, out: Path, data: Path | None, advance: Call
     return read_bundle(out)
 
 
-def with_spread(folder: Path, manifest: Manifest, network: UNetPlusPlus) -> Manifest:
+def with_head_std(folder: Path, manifest: Manifest, network: UNetPlusPlus) -> Manifest:
     """Writes the graph of the heads' spread, which has no golden scores of its own: they follow from those of the levels.
 
     Args:
@@ -141,16 +141,16 @@ def with_spread(folder: Path, manifest: Manifest, network: UNetPlusPlus) -> Mani
     """
     if len(network.config.heads) < 2:
         raise ExportError(f"{manifest.name} has one head, whose spread is 0 everywhere; it was trained without deep supervision")
-    described = _describe(SPREAD, network.config.depth, network, ("fp32",))
+    described = _describe(HEAD_STD, network.config.depth, network, ("fp32",))
     file = described.files["fp32"]
-    proto = fp32(ServedGraph(network, manifest.activation, spread=True).eval(), [])
+    proto = fp32(ServedGraph(network, manifest.activation, head_std=True).eval(), [])
     with checkpoint.atomic(folder / file) as temporary:
         onnx.save(point_at_weights(proto, folder / WEIGHTS), temporary)
     files = {**manifest.files, file: FileEntry(sha256="0" * 64, bytes=0)}
-    return manifest.model_copy(update={"spread": described, "files": files})
+    return manifest.model_copy(update={"head_std": described, "files": files})
 
 
-def add_spread(folder: Path) -> Bundle:
+def add_uncertainty(folder: Path) -> Bundle:
     """Gives a bundle that was exported without it the graph of the heads' spread; every other file and number stays as it is.
 
     Raises:
@@ -161,7 +161,7 @@ def add_spread(folder: Path) -> Bundle:
     network, _ = checkpoint.load(folder / WEIGHTS)
     if not isinstance(network, UNetPlusPlus):
         raise ExportError(f"{folder} holds a {type(network).__name__}; only UNet++ has heads that can differ")
-    write_manifest(folder, with_spread(folder, bundle.manifest, network), as_read=True)
+    write_manifest(folder, with_head_std(folder, bundle.manifest, network), as_read=True)
     return read_bundle(folder)
 
 

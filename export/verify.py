@@ -13,9 +13,9 @@ from export.lower import PREFIX
 from model import checkpoint
 from model.network import UNetPlusPlus
 from server.arrays import Scores, Tiles
-from server.runtime.bundle import GRAPH_PRECISIONS, SPREAD, WEIGHTS, Bundle
+from server.runtime.bundle import GRAPH_PRECISIONS, HEAD_STD, WEIGHTS, Bundle
 from server.runtime.engines import ENGINES
-from server.runtime.opening import golden_spread, golden_tiles, noise
+from server.runtime.opening import golden_head_std, golden_tiles, noise
 
 # fp32 must equal torch up to rounding; the others must decide the same class for nearly every pixel.
 FP32_MAX_ABS = 1e-4
@@ -67,13 +67,13 @@ def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: 
     manifest = bundle.manifest
     verdicts, wrong = [], []
     networks = {name: pruned for name, (_, pruned) in level_networks(network).items()} | (
-        {SPREAD: network} if manifest.spread else {}
+        {HEAD_STD: network} if manifest.head_std else {}
     )
     known = [*golden_tiles(bundle.golden)]
     for name, pruned in networks.items():
         wrong += wrong_nodes(bundle, name, pruned)
-        graph = ServedGraph(pruned, manifest.activation, spread=name == SPREAD).eval()
-        golden = golden_spread(known) if name == SPREAD else [(tiles, scores) for g, tiles, scores in known if g == name]
+        graph = ServedGraph(pruned, manifest.activation, head_std=name == HEAD_STD).eval()
+        golden = golden_head_std(known) if name == HEAD_STD else [(tiles, scores) for g, tiles, scores in known if g == name]
         inputs = _inputs(len(manifest.channels), manifest.dims) + [tiles for tiles, _ in golden]
         expected = [torch_scores(graph, tiles) for tiles in inputs]
         if not golden or largest_difference([scores for _, scores in golden], expected[-len(golden) :]) > FP32_MAX_ABS:
@@ -109,7 +109,7 @@ def runnable(bundle: Bundle) -> list[tuple[str, str]]:
 
 def _runnable_at(bundle: Bundle, name: str) -> list[tuple[str, str]]:
     """Of those, the ones that a graph is served at."""
-    return [(engine, precision) for engine, precision in runnable(bundle) if name != SPREAD or precision == "fp32"]
+    return [(engine, precision) for engine, precision in runnable(bundle) if name != HEAD_STD or precision == "fp32"]
 
 
 def combinations(bundle: Bundle) -> int:

@@ -12,15 +12,15 @@ from fastapi import Depends, FastAPI
 from fastapi.security import APIKeyHeader, HTTPBearer
 
 from server import __version__
-from server.api import asking, auth, problems, traces
-from server.api.access import Access
-from server.api.connections import Connection, Patience
+from server.api import auth, params, problems, traces
+from server.api.access import AccessLogMiddleware
+from server.api.connections import Connection, ConnectionLimits
 from server.api.limits import BodyLimit, HeadLimit
 from server.api.request_id import RequestId
 from server.api.routes import docs, health, jobs, models, page, segment
 from server.api.routes import ops as ops_routes
 from server.api.schemas import Problem
-from server.api.stopping import LastAnswers, Stopping
+from server.api.stopping import DrainMiddleware, Stopping
 from server.errors import BundleDamaged, EngineUnavailable, UnknownModel
 from server.jobs.runner import Runner
 from server.jobs.store import Store
@@ -28,7 +28,7 @@ from server.metrics import Metrics
 from server.reload import Reload
 from server.runtime.bundle import MANIFEST, find_bundles, sha256
 from server.runtime.opening import OpenBundle, Turns, at_once, open_bundle
-from server.segment import counted
+from server.segment import model_info
 from server.segment.agreement import Agreement
 from server.segment.pipeline import Segmenter
 from server.serving import Operations, OpsServer, Server
@@ -92,9 +92,9 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
     stopping = Stopping()
     traced = traces.start()
     segmenter = make_segmenter(settings, bundles, metrics)
-    runner = Runner(settings.jobs, settings.http.max_in_flight, segmenter, metrics, asking.headers, problems.explain, store)
+    runner = Runner(settings.jobs, settings.http.max_in_flight, segmenter, metrics, params.headers, problems.explain, store)
     agreement = Agreement(settings.quality, segmenter, metrics)
-    metrics.expect(counted.known(bundles))
+    metrics.expect(model_info.known(bundles))
 
     def look(before: Mapping[str, OpenBundle]) -> dict[str, OpenBundle]:
         if settings.runtime.provider == "tensorrt":
@@ -187,19 +187,19 @@ def _guard(
         refuse=refuse,
     )
     # Outermost last.
-    app.add_middleware(auth.OwnPagesOnly)
+    app.add_middleware(auth.SameOriginMiddleware)
     if keys:
-        app.add_middleware(auth.KeyNeeded, keys=keys, free=free, refused=functools.partial(refuse, "unauthorized"))
+        app.add_middleware(auth.APIKeyMiddleware, keys=keys, free=free, refused=functools.partial(refuse, "unauthorized"))
     app.add_middleware(HeadLimit, refuse=refuse)
-    app.add_middleware(LastAnswers, stopping=stopping)
-    app.add_middleware(Access, traces=traced, static=auth.STATIC)
+    app.add_middleware(DrainMiddleware, stopping=stopping)
+    app.add_middleware(AccessLogMiddleware, traces=traced, static=auth.STATIC)
     app.add_middleware(RequestId)
     problems.install(app, refuse)
 
 
 def _config(settings: Settings, app: FastAPI, most: int, stop_s: int) -> uvicorn.Config:
     http, limits = settings.http, settings.limits
-    patience = Patience(most, limits.head_s, limits.idle_upload_s, limits.min_pace_kb_s * 1024)
+    patience = ConnectionLimits(most, limits.head_s, limits.idle_upload_s, limits.min_pace_kb_s * 1024)
     return uvicorn.Config(
         # On h11, as httptools does not bound a head that it waits for (`HeadLimit` has the rest); and a socket upgraded to another protocol would be past every door.
         app, http=functools.partial(Connection, patience=patience), ws="none",  # type: ignore[arg-type]  # called like the class

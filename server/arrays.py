@@ -13,7 +13,7 @@ from numpy import ndarray
 
 
 @dataclass(frozen=True)
-class Extent:
+class InputHeader:
     """What the header of a file says, before any pixel is decoded.
 
     Attributes:
@@ -68,9 +68,9 @@ class Image:
         return self.pixels
 
     @property
-    def extent(self) -> Extent:
+    def input_header(self) -> InputHeader:
         """What a header would say."""
-        return Extent(self.size, self.pixels.shape[-1], self.pixels.itemsize)
+        return InputHeader(self.size, self.pixels.shape[-1], self.pixels.itemsize)
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ class Volume:
         return self.voxels
 
     @property
-    def extent(self) -> Extent:
+    def input_header(self) -> InputHeader:
         """What a header would say."""
-        return Extent(self.size, self.voxels.shape[-1], self.voxels.itemsize, self.affine, self.family, self.time_slices)
+        return InputHeader(self.size, self.voxels.shape[-1], self.voxels.itemsize, self.affine, self.family, self.time_slices)
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,6 @@ class Mask:
 
     classes: UInt8[ndarray, "*size"]
     scores: Shaped[ndarray, "K *size"] | None = None
-    spread: Shaped[ndarray, "*size"] | None = None
+    head_std: Shaped[ndarray, "*size"] | None = None
     objects: Objects | None = None
     confidence: Shaped[ndarray, "*size"] | None = None

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from server import __version__, logs
-from server.shell import read_settings, spoken
+from server.cli_utils import read_settings, report_errors
 
 app = typer.Typer(
     name="unetpp",
@@ -40,7 +40,7 @@ def root(
 
 
 @app.command()
-@spoken
+@report_errors
 def serve(
     bundles: Annotated[Path | None, typer.Option(help="A bundle or a folder of bundles [UNETPP_BUNDLES].")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [UNETPP_HTTP__HOST].")] = None,
@@ -53,7 +53,7 @@ def serve(
     from server import listening
     from server.runtime import memory
 
-    memory.keep_little()
+    memory.limit_malloc_arenas()
     from server.api.auth import Keys
     from server.app import create_app, make_server, open_bundles
     from server.jobs.store import Store
@@ -94,7 +94,7 @@ def _shown(http: Any, host: str, port: int) -> str:
 
 
 @app.command()
-@spoken
+@report_errors
 def key(
     name: Annotated[str, typer.Argument(help="Whose key it is: letters, digits, dots, dashes and underscores.")],
 ) -> None:
@@ -108,7 +108,7 @@ def key(
 
 
 @app.command()
-@spoken
+@report_errors
 def models(
     bundles: Annotated[Path | None, typer.Option(help="A bundle or a folder of bundles [UNETPP_BUNDLES].")] = None,
 ) -> None:
@@ -142,7 +142,7 @@ def models(
 for _entry in sorted(entry_points(group="unetpp.commands"), key=lambda e: e.name):
     # An image may serve without the packages that train and export.
     with contextlib.suppress(ModuleNotFoundError):
-        app.command(_entry.name)(spoken(_entry.load()))
+        app.command(_entry.name)(report_errors(_entry.load()))
 
 
 if __name__ == "__main__":

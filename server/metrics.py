@@ -33,7 +33,7 @@ CANCELLATIONS = ("client_left", "deadline", "stopping")
 DROPS = ("cancelled", "late", "unreadable", "error")
 DEGRADATIONS = ("deadline", "load")
 JOB_OUTCOMES = ("done", "failed", "cancelled", "refused")
-URGENCIES = {True: "interactive", False: "batch"}
+PRIORITIES = {True: "interactive", False: "batch"}
 RELOADS = ("ok", "failed")
 NONE = "none"
 
@@ -42,7 +42,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
-class Known:
+class ModelInfo:
     """What there is to be counted of an open bundle.
 
     Attributes:
@@ -162,7 +162,7 @@ class Metrics:
             "unetpp_predicted_wait_seconds", "Time that a new request of one tile would wait for the device, as predicted.",
             registry=self.registry,
         )  # fmt: skip
-        for urgency in URGENCIES.values():
+        for urgency in PRIORITIES.values():
             self.queue_tiles.labels(urgency)
             self.queue_oldest_s.labels(urgency)
 
@@ -210,7 +210,7 @@ class Metrics:
     def _histogram(self, name: str, text: str, labels: tuple[str, ...], buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
 
-    def expect(self, bundles: Iterable[Known]) -> None:
+    def expect(self, bundles: Iterable[ModelInfo]) -> None:
         """Creates the children of all open bundles, so that rates start at zero, and forgets what is told of those that are gone.
 
         What was counted of them stays: a counter never goes back.
@@ -232,7 +232,7 @@ class Metrics:
         self.calibrated.show(points)
         self.reload_timestamp_s.set(time.time())
 
-    def _expect_answers(self, known: Known) -> None:
+    def _expect_answers(self, known: ModelInfo) -> None:
         model = known.model
         for mode, level, graph in known.routes:
             self.batches.labels(graph)

@@ -53,11 +53,11 @@ class Gpus(Collector):
             return
         if self._reading is None:
             self._reading = asyncio.get_running_loop().run_in_executor(None, self._read)
-        reading = self._reading
-        await asyncio.wait([reading], timeout=PATIENCE_S)
+        decode_options = self._reading
+        await asyncio.wait([decode_options], timeout=PATIENCE_S)
         self._shown = []
-        if reading.done():
-            self._reading, self._shown = None, reading.result()
+        if decode_options.done():
+            self._reading, self._shown = None, decode_options.result()
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """What was read last, for the registry."""

@@ -12,7 +12,7 @@ from server.errors import NotReady, ReloadFailed, ReloadRunning, UnetppError
 from server.metrics import Metrics
 from server.runtime import memory
 from server.runtime.opening import OpenBundle
-from server.segment import counted
+from server.segment import model_info
 from server.segment.pipeline import Segmenter
 from server.segment.served import Served
 
@@ -101,10 +101,10 @@ class Reload:
         # Not in the handler: what the error leads to, engines among it, is gone by now.
         if failure:
             self._metrics.reloaded(False)
-            await asyncio.to_thread(memory.return_freed)
+            await asyncio.to_thread(memory.malloc_trim)
             raise failure
         self._metrics.reloaded(True)
-        self._metrics.expect(counted.known(bundles))
+        self._metrics.expect(model_info.known(bundles))
         while gone:
             self._close(gone.pop())
         changes = _changes(before, bundles)
@@ -137,7 +137,7 @@ async def _free(held: list[OpenBundle], left: asyncio.Event) -> None:
 
 def _empty(held: list[OpenBundle]) -> None:
     held.clear()
-    memory.return_freed()
+    memory.malloc_trim()
 
 
 def _failure(error: Exception) -> ReloadFailed:

@@ -21,7 +21,7 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 QUIET = ("/health/live", "/health/ready", "/metrics")
 
 
-class Access:
+class AccessLogMiddleware:
     """Logs which route was asked and how that went: no path, query or name, which callers write as they like.
 
     Args:
@@ -44,7 +44,7 @@ class Access:
         # Who leaves before there is an answer gets none.
         status, bytes_in = 499, 0
 
-        async def counted() -> Message:
+        async def model_info() -> Message:
             nonlocal bytes_in
             message = await receive()
             bytes_in += len(message.get("body", b""))
@@ -57,7 +57,7 @@ class Access:
             await send(message)
 
         try:
-            await self._app(scope, counted, noted)
+            await self._app(scope, model_info, noted)
         except Exception:
             status = 500
             raise

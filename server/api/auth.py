@@ -118,7 +118,7 @@ class Keys:
         return hashes
 
 
-class KeyNeeded:
+class APIKeyMiddleware:
     """Answers 401 to whoever brings no known key, whether the path exists or not.
 
     Args:
@@ -154,7 +154,7 @@ class KeyNeeded:
         await response(scope, receive, send)
 
 
-class OwnPagesOnly:
+class SameOriginMiddleware:
     """Refuses what a browser sends for a page of another site, which could not read the answer, but have work done without a key.
 
     Reading is left alone: links from elsewhere to the page shall work.

@@ -15,7 +15,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.api import problems
-from server.api.metered import LEAST_CHUNK_BYTES, Flow, Metered
+from server.api.bounded_parser import LEAST_CHUNK_BYTES, BoundedParser, Flow
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ SAID_EVERY_S = 60.0
 
 
 @dataclass
-class Patience:
+class ConnectionLimits:
     """What all connections of a port share.
 
     Attributes:
@@ -50,9 +50,9 @@ class Connection(H11Protocol):
         given: what uvicorn gives.
     """
 
-    def __init__(self, *, patience: Patience, **given: Any) -> None:
+    def __init__(self, *, patience: ConnectionLimits, **given: Any) -> None:
         super().__init__(**given)
-        self.conn = self._parser = Metered(self._watch_reading_soon)
+        self.conn = self._parser = BoundedParser(self._watch_reading_soon)
         self._patience = patience
         self._turn: asyncio.Handle | None = None
         self._head: asyncio.TimerHandle | None = None
@@ -102,7 +102,7 @@ class Connection(H11Protocol):
             return
         status = HTTPStatus.BAD_REQUEST
         detail = "this is not an HTTP/1.1 request, or its head is longer than 16 KiB; send fewer or shorter headers"
-        if self._parser.crumbs:
+        if self._parser.tiny_chunks:
             detail = f"the body comes in chunks of less than {LEAST_CHUNK_BYTES} bytes; send larger ones, or a Content-Length"
         body = json.dumps(problems.document(status, "bad-request", detail)).encode()
         headers = [("content-type", problems.MEDIA_TYPE), ("content-length", str(len(body))), ("connection", "close")]

@@ -91,7 +91,7 @@ class BodyLimit:
         # Spent by waiting, and earned back by what comes.
         patience_s = self._idle_s
 
-        async def counted() -> Message:
+        async def model_info() -> Message:
             # What is raised here reaches the route that is reading, and from there the problem handler.
             nonlocal received, complete, patience_s
             begun = time.monotonic()
@@ -109,7 +109,7 @@ class BodyLimit:
                 raise self._too_large("more than that")
             return message
 
-        await self._app(scope, counted, send)
+        await self._app(scope, model_info, send)
 
     def _stalled(self) -> UploadStalled:
         return UploadStalled(

@@ -5,7 +5,7 @@ from typing import Literal, overload
 
 from pydantic import BaseModel
 
-from server.jobs.live import View
+from server.jobs.active import View
 from server.runtime.bundle import Calibration, Class, Comparison, Graph, Manifest, Measured
 from server.runtime.opening import OpenBundle
 
@@ -159,7 +159,7 @@ def _summary(manifest: Manifest, opened: OpenBundle, default: str) -> dict[str, 
         "levels": manifest.levels,
         "recommended_level": manifest.recommended_level,
         "precisions": opened.precisions,
-        "uncertainty": opened.spread is not None,
+        "uncertainty": opened.head_std is not None,
         "default": manifest.name == default,
     }
 

@@ -29,7 +29,7 @@ class Stopping:
             raise NotReady("the server is stopping; it answers what still arrives, but send further requests to another one")
 
 
-class LastAnswers:
+class DrainMiddleware:
     """Closes the connection with each answer of a server that stops, and answers for requests that are cut off.
 
     Clients and proxies that keep connections alive would otherwise send their next request into the moment in which

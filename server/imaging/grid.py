@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
-from server.arrays import Extent, Image, Volume
+from server.arrays import Image, InputHeader, Volume
 from server.errors import TooLarge, Unreadable
+from server.imaging.decode_options import DecodeOptions, met, notes
 from server.imaging.geometry import MM, check_affine, nifti_header
-from server.imaging.reading import Reading, met, notes
 from server.imaging.streaming import KEPT, Stream, kept_as, read_values, skip
 
 # Values of one pixel or voxel.
@@ -61,37 +61,37 @@ class Grid:
     def _kept(self) -> "np.dtype[np.generic]":
         return kept_as(self.stored, KEPT if self.affine is not None else ("uint8", "uint16"))
 
-    def extent(self, reading: Reading) -> Extent:
+    def input_header(self, decode_options: DecodeOptions) -> InputHeader:
         """What `read` will give.
 
         Raises:
             InvalidParameter: no such channel.
         """
-        wanted, _ = reading.channels(self.channels, colors=self.colors)
+        wanted, _ = decode_options.channels(self.channels, colors=self.colors)
         channels = len(range(self.channels)[wanted])
         size = self.size if self.affine is not None else self.size[::-1]
-        return Extent(size, channels, self._kept.itemsize, self.affine, "nrrd" if self.affine is not None else "nifti")
+        return InputHeader(size, channels, self._kept.itemsize, self.affine, "nrrd" if self.affine is not None else "nifti")
 
-    def check(self, reading: Reading) -> None:
+    def check(self, decode_options: DecodeOptions) -> None:
         """Refuses what is over a limit, before anything is inflated.
 
         Raises:
             TooLarge: says limit and size.
         """
         if self.affine is None:
-            reading.check_image(self.size[1], self.size[0])
+            decode_options.check_image(self.size[1], self.size[0])
         else:
-            reading.check_volume(self.size)
+            decode_options.check_volume(self.size)
 
-    def read(self, stream: Stream, reading: Reading) -> Image | Volume:
+    def read(self, stream: Stream, decode_options: DecodeOptions) -> Image | Volume:
         """Reads it from a stream at its first value.
 
         Raises:
             Unreadable: cut off, or not finite.
             InvalidParameter: no such channel.
         """
-        self.check(reading)
-        wanted, guess = reading.channels(self.channels, colors=self.colors)
+        self.check(decode_options)
+        wanted, guess = decode_options.channels(self.channels, colors=self.colors)
         picked = len(range(self.channels)[wanted])
         if self.interleaved or self.channels == 1:
             flat, wrong = read_values(stream, self.stored, self._kept, self.count, channels=self.channels, wanted=wanted)
@@ -100,7 +100,7 @@ class Grid:
             skip(stream, self.count * wanted.start * self.stored.itemsize, "voxels")
             flat, wrong = read_values(stream, self.stored, self._kept, self.count * picked)
             values = flat.reshape(-1).reshape((*self.size, picked), order="F")
-        note = notes(self.note, guess, met(wrong, values.size, reading.zero_nonfinite))
+        note = notes(self.note, guess, met(wrong, values.size, decode_options.zero_nonfinite))
         if self.affine is None:
             return Image(np.ascontiguousarray(values.transpose(1, 0, 2)), note, self.spacing_mm)
         header = nifti_header(self.affine, self.size)

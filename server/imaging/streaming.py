@@ -11,7 +11,7 @@ from jaxtyping import Shaped
 from numpy import ndarray
 
 from server.errors import Unreadable
-from server.imaging.reading import zero_nonfinite
+from server.imaging.decode_options import zero_nonfinite
 
 GZIP = b"\x1f\x8b"
 # Bytes decoded at a time.

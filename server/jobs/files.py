@@ -62,7 +62,7 @@ class Files:
         with self.disk(), contextlib.suppress(FileNotFoundError):
             file = opened.enter_context(path.open("rb"))
             return file, opened.enter_context(beside.open("rb")) if beside.exists() else None
-        raise FileNotFoundError(f"the input of job {brief(id_)} is gone")
+        raise FileNotFoundError(f"the input of job {short_id(id_)} is gone")
 
     def write(self, id_: str, name: str, source: BinaryIO) -> None:
         """A file that is there, whole, when this returns. Whatever the quota: that is for what comes in.
@@ -101,7 +101,7 @@ class Files:
         except FileNotFoundError:
             pass
         except OSError:
-            log.exception("files of job %s could not be removed; the next start of the server tries again", brief(id_))
+            log.exception("files of job %s could not be removed; the next start of the server tries again", short_id(id_))
         self._account(id_)
 
     def discard(self, id_: str) -> None:
@@ -162,7 +162,7 @@ class Files:
                 self._sizes[id_] = size
 
 
-def brief(id_: str) -> str:
+def short_id(id_: str) -> str:
     """What the log may say of an id: whoever has all of it has the job."""
     return id_[:8]
 

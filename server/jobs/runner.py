@@ -12,9 +12,9 @@ from typing import Any, BinaryIO, Self, TypeVar
 
 from server.errors import CallerError, InvalidParameter, NotReady, Overloaded, StoreBroken, StoreFull, TryAgain
 from server.imaging import encode as encoding
-from server.jobs.files import brief
+from server.jobs.active import ActiveJob, Queue, View
+from server.jobs.files import short_id
 from server.jobs.job import Job, Ticket
-from server.jobs.live import Live, Queue, View
 from server.jobs.store import Store
 from server.metrics import Metrics
 from server.segment import archive
@@ -112,7 +112,7 @@ class Runner:
         self._closing = True
         for task in self._tasks:
             task.cancel()
-        self._queue.touch()
+        self._queue.notify()
 
     def check(self) -> None:
         """Whether jobs are worked on.
@@ -237,13 +237,13 @@ class Runner:
         finally:
             await asyncio.wait([future])
 
-    async def _insist(self, live: Live, call: Callable[..., T], *arguments: object) -> T:
+    async def _retry_until_disk_ok(self, live: ActiveJob, call: Callable[..., T], *arguments: object) -> T:
         """Repeats a call until the disk allows it: the job, and the work that is in it, can wait."""
         while True:
             try:
                 return await self._off_loop(call, *arguments)
             except (StoreBroken, StoreFull):
-                log.exception("job %s waits for its disk", brief(live.job.id))
+                log.exception("job %s waits for its disk", short_id(live.job.id))
             await live.stoppable(asyncio.sleep(BROKEN_S))
 
     async def _sweep(self) -> None:
@@ -266,45 +266,45 @@ class Runner:
             except Exception:
                 if live.stop:
                     continue  # deleted: nothing of it is left
-                log.exception("the end of job %s could not be kept; it will run again", brief(live.job.id))
+                log.exception("the end of job %s could not be kept; it will run again", short_id(live.job.id))
                 await asyncio.sleep(BROKEN_S)
                 self._queue.put_back(live)
 
-    async def _attempt(self, live: Live) -> Job:
+    async def _attempt(self, live: ActiveJob) -> Job:
         """One run, whose every outcome is kept."""
         try:
             return await self._run(live)
         except Exception as error:
             if live.stop:
                 raise
-            job = await self._insist(live, self._store.fail, live.job.id, self._explain(error))
+            job = await self._retry_until_disk_ok(live, self._store.fail, live.job.id, self._explain(error))
             # Its files may be gone as it was cancelled, of which its worker has not heard yet: that is no failure.
             if job.state == "failed":
                 _tell(job, error)
             return job
 
-    async def _run(self, live: Live) -> Job:
+    async def _run(self, live: ActiveJob) -> Job:
         """The preview, if one was asked for and is not there from an earlier run, and then the asked-for level."""
         id_, ticket = live.job.id, live.job.ticket
-        live.job = await self._insist(live, self._store.start, id_)
-        live.touch()
+        live.job = await self._retry_until_disk_ok(live, self._store.start, id_)
+        live.notify()
         request = SegmentRequest(**ticket.request)
         if ticket.preview and live.job.preview is None:
-            answer = await self._answer(live, _first_look(request), live.glance, scored=False)
+            answer = await self._answer(live, _first_look(request), live.on_preview_progress, scored=False)
             try:
                 live.job = await self._off_loop(self._store.keep_preview, id_, answer.body, self._describe(answer))
             except (StoreBroken, StoreFull):
-                log.exception("job %s goes on without its preview", brief(id_))
+                log.exception("job %s goes on without its preview", short_id(id_))
             live.progress("decode", 0, ticket.windows)
         answer = await self._answer(live, request, live.progress, scored=True)
         with contextlib.closing(answer):
-            return await self._insist(live, self._store.finish, id_, answer.content, self._describe(answer))
+            return await self._retry_until_disk_ok(live, self._store.finish, id_, answer.content, self._describe(answer))
 
     async def _answer(
-        self, live: Live, request: SegmentRequest, progress: Callable[[str, int, int], None], *, scored: bool
+        self, live: ActiveJob, request: SegmentRequest, progress: Callable[[str, int, int], None], *, scored: bool
     ) -> Answer:
         with contextlib.ExitStack() as opened:
-            file, reference = await self._insist(live, self._store.files.inputs, live.job.id, opened)
+            file, reference = await self._retry_until_disk_ok(live, self._store.files.inputs, live.job.id, opened)
             truth = reference if scored else None
             return await live.stoppable(archive.segment(self._segmenter, file, request, truth, progress, Terms(urgent=False)))
 
@@ -312,10 +312,10 @@ class Runner:
 def _tell(job: Job, error: Exception) -> None:
     """What ended a job, for whoever operates the server: callers' own mistakes are none of their business."""
     if isinstance(error, TryAgain):
-        log.warning("job %s failed: %s", brief(job.id), error)
+        log.warning("job %s failed: %s", short_id(job.id), error)
     elif not isinstance(error, CallerError):
-        log.error("job %s failed", brief(job.id), exc_info=error)
+        log.error("job %s failed", short_id(job.id), exc_info=error)
 
 
 def _first_look(request: SegmentRequest) -> SegmentRequest:
-    return dataclasses.replace(request, mode="fast", level=1, format=encoding.without(request.format, "spread"))
+    return dataclasses.replace(request, mode="fast", level=1, format=encoding.without(request.format, "head_std"))

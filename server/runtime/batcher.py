@@ -27,7 +27,7 @@ from numpy import ndarray
 
 from server.arrays import Scores, Tiles
 from server.errors import DeadlinePassed, InferenceFailed, NotReady, UnetppError
-from server.metrics import URGENCIES, Metrics
+from server.metrics import PRIORITIES, Metrics
 from server.runtime.line import Caller, Lane, Line
 
 # A tile is not run where this share of its usual time would be too long: not all of it, as estimates err, and only a run
@@ -110,7 +110,7 @@ class Batcher:
         self._waited = False
         self._closed = False
         line.moved = self._wake
-        for urgent, urgency in URGENCIES.items():
+        for urgent, urgency in PRIORITIES.items():
             metrics.follow(metrics.queue_tiles.labels(urgency), functools.partial(self._waiting_tiles, urgent))
             metrics.follow(metrics.queue_oldest_s.labels(urgency), functools.partial(self._waiting_s, urgent))
 

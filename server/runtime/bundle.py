@@ -15,7 +15,7 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.npz"
 ACCURATE = "accurate"
-SPREAD = "spread"
+HEAD_STD = "head_std"
 
 # The precision of a graph file; bf16 is the fp32 graph executed in bfloat16 by an engine that can.
 GRAPH_PRECISIONS = {"fp32": "fp32", "bf16": "fp32", "fp16": "fp16", "int8": "int8"}
@@ -51,7 +51,7 @@ class Graph(_Part):
     """One level, or the averaged network, with or without the spread of its heads.
 
     Attributes:
-        name: "L1".."L5", "accurate" or "spread".
+        name: "L1".."L5", "accurate" or "head_std".
         level: depth of the grid that it runs.
         divisor: every tile axis is a multiple of this.
         parameters: trained parameters in it.
@@ -59,7 +59,7 @@ class Graph(_Part):
         files: ONNX file per graph precision.
     """
 
-    name: str = Field(pattern=r"^(L[1-5]|accurate|spread)$")
+    name: str = Field(pattern=r"^(L[1-5]|accurate|head_std)$")
     level: int = Field(ge=1, le=5)
     divisor: int = Field(ge=2, le=32)
     parameters: int = Field(ge=1)
@@ -157,7 +157,7 @@ class Manifest(_Part):
     classes: tuple[Class, ...] = Field(min_length=1)
     window: Window
     graphs: tuple[Graph, ...] = Field(min_length=1)
-    spread: Graph | None = None
+    head_std: Graph | None = None
     calibration: Calibration | None = None
     held_out: Measured | None = None
     comparison: tuple[Comparison, ...] = ()
@@ -202,12 +202,12 @@ class Manifest(_Part):
             raise ValueError(f"graphs need different names and one must be {ACCURATE!r}: {names}")
         if odd := [graph.name for graph in self.graphs if graph.name not in (ACCURATE, f"L{graph.level}")]:
             raise ValueError(f"graphs whose name and level differ: {odd}")
-        if self.spread and (self.spread.name, self.spread.level, [*self.spread.files]) != (
-            SPREAD,
+        if self.head_std and (self.head_std.name, self.head_std.level, [*self.head_std.files]) != (
+            HEAD_STD,
             self.graph(ACCURATE).level,
             ["fp32"],
         ):
-            raise ValueError(f"spread must be named {SPREAD!r}, have the level of {ACCURATE!r}, and be in fp32 alone")
+            raise ValueError(f"head_std must be named {HEAD_STD!r}, have the level of {ACCURATE!r}, and be in fp32 alone")
         return self
 
     @model_validator(mode="after")
@@ -221,8 +221,8 @@ class Manifest(_Part):
 
     @property
     def all_graphs(self) -> tuple[Graph, ...]:
-        """Those of the levels, `accurate`, and `spread` where there is one."""
-        return (*self.graphs, self.spread) if self.spread else self.graphs
+        """Those of the levels, `accurate`, and `head_std` where there is one."""
+        return (*self.graphs, self.head_std) if self.head_std else self.graphs
 
     @property
     def levels(self) -> tuple[int, ...]:

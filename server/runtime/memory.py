@@ -13,7 +13,7 @@ LARGE_BYTES = 1_000_000
 ARENAS = 2
 
 
-def keep_little() -> None:
+def limit_malloc_arenas() -> None:
     """To be called before threads are started; does nothing where the C library is another."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -21,7 +21,7 @@ def keep_little() -> None:
             mallopt(parameter, value)
 
 
-def return_freed() -> None:
+def malloc_trim() -> None:
     """Gives back what is free in all heaps, which else happens only at their end."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

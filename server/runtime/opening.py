@@ -17,7 +17,7 @@ from numpy import ndarray
 from server.arrays import Scores, Tiles
 from server.errors import BundleDamaged, EngineUnavailable, UnetppError
 from server.runtime import memory
-from server.runtime.bundle import ACCURATE, GRAPH_PRECISIONS, MANIFEST, SPREAD, Bundle, Manifest, read_bundle, sha256
+from server.runtime.bundle import ACCURATE, GRAPH_PRECISIONS, HEAD_STD, MANIFEST, Bundle, Manifest, read_bundle, sha256
 from server.runtime.engines import ENGINES, Engine
 from server.settings import BatchingSettings, RuntimeSettings
 
@@ -43,7 +43,7 @@ GRAPH_RUNS = 3
 # A batch is doubled for as long as that makes a tile so much faster; more would only delay those who come next.
 WORTHWHILE = 0.95
 
-# Where `spread` is at home.
+# Where `head_std` is at home.
 WHOLE = ACCURATE, "fp32"
 
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -60,7 +60,7 @@ class OpenBundle:
         pace: seconds per pixel or voxel of one tile, as measured at start, by (graph, precision).
         measured_pixels: of that tile.
         batch_pixels: what one run should hold at most, as measured at start, by (graph, precision).
-        spread: runs `spread` at fp32, where the bundle has it; it is the engine of `accurate` at fp32 too, so that the weights are in
+        spread: runs `head_std` at fp32, where the bundle has it; it is the engine of `accurate` at fp32 too, so that the weights are in
             memory once, and shares its pace.
     """
 
@@ -70,7 +70,7 @@ class OpenBundle:
     pace: dict[tuple[str, str], float] = field(default_factory=dict)
     measured_pixels: int = 1
     batch_pixels: dict[tuple[str, str], int] = field(default_factory=dict)
-    spread: Engine | None = None
+    head_std: Engine | None = None
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -78,8 +78,8 @@ class OpenBundle:
         return tuple(p for p in PRECISIONS if any(p == served for _, served in self.engines))
 
 
-class WithoutSpread:
-    """`accurate` of an engine that runs `spread`, whose first channels are the same to the bit.
+class WithoutHeadStd:
+    """`accurate` of an engine that runs `head_std`, whose first channels are the same to the bit.
 
     Measured with ONNX Runtime and OpenVINO on CPUs: the last channel takes at most 4 % of the time of a run, an engine of its own
     40 to 95 MB.
@@ -127,10 +127,10 @@ def golden_tiles(file: Path) -> Iterator[tuple[str, Tiles, Shaped[ndarray, "N K 
             yield graph, Tiles(pixels, mean, inverse_std), arrays[key]
 
 
-def golden_spread(
+def golden_head_std(
     pairs: Iterable[tuple[str, Tiles, Shaped[ndarray, "N K *tile"]]],
 ) -> list[tuple[Tiles, Shaped[ndarray, "N K+1 *tile"]]]:
-    """What `spread` should answer, in the order of the pairs of `accurate`: it follows from those of the levels, each one of the heads."""
+    """What `head_std` should answer, in the order of the pairs of `accurate`: it follows from those of the levels, each one of the heads."""
     by_graph: dict[str, list[tuple[Tiles, Shaped[ndarray, "N K *tile"]]]] = {}
     for graph, tiles, scores in pairs:
         by_graph.setdefault(graph, []).append((tiles, scores))
@@ -138,8 +138,8 @@ def golden_spread(
     found = []
     for (tiles, mean), *heads in zip(accurate, *by_graph.values(), strict=False):
         # Of several classes the first is the background; 1 - background deviates as much.
-        spread = np.std([scores[:, :1] for _, scores in heads], axis=0)
-        found.append((tiles, np.concatenate([mean, spread], axis=1)))
+        head_std = np.std([scores[:, :1] for _, scores in heads], axis=0)
+        found.append((tiles, np.concatenate([mean, head_std], axis=1)))
     return found
 
 
@@ -169,13 +169,13 @@ def open_bundle(
         for precision, candidate in chosen.items()
         for name in names
         if offered(bundle.manifest, name, precision, candidate.engine)
-        and not (bundle.manifest.spread and (name, precision) == WHOLE)
+        and not (bundle.manifest.head_std and (name, precision) == WHOLE)
     }
-    spread = None
-    if bundle.manifest.spread and "fp32" in chosen:
-        spread = _open(bundle, SPREAD, chosen["fp32"], settings.threads)
-        engines[WHOLE] = WithoutSpread(spread)
-    _check_golden(bundle, engines, spread, in_turn)
+    head_std = None
+    if bundle.manifest.head_std and "fp32" in chosen:
+        head_std = _open(bundle, HEAD_STD, chosen["fp32"], settings.threads)
+        engines[WHOLE] = WithoutHeadStd(head_std)
+    _check_golden(bundle, engines, head_std, in_turn)
     if bare := [name for name in names if not any(graph == name for graph, _ in engines)]:
         raise EngineUnavailable(f"{folder}: nothing that runs here may serve {', '.join(bare)}; see the warnings above")
     seconds = _race(bundle, engines, GRAPH_RUNS, in_turn)
@@ -185,7 +185,7 @@ def open_bundle(
     for engine in engines.values():
         in_turn(engine.release)
     # Compiling leaves hundreds of MB in the C library's free lists.
-    memory.return_freed()
+    memory.malloc_trim()
     if sha256(folder / MANIFEST) != bundle.sha256:
         raise BundleDamaged(f"{folder}: was replaced while it was opened; try again")
     auto = {}
@@ -200,7 +200,7 @@ def open_bundle(
         )  # fmt: skip
     pace = {key: seconds[key] / pixels for key in engines}
     found = {key: min(count * pixels, batching.max_batch_pixels) for key, count in tiles.items()}
-    return OpenBundle(bundle, engines, auto, pace, pixels, found, spread)
+    return OpenBundle(bundle, engines, auto, pace, pixels, found, head_std)
 
 
 def _worthwhile(bundle: Bundle, engine: Engine, most: int, in_turn: Turns = at_once) -> int:
@@ -360,7 +360,7 @@ def _auto(manifest: Manifest, graph: str, fastest_first: Mapping[str, str], want
     return next(good, next(iter(fastest_first)))
 
 
-def _check_golden(bundle: Bundle, engines: dict[tuple[str, str], Engine], spread: Engine | None, in_turn: Turns) -> None:
+def _check_golden(bundle: Bundle, engines: dict[tuple[str, str], Engine], head_std: Engine | None, in_turn: Turns) -> None:
     """Also the warm-up: every engine has run once when this returns; those of a bad reduced precision are removed."""
     try:
         pairs = list(golden_tiles(bundle.golden))
@@ -372,7 +372,7 @@ def _check_golden(bundle: Bundle, engines: dict[tuple[str, str], Engine], spread
         difference = max(mean_difference(in_turn(engine.run, tiles), scores) for graph, tiles, scores in pairs if graph == name)
         if difference <= GOLDEN_TOLERANCE[precision]:
             continue
-        file = bundle.path(SPREAD if spread and (name, precision) == WHOLE else name, precision)
+        file = bundle.path(HEAD_STD if head_std and (name, precision) == WHOLE else name, precision)
         problem = (
             f"{file}: {engine.name} on {engine.provider} at {precision} leaves the golden "
             f"scores by {difference:.2g} on average (limit {GOLDEN_TOLERANCE[precision]:g})"
@@ -382,19 +382,19 @@ def _check_golden(bundle: Bundle, engines: dict[tuple[str, str], Engine], spread
         # The files are sound (their hashes are checked); this machine computes the precision badly.
         log.error("NOT OFFERED: %s", problem)
         del engines[name, precision]
-    if spread:
-        _check_spread(bundle, spread, pairs, in_turn)
+    if head_std:
+        _check_head_std(bundle, head_std, pairs, in_turn)
 
 
-def _check_spread(
+def _check_head_std(
     bundle: Bundle, engine: Engine, pairs: list[tuple[str, Tiles, Shaped[ndarray, "N K *tile"]]], in_turn: Turns
 ) -> None:
     """Of its other channels it is known by then that they are those of `accurate`."""
-    for tiles, scores in golden_spread(pairs):
+    for tiles, scores in golden_head_std(pairs):
         difference = mean_difference(in_turn(engine.run, tiles)[:, -1:], scores[:, -1:])
         if difference > GOLDEN_TOLERANCE["fp32"]:
             raise BundleDamaged(
-                f"{bundle.path(SPREAD, 'fp32')}: {engine.name} on {engine.provider} leaves the spread of the golden scores by "
+                f"{bundle.path(HEAD_STD, 'fp32')}: {engine.name} on {engine.provider} leaves the spread of the golden scores by "
                 f"{difference:.2g} on average (limit {GOLDEN_TOLERANCE['fp32']:g})"
             )
 

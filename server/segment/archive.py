@@ -18,7 +18,7 @@ from server.runtime.batcher import HOPE
 from server.runtime.line import Line
 from server.segment.clock import Clock
 from server.segment.cost import Estimate
-from server.segment.packing import MOST_NAME, SPOOL_BYTES, Entry, Full, Zips, is_zip
+from server.segment.packing import MOST_NAME, SPOOL_BYTES, Entry, ZipFiles, ZipTooLarge, is_zip
 from server.segment.pipeline import Segmenter, until
 from server.segment.request import Answer, Archived, Choice, SegmentRequest, Terms
 
@@ -38,7 +38,7 @@ async def estimate(segmenter: Segmenter, file: BinaryIO, request: SegmentRequest
         return await segmenter.estimate(file, request)
     with ThreadPoolExecutor(1, thread_name_prefix="zip") as thread:
         clock = Clock(thread)
-        zips = Zips(file, segmenter.limits)
+        zips = ZipFiles(file, segmenter.limits)
         try:
             entries = await clock.off_loop("", zips.entries)
             one = await _first(segmenter, zips, entries, request, clock)
@@ -48,7 +48,7 @@ async def estimate(segmenter: Segmenter, file: BinaryIO, request: SegmentRequest
     return replace(one, windows=len(entries), seconds=one.seconds * len(entries))
 
 
-async def _first(segmenter: Segmenter, zips: Zips, entries: list[Entry], request: SegmentRequest, clock: Clock) -> Estimate:
+async def _first(segmenter: Segmenter, zips: ZipFiles, entries: list[Entry], request: SegmentRequest, clock: Clock) -> Estimate:
     """The estimate of the first image that can be read.
 
     Raises:
@@ -62,7 +62,7 @@ async def _first(segmenter: Segmenter, zips: Zips, entries: list[Entry], request
                 await clock.off_loop("", zips.extract, entry, target)
                 _refuse_dicom(target)
                 return await segmenter.estimate(target, request)
-            except (Full, _Dicom):
+            except (ZipTooLarge, _Dicom):
                 raise
             except CallerError as error:
                 errors.append(error)
@@ -165,7 +165,7 @@ class _Batch:
     async def run(self, file: BinaryIO, clock: Clock) -> Answer:
         """All of it; `clock` has the one thread that touches the zips."""
         # Here, as whoever is cancelled while a thread makes it has nothing to close.
-        zips = Zips(file, self._segmenter.limits)
+        zips = ZipFiles(file, self._segmenter.limits)
         try:
             entries = await clock.off_loop("", zips.entries)
             await self._in_time(self._all(zips, entries, clock), len(entries))
@@ -192,7 +192,7 @@ class _Batch:
                 "works for at most. Send it to POST /jobs, or in parts"
             ) from error
 
-    async def _all(self, zips: Zips, entries: list[Entry], clock: Clock) -> None:
+    async def _all(self, zips: ZipFiles, entries: list[Entry], clock: Clock) -> None:
         """A few at once.
 
         Raises:
@@ -206,7 +206,7 @@ class _Batch:
             for index, entry in todo:
                 try:
                     self._rows[index] |= await self._one(zips, entry, clock)
-                except (Full, _Dicom):
+                except (ZipTooLarge, _Dicom):
                     raise
                 except CallerError as error:
                     self._errors[index] = error
@@ -225,7 +225,7 @@ class _Batch:
         if len(errors) == len(entries):
             raise _none(entries[0].name, errors)
 
-    async def _one(self, zips: Zips, entry: Entry, clock: Clock) -> dict[str, Any]:
+    async def _one(self, zips: ZipFiles, entry: Entry, clock: Clock) -> dict[str, Any]:
         """One image, and what its row of the report says.
 
         Raises:

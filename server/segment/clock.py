@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
-from server.stop import Stop
+from server.cancel import CancelToken
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -25,7 +25,7 @@ class Clock:
 
     workers: ThreadPoolExecutor | None
     seconds: dict[str, float] = field(default_factory=dict)
-    stop: Stop = field(default_factory=Stop)
+    stop: CancelToken = field(default_factory=CancelToken)
 
     def add(self, phase: str, seconds: float) -> None:
         """What a phase took, or one more piece of it."""

@@ -3,11 +3,11 @@
 import math
 from dataclasses import dataclass, replace
 
-from server.arrays import Extent
+from server.arrays import InputHeader
 from server.errors import TooLarge
 from server.imaging import encode as encoding
+from server.imaging.decode_options import DecodeOptions
 from server.imaging.geometry import Placement
-from server.imaging.reading import Reading
 from server.runtime.bundle import Graph, Manifest
 from server.runtime.pace import Pace
 from server.segment.plan import STEP_PIXELS, tile_grid
@@ -51,8 +51,8 @@ class Estimate:
 
 
 def estimate(
-    extent: Extent,
-    reference: Extent | None,
+    input_header: InputHeader,
+    reference: InputHeader | None,
     placement: Placement,
     manifest: Manifest,
     graph: Graph,
@@ -63,7 +63,7 @@ def estimate(
     """Adds up time and memory.
 
     Args:
-        extent: of the input.
+        input_header: of the input.
         reference: of the reference, if there is one.
         placement: of the network's grid.
         manifest: of the network.
@@ -74,28 +74,28 @@ def estimate(
     """
     grid = tile_grid(placement.size, manifest, graph, flat=placement.flat)
     windows, tile_pixels = math.prod(grid.counts), math.prod(grid.tile)
-    pixels, network, k = math.prod(extent.size), math.prod(placement.size), manifest.score_channels
+    pixels, network, k = math.prod(input_header.size), math.prod(placement.size), manifest.score_channels
     # The network's own copy: resampled, or colours averaged to grey.
-    copied = network * 4 * extent.channels if placement.resampled else 0
-    copied += network * 4 if extent.channels > len(manifest.channels) else 0
+    copied = network * 4 * input_header.channels if placement.resampled else 0
+    copied += network * 4 if input_header.channels > len(manifest.channels) else 0
     needs = encoding.needs(formats)
     # Of the axis that orders the windows one window, of the others all.
     sides = (t if a == grid.axis else max(s, t) for a, (s, t) in enumerate(zip(placement.size, grid.tile, strict=True)))
-    open_channels = k + ("spread" in needs)
+    open_channels = k + ("head_std" in needs)
     open_rows = math.prod(sides) * 4 * (2 * open_channels + 3)
     steps = max(STEP_PIXELS, tile_pixels) * 4 * (len(manifest.channels) + open_channels) * 2 + WINDOW_BYTES * windows
     # Probabilities, and them encoded.
     kept = (6 * k if "scores" in needs else 0) * pixels
     # The spread, and it encoded as float32.
-    kept += (10 if "spread" in needs else 0) * pixels
+    kept += (10 if "head_std" in needs else 0) * pixels
     # The score of each pixel's class, and what is labelled and listed; what is done with the mask is over when it is encoded.
     labelled = replace(wanted, instances=False, fill_holes=False).bytes(pixels, objects="objects" in needs)
     kept += (2 if "objects" in needs else 0) * pixels
-    kept += max(wanted.bytes(pixels, objects="objects" in needs), labelled + encoding.memory(formats, extent))
+    kept += max(wanted.bytes(pixels, objects="objects" in needs), labelled + encoding.memory(formats, input_header))
     kept += LISTED_BYTES * min(MOST_LISTED, pixels) if "report" in needs else 0
     compared = math.prod(reference.size) * (reference.channels * reference.sample_bytes + 3) if reference else 0
     # The mask, its encoded form, and what finding the best class takes in passing.
-    memory = pixels * (extent.channels * extent.sample_bytes + 2) + copied + open_rows + steps + kept + compared
+    memory = pixels * (input_header.channels * input_header.sample_bytes + 2) + copied + open_rows + steps + kept + compared
     covered = math.prod(min(s, t) for s, t in zip(placement.size, grid.tile, strict=True))
     padding = windows * (tile_pixels - covered)
     return Estimate(max(pixels, network), windows, tile_pixels, padding, windows * pace.seconds(tile_pixels), memory)
@@ -113,14 +113,14 @@ def work_of(formats: tuple[str, ...], wanted: Postprocessing) -> str:
     return next(work for work in WORK if asked[work])
 
 
-def check(found: Estimate, extent: Extent, limits: LimitsSettings) -> None:
+def check(found: Estimate, input_header: InputHeader, limits: LimitsSettings) -> None:
     """Refuses what is over a limit.
 
     Raises:
         TooLarge: says what it would take.
     """
-    if extent.kind != "image":
-        Reading(0, limits.max_voxels).check_volume(extent.size, f"Here it would take {found}. ")
+    if input_header.kind != "image":
+        DecodeOptions(0, limits.max_voxels).check_volume(input_header.size, f"Here it would take {found}. ")
     if found.memory_bytes > limits.max_memory_mb * 1e6:
         raise TooLarge(
             f"this would take {found} of memory; the limit is {limits.max_memory_mb:,} MB. Crop the input, ask for "

@@ -5,7 +5,7 @@ from jaxtyping import Bool, UInt8
 from numpy import ndarray
 from scipy import ndimage
 
-from server.segment.objects import looked_up
+from server.segment.labels import looked_up
 
 # Per pixel, while they are looked for: labels of what is not the class, and what is a hole.
 HOLE_BYTES = 12

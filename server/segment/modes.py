@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.errors import InvalidParameter
-from server.runtime.bundle import ACCURATE, SPREAD, Manifest
+from server.runtime.bundle import ACCURATE, HEAD_STD, Manifest
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def shallower(manifest: Manifest, route: Route, least: int | None) -> list[Route
     return [_fast(manifest, level) for level in sorted(manifest.levels, reverse=True) if least <= level < route.level]
 
 
-def with_spread(manifest: Manifest, route: Route, precision: str, least: int | None) -> Route:
+def with_head_std(manifest: Manifest, route: Route, precision: str, least: int | None) -> Route:
     """The same route, by the graph that gives the spread of the heads too.
 
     Args:
@@ -95,12 +95,12 @@ def with_spread(manifest: Manifest, route: Route, precision: str, least: int | N
         raise InvalidParameter(
             f"precision={precision!r} does not go with formats uncertainty_*, which are computed at fp32; leave it out"
         )
-    if manifest.spread is None:
+    if manifest.head_std is None:
         raise InvalidParameter(
             f"model={manifest.name!r} has no graph for formats uncertainty_*: its network has one head, or its bundle is of an earlier "
-            "version; then whoever runs the server can export it again, or add the graph with: unetpp add-spread"
+            "version; then whoever runs the server can export it again, or add the graph with: unetpp add-uncertainty"
         )
-    return Route(route.mode, route.level, SPREAD)
+    return Route(route.mode, route.level, HEAD_STD)
 
 
 def routes(manifest: Manifest) -> list[Route]:

@@ -48,7 +48,7 @@ class Entry:
     problem: str
 
 
-class _Bounded:
+class BoundedFile:
     """A file of which no long piece is read at once: zipfile reads the list of entries whole, however long it is."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -67,11 +67,11 @@ class _Bounded:
         return data
 
 
-class Full(TooLarge):
+class ZipTooLarge(TooLarge):
     """Not one image is too large, but all together."""
 
 
-class Zips:
+class ZipFiles:
     """The zip that came and the one that is made. Calls come from one thread at a time.
 
     Args:
@@ -103,7 +103,7 @@ class Zips:
             TooLarge: says the limit.
         """
         try:
-            self._zip = zipfile.ZipFile(cast("BinaryIO", _Bounded(self._file)))
+            self._zip = zipfile.ZipFile(cast("BinaryIO", BoundedFile(self._file)))
         except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, ValueError, OSError) as error:
             raise Unreadable("the zip's list of files cannot be read (truncated or damaged?); pack it again") from error
         infos = [(info, _plain(info.filename)) for info in self._zip.infolist()]
@@ -184,8 +184,8 @@ class Zips:
         # As in zips of several formats: of no date.
         self._made.writestr(zipfile.ZipInfo(name, EPOCH), body, method, 1)
 
-    def _full(self, what: str) -> "Full":
-        return Full(
+    def _full(self, what: str) -> "ZipTooLarge":
+        return ZipTooLarge(
             f"all {what} of the zip together have more than {self._limits.max_zip_mb:,} MiB, which is the limit. Send it in parts, or "
             "raise UNETPP_LIMITS__MAX_ZIP_MB on the server"
         )

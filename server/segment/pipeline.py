@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, ParamSpec, TypeVar
 
-from server.arrays import Extent
+from server.arrays import InputHeader
 from server.errors import (
     CallerError,
     DeadlinePassed,
@@ -22,7 +22,7 @@ from server.errors import (
 )
 from server.imaging import encode as encoding
 from server.imaging.decode import is_quick, measure
-from server.imaging.reading import Reading
+from server.imaging.decode_options import DecodeOptions
 from server.metrics import Metrics
 from server.runtime.admission import PixelBudget
 from server.runtime.batcher import HOPE, Batcher
@@ -188,8 +188,8 @@ class Segmenter:
         request.postprocessing.check()
         manifest = served.opened.bundle.manifest
         route = modes.resolve(manifest, request.mode, request.level)
-        if encoding.wants(request.format, "spread"):
-            return self._choice(name, served, modes.with_spread(manifest, route, request.precision, request.min_level), "fp32")
+        if encoding.wants(request.format, "head_std"):
+            return self._choice(name, served, modes.with_head_std(manifest, route, request.precision, request.min_level), "fp32")
         return self._choice(name, served, route, request.precision)
 
     def _choice(self, name: str, served: Served, route: Route, wanted: str) -> Choice:
@@ -210,10 +210,10 @@ class Segmenter:
             CallerError: it could not be segmented at all, or is over a limit.
         """
         choice = self.choose(request)
-        extent = await Clock(self._workers).off_loop("decode", measure, file, self._reading(request))
-        return self._order(extent, None, request, choice).estimate
+        input_header = await Clock(self._workers).off_loop("decode", measure, file, self._reading(request))
+        return self._order(input_header, None, request, choice).estimate
 
-    def _order(self, extent: Extent, reference: Extent | None, request: SegmentRequest, choice: Choice) -> Order:
+    def _order(self, input_header: InputHeader, reference: InputHeader | None, request: SegmentRequest, choice: Choice) -> Order:
         """Checks everything that the header tells.
 
         Raises:
@@ -221,20 +221,24 @@ class Segmenter:
             TooLarge: says what it would take.
         """
         limits, manifest = self._limits, choice.manifest
-        formats = encoding.choose(request.format, request.accept, extent, instances=request.instances)
-        scale.check(request.pixel_size_um, extent)
-        request.postprocessing.check_kind(extent)
-        placement = place(extent, manifest, request.axis)
+        formats = encoding.choose(request.format, request.accept, input_header, instances=request.instances)
+        scale.check(request.pixel_size_um, input_header)
+        request.postprocessing.check_kind(input_header)
+        placement = place(input_header, manifest, request.axis)
         graph = manifest.graph(choice.route.graph)
-        estimate = cost.estimate(extent, reference, placement, manifest, graph, formats, request.postprocessing, choice.lane.pace)
-        cost.check(estimate, extent, limits)
+        estimate = cost.estimate(
+            input_header, reference, placement, manifest, graph, formats, request.postprocessing, choice.lane.pace
+        )
+        cost.check(estimate, input_header, limits)
         # An image may still lie on its side (EXIF).
-        if reference and (extent.kind != "image" or sorted(extent.size) != sorted(reference.size)):
-            quality.check_grid(extent, reference)
-        reading = self._reading(request)
+        if reference and (input_header.kind != "image" or sorted(input_header.size) != sorted(reference.size)):
+            quality.check_grid(input_header, reference)
+        decode_options = self._reading(request)
         work = cost.work_of(formats, request.postprocessing)
-        alone_s = estimate.seconds + self._beside[extent.kind, work].seconds(estimate.pixels)
-        return Order(choice, choice.route, formats, reading, estimate, alone_s, self.line.wait_s(estimate.seconds) + alone_s, work)
+        alone_s = estimate.seconds + self._beside[input_header.kind, work].seconds(estimate.pixels)
+        return Order(
+            choice, choice.route, formats, decode_options, estimate, alone_s, self.line.wait_s(estimate.seconds) + alone_s, work
+        )
 
     def check_wait(self, choice: Choice, request: SegmentRequest, terms: Terms) -> None:
         """What can be told before the body is there.
@@ -316,15 +320,15 @@ class Segmenter:
             Overloaded: jobs had the memory for all that time.
             NotReady, InferenceFailed: see `Batcher.run`.
         """
-        extent, manifest = sample.source.extent, sample.choice.manifest
+        input_header, manifest = sample.source.input_header, sample.choice.manifest
         choice = self._choice(sample.choice.model, sample.choice.served, modes.resolve(manifest, "accurate", None), "auto")
-        order = self._order(extent, None, SegmentRequest(axis=sample.axis), choice)
-        caller, clock = Caller(urgent=False), Clock(self._workers if extent.kind == "image" else self._volume_workers)
+        order = self._order(input_header, None, SegmentRequest(axis=sample.axis), choice)
+        caller, clock = Caller(urgent=False), Clock(self._workers if input_header.kind == "image" else self._volume_workers)
         graph = manifest.graph(choice.route.graph)
         hurry = asyncio.get_running_loop().call_later(patience_s, self._batcher.hurry, caller) if patience_s else None
         terms = Terms(order.estimate.seconds + (patience_s or MEMORY_WAIT_S), urgent=False)
         try:
-            async with self._admitted(extent, order, caller, terms, clock):
+            async with self._admitted(input_header, order, caller, terms, clock):
                 work = await clock.off_loop("plan", lay_out, sample.source, manifest, graph, sample.axis)
                 last = await work.run(choice.lane, caller, self._batcher, clock, lambda *_: None)
                 await clock.off_loop("restore", work.finish, last)
@@ -335,24 +339,28 @@ class Segmenter:
                 hurry.cancel()
         return _named(found, manifest)
 
-    def _reading(self, request: SegmentRequest) -> Reading:
+    def _reading(self, request: SegmentRequest) -> DecodeOptions:
         if request.nonfinite not in ("refuse", "zero"):
             raise InvalidParameter(f"nonfinite={request.nonfinite!r:.20} does not exist; there are: refuse, zero")
         limits, zero = self._limits, request.nonfinite == "zero"
-        return Reading(limits.max_pixels, limits.max_voxels, zero_nonfinite=zero, axes=request.axes, channel=request.channel)
+        return DecodeOptions(limits.max_pixels, limits.max_voxels, zero_nonfinite=zero, axes=request.axes, channel=request.channel)
 
-    def _measure(self, file: BinaryIO, reference: BinaryIO | None, request: SegmentRequest) -> tuple[Extent, Extent | None]:
-        reading = self._reading(request)
-        return measure(file, reading), measure(reference, steps.of_labels(reading)) if reference else None
+    def _measure(
+        self, file: BinaryIO, reference: BinaryIO | None, request: SegmentRequest
+    ) -> tuple[InputHeader, InputHeader | None]:
+        decode_options = self._reading(request)
+        return measure(file, decode_options), measure(reference, steps.of_labels(decode_options)) if reference else None
 
-    def _decide(self, extent: Extent, reference: Extent | None, request: SegmentRequest, requested: Choice, terms: Terms) -> Order:
+    def _decide(
+        self, input_header: InputHeader, reference: InputHeader | None, request: SegmentRequest, requested: Choice, terms: Terms
+    ) -> Order:
         """The requested level, or the deepest one in time that the caller allows instead.
 
         Raises:
             TooLarge, DeadlineTooShort: the work alone would take too long.
             Overloaded: with the wait for others it would.
         """
-        order = self._order(extent, reference, request, requested)
+        order = self._order(input_header, reference, request, requested)
         allowed_s = terms.allowed_s
         if allowed_s == math.inf:
             return order
@@ -362,7 +370,7 @@ class Segmenter:
             # It may not be served at the precision asked for, or be just over a limit by its padding.
             with contextlib.suppress(InvalidParameter, TooLarge):
                 less = self._order(
-                    extent, reference, request, self._choice(requested.model, requested.served, route, request.precision)
+                    input_header, reference, request, self._choice(requested.model, requested.served, route, request.precision)
                 )
                 orders.append(dataclasses.replace(less, requested=requested.route, degraded=why))
         if len(orders) > 1 and allowed_s > 0:
@@ -410,7 +418,9 @@ class Segmenter:
             )
 
     @contextlib.asynccontextmanager
-    async def _admitted(self, extent: Extent, order: Order, caller: Caller, terms: Terms, clock: Clock) -> AsyncIterator[None]:
+    async def _admitted(
+        self, input_header: InputHeader, order: Order, caller: Caller, terms: Terms, clock: Clock
+    ) -> AsyncIterator[None]:
         """A place in the line, and a share of the budget of memory, for the block.
 
         Raises:
@@ -424,7 +434,7 @@ class Segmenter:
         async with contextlib.AsyncExitStack() as held:
             held.enter_context(self.line.join(caller, choice.lane, estimate.tile_pixels, estimate.windows))
             try:
-                await self._hold(held, self._budgets[extent.kind == "image", terms.urgent], estimate, spare_s)
+                await self._hold(held, self._budgets[input_header.kind == "image", terms.urgent], estimate, spare_s)
                 clock.add("queue", time.perf_counter() - begun)
                 self._metrics.pixels.labels("input").inc(estimate.windows * estimate.tile_pixels - estimate.padding)
                 self._metrics.pixels.labels("padding").inc(estimate.padding)

@@ -13,7 +13,7 @@ from jaxtyping import Float32, Float64, Shaped, UInt8
 from numpy import ndarray
 from PIL import Image as Pillow
 
-from server.arrays import Extent, Image, Tiles, Volume
+from server.arrays import Image, InputHeader, Tiles, Volume
 from server.errors import InvalidParameter
 from server.imaging import geometry
 from server.imaging.geometry import Placement
@@ -125,11 +125,11 @@ class Plan:
         return np.moveaxis(window[0] if self.windows.flat else window, -1, 0)
 
 
-def place(extent: Extent, manifest: Manifest, axis: str) -> Placement:
+def place(input_header: InputHeader, manifest: Manifest, axis: str) -> Placement:
     """How the network's axes lie in the input.
 
     Args:
-        extent: of the input.
+        input_header: of the input.
         manifest: of the network.
         axis: of the slices, for a volume that goes through a network of two dimensions; see `geometry.place_stack`.
 
@@ -137,17 +137,17 @@ def place(extent: Extent, manifest: Manifest, axis: str) -> Placement:
         InvalidParameter: the network takes another kind of input.
     """
     if manifest.dims == 2:
-        if extent.kind == "image":
+        if input_header.kind == "image":
             if axis != "auto":
                 raise InvalidParameter("axis is for volumes and stacks; the input is one image")
-            return geometry.place_image(extent.size)
-        return geometry.place_stack(extent.size, extent.affine, axis)
-    if extent.affine is None:
-        what = "an image" if extent.kind == "image" else "a stack of pages, whose spacing is not known"
+            return geometry.place_image(input_header.size)
+        return geometry.place_stack(input_header.size, input_header.affine, axis)
+    if input_header.affine is None:
+        what = "an image" if input_header.kind == "image" else "a stack of pages, whose spacing is not known"
         raise InvalidParameter(f"model={manifest.name!r} takes volumes (NIfTI), and the input is {what}; choose another model")
     if axis != "auto":
         raise InvalidParameter(f"axis is for models that work slice by slice; {manifest.name!r} takes whole volumes")
-    return geometry.place_volume(extent.size, extent.affine, manifest.orientation or "RAS", manifest.spacing)
+    return geometry.place_volume(input_header.size, input_header.affine, manifest.orientation or "RAS", manifest.spacing)
 
 
 def seen_by(source: Image | Volume, manifest: Manifest, axis: str = "auto") -> tuple[Placement, Shaped[ndarray, "*size C"]]:
@@ -156,7 +156,7 @@ def seen_by(source: Image | Volume, manifest: Manifest, axis: str = "auto") -> t
     Raises:
         InvalidParameter: see `place` and `with_channels`.
     """
-    placement = place(source.extent, manifest, axis)
+    placement = place(source.input_header, manifest, axis)
     return placement, with_channels(placement.resample(placement.view(source.values)), len(manifest.channels))
 
 

@@ -14,11 +14,12 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8
 from numpy import ndarray
 
-from server.arrays import Extent, Mask
+from server.arrays import InputHeader, Mask
+from server.cancel import NO_CANCEL, CancelToken
 from server.errors import InvalidParameter
-from server.segment import instances
+from server.segment import watershed
 from server.segment.holes import HOLE_BYTES, fill_holes
-from server.segment.objects import (
+from server.segment.labels import (
     MOST_OBJECTS,
     OBJECT_BYTES,
     PIXEL_BYTES,
@@ -31,7 +32,6 @@ from server.segment.objects import (
     runs,
     scanned,
 )
-from server.stop import NEVER, Stop
 
 # Pixels or mm of an object; beyond it numbers are not exact any more.
 MOST_SIZE = 1e15
@@ -89,22 +89,22 @@ class Postprocessing:
             if not 0 <= least <= MOST_SIZE:
                 raise InvalidParameter(f"{name}={least!s:.20} is not a size; give 0 or more, up to {MOST_SIZE:g}")
 
-    def check_kind(self, extent: Extent) -> None:
+    def check_kind(self, input_header: InputHeader) -> None:
         """Refuses sizes of another dimension than the input's.
 
         Raises:
             InvalidParameter: names the one that fits.
         """
-        fits, other, what = ("min_size_mm2", "min_size_mm3", "images and of pages that are times") if extent.planar else (
+        fits, other, what = ("min_size_mm2", "min_size_mm3", "images and of pages that are times") if input_header.planar else (
             "min_size_mm3", "min_size_mm2", "volumes and stacks")  # fmt: skip
         if other in self.sizes:
             raise InvalidParameter(f"{other} does not fit; objects of {what} are measured by {fits} or min_size_px")
 
-    def check_unit(self, extent: Extent, unit_mm: float | None) -> None:
+    def check_unit(self, input_header: InputHeader, unit_mm: float | None) -> None:
         """Refuses sizes that cannot be told in pixels.
 
         Args:
-            extent: of the input.
+            input_header: of the input.
             unit_mm: mm² of a pixel or mm³ of a voxel, where it is known.
 
         Raises:
@@ -112,7 +112,9 @@ class Postprocessing:
         """
         for name in self.sizes:
             if name != "min_size_px" and unit_mm is None:
-                example = "0.5 (µm), or 0.5x0.25 (height x width)" if extent.planar else "0.5x0.5x2 (µm: height x width x page)"
+                example = (
+                    "0.5 (µm), or 0.5x0.25 (height x width)" if input_header.planar else "0.5x0.5x2 (µm: height x width x page)"
+                )
                 raise InvalidParameter(
                     f"{name} needs to know how large pixels are, and the file does not say; add pixel_size_um={example}, "
                     "or use min_size_px"
@@ -127,7 +129,7 @@ class Postprocessing:
         """
         labelled = PIXEL_BYTES * pixels + OBJECT_BYTES * min(MOST_OBJECTS, pixels) if objects or self.of_objects else 0
         return max(
-            labelled + (instances.BOX_BYTES if self.instances else 0) * pixels, HOLE_BYTES * pixels if self.fill_holes else 0
+            labelled + (watershed.BOX_BYTES if self.instances else 0) * pixels, HOLE_BYTES * pixels if self.fill_holes else 0
         )
 
 
@@ -152,7 +154,7 @@ def apply(
     *,
     objects: bool,
     time_slices: int | None = None,
-    stop: Stop = NEVER,
+    stop: CancelToken = NO_CANCEL,
 ) -> Processed:
     """All but the threshold. The mask's classes are changed in place.
 
@@ -180,7 +182,7 @@ def apply(
         return Processed(mask, dropped)
     return Processed(
         Mask(
-            mask.classes, mask.scores, mask.spread, measure(labels, count, classes, mask.confidence, time_slices), mask.confidence
+            mask.classes, mask.scores, mask.head_std, measure(labels, count, classes, mask.confidence, time_slices), mask.confidence
         ),
         dropped,
     )
@@ -195,7 +197,7 @@ def _by_time(
     *,
     labelled: bool,
     time_slices: int,
-    stop: Stop,
+    stop: CancelToken,
 ) -> tuple[Int32[ndarray, "X Y Z"] | None, int]:
     """As `_apply`, for each time by itself; numbers go on from one to the next."""
     # In the order of files.
@@ -222,7 +224,7 @@ def _apply(
     dropped: dict[int, int],
     *,
     labelled: bool,
-    stop: Stop,
+    stop: CancelToken,
 ) -> tuple[Int32[ndarray, "*size"] | None, int]:
     """What is asked for with what is connected; numbers of the objects, if they are known, and how many there are.
 
@@ -246,7 +248,7 @@ def _apply(
         # What is too small as a whole is so in parts.
         count = _drop(labels, count, classes, dropped, least)
         check_count(count)
-        count = instances.split(labels, count, steps or (1.0,) * classes.ndim, stop)
+        count = watershed.split(labels, count, steps or (1.0,) * classes.ndim, stop)
         count = in_scan_order(scanned(labels), count)[1]
     count = _drop(labels, count, classes, dropped, least, largest=wanted.keep_largest)
     stop.check()

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int64, Shaped, UInt8
 from numpy import ndarray
 
-from server.arrays import Extent
+from server.arrays import InputHeader
 from server.errors import InvalidParameter
 from server.imaging.geometry import SAME_PLACE, apart, spacing
 
@@ -43,7 +43,7 @@ def check_size(image: tuple[int, ...], reference: tuple[int, ...]) -> None:
         raise InvalidParameter(f"the reference is {_shown(reference)}, the input {_shown(image)}; they must be alike")
 
 
-def check_grid(image: Extent, reference: Extent) -> None:
+def check_grid(image: InputHeader, reference: InputHeader) -> None:
     """Refuses a reference on another grid than the input's: it would be compared voxel by voxel.
 
     Raises:

@@ -9,13 +9,13 @@ from jaxtyping import Float32, Shaped
 from numpy import ndarray
 
 from server.arrays import Image, Mask, Volume
+from server.cancel import NO_CANCEL, CancelToken
 from server.imaging import encode as encoding
 from server.imaging import geometry
-from server.imaging.encode import ENCODERS, Encoded, Product
+from server.imaging.encode import ENCODERS, Encoded, SegmentationResult
 from server.runtime.bundle import Manifest
 from server.segment import quality, statistics
 from server.segment.postprocess import Postprocessing
-from server.stop import NEVER, Stop
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def encode(
     *,
     include_mask: bool,
     name: str = "",
-    stop: Stop = NEVER,
+    stop: CancelToken = NO_CANCEL,
 ) -> Encoded:
     """The answer.
 
@@ -89,15 +89,15 @@ def encode(
     """
     classes = found.manifest.classes
     colors, names = {c.value: rgb(c.color) for c in classes}, {c.value: c.name for c in classes}
-    product = Product(found.mask, colors, names, found.source, file=name, stop=stop)
+    result = SegmentationResult(found.mask, colors, names, found.source, file=name, stop=stop)
     if "report" not in encoding.needs(formats):
-        return encoding.encode(formats, product)
-    report = facts | _described(found, product.names)
+        return encoding.encode(formats, result)
+    report = facts | _described(found, result.names)
     if include_mask:
-        like = encoding.like(found.source.extent, instances=found.wanted.instances)
-        report[f"mask_{like}"] = base64.b64encode(ENCODERS[like].encode(product)).decode()
+        like = encoding.like(found.source.input_header, instances=found.wanted.instances)
+        report[f"mask_{like}"] = base64.b64encode(ENCODERS[like].encode(result)).decode()
     report["timings_ms"] = {phase: round(spent * 1e3, 2) for phase, spent in seconds.items()}
-    return encoding.encode(formats, dataclasses.replace(product, report=report))
+    return encoding.encode(formats, dataclasses.replace(result, report=report))
 
 
 def _described(found: Found, names: dict[int, str]) -> dict[str, Any]:

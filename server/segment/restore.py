@@ -50,7 +50,7 @@ class Canvas:
         threshold: float | None,
         classes: UInt8[ndarray, "*size"],
         scores: Shaped[ndarray, "K *size"] | None = None,
-        spread: Shaped[ndarray, "*size"] | None = None,
+        head_std: Shaped[ndarray, "*size"] | None = None,
         confidence: Shaped[ndarray, "*size"] | None = None,
     ) -> None:
         self.largest = np.zeros(channels, dtype=np.float32)
@@ -58,7 +58,7 @@ class Canvas:
         self._threshold = threshold
         self._classes = np.moveaxis(classes, windows.axis, 0)
         self._scores = None if scores is None else np.moveaxis(scores, windows.axis + 1, 1)
-        self._spread = None if spread is None else np.moveaxis(spread, windows.axis, 0)
+        self._spread = None if head_std is None else np.moveaxis(head_std, windows.axis, 0)
         self._confidence = None if confidence is None else np.moveaxis(confidence, windows.axis, 0)
         self._channels = channels
         self._rows, *self._across = self._rows_first(windows.size)
@@ -67,7 +67,7 @@ class Canvas:
         # Rows [top, top + rows), still open to further windows.
         self._top = 0
         padded = [max(side, tile) for side, tile in zip(self._across, across, strict=True)]
-        self._sum = np.zeros((channels + (spread is not None), rows, *padded), dtype=np.float32)
+        self._sum = np.zeros((channels + (head_std is not None), rows, *padded), dtype=np.float32)
         self._weight = np.zeros((rows, *padded), dtype=np.float32)
         # Where the caller's rows lie among ours, which of them comes next, and our row before.
         self._lower, self._share = between(self._rows, len(self._classes))

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from server.arrays import Extent, Image, Volume
+from server.arrays import Image, InputHeader, Volume
 from server.errors import InvalidParameter
 from server.imaging import geometry
 
@@ -17,7 +17,7 @@ def steps_mm(source: Image | Volume) -> tuple[float, ...] | None:
     return source.spacing_mm
 
 
-def check(pixel_size_um: str | None, extent: Extent) -> None:
+def check(pixel_size_um: str | None, input_header: InputHeader) -> None:
     """Refuses a pixel size that does not fit the input, before it is decoded.
 
     Raises:
@@ -25,11 +25,11 @@ def check(pixel_size_um: str | None, extent: Extent) -> None:
     """
     if pixel_size_um is None:
         return
-    if extent.kind == "volume":
+    if input_header.kind == "volume":
         raise InvalidParameter(
             "pixel_size_um is for images and stacks; of a volume the file's header says the spacing: leave it out"
         )
-    _parsed(pixel_size_um, 2 if extent.planar else 3)
+    _parsed(pixel_size_um, 2 if input_header.planar else 3)
 
 
 def sized(source: Image | Volume, pixel_size_um: str | None) -> Image | Volume:
@@ -44,7 +44,7 @@ def sized(source: Image | Volume, pixel_size_um: str | None) -> Image | Volume:
     """
     if pixel_size_um is None:
         return source
-    planar = source.extent.planar
+    planar = source.input_header.planar
     height, width, *page = (um / 1e3 for um in _parsed(pixel_size_um, 2 if planar else 3))
     if isinstance(source, Image):
         return dataclasses.replace(source, spacing_mm=(height, width))

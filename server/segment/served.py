@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from server.runtime.bundle import SPREAD
+from server.runtime.bundle import HEAD_STD
 from server.runtime.line import Lane
 from server.runtime.opening import WHOLE, OpenBundle
 from server.runtime.pace import Pace
@@ -17,7 +17,7 @@ class Served:
 
     Attributes:
         opened: the bundle.
-        lanes: by (graph, precision); `spread` among them, where it is open.
+        lanes: by (graph, precision); `head_std` among them, where it is open.
     """
 
     opened: OpenBundle
@@ -35,6 +35,6 @@ def serve(name: str, opened: OpenBundle, batching: BatchingSettings) -> Served:
         )
         for (graph, precision), engine in opened.engines.items()
     }  # fmt: skip
-    if opened.spread:
-        lanes[SPREAD, "fp32"] = dataclasses.replace(lanes[WHOLE], graph=SPREAD, engine=opened.spread)
+    if opened.head_std:
+        lanes[HEAD_STD, "fp32"] = dataclasses.replace(lanes[WHOLE], graph=HEAD_STD, engine=opened.head_std)
     return Served(opened, lanes)

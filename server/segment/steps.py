@@ -11,7 +11,7 @@ from server.errors import InvalidParameter
 from server.imaging import encode as encoding
 from server.imaging import geometry
 from server.imaging.decode import decode
-from server.imaging.reading import Reading
+from server.imaging.decode_options import DecodeOptions
 from server.runtime.batcher import Ran
 from server.segment import postprocess, quality, report, scale
 from server.segment.clock import Clock
@@ -38,7 +38,7 @@ class Order:
     choice: Choice
     requested: Route
     formats: tuple[str, ...]
-    reading: Reading
+    decode_options: DecodeOptions
     estimate: Estimate
     alone_s: float
     predicted_s: float
@@ -61,27 +61,27 @@ def prepare(
     """
     manifest = order.choice.manifest
     with clock.phase("decode"):
-        source = scale.sized(decode(file, order.reading), request.pixel_size_um)
-        request.postprocessing.check_unit(source.extent, geometry.unit_mm(source))
-        expected = _decode_reference(reference, source, order.reading) if reference else None
+        source = scale.sized(decode(file, order.decode_options), request.pixel_size_um)
+        request.postprocessing.check_unit(source.input_header, geometry.unit_mm(source))
+        expected = _decode_reference(reference, source, order.decode_options) if reference else None
     with clock.phase("plan"):
         graph = manifest.graph(order.choice.route.graph)
         return lay_out(source, manifest, graph, request.axis, order.needs, request.threshold), expected
 
 
-def _decode_reference(reference: BinaryIO, source: Image | Volume, reading: Reading) -> Image | Volume:
+def _decode_reference(reference: BinaryIO, source: Image | Volume, decode_options: DecodeOptions) -> Image | Volume:
     """Labels on the input's grid."""
-    decoded = decode(reference, of_labels(reading))
+    decoded = decode(reference, of_labels(decode_options))
     if decoded.values.shape[-1] != 1 and np.ptp(decoded.values, axis=-1).any():
         raise InvalidParameter("the reference is a colour picture; send labels (one value per pixel)")
     # Again, as an image is now upright.
-    quality.check_grid(source.extent, decoded.extent)
+    quality.check_grid(source.input_header, decoded.input_header)
     return decoded
 
 
-def of_labels(reading: Reading) -> Reading:
+def of_labels(decode_options: DecodeOptions) -> DecodeOptions:
     """Whatever axes and channel the input has: labels come as one stack."""
-    return dataclasses.replace(reading, labels=True, zero_nonfinite=True, axes="", channel=None)
+    return dataclasses.replace(decode_options, labels=True, zero_nonfinite=True, axes="", channel=None)
 
 
 def finish(work: Work, expected: Image | Volume | None, last: Ran, request: SegmentRequest, order: Order, clock: Clock) -> Answer:
@@ -101,7 +101,7 @@ def finish(work: Work, expected: Image | Volume | None, last: Ran, request: Segm
             steps,
             unit_mm,
             objects="objects" in order.needs,
-            time_slices=source.extent.time_slices,
+            time_slices=source.input_header.time_slices,
             stop=clock.stop,
         )
         found = Found(source, choice.manifest, done.mask, wanted, done.dropped, work.canvas.largest)

@@ -11,7 +11,7 @@ from numpy import ndarray
 
 from server.arrays import Image, Mask, Tiles, Volume
 from server.runtime.batcher import Batcher, Ran
-from server.runtime.bundle import SPREAD, Graph, Manifest
+from server.runtime.bundle import HEAD_STD, Graph, Manifest
 from server.runtime.line import Caller, Lane
 from server.segment.clock import Clock
 from server.segment.plan import Plan, make_plan, seen_by
@@ -96,7 +96,7 @@ def lay_out(
     Args:
         source: the input.
         manifest: of the network.
-        graph: to be run; `spread` gives the mask the spread of the heads.
+        graph: to be run; `head_std` gives the mask the spread of the heads.
         axis: of the slices of a volume, for a network of images.
         needs: of the answer, see `Encoder`.
         threshold: see `SegmentRequest`.
@@ -105,7 +105,7 @@ def lay_out(
     plan = make_plan(pixels, manifest, graph, flat=placement.flat)
     classes = np.empty(source.size, dtype=np.uint8, order="C" if isinstance(source, Image) else "F")
     probabilities = np.empty((manifest.score_channels, *source.size), dtype=np.float16) if "scores" in needs else None
-    spread = np.empty_like(classes, dtype=np.float16) if graph.name == SPREAD else None
+    head_std = np.empty_like(classes, dtype=np.float16) if graph.name == HEAD_STD else None
     confidence = np.empty_like(classes, dtype=np.float16) if "objects" in needs else None
     if threshold is None and manifest.score_channels == 1:
         threshold = manifest.threshold
@@ -115,8 +115,8 @@ def lay_out(
         threshold,
         placement.view(classes),
         None if probabilities is None else placement.view(probabilities, leading=1),
-        None if spread is None else placement.view(spread),
+        None if head_std is None else placement.view(head_std),
         None if confidence is None else placement.view(confidence),
     )
-    mask = Mask(classes, probabilities, spread, confidence=confidence)
+    mask = Mask(classes, probabilities, head_std, confidence=confidence)
     return Work(source, pixels, plan, plan.cut(pixels, plan.windows.steps[0]), mask, canvas)

@@ -40,7 +40,7 @@ export function named() {
  * Writes under each stop what is known of it.
  * @param {(level: number|"accurate") => {ms: number, iou: number|null}|null} known
  */
-export function tell(known) {
+export function renderTicks(known) {
   const facts = stops.map(known), longest = Math.max(1e-9, ...facts.map((one) => one?.ms ?? 0));
   [...$("ticks").children].forEach((tick, index) => {
     const one = facts[index];

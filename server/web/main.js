@@ -5,11 +5,11 @@ import { cardNodes } from "./card.js";
 import { $ } from "./dom.js";
 import { optionFields, optionsIn, READING } from "./formats.js";
 import { completed, looked, sample } from "./inputs.js";
-import { level, levels, named, setLevel, setLevels, tell } from "./levels.js";
+import { level, levels, named, setLevel, setLevels, renderTicks } from "./levels.js";
 import { drawNetwork, lightNetwork } from "./network.js";
 import { levelName, sentence, showResult } from "./result.js";
 import * as stage from "./stage.js";
-import * as take from "./take.js";
+import * as download from "./download.js";
 
 const answers = new Answers();
 let models = [], cards = new Map(), card = null, input = null, comparing = false, asking = new AbortController(), slow = 0;
@@ -21,23 +21,23 @@ const known = (wanted) => answers.kept(ask(wanted));
 const accurate = () => known("accurate");
 
 /** Gives up what was asked before. */
-function anew() {
+function restart() {
   asking.abort();
   asking = new AbortController();
-  unhurried();
+  hideBusy();
   $("error").hidden = true;
   return asking.signal;
 }
 
 /** Nobody waits any more. */
-function unhurried() {
+function hideBusy() {
   clearTimeout(slow);
   stage.busy(null);
 }
 
 /** Runs a step; of what goes wrong the server's words are shown, unless nobody waits for it any more. */
 async function step(work) {
-  const signal = anew();
+  const signal = restart();
   // What is quick shall not flicker.
   slow = setTimeout(() => stage.busy({ level_name: input && card ? levelName(level()) : "" }), 200);
   try {
@@ -49,7 +49,7 @@ async function step(work) {
     $("door").hidden = error.status !== 401;
     if (error.status === 401) $("key").focus();
   } finally {
-    if (!signal.aborted) unhurried();
+    if (!signal.aborted) hideBusy();
   }
 }
 
@@ -76,7 +76,7 @@ function segment() {
     const answer = await got(level(), signal);
     await reveal(answer);
     signal.throwIfAborted();
-    unhurried();
+    hideBusy();
     // A volume takes long; it is compared when somebody asks for it.
     if (input.kind === "image" && !accurate()) {
       await got("accurate", signal);
@@ -98,11 +98,11 @@ function figures(answer, remark = "") {
   });
   told();
   $("status").textContent = [sentence(answer, agreed), remark].filter(Boolean).join(" · ");
-  take.show(input, ask(answer.level));
+  download.show(input, ask(answer.level));
 }
 
 function told() {
-  tell((wanted) => {
+  renderTicks((wanted) => {
     const answer = known(wanted);
     if (!answer) return null;
     const agreed = () => (wanted === "accurate" ? null : stage.agreed(answer, accurate())?.mean ?? null);
@@ -163,7 +163,7 @@ function given(file, reference = null) {
     else chooseModel(name);
     if (!again) for (const option of READING) if ($("asked").elements[option]) $("asked").elements[option].value = "";
     if (before?.kind !== next.kind || before.tiff !== next.tiff) fields(again);
-    if (before?.kind !== next.kind) take.begin(input);
+    if (before?.kind !== next.kind) download.begin(input);
     counted();
     $("file").textContent = [file.name, reference && `reference ${reference.name}`].filter(Boolean).join(" · ");
     $("reference").disabled = $("all").disabled = false;
@@ -259,7 +259,7 @@ function wire() {
   addEventListener("paste", ({ clipboardData }) => clipboardData.files.length && given(...clipboardData.files));
   $("slider").addEventListener("input", () => { named(); segment(); });
   $("all").addEventListener("click", compareAll);
-  $("cancel").addEventListener("click", () => { anew(); $("status").textContent = "cancelled"; });
+  $("cancel").addEventListener("click", () => { restart(); $("status").textContent = "cancelled"; });
   $("again").addEventListener("click", () => (card ? (comparing ? ((comparing = false), compareAll()) : segment()) : begin()));
   $("model").addEventListener("change", () => {
     chooseModel($("model").value);
@@ -281,7 +281,7 @@ function wire() {
     else begin();
   });
   stage.start(draw);
-  take.start(() => ({ input, ask: ask() }), step);
+  download.start(() => ({ input, ask: ask() }), step);
 }
 
 wire();

@@ -44,7 +44,7 @@ def test_two_minutes() -> None:
 @pytest.mark.parametrize("make", [image, volume])
 def test_inputs_can_be_read_and_come_from_the_seed(make) -> None:
     from server.imaging.decode import decode
-    from server.imaging.reading import Reading
+    from server.imaging.decode_options import DecodeOptions
 
     for number in range(20):
         made = make(random.Random(number))  # noqa: S311 - not secrets
@@ -53,7 +53,7 @@ def test_inputs_can_be_read_and_come_from_the_seed(make) -> None:
             with tempfile.TemporaryFile() as file:
                 file.write(body)
                 file.seek(0)
-                assert decode(file, Reading(10**7, 10**7, labels=labels)).extent.size == made.size
+                assert decode(file, DecodeOptions(10**7, 10**7, labels=labels)).input_header.size == made.size
 
 
 def test_masks_are_measured() -> None:
@@ -101,12 +101,12 @@ def metrics(**outcomes: int) -> str:
         ({"ok": 2, "client_error": 1, "error": 1}, False),
     ],
 )
-def test_what_the_server_counts_is_held_against_what_was_sent(counted: dict[str, int], met: bool) -> None:
+def test_what_the_server_counts_is_held_against_what_was_sent(model_info: dict[str, int], met: bool) -> None:
     ledger = Ledger()
     for status in (200, 200, 422, LEAVES):
         ledger.sends()
         ledger.settles("image", "POST /segment", status)
-    checks = {check.name: check for check in soak._checks(ledger, metrics(**counted))}
+    checks = {check.name: check for check in soak._checks(ledger, metrics(**model_info))}
     assert checks["metrics"].met is met, checks["metrics"].faults
     assert checks["answers"].met
 

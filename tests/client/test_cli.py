@@ -380,7 +380,7 @@ class TestBatch:
 
 class TestResume:
     @pytest.fixture
-    def counted(self, fakes: Callable[..., None]) -> list[int]:
+    def model_info(self, fakes: Callable[..., None]) -> list[int]:
         """Grows by each tile that an engine runs."""
         calls: list[int] = []
 
@@ -391,19 +391,19 @@ class TestResume:
         fakes(engine)
         return calls
 
-    def test_what_is_done_is_left_out(self, folder: Path, tmp_path: Path, counted: list[int]) -> None:
+    def test_what_is_done_is_left_out(self, folder: Path, tmp_path: Path, model_info: list[int]) -> None:
         out = ["--out", tmp_path / "out"]
         done("segment", folder, *out)
-        assert len(counted) == 4
+        assert len(model_info) == 4
         before = report_of(tmp_path / "out")["inputs"]
         assert "4 of 4 were done before" in done("segment", folder, *out, "--resume")
-        assert len(counted) == 4
+        assert len(model_info) == 4
         assert report_of(tmp_path / "out")["inputs"] == before
         # Without --resume all is done again.
         done("segment", folder, *out)
-        assert len(counted) == 8
+        assert len(model_info) == 8
 
-    def test_what_has_changed_is_done_again(self, folder: Path, tmp_path: Path, counted: list[int]) -> None:
+    def test_what_has_changed_is_done_again(self, folder: Path, tmp_path: Path, model_info: list[int]) -> None:
         out = ["--out", tmp_path / "out", "--resume"]
         done("segment", folder, *out)
         (folder / "a.png").write_bytes((folder / "b.png").read_bytes())
@@ -411,15 +411,15 @@ class TestResume:
         (tmp_path / "out" / "day 2" / "ü_mask.png").unlink()
         (folder / "new.png").write_bytes((folder / "b.png").read_bytes())
         assert "1 of 5 were done before" in done("segment", folder, *out)
-        assert len(counted) == 8
+        assert len(model_info) == 8
         assert (tmp_path / "out" / "a_mask.png").read_bytes() == (tmp_path / "out" / "b_mask.png").read_bytes()
 
     @pytest.mark.parametrize("options", [["--level", 1], ["--format", "json"], ["--nonfinite", "zero"]])
-    def test_other_options_are_another_run(self, folder: Path, tmp_path: Path, counted: list[int], options: list[Any]) -> None:
+    def test_other_options_are_another_run(self, folder: Path, tmp_path: Path, model_info: list[int], options: list[Any]) -> None:
         out = ["--out", tmp_path / "out", "--resume"]
         done("segment", folder, *out)
         assert "before" not in done("segment", folder, *out, *options)
-        assert len(counted) == 8
+        assert len(model_info) == 8
 
     def test_another_network_is_another_run(self, folder: Path, tmp_path: Path, fakes: Callable[..., None]) -> None:
         out = ["--out", tmp_path / "out", "--resume"]
@@ -429,13 +429,13 @@ class TestResume:
         (tmp_path / "out" / "run.json").write_text(json.dumps(document))
         assert "before" not in done("segment", folder, *out)
 
-    def test_a_file_that_is_just_there_is_no_answer(self, folder: Path, tmp_path: Path, counted: list[int]) -> None:
+    def test_a_file_that_is_just_there_is_no_answer(self, folder: Path, tmp_path: Path, model_info: list[int]) -> None:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "a_mask.png").write_bytes(b"from elsewhere")
         done("segment", folder, "--out", tmp_path / "out", "--resume")
-        assert len(counted) == 4
+        assert len(model_info) == 4
 
-    def test_failures_are_tried_again(self, folder: Path, tmp_path: Path, counted: list[int]) -> None:
+    def test_failures_are_tried_again(self, folder: Path, tmp_path: Path, model_info: list[int]) -> None:
         out = ["--out", tmp_path / "out", "--resume"]
         whole = (folder / "b.png").read_bytes()
         (folder / "b.png").write_bytes(b"")

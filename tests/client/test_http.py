@@ -257,7 +257,7 @@ class TestServer:
         secret, line = make("lab")
         (tmp_path / "keys").write_text(line)
         with served(auth={"keys_file": tmp_path / "keys"}) as url:
-            with pytest.raises(errors.KeyNeeded):
+            with pytest.raises(errors.APIKeyMiddleware):
                 either(url, lambda c: c.models())
             assert either(url, lambda c: c.models(), api_key=secret)
 

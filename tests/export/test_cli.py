@@ -24,7 +24,7 @@ def unetpp(*arguments):
     return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200"})
 
 
-def spoken(result, *words):
+def report_errors(result, *words):
     """Exit code 1 and one error for a person, no traceback."""
     assert result.exit_code == 1, result.output
     assert "error: " in result.stderr
@@ -41,7 +41,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(calibrate_module, "LATENCY_SIDE", {2: 32, 3: 32})
 
 
-@pytest.mark.parametrize("command", ["export", "verify", "calibrate", "add-spread"])
+@pytest.mark.parametrize("command", ["export", "verify", "calibrate", "add-uncertainty"])
 def test_help(command):
     result = unetpp(command, "--help")
     assert result.exit_code == 0
@@ -60,16 +60,18 @@ def test_export(small_checkpoint, tmp_path, monkeypatch):
 
 def test_export_says_what_is_wrong(small_checkpoint, tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"bad")
-    spoken(unetpp("export", tmp_path / "bad.safetensors", "--card", CARD, "--out", tmp_path / "out"), "bad.safetensors")
+    report_errors(unetpp("export", tmp_path / "bad.safetensors", "--card", CARD, "--out", tmp_path / "out"), "bad.safetensors")
     (tmp_path / "precious").mkdir()
-    spoken(unetpp("export", small_checkpoint, "--card", CARD, "--out", tmp_path / "precious"), "is not a bundle")
+    report_errors(unetpp("export", small_checkpoint, "--card", CARD, "--out", tmp_path / "precious"), "is not a bundle")
     (tmp_path / "card.toml").write_text("name = 1")
-    spoken(
+    report_errors(
         unetpp("export", small_checkpoint, "--card", tmp_path / "card.toml", "--out", tmp_path / "out"),
         "card.toml: not a valid card",
     )
     (tmp_path / "data").mkdir()
-    spoken(unetpp("export", small_checkpoint, "--card", CARD, "--out", tmp_path / "out", "--data", tmp_path / "data"), "index.csv")
+    report_errors(
+        unetpp("export", small_checkpoint, "--card", CARD, "--out", tmp_path / "out", "--data", tmp_path / "data"), "index.csv"
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -86,10 +88,10 @@ def test_verify(small_bundle):
 def test_verify_fails(small_bundle):
     shutil.copy(small_bundle.folder / "L2.onnx", small_bundle.folder / "L1.onnx")
     # First the hash tells, then, with the hash mended, the comparison.
-    spoken(unetpp("verify", small_bundle.folder), "L1.onnx", "SHA-256")
+    report_errors(unetpp("verify", small_bundle.folder), "L1.onnx", "SHA-256")
     write_manifest(small_bundle.folder, small_bundle.manifest)
     result = unetpp("verify", small_bundle.folder)
-    spoken(result, "L1 at fp32 on onnxruntime")
+    report_errors(result, "L1 at fp32 on onnxruntime")
     # The table is shown all the same.
     assert "FAILED" in result.output
 
@@ -153,20 +155,20 @@ def test_bars_end_where_they_should(small_checkpoint, small_bundle, discs, tmp_p
 
 
 def test_calibrate_says_what_is_wrong(small_bundle, discs, tmp_path):
-    spoken(unetpp("calibrate", small_bundle.folder, "--data", discs, "--split", "nowhere"), "no rows with split 'nowhere'")
-    spoken(unetpp("calibrate", tmp_path, "--data", discs), "manifest.json: not found")
+    report_errors(unetpp("calibrate", small_bundle.folder, "--data", discs, "--split", "nowhere"), "no rows with split 'nowhere'")
+    report_errors(unetpp("calibrate", tmp_path, "--data", discs), "manifest.json: not found")
     data = shutil.copytree(discs, tmp_path / "data")
     (data / "labels" / "val1.png").write_bytes(b"")
-    spoken(unetpp("calibrate", small_bundle.folder, "--data", data), "labels/val1.png")
+    report_errors(unetpp("calibrate", small_bundle.folder, "--data", data), "labels/val1.png")
 
 
 @pytest.mark.usefixtures("quick")
 def test_add_spread(small_bundle):
     document = json.loads((small_bundle.folder / "manifest.json").read_text())
-    del document["spread"], document["files"]["spread.onnx"]
+    del document["head_std"], document["files"]["head_std.onnx"]
     (small_bundle.folder / "manifest.json").write_text(json.dumps(document))
-    result = unetpp("add-spread", small_bundle.folder)
+    result = unetpp("add-uncertainty", small_bundle.folder)
     assert result.exit_code == 0, result.output
     assert "next: unetpp verify" in result.output
-    assert read_bundle(small_bundle.folder).manifest.spread
-    spoken(unetpp("add-spread", small_bundle.folder.parent), "manifest.json: not found")
+    assert read_bundle(small_bundle.folder).manifest.head_std
+    report_errors(unetpp("add-uncertainty", small_bundle.folder.parent), "manifest.json: not found")

@@ -13,7 +13,7 @@ from export.data import calibration_tiles, labelled, samples
 from model.data import Split
 from model.reading import DataError, read_image, read_volume
 from server.imaging.decode import decode
-from server.imaging.reading import Reading
+from server.imaging.decode_options import DecodeOptions
 from server.runtime.bundle import read_bundle
 from server.segment.plan import seen_by, statistics, with_channels
 
@@ -112,7 +112,7 @@ def test_training_and_serving_see_the_same(tmp_path, name, channels):
     path = tmp_path / name
     PICTURES[name](path)
     with path.open("rb") as file:
-        served = with_channels(decode(file, Reading(10_000)).values, channels)
+        served = with_channels(decode(file, DecodeOptions(10_000)).values, channels)
     mean, inverse_std = statistics(served)
     normalised = ((served.astype(np.float64) - mean) * inverse_std).transpose(2, 0, 1)
     np.testing.assert_allclose(read_image(path, channels), normalised, atol=1e-4)
@@ -120,7 +120,7 @@ def test_training_and_serving_see_the_same(tmp_path, name, channels):
 
 def volume(path):
     with path.open("rb") as file:
-        return decode(file, Reading(1, 10**6))
+        return decode(file, DecodeOptions(1, 10**6))
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LAS", "PSR", "IPL"])

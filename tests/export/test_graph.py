@@ -93,7 +93,7 @@ def test_spread_is_the_deviation_of_the_foreground_over_the_heads(make_network, 
     network = make_network(classes=classes)
     image, mean, inverse_std = inputs()
     with torch.no_grad():
-        scores = ServedGraph(network, activation, spread=True)(image, mean, inverse_std)
+        scores = ServedGraph(network, activation, head_std=True)(image, mean, inverse_std)
         accurate = ServedGraph(network, activation)(image, mean, inverse_std)
         heads = [ServedGraph(network.prune(level), activation)(image, mean, inverse_std) for level in (1, 2)]
     assert torch.equal(scores[:, :-1], accurate)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from export import pack
-from export.pack import ExportError, add_spread, export, read_card, write_manifest
+from export.pack import ExportError, add_uncertainty, export, read_card, write_manifest
 from export.verify import verify
 from model import checkpoint
 from model.baselines import UNet
@@ -24,7 +24,7 @@ def content(folder):
 
 def test_the_files_of_a_bundle(small_kept, small_checkpoint):
     names = {f"{graph}{suffix}.onnx" for graph in ("L1", "L2", "accurate") for suffix in ("", ".fp16", ".int8")}
-    assert set(content(small_kept)) == names | {"spread.onnx", "weights.safetensors", "golden.npz", "manifest.json"}
+    assert set(content(small_kept)) == names | {"head_std.onnx", "weights.safetensors", "golden.npz", "manifest.json"}
     manifest = read_bundle(small_kept).manifest
     assert manifest.name == "small"
     assert manifest.graph_precisions == ("fp32", "fp16", "int8")
@@ -84,7 +84,7 @@ def test_a_new_bundle_replaces_the_old_one_whole(small_checkpoint, card, small_b
     # No int8 without data, and no files left of the bundle before.
     assert not [name for name in content(small_bundle.folder) if "int8" in name]
     assert [p.name for p in small_bundle.folder.parent.iterdir()] == ["small"]
-    assert steps == ["L1.onnx", "L1.fp16.onnx", "L2.onnx", "L2.fp16.onnx", "accurate.onnx", "accurate.fp16.onnx", "spread.onnx"]
+    assert steps == ["L1.onnx", "L1.fp16.onnx", "L2.onnx", "L2.fp16.onnx", "accurate.onnx", "accurate.fp16.onnx", "head_std.onnx"]
 
 
 def test_a_failing_rename_puts_the_old_bundle_back(exported, small_bundle, monkeypatch):
@@ -205,10 +205,10 @@ def test_write_and_read_are_inverse(small_bundle):
 def test_the_spread_of_one_head(make_network, card, tmp_path):
     checkpoint.save(make_network(deep_supervision=False), tmp_path / "one.safetensors")
     bundle = export(tmp_path / "one.safetensors", card, tmp_path / "one", None)
-    assert bundle.manifest.spread is None
+    assert bundle.manifest.head_std is None
     before = content(tmp_path / "one")
     with pytest.raises(ExportError, match="one head"):
-        add_spread(tmp_path / "one")
+        add_uncertainty(tmp_path / "one")
     assert content(tmp_path / "one") == before
 
 
@@ -218,35 +218,35 @@ class TestAddSpread:
         """As a version without the graph wrote it, and without fields that it did not know."""
         folder = small_bundle.folder
         document = json.loads((folder / "manifest.json").read_text())
-        del document["spread"], document["files"]["spread.onnx"], document["comparison"]
+        del document["head_std"], document["files"]["head_std.onnx"], document["comparison"]
         (folder / "manifest.json").write_text(json.dumps(document, indent=1) + "\n")
-        (folder / "spread.onnx").unlink()
+        (folder / "head_std.onnx").unlink()
         return folder
 
     def test_everything_else_stays(self, older, small_kept):
         before = content(older)
-        bundle = add_spread(older)
+        bundle = add_uncertainty(older)
         after = content(older)
-        assert {name for name in after if after[name] != before.get(name)} == {"spread.onnx", "manifest.json"}
+        assert {name for name in after if after[name] != before.get(name)} == {"head_std.onnx", "manifest.json"}
         # The same graph as the export writes, and the manifest but for its entries as it was.
-        assert after["spread.onnx"] == content(small_kept)["spread.onnx"]
+        assert after["head_std.onnx"] == content(small_kept)["head_std.onnx"]
         lines = after["manifest.json"].decode().splitlines()
         document = json.loads(after["manifest.json"])
-        assert document.pop("spread") == bundle.manifest.spread.model_dump()
-        del document["files"]["spread.onnx"]
+        assert document.pop("head_std") == bundle.manifest.head_std.model_dump()
+        del document["files"]["head_std.onnx"]
         assert document == json.loads(before["manifest.json"])
         assert [line for line in before["manifest.json"].decode().splitlines() if line not in lines] == []
         assert all(v.passed for v in verify(bundle))
 
     def test_again_changes_nothing(self, older):
-        add_spread(older)
+        add_uncertainty(older)
         before = content(older)
-        add_spread(older)
+        add_uncertainty(older)
         assert content(older) == before
 
     def test_one_that_fails_leaves_the_old_bundle(self, older, monkeypatch):
         before = content(older)
         monkeypatch.setattr(pack, "point_at_weights", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            add_spread(older)
+            add_uncertainty(older)
         assert content(older) == before

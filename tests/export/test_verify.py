@@ -78,7 +78,7 @@ class TestDamaged:
         assert "accurate" not in text
 
     def test_a_spread_that_is_none(self, small_bundle):
-        shutil.copy(small_bundle.folder / "accurate.onnx", small_bundle.folder / "spread.onnx")
+        shutil.copy(small_bundle.folder / "accurate.onnx", small_bundle.folder / "head_std.onnx")
         assert "spread at fp32 on onnxruntime: largest difference inf" in failing(small_bundle)
 
     def test_one_changed_weight(self, small_bundle):

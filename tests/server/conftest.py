@@ -120,7 +120,7 @@ def manifest(**changes: Any) -> Manifest:
     if changes.get("dims") == 3:
         fields |= {"orientation": "RAS", "window": {"size": [32, 32, 32], "overlap": 0.5}}
     fields |= changes
-    graphs = [*fields["graphs"], *filter(None, [fields.get("spread")])]
+    graphs = [*fields["graphs"], *filter(None, [fields.get("head_std")])]
     names = ["weights.safetensors", "golden.npz", *(f for g in graphs for f in g["files"].values())]
     return Manifest.model_validate({"files": dict.fromkeys(names, NO_FILE)} | fields)
 

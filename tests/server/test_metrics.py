@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import Gauge, Metric
 
 from server import metrics as module
-from server.metrics import Known, Metrics
+from server.metrics import Metrics, ModelInfo
 from server.metrics_quality import BUCKETS
 from server.segment.quality import Overlap
 
@@ -15,14 +15,14 @@ ROUTES = (("accurate", 2, "accurate"), ("fast", 1, "L1"), ("fast", 2, "L2"))
 ENGINE = ("L1", "fp32", "onnxruntime", "cpu", "true")
 
 
-def known(model: str = "a", **changes: object) -> Known:
+def known(model: str = "a", **changes: object) -> ModelInfo:
     rows = {
         "routes": ROUTES,
         "classes": ("bright",),
         "engines": (ENGINE,),
         "calibrated": (("L2", "fp32", "openvino", 0.8, 0.9, 0.01),),
     }
-    return Known(model, 2, "0123456789abcdef" * 4, **rows | changes)  # type: ignore[arg-type]
+    return ModelInfo(model, 2, "0123456789abcdef" * 4, **rows | changes)  # type: ignore[arg-type]
 
 
 def ours(metrics: Metrics) -> list[Metric]:

@@ -10,12 +10,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from server.api import problems, upload
-from server.api.asking import REQUEST_BODY, Parameters
+from server.api.params import REQUEST_BODY, Parameters
 from server.api.schemas import JobDocument, Problem, job_document
 from server.errors import InvalidParameter, NotFinished, Overloaded, StoreBroken, UnknownJob
-from server.jobs.files import brief
+from server.jobs.active import View
+from server.jobs.files import short_id
 from server.jobs.job import FINISHED
-from server.jobs.live import View
 from server.jobs.runner import Runner
 from server.segment.request import SegmentRequest
 
@@ -167,7 +167,7 @@ async def _file(runner: Runner, id_: str, name: str) -> Response:
             path, stat = found
             return FileResponse(path, headers=headers | PRIVATE, stat_result=stat)
         # Gone since its row was read: what the row says now tells why.
-    raise StoreBroken(f"the {name} of job {brief(id_)} is not on the disk, though its row says so")
+    raise StoreBroken(f"the {name} of job {short_id(id_)} is not on the disk, though its row says so")
 
 
 def _not_there(view: View, name: str) -> NotFinished:

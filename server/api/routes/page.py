@@ -23,8 +23,8 @@ INDEX = "index.html"
 
 # Written by hand, and sent as they are.
 MODULES = (
-    "answers", "api", "card", "compare", "dom", "formats", "inputs", "levels", "main", "masks", "network", "picture", "pixels",
-    "result", "stage", "take", "volume", "zip",
+    "answers", "api", "card", "compare", "dom", "download", "formats", "inputs", "levels", "main", "masks", "network", "picture", "pixels",
+    "result", "stage", "volume", "zip",
 )  # fmt: skip
 
 # Everything that is served, by its path under `server/web/`; a test compares it with the folder.

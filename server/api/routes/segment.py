@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from server import errors
 from server.api import upload
-from server.api.asking import REQUEST_BODY, Parameters, headers
+from server.api.params import REQUEST_BODY, Parameters, headers
 from server.api.schemas import Problem
 from server.imaging import encode
 from server.metrics import NONE, Metrics
@@ -53,7 +53,7 @@ ENDS: dict[type[BaseException], tuple[str, str | None]] = {
 }
 
 
-class Spooled(StreamingResponse):
+class TempFileResponse(StreamingResponse):
     """A file that is gone when it is sent, or nobody wants it any more."""
 
     def __init__(self, file: BinaryIO, headers: dict[str, str]) -> None:
@@ -137,7 +137,7 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_
         for phase, seconds in answer.seconds.items():
             metrics.phases.labels(phase).observe(seconds)
         if isinstance(answer, Archived):
-            return Spooled(answer.zip, headers(answer))
+            return TempFileResponse(answer.zip, headers(answer))
         return Response(answer.body, media_type=answer.media_type, headers=headers(answer))
 
     return routes
@@ -192,13 +192,13 @@ def _counting(metrics: Metrics) -> type[APIRoute]:
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             handle = super().get_route_handler()
 
-            async def counted(request: Request) -> Response:
+            async def model_info(request: Request) -> Response:
                 try:
                     return await handle(request)
                 except RequestValidationError:
                     metrics.requests.labels(*UNKNOWN, NONE, "client_error").inc()
                     raise
 
-            return counted
+            return model_info
 
     return Counting

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO, TypeVar
 
-from server.arrays import Extent, Image, Volume
+from server.arrays import Image, InputHeader, Volume
 from server.errors import InvalidParameter, UnetppError, Unreadable, UnsupportedType
 from server.imaging.decode import metaimage, nifti, nrrd, raster, tiff
-from server.imaging.reading import Reading
+from server.imaging.decode_options import DecodeOptions
 
 T = TypeVar("T")
 
@@ -25,8 +25,8 @@ class Decoder:
 
     formats: str
     recognises: Callable[[bytes], bool]
-    size: Callable[[BinaryIO, Reading], Extent]
-    decode: Callable[[BinaryIO, Reading], Image | Volume]
+    size: Callable[[BinaryIO, DecodeOptions], InputHeader]
+    decode: Callable[[BinaryIO, DecodeOptions], Image | Volume]
 
 
 DECODERS: dict[str, Decoder] = {
@@ -38,18 +38,18 @@ DECODERS: dict[str, Decoder] = {
 }
 
 
-def measure(file: BinaryIO, reading: Reading) -> Extent:
+def measure(file: BinaryIO, decode_options: DecodeOptions) -> InputHeader:
     """What the header of a file says. Volumes of any size are measured: their limit is a matter of cost, see `segment`.
 
     Raises:
         Unreadable, UnsupportedType: as `decode`.
         TooLarge: an image over the limit.
     """
-    extent = _guarded(file, reading, lambda row: row.size(file, reading))
-    if extent.kind == "image":
-        reading.check_image(*extent.size)
+    input_header = _guarded(file, decode_options, lambda row: row.size(file, decode_options))
+    if input_header.kind == "image":
+        decode_options.check_image(*input_header.size)
     file.seek(0)
-    return extent
+    return input_header
 
 
 def is_quick(file: BinaryIO, most: int) -> bool:
@@ -64,12 +64,12 @@ def is_quick(file: BinaryIO, most: int) -> bool:
     return len(data) <= most and raster.is_plain_png(data)
 
 
-def decode(file: BinaryIO, reading: Reading) -> Image | Volume:
+def decode(file: BinaryIO, decode_options: DecodeOptions) -> Image | Volume:
     """Decodes an image, a volume or a stack.
 
     Args:
         file: open at its start, seekable.
-        reading: limits, checked before pixels are decoded, and choices.
+        decode_options: limits, checked before pixels are decoded, and choices.
 
     Raises:
         Unreadable: empty, truncated or broken, or values that are not finite.
@@ -77,10 +77,10 @@ def decode(file: BinaryIO, reading: Reading) -> Image | Volume:
         TooLarge: over a limit.
         InvalidParameter: axes or a channel that the file does not have.
     """
-    return _guarded(file, reading, lambda row: row.decode(file, reading))
+    return _guarded(file, decode_options, lambda row: row.decode(file, decode_options))
 
 
-def _guarded(file: BinaryIO, reading: Reading, work: Callable[[Decoder], T]) -> T:
+def _guarded(file: BinaryIO, decode_options: DecodeOptions, work: Callable[[Decoder], T]) -> T:
     """`work` with the row that recognises the file; whatever a decoder raises becomes a sentence."""
     head = file.read(16)
     file.seek(0)
@@ -90,7 +90,7 @@ def _guarded(file: BinaryIO, reading: Reading, work: Callable[[Decoder], T]) -> 
     if row is None:
         known = ", ".join(row.formats for row in DECODERS.values())
         raise UnsupportedType(f"not a format that this server reads; it reads {known}")
-    if reading.axes and row is not DECODERS["tiff"]:
+    if decode_options.axes and row is not DECODERS["tiff"]:
         raise InvalidParameter(f"axes is for TIFF; the axes of {row.formats} are known")
     try:
         return work(row)

@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
-from server.arrays import Extent, Image, Volume
+from server.arrays import Image, InputHeader, Volume
 from server.errors import TooLarge, Unreadable
+from server.imaging.decode_options import DecodeOptions
 from server.imaging.grid import LPS, Grid, check_channels, check_size, flat_spacing, place
-from server.imaging.reading import Reading
 from server.imaging.streaming import GZIP, Stream, ungzipped, unzlibbed
 
 # Bytes of a header; ITK keeps all of DICOM's tags in it, if asked to.
@@ -44,18 +44,18 @@ def recognises(head: bytes) -> bool:
     return head.startswith((b"ObjectType =", b"ObjectType=", b"NDims =", b"NDims=", b"Comment ="))
 
 
-def size(file: BinaryIO, reading: Reading) -> Extent:
+def size(file: BinaryIO, decode_options: DecodeOptions) -> InputHeader:
     """Shape and place, from the header alone."""
-    return _grid(_fields(file)).extent(reading)
+    return _grid(_fields(file)).input_header(decode_options)
 
 
-def decode(file: BinaryIO, reading: Reading) -> Image | Volume:
+def decode(file: BinaryIO, decode_options: DecodeOptions) -> Image | Volume:
     """Reads the one image or volume."""
     fields = _fields(file)
     grid = _grid(fields)
-    grid.check(reading)
+    grid.check(decode_options)
     with _values(file, fields) as stream:
-        found = grid.read(stream, reading)
+        found = grid.read(stream, decode_options)
         # At the end of a zlib stream lies its checksum, which is compared on reading it.
         stream.read(1)
     return found

@@ -13,10 +13,10 @@ from jaxtyping import Float64
 from nibabel.spatialimages import HeaderDataError
 from numpy import ndarray
 
-from server.arrays import Extent, Volume
+from server.arrays import InputHeader, Volume
 from server.errors import TooLarge, Unreadable
+from server.imaging.decode_options import DecodeOptions, met, notes
 from server.imaging.geometry import SAME_PLACE, apart, check_affine, spacing
-from server.imaging.reading import Reading, met, notes
 from server.imaging.streaming import GZIP, KEPT, Stream, exactly, kept_as, read_values, ungzipped
 
 # The first field of the header is its own length.
@@ -39,16 +39,16 @@ def recognises(head: bytes) -> bool:
     return head[:4] in HEADERS or head[:2] == GZIP
 
 
-def size(file: BinaryIO, reading: Reading) -> Extent:
+def size(file: BinaryIO, decode_options: DecodeOptions) -> InputHeader:
     """Shape and place, from the header alone."""
     with _inflated(file) as stream:
         header = _header(stream)
-    reading.channels(1)
+    decode_options.channels(1)
     kept = _kept(header)
-    return Extent(_size(header), 1, kept.itemsize, _affine(header))
+    return InputHeader(_size(header), 1, kept.itemsize, _affine(header))
 
 
-def decode(file: BinaryIO, reading: Reading) -> Volume:
+def decode(file: BinaryIO, decode_options: DecodeOptions) -> Volume:
     """Reads the one volume; scl_slope and scl_inter are applied, and each value is checked.
 
     A gzip stream is never inflated further than its header promises voxels.
@@ -56,12 +56,12 @@ def decode(file: BinaryIO, reading: Reading) -> Volume:
     with _inflated(file) as stream:
         header = _header(stream)
         shape = _size(header)
-        reading.check_volume(shape)
+        decode_options.check_volume(shape)
         stored = header.get_data_dtype()
         values, wrong = read_values(stream, stored, _kept(header), math.prod(shape), _scaling(header))
         # At the end of a gzip stream lies its checksum, which is compared on reading it.
         stream.read(1)
-    note = met(wrong, values.size, reading.zero_nonfinite)
+    note = met(wrong, values.size, decode_options.zero_nonfinite)
     voxels = values.reshape(shape, order="F")[..., None]
     return Volume(voxels, _affine(header), header, notes(note, _doubts(header, shape)))
 

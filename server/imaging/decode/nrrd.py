@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
-from server.arrays import Extent, Image, Volume
+from server.arrays import Image, InputHeader, Volume
 from server.errors import TooLarge, Unreadable
+from server.imaging.decode_options import DecodeOptions, notes
 from server.imaging.geometry import MM
 from server.imaging.grid import LPS, Grid, check_channels, check_size, flat_spacing, in_mm, place
-from server.imaging.reading import Reading, notes
 from server.imaging.streaming import Stream, skip, unbzipped, ungzipped
 
 # Bytes of a header, comments and the segments of Slicer included; and of what lies between it and the voxels.
@@ -65,18 +65,18 @@ def recognises(head: bytes) -> bool:
     return head.startswith(b"NRRD000")
 
 
-def size(file: BinaryIO, reading: Reading) -> Extent:
+def size(file: BinaryIO, decode_options: DecodeOptions) -> InputHeader:
     """Shape and place, from the header alone."""
-    return _grid(_fields(file), reading).extent(reading)
+    return _grid(_fields(file), decode_options).input_header(decode_options)
 
 
-def decode(file: BinaryIO, reading: Reading) -> Image | Volume:
+def decode(file: BinaryIO, decode_options: DecodeOptions) -> Image | Volume:
     """Reads the one image or volume; space directions become the affine, whatever space they are given in."""
     fields = _fields(file)
-    grid = _grid(fields, reading)
-    grid.check(reading)
+    grid = _grid(fields, decode_options)
+    grid.check(decode_options)
     with _values(file, fields, grid) as stream:
-        found = grid.read(stream, reading)
+        found = grid.read(stream, decode_options)
         # At the end of a gzip stream lies its checksum, which is compared on reading it.
         stream.read(1)
     return found
@@ -127,7 +127,7 @@ def _text(line: bytes) -> str:
         return line.decode("latin-1")
 
 
-def _grid(fields: dict[str, Any], reading: Reading) -> Grid:
+def _grid(fields: dict[str, Any], decode_options: DecodeOptions) -> Grid:
     sizes = [int(length) for length in fields["sizes"]]
     if len(sizes) != fields["dimension"] or not sizes or min(sizes) < 1:
         raise Unreadable(f"the NRRD header says dimension {fields['dimension']} and sizes {sizes}")
@@ -135,7 +135,7 @@ def _grid(fields: dict[str, Any], reading: Reading) -> Grid:
     shape = tuple(sizes[axis] for axis in places)
     check_size(shape)
     channels, kind = (sizes[extra], _kinds(fields, sizes)[extra]) if extra is not None else (1, "")
-    if kind in SERIES and reading.channel is None:
+    if kind in SERIES and decode_options.channel is None:
         raise Unreadable(
             f"the file holds {channels} volumes (an axis of kind {kind}), as Slicer writes segments that overlap; save one, or choose "
             "one with channel="

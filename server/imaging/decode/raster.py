@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageOps
 
-from server.arrays import Extent, Image
-from server.imaging.reading import Reading, notes
+from server.arrays import Image, InputHeader
+from server.imaging.decode_options import DecodeOptions, notes
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 
@@ -37,33 +37,33 @@ def is_plain_png(data: bytes) -> bool:
     return data.startswith(PNG) and not any(chunk in data for chunk in (b"zTXt", b"iTXt", b"iCCP"))
 
 
-def size(file: BinaryIO, reading: Reading) -> Extent:
+def size(file: BinaryIO, decode_options: DecodeOptions) -> InputHeader:
     """(H, W) as the header says, and upright as far as it tells: PNG may have its EXIF behind the pixels."""
     with Pillow.open(file, formats=FORMATS) as picture:
-        grey = picture.mode in GREY or (reading.labels and picture.mode == "P")
-        reading.channels(1 if grey else 3, colors=not grey)
+        grey = picture.mode in GREY or (decode_options.labels and picture.mode == "P")
+        decode_options.channels(1 if grey else 3, colors=not grey)
         exif = Pillow.Exif()
         exif.load(picture.info.get("exif", b""))
         height, width = (picture.width, picture.height) if exif.get(ORIENTATION) in ON_ITS_SIDE else (picture.height, picture.width)
-        return Extent((height, width), 3)
+        return InputHeader((height, width), 3)
 
 
-def decode(file: BinaryIO, reading: Reading) -> Image:
+def decode(file: BinaryIO, decode_options: DecodeOptions) -> Image:
     """Reads the first frame, upright (EXIF orientation applied); alpha is dropped.
 
     Grey, 1-bit and 16-bit images keep one channel, and so do palette images read as labels (their indices);
     other palettes, CMYK and YCbCr become RGB.
     """
     with Pillow.open(file, formats=FORMATS) as picture:
-        reading.check_image(picture.height, picture.width)
+        decode_options.check_image(picture.height, picture.width)
         frames = getattr(picture, "n_frames", 1)
         picture.load()
         # In place: a copy of a large image is a large image.
         ImageOps.exif_transpose(picture, in_place=True)
-        pixels = np.asarray(picture)[..., None] if reading.labels and picture.mode == "P" else _pixels(picture)
+        pixels = np.asarray(picture)[..., None] if decode_options.labels and picture.mode == "P" else _pixels(picture)
     note = f"only the first of {frames} frames was read" if frames > 1 else ""
     count = pixels.shape[-1]
-    wanted, guess = reading.channels(count, colors=count == 3)
+    wanted, guess = decode_options.channels(count, colors=count == 3)
     if wanted != slice(0, count):
         pixels = np.ascontiguousarray(pixels[..., wanted])
     return Image(pixels, notes(note, guess))

@@ -11,11 +11,11 @@ from typing import BinaryIO
 import numpy as np
 import tifffile
 
-from server.arrays import Extent, Image, Volume
+from server.arrays import Image, InputHeader, Volume
 from server.errors import TooLarge, Unreadable
 from server.imaging import microscopy
+from server.imaging.decode_options import DecodeOptions, met, notes, zero_nonfinite
 from server.imaging.microscopy import Pages
-from server.imaging.reading import Reading, met, notes, zero_nonfinite
 
 # What is wrong with a file is said to its owner; in the log it would be a stranger's to fill.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
@@ -79,20 +79,20 @@ class _Layout:
         return page, self.wanted if self.planes == 1 else slice(sample, sample + 1)
 
 
-def size(file: BinaryIO, reading: Reading) -> Extent:
+def size(file: BinaryIO, decode_options: DecodeOptions) -> InputHeader:
     """(H, W) of an image or (X, Y, Z) of a stack, as the tags say."""
     with tifffile.TiffFile(file, name="upload.tif") as tiff:
-        page, layout = tiff.pages.first, _lay_out(tiff, reading)
+        page, layout = tiff.pages.first, _lay_out(tiff, decode_options)
         # A tag may hold several numbers, or a fraction.
         planar = (operator.index(page.imagelength), operator.index(page.imagewidth))
         # Read as they are, or as float32.
         sample_bytes = page.dtype.itemsize if page.dtype in KEPT else 4
         slices = len(layout.pages)
         whole = planar if slices == 1 else (*planar[::-1], slices)
-        return Extent(whole, layout.channels, sample_bytes, time_slices=layout.time_slices)
+        return InputHeader(whole, layout.channels, sample_bytes, time_slices=layout.time_slices)
 
 
-def decode(file: BinaryIO, reading: Reading) -> Image | Volume:
+def decode(file: BinaryIO, decode_options: DecodeOptions) -> Image | Volume:
     """Reads the page, or all pages where they are alike: then they are a stack, as microscopes save them.
 
     Times and slices follow each other in it; of channels one is read, unless they are colours. Alpha is dropped. Palettes become
@@ -100,18 +100,18 @@ def decode(file: BinaryIO, reading: Reading) -> Image | Volume:
     """
     # The name of an upload that still lies in memory is None, over which tifffile stumbles.
     with tifffile.TiffFile(file, name="upload.tif") as tiff:
-        page, layout = tiff.pages.first, _lay_out(tiff, reading)
+        page, layout = tiff.pages.first, _lay_out(tiff, decode_options)
         slices, stack, wrong = len(layout.pages), None, 0
         if slices == 1:
-            reading.check_image(page.imagelength, page.imagewidth)
+            decode_options.check_image(page.imagelength, page.imagewidth)
         else:
-            reading.check_volume((page.imagewidth, page.imagelength, slices))
-        _check_page(page, reading.max_pixels)
+            decode_options.check_volume((page.imagewidth, page.imagelength, slices))
+        _check_page(page, decode_options.max_pixels)
         for number, index in enumerate(layout.pages):
             # Alike is what the tags say; each page's own strips are counted too.
             at, wanted = layout.at(index)
-            _check_page(tiff.pages[at], reading.max_pixels)
-            pixels, odd = _pixels(tiff.pages[at], reading.labels, wanted)
+            _check_page(tiff.pages[at], decode_options.max_pixels)
+            pixels, odd = _pixels(tiff.pages[at], decode_options.labels, wanted)
             if slices == 1:
                 stack = pixels[None]
             else:
@@ -120,7 +120,7 @@ def decode(file: BinaryIO, reading: Reading) -> Image | Volume:
             wrong += odd
     assert stack is not None  # noqa: S101 - there are pages
     known = layout.spacing
-    note = notes(layout.note, met(wrong, stack.size, reading.zero_nonfinite))
+    note = notes(layout.note, met(wrong, stack.size, decode_options.zero_nonfinite))
     if slices == 1:
         return Image(stack[0], note, (known["Y"], known["X"]) if known.keys() >= set("XY") else None)
     # From one time to the next is no distance.
@@ -129,7 +129,7 @@ def decode(file: BinaryIO, reading: Reading) -> Image | Volume:
     return Volume(stack.transpose(2, 1, 0, 3), None, note=note, spacing_mm=spacing_mm, time_slices=layout.time_slices)
 
 
-def _lay_out(tiff: "tifffile.TiffFile", reading: Reading) -> _Layout:
+def _lay_out(tiff: "tifffile.TiffFile", decode_options: DecodeOptions) -> _Layout:
     """Which pages and samples are read, and what they are.
 
     Raises:
@@ -144,17 +144,17 @@ def _lay_out(tiff: "tifffile.TiffFile", reading: Reading) -> _Layout:
     first, samples = tiff.pages.first, operator.index(tiff.pages.first.samplesperpixel)
     planes = 1
     if samples > 1 and first.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
-        planes = microscopy.planes(first.description, len(tiff.pages), samples, reading.axes)
+        planes = microscopy.planes(first.description, len(tiff.pages), samples, decode_options.axes)
     count = len(tiff.pages) * planes
     shape = (operator.index(first.imagelength), operator.index(first.imagewidth), samples // planes)
-    pages = _described(first, count, shape, reading.axes)
+    pages = _described(first, count, shape, decode_options.axes)
     table, letters = pages.table, pages.letters
     if "C" in letters and table.shape[letters.index("C")] > 1:
         # Where these pages are colours, all of them are read.
-        wanted, channels, _ = _samples(first, dataclasses.replace(reading, channel=None), planes)
-        picked, guess = reading.channels(table.shape[letters.index("C")])
+        wanted, channels, _ = _samples(first, dataclasses.replace(decode_options, channel=None), planes)
+        picked, guess = decode_options.channels(table.shape[letters.index("C")])
     else:
-        wanted, channels, guess = _samples(first, reading, planes)
+        wanted, channels, guess = _samples(first, decode_options, planes)
         picked = slice(0, 1)
     if "C" in letters:
         table, letters = table.take(picked.start, letters.index("C")), letters.replace("C", "")
@@ -195,17 +195,17 @@ def _resolution(page: "tifffile.TiffPage", name: str) -> float:
         return 0.0
 
 
-def _samples(page: "tifffile.TiffPage", reading: Reading, planes: int) -> tuple[slice, int, str]:
+def _samples(page: "tifffile.TiffPage", decode_options: DecodeOptions, planes: int) -> tuple[slice, int, str]:
     """Which samples of a pixel are read, how many values they become, and a note where that is a guess."""
     if planes > 1:
         count, colors = 1, False
     elif page.photometric == tifffile.PHOTOMETRIC.PALETTE:
-        count, colors = (1, False) if reading.labels else (3, True)
+        count, colors = (1, False) if decode_options.labels else (3, True)
     else:
         # Grey with an alpha channel is one channel.
         count = 1 if page.samplesperpixel == 2 and page.extrasamples != (0,) else operator.index(page.samplesperpixel)
         colors = page.photometric == tifffile.PHOTOMETRIC.RGB
-    wanted, note = reading.channels(count, colors=colors)
+    wanted, note = decode_options.channels(count, colors=colors)
     return wanted, len(range(count)[wanted]), note
 
 

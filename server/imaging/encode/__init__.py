@@ -10,15 +10,15 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
-from server.arrays import Extent, Image, Mask, Volume
+from server.arrays import Image, InputHeader, Mask, Volume
+from server.cancel import NO_CANCEL, CancelToken
 from server.errors import UnknownFormat
 from server.imaging import geometry
 from server.imaging.encode import coco, csv, geojson, json, nifti, npz, nrrd, outlines, overlay, png, png16, tiff, uncertainty
-from server.stop import NEVER, Stop
 
 
 @dataclass(frozen=True)
-class Product:
+class SegmentationResult:
     """What an encoder may use.
 
     Attributes:
@@ -37,7 +37,7 @@ class Product:
     source: Image | Volume | None = None
     report: dict[str, Any] = field(default_factory=dict)
     file: str = ""
-    stop: Stop = NEVER
+    stop: CancelToken = NO_CANCEL
 
     @cached_property
     def geojson(self) -> bytes:
@@ -54,7 +54,7 @@ class Encoder:
         file: its name, also among others in a zip.
         encode: makes it.
         kinds: of input that it can answer, see `Extent.kind`.
-        needs: what must be in the product: "scores", "spread", "objects" (see `Mask`), "report".
+        needs: what must be in the product: "scores", "head_std", "objects" (see `Mask`), "report".
         packed: whether it is compressed already.
         outlines: whether it describes the shape of each object, which takes longer than all else.
         image_bytes: of memory that it takes per pixel of an image, at the most, on top of what it makes; measured on noise, stripes
@@ -64,7 +64,7 @@ class Encoder:
 
     media_type: str
     file: str
-    encode: Callable[[Product], bytes]
+    encode: Callable[[SegmentationResult], bytes]
     kinds: tuple[str, ...] = ("image", "stack", "volume")
     needs: frozenset[str] = frozenset()
     packed: bool = True
@@ -98,7 +98,7 @@ def _any(source: Image | Volume | None) -> Image | Volume:
 
 
 _IMAGE, _PAGES, _VOLUME = ("image",), ("image", "stack"), ("volume",)
-_SPREAD = frozenset({"spread"})
+_HEAD_STD = frozenset({"head_std"})
 _SCORES = frozenset({"scores"})
 _OBJECTS = frozenset({"objects"})
 _REPORT = frozenset({"report"})
@@ -171,10 +171,10 @@ ENCODERS: dict[str, Encoder] = {
     ),
     "overlay_jpeg": Encoder("image/jpeg", "overlay.jpg", lambda p: overlay.jpeg(_any(p.source), p.mask, p.colors), image_bytes=17),
     "picture": Encoder("image/png", "picture.png", lambda p: overlay.picture(_image(p.source)), _IMAGE, image_bytes=12),
-    "uncertainty_png": Encoder("image/png", "uncertainty.png", lambda p: uncertainty.as_png(p.mask), _IMAGE, _SPREAD),
-    "uncertainty_tiff": Encoder("image/tiff", "uncertainty.tif", lambda p: uncertainty.as_tiff(p.mask), _PAGES, _SPREAD),
+    "uncertainty_png": Encoder("image/png", "uncertainty.png", lambda p: uncertainty.as_png(p.mask), _IMAGE, _HEAD_STD),
+    "uncertainty_tiff": Encoder("image/tiff", "uncertainty.tif", lambda p: uncertainty.as_tiff(p.mask), _PAGES, _HEAD_STD),
     "uncertainty_nifti": Encoder(
-        "application/gzip", "uncertainty.nii.gz", lambda p: uncertainty.as_nifti(_volume(p.source), p.mask), _VOLUME, _SPREAD
+        "application/gzip", "uncertainty.nii.gz", lambda p: uncertainty.as_nifti(_volume(p.source), p.mask), _VOLUME, _HEAD_STD
     ),
 }
 
@@ -188,35 +188,37 @@ _KINDS = {"image": "an image", "stack": "a stack of pages", "volume": "a volume"
 EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
-def like(extent: Extent | None, *, instances: bool = False) -> str:
+def like(input_header: InputHeader | None, *, instances: bool = False) -> str:
     """What `format=mask` stands for: as the input, or the numbers of its objects in the same way."""
-    kind = extent.kind if extent else "image"
+    kind = input_header.kind if input_header else "image"
     if instances:
         return LABELS[kind]
     # Of volumes there are two families.
-    return extent.family if extent and kind == "volume" and not _sheared(extent) else DEFAULTS[kind]
+    return input_header.family if input_header and kind == "volume" and not _sheared(input_header) else DEFAULTS[kind]
 
 
-def _sheared(extent: Extent | None) -> bool:
+def _sheared(input_header: InputHeader | None) -> bool:
     """Whether NRRD is no use: ITK, and with it Slicer, would read the volume elsewhere, or not at all."""
-    return extent is not None and extent.affine is not None and geometry.sheared(extent.affine)
+    return input_header is not None and input_header.affine is not None and geometry.sheared(input_header.affine)
 
 
-def choose(wanted: str | None, accept: str | None, extent: Extent | None = None, *, instances: bool = False) -> tuple[str, ...]:
+def choose(
+    wanted: str | None, accept: str | None, input_header: InputHeader | None = None, *, instances: bool = False
+) -> tuple[str, ...]:
     """The output formats: those named, else the most wanted in the Accept header that exists, else what the input is.
 
     Args:
         wanted: as asked for: a name, or several by comma; "mask" is what the input is. Or None.
         accept: the Accept header, or None.
-        extent: of the input; None while it is not known, when any row that could do is given.
+        input_header: of the input; None while it is not known, when any row that could do is given.
         instances: whether the numbers of objects are the mask that is meant.
 
     Raises:
         UnknownFormat: lists what exists.
     """
-    kind, sheared = extent.kind if extent else None, _sheared(extent)
+    kind, sheared = input_header.kind if input_header else None, _sheared(input_header)
     fitting = [key for key, row in ENCODERS.items() if (kind is None or kind in row.kinds) and not (sheared and key == "nrrd")]
-    default = like(extent, instances=instances)
+    default = like(input_header, instances=instances)
     if wanted is not None:
         return tuple(dict.fromkeys(_named(name, fitting, kind or "image", default) for name in _split(wanted)))
     types = _by_preference(accept or "*/*")
@@ -255,11 +257,11 @@ def needs(names: tuple[str, ...]) -> frozenset[str]:
     return frozenset().union(*(ENCODERS[name].needs for name in names))
 
 
-def memory(names: tuple[str, ...], extent: Extent) -> int:
+def memory(names: tuple[str, ...], input_header: InputHeader) -> int:
     """Bytes that encoding takes at the most: one format after the other, each dropped but for what is sent."""
-    if extent.kind != "image":
+    if input_header.kind != "image":
         return 0
-    rows, pixels = [ENCODERS[name] for name in names], math.prod(extent.size)
+    rows, pixels = [ENCODERS[name] for name in names], math.prod(input_header.size)
     return max(min(row.image_bytes * pixels, row.most_bytes) for row in rows)
 
 
@@ -273,7 +275,7 @@ def without(wanted: str | None, what: str) -> str | None:
     return ",".join(name for name in _split(wanted) if not wants(name, what)) or MASK if wanted else wanted
 
 
-def encode(names: tuple[str, ...], product: Product) -> Encoded:
+def encode(names: tuple[str, ...], result: SegmentationResult) -> Encoded:
     """One format as it is, several as a zip with a file for each.
 
     Raises:
@@ -282,13 +284,13 @@ def encode(names: tuple[str, ...], product: Product) -> Encoded:
     """
     rows = [ENCODERS[name] for name in names]
     if len(rows) == 1:
-        return Encoded(rows[0].encode(product), rows[0].media_type, rows[0].file)
+        return Encoded(rows[0].encode(result), rows[0].media_type, rows[0].file)
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         for row in rows:
-            product.stop.check()
+            result.stop.check()
             method = zipfile.ZIP_STORED if row.packed else zipfile.ZIP_DEFLATED
-            archive.writestr(zipfile.ZipInfo(row.file, EPOCH), row.encode(product), method, compresslevel=1)
+            archive.writestr(zipfile.ZipInfo(row.file, EPOCH), row.encode(result), method, compresslevel=1)
     return Encoded(out.getvalue(), "application/zip", "mask.zip")
 
 

@@ -14,8 +14,8 @@ from msgspec import json
 from numpy import ndarray
 
 from server.arrays import Mask, Objects
+from server.cancel import NO_CANCEL, CancelToken
 from server.errors import InvalidParameter
-from server.stop import NEVER, Stop
 
 # Of a character: five bits of a number, and whether more follow; offset to be printable.
 BITS, MORE, FIRST = 5, 32, 48
@@ -25,7 +25,7 @@ MOST_RUNS = 20_000_000
 MOST = 7
 
 
-def encode(mask: Mask, names: dict[int, str], file: str = "", stop: Stop = NEVER) -> bytes:
+def encode(mask: Mask, names: dict[int, str], file: str = "", stop: CancelToken = NO_CANCEL) -> bytes:
     """One image, id 1, of the name `file`, which loaders look for; annotations and categories have the numbers of objects and classes.
 
     Boxes are [x, y, width, height].
@@ -46,7 +46,7 @@ def encode(mask: Mask, names: dict[int, str], file: str = "", stop: Stop = NEVER
     return json.encode(document)[:-1] + b',"annotations":[' + annotations + b"]}"
 
 
-def _annotations(objects: Objects, size: list[int], stop: Stop) -> Iterator[dict[str, Any]]:
+def _annotations(objects: Objects, size: list[int], stop: CancelToken) -> Iterator[dict[str, Any]]:
     boxes = np.concatenate([objects.low[:, ::-1], (objects.high - objects.low)[:, ::-1]], axis=1)
     columns = (objects.value, objects.pixels, boxes, objects.mean_score.astype(np.float64).round(4))
     rows = zip(run_lengths(objects.labels), *(column.tolist() for column in columns), strict=True)

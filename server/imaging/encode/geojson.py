@@ -15,14 +15,14 @@ from isal import igzip
 from msgspec import json
 
 from server.arrays import Image, Mask, Objects
+from server.cancel import NO_CANCEL, CancelToken
 from server.imaging.encode.outlines import Rings, trace
-from server.stop import NEVER, Stop
 
 COMPRESSION = 1
 
 
 def encode(
-    mask: Mask, colors: dict[int, tuple[int, int, int]], names: dict[int, str], source: Image | None, stop: Stop = NEVER
+    mask: Mask, colors: dict[int, tuple[int, int, int]], names: dict[int, str], source: Image | None, stop: CancelToken = NO_CANCEL
 ) -> bytes:
     """A FeatureCollection; geometries are Polygons with holes, or MultiPolygons of pieces that touch at corners alone.
 
@@ -50,7 +50,7 @@ def packed(document: bytes) -> bytes:
     return bytes(igzip.compress(document, COMPRESSION, mtime=0))
 
 
-def _geometries(rings: Rings, stop: Stop) -> Iterator[dict[str, Any]]:
+def _geometries(rings: Rings, stop: CancelToken) -> Iterator[dict[str, Any]]:
     """Of each object, in their order."""
     start, rows = 0, zip(rings.label.tolist(), rings.outer.tolist(), rings.ends.tolist(), strict=True)
     for _, of_one in itertools.groupby(rows, operator.itemgetter(0)):

@@ -16,8 +16,8 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, connected_components
 
 from server.arrays import Objects
+from server.cancel import NO_CANCEL, CancelToken
 from server.errors import InvalidParameter
-from server.stop import NEVER, Stop
 
 # Each takes some 150 bytes meanwhile. A hundred thousand nuclei have four million.
 MOST_CORNERS = 10_000_000
@@ -46,7 +46,7 @@ class Rings:
     outer: Int64[ndarray, " R"]
 
 
-def trace(objects: Objects, stop: Stop = NEVER) -> Rings:
+def trace(objects: Objects, stop: CancelToken = NO_CANCEL) -> Rings:
     """The rings of each object of an image.
 
     Raises:

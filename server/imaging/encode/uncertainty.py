@@ -12,17 +12,17 @@ LARGEST = 0.5
 
 def as_png(mask: Mask) -> bytes:
     """16-bit grey: 65535 is 0.5."""
-    assert mask.spread is not None  # noqa: S101 - the table asks for it
-    return png.write(sixteen_bits(mask.spread, LARGEST))
+    assert mask.head_std is not None  # noqa: S101 - the table asks for it
+    return png.write(sixteen_bits(mask.head_std, LARGEST))
 
 
 def as_tiff(mask: Mask) -> bytes:
     """Pages of (H, W) float32, one per slice, deflated."""
-    assert mask.spread is not None  # noqa: S101 - the table asks for it
-    return tiff.write(((page, {}) for page in tiff.pages(mask.spread)), np.float32)
+    assert mask.head_std is not None  # noqa: S101 - the table asks for it
+    return tiff.write(((page, {}) for page in tiff.pages(mask.head_std)), np.float32)
 
 
 def as_nifti(volume: Volume, mask: Mask) -> bytes:
     """On the caller's own grid; uint8, whose slope makes 255 of them 0.5."""
-    assert mask.spread is not None  # noqa: S101 - the table asks for it
-    return nifti.write(volume, [mask.spread], np.uint8, slope=LARGEST / 255)
+    assert mask.head_std is not None  # noqa: S101 - the table asks for it
+    return nifti.write(volume, [mask.head_std], np.uint8, slope=LARGEST / 255)

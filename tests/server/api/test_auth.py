@@ -147,7 +147,7 @@ class TestTurnedAway:
         async def app(scope: Any, receive: Any, send: Any) -> None:
             calls.append("app")
 
-        guarded = auth.KeyNeeded(app, auth.Keys(file), frozenset({"/free"}), lambda: calls.append("refused"))
+        guarded = auth.APIKeyMiddleware(app, auth.Keys(file), frozenset({"/free"}), lambda: calls.append("refused"))
 
         async def call(path: str, *headers: tuple[bytes, bytes]) -> None:
             sent: list[Any] = []

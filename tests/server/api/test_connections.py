@@ -14,7 +14,7 @@ import h11
 import numpy as np
 import pytest
 
-from server.api.metered import TURN_EVENTS, Metered
+from server.api.bounded_parser import TURN_EVENTS, BoundedParser
 from server.arrays import Tiles
 from tests.server.conftest import doors, memory_stays_below, picture_bytes, until
 
@@ -299,18 +299,18 @@ class TestChunks:
     def events(self, monkeypatch: pytest.MonkeyPatch) -> list[object]:
         """What the parser made; None where others had their turn."""
         made: list[object] = []
-        parse, new_turn = h11.Connection.next_event, Metered.new_turn
+        parse, new_turn = h11.Connection.next_event, BoundedParser.new_turn
 
         def seen(self: h11.Connection) -> object:
             made.append(event := parse(self))
             return event
 
-        def turned(self: Metered) -> None:
+        def turned(self: BoundedParser) -> None:
             made.append(None)
             new_turn(self)
 
         monkeypatch.setattr(h11.Connection, "next_event", seen)
-        monkeypatch.setattr(Metered, "new_turn", turned)
+        monkeypatch.setattr(BoundedParser, "new_turn", turned)
         return made
 
     @pytest.mark.parametrize("path", [b"/nowhere", b"/models"])

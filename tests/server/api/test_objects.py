@@ -14,7 +14,7 @@ from PIL import Image as Pillow
 from scipy import ndimage
 
 from server.arrays import Tiles
-from server.segment.objects import find
+from server.segment.labels import find
 from tests.conftest import serving
 from tests.server.conftest import fake_app, mask_of, nifti_bytes, pages_bytes, picture_bytes, volume_of
 from tests.server.segment.masks import disc

@@ -130,9 +130,9 @@ def test_a_job_has_a_preview_without_it(client: httpx.Client) -> None:
 def test_it_is_no_level(client: httpx.Client) -> None:
     card = client.get("/models/nuclei").json()
     assert card["uncertainty"] is True
-    assert "spread" not in str([card["graphs"], card["serving"], card["levels"]])
+    assert "head_std" not in str([card["graphs"], card["serving"], card["levels"]])
     client.post(ASKED, content=picture_bytes(random_picture(16, 16)), headers=PNG)
     metrics = client.get("/metrics").text
-    rows = [line for line in metrics.splitlines() if 'graph="spread"' in line]
+    rows = [line for line in metrics.splitlines() if 'graph="head_std"' in line]
     # Its runs are counted like those of any graph; answers are answers of accurate mode.
     assert {row.split("{")[0].rsplit("_", 1)[0] for row in rows} == {"unetpp_batch_size_tiles", "unetpp_batch_fill_ratio"}

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from server.arrays import Extent, Image, Objects, Volume
+from server.arrays import Image, InputHeader, Objects, Volume
 from server.imaging.decode import decode, measure
-from server.imaging.reading import Reading
+from server.imaging.decode_options import DecodeOptions
 
 LIMIT = 100_000_000
 
@@ -30,13 +30,13 @@ def uploaded(data: bytes) -> Iterator[BinaryIO]:
 def read(data: bytes, *, limit: int = LIMIT, voxels: int = LIMIT, **choices: Any) -> Image | Volume:
     """The image, volume or stack of a file."""
     with uploaded(data) as file:
-        return decode(file, Reading(limit, voxels, **choices))
+        return decode(file, DecodeOptions(limit, voxels, **choices))
 
 
-def extent(data: bytes, limit: int = LIMIT, **choices: Any) -> Extent:
+def input_header(data: bytes, limit: int = LIMIT, **choices: Any) -> InputHeader:
     """What the header says; the file is left at its start."""
     with uploaded(data) as file:
-        measured = measure(file, Reading(limit, limit, **choices))
+        measured = measure(file, DecodeOptions(limit, limit, **choices))
         assert file.tell() == 0
     return measured
 

@@ -16,16 +16,16 @@ from server.arrays import Image, Volume
 from server.errors import TooLarge, Unreadable, UnsupportedType
 from server.imaging import decode as room
 from server.imaging.decode import DECODERS
-from server.imaging.reading import MOST_SIDE
+from server.imaging.decode_options import MOST_SIDE
 from tests.server.conftest import memory_stays_below, picture_bytes
-from tests.server.imaging.conftest import LIMIT, extent, read
+from tests.server.imaging.conftest import LIMIT, input_header, read
 
 
 def pixels(data: bytes, *, limit: int = LIMIT, zero_nonfinite: bool = False) -> np.ndarray:
     picture = read(data, limit=limit, zero_nonfinite=zero_nonfinite)
     assert isinstance(picture, Image)
     decoded = picture.pixels
-    measured = extent(data, limit)
+    measured = input_header(data, limit)
     assert (measured.kind, measured.affine) == ("image", None)
     assert sorted(measured.size) == sorted(picture.size)  # before EXIF orientation
     assert measured.channels * measured.sample_bytes >= decoded.itemsize * decoded.shape[2]
@@ -217,7 +217,7 @@ class TestTiff:
         assert stack.size == (17, 13, 5)  # columns, rows, pages
         assert stack.voxels.dtype == dtype
         assert np.array_equal(np.squeeze(stack.voxels.transpose(2, 1, 0, 3)), values)
-        measured = extent(data, 1)  # the limit of an image is not that of a stack
+        measured = input_header(data, 1)  # the limit of an image is not that of a stack
         assert (measured.kind, measured.size, measured.sample_bytes) == ("stack", stack.size, np.dtype(dtype).itemsize)
         assert measured.channels == stack.voxels.shape[-1]
 
@@ -225,7 +225,7 @@ class TestTiff:
         table = np.zeros((3, 256), dtype=np.uint16)
         for pages in (1, 2):
             data = tiff(np.stack([grey] * pages), photometric="palette", colormap=table)
-            assert extent(data).channels == 3  # the colours
+            assert input_header(data).channels == 3  # the colours
 
     def test_palette_pages_become_colours_or_labels(self, grey: np.ndarray) -> None:
         tables = np.random.default_rng(1).integers(0, 256, (2, 3, 256)).astype(np.uint16)
@@ -324,7 +324,7 @@ def test_gif_is_not_read(grey: np.ndarray) -> None:
 
 def test_a_strip_of_noise_is_no_image() -> None:
     wide = picture_bytes(np.zeros((1, MOST_SIDE + 1), dtype=np.uint8))
-    for attempt in (pixels, extent):
+    for attempt in (pixels, input_header):
         with pytest.raises(TooLarge, match="65536 × 1 pixels; the longer side may have 65,535"):
             attempt(wide)
 
@@ -332,9 +332,9 @@ def test_a_strip_of_noise_is_no_image() -> None:
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_measuring_holds_the_limit(colour: np.ndarray, kind: str) -> None:
     data = picture_bytes(colour, kind)
-    assert extent(data, 13 * 17).size == (13, 17)
+    assert input_header(data, 13 * 17).size == (13, 17)
     with pytest.raises(TooLarge, match="17 × 13 = 221 pixels; the limit is 220"):
-        extent(data, 220)
+        input_header(data, 220)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -429,7 +429,7 @@ class TestBombs:
             ]  # fmt: skip
             body = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
             data += body + struct.pack("<I", len(data) + len(body) + 4 if number < pages - 1 else 0)
-        for attempt in (read, extent):
+        for attempt in (read, input_header):
             with memory_stays_below(60), pytest.raises(TooLarge, match="first 17 pages have 1,020,000 strips or tiles"):
                 attempt(bytes(data))
 

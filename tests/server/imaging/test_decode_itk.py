@@ -21,7 +21,7 @@ from server.arrays import Image, Mask, Volume
 from server.errors import CallerError, InvalidParameter, TooLarge, Unreadable
 from server.imaging.encode import nifti as nifti_encoder
 from tests.server.conftest import memory_stays_below
-from tests.server.imaging.conftest import extent, read
+from tests.server.imaging.conftest import input_header, read
 from tests.server.imaging.itk import by_itk, itk_read
 
 TYPES = [np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64, np.float32, np.float64]
@@ -79,9 +79,9 @@ def values() -> np.ndarray:
 
 def voxels(data: bytes, **choices: Any) -> np.ndarray:
     found = read(data, **choices)
-    said = extent(data, **choices)
+    said = input_header(data, **choices)
     assert (said.size, said.channels, said.sample_bytes, said.kind, said.family) == (
-        found.extent.size, found.extent.channels, found.extent.sample_bytes, found.extent.kind, found.extent.family,
+        found.input_header.size, found.input_header.channels, found.input_header.sample_bytes, found.input_header.kind, found.input_header.family,
     )  # fmt: skip
     return found.values[..., 0] if found.values.shape[-1] == 1 else found.values
 
@@ -116,7 +116,7 @@ class TestAgainstItk:
         assert np.array_equal(found.voxels[..., 0].transpose(2, 1, 0), SimpleITK.GetArrayFromImage(again).astype(np.float32))
         assert found.voxels.dtype == (np.dtype(kind) if np.dtype(kind).name in KEPT else np.float32)
         assert np.allclose(found.affine, affine_of(again), rtol=1e-5, atol=1e-5)
-        said = extent(file)
+        said = input_header(file)
         assert said.size == found.size
         assert said.affine is not None
         assert np.array_equal(said.affine, found.affine)
@@ -134,7 +134,7 @@ class TestAgainstItk:
         assert np.array_equal(found.pixels[..., 0], wanted.astype(np.float32))
         assert found.pixels.dtype in (np.uint8, np.uint16, np.float32)
         assert found.spacing_mm == (0.5, 0.25)
-        assert (extent(file).size, extent(file).kind) == ((5, 7), "image")
+        assert (input_header(file).size, input_header(file).kind) == ((5, 7), "image")
 
     @pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
     @pytest.mark.parametrize("shape", [(5, 7), (4, 5, 7)])
@@ -153,7 +153,7 @@ class TestAgainstItk:
         assert np.array_equal(voxels(file).transpose(2, 1, 0), wanted[..., 0])
         assert read(file).note.startswith("the input has 3 channels and the first (0) was read")
         with pytest.raises(InvalidParameter, match="3 channels, 0 to 2"):
-            extent(file, channel=3)
+            input_header(file, channel=3)
 
     @pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
     def test_a_spacing_that_nobody_set_is_not_known(self, suffix: str) -> None:
@@ -260,7 +260,7 @@ class TestNrrd:
         with pytest.raises(
             Unreadable, match=rf"holds 2 volumes \(an axis of kind {kind}\), as Slicer writes segments that overlap"
         ):
-            extent(file)
+            input_header(file)
         assert np.array_equal(voxels(file, channel=1), values + 60)
 
     def test_slicer_segmentations_are_labels(self, values: np.ndarray) -> None:

@@ -17,7 +17,7 @@ from server.arrays import Volume
 from server.errors import TooLarge, UnetppError, Unreadable
 from server.imaging import streaming as room
 from tests.server.conftest import memory_stays_below
-from tests.server.imaging.conftest import extent, nifti, read
+from tests.server.imaging.conftest import input_header, nifti, read
 
 REAL = [
     np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64, np.float32, np.float64, np.longdouble,
@@ -33,7 +33,7 @@ def voxels(data: bytes, **choices: bool) -> np.ndarray:
     assert values.dtype in (np.uint8, np.uint16, np.int16, np.float32)
     assert values.dtype.isnative
     assert np.isfinite(values).all()
-    measured = extent(data)
+    measured = input_header(data)
     assert (measured.kind, measured.size) == ("volume", volume.size)
     assert (measured.channels, measured.sample_bytes) == (values.shape[3], values.itemsize)
     assert np.array_equal(measured.affine, volume.affine)
@@ -142,14 +142,14 @@ class TestShape:
     def test_several_volumes_or_a_line(self, shape: tuple[int, ...]) -> None:
         data = nifti(np.zeros(shape, dtype=np.uint8), TURNED)
         shown = " × ".join(map(str, shape))
-        for attempt in (read, extent):
+        for attempt in (read, input_header):
             with pytest.raises(Unreadable, match=f"the file has {shown} values: one volume of three dimensions"):
                 attempt(data)
 
     @pytest.mark.parametrize("shape", [(), (0, 5, 6), (4, 5, 0), (4, 5, 6, 0), (-3, 5, 6)])
     def test_no_voxels(self, shape: tuple[int, ...]) -> None:
         dim = [len(shape), *shape, *[1] * (7 - len(shape))]
-        for attempt in (read, extent):
+        for attempt in (read, input_header):
             with pytest.raises(Unreadable, match=r"no voxels|without axes"):
                 attempt(nifti(np.zeros((4, 5, 6), dtype=np.uint8), TURNED, dim=dim))
 
@@ -158,7 +158,7 @@ class TestShape:
         data = nifti(np.zeros((2, 2, 2), dtype=np.uint8), TURNED, version=version, dim=[3, side, side, side, 1, 1, 1, 1])
         with memory_stays_below(20), pytest.raises(TooLarge, match=r"voxels; the limit is 100,000,000.*UNETPP_LIMITS__MAX_VOXELS"):
             read(data)
-        assert extent(data).size == (side,) * 3  # judged by what it would cost
+        assert input_header(data).size == (side,) * 3  # judged by what it would cost
 
     def test_the_limit_is_inclusive(self, values: np.ndarray) -> None:
         data = nifti(values, TURNED)
@@ -178,7 +178,7 @@ class TestRefused:
     )  # fmt: skip
     def test_voxels_that_are_no_numbers(self, dtype: type, why: str) -> None:
         data = nifti(np.zeros((2, 3, 4), dtype=dtype), TURNED)
-        for attempt in (read, extent):
+        for attempt in (read, input_header):
             with pytest.raises(Unreadable, match=f"the voxels are {why}; send one real number per voxel"):
                 attempt(data)
 
@@ -273,7 +273,7 @@ class TestPlace:
         data = nifti(np.zeros((4, 5, 6), dtype=np.uint8), TURNED, **fields)
         volume = read(data)
         assert isinstance(volume, Volume)
-        assert np.array_equal(extent(data).affine, volume.affine)
+        assert np.array_equal(input_header(data).affine, volume.affine)
         return volume
 
     @pytest.mark.parametrize(("qform_code", "sform_code"), [(1, 0), (0, 1), (1, 1), (0, 4), (3, 2)])
@@ -481,7 +481,7 @@ def test_bad_inputs_raise_nothing_but_our_own(bad_inputs: Path, family: str) -> 
                 with contextlib.suppress(UnetppError):
                     read(variant, limit=20_000_000, voxels=20_000_000, zero_nonfinite=True)
                 with contextlib.suppress(UnetppError):
-                    extent(variant)
+                    input_header(variant)
 
 
 def agrees_with_nibabel(path: Path) -> None:

@@ -13,22 +13,22 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 from scipy import ndimage
 
-from server.arrays import Extent, Image, Mask, Volume
+from server.arrays import Image, InputHeader, Mask, Volume
 from server.errors import UnknownFormat
 from server.imaging import encode as room
-from server.imaging.encode import DEFAULTS, ENCODERS, Product, choose, png
+from server.imaging.encode import DEFAULTS, ENCODERS, SegmentationResult, choose, png
 from server.imaging.encode.overlay import DISPLAY_PERCENTILES, TINT, blend, displayed
 from server.imaging.encode.rounding import eight_bits, sixteen_bits
 from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import read
 
 COLORS = {1: (255, 127, 14), 2: (0, 0, 255), 255: (1, 2, 3)}
-EXTENTS = {"image": Extent((2, 3)), "stack": Extent((2, 3, 4)), "volume": Extent((2, 3, 4), affine=np.eye(4))}
+EXTENTS = {"image": InputHeader((2, 3)), "stack": InputHeader((2, 3, 4)), "volume": InputHeader((2, 3, 4), affine=np.eye(4))}
 NAMES = {1: "one", 2: "two", 255: "last"}
 
 
-def product(classes: np.ndarray, scores: np.ndarray | None = None, image: np.ndarray | None = None) -> Product:
-    return Product(Mask(classes, scores), COLORS, NAMES, None if image is None else Image(image), {"a": "µ", "b": [1]})
+def result(classes: np.ndarray, scores: np.ndarray | None = None, image: np.ndarray | None = None) -> SegmentationResult:
+    return SegmentationResult(Mask(classes, scores), COLORS, NAMES, None if image is None else Image(image), {"a": "µ", "b": [1]})
 
 
 def test_every_file_has_a_row() -> None:
@@ -46,7 +46,7 @@ def test_no_two_rows_have_a_file_in_common() -> None:
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
 def test_png_gives_the_classes_back(height: int, width: int, seed: int) -> None:
     classes = np.random.default_rng(seed).choice(np.array([0, 1, 2, 255], dtype=np.uint8), (height, width))
-    picture = Pillow.open(io.BytesIO(ENCODERS["png"].encode(product(classes))))
+    picture = Pillow.open(io.BytesIO(ENCODERS["png"].encode(result(classes))))
     assert picture.mode == "P"
     assert np.array_equal(np.asarray(picture), classes)
     shown = np.asarray(picture.convert("RGB"))
@@ -65,14 +65,14 @@ def test_rounding_is_that_of_each_number_there_is(largest: float) -> None:
 
 
 def test_png_of_background_alone() -> None:
-    picture = Pillow.open(io.BytesIO(ENCODERS["png"].encode(product(np.zeros((3, 5), dtype=np.uint8)))))
+    picture = Pillow.open(io.BytesIO(ENCODERS["png"].encode(result(np.zeros((3, 5), dtype=np.uint8)))))
     assert (picture.mode, picture.size) == ("P", (5, 3))
     assert not np.asarray(picture).any()
 
 
 def test_png_of_a_view_that_is_not_contiguous() -> None:
     classes = np.arange(24, dtype=np.uint8).reshape(4, 6) % 3
-    assert np.array_equal(np.asarray(Pillow.open(io.BytesIO(ENCODERS["png"].encode(product(classes.T))))), classes.T)
+    assert np.array_equal(np.asarray(Pillow.open(io.BytesIO(ENCODERS["png"].encode(result(classes.T))))), classes.T)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -90,14 +90,14 @@ def test_png_is_read_alike_by_pillow_and_libpng(rng: np.random.Generator, shape:
 @pytest.mark.parametrize("width", [1, 7, 8, 9, 31])
 def test_png1(rng: np.random.Generator, width: int) -> None:
     classes = rng.choice(np.array([0, 0, 1, 2, 255], dtype=np.uint8), (70, width))
-    picture = Pillow.open(io.BytesIO(ENCODERS["png1"].encode(product(classes))))
+    picture = Pillow.open(io.BytesIO(ENCODERS["png1"].encode(result(classes))))
     assert picture.mode == "1"
     assert np.array_equal(np.asarray(picture), classes > 0)
 
 
 def test_npz(rng: np.random.Generator) -> None:
     classes, scores = rng.integers(0, 3, (5, 7), dtype=np.uint8), rng.random((3, 5, 7)).astype(np.float16)
-    with np.load(io.BytesIO(ENCODERS["npz"].encode(product(classes, scores)))) as arrays:
+    with np.load(io.BytesIO(ENCODERS["npz"].encode(result(classes, scores)))) as arrays:
         assert set(arrays.files) == {"mask", "probabilities"}
         assert np.array_equal(arrays["mask"], classes)
         assert np.array_equal(arrays["probabilities"], scores)
@@ -107,7 +107,7 @@ def test_npz(rng: np.random.Generator) -> None:
 def test_npz_of_a_volume(rng: np.random.Generator) -> None:
     classes = np.asfortranarray(rng.integers(0, 3, (5, 7, 9), dtype=np.uint8))
     scores = rng.random((3, 5, 7, 9)).astype(np.float16)
-    with np.load(io.BytesIO(ENCODERS["npz"].encode(product(classes, scores)))) as arrays:
+    with np.load(io.BytesIO(ENCODERS["npz"].encode(result(classes, scores)))) as arrays:
         assert np.array_equal(arrays["mask"], classes)
         assert np.array_equal(arrays["probabilities"], scores)
 
@@ -116,7 +116,7 @@ def test_npz_of_a_volume(rng: np.random.Generator) -> None:
 def test_npz8(rng: np.random.Generator, size: tuple[int, ...]) -> None:
     classes, scores = rng.integers(0, 3, size, dtype=np.uint8), rng.random((3, *size)).astype(np.float16)
     scores[0].flat[:2] = 0, 1
-    with np.load(io.BytesIO(ENCODERS["npz8"].encode(product(classes, scores)))) as arrays:
+    with np.load(io.BytesIO(ENCODERS["npz8"].encode(result(classes, scores)))) as arrays:
         assert set(arrays.files) == {"mask", "probabilities"}
         assert np.array_equal(arrays["mask"], classes)
         assert arrays["probabilities"].dtype == np.uint8
@@ -126,7 +126,7 @@ def test_npz8(rng: np.random.Generator, size: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("name", ["npz", "npz8"])
 def test_the_same_scores_are_the_same_bytes(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    asked = product(np.ones((3, 4), dtype=np.uint8), np.ones((1, 3, 4), dtype=np.float16))
+    asked = result(np.ones((3, 4), dtype=np.uint8), np.ones((1, 3, 4), dtype=np.float16))
     first = ENCODERS[name].encode(asked)
     monkeypatch.setattr("time.time", lambda: 1e9)
     assert ENCODERS[name].encode(asked) == first
@@ -136,7 +136,7 @@ def test_the_same_scores_are_the_same_bytes(monkeypatch: pytest.MonkeyPatch, nam
 def test_png16_is_the_foreground_probability(rng: np.random.Generator, channels: int) -> None:
     scores = rng.random((channels, 5, 7)).astype(np.float16)
     scores[0, 0, :2] = 0, 1
-    picture = Pillow.open(io.BytesIO(ENCODERS["png16"].encode(product(np.zeros((5, 7), dtype=np.uint8), scores))))
+    picture = Pillow.open(io.BytesIO(ENCODERS["png16"].encode(result(np.zeros((5, 7), dtype=np.uint8), scores))))
     assert picture.mode.startswith("I;16")
     wanted = scores[0].astype(float) if channels == 1 else 1 - scores[0].astype(float)
     assert np.abs(np.asarray(picture) / 65535 - wanted).max() < 1e-4
@@ -150,7 +150,7 @@ def test_overlay(rng: np.random.Generator, dtype: type, channels: int) -> None:
     classes = np.zeros((20, 30), dtype=np.uint8)
     classes[5:15, 5:15] = 1
     before = image.copy()
-    picture = Pillow.open(io.BytesIO(ENCODERS["overlay"].encode(product(classes, image=image))))
+    picture = Pillow.open(io.BytesIO(ENCODERS["overlay"].encode(result(classes, image=image))))
     assert (picture.mode, picture.size) == ("RGB", (30, 20))
     shown = np.asarray(picture)
     assert np.array_equal(shown[classes == 0], displayed(image)[classes == 0])
@@ -163,7 +163,7 @@ def test_overlay(rng: np.random.Generator, dtype: type, channels: int) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_picture(rng: np.random.Generator, dtype: type, channels: int) -> None:
     image = (rng.random((70, 30, channels)) * 200).astype(dtype)
-    picture = Pillow.open(io.BytesIO(ENCODERS["picture"].encode(product(np.zeros((70, 30), dtype=np.uint8), image=image))))
+    picture = Pillow.open(io.BytesIO(ENCODERS["picture"].encode(result(np.zeros((70, 30), dtype=np.uint8), image=image))))
     assert picture.mode == "RGB"
     assert np.array_equal(np.asarray(picture), displayed(image))
     if dtype is np.uint8:
@@ -173,7 +173,7 @@ def test_picture(rng: np.random.Generator, dtype: type, channels: int) -> None:
 def test_overlay_as_jpeg(rng: np.random.Generator) -> None:
     image, classes = np.full((64, 96, 3), 90, dtype=np.uint8), np.zeros((64, 96), dtype=np.uint8)
     classes[16:48, 16:48] = 1
-    asked = product(classes, image=image)
+    asked = result(classes, image=image)
     picture = Pillow.open(io.BytesIO(ENCODERS["overlay_jpeg"].encode(asked)))
     exact = np.asarray(Pillow.open(io.BytesIO(ENCODERS["overlay"].encode(asked))))
     assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (96, 64))
@@ -200,7 +200,7 @@ def test_blocks_of_rows_change_no_pixel(rng: np.random.Generator, height: int) -
     for channels in (1, 3):
         scores = rng.random((channels, height, 31)).astype(np.float16)
         foreground = scores[0].astype(np.float32) if channels == 1 else 1 - scores[0].astype(np.float32)
-        shown = Pillow.open(io.BytesIO(ENCODERS["png16"].encode(product(classes, scores))))
+        shown = Pillow.open(io.BytesIO(ENCODERS["png16"].encode(result(classes, scores))))
         assert np.array_equal(np.asarray(shown), np.rint(np.clip(foreground, 0, 1) * 65535).astype(np.uint16))
 
 
@@ -209,7 +209,7 @@ def test_memory(name: str, megabytes: float) -> None:
     """At 9 million pixels: 2 bytes each of 16-bit grey; or 3 of the stretched image, 3 of its tinted copy and 2 of shape."""
     classes = np.ones((3000, 3000), dtype=np.uint8)
     image = np.full((3000, 3000, 3), 7, dtype=np.uint16)
-    asked = product(classes, np.ones((1, 3000, 3000), dtype=np.float16), image)
+    asked = result(classes, np.ones((1, 3000, 3000), dtype=np.float16), image)
     with memory_stays_below(megabytes):
         ENCODERS[name].encode(asked)
 
@@ -217,14 +217,14 @@ def test_memory(name: str, megabytes: float) -> None:
 @pytest.mark.parametrize("value", [0, 3.5, -1e30])
 def test_overlay_of_a_constant_float_image(value: float) -> None:
     image = np.full((4, 4, 1), value, dtype=np.float32)
-    assert Pillow.open(io.BytesIO(ENCODERS["overlay"].encode(product(np.zeros((4, 4), dtype=np.uint8), image=image)))).size == (
+    assert Pillow.open(io.BytesIO(ENCODERS["overlay"].encode(result(np.zeros((4, 4), dtype=np.uint8), image=image)))).size == (
         4,
         4,
     )
 
 
 def test_json() -> None:
-    body = ENCODERS["json"].encode(product(np.zeros((1, 1), dtype=np.uint8)))
+    body = ENCODERS["json"].encode(result(np.zeros((1, 1), dtype=np.uint8)))
     assert json.loads(body) == {"a": "µ", "b": [1]}
     assert "µ".encode() in body
 
@@ -245,9 +245,9 @@ class TestScoresTiff:
         assert np.array_equal(pages.reshape(2, 3, 5, 4), eight(scores).transpose(3, 0, 2, 1))
 
 
-def scored(scores: np.ndarray) -> Product:
+def scored(scores: np.ndarray) -> SegmentationResult:
     names = {1: "one"} if len(scores) == 1 else {1: "one", 2: "zweite Größe"}
-    return Product(Mask(np.zeros(scores.shape[1:], dtype=np.uint8), scores), COLORS, names)
+    return SegmentationResult(Mask(np.zeros(scores.shape[1:], dtype=np.uint8), scores), COLORS, names)
 
 
 def eight(scores: np.ndarray) -> np.ndarray:
@@ -259,7 +259,7 @@ class TestTiff:
     def test_gives_the_classes_back(self, x: int, y: int, z: int, seed: int) -> None:
         classes = np.random.default_rng(seed).choice(np.array([0, 1, 2, 255], dtype=np.uint8), (x, y, z))
         for wanted, given_ in ((classes.transpose(2, 1, 0), np.asfortranarray(classes)), (classes[:1, :, 0], classes[:1, :, 0])):
-            with tifffile.TiffFile(io.BytesIO(ENCODERS["tiff"].encode(product(given_)))) as tiff:
+            with tifffile.TiffFile(io.BytesIO(ENCODERS["tiff"].encode(result(given_)))) as tiff:
                 assert len(tiff.pages) == (len(wanted) if wanted.ndim == 3 else 1)
                 pages = np.stack([page.asarray() for page in tiff.pages])
                 assert pages.dtype == np.uint8
@@ -271,20 +271,20 @@ class TestTiff:
                     assert all(tuple(colors[:, value] // 257) == color for value, color in {0: (0, 0, 0), **COLORS}.items())
 
     def test_pillow_shows_the_colours(self) -> None:
-        picture = Pillow.open(io.BytesIO(ENCODERS["tiff"].encode(product(np.array([[0, 1, 2, 255]], dtype=np.uint8)))))
+        picture = Pillow.open(io.BytesIO(ENCODERS["tiff"].encode(result(np.array([[0, 1, 2, 255]], dtype=np.uint8)))))
         assert picture.mode == "P"
         assert [tuple(color) for color in np.asarray(picture.convert("RGB"))[0].tolist()] == [(0, 0, 0), *COLORS.values()]
 
     @pytest.mark.parametrize("size", [(13, 17), (17, 13, 4), (1, 1), (1, 1, 2)])
     def test_our_own_reader_gets_labels(self, rng: np.random.Generator, size: tuple[int, ...]) -> None:
         classes = rng.choice(np.array([0, 1, 2, 255], dtype=np.uint8), size)
-        again = read(ENCODERS["tiff"].encode(product(classes)), labels=True)
+        again = read(ENCODERS["tiff"].encode(result(classes)), labels=True)
         values = again.pixels if isinstance(again, Image) else again.voxels
         assert isinstance(again, Image if len(size) == 2 else Volume)
         assert np.array_equal(values[..., 0], classes)
 
     def test_the_same_mask_is_the_same_bytes(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked = product(np.ones((3, 4, 5), dtype=np.uint8))
+        asked = result(np.ones((3, 4, 5), dtype=np.uint8))
         first = ENCODERS["tiff"].encode(asked)
         monkeypatch.setattr("time.time", lambda: 1e9)
         assert ENCODERS["tiff"].encode(asked) == first
@@ -292,7 +292,7 @@ class TestTiff:
 
 def test_several_formats_are_a_zip_of_what_each_is_alone() -> None:
     classes = np.eye(40, dtype=np.uint8)
-    made = product(classes, classes[None].astype(np.float16))
+    made = result(classes, classes[None].astype(np.float16))
     together = room.encode(("json", "png", "npz"), made)
     assert (together.media_type, together.file) == ("application/zip", "mask.zip")
     with zipfile.ZipFile(io.BytesIO(together.body)) as archive:
@@ -313,7 +313,7 @@ class TestChoose:
 
     def test_several_names(self) -> None:
         assert choose("json,mask,overlay,json,png", None) == ("json", "png", "overlay")
-        assert [choose("mask,json", None, extent) for extent in EXTENTS.values()] == [
+        assert [choose("mask,json", None, input_header) for input_header in EXTENTS.values()] == [
             ("png", "json"),
             ("tiff", "json"),
             ("nifti", "json"),

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image as Pillow
 
 from server.arrays import Mask, Volume
-from server.imaging.encode import ENCODERS, Product, mosaic
+from server.imaging.encode import ENCODERS, SegmentationResult, mosaic
 from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import nifti, read
 
@@ -17,7 +17,7 @@ GAP, SIDE = mosaic.GAP, mosaic.SIDE
 
 
 def drawn(source: Volume, classes: np.ndarray, name: str = "overlay") -> np.ndarray:
-    return np.asarray(Pillow.open(io.BytesIO(ENCODERS[name].encode(Product(Mask(classes), COLORS, NAMES, source)))))
+    return np.asarray(Pillow.open(io.BytesIO(ENCODERS[name].encode(SegmentationResult(Mask(classes), COLORS, NAMES, source)))))
 
 
 def volume(values: np.ndarray, affine: np.ndarray | None = None) -> Volume:
@@ -115,6 +115,6 @@ def test_memory() -> None:
     """Of 27 million voxels: which slices hold some of the mask, and a picture."""
     source = volume(np.zeros((1, 1, 1), dtype=np.int16))
     large = Volume(np.full((300, 300, 300, 1), 7, dtype=np.int16, order="F"), source.affine, source.header)
-    asked = Product(Mask(np.full((300, 300, 300), 1, dtype=np.uint8, order="F")), COLORS, NAMES, large)
+    asked = SegmentationResult(Mask(np.full((300, 300, 300), 1, dtype=np.uint8, order="F")), COLORS, NAMES, large)
     with memory_stays_below(60):
         ENCODERS["overlay"].encode(asked)

@@ -9,7 +9,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 
 from server.arrays import Mask, Volume
-from server.imaging.encode import ENCODERS, Product
+from server.imaging.encode import ENCODERS, SegmentationResult
 from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import nifti, read
 
@@ -35,8 +35,8 @@ def encoded(data: bytes, classes: np.ndarray | None = None) -> bytes:
     source = read(data)
     assert isinstance(source, Volume)
     mask = Mask(random_classes(source.size) if classes is None else classes)
-    body = ENCODERS["nifti"].encode(Product(mask, COLORS, NAMES, source))
-    assert body == ENCODERS["nifti"].encode(Product(mask, COLORS, NAMES, source))  # encoding has no effect on the source
+    body = ENCODERS["nifti"].encode(SegmentationResult(mask, COLORS, NAMES, source))
+    assert body == ENCODERS["nifti"].encode(SegmentationResult(mask, COLORS, NAMES, source))  # encoding has no effect on the source
     return body
 
 
@@ -88,7 +88,7 @@ class TestHeader:
     def test_of_the_source_stays_as_it_was(self) -> None:
         source = read(nifti(np.zeros((2, 3, 4), dtype=np.int16), OBLIQUE, **odd_header()))
         before = source.header.copy()
-        ENCODERS["nifti"].encode(Product(Mask(np.zeros((2, 3, 4), dtype=np.uint8)), COLORS, NAMES, source))
+        ENCODERS["nifti"].encode(SegmentationResult(Mask(np.zeros((2, 3, 4), dtype=np.uint8)), COLORS, NAMES, source))
         assert source.header == before
         assert len(source.header.extensions) == 0
 
@@ -174,7 +174,7 @@ class TestContent:
         source = read(nifti(np.zeros((1, 1, 1), dtype=np.uint8), OBLIQUE))
         mask = Mask(np.zeros((400, 400, 400), dtype=np.uint8, order="F"))
         with memory_stays_below(30):
-            ENCODERS["nifti"].encode(Product(mask, COLORS, NAMES, source))
+            ENCODERS["nifti"].encode(SegmentationResult(mask, COLORS, NAMES, source))
 
 
 AFFINES = {
@@ -247,7 +247,7 @@ class TestScores:
         fields = {name: value for name, value in odd_header().items() if name != "quatern_c"}
         source = nifti(np.zeros((4, 5, 6), dtype=np.int16), OBLIQUE, order=order, version=version, **fields)
         scores = rng.random((channels, 4, 5, 6)).astype(np.float16)
-        made = Product(Mask(np.zeros((4, 5, 6), dtype=np.uint8), scores), COLORS, NAMES, read(source))
+        made = SegmentationResult(Mask(np.zeros((4, 5, 6), dtype=np.uint8), scores), COLORS, NAMES, read(source))
         (tmp_path / "scores.nii.gz").write_bytes(ENCODERS["scores_nifti"].encode(made))
         image = nib.load(tmp_path / "scores.nii.gz")
         assert image.shape == (4, 5, 6, channels)
@@ -262,7 +262,7 @@ class TestScores:
     @pytest.mark.parametrize("shape", [(4, 5), (4, 5, 6, 1), (4, 5, 6, 1, 1, 1, 1)])
     def test_of_sources_of_fewer_and_more_axes(self, tmp_path: Path, shape: tuple[int, ...]) -> None:
         source = read(nifti(np.zeros(shape, dtype=np.int16), OBLIQUE))
-        made = Product(
+        made = SegmentationResult(
             Mask(np.zeros(source.size, dtype=np.uint8), np.ones((2, *source.size), dtype=np.float16)), COLORS, NAMES, source
         )
         (tmp_path / "scores.nii.gz").write_bytes(ENCODERS["scores_nifti"].encode(made))
@@ -273,7 +273,7 @@ class TestScores:
     def test_itk(self, rng: np.random.Generator, tmp_path: Path) -> None:
         scores = rng.random((2, 4, 5, 6)).astype(np.float16)
         source = read(nifti(np.zeros((4, 5, 6), dtype=np.int16), OBLIQUE))
-        made = Product(Mask(np.zeros((4, 5, 6), dtype=np.uint8), scores), COLORS, NAMES, source)
+        made = SegmentationResult(Mask(np.zeros((4, 5, 6), dtype=np.uint8), scores), COLORS, NAMES, source)
         (tmp_path / "scores.nii.gz").write_bytes(ENCODERS["scores_nifti"].encode(made))
         image = sitk.ReadImage(str(tmp_path / "scores.nii.gz"))
         assert image.GetSize() == (4, 5, 6, 2)

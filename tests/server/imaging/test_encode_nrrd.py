@@ -8,16 +8,16 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 import slicerio
 
-from server.arrays import Extent, Mask, Volume
+from server.arrays import InputHeader, Mask, Volume
 from server.errors import UnknownFormat
-from server.imaging.encode import ENCODERS, Product, choose
+from server.imaging.encode import ENCODERS, SegmentationResult, choose
 from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import nifti, read
 from tests.server.imaging.test_encode_nifti import AFFINES, COLORS, NAMES, random_classes
 
 
 def encoded(source: Volume, classes: np.ndarray, name: str = "nrrd") -> bytes:
-    return ENCODERS[name].encode(Product(Mask(classes), COLORS, NAMES, source))
+    return ENCODERS[name].encode(SegmentationResult(Mask(classes), COLORS, NAMES, source))
 
 
 @pytest.mark.parametrize("name", AFFINES)
@@ -57,7 +57,7 @@ def test_slicerio(tmp_path: Path) -> None:
 
 def test_names_are_utf8_and_stay_in_their_line() -> None:
     source = read(nifti(np.zeros((2, 2, 2), dtype=np.int16), np.eye(4)))
-    made = Product(Mask(np.ones((2, 2, 2), dtype=np.uint8)), COLORS, {1: "Groß\nSegment0_LabelValue:=7"}, source)
+    made = SegmentationResult(Mask(np.ones((2, 2, 2), dtype=np.uint8)), COLORS, {1: "Groß\nSegment0_LabelValue:=7"}, source)
     lines = ENCODERS["nrrd"].encode(made).split(b"\n\n")[0].decode().split("\n")
     assert "Segment0_Name:=Groß Segment0_LabelValue:=7" in lines
     assert "Segment0_LabelValue:=1" in lines
@@ -95,12 +95,12 @@ class TestSheared:
 
     @pytest.mark.parametrize("family", ["nifti", "nrrd"])
     def test_the_mask_is_nifti(self, family: str) -> None:
-        extent = Extent((4, 5, 6), affine=SHEARED, family=family)
-        assert choose(None, None, extent) == choose("mask", None, extent) == ("nifti",)
-        assert choose(None, "application/x-nrrd, */*;q=0.1", extent) == ("nifti",)
+        input_header = InputHeader((4, 5, 6), affine=SHEARED, family=family)
+        assert choose(None, None, input_header) == choose("mask", None, input_header) == ("nifti",)
+        assert choose(None, "application/x-nrrd, */*;q=0.1", input_header) == ("nifti",)
         with pytest.raises(UnknownFormat, match=r"format=.nrrd. does not fit: the volume's axes are not at right angles .* nifti"):
-            choose("json,nrrd", None, extent)
+            choose("json,nrrd", None, input_header)
 
     def test_what_rounding_leaves_is_fine(self) -> None:
-        extent = Extent((4, 5, 6), affine=np.diag([0.5, 1, 3, 1.0]) + 1e-6 * np.eye(4, k=1), family="nrrd")
-        assert choose(None, None, extent) == choose("nrrd", None, extent) == ("nrrd",)
+        input_header = InputHeader((4, 5, 6), affine=np.diag([0.5, 1, 3, 1.0]) + 1e-6 * np.eye(4, k=1), family="nrrd")
+        assert choose(None, None, input_header) == choose("nrrd", None, input_header) == ("nrrd",)

@@ -26,7 +26,7 @@ from scipy import ndimage
 
 from server.arrays import Image, Mask, Volume
 from server.errors import InvalidParameter
-from server.imaging.encode import ENCODERS, Product, coco, encode, geojson, outlines
+from server.imaging.encode import ENCODERS, SegmentationResult, coco, encode, geojson, outlines
 from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import nifti, numbered, objects_of, read
 
@@ -37,11 +37,11 @@ NAMES = {1: "nucleus", 2: 'Körper, "quoted"'}
 label_maps = arrays(np.int32, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.integers(0, 3)).map(numbered)
 
 
-def product(labels: np.ndarray, source: Image | Volume | None = None, **measured: float) -> Product:
+def result(labels: np.ndarray, source: Image | Volume | None = None, **measured: float) -> SegmentationResult:
     objects = objects_of(labels, np.arange(int(labels.max(initial=0))) % 2 + 1, **measured)
     image = Image(np.zeros((*labels.shape, 1), dtype=np.uint8)) if labels.ndim == 2 else None
     classes = np.append(0, objects.value)[labels].astype(np.uint8)
-    return Product(Mask(classes, objects=objects), COLORS, NAMES, source or image)
+    return SegmentationResult(Mask(classes, objects=objects), COLORS, NAMES, source or image)
 
 
 def blobs(side: int = 64, seed: int = 0) -> np.ndarray:
@@ -53,7 +53,7 @@ class TestLabels:
     def test_png(self) -> None:
         labels = blobs() * 300
         labels = numbered(labels)
-        picture = Pillow.open(io.BytesIO(ENCODERS["labels_png"].encode(product(labels))))
+        picture = Pillow.open(io.BytesIO(ENCODERS["labels_png"].encode(result(labels))))
         assert picture.mode.startswith("I;16")
         assert np.array_equal(np.asarray(picture), labels)
 
@@ -65,7 +65,7 @@ class TestLabels:
         objects = outlines.Objects(
             labels, *columns, np.ones((count, 2), np.int64), np.ones(count, np.float32), np.zeros(count, bool)
         )
-        asked = Product(Mask((labels > 0).astype(np.uint8), objects=objects), COLORS, NAMES)
+        asked = SegmentationResult(Mask((labels > 0).astype(np.uint8), objects=objects), COLORS, NAMES)
         pages = tifffile.imread(io.BytesIO(ENCODERS["labels_tiff"].encode(asked)))
         assert pages.dtype == (np.uint16 if count == 65_535 else np.uint32)
         assert np.array_equal(pages, labels)
@@ -77,7 +77,7 @@ class TestLabels:
 
     def test_tiff_of_a_stack(self, rng: np.random.Generator) -> None:
         labels = numbered(rng.integers(0, 40, (5, 6, 3)))
-        pages = tifffile.imread(io.BytesIO(ENCODERS["labels_tiff"].encode(product(labels))), key=range(3))
+        pages = tifffile.imread(io.BytesIO(ENCODERS["labels_tiff"].encode(result(labels))), key=range(3))
         assert np.array_equal(pages, labels.transpose(2, 1, 0))
 
     @pytest.mark.parametrize("order", "<>")
@@ -85,7 +85,7 @@ class TestLabels:
         affine = np.array([[0, -2, 0, 7], [0.5, 0, 0, -3], [0, 0, 3, 11], [0, 0, 0, 1.0]])
         source = read(nifti(np.zeros((5, 6, 7), dtype=np.int16), affine, order=order))
         labels = numbered(rng.integers(0, 60_000, (5, 6, 7)))
-        (tmp_path / "labels.nii.gz").write_bytes(ENCODERS["labels_nifti"].encode(product(labels, source)))
+        (tmp_path / "labels.nii.gz").write_bytes(ENCODERS["labels_nifti"].encode(result(labels, source)))
         image = nib.load(tmp_path / "labels.nii.gz")
         assert image.get_data_dtype().newbyteorder("=") == np.int32
         assert image.header.get_intent()[0] == "label"
@@ -97,7 +97,7 @@ class TestLabels:
 
 
 class TestCsv:
-    def rows(self, asked: Product) -> list[dict[str, str]]:
+    def rows(self, asked: SegmentationResult) -> list[dict[str, str]]:
         text = ENCODERS["csv"].encode(asked).decode()
         assert text.endswith("\r\n")
         return list(csv.DictReader(io.StringIO(text, newline="")))
@@ -106,7 +106,7 @@ class TestCsv:
         labels = np.zeros((6, 8), dtype=np.int32)
         labels[1:3, 2:6], labels[5, 7] = 1, 2
         image = Image(np.zeros((6, 8, 1), dtype=np.uint8), spacing_mm=(0.0005, 0.00025))
-        first, second = self.rows(product(labels, image))
+        first, second = self.rows(result(labels, image))
         assert first == {
             "id": "1", "class": "1", "name": "nucleus", "pixels": "8", "area_mm2": "1e-06", "centroid_y": "1.5", "centroid_x": "3.5",
             "box_low_y": "1", "box_low_x": "2", "box_high_y": "3", "box_high_x": "6", "mean_score": "0.75", "touches_border": "false",
@@ -118,23 +118,23 @@ class TestCsv:
         labels = np.zeros((4, 5, 6), dtype=np.int32)
         labels[1, 2, 3:5] = 1
         source = read(nifti(np.zeros((4, 5, 6), dtype=np.int16), affine))
-        (row,) = self.rows(product(labels, source))
+        (row,) = self.rows(result(labels, source))
         assert (row["voxels"], row["volume_mm3"], row["volume_ml"]) == ("2", "48", "0.048")
         assert [row[f"centroid_{axis}"] for axis in "xyz"] == ["1", "2", "3.5"]
         assert [row[f"centroid_{axis}_mm"] for axis in ("right", "anterior", "superior")] == ["8", "26", "44"]
 
     def test_of_nothing_is_the_heading(self) -> None:
-        text = ENCODERS["csv"].encode(product(np.zeros((3, 4), dtype=np.int32))).decode()
+        text = ENCODERS["csv"].encode(result(np.zeros((3, 4), dtype=np.int32))).decode()
         assert text.startswith("id,class,name,pixels,centroid_y,")
         assert text.count("\r\n") == 1
 
     def test_unknown_scores_are_empty(self) -> None:
-        assert self.rows(product(np.ones((2, 2), dtype=np.int32), mean_score=float("nan")))[0]["mean_score"] == ""
+        assert self.rows(result(np.ones((2, 2), dtype=np.int32), mean_score=float("nan")))[0]["mean_score"] == ""
 
     @pytest.mark.parametrize("name", ["=1+1", "@SUM(A1)", "-2", "+x", "\tx", "a,b", 'a"b', "a\nb"])
     def test_names_are_no_formulas_and_stay_in_their_cell(self, name: str) -> None:
-        asked = product(np.ones((2, 2), dtype=np.int32))
-        (row,) = self.rows(Product(asked.mask, COLORS, {1: name}, asked.source))
+        asked = result(np.ones((2, 2), dtype=np.int32))
+        (row,) = self.rows(SegmentationResult(asked.mask, COLORS, {1: name}, asked.source))
         assert row["name"].removeprefix("'") == name
         assert row["name"][0] not in "=@-+\t"
         assert row["pixels"] == "4"
@@ -144,7 +144,7 @@ class TestCoco:
     def test_noise_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(coco, "MOST_RUNS", 100)
         with pytest.raises(InvalidParameter, match=r"more than 100 runs.*min_size_px"):
-            ENCODERS["coco"].encode(product(np.indices((20, 20)).sum(axis=0).astype(np.int32) % 2))
+            ENCODERS["coco"].encode(result(np.indices((20, 20)).sum(axis=0).astype(np.int32) % 2))
 
     @given(label_maps)
     def test_runs_are_those_of_pycocotools(self, labels: np.ndarray) -> None:
@@ -166,7 +166,7 @@ class TestCoco:
     @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own
     def test_document(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         labels = blobs()
-        (tmp_path / "coco.json").write_bytes(ENCODERS["coco"].encode(product(labels)))
+        (tmp_path / "coco.json").write_bytes(ENCODERS["coco"].encode(result(labels)))
         found = COCO(str(tmp_path / "coco.json"))
         assert [category["name"] for category in found.loadCats(found.getCatIds())] == list(NAMES.values())
         again = np.zeros_like(labels)
@@ -182,12 +182,12 @@ class TestCoco:
         capsys.readouterr()
 
     def test_of_nothing(self) -> None:
-        document = json.loads(ENCODERS["coco"].encode(product(np.zeros((3, 4), dtype=np.int32))))
+        document = json.loads(ENCODERS["coco"].encode(result(np.zeros((3, 4), dtype=np.int32))))
         assert document["annotations"] == []
         assert document["images"] == [{"id": 1, "file_name": "image", "width": 4, "height": 3}]
 
     def test_unknown_scores_are_left_out(self) -> None:
-        asked = product(np.ones((2, 2), dtype=np.int32), mean_score=float("nan"))
+        asked = result(np.ones((2, 2), dtype=np.int32), mean_score=float("nan"))
         assert "score" not in json.loads(ENCODERS["coco"].encode(asked))["annotations"][0]
 
 
@@ -198,7 +198,7 @@ def rasterised(geometry: shapely.Geometry, shape: tuple[int, int]) -> np.ndarray
 
 
 def features(labels: np.ndarray) -> list[dict]:
-    document = json.loads(ENCODERS["geojson"].encode(product(labels)))
+    document = json.loads(ENCODERS["geojson"].encode(result(labels)))
     assert document["type"] == "FeatureCollection"
     return document["features"]
 
@@ -255,9 +255,9 @@ class TestGeojson:
     @pytest.mark.parametrize("rows", [1, 7, 256])
     def test_blocks_of_rows_change_nothing(self, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
         labels = blobs()
-        whole = ENCODERS["geojson"].encode(product(labels))
+        whole = ENCODERS["geojson"].encode(result(labels))
         monkeypatch.setattr(outlines, "ROWS", rows)
-        assert ENCODERS["geojson"].encode(product(labels)) == whole
+        assert ENCODERS["geojson"].encode(result(labels)) == whole
 
     @given(arrays(bool, st.tuples(st.integers(1, 16), st.integers(1, 16))))
     def test_random_pieces_as_one_object(self, inside: np.ndarray) -> None:
@@ -283,7 +283,7 @@ class TestGeojson:
     def test_what_qupath_reads(self) -> None:
         labels = blobs()
         image = Image(np.zeros((64, 64, 1), dtype=np.uint8), spacing_mm=(0.0005, 0.0005))
-        found = json.loads(ENCODERS["geojson"].encode(product(labels, image)))["features"]
+        found = json.loads(ENCODERS["geojson"].encode(result(labels, image)))["features"]
         assert len({feature["id"] for feature in found}) == len(found)
         for number, feature in enumerate(found, 1):
             assert str(uuid.UUID(feature["id"])) == feature["id"]
@@ -297,12 +297,12 @@ class TestGeojson:
             assert all(type(measured) in (int, float) for measured in feature["properties"]["measurements"].values())
 
     def test_the_same_mask_has_the_same_ids_and_others_others(self) -> None:
-        first, again, other = (ENCODERS["geojson"].encode(product(blobs(seed=seed))) for seed in (0, 0, 1))
+        first, again, other = (ENCODERS["geojson"].encode(result(blobs(seed=seed))) for seed in (0, 0, 1))
         assert first == again
         assert not {f["id"] for f in json.loads(first)["features"]} & {f["id"] for f in json.loads(other)["features"]}
 
     def test_packed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked = product(blobs())
+        asked = result(blobs())
         first = ENCODERS["geojson_gz"].encode(asked)
         assert gzip.decompress(first) == ENCODERS["geojson"].encode(asked)
         monkeypatch.setattr("time.time", lambda: 1e9)
@@ -311,7 +311,7 @@ class TestGeojson:
     def test_both_kinds_in_one_answer_are_traced_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         trace, traced = geojson.trace, []
         monkeypatch.setattr(geojson, "trace", lambda *args: (traced.append(args), trace(*args))[1])
-        body = encode(("geojson", "geojson_gz", "png"), product(blobs())).body
+        body = encode(("geojson", "geojson_gz", "png"), result(blobs())).body
         assert len(traced) == 1
         with zipfile.ZipFile(io.BytesIO(body)) as archive:
             assert gzip.decompress(archive.read("objects.geojson.gz")) == archive.read("objects.geojson")
@@ -320,7 +320,7 @@ class TestGeojson:
         assert features(np.zeros((3, 4), dtype=np.int32)) == []
 
     def test_unknown_scores_are_left_out(self) -> None:
-        asked = product(np.ones((2, 2), dtype=np.int32), mean_score=float("nan"))
+        asked = result(np.ones((2, 2), dtype=np.int32), mean_score=float("nan"))
         (feature,) = json.loads(ENCODERS["geojson"].encode(asked))["features"]
         assert feature["properties"]["measurements"] == {"Area px^2": 4}
 

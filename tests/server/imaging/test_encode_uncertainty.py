@@ -12,7 +12,7 @@ import tifffile
 from PIL import Image as Pillow
 
 from server.arrays import Image, Mask, Volume
-from server.imaging.encode import ENCODERS, Product, choose, without
+from server.imaging.encode import ENCODERS, SegmentationResult, choose, without
 from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import nifti, read
 
@@ -26,28 +26,28 @@ def spread_of(size: tuple[int, ...]) -> np.ndarray:
     return np.asfortranarray(values) if len(size) == 3 else values
 
 
-def product(spread: np.ndarray, source: Image | Volume | None = None) -> Product:
-    return Product(Mask(np.zeros(spread.shape, np.uint8), None, spread), {}, {}, source)
+def result(head_std: np.ndarray, source: Image | Volume | None = None) -> SegmentationResult:
+    return SegmentationResult(Mask(np.zeros(head_std.shape, np.uint8), None, head_std), {}, {}, source)
 
 
 @pytest.mark.parametrize("height", [1, 64, 200])
 def test_png(height: int) -> None:
-    spread = spread_of((height, 31))
-    shown = Pillow.open(io.BytesIO(ENCODERS["uncertainty_png"].encode(product(spread))))
+    head_std = spread_of((height, 31))
+    shown = Pillow.open(io.BytesIO(ENCODERS["uncertainty_png"].encode(result(head_std))))
     assert shown.mode in ("I;16", "I")
     values = np.asarray(shown).astype(float) / 65535 / 2
-    assert np.abs(values - np.clip(spread.astype(float), 0, 0.5)).max() <= 0.5 / 65535
+    assert np.abs(values - np.clip(head_std.astype(float), 0, 0.5)).max() <= 0.5 / 65535
     assert values.flat[:3] == pytest.approx([0, 0.5, 0.5])
 
 
 @pytest.mark.parametrize("size", [(5, 7), (5, 7, 3)])
 def test_tiff(size: tuple[int, ...]) -> None:
-    spread = spread_of(size)
-    body = ENCODERS["uncertainty_tiff"].encode(product(spread))
+    head_std = spread_of(size)
+    body = ENCODERS["uncertainty_tiff"].encode(result(head_std))
     with tifffile.TiffFile(io.BytesIO(body)) as tiff:
         pages = [page.asarray() for page in tiff.pages]
     assert pages[0].dtype == np.float32
-    assert np.array_equal(np.stack(pages), spread.transpose(2, 1, 0) if len(size) == 3 else spread[None])
+    assert np.array_equal(np.stack(pages), head_std.transpose(2, 1, 0) if len(size) == 3 else head_std[None])
     assert np.array_equal(np.asarray(Pillow.open(io.BytesIO(body))), pages[0])
 
 
@@ -57,13 +57,13 @@ def test_nifti(tmp_path: Path, order: str) -> None:
     data = nifti(np.zeros((6, 5, 4), dtype=f"{order}i2"), affine)
     source = read(data)
     assert isinstance(source, Volume)
-    spread = spread_of(source.size)
-    body = ENCODERS["uncertainty_nifti"].encode(product(spread, source))
-    assert body == ENCODERS["uncertainty_nifti"].encode(product(spread, source))
+    head_std = spread_of(source.size)
+    body = ENCODERS["uncertainty_nifti"].encode(result(head_std, source))
+    assert body == ENCODERS["uncertainty_nifti"].encode(result(head_std, source))
     image = nib.Nifti1Image.from_bytes(gzip.decompress(body))
     assert image.get_data_dtype() == np.uint8
     assert np.array_equal(image.affine, affine)
-    wanted = np.clip(spread.astype(float), 0, 0.5)
+    wanted = np.clip(head_std.astype(float), 0, 0.5)
     assert np.abs(image.get_fdata() - wanted).max() <= 0.5 / 255 / 2 + 1e-6
     (tmp_path / "u.nii.gz").write_bytes(body)
     # ITK's axes are z, y, x.
@@ -72,7 +72,7 @@ def test_nifti(tmp_path: Path, order: str) -> None:
 
 @pytest.mark.parametrize(("name", "megabytes"), [("uncertainty_png", 70), ("uncertainty_tiff", 90)])
 def test_memory(name: str, megabytes: float) -> None:
-    asked = product(np.full((3000, 3000), 0.1, dtype=np.float16))
+    asked = result(np.full((3000, 3000), 0.1, dtype=np.float16))
     with memory_stays_below(megabytes):
         ENCODERS[name].encode(asked)
 
@@ -98,4 +98,4 @@ def test_must_be_asked_for_by_name(accept: str, kind: str | None) -> None:
     ],
 )  # fmt: skip
 def test_the_other_formats(wanted: str | None, left: str | None) -> None:
-    assert without(wanted, "spread") == left
+    assert without(wanted, "head_std") == left

@@ -31,7 +31,7 @@ from server.arrays import Image
 from server.errors import CallerError
 from server.imaging.decode import DECODERS
 from tests.server.conftest import memory_stays_below, nifti_bytes, pages_bytes, picture_bytes
-from tests.server.imaging.conftest import extent, nifti, read
+from tests.server.imaging.conftest import input_header, nifti, read
 from tests.server.imaging.itk import by_itk
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # decoders warn about what they tolerate
@@ -168,7 +168,7 @@ def check(data: bytes, labels: bool, zero: bool) -> None:
     # Of the files whose axes can be named, some.
     axes = "ZYX" if labels and zero and DECODERS["tiff"].recognises(data[:16]) else ""
     try:
-        extent(data, MOST, axes=axes)
+        input_header(data, MOST, axes=axes)
         pixels = read(data, limit=MOST, voxels=MOST, labels=labels, zero_nonfinite=zero, axes=axes)
     except CallerError as error:
         said = str(error)

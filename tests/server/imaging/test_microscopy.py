@@ -17,7 +17,7 @@ from server.arrays import Image, Volume
 from server.errors import CallerError, InvalidParameter, TooLarge, Unreadable
 from server.imaging import microscopy
 from tests.server.conftest import memory_stays_below
-from tests.server.imaging.conftest import extent, read
+from tests.server.imaging.conftest import input_header, read
 
 SIDES = 9, 7
 
@@ -68,9 +68,9 @@ class TestHyperstacks:
             one = wanted.take(channel, at) if at >= 0 else wanted
             found = read(file, channel=channel)
             assert np.array_equal(slices(found), one.reshape(-1, *SIDES))
-            said = extent(file, channel=channel)
-            assert said.size == found.extent.size
-            assert said.channels == found.extent.channels == 1
+            said = input_header(file, channel=channel)
+            assert said.size == found.input_header.size
+            assert said.channels == found.input_header.channels == 1
 
     @pytest.mark.parametrize("axes", ["CTZYX", "CZTYX", "TCZYX", "ZCTYX", "ZTCYX"])
     def test_any_order_of_ome(self, rng: np.random.Generator, axes: str) -> None:
@@ -120,7 +120,7 @@ class TestHyperstacks:
                 one = one.swapaxes(0, 1)
             found = read(file, channel=channel)
             assert np.array_equal(slices(found), one.reshape(-1, *SIDES))
-            assert extent(file, channel=channel) == dataclasses.replace(found.extent, affine=None)
+            assert input_header(file, channel=channel) == dataclasses.replace(found.input_header, affine=None)
             assert isinstance(found, Image if rest == "" else Volume)
         named = read(file, axes=axes, channel=0 if at >= 0 else None)
         assert np.array_equal(named.values, read(file, channel=0 if at >= 0 else None).values)
@@ -139,7 +139,7 @@ class TestHyperstacks:
         found = read(file)
         assert np.array_equal(found.values.transpose(2, 1, 0, 3), wanted)
         assert found.note == ""
-        assert extent(file).channels == 3
+        assert input_header(file).channels == 3
         assert np.array_equal(slices(read(file, channel=1)), wanted[..., 1])
 
     def test_samples_that_are_no_colours_are_channels(self, rng: np.random.Generator) -> None:
@@ -152,7 +152,7 @@ class TestHyperstacks:
         file = written(values(rng, 2, 3), "ZCYX", ome=True)
         for channel in (3, -1, 10**9):
             with pytest.raises(InvalidParameter, match="does not exist; the input has 3 channels, 0 to 2"):
-                extent(file, channel=channel)
+                input_header(file, channel=channel)
 
     def test_only_the_largest_level_of_a_pyramid(self, rng: np.random.Generator) -> None:
         out, wanted = io.BytesIO(), values(rng, 3)
@@ -188,7 +188,7 @@ class TestAxes:
         file = written(wanted, "ZCYX", imagej=True)
         assert np.array_equal(slices(read(file, axes="CZYX", channel=1)), wanted[1])
         assert np.array_equal(slices(read(file, axes="ZYX")), wanted.reshape(-1, *SIDES))
-        assert extent(file, axes="ZYX").size == (7, 9, 6)
+        assert input_header(file, axes="ZYX").size == (7, 9, 6)
 
     def test_name_the_samples(self, rng: np.random.Generator) -> None:
         wanted = rng.integers(0, 255, (*SIDES, 3), dtype=np.uint8)
@@ -197,14 +197,14 @@ class TestAxes:
     @pytest.mark.parametrize("axes", ["XY", "ZYXC", "ZZYX", "QYX", "yx", "YXZ", "TZ", "YX" * 9, "\0"])
     def test_that_are_no_axes(self, axes: str) -> None:
         with pytest.raises(InvalidParameter, match="is not understood; give letters of the axes, slowest first"):
-            extent(described(""), axes=axes)
+            input_header(described(""), axes=axes)
 
     @pytest.mark.parametrize("axes", ["YX", "TCYX", "TZCYX", "ZYXS", "YXS"])
     def test_that_do_not_fit_say_what_there_is(self, axes: str) -> None:
         with pytest.raises(
             InvalidParameter, match=rf"axes={axes} does not fit: the file has 6 pages, as 6 × 9 × 7 \(1 axis of pages"
         ):
-            extent(described(""), axes=axes)
+            input_header(described(""), axes=axes)
 
     def test_rescue_what_metadata_spoil(self) -> None:
         file = described("ImageJ=1.53t\nimages=900\n")
@@ -216,7 +216,7 @@ class TestAxes:
         from tests.server.conftest import nifti_bytes
 
         with pytest.raises(InvalidParameter, match="axes is for TIFF; the axes of NIfTI are known"):
-            extent(nifti_bytes(np.zeros((3, 3, 3), dtype=np.uint8)), axes="ZYX")
+            input_header(nifti_bytes(np.zeros((3, 3, 3), dtype=np.uint8)), axes="ZYX")
 
 
 class TestSpacing:
@@ -402,4 +402,4 @@ def test_each_combination_of_axes_is_understood_or_refused() -> None:
     for length in range(6):
         for letters in itertools.permutations("TZCYXS", length):
             with contextlib.suppress(InvalidParameter):
-                assert extent(file, axes="".join(letters)).size in ((9, 7), (7, 9, 2), (7, 9, 3), (7, 9, 6))
+                assert input_header(file, axes="".join(letters)).size in ((9, 7), (7, 9, 2), (7, 9, 3), (7, 9, 6))

@@ -14,11 +14,10 @@ import pytest
 
 from server.arrays import Tiles
 from server.errors import InferenceFailed, InvalidParameter, NotReady, Overloaded, StoreBroken, StoreFull, UnknownJob, Unreadable
-from server.jobs import live
 from server.jobs import runner as module
+from server.jobs.active import View
 from server.jobs.files import Files
 from server.jobs.job import FINISHED, Job, Ticket
-from server.jobs.live import View
 from server.jobs.runner import Runner
 from server.jobs.store import Store
 from server.metrics import Metrics

@@ -27,8 +27,8 @@ def bundle(tmp_path: Path) -> Path:
     return folder
 
 
-SPREAD = {
-    "name": "spread", "level": 4, "divisor": 16, "parameters": 1, "macs_per_pixel": 4.0, "files": {"fp32": "spread.onnx"},
+HEAD_STD = {
+    "name": "head_std", "level": 4, "divisor": 16, "parameters": 1, "macs_per_pixel": 4.0, "files": {"fp32": "head_std.onnx"},
 }  # fmt: skip
 
 
@@ -171,11 +171,11 @@ def test_a_bundle_behind_a_link_is_read(bundle: Path, tmp_path: Path) -> None:
         (lambda d: d["classes"][0].update(value=255), "values of classes must be 1, 2, ...: [255]"),
         (lambda d: d["classes"].append(d["classes"][0] | {"value": 2}), "sigmoid means exactly one class"),
         (lambda d: (d["classes"][0].update(value=2), d.update(activation="softmax")), "classes"),
-        (lambda d: d["graphs"].append(d["graphs"][4] | {"name": "spread"}), "name and level differ"),
-        (lambda d: d.update(spread=d["graphs"][4]), "spread must be named"),
-        (lambda d: d.update(spread=d["graphs"][4] | {"name": "spread", "level": 3}), "spread must be named"),
-        (lambda d: d.update(spread=SPREAD | {"files": {"fp16": "L1.onnx"}}), "in fp32 alone"),
-        (lambda d: d.update(spread=SPREAD), "spread.onnx"),
+        (lambda d: d["graphs"].append(d["graphs"][4] | {"name": "head_std"}), "name and level differ"),
+        (lambda d: d.update(head_std=d["graphs"][4]), "head_std must be named"),
+        (lambda d: d.update(head_std=d["graphs"][4] | {"name": "head_std", "level": 3}), "head_std must be named"),
+        (lambda d: d.update(head_std=HEAD_STD | {"files": {"fp16": "L1.onnx"}}), "in fp32 alone"),
+        (lambda d: d.update(head_std=HEAD_STD), "head_std.onnx"),
     ],
 )
 def test_fields_that_contradict(bundle: Path, edit: Callable[[dict[str, Any]], object], mentioned: str) -> None:
@@ -207,12 +207,12 @@ class TestRow:
 
 
 def test_spread_is_a_graph_beside_the_others(shipped_bundle: Path) -> None:
-    with_it = manifest(spread=SPREAD)
-    assert with_it.graph("spread").files == {"fp32": "spread.onnx"}
+    with_it = manifest(head_std=HEAD_STD)
+    assert with_it.graph("head_std").files == {"fp32": "head_std.onnx"}
     assert with_it.graphs == manifest().graphs
     assert with_it.graph_precisions == manifest().graph_precisions
     assert with_it.levels == (1, 2, 3, 4)
-    assert read_bundle(shipped_bundle).path("spread", "fp32").is_file()
+    assert read_bundle(shipped_bundle).path("head_std", "fp32").is_file()
 
 
 def test_several_classes_with_softmax() -> None:

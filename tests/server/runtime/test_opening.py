@@ -25,7 +25,7 @@ from server.runtime.opening import (
     _auto,
     _worthwhile,
     cores,
-    golden_spread,
+    golden_head_std,
     golden_tiles,
     offered,
     open_bundle,
@@ -51,13 +51,13 @@ def golden_engines(monkeypatch: pytest.MonkeyPatch, shipped_bundle: Path) -> dic
     """Engines that know the golden answers by heart; rows may be exchanged."""
     pairs = [*golden_tiles(shipped_bundle / "golden.npz")]
     answers = {(graph, tiles.pixels.tobytes()): scores for graph, tiles, scores in pairs}
-    answers |= {("spread", tiles.pixels.tobytes()): scores for tiles, scores in golden_spread(pairs)}
+    answers |= {("head_std", tiles.pixels.tobytes()): scores for tiles, scores in golden_head_std(pairs)}
 
     def open_graph(path: Path, precision: str, provider: str, threads: int) -> FakeEngine:
         graph = path.name.split(".")[0]
         engine = FakeEngine(
             lambda t: answers.get(
-                (graph, t.pixels.tobytes()), np.zeros((len(t), 1 + (graph == "spread"), *t.pixels.shape[2:]), np.float32)
+                (graph, t.pixels.tobytes()), np.zeros((len(t), 1 + (graph == "head_std"), *t.pixels.shape[2:]), np.float32)
             )
         )
         engine.provider = provider
@@ -90,23 +90,23 @@ class TestSpread:
 
         monkeypatch.setitem(ENGINES, "onnxruntime", dataclasses.replace(row, open=open_graph))
         opened = open_bundle(shipped_bundle, RuntimeSettings(**ORT))
-        assert opened.spread is not None
+        assert opened.head_std is not None
         assert "accurate.onnx" not in opened_files
-        assert opened_files.count("spread.onnx") == 1
+        assert opened_files.count("head_std.onnx") == 1
         # What stands in for accurate gives what its own graph would, to the bit.
         accurate = opened.engines["accurate", "fp32"]
         assert (accurate.name, accurate.provider) == ("onnxruntime", "cpu")
         tiles = opening.noise(2, 3, [48, 64])
         own = row.open(shipped_bundle / "accurate.onnx", "fp32", "cpu", 1).run(tiles)
         assert np.array_equal(accurate.run(tiles), own)
-        assert opened.spread.run(tiles).shape == (2, 2, 48, 64)
+        assert opened.head_std.run(tiles).shape == (2, 2, 48, 64)
 
     def test_what_the_golden_pairs_say(self) -> None:
         tiles = opening.noise(1, 1, [2, 2])
         heads = [np.full((1, 3, 2, 2), share, np.float32) for share in (0.1, 0.3, 0.8)]
         accurate = np.mean(heads, axis=0)
         pairs = [("L1", tiles, heads[0]), ("L2", tiles, heads[1]), ("L3", tiles, heads[2]), ("accurate", tiles, accurate)]
-        ((given, found),) = golden_spread(pairs)
+        ((given, found),) = golden_head_std(pairs)
         assert given is tiles
         assert np.array_equal(found[:, :3], accurate)
         assert found[:, 3] == pytest.approx(np.std([0.1, 0.3, 0.8]), abs=1e-6)
@@ -115,14 +115,14 @@ class TestSpread:
         # Another level's scores move what the heads' deviation should be; the levels themselves are looked at by others.
         bundle = read_bundle(copied_bundle)
         pairs = [*golden_tiles(bundle.golden)]
-        whole = ENGINES["onnxruntime"].open(copied_bundle / "spread.onnx", "fp32", "cpu", 1)
-        opening._check_spread(bundle, whole, pairs, opening.at_once)
+        whole = ENGINES["onnxruntime"].open(copied_bundle / "head_std.onnx", "fp32", "cpu", 1)
+        opening._check_head_std(bundle, whole, pairs, opening.at_once)
         moved = [(graph, tiles, scores + (0.01 if graph == "L1" else 0)) for graph, tiles, scores in pairs]
         with pytest.raises(BundleDamaged, match=r"spread\.onnx: onnxruntime on cpu leaves the spread of the golden scores by 0\.0"):
-            opening._check_spread(bundle, whole, moved, opening.at_once)
+            opening._check_head_std(bundle, whole, moved, opening.at_once)
 
     def test_a_file_of_another_graph(self, copied_bundle: Path) -> None:
-        shutil.copy(copied_bundle / "accurate.onnx", copied_bundle / "spread.onnx")
+        shutil.copy(copied_bundle / "accurate.onnx", copied_bundle / "head_std.onnx")
         rewrite_hashes(copied_bundle)
         with pytest.raises(BundleDamaged, match=r"spread\.onnx"):
             open_bundle(copied_bundle, RuntimeSettings(**ORT))
@@ -130,11 +130,11 @@ class TestSpread:
     def test_a_bundle_of_before_opens(self, copied_bundle: Path) -> None:
         path = copied_bundle / "manifest.json"
         document = json.loads(path.read_text())
-        del document["spread"], document["files"]["spread.onnx"]
+        del document["head_std"], document["files"]["head_std.onnx"]
         path.write_text(json.dumps(document))
-        (copied_bundle / "spread.onnx").unlink()
+        (copied_bundle / "head_std.onnx").unlink()
         opened = open_bundle(copied_bundle, RuntimeSettings(**ORT))
-        assert opened.spread is None
+        assert opened.head_std is None
         assert ("accurate", "fp32") in opened.engines
 
 

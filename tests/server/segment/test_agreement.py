@@ -18,7 +18,7 @@ from server.runtime.engines.fake import FakeEngine
 from server.runtime.line import Lane
 from server.runtime.opening import OpenBundle
 from server.segment.agreement import Agreement, Sampler
-from server.segment.counted import known
+from server.segment.model_info import known
 from server.segment.pipeline import Segmenter
 from server.segment.request import Answer, Sample, SegmentRequest, Terms
 from server.settings import BatchingSettings, LimitsSettings, QualitySettings

@@ -1,7 +1,7 @@
 import pytest
 
 from server.errors import InvalidParameter
-from server.segment.modes import MODES, Route, resolve, routes, shallower, with_spread
+from server.segment.modes import MODES, Route, resolve, routes, shallower, with_head_std
 from tests.server.conftest import calibrated, manifest
 
 FAKE = manifest()
@@ -83,13 +83,13 @@ class TestShallower:
 
 
 class TestWithSpread:
-    WITH = manifest(spread={
-        "name": "spread", "level": 4, "divisor": 16, "parameters": 1, "macs_per_pixel": 4, "files": {"fp32": "spread.onnx"},
+    WITH = manifest(head_std={
+        "name": "head_std", "level": 4, "divisor": 16, "parameters": 1, "macs_per_pixel": 4, "files": {"fp32": "head_std.onnx"},
     })  # fmt: skip
 
     @pytest.mark.parametrize("precision", ["auto", "fp32"])
     def test_is_accurate(self, precision: str) -> None:
-        assert with_spread(self.WITH, resolve(self.WITH, None, None), precision, None) == Route("accurate", 4, "spread")
+        assert with_head_std(self.WITH, resolve(self.WITH, None, None), precision, None) == Route("accurate", 4, "head_std")
 
     @pytest.mark.parametrize(
         ("level", "precision", "least", "mentioned"),
@@ -97,11 +97,11 @@ class TestWithSpread:
     )
     def test_what_does_not_go_with_it(self, level: int | None, precision: str, least: int | None, mentioned: str) -> None:
         with pytest.raises(InvalidParameter, match=mentioned):
-            with_spread(self.WITH, resolve(self.WITH, None, level), precision, least)
+            with_head_std(self.WITH, resolve(self.WITH, None, level), precision, least)
 
     def test_a_bundle_without(self) -> None:
         with pytest.raises(InvalidParameter, match="export it again"):
-            with_spread(FAKE, resolve(FAKE, None, None), "auto", None)
+            with_head_std(FAKE, resolve(FAKE, None, None), "auto", None)
 
     def test_is_no_route_by_itself(self) -> None:
         assert routes(self.WITH) == routes(FAKE)

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 from scipy import ndimage
 
-from server.arrays import Extent, Tiles
+from server.arrays import InputHeader, Tiles
+from server.cancel import Cancelled
 from server.errors import (
     DeadlinePassed,
     DeadlineTooShort,
@@ -37,12 +38,11 @@ from server.metrics import Metrics
 from server.runtime.engines.fake import FakeEngine
 from server.runtime.line import Caller, Lane
 from server.runtime.pace import Margin
-from server.segment import instances, pipeline, postprocess, steps
+from server.segment import pipeline, postprocess, steps
 from server.segment.cost import Estimate
 from server.segment.pipeline import Segmenter
 from server.segment.request import Answer, SegmentRequest, Terms
 from server.settings import BatchingSettings, LimitsSettings
-from server.stop import Stopped
 from tests.server.conftest import (
     Fixed,
     Sent,
@@ -400,11 +400,11 @@ class TestEstimate:
     @pytest.mark.parametrize("name", INPUTS)
     def test_counts_what_is_run(self, name: str) -> None:
         data, bundle, wanted = INPUTS[name]
-        counted, seen = Counted(), []
+        model_info, seen = Counted(), []
         told = estimate(data, bundle=bundle, pace=0.001, **wanted)
-        segment(data, run=counted, bundle=bundle, progress=lambda *now: seen.append(now), **wanted)
-        assert counted.tiles == told.windows == seen[-1][2]
-        assert told.seconds == pytest.approx(0.001 * counted.pixels)
+        segment(data, run=model_info, bundle=bundle, progress=lambda *now: seen.append(now), **wanted)
+        assert model_info.tiles == told.windows == seen[-1][2]
+        assert told.seconds == pytest.approx(0.001 * model_info.pixels)
         # Of the grid that has more: of a resampled volume that may be the network's.
         least = {"long image": 28000, "image": 1240}.get(name, VOLUME.size)
         assert told.pixels > least if name == "resampled" else told.pixels == least
@@ -586,8 +586,8 @@ class TestInTheMiddle:
                 assert engine.batches == after + 2  # the one that ran, and the one of the next caller
 
             asyncio.run(go())
-            assert counted(segmenter, "windows_dropped_total", reason="cancelled") == 48 - 2 * (after + 1)
-            assert counted(segmenter, "windows_dropped_total", reason="late") == 0
+            assert model_info(segmenter, "windows_dropped_total", reason="cancelled") == 48 - 2 * (after + 1)
+            assert model_info(segmenter, "windows_dropped_total", reason="late") == 0
 
     def test_progress_that_raises_ends_it_too(self) -> None:
         engine = Counted()
@@ -753,7 +753,7 @@ def asked(
     return asyncio.run(segmenter.segment(Sent(data), SegmentRequest(**wanted), terms=terms))
 
 
-def counted(segmenter: Segmenter, name: str, **labels: str) -> float:
+def model_info(segmenter: Segmenter, name: str, **labels: str) -> float:
     """A sample of the metrics."""
     return segmenter._metrics.registry.get_sample_value(f"unetpp_{name}", labels) or 0.0
 
@@ -899,7 +899,7 @@ class TestKindsOfWork:
 
             def predicted(**wanted: Any) -> float:
                 request = SegmentRequest(**wanted)
-                return segmenter._order(Extent((2048, 2048)), None, request, segmenter.choose(request)).alone_s
+                return segmenter._order(InputHeader((2048, 2048)), None, request, segmenter.choose(request)).alone_s
 
             before, long = predicted(), predicted(instances=True)
             assert long > 5 * before
@@ -970,7 +970,7 @@ class TestConsent:
             assert {key: facts[key] for key in ("degraded", "requested") if key in facts} == (told if why else {})
             route = answer.choice.route
             levels = {"model": "fake", "requested_level": f"{answer.requested.level}", "served_level": f"{route.level}"}
-            assert counted(segmenter, "degraded_total", **levels, reason=why) == bool(why)
+            assert model_info(segmenter, "degraded_total", **levels, reason=why) == bool(why)
             assert segmenter._batcher._metrics.registry.get_sample_value("unetpp_batch_size_tiles_count", {"graph": served}) == 1
 
     @settings(max_examples=40)
@@ -1064,11 +1064,11 @@ class TestGivenUp:
                 await all_is_given_back(segmenter)
 
             asyncio.run(go())
-            late = counted(segmenter, "windows_dropped_total", reason="late")
+            late = model_info(segmenter, "windows_dropped_total", reason="late")
             # What did not run was counted, and did not: the last batch is the next caller's.
             assert late == 48 - 2 * (engine.batches - 1)
             assert engine.batches <= after + 2
-            assert counted(segmenter, "windows_dropped_total", reason="cancelled") == 0
+            assert model_info(segmenter, "windows_dropped_total", reason="cancelled") == 0
 
     def test_one_that_passes_while_it_waits(self) -> None:
         engine = Breaks(0)
@@ -1085,7 +1085,7 @@ class TestGivenUp:
 
             asyncio.run(go())
             assert engine.batches == 24
-            assert counted(segmenter, "windows_dropped_total", reason="late") == 1
+            assert model_info(segmenter, "windows_dropped_total", reason="late") == 1
 
     @pytest.mark.parametrize("after", [0, 3])
     def test_a_batch_that_fails(self, after: int) -> None:
@@ -1099,7 +1099,7 @@ class TestGivenUp:
                 await holds(lambda: not segmenter._batcher._running)
 
             asyncio.run(go())
-            assert counted(segmenter, "windows_dropped_total", reason="error") == 48 - 2 * engine.batches
+            assert model_info(segmenter, "windows_dropped_total", reason="error") == 48 - 2 * engine.batches
 
     @pytest.mark.parametrize("times", [1, 2, 3])
     @pytest.mark.parametrize("where", ["decode", "measure"])
@@ -1131,7 +1131,7 @@ class TestGivenUp:
     @pytest.mark.parametrize(
         ("module", "name", "wanted"),
         [
-            (instances, "_divide", {"instances": True}),
+            (watershed, "_divide", {"instances": True}),
             (geojson, "trace", {"format": "geojson"}),
             (csv, "encode", {"format": "csv,geojson"}),
             (postprocess, "fill_holes", {"fill_holes": True, "format": "json"}),
@@ -1167,7 +1167,7 @@ class TestGivenUp:
                     await task
 
             asyncio.run(go())
-        assert ended == [Stopped]
+        assert ended == [Cancelled]
 
     def test_a_deadline_waits_for_the_thread_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
         slow = Slow(steps.decode)
@@ -1214,11 +1214,11 @@ class TestPixels:
             assert (told.pixels, told.windows, told.tile_pixels) == (math.prod(size), windows, math.prod(tile))
             assert told.padding == windows * (math.prod(tile) - covered)
             # Asking counts nothing; the run is as was told.
-            assert counted(segmenter, "pixels_total", kind="input") == counted(segmenter, "pixels_total", kind="padding") == 0
+            assert model_info(segmenter, "pixels_total", kind="input") == model_info(segmenter, "pixels_total", kind="padding") == 0
             assert asked(segmenter, data=data, level=1).body
             assert engine.pixels == told.windows * told.tile_pixels
-            assert counted(segmenter, "pixels_total", kind="padding") == told.padding
-            assert counted(segmenter, "pixels_total", kind="input") == windows * covered
+            assert model_info(segmenter, "pixels_total", kind="padding") == told.padding
+            assert model_info(segmenter, "pixels_total", kind="input") == windows * covered
 
     def test_pixels_of_all_requests_add_up(self) -> None:
         engine = Counted()
@@ -1229,8 +1229,8 @@ class TestPixels:
             with pytest.raises(Unreadable):
                 asked(segmenter, data=IMAGE[:200])
             # It was admitted by its header, and its window dropped.
-            assert counted(segmenter, "windows_dropped_total", reason="unreadable") == 1
-            assert sum(counted(segmenter, "pixels_total", kind=kind) for kind in ("input", "padding")) == engine.pixels + 64 * 64
+            assert model_info(segmenter, "windows_dropped_total", reason="unreadable") == 1
+            assert sum(model_info(segmenter, "pixels_total", kind=kind) for kind in ("input", "padding")) == engine.pixels + 64 * 64
 
     @pytest.mark.parametrize("size", [(300, 64), (64, 300), (120, 40), (40, 120)])
     def test_a_picture_on_its_side_is_promised_as_it_is_run(self, size: tuple[int, int]) -> None:

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.arrays import Extent, Mask
+from server.arrays import InputHeader, Mask
 from server.errors import InvalidParameter
-from server.segment import objects, postprocess
-from server.segment.objects import find
+from server.segment import labels as labelling
+from server.segment import postprocess
+from server.segment.labels import find
 from server.segment.postprocess import Postprocessing, Processed, apply
 from tests.server.segment.masks import disc, lines, masks
 
@@ -87,7 +88,7 @@ class TestSizes:
         assert processed(two, min_size_px=400, instances=True).dropped == {1: 2}
 
     def test_noise_can_be_dropped_before_it_is_too_much(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(objects, "MOST_OBJECTS", 3)
+        monkeypatch.setattr(labelling, "MOST_OBJECTS", 3)
         grid = np.zeros((9, 9), dtype=np.uint8)
         grid[::3, ::3] = 1
         grid[0, :5] = 1
@@ -157,14 +158,14 @@ class TestTimes:
         assert done.dropped == dropped
 
     def test_pages_are_measured_by_area(self) -> None:
-        times = Extent((4, 5, 6), time_slices=1)
+        times = InputHeader((4, 5, 6), time_slices=1)
         Postprocessing(min_size_mm2=1.0).check_kind(times)
         with pytest.raises(InvalidParameter, match="min_size_mm3 does not fit; objects of images and of pages that are times"):
             Postprocessing(min_size_mm3=1.0).check_kind(times)
-        Postprocessing(min_size_mm3=1.0).check_kind(Extent((4, 5, 6), time_slices=2))
+        Postprocessing(min_size_mm3=1.0).check_kind(InputHeader((4, 5, 6), time_slices=2))
 
 
-IMAGE, STACK, VOLUME = Extent((4, 5)), Extent((4, 5, 6)), Extent((4, 5, 6), affine=np.eye(4))
+IMAGE, STACK, VOLUME = InputHeader((4, 5)), InputHeader((4, 5, 6)), InputHeader((4, 5, 6), affine=np.eye(4))
 
 
 class TestChecks:
@@ -189,7 +190,7 @@ class TestChecks:
             Postprocessing(**wanted).check()
 
     def test_of_the_kind(self) -> None:
-        for extent, wanted, says in (
+        for input_header, wanted, says in (
             (
                 IMAGE,
                 {"min_size_mm3": 1.0},
@@ -199,7 +200,7 @@ class TestChecks:
             (VOLUME, {"min_size_mm2": 1.0}, "min_size_mm2 does not fit"),
         ):
             with pytest.raises(InvalidParameter, match=says):
-                Postprocessing(**wanted).check_kind(extent)
+                Postprocessing(**wanted).check_kind(input_header)
         Postprocessing(min_size_mm2=1.0).check_kind(IMAGE)
         Postprocessing(min_size_mm3=1.0).check_kind(VOLUME)
         Postprocessing(min_size_px=1).check_kind(STACK)

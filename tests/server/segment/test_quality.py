@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.arrays import Extent, Volume
+from server.arrays import InputHeader, Volume
 from server.errors import InvalidParameter
 from server.segment.quality import AP_THRESHOLDS, Overlap, average_precision, check_grid, compare, overlap
 
@@ -52,8 +52,8 @@ def test_sizes_must_be_alike() -> None:
         compare(np.zeros((4, 2, 3), dtype=np.uint8), np.zeros((4, 3, 2), dtype=np.uint8), [1])
 
 
-def volume(affine: np.ndarray | None, size: tuple[int, ...] = (50, 40, 30)) -> Extent:
-    return Volume(np.zeros((*size, 1), dtype=np.uint8), affine).extent
+def volume(affine: np.ndarray | None, size: tuple[int, ...] = (50, 40, 30)) -> InputHeader:
+    return Volume(np.zeros((*size, 1), dtype=np.uint8), affine).input_header
 
 
 class TestPlace:

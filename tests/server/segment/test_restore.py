@@ -234,13 +234,13 @@ def test_the_spread_is_blended_as_scores_are(rng: np.random.Generator, classes: 
     # The same through a canvas that knows of K + 1 scores.
     _, expected = restored(plan, pixels, size=target)
     answer, scores = np.zeros(size, dtype=np.uint8), np.zeros((classes, *size), dtype=np.float16)
-    spread = np.full(size[::-1], np.nan, dtype=np.float16)
-    canvas = Canvas(plan.windows, classes, 0.5, answer, scores, spread.T)
+    head_std = np.full(size[::-1], np.nan, dtype=np.float16)
+    canvas = Canvas(plan.windows, classes, 0.5, answer, scores, head_std.T)
     for step in plan.windows.steps:
         canvas.add(step, plan.cut(pixels, step).pixels)
     canvas.finish()
     assert np.array_equal(scores, expected[:-1])
-    assert np.array_equal(spread.T, expected[-1])
+    assert np.array_equal(head_std.T, expected[-1])
     alone = np.zeros(size, dtype=np.uint8)
     canvas = Canvas(plan.windows, classes, 0.5, alone)
     for step in plan.windows.steps:

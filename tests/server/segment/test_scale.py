@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from server.arrays import Extent, Image, Volume
+from server.arrays import Image, InputHeader, Volume
 from server.errors import InvalidParameter
 from server.imaging.geometry import unit_mm
 from server.segment import scale
@@ -40,7 +40,7 @@ def test_of_a_volume() -> None:
     assert unit_mm(volume) == pytest.approx(6)
     assert scale.steps_mm(volume) == pytest.approx((1, np.sqrt(4.25), 3))
     with pytest.raises(InvalidParameter, match="pixel_size_um is for images and stacks"):
-        scale.check("1", volume.extent)
+        scale.check("1", volume.input_header)
 
 
 @pytest.mark.parametrize("text", ["", "a", "1x", "0", "-1", "nan", "inf", "1e-9", "1e9", "1x2x3", "1;2", " ", "0x1"])
@@ -48,19 +48,19 @@ def test_what_is_no_size(text: str) -> None:
     with pytest.raises(
         InvalidParameter, match=r"is not one number of .*, or height x width, as 0.5x0.25, each between 0.001 and 100000"
     ):
-        scale.check(text, Extent((4, 5)))
+        scale.check(text, InputHeader((4, 5)))
 
 
 def test_a_stack_may_have_three() -> None:
-    scale.check("1x2x3", Extent((4, 5, 6)))
+    scale.check("1x2x3", InputHeader((4, 5, 6)))
     with pytest.raises(InvalidParameter, match=r"height x width x page, as 0\.5x0\.25x2"):
-        scale.check("1x2x3x4", Extent((4, 5, 6)))
+        scale.check("1x2x3x4", InputHeader((4, 5, 6)))
 
 
 @pytest.mark.parametrize("text", ["1,3", "0.5,0.25", "1,2,3", ","])
 def test_a_comma_may_be_a_decimal_point(text: str) -> None:
     with pytest.raises(InvalidParameter, match=r"has a comma, which may mean two things; write 0.5 .* as 0.5x0.25"):
-        scale.check(text, Extent((4, 5)))
+        scale.check(text, InputHeader((4, 5)))
 
 
 def test_of_pages_that_are_times() -> None:
@@ -69,4 +69,4 @@ def test_of_pages_that_are_times() -> None:
     assert scale.steps_mm(sized) == (0.00025, 0.0005)
     assert unit_mm(sized) == pytest.approx(1.25e-7)
     with pytest.raises(InvalidParameter, match=r"or height x width, as 0\.5x0\.25, each"):
-        scale.check("1x1x1", times.extent)
+        scale.check("1x1x1", times.input_header)

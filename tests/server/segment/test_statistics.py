@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.segment import statistics
-from server.segment.objects import find
+from server.segment.labels import find
 from server.segment.statistics import describe, listed
 from tests.server.segment.masks import masks
 

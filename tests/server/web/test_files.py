@@ -147,7 +147,7 @@ def test_downloads_are_what_the_server_offers() -> None:
     kinds = {"ALL": ("image", "stack", "volume"), "IMAGE": ("image",), "STACKS": ("image", "stack"), "VOLUME": ("volume",)}
     rows = re.findall(r'^  (\w+): \["[^"]+", (\w+), "([\w.]+)"(, true)?\]', text, re.MULTILINE)
     offered = {name: (kinds[kind], file, bool(accurate)) for name, kind, file, accurate in rows}
-    assert offered == {name: (row.kinds, row.file, "spread" in row.needs) for name, row in ENCODERS.items()}
+    assert offered == {name: (row.kinds, row.file, "head_std" in row.needs) for name, row in ENCODERS.items()}
 
 
 def test_the_samples_are_credited() -> None:

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from skimage.measure import label, regionprops
 
 from server.errors import InvalidParameter
-from server.segment import objects
-from server.segment.objects import find, in_scan_order, number
+from server.segment import labels as labelling
+from server.segment.labels import find, in_scan_order, number
 from tests.server.conftest import memory_stays_below
 from tests.server.segment.masks import masks
 
@@ -16,7 +16,7 @@ from tests.server.segment.masks import masks
 def test_they_are_what_scikit_image_finds(classes: np.ndarray, part: int, seed: int) -> None:
     confidence = np.random.default_rng(seed).random(classes.shape).astype(np.float16)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(objects, "PART", part)
+        patched.setattr(labelling, "PART", part)
         found = find(classes, confidence)
     # Which numbers in another order, by the shape.
     theirs = label(classes, connectivity=classes.ndim)
@@ -101,7 +101,7 @@ def test_numbering_anew(classes: np.ndarray, seed: int) -> None:
 
 
 def test_noise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects, "MOST_OBJECTS", 9)
+    monkeypatch.setattr(labelling, "MOST_OBJECTS", 9)
     grid = np.zeros((7, 7), dtype=np.uint8)
     grid[::3, ::3] = 1
     assert len(find(grid)) == 9
@@ -114,19 +114,19 @@ def test_noise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory(size: tuple[int, ...]) -> None:
     """Labels take 64 MB of 16 million pixels; the rest is what `cost` counts on."""
     classes = np.zeros(size, dtype=np.uint8, order="F" if len(size) == 3 else "C")
-    lines = objects.scanned(classes)
+    lines = labelling.scanned(classes)
     lines.reshape(-1)[::11] = 1
     count = number(classes)[1]
     confidence = np.zeros_like(classes, dtype=np.float16)
-    if count <= objects.MOST_OBJECTS:
-        with memory_stays_below((16e6 * objects.PIXEL_BYTES + count * objects.OBJECT_BYTES) / 1e6):
+    if count <= labelling.MOST_OBJECTS:
+        with memory_stays_below((16e6 * labelling.PIXEL_BYTES + count * labelling.OBJECT_BYTES) / 1e6):
             find(classes, confidence)
-    with memory_stays_below(16e6 * objects.PIXEL_BYTES / 1e6):
+    with memory_stays_below(16e6 * labelling.PIXEL_BYTES / 1e6):
         number(classes)
 
 
 @pytest.mark.parametrize("axis", range(3))
 def test_memory_of_classes_that_touch(axis: int) -> None:
     classes = np.asfortranarray(np.indices((200, 200, 200), dtype=np.uint8)[axis] // 8)
-    with memory_stays_below(8e6 * objects.PIXEL_BYTES / 1e6):
+    with memory_stays_below(8e6 * labelling.PIXEL_BYTES / 1e6):
         assert len(find(classes)) == 24

@@ -17,7 +17,7 @@ MOST_VALUE = 1e30
 
 
 @dataclass(frozen=True)
-class Reading:
+class DecodeOptions:
     """How a file is to be read.
 
     Attributes:

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from numpy import ndarray
 from scipy import ndimage
 
-from server.segment.objects import looked_up, parts, runs, scanned
-from server.stop import NEVER, Stop
+from server.cancel import NO_CANCEL, CancelToken
+from server.segment.labels import looked_up, parts, runs, scanned
 
 # A saddle of this share of the lower peak, or more, is no boundary; a share does for objects of any size. On the validation split
 # 0.8 gives 0.568 mean AP, 0.85 0.569, 0.9 0.573 and 0.95 0.571.
@@ -38,7 +38,7 @@ MOST_BOXES = 4
 BOX_BYTES = 80
 
 
-def split(labels: Int32[ndarray, "*size"], count: int, spacing: tuple[float, ...], stop: Stop = NEVER) -> int:
+def split(labels: Int32[ndarray, "*size"], count: int, spacing: tuple[float, ...], stop: CancelToken = NO_CANCEL) -> int:
     """Gives the parts of objects that seem to be several numbers of their own, in place; time goes with the pixels.
 
     The first part keeps the object's number, the others come after `count`.
@@ -127,7 +127,7 @@ def _moments(
     return pixels, sums.T, products.transpose(2, 0, 1)
 
 
-def _divide(lines: Int32[ndarray, "*box"], height: Float32[ndarray, "*box"], count: int, stop: Stop) -> int:
+def _divide(lines: Int32[ndarray, "*box"], height: Float32[ndarray, "*box"], count: int, stop: CancelToken) -> int:
     """Numbers the parts of the objects on which a height is given; how many objects there are now, of `count` before."""
     stop.check()
     uphill = _uphill(height, lines)

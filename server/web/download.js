@@ -33,7 +33,7 @@ export function command(input, ask, formats, name) {
 export function show(input, ask) {
   const formats = formatsIn($("formats"), ask.level, input.kind);
   $("curl").textContent = command(input, ask, formats, formats.length > 1 ? "mask.zip" : FORMATS[formats[0]][2]);
-  $("take").hidden = false;
+  $("downloads").hidden = false;
 }
 
 /**

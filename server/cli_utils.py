@@ -16,7 +16,7 @@ EXTRAS = {
 }  # fmt: skip
 
 
-def spoken(command: Callable[..., Any]) -> Callable[..., Any]:
+def report_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     """Turns errors meant for a person into one line and exit code 1, and names a missing extra."""
 
     @functools.wraps(command)

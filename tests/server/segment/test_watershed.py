@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from server.segment import instances
-from server.segment.instances import split
-from server.segment.objects import number
-from server.stop import Stop, Stopped
+from server.cancel import Cancelled, CancelToken
+from server.segment import watershed
+from server.segment.labels import number
+from server.segment.watershed import split
 from tests.server.conftest import memory_stays_below
 from tests.server.segment.masks import disc, masks
 
@@ -106,10 +106,10 @@ def sheets(side: int) -> np.ndarray:
 @pytest.mark.parametrize("classes", [stripes(300), stripes(600), rings(400), sheets(60)], ids=["small", "large", "rings", "volume"])
 def test_work_goes_with_the_pixels_however_large_the_boxes_are(classes: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     looked_at = []
-    uphill = instances._uphill
+    uphill = watershed._uphill
     monkeypatch.setattr(instances, "_uphill", lambda height, lines: (looked_at.append(height.size), uphill(height, lines))[1])
     labels, count = instances_of(classes)
-    assert sum(looked_at) <= (instances.MOST_BOXES + 1) * classes.size
+    assert sum(looked_at) <= (watershed.MOST_BOXES + 1) * classes.size
     assert np.array_equal(labels > 0, classes > 0)
     assert sorted(set(labels.ravel().tolist()) - {0}) == list(range(1, count + 1))
 
@@ -140,8 +140,8 @@ def test_all_at_once_finds_what_one_by_one_finds(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_stop_ends_it_after_the_object(monkeypatch: pytest.MonkeyPatch) -> None:
-    stop, looked_at = Stop(), []
-    divide = instances._divide
+    stop, looked_at = CancelToken(), []
+    divide = watershed._divide
 
     def one(*args: object) -> int:
         looked_at.append(args)
@@ -150,7 +150,7 @@ def test_a_stop_ends_it_after_the_object(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(instances, "_divide", one)
     labels, count = number(disc((60, 200), *(((20, x + dx), 10) for x in (20, 80, 140) for dx in (0, 17))))
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         split(labels, count, (1.0, 1.0), stop)
     assert len(looked_at) == 1
 
@@ -190,7 +190,7 @@ def test_classes_that_touch_are_split_each_for_itself() -> None:
 def test_moments_are_those_of_numpy(side: int, seed: int) -> None:
     classes = (np.random.default_rng(seed).random((9, side)) < 0.6).astype(np.uint8)
     labels, count = number(classes)
-    pixels, sums, products = instances._moments(labels, count)
+    pixels, sums, products = watershed._moments(labels, count)
     for value in range(1, count + 1):
         at = np.argwhere(labels == value).astype(float)
         assert pixels[value - 1] == len(at)
@@ -203,12 +203,12 @@ def test_memory_of_one_large_object(size: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
     classes = (ndimage.gaussian_filter(rng.random(size), 3) > 0.497).astype(np.uint8)
     labels, count = number(classes)
-    with memory_stays_below(classes.size * instances.BOX_BYTES / 1e6 + 5):
+    with memory_stays_below(classes.size * watershed.BOX_BYTES / 1e6 + 5):
         assert split(labels, count, (1.0,) * len(size)) > 100
 
 
 @pytest.mark.parametrize("classes", [stripes(1000), sheets(100)], ids=["image", "volume"])
 def test_memory_of_many_at_once(classes: np.ndarray) -> None:
     labels, count = number(classes)
-    with memory_stays_below(classes.size * instances.BOX_BYTES / 1e6 + 5):
+    with memory_stays_below(classes.size * watershed.BOX_BYTES / 1e6 + 5):
         split(labels, count, (1.0,) * classes.ndim)

@@ -122,8 +122,8 @@ def touching(
         low, high, size = low - shift, high - shift, (*size[:-1], time_slices)
     # Of pages that are times, each is a picture.
     planar = len(size) == 2 or time_slices == 1
-    counted = np.array([axis < 2 if planar else side > 1 for axis, side in enumerate(size)])
-    reaches: Bool[ndarray, " N"] = (((low == 0) | (high == np.array(size))) & counted).any(axis=1)
+    model_info = np.array([axis < 2 if planar else side > 1 for axis, side in enumerate(size)])
+    reaches: Bool[ndarray, " N"] = (((low == 0) | (high == np.array(size))) & model_info).any(axis=1)
     return reaches
 
 

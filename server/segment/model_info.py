@@ -2,20 +2,20 @@
 
 from collections.abc import Mapping
 
-from server.metrics import Known
+from server.metrics import ModelInfo
 from server.runtime.opening import OpenBundle
 from server.segment import modes
 
 
-def known(bundles: Mapping[str, OpenBundle]) -> list[Known]:
+def known(bundles: Mapping[str, OpenBundle]) -> list[ModelInfo]:
     """A row per bundle."""
     return [_known(name, opened) for name, opened in bundles.items()]
 
 
-def _known(name: str, opened: OpenBundle) -> Known:
+def _known(name: str, opened: OpenBundle) -> ModelInfo:
     manifest = opened.bundle.manifest
     rows = manifest.calibration.rows if manifest.calibration else ()
-    return Known(
+    return ModelInfo(
         model=name,
         dims=manifest.dims,
         sha256=opened.bundle.sha256,

@@ -1,11 +1,11 @@
 """How a thread learns that nobody wants its result any more."""
 
 
-class Stopped(Exception):
+class Cancelled(Exception):
     """Ends work whose result nobody wants; whoever began the work has left."""
 
 
-class Stop:
+class CancelToken:
     """Asked between pieces of work of a second or so; set by whoever waits for it."""
 
     def __init__(self) -> None:
@@ -22,8 +22,8 @@ class Stop:
             Stopped: it is.
         """
         if self._set:
-            raise Stopped
+            raise Cancelled
 
 
 # Of work that goes on to its end.
-NEVER = Stop()
+NO_CANCEL = CancelToken()

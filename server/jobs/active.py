@@ -46,7 +46,7 @@ class View:
 
 
 @dataclass(eq=False)
-class Live:
+class ActiveJob:
     """A job that is not finished.
 
     Attributes:
@@ -68,7 +68,7 @@ class Live:
     task: asyncio.Task[Any] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def touch(self) -> None:
+    def notify(self) -> None:
         """Wakes the watchers, who then wait for the next event: leaving costs them nothing."""
         self.changed.set()
         self.changed = asyncio.Event()
@@ -108,12 +108,12 @@ class Live:
         if stage == "infer" and self.paced is None:
             self.paced = (now(), done)
         self.stage, self.done, self.total = stage, done, total
-        self.touch()
+        self.notify()
 
-    def glance(self, _: str, done: int, total: int) -> None:
+    def on_preview_progress(self, _: str, done: int, total: int) -> None:
         """The same for the preview, whose stages are of no interest."""
         self.stage, self.done, self.total = "preview", done, total
-        self.touch()
+        self.notify()
 
     def eta_s(self) -> float:
         """Seconds of work left in this job."""
@@ -139,21 +139,21 @@ class Queue:
     def __init__(self, concurrency: int, metrics: Metrics) -> None:
         self._concurrency = concurrency
         self._metrics = metrics
-        self._live: dict[str, Live] = {}
-        self._running: list[Live] = []
+        self._live: dict[str, ActiveJob] = {}
+        self._running: list[ActiveJob] = []
         self.waiting = 0
 
-    def get(self, id_: str) -> Live | None:
+    def get(self, id_: str) -> ActiveJob | None:
         """A job, unless it is finished."""
         return self._live.get(id_)
 
-    def add(self, job: Job) -> Live:
+    def add(self, job: Job) -> ActiveJob:
         """The last in the queue."""
-        live = self._live[job.id] = Live(job, total=job.ticket.windows)
+        live = self._live[job.id] = ActiveJob(job, total=job.ticket.windows)
         self._moved()
         return live
 
-    def take(self) -> Live | None:
+    def take(self) -> ActiveJob | None:
         """The first that waits, which runs from now on."""
         live = next((live for live in self._live.values() if not live.taken), None)
         if live:
@@ -161,24 +161,24 @@ class Queue:
             self._moved()
         return live
 
-    def put_back(self, live: Live) -> None:
+    def put_back(self, live: ActiveJob) -> None:
         """It waits again, at its old place."""
         live.begin(taken=False)
         self._moved()
 
-    def end(self, live: Live, job: Job) -> None:
+    def end(self, live: ActiveJob, job: Job) -> None:
         """It is finished; its worker and whoever deletes it may both say so."""
         if self._live.pop(job.id, None):
             self._metrics.jobs.labels(job.state).inc()
-            live.touch()
+            live.notify()
             self._moved()
 
-    def touch(self) -> None:
+    def notify(self) -> None:
         """Wakes all watchers."""
         for live in self._live.values():
-            live.touch()
+            live.notify()
 
-    def view(self, live: Live) -> View:
+    def view(self, live: ActiveJob) -> View:
         """A job as it stands."""
         if live.taken:
             return View(live.job, live.stage, live.done, live.total, 0, live.eta_s(), None)
@@ -198,6 +198,6 @@ class Queue:
                 live.position, live.ahead_s = self.waiting, ahead_s
                 ahead_s += live.eta_s()
             if live.position != before:
-                live.touch()
+                live.notify()
         self._metrics.jobs_queued.set(self.waiting)
         self._metrics.jobs_running.set(len(self._running))

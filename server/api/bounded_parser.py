@@ -20,7 +20,7 @@ FREE_CHUNKS, LEAST_CHUNK_BYTES = 1000, 64
 MOST_CHUNKS_AFTER = 1000
 
 
-class Metered(h11.Connection):
+class BoundedParser(h11.Connection):
     """h11, a turn at a time.
 
     Args:
@@ -38,7 +38,7 @@ class Metered(h11.Connection):
         self._left = TURN_EVENTS
         self._chunks = self._chunks_after = self._body_bytes = 0
         self.written = 0
-        self.held = self.crumbs = False
+        self.held = self.tiny_chunks = False
 
     def new_turn(self) -> None:
         """The others have had theirs."""
@@ -76,7 +76,7 @@ class Metered(h11.Connection):
         self._chunks_after += event.chunk_end and self.our_state is h11.DONE
         small = self._body_bytes < (self._chunks - FREE_CHUNKS) * LEAST_CHUNK_BYTES
         if small or self._chunks_after > MOST_CHUNKS_AFTER:
-            self.crumbs = True
+            self.tiny_chunks = True
             raise h11.RemoteProtocolError("the body comes in too many chunks")
 
 
