@@ -31,15 +31,35 @@ UnetppError
     └── StoreBroken           the folder of the jobs is in use, damaged or not writable
 """
 
+import re
+from typing import Any, ClassVar
+
 
 class UnetppError(Exception):
-    """Base of all errors; its text is written for a person: what is wrong, the limit, the remedy.
+    """Base of all errors.
+
+    Args:
+        detail: one or two sentences for a person: what is wrong, the value and the limit, the remedy.
+        fields: the same facts for a program. They become members of the problem document, and tests assert them. The usual names are
+            `parameter`, `value`, `allowed` (what exists), `limit`, `actual`, `unit`, `setting` (that raises the limit) and `remedy`.
 
     Attributes:
-        refusal: as which the metrics count a request that it turns away; "" if as none.
+        code: the class name in lower case with dashes, e.g. "too-large".
+        fields: see above.
+        refusal: label under which the metrics count a request that it turns away; "" where none counts it.
     """
 
+    code: ClassVar[str] = "unetpp-error"
     refusal = ""
+
+    def __init_subclass__(cls) -> None:
+        """Derives the code from the name."""
+        super().__init_subclass__()
+        cls.code = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__.lstrip("_")).lower()
+
+    def __init__(self, detail: str, **fields: Any) -> None:
+        super().__init__(detail)
+        self.fields = {name: value for name, value in fields.items() if value is not None}
 
 
 class CallerError(UnetppError):
@@ -107,8 +127,8 @@ class NotFinished(CallerError):
         retry_after_s: when asking again makes sense; None if never.
     """
 
-    def __init__(self, text: str, retry_after_s: int | None = None) -> None:
-        super().__init__(text)
+    def __init__(self, detail: str, retry_after_s: int | None = None, **fields: Any) -> None:
+        super().__init__(detail, **fields)
         self.retry_after_s = retry_after_s
 
 
@@ -119,8 +139,8 @@ class TryAgain(UnetppError):
         retry_after_s: seconds to wait first.
     """
 
-    def __init__(self, text: str, retry_after_s: int = 1) -> None:
-        super().__init__(text)
+    def __init__(self, detail: str, retry_after_s: int = 1, **fields: Any) -> None:
+        super().__init__(detail, **fields)
         self.retry_after_s = retry_after_s
 
 
@@ -131,8 +151,8 @@ class ReloadRunning(TryAgain):
 class Overloaded(TryAgain):
     """Too many requests at once."""
 
-    def __init__(self, text: str, retry_after_s: int = 1, refusal: str = "wait") -> None:
-        super().__init__(text, retry_after_s)
+    def __init__(self, detail: str, retry_after_s: int = 1, refusal: str = "wait", **fields: Any) -> None:
+        super().__init__(detail, retry_after_s, **fields)
         self.refusal = refusal
 
 

@@ -1,179 +1,242 @@
-"""What is asked of a segmenter, and what it answers."""
+"""What a caller may ask for, until when the answer is of use, and what comes back.
+
+`SegmentParams` is the only declaration of the request parameters: the query of POST /segment and POST /jobs, the options of
+`unetpp segment`, the keyword arguments of the Python client, the form of the web page and the reference page are made from it.
+This module imports no array library, so that clients can use it.
+"""
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, BinaryIO
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self
 
-from jaxtyping import UInt8
-from numpy import ndarray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from server.arrays import Image, Volume
-from server.runtime.bundle import Manifest
-from server.runtime.line import Lane
-from server.segment import quality
-from server.segment.modes import Route
-from server.segment.postprocess import Postprocessing
-from server.segment.served import Served
+from server.errors import InvalidParameter
+from server.settings import Precision
+
+if TYPE_CHECKING:
+    from server.segment.quality import Overlap
+    from server.segment.registry import Target
+
+Mode = Literal["accurate", "fast"]
+Priority = Literal["interactive", "batch"]
+
+# Pixels or mm of an object. Beyond it numbers are not exact any more.
+MAX_OBJECT_SIZE = 1e15
+
+# The post-processing steps in the order in which they are applied.
+POSTPROCESSING = ("threshold", "fill_holes", "instances", "min_size_px", "min_size_mm2", "min_size_mm3", "keep_largest")
+MIN_SIZES = ("min_size_px", "min_size_mm2", "min_size_mm3")
+
+
+class SegmentParams(BaseModel):
+    """The request parameters. None means that the caller leaves the choice to the server."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mode: Mode | None = Field(None, description="accurate (default): mean of all heads; fast: one level")
+    level: int | None = Field(None, ge=1, le=5, description="depth of the network, 1 (fastest) to 4 (deepest); implies mode=fast")
+    model: str | None = Field(None, max_length=63, description="bundle name; GET /models lists them")
+    precision: Precision = Field("auto", description="auto: the fastest within 0.5 points of IoU of fp32")
+    format: str | None = Field(
+        None,
+        max_length=500,
+        description="mask, labels, scores, uncertainty: as the input, or as a suffix says (labels.tiff); json, csv, geojson, coco, "
+        "overlay, ...; several by comma: a zip of them; else by Accept, else the mask",
+    )
+    include_mask: bool = Field(False, description="with format=json: the mask in base64, under a name that says its file type")
+    threshold: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="0 to 1: foreground is what scores above it; of several classes the best; else as the model card says",
+    )
+    fill_holes: bool = Field(False, description="holes that an object encloses become part of it")
+    instances: bool = Field(False, description="touching objects of one class are split; the mask is then their numbers")
+    min_size_px: int | None = Field(
+        None, ge=0, le=int(MAX_OBJECT_SIZE), description="objects of fewer pixels (voxels) are removed"
+    )
+    min_size_mm2: float | None = Field(
+        None,
+        ge=0,
+        le=MAX_OBJECT_SIZE,
+        description="images, and pages that are times: objects of a smaller area are removed; the pixel size must be known",
+    )
+    min_size_mm3: float | None = Field(
+        None, ge=0, le=MAX_OBJECT_SIZE, description="volumes and stacks: objects of a smaller volume are removed"
+    )
+    keep_largest: bool = Field(False, description="of each class only the largest object is kept")
+    pixel_size_um: str | None = Field(
+        None,
+        max_length=100,
+        description="images and stacks: 0.5, or 0.5x0.25 (height x width; of stacks also x page); replaces what the file says",
+    )
+    axis: Literal["auto", "0", "1", "2"] = Field(
+        "auto", description="slices of a volume for a model of images: auto (coarsest spacing), 0, 1, 2"
+    )
+    nonfinite: Literal["refuse", "zero"] = Field("refuse", description="values that are NaN or infinite: refuse, or zero")
+    axes: str = Field(
+        "", max_length=20, description="of a TIFF, slowest first, as ZYX, TCYX, YXS; replaces its OME or ImageJ metadata"
+    )
+    channel: int | None = Field(
+        None, ge=0, description="0, 1, ...: of an input with several channels this one alone; else colours, or the first"
+    )
+    deadline_ms: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="milliseconds after which the answer is of no use, also as header X-Deadline-Ms: refused at once where it cannot be "
+        "met (429, or 422 if it never could be), given up when it has passed (504)",
+    )
+    min_level: int | None = Field(
+        None,
+        ge=1,
+        le=5,
+        description="under load the answer may come from a shallower level, down to this one, and its headers say so; never without",
+    )
+
+    @model_validator(mode="after")
+    def _one_minimum_size(self) -> Self:
+        if len(self.min_sizes) > 1:
+            raise ValueError(f"{' and '.join(self.min_sizes)} exclude each other; give one of them")
+        return self
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Self:
+        """Validates parameters from any source: keyword arguments, command-line options, a stored job.
+
+        Raises:
+            InvalidParameter: names the parameter, its value and what is allowed.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise invalid_parameter(error.errors(), cls) from error
+
+    @property
+    def postprocessing(self) -> dict[str, Any]:
+        """The post-processing that is asked for, by parameter name, in the order in which it is applied."""
+        values = ((name, getattr(self, name)) for name in POSTPROCESSING)
+        return {name: value for name, value in values if value is not None and value is not False}
+
+    @property
+    def min_sizes(self) -> dict[str, int | float]:
+        """The minimum size of an object, by parameter name: at most one entry."""
+        return {name: value for name in MIN_SIZES if (value := getattr(self, name)) is not None}
+
+    @property
+    def needs_objects(self) -> bool:
+        """Whether the post-processing must know the separate objects of the mask."""
+        return self.instances or self.keep_largest or bool(self.min_sizes)
+
+
+def invalid_parameter(problems: Sequence[Any], model: type[BaseModel] = SegmentParams) -> InvalidParameter:
+    """The error for pydantic's findings on request parameters: the first one in fields, all of them in words."""
+    sentences = []
+    for problem in problems:
+        *_, name = problem["loc"] or ("",)
+        if problem["type"] == "extra_forbidden":
+            sentences.append(f"unknown parameter {str(name)[:60]!r}; there are: {', '.join(model.model_fields)}")
+        elif not problem["loc"] or name == "query":
+            sentences.append(problem["msg"].removeprefix("Value error, "))
+        else:
+            sentences.append(f"{name}={problem.get('input')!s:.60}: {problem['msg']}")
+    first = problems[0]
+    *_, parameter = first["loc"] or (None,)
+    unknown = first["type"] == "extra_forbidden"
+    return InvalidParameter(
+        "; ".join(sentences),
+        parameter=None if parameter == "query" else str(parameter)[:60] if parameter else None,
+        value=None if unknown else str(first.get("input"))[:60],
+        allowed=[*model.model_fields] if unknown else (first.get("ctx") or {}).get("expected"),
+    )
 
 
 @dataclass(frozen=True)
-class SegmentRequest:
-    """What a caller may choose; None means the default. `name` is that of the file, for formats that tell it."""
+class Upload:
+    """The files of a request. Whoever opened them closes them.
 
-    model: str | None = None
-    mode: str | None = None
-    level: int | None = None
-    precision: str = "auto"
-    format: str | None = None
-    accept: str | None = None
-    include_mask: bool = False
-    axis: str = "auto"
-    nonfinite: str = "refuse"
-    axes: str = ""
-    channel: int | None = None
-    min_level: int | None = None
-    threshold: float | None = None
-    fill_holes: bool = False
-    instances: bool = False
-    min_size_px: int | None = None
-    min_size_mm2: float | None = None
-    min_size_mm3: float | None = None
-    keep_largest: bool = False
-    pixel_size_um: str | None = None
+    Attributes:
+        file: encoded input, seekable, at its start.
+        reference: encoded label image or volume to score against.
+        name: file name as the caller gave it, for formats that repeat it.
+        accept: media types that the caller accepts (RFC 9110), where `format` is silent.
+    """
+
+    file: BinaryIO
+    reference: BinaryIO | None = None
     name: str = ""
-
-    @property
-    def postprocessing(self) -> Postprocessing:
-        """What is to be done with the mask."""
-        return Postprocessing(**{f.name: getattr(self, f.name) for f in fields(Postprocessing)})
+    accept: str | None = None
 
 
 @dataclass(frozen=True)
-class Terms:
-    """When an answer is of use.
+class QoS:
+    """Until when an answer is of use.
 
     Attributes:
-        patience_s: what is predicted to take longer is refused.
-        deadline: in seconds of `time.monotonic`, after which nothing more is begun.
-        urgent: somebody waits for it; see `Caller`.
-        begun: when the deadline was set.
+        timeout_s: work that is predicted to take longer is refused.
+        deadline: time of `time.monotonic` after which nothing more is begun.
+        priority: "interactive" for callers who wait, "batch" for jobs and shadow evaluation, which get what the former leave.
+        started: time of `time.monotonic` when the deadline was set.
     """
 
-    patience_s: float = math.inf
+    timeout_s: float = math.inf
     deadline: float = math.inf
-    urgent: bool = True
-    begun: float = field(default_factory=time.monotonic)
+    priority: Priority = "interactive"
+    started: float = field(default_factory=time.monotonic)
 
     @property
-    def given_s(self) -> float:
-        """At first."""
-        return min(self.patience_s, self.deadline - self.begun)
+    def budget_s(self) -> float:
+        """Seconds that the request had when it started."""
+        return min(self.timeout_s, self.deadline - self.started)
 
     @property
-    def allowed_s(self) -> float:
-        """From now on."""
-        return min(self.patience_s, self.deadline - time.monotonic())
+    def remaining_s(self) -> float:
+        """Seconds that it has from now on."""
+        return min(self.timeout_s, self.deadline - time.monotonic())
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A request resolved against the open bundles, before any byte is decoded.
-
-    Attributes:
-        served: keeps the bundle open until the request is done, even if it is replaced meanwhile.
-    """
-
-    model: str
-    served: Served
-    manifest: Manifest
-    route: Route
-    precision: str
-    lane: Lane
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An answer, with what it takes to find another one to the same input.
-
-    Attributes:
-        choice: what was served.
-        source: the input.
-        axis: see `SegmentRequest`.
-        classes: of the mask, see `Mask`.
-        raw: whether they are what the scores say, and nothing was done with them on request.
-    """
-
-    choice: Choice
-    source: Image | Volume
-    axis: str
-    classes: UInt8[ndarray, "*size"]
-    raw: bool = True
-
-
-@dataclass(frozen=True)
-class Answer:
+class Response:
     """The finished answer.
 
     Attributes:
-        body: encoded mask.
+        body: encoded answer; an open temporary file for a zip of many, which `close` removes.
         media_type: of the body.
-        file: name of a file that holds it.
-        requested: what was asked for.
-        choice: what was served.
-        degraded: why less was served than asked for: "deadline", "load", or "".
-        seconds: time per phase: decode, plan, queue, infer, restore, encode.
-        quality: overlap with the reference per class value, if one was given.
+        filename: name of a file that holds it.
+        requested: what was asked for, resolved.
+        target: what was served.
+        degraded: "deadline" or "load" where a shallower level was served than requested, else "".
+        timings: seconds per phase: open, decode, queue, infer, restore, postprocess, encode.
+        overlaps: IoU and Dice with the reference per class value; empty without one.
         note: what the caller should know, e.g. that further pages were not read.
-        postprocessing: what was done with the mask on request, see `Postprocessing.asked`.
+        postprocessing: see `SegmentParams.postprocessing`.
     """
 
-    body: bytes
+    body: bytes | BinaryIO
     media_type: str
-    file: str
-    requested: Route
-    choice: Choice
+    filename: str
+    requested: "Target"
+    target: "Target"
     degraded: str
-    seconds: dict[str, float]
-    quality: dict[int, quality.Overlap]
-    note: str
+    timings: dict[str, float]
+    overlaps: dict[int, "Overlap"] = field(default_factory=dict)
+    note: str = ""
     postprocessing: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def content(self) -> bytes | BinaryIO:
-        """What is sent, or kept."""
-        return self.body
-
     def close(self) -> None:
-        """Removes the file that holds it, if one does."""
+        """Removes the temporary file, if there is one."""
+        if not isinstance(self.body, bytes):
+            self.body.close()
 
     @property
     def mean_iou(self) -> float:
         """IoU with the reference, averaged over the foreground classes."""
-        return sum(q.iou for q in self.quality.values()) / len(self.quality)
+        return sum(overlap.iou for overlap in self.overlaps.values()) / len(self.overlaps)
 
     @property
     def mean_dice(self) -> float:
         """Dice with the reference, averaged over the foreground classes."""
-        return sum(q.dice for q in self.quality.values()) / len(self.quality)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Archived(Answer):
-    """The answer to a zip of images, on disk; whoever has it closes it.
-
-    Attributes:
-        zip: all answers and a report; `body` is empty.
-    """
-
-    zip: BinaryIO
-
-    @property
-    def content(self) -> bytes | BinaryIO:
-        """What is sent, or kept."""
-        return self.zip
-
-    def close(self) -> None:
-        """Removes the file."""
-        self.zip.close()
+        return sum(overlap.dice for overlap in self.overlaps.values()) / len(self.overlaps)
