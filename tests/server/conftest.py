@@ -2,8 +2,6 @@
 
 import atexit
 import contextlib
-import gzip
-import io
 import json
 import resource
 import shutil
@@ -21,12 +19,12 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from PIL import Image as Pillow
 
 from server.arrays import Tiles
 from server.runtime.bundle import FileEntry, Manifest, sha256
 from server.runtime.engines.fake import FakeEngine
 from server.runtime.pace import Pace
+from tests.support.files import Sent, mask_of, nifti_bytes, pages_bytes, pages_of, picture_bytes, volume_of  # noqa: F401
 
 # Applications have no end that a fixture would see, so their folders go with the process.
 JOBS = Path(tempfile.mkdtemp(prefix="unetpp-jobs-"))
@@ -36,57 +34,6 @@ atexit.register(shutil.rmtree, JOBS, ignore_errors=True)
 NO_AGREEMENT = {"agreement_share": 0, "agreement_fewest_per_hour": 0}
 
 NO_FILE = {"sha256": "0" * 64, "bytes": 0}
-
-
-def picture_bytes(picture: Pillow.Image | np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
-    """A picture, or its pixels, as a file."""
-    out = io.BytesIO()
-    (picture if isinstance(picture, Pillow.Image) else Pillow.fromarray(picture)).save(out, kind, **options)
-    return out.getvalue()
-
-
-class Sent(io.BytesIO):
-    """An upload; these two make it a `BinaryIO` in every respect."""
-
-    name, mode = "upload", "rb"
-
-
-def nifti_bytes(voxels: np.ndarray, affine: np.ndarray | None = None) -> bytes:
-    """(X, Y, Z) as .nii.gz, 1 mm RAS unless an affine says otherwise."""
-    import nibabel as nib
-
-    return gzip.compress(nib.Nifti1Image(voxels, np.eye(4) if affine is None else affine).to_bytes(), 1, mtime=0)
-
-
-def volume_of(body: bytes) -> np.ndarray:
-    """Voxels of a .nii.gz as stored."""
-    import nibabel as nib
-
-    return np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(body)).dataobj)
-
-
-def pages_bytes(pages: np.ndarray) -> bytes:
-    """(S, H, W) as a TIFF of S pages."""
-    import tifffile
-
-    out = io.BytesIO()
-    tifffile.imwrite(out, pages, photometric="minisblack")
-    return out.getvalue()
-
-
-def pages_of(body: bytes) -> np.ndarray:
-    """The pages of a TIFF of indices, (S, H, W)."""
-    import tifffile
-
-    with tifffile.TiffFile(io.BytesIO(body)) as tiff:
-        return np.stack([page.asarray() for page in tiff.pages])
-
-
-def mask_of(body: bytes) -> np.ndarray:
-    """Class indices of an indexed PNG."""
-    picture = Pillow.open(io.BytesIO(body))
-    assert picture.mode == "P"
-    return np.asarray(picture)
 
 
 def manifest(**changes: Any) -> Manifest:
