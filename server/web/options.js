@@ -1,7 +1,7 @@
 /** The form of request parameters, made from the server's description of them, which the page carries as JSON. */
 import { $, h } from "./dom.js";
 
-const { parameters, formats } = JSON.parse($("request-options").textContent);
+const { parameters, formats } = JSON.parse($("request-options").content.textContent);
 
 /**
  * Output formats of the server.

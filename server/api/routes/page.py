@@ -8,7 +8,9 @@ import functools
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -66,9 +68,8 @@ PINNED = {"vendor/niivue.umd.js": "47b896b77ec4a5be3ef1949c33ad393b6f45629921f32
 # References between text files: "/web/x" in the page, "./x" in a module.
 REFERENCE = re.compile(r'"(/web/|\./)([\w./-]+)"')
 
-# The element that carries `request_options`. Of type application/json, it is data that no browser executes, so `script-src` need
-# not allow anything inline.
-OPTIONS_ELEMENT = 'id="request-options">'
+# The element that carries `request_options`: inert text, because the policy forbids inline scripts.
+OPTIONS_ELEMENT = '<template id="request-options">'
 
 # NiiVue works under this policy: what would need WebAssembly in 0.69.0 is Zarr, which is no output format.
 CONTENT_SECURITY_POLICY = "; ".join(
@@ -124,6 +125,12 @@ def request_options(params: type[SegmentParams] = SegmentParams) -> dict[str, An
         "parameters": [_parameter(name, schema) for name, schema in properties.items()],
         "formats": formats,
     }
+
+
+def insert_options(html: str, params: type[SegmentParams] = SegmentParams) -> str:
+    """Writes `request_options` into the page."""
+    data = escape(json.dumps(request_options(params), separators=(",", ":")), quote=False)
+    return html.replace(OPTIONS_ELEMENT, OPTIONS_ELEMENT + data)
 
 
 def _parameter(name: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -188,13 +195,9 @@ def router(assets: dict[str, Asset]) -> APIRouter:
     return routes
 
 
-def _render(path: str, text: str, with_version: Any) -> bytes:
+def _render(path: str, text: str, with_version: Callable[[re.Match[str]], str]) -> bytes:
     text = REFERENCE.sub(with_version, text)
-    if path == INDEX:
-        # A "<" could end the script element.
-        data = json.dumps(request_options(), separators=(",", ":")).replace("<", "\\u003c")
-        text = text.replace(OPTIONS_ELEMENT, OPTIONS_ELEMENT + data)
-    return text.encode()
+    return (insert_options(text) if path == INDEX else text).encode()
 
 
 def _respond(request: Request, asset: Asset) -> Response:
