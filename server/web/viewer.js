@@ -60,7 +60,10 @@ async function showInput(next) {
   if (next.kind === "volume") {
     showPane("volume");
     // The server draws where WebGL is missing or NiiVue cannot read the file.
-    await volume.setInput(next.file, next.viewerName).catch(() => { next.serverDrawn = true; });
+    await volume.setInput(next.file, next.viewerName).catch((error) => {
+      console.warn(`The server draws this volume: ${error.message}`);
+      next.serverDrawn = true;
+    });
   }
   showMaskPane();
   if (next.picture) picture.setPicture(next.picture, [next.picture.width, next.picture.height]);

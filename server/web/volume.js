@@ -14,7 +14,7 @@ function loadNiivue() {
     };
     document.head.append(script);
   });
-  return loading;
+  return library;
 }
 
 /** Makes NiiVue's colour map of the classes; hidden ones are transparent. */

@@ -113,7 +113,9 @@ class Ui:
 
     def wait_for_text(self, element: str, pattern: str) -> str:
         """Waits until the text of an element matches a regular expression."""
-        self.wait(f"new RegExp({json.dumps(pattern)}).test(document.getElementById({json.dumps(element)}).textContent)")
+        self.wait(
+            f"new RegExp({json.dumps(pattern)}).test(document.getElementById({json.dumps(element)}).textContent)"
+        )
         return self.text(element)
 
     def open(self, *files: Path | tuple[str, bytes]) -> None:

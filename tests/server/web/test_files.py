@@ -20,7 +20,9 @@ from tests.server.conftest import doors
 from tests.server.web.conftest import WEB
 
 ASSETS = page.read(WEB)
-OWN_TEXTS = [path for path, asset in ASSETS.items() if asset.media_type in page.TEXT_TYPES and path not in page.PINNED]
+OWN_TEXTS = [
+    path for path, asset in ASSETS.items() if asset.media_type in page.TEXT_TYPES and path not in page.PINNED
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,11 @@ def test_file_is_served(client: httpx.Client, path: str) -> None:
     asset = ASSETS[path.removeprefix("/web/") if path != "/" else page.INDEX]
     plain = client.get(path, headers={"Accept-Encoding": "identity"})
     assert (plain.status_code, plain.content) == (200, asset.body)
-    expected = {"content-type": asset.media_type, "cache-control": "no-cache", "x-content-type-options": "nosniff"}
+    expected = {
+        "content-type": asset.media_type,
+        "cache-control": "no-cache",
+        "x-content-type-options": "nosniff",
+    }
     assert expected.items() <= dict(plain.headers).items()
     assert "content-encoding" not in plain.headers
     assert client.head(path).headers["etag"] == plain.headers["etag"]
@@ -62,7 +68,9 @@ def test_file_is_served(client: httpx.Client, path: str) -> None:
 def test_versioned_files_are_cached_for_a_year(client: httpx.Client) -> None:
     """Every file except the page itself is referenced with its version."""
     texts = [ASSETS[path].body.decode() for path in OWN_TEXTS]
-    versions = dict(match for text in texts for match in re.findall(r'"(?:/web/|\./)([\w./-]+)\?v=(\w+)"', text))
+    versions = dict(
+        match for text in texts for match in re.findall(r'"(?:/web/|\./)([\w./-]+)\?v=(\w+)"', text)
+    )
     assert set(versions) == set(page.FILES) - {page.INDEX}
     assert not any(re.search(r'from "\./\w+\.js"', text) for text in texts)
     for name, version in versions.items():
@@ -82,7 +90,16 @@ def test_known_etag_gets_304(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["nothing.js", "index.html", "../app.py", "..%2Fapp.py", "vendor/", "", "style.css/", "vendor/niivue.LICENSE"],
+    [
+        "nothing.js",
+        "index.html",
+        "../app.py",
+        "..%2Fapp.py",
+        "vendor/",
+        "",
+        "style.css/",
+        "vendor/niivue.LICENSE",
+    ],
 )
 def test_other_path_gets_404(client: httpx.Client, path: str) -> None:
     assert client.get(f"/web/{path}").status_code == 404

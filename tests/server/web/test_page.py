@@ -46,8 +46,14 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def masks(server: httpx.Client, cells: Path) -> dict[str, np.ndarray]:
     """The server's mask of `cells` per level."""
-    queries = {"accurate": {"mode": "accurate"}, **{f"L{level}": {"level": str(level)} for level in range(1, 5)}}
-    return {name: mask_of(post(server, cells, format="mask.png", **query).content) for name, query in queries.items()}
+    queries = {
+        "accurate": {"mode": "accurate"},
+        **{f"L{level}": {"level": str(level)} for level in range(1, 5)},
+    }
+    return {
+        name: mask_of(post(server, cells, format="mask.png", **query).content)
+        for name, query in queries.items()
+    }
 
 
 def post(server: httpx.Client, path: Path, **query: str) -> httpx.Response:
@@ -97,7 +103,13 @@ class TestAnswers:
         ui.open(cells)
         ui.settle("L3")
         ui.page.locator("#slider").focus()
-        for key, level in (("ArrowLeft", "L2"), ("Home", "L1"), ("End", "accurate"), ("ArrowLeft", "L4"), ("Home", "L1")):
+        for key, level in (
+            ("ArrowLeft", "L2"),
+            ("Home", "L1"),
+            ("End", "accurate"),
+            ("ArrowLeft", "L4"),
+            ("Home", "L1"),
+        ):
             ui.page.keyboard.press(key)
             ui.settle(level)
             assert ui.page.locator("#slider").get_attribute("aria-valuetext") == level
@@ -139,7 +151,9 @@ class TestAnswers:
             assert level in text
             assert re.search(r"\d m?s\b", text)
             assert level == "accurate" or f"agreement {agreement(masks, level)}" in text
-        assert ui.page.get_by_role("button", name="Compare all levels").get_attribute("aria-pressed") == "true"
+        assert (
+            ui.page.get_by_role("button", name="Compare all levels").get_attribute("aria-pressed") == "true"
+        )
         ui.page.get_by_role("button", name="show L1").click()
         ui.settle("L1")
         assert ui.page.locator("#picture").is_visible()
@@ -152,7 +166,10 @@ class TestAnswers:
         scores = server.post("/segment", params={"level": "3"}, files=files).headers
         for give in (ui.open, ui.drop):
             give(cells, reference)
-            ui.wait_for_text("status", r"^L3 in .*agreement.* IoU with the reference " + formatted(float(scores["x-segment-iou"])))
+            ui.wait_for_text(
+                "status",
+                r"^L3 in .*agreement.* IoU with the reference " + formatted(float(scores["x-segment-iou"])),
+            )
             assert formatted(float(scores["x-segment-dice"])) in ui.text("headline")
             assert reference.name in ui.text("file")
 
@@ -170,7 +187,10 @@ class TestErrors:
     def test_detail_of_the_server_is_shown(self, ui: Ui, cells: Path, server: httpx.Client) -> None:
         broken = cells.read_bytes()[:2000]
         ui.open(("broken.png", broken))
-        assert ui.wait_for_error() == server.post("/segment", files={"file": ("broken.png", broken)}).json()["detail"]
+        assert (
+            ui.wait_for_error()
+            == server.post("/segment", files={"file": ("broken.png", broken)}).json()["detail"]
+        )
         ui.open(cells)
         ui.settle("L3")
         assert ui.page.get_by_role("alert").is_hidden()
@@ -244,7 +264,9 @@ class TestInputs:
         assert ui.text("options-count") == ""
 
     @pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
-    def test_flat_file_of_a_volume_format_is_an_image(self, ui: Ui, cells: Path, tmp_path: Path, suffix: str) -> None:
+    def test_flat_file_of_a_volume_format_is_an_image(
+        self, ui: Ui, cells: Path, tmp_path: Path, suffix: str
+    ) -> None:
         sitk = pytest.importorskip("SimpleITK")
         path = tmp_path / f"flat{suffix}"
         sitk.WriteImage(sitk.GetImageFromArray(np.asarray(Pillow.open(cells).convert("L"))), str(path))
@@ -255,9 +277,13 @@ class TestInputs:
 
 class TestOptions:
     def test_form_has_every_request_parameter(self, ui: Ui) -> None:
-        names = ui.page.evaluate("[...document.getElementById('options-form').elements].map((field) => field.name)")
+        names = ui.page.evaluate(
+            "[...document.getElementById('options-form').elements].map((field) => field.name)"
+        )
         assert names == [name for name in SegmentParams.model_fields if name not in OWN_CONTROL]
-        values = ui.page.evaluate("[...document.querySelectorAll('#options-form [name=precision] option')].map((o) => o.value)")
+        values = ui.page.evaluate(
+            "[...document.querySelectorAll('#options-form [name=precision] option')].map((o) => o.value)"
+        )
         assert values == list(page_route.request_options()["parameters"][3]["enum"])
         assert ui.text("options-count") == ""
 
@@ -336,7 +362,9 @@ class TestDownloads:
             assert sorted(archive.namelist()) == ["mask.png", "objects.csv", "statistics.json"]
             assert json.loads(archive.read("statistics.json"))["level"] == 3
 
-    def test_command_gives_the_same_file(self, ui: Ui, cells: Path, server: httpx.Client, tmp_path: Path) -> None:
+    def test_command_gives_the_same_file(
+        self, ui: Ui, cells: Path, server: httpx.Client, tmp_path: Path
+    ) -> None:
         path = tmp_path / 'it\'s; a 1,5 "cell".png'
         path.write_bytes(cells.read_bytes())
         ui.open(path)
@@ -396,7 +424,9 @@ class TestAccess:
 
     def test_phone_never_scrolls_sideways(self, browser: Any, server: httpx.Client, cells: Path) -> None:
         size = {"width": 360, "height": 740}
-        context = browser.new_context(viewport=size, color_scheme="dark", reduced_motion="reduce", has_touch=True)
+        context = browser.new_context(
+            viewport=size, color_scheme="dark", reduced_motion="reduce", has_touch=True
+        )
         ui = Ui(context.new_page(), str(server.base_url)).load()
         fits = "document.documentElement.scrollWidth <= innerWidth"
         background = "getComputedStyle(document.body).backgroundColor"
