@@ -9,27 +9,20 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image as Pillow
 
 from tests.conftest import ROOT, serving
-from tests.server.conftest import NO_AGREEMENT
+from tests.server.conftest import NO_AGREEMENT, until
 
 WEB = ROOT / "server" / "web"
 SAMPLES = WEB / "samples"
 
-# Names of the executable in distributions and in Google's package.
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-
-# For a container without a GPU: WebGL in software, and no traffic to the vendor.
+# WebGL in software, for a container without a GPU.
 CHROMIUM_OPTIONS = [
     "--no-sandbox",
     "--headless=new",
     "--use-angle=swiftshader",
     "--enable-unsafe-swiftshader",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
 ]
 
 # Console messages about error responses and blocked requests, which tests check themselves, and about reading pixels.
@@ -42,11 +35,8 @@ EXPECTED_MESSAGES = (
 DROP = """(files) => {
   const transfer = new DataTransfer();
   for (const [name, bytes] of files) transfer.items.add(new File([new Uint8Array(bytes)], name));
-  const event = new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true });
-  document.getElementById("view").dispatchEvent(event);
+  document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true }));
 }"""
-
-NAMED = "button, input:not([type=file]), select, canvas[tabindex]"
 
 
 @pytest.fixture(scope="session")
@@ -95,39 +85,38 @@ class Ui:
 
     def wait(self, script: str) -> None:
         """Waits in the page until an expression is true; wait_for_function needs eval, which the page's policy forbids."""
+        failure = json.dumps(f"never true: {script}")
         self.page.evaluate(
             f"""new Promise((resolve, reject) => {{
-              const end = performance.now() + 60000, message = "never true: " + {json.dumps(script)};
-              const check = () => {{
-                if ({script}) resolve();
-                else if (performance.now() > end) reject(new Error(message));
-                else setTimeout(check, 10);
-              }};
-              check();
+              const poll = setInterval(() => {{ if ({script}) resolve(clearInterval(poll)); }}, 10);
+              setTimeout(() => reject(new Error({failure})), 60000);
             }})"""
         )
+
+    def wait_for_text(self, element: str, pattern: str) -> str:
+        """Waits until the text of an element, by id, matches a regular expression."""
+        self.wait(f"new RegExp({json.dumps(pattern)}).test(document.getElementById('{element}').textContent)")
+        return self.text(element)
+
+    def wait_for_error(self) -> str:
+        """Waits for an error message."""
+        self.wait("!document.getElementById('error').hidden")
+        return str(self.page.locator("#error span").text_content())
 
     def text(self, element: str) -> str:
         """The text of an element by id, hidden or not."""
         return str(self.page.locator(f"#{element}").text_content())
 
-    def wait_for_text(self, element: str, pattern: str) -> str:
-        """Waits until the text of an element matches a regular expression."""
-        self.wait(
-            f"new RegExp({json.dumps(pattern)}).test(document.getElementById({json.dumps(element)}).textContent)"
-        )
-        return self.text(element)
-
     def open(self, *files: Path | tuple[str, bytes]) -> None:
         """Opens a file, and a reference if there are two."""
-        payloads = [
-            {"name": f[0], "mimeType": "", "buffer": f[1]} if isinstance(f, tuple) else str(f) for f in files
-        ]
         self.page.evaluate("document.getElementById('status').textContent = ''")
-        self.page.set_input_files("#chooser", payloads[0])
-        if payloads[1:]:
-            self.page.wait_for_selector("#reference:enabled")
-            self.page.set_input_files("#reference-chooser", payloads[1])
+        for chooser, file in zip(("chooser", "reference-chooser"), files, strict=False):
+            payload = (
+                {"name": file[0], "mimeType": "", "buffer": file[1]} if isinstance(file, tuple) else file
+            )
+            if chooser != "chooser":
+                self.page.wait_for_selector("#reference:enabled")
+            self.page.set_input_files(f"#{chooser}", payload)
 
     def drop(self, *files: Path) -> None:
         """Drops files onto the page."""
@@ -142,43 +131,39 @@ class Ui:
         compared = ".*agreement with accurate" if agreement and level != "accurate" else ""
         return self.wait_for_text("status", rf"^{level} in (?!.*preview){compared}")
 
-    def compare(self, bars: int) -> Any:
-        """Compares all levels, and waits for the bars of all figures; gives the figures."""
+    def compare(self, bars: int) -> list[str]:
+        """Compares all levels, and waits for the bars of all figures; gives the captions."""
         self.page.get_by_role("button", name="Compare all levels").click()
         self.wait(f"document.querySelectorAll('#compare figcaption .bar').length === {bars}")
-        return self.page.locator("#compare figure")
+        return list(self.page.locator("#compare figure").all_inner_texts())
 
     def expand(self, *sections: str) -> None:
         """Opens collapsed sections."""
         for section in sections:
             self.page.evaluate("(id) => { document.getElementById(id).open = true; }", section)
 
-    def wait_for_error(self) -> str:
-        """Waits for an error message."""
-        self.wait("!document.getElementById('error').hidden")
-        return str(self.page.locator("#error span").text_content())
+    def hold(self, pattern: str) -> list[Any]:
+        """Keeps requests back; gives their routes."""
+        held: list[Any] = []
+        self.page.route(re.compile(pattern), lambda route: held.append(route))  # noqa: PLW0108 - it gets attributes
+        return held
 
-    def requested_levels(self) -> list[str]:
-        """The level of each request to POST /segment."""
-        urls = [request.url for request in self.requests if "/segment?" in request.url]
-        matches = [re.search(r"level=(\d)", url) for url in urls]
-        return [f"L{match[1]}" if match else "accurate" for match in matches]
+    def wait_for(self, items: list[Any]) -> None:
+        """Waits until a list is filled by an event of the browser."""
+        until(lambda: bool(self.page.evaluate("true") and items))
 
-    def nameless_controls(self) -> list[str]:
-        """Visible controls that screen readers could not name."""
-        return list(
-            self.page.evaluate(
-                f"""[...document.querySelectorAll("{NAMED}")].filter((one) => one.checkVisibility()
-                && !(one.ariaLabel || one.labels?.length || one.textContent.trim())).map((one) => one.outerHTML)"""
-            )
-        )
+    def urls(self, method: str) -> list[str]:
+        """The URLs requested with a method."""
+        self.page.evaluate("true")
+        return [request.url for request in self.requests if request.method == method]
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium; closed after a module because Playwright occupies the thread's event loop."""
     playwright = pytest.importorskip("playwright.sync_api")
-    if not (path := next(filter(None, map(shutil.which, BROWSERS)), None)):
+    paths = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
+    if not (path := next(paths, None)):
         pytest.skip("needs chromium")
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=path, args=CHROMIUM_OPTIONS)
@@ -189,7 +174,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def tab(browser: Any, server: httpx.Client) -> Iterator[Ui]:
     """A tab that the tests of a module share; small, because WebGL in software is slow."""
-    context = browser.new_context(viewport={"width": 1000, "height": 640}, accept_downloads=True)
+    context = browser.new_context(viewport={"width": 1000, "height": 640})
     yield Ui(context.new_page(), str(server.base_url))
     context.close()
 
@@ -202,3 +187,19 @@ def ui(tab: Ui) -> Iterator[Ui]:
     yield tab.load()
     tab.page.unroute_all()
     assert tab.errors == []
+
+
+@pytest.fixture(scope="session")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A part of the sample of cells, which is fast at every level."""
+    path = tmp_path_factory.mktemp("page") / "cells.png"
+    Pillow.open(SAMPLES / "cells.png").crop((40, 60, 168, 156)).save(path)
+    return path
+
+
+@pytest.fixture
+def on_cells(ui: Ui, cells: Path) -> Ui:
+    """The page with `cells` segmented at the recommended level."""
+    ui.open(cells)
+    ui.settle("L3")
+    return ui

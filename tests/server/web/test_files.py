@@ -9,13 +9,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from pydantic import Field
 
 from server.api import auth
 from server.api.routes import page
 from server.errors import Misconfigured
-from server.imaging.encode import ENCODERS
-from server.segment.request import SegmentParams
 from tests.server.conftest import doors
 from tests.server.web.conftest import WEB
 
@@ -145,24 +142,3 @@ def test_page_needs_no_key(tmp_path: Path) -> None:
 def test_third_party_files_are_credited() -> None:
     notice = (WEB.parents[1] / "NOTICE").read_text()
     assert all(Path(name).name in notice for name in page.FILES if name.startswith(("samples/", "vendor/")))
-
-
-def test_request_options_describe_params_and_encoders() -> None:
-    class Extended(SegmentParams):
-        smoothing: float | None = Field(None, ge=0, le=9, description="any & <text>")
-
-    options = page.request_options(Extended)
-    assert [one["name"] for one in options["parameters"]] == list(Extended.model_fields)
-    assert all(one["type"] in ("boolean", "integer", "number", "string") for one in options["parameters"])
-    assert options["parameters"][-1] == {
-        "name": "smoothing",
-        "type": "number",
-        "minimum": 0,
-        "maximum": 9,
-        "default": None,
-        "description": "any & <text>",
-    }
-    assert {one["name"]: one["filename"] for one in options["formats"]} == {
-        name: row.filename for name, row in ENCODERS.items()
-    }
-    assert "any &amp; &lt;text&gt;" in page.insert_options(page.OPTIONS_ELEMENT, Extended)

@@ -1,6 +1,5 @@
 """The page with images, in a real browser on the nuclei network."""
 
-import io
 import json
 import re
 import subprocess
@@ -12,19 +11,14 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image as Pillow
-from pydantic import Field
 
 from server.api import auth
-from server.api.routes import page as page_route
-from server.segment.request import SegmentParams
-from tests.server.conftest import doors, mask_of, pages_bytes, picture_bytes
+from server.api.routes.page import request_options
+from tests.server.conftest import doors, mask_of, pages_bytes, picture_bytes, until
 from tests.server.web.conftest import SAMPLES, Ui
 
 CELLS = SAMPLES / "cells.png"
 LEVELS = ["L1", "L2", "L3", "L4", "accurate"]
-
-# Parameters with a control of their own: the slider, the list of models, the downloads.
-OWN_CONTROL = {"mode", "level", "model", "format"}
 
 COLORED_PIXELS = """(() => {
   const canvas = document.getElementById("picture");
@@ -34,13 +28,9 @@ COLORED_PIXELS = """(() => {
   return count;
 })()"""
 
-
-@pytest.fixture(scope="module")
-def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A part of the sample, which is fast at every level."""
-    path = tmp_path_factory.mktemp("page") / "cells.png"
-    Pillow.open(CELLS).crop((40, 60, 168, 156)).save(path)
-    return path
+NAMELESS_CONTROLS = """[...document.querySelectorAll("button, input:not([type=file]), select, canvas[tabindex]")]
+  .filter((one) => one.checkVisibility() && !(one.ariaLabel || one.labels?.length || one.textContent.trim()))
+  .map((one) => one.outerHTML)"""
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +40,7 @@ def masks(server: httpx.Client, cells: Path) -> dict[str, np.ndarray]:
         "accurate": {"mode": "accurate"},
         **{f"L{level}": {"level": str(level)} for level in range(1, 5)},
     }
-    return {
-        name: mask_of(post(server, cells, format="mask.png", **query).content)
-        for name, query in queries.items()
-    }
+    return {name: mask_of(post(server, cells, **query).content) for name, query in queries.items()}
 
 
 def post(server: httpx.Client, path: Path, **query: str) -> httpx.Response:
@@ -70,21 +57,6 @@ def formatted(overlap: float) -> str:
     return "1" if overlap == 1 else f"{min(overlap, 0.999):.3f}"
 
 
-def hold(page: Any, pattern: str) -> list[Any]:
-    """Keeps back requests; gives their routes."""
-    held: list[Any] = []
-    page.route(re.compile(pattern), lambda route: held.append(route))  # noqa: PLW0108 - Playwright marks its handlers
-    return held
-
-
-def wait_for_routes(ui: Ui, held: list[Any]) -> None:
-    for _ in range(500):
-        if held:
-            return
-        ui.page.wait_for_timeout(10)
-    pytest.fail("no request came")
-
-
 class TestAnswers:
     def test_sample_shows_mask_and_numbers(self, ui: Ui, server: httpx.Client) -> None:
         ui.page.get_by_role("button", name="Cells").click()
@@ -99,88 +71,71 @@ class TestAnswers:
         ui.page.locator("#classes input").first.uncheck()
         ui.wait(f"{COLORED_PIXELS} === 0")
 
-    def test_each_level_is_requested_once(self, ui: Ui, cells: Path, masks: dict[str, np.ndarray]) -> None:
-        ui.open(cells)
-        ui.settle("L3")
-        ui.page.locator("#slider").focus()
-        for key, level in (
-            ("ArrowLeft", "L2"),
-            ("Home", "L1"),
-            ("End", "accurate"),
-            ("ArrowLeft", "L4"),
-            ("Home", "L1"),
+    def test_each_level_is_requested_once(self, on_cells: Ui, masks: dict[str, np.ndarray]) -> None:
+        keys = ("ArrowLeft", "L2"), ("Home", "L1"), ("End", "accurate"), ("ArrowLeft", "L4"), ("Home", "L1")
+        for key, level in keys:
+            on_cells.page.locator("#slider").press(key)
+            on_cells.settle(level)
+            assert on_cells.page.locator("#slider").get_attribute("aria-valuetext") == level
+        levels = [re.search(r"level=(\d)", url) for url in on_cells.urls("POST")]
+        assert sorted(f"L{match[1]}" if match else "accurate" for match in levels) == LEVELS
+        for level, text in zip(
+            LEVELS[:-1], on_cells.page.locator("#ticks li").all_inner_texts(), strict=False
         ):
-            ui.page.keyboard.press(key)
-            ui.settle(level)
-            assert ui.page.locator("#slider").get_attribute("aria-valuetext") == level
-        assert sorted(ui.requested_levels()) == LEVELS
-        for level, text in zip(LEVELS[:-1], ui.page.locator("#ticks li").all_inner_texts(), strict=False):
             assert agreement(masks, level) in text
             assert re.search(r"\d m?s\b", text)
 
-    def test_late_response_is_ignored(self, ui: Ui, cells: Path) -> None:
-        held = hold(ui.page, r"/segment\?.*level=1")
-        ui.open(cells)
-        ui.settle("L3")
-        ui.select(0)
-        wait_for_routes(ui, held)
-        ui.select(1)
-        status = ui.settle("L2")
+    def test_late_response_is_ignored(self, on_cells: Ui) -> None:
+        held = on_cells.hold(r"/segment\?.*level=1")
+        on_cells.select(0)
+        on_cells.wait_for(held)
+        on_cells.select(1)
+        status = on_cells.settle("L2")
         held[0].fulfill(status=200, body=b"late", headers={"content-type": "application/zip"})
-        ui.page.wait_for_timeout(100)
-        assert ui.text("status") == status
-        assert ui.page.get_by_role("alert").is_hidden()
+        on_cells.page.wait_for_timeout(100)
+        assert on_cells.text("status") == status
+        assert on_cells.page.get_by_role("alert").is_hidden()
 
-    def test_slider_moved_while_opening_keeps_the_input(self, ui: Ui, cells: Path) -> None:
+    def test_slider_moved_while_opening_keeps_the_input(self, on_cells: Ui, cells: Path) -> None:
         """The server is still drawing a TIFF for the browser."""
-        held = hold(ui.page, "format=picture")
-        ui.open(cells)
-        ui.settle("L3")
-        ui.open(("cells.tif", picture_bytes(Pillow.open(cells).convert("L"), "TIFF")))
-        wait_for_routes(ui, held)
-        ui.select(0)
-        ui.page.get_by_role("button", name="Compare all levels").click()
+        held = on_cells.hold("format=picture")
+        on_cells.open(("cells.tif", picture_bytes(Pillow.open(cells).convert("L"), "TIFF")))
+        on_cells.wait_for(held)
+        on_cells.select(0)
+        on_cells.page.get_by_role("button", name="Compare all levels").click()
         held[0].continue_()
-        ui.settle("L1")
-        assert ui.text("file") == "cells.tif"
+        on_cells.settle("L1")
+        assert on_cells.text("file") == "cells.tif"
 
-    def test_compare_shows_all_levels(self, ui: Ui, cells: Path, masks: dict[str, np.ndarray]) -> None:
-        ui.open(cells)
-        ui.settle("L3")
-        for level, text in zip(LEVELS, ui.compare(bars=9).all_inner_texts(), strict=True):
-            assert level in text
-            assert re.search(r"\d m?s\b", text)
+    def test_compare_shows_all_levels(self, on_cells: Ui, masks: dict[str, np.ndarray]) -> None:
+        for level, text in zip(LEVELS, on_cells.compare(bars=9), strict=True):
+            assert re.search(rf"{level}\s+[\d.]+ m?s\b", text)
             assert level == "accurate" or f"agreement {agreement(masks, level)}" in text
-        assert (
-            ui.page.get_by_role("button", name="Compare all levels").get_attribute("aria-pressed") == "true"
-        )
-        ui.page.get_by_role("button", name="show L1").click()
-        ui.settle("L1")
-        assert ui.page.locator("#picture").is_visible()
-        assert ui.page.locator("#compare").is_hidden()
+        button = on_cells.page.get_by_role("button", name="Compare all levels")
+        assert button.get_attribute("aria-pressed") == "true"
+        on_cells.page.get_by_role("button", name="show L1").click()
+        on_cells.settle("L1")
+        assert on_cells.page.locator("#picture").is_visible()
+        assert on_cells.page.locator("#compare").is_hidden()
 
     def test_reference_is_scored(self, ui: Ui, server: httpx.Client, cells: Path, tmp_path: Path) -> None:
         reference = tmp_path / "reference.png"
         reference.write_bytes(post(server, cells, level="1").content)
         files = {"file": cells.read_bytes(), "reference": reference.read_bytes()}
-        scores = server.post("/segment", params={"level": "3"}, files=files).headers
+        headers = server.post("/segment", params={"level": "3"}, files=files).headers
+        iou, dice = (formatted(float(headers[f"x-segment-{name}"])) for name in ("iou", "dice"))
         for give in (ui.open, ui.drop):
             give(cells, reference)
-            ui.wait_for_text(
-                "status",
-                r"^L3 in .*agreement.* IoU with the reference " + formatted(float(scores["x-segment-iou"])),
-            )
-            assert formatted(float(scores["x-segment-dice"])) in ui.text("headline")
+            ui.wait_for_text("status", rf"^L3 in .*agreement.* IoU with the reference {iou}")
+            assert dice in ui.text("headline")
             assert reference.name in ui.text("file")
 
-    def test_differences_have_a_key(self, ui: Ui, cells: Path) -> None:
-        ui.open(cells)
-        ui.settle("L3")
-        ui.page.get_by_label("differences").check()
-        assert ui.page.get_by_text("only in this mask").is_visible()
-        ui.select(4)
-        ui.settle("accurate")
-        assert ui.page.get_by_text("only in this mask").is_hidden()
+    def test_differences_have_a_key(self, on_cells: Ui) -> None:
+        on_cells.page.get_by_label("differences").check()
+        assert on_cells.page.get_by_text("only in this mask").is_visible()
+        on_cells.select(4)
+        on_cells.settle("accurate")
+        assert on_cells.page.get_by_text("only in this mask").is_hidden()
 
 
 class TestErrors:
@@ -197,11 +152,8 @@ class TestErrors:
         ui.open(cells, ("other.png", picture_bytes(np.zeros((16, 16), dtype=np.uint8))))
         assert "16 × 16" in ui.wait_for_error()
 
-    def test_zip_archive_is_refused(self, ui: Ui, cells: Path) -> None:
-        archive = io.BytesIO()
-        with zipfile.ZipFile(archive, "w") as file:
-            file.write(cells, "cells.png")
-        ui.open(("cells.zip", archive.getvalue()))
+    def test_zip_archive_is_refused(self, ui: Ui) -> None:
+        ui.open(("cells.zip", b"PK\x03\x04"))
         assert "zip archive" in ui.wait_for_error()
 
     def test_lost_connection_can_be_retried(self, ui: Ui, cells: Path) -> None:
@@ -217,11 +169,11 @@ class TestErrors:
         (tmp_path / "keys").write_text(line)
         with doors(auth={"keys_file": tmp_path / "keys"}) as opened:
             context, url = browser.new_context(), str(opened.client.base_url)
-            ui = Ui(context.new_page(), url)
+            ui, other = Ui(context.new_page(), url), Ui(context.new_page(), url)
             ui.page.goto(url)
             assert ui.wait_for_error() == opened.client.get("/models").json()["detail"]
-            for entered in ("wrong", key):
-                ui.page.get_by_label("This server needs an API key").fill(entered)
+            for text in ("wrong", key):
+                ui.page.get_by_label("This server needs an API key").fill(text)
                 with ui.page.expect_response(re.compile("/models$")):
                     ui.page.keyboard.press("Enter")
             ui.page.locator("#ticks li").last.wait_for()
@@ -232,7 +184,6 @@ class TestErrors:
             assert key not in ui.page.content()
             assert all(key not in request.url for request in ui.requests)
             # Another tab does not know it.
-            other = Ui(context.new_page(), url)
             other.page.goto(url)
             other.wait("!document.getElementById('key-form').hidden")
             context.close()
@@ -250,7 +201,7 @@ class TestInputs:
         ui.open(("stack.tif", pages_bytes(np.stack([pixels[:64, :64]] * 3))))
         ui.settle("L3", agreement=False)
         assert "agreement" not in ui.text("headline")
-        assert any("/jobs?" in request.url for request in ui.requests)
+        assert any("/jobs?" in url for url in ui.urls("POST"))
         assert "/jobs?" in ui.text("curl")
         # With pages as channels it is an image, which the server has to draw again.
         ui.expand("options")
@@ -275,88 +226,20 @@ class TestInputs:
         assert ui.page.locator("#picture").is_visible()
 
 
-class TestOptions:
-    def test_form_has_every_request_parameter(self, ui: Ui) -> None:
-        names = ui.page.evaluate(
-            "[...document.getElementById('options-form').elements].map((field) => field.name)"
-        )
-        assert names == [name for name in SegmentParams.model_fields if name not in OWN_CONTROL]
-        values = ui.page.evaluate(
-            "[...document.querySelectorAll('#options-form [name=precision] option')].map((o) => o.value)"
-        )
-        assert values == list(page_route.request_options()["parameters"][3]["enum"])
-        assert ui.text("options-count") == ""
-
-    def test_new_parameter_appears_without_a_script(self, ui: Ui, cells: Path) -> None:
-        class Extended(SegmentParams):
-            smoothing: int | None = Field(None, description="a number")
-            sharpen: bool = Field(True, description="a checkbox that is on")
-            tone: str | None = Field(None, pattern="warm|cold", description="a text")
-
-        def extended(route: Any) -> None:
-            html = re.sub(r"(<template[^>]*>).*?</template>", r"\1</template>", route.fetch().text())
-            route.fulfill(body=page_route.insert_options(html, Extended), content_type="text/html")
-
-        ui.page.route(f"{ui.url}/", extended)
-        ui.load()
-        ui.expand("options")
-        ui.page.get_by_label("smoothing").fill("3")
-        ui.page.get_by_label("sharpen").uncheck()
-        ui.page.get_by_label("tone").fill("warm")
-        ui.page.get_by_label("tone").blur()
-        assert ui.text("options-count") == "· 3 set"
-        with ui.page.expect_request(re.compile("/segment")) as sent:
-            ui.open(cells)
-        query = dict(httpx.URL(sent.value.url).params)
-        assert {"smoothing": "3", "sharpen": "false", "tone": "warm"}.items() <= query.items()
-        assert not {"threshold", "fill_holes", "axes"} & query.keys()
-
-    def test_options_go_with_every_request(self, ui: Ui, cells: Path, server: httpx.Client) -> None:
-        ui.open(cells)
-        ui.settle("L3")
-        ui.expand("options")
-        ui.page.get_by_label("threshold").fill("0.8")
-        ui.page.get_by_label("min size px").fill("200")
-        ui.page.get_by_label("min size px").blur()
-        ui.wait_for_text("options-count", "2 set")
-        report = post(server, cells, level="3", threshold="0.8", min_size_px="200", format="json").json()
-        ui.wait_for_text("classes", f"{report['classes'][0]['pixels']:,}")
-        assert all(part in ui.text("curl") for part in ("threshold=0.8", "min_size_px=200"))
-
-    def test_instances_have_colors_of_their_own(self, ui: Ui, cells: Path, server: httpx.Client) -> None:
-        ui.open(cells)
-        ui.settle("L3")
-        ui.expand("options")
-        ui.page.get_by_label("instances").check()
-        report = post(server, cells, level="3", instances="true", format="json").json()
-        count = report["classes"][0]["objects"]
-        ui.wait_for_text("status", f": {count} nucleus.*agreement")
-        frames(ui.page)
-        assert count > 3
-        assert hues(ui.page) == count
-        ui.page.get_by_label("instances").uncheck()
-        ui.wait("!document.getElementById('curl').textContent.includes('instances')")
-        frames(ui.page)
-        assert hues(ui.page) == 1
-
-
 class TestDownloads:
-    def test_files_are_those_of_the_server(self, ui: Ui, cells: Path, server: httpx.Client) -> None:
-        ui.open(cells)
-        ui.settle("L3")
-        ui.expand("download")
-        button = ui.page.get_by_role("button", name="Download")
-        with ui.page.expect_download() as one:
+    def test_files_are_those_of_the_server(self, on_cells: Ui, cells: Path, server: httpx.Client) -> None:
+        on_cells.expand("download")
+        button = on_cells.page.get_by_role("button", name="Download")
+        with on_cells.page.expect_download() as one:
             button.click()
         assert one.value.suggested_filename == "cells_mask.png"
         assert Path(one.value.path()).read_bytes() == post(server, cells, level="3").content
-        labels = [label.strip() for label in ui.page.locator("#formats label").all_text_contents()]
-        formats = page_route.request_options()["formats"]
-        assert labels == [one["filename"] for one in formats if "image" in one["kinds"]]
-        ui.page.get_by_label("statistics.json").check()
-        ui.page.get_by_label("objects.csv").check()
-        assert ui.page.get_by_label("uncertainty.png").is_disabled()
-        with ui.page.expect_download() as several:
+        labels = [label.strip() for label in on_cells.page.locator("#formats label").all_text_contents()]
+        assert labels == [one["filename"] for one in request_options()["formats"] if "image" in one["kinds"]]
+        for label in ("statistics.json", "objects.csv"):
+            on_cells.page.get_by_label(label).check()
+        assert on_cells.page.get_by_label("uncertainty.png").is_disabled()
+        with on_cells.page.expect_download() as several:
             button.click()
         with zipfile.ZipFile(Path(several.value.path())) as archive:
             assert sorted(archive.namelist()) == ["mask.png", "objects.csv", "statistics.json"]
@@ -374,27 +257,28 @@ class TestDownloads:
 
 
 class TestAccess:
-    def test_zoom_keeps_the_pixel_under_the_pointer(self, ui: Ui, cells: Path) -> None:
-        ui.open(cells)
-        ui.settle("L3")
-        canvas = ui.page.locator("#picture")
-        canvas.press("0")
-        canvas.hover()
-        frames(ui.page)
-        pixel, fitted = ui.text("readout"), canvas.screenshot()
-        ui.page.mouse.wheel(0, -600)
-        frames(ui.page)
-        zoomed = canvas.screenshot()
-        assert zoomed != fitted
-        nudge(ui.page, canvas)
-        assert ui.text("readout") == pixel
-        ui.page.keyboard.press("ArrowLeft")
-        frames(ui.page)
-        assert canvas.screenshot() != zoomed
-        ui.page.keyboard.press("0")
-        frames(ui.page)
-        nudge(ui.page, canvas)
-        assert canvas.screenshot() == fitted
+    def test_zoom_keeps_the_pixel_under_the_pointer(self, on_cells: Ui) -> None:
+        canvas = on_cells.page.locator("#picture")
+        box = canvas.bounding_box()
+
+        def view(key: str = "") -> tuple[str, bytes]:
+            """What is under the pointer and on the canvas, once a key has worked."""
+            if key:
+                canvas.press(key)
+            on_cells.page.evaluate(
+                "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+            )
+            on_cells.page.mouse.move(box["x"] + box["width"] / 2 + 1, box["y"] + box["height"] / 2 + 1)
+            canvas.hover()
+            return on_cells.text("readout"), canvas.screenshot()
+
+        fitted = view("0")
+        on_cells.page.mouse.wheel(0, -600)
+        until(lambda: view()[1] != fitted[1])
+        zoomed = view()
+        assert zoomed[0] == fitted[0]
+        assert view("ArrowLeft") != zoomed
+        assert view("0") == fitted
 
     def test_keyboard_reaches_every_control(self, ui: Ui, cells: Path) -> None:
         focused = "document.activeElement"
@@ -428,40 +312,20 @@ class TestAccess:
             viewport=size, color_scheme="dark", reduced_motion="reduce", has_touch=True
         )
         ui = Ui(context.new_page(), str(server.base_url)).load()
-        fits = "document.documentElement.scrollWidth <= innerWidth"
-        background = "getComputedStyle(document.body).backgroundColor"
+        fits, style = "document.documentElement.scrollWidth <= innerWidth", "getComputedStyle(document.body)"
         assert ui.page.evaluate(fits)
         ui.open(cells)
         ui.settle("L3")
         ui.expand("card", "options", "download", "command")
         assert ui.page.evaluate(fits)
-        assert ui.nameless_controls() == []
+        assert ui.page.evaluate(NAMELESS_CONTROLS) == []
         assert ui.page.locator("#status").get_attribute("aria-live") == "polite"
         ui.compare(bars=9)
         assert ui.page.evaluate(fits)
-        assert ui.page.evaluate(background) == "rgb(20, 23, 23)"
+        assert ui.page.evaluate(f"{style}.backgroundColor") == "rgb(20, 23, 23)"
         ui.page.emulate_media(color_scheme="light")
-        assert ui.page.evaluate(background) == "rgb(246, 246, 243)"
-        transition = "getComputedStyle(document.querySelector('#network circle')).transitionDuration"
-        assert ui.page.evaluate(transition) == "0s"
+        assert ui.page.evaluate(f"{style}.backgroundColor") == "rgb(246, 246, 243)"
+        circle = "getComputedStyle(document.querySelector('#network circle'))"
+        assert ui.page.evaluate(f"{circle}.transitionDuration") == "0s"
         context.close()
         assert ui.errors == []
-
-
-def frames(page: Any) -> None:
-    """Waits until the canvas is drawn."""
-    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
-
-
-def hues(page: Any) -> int:
-    """How many of 36 hues the picture has; the input is grey."""
-    pixels = np.asarray(Pillow.open(io.BytesIO(page.locator("#picture").screenshot())).convert("HSV"))
-    strong = pixels[(pixels[..., 1] > 120) & (pixels[..., 2] > 80), 0]
-    return int((np.bincount(strong.astype(int) * 36 // 256, minlength=36) > 5).sum())
-
-
-def nudge(page: Any, canvas: Any) -> None:
-    """Moves the pointer off the middle of the canvas and back, so that it reports its pixel."""
-    box = canvas.bounding_box()
-    page.mouse.move(box["x"] + box["width"] / 2 + 1, box["y"] + box["height"] / 2 + 1)
-    canvas.hover()
