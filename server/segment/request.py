@@ -7,7 +7,7 @@ This module imports no array library, so that clients can use it.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self
 
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 
 Mode = Literal["accurate", "fast"]
 Priority = Literal["interactive", "batch"]
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with (stage, windows done, windows in all); stages are decode, infer, encode."""
+
+
+def ignore_progress(stage: str, done: int, total: int) -> None:
+    """Does nothing: the progress of a request that nobody watches."""
+
 
 # Pixels or mm of an object. Beyond it numbers are not exact any more.
 MAX_OBJECT_SIZE = 1e15
