@@ -21,7 +21,7 @@ from server.errors import (
     UnknownModel,
 )
 from server.imaging import encode as encoding
-from server.imaging.decode import is_quick, measure
+from server.imaging.decode import is_quick, read_header
 from server.imaging.decode_options import DecodeOptions
 from server.metrics import Metrics
 from server.runtime.admission import PixelBudget
@@ -210,7 +210,7 @@ class Segmenter:
             CallerError: it could not be segmented at all, or is over a limit.
         """
         choice = self.choose(request)
-        input_header = await Clock(self._workers).off_loop("decode", measure, file, self._reading(request))
+        input_header = await Clock(self._workers).off_loop("decode", read_header, file, self._reading(request))
         return self._order(input_header, None, request, choice).estimate
 
     def _order(self, input_header: InputHeader, reference: InputHeader | None, request: SegmentRequest, choice: Choice) -> Order:
@@ -349,7 +349,7 @@ class Segmenter:
         self, file: BinaryIO, reference: BinaryIO | None, request: SegmentRequest
     ) -> tuple[InputHeader, InputHeader | None]:
         decode_options = self._reading(request)
-        return measure(file, decode_options), measure(reference, steps.of_labels(decode_options)) if reference else None
+        return read_header(file, decode_options), read_header(reference, steps.of_labels(decode_options)) if reference else None
 
     def _decide(
         self, input_header: InputHeader, reference: InputHeader | None, request: SegmentRequest, requested: Choice, terms: Terms

@@ -12,7 +12,7 @@ import pytest
 from scipy import ndimage
 
 from server.arrays import Image, InputHeader, Objects, Volume
-from server.imaging.decode import decode, measure
+from server.imaging.decode import decode, read_header
 from server.imaging.decode_options import DecodeOptions
 
 LIMIT = 100_000_000
@@ -36,7 +36,7 @@ def read(data: bytes, *, limit: int = LIMIT, voxels: int = LIMIT, **choices: Any
 def input_header(data: bytes, limit: int = LIMIT, **choices: Any) -> InputHeader:
     """What the header says; the file is left at its start."""
     with uploaded(data) as file:
-        measured = measure(file, DecodeOptions(limit, limit, **choices))
+        measured = read_header(file, DecodeOptions(limit, limit, **choices))
         assert file.tell() == 0
     return measured
 

@@ -16,7 +16,7 @@ from server.arrays import Image, Volume
 from server.errors import TooLarge, Unreadable, UnsupportedType
 from server.imaging import decode as room
 from server.imaging.decode import DECODERS
-from server.imaging.decode_options import MOST_SIDE
+from server.imaging.decode_options import MAX_SIDE
 from tests.server.conftest import memory_stays_below, picture_bytes
 from tests.server.imaging.conftest import LIMIT, input_header, read
 
@@ -213,7 +213,7 @@ class TestTiff:
         data = tiff(values, photometric="minisblack" if layout == "grey" else "rgb", compression=compression)
         stack = read(data)
         assert isinstance(stack, Volume)
-        assert (stack.affine, stack.header, stack.note) == (None, None, "")
+        assert (stack.affine, stack.file_header, stack.note) == (None, None, "")
         assert stack.size == (17, 13, 5)  # columns, rows, pages
         assert stack.voxels.dtype == dtype
         assert np.array_equal(np.squeeze(stack.voxels.transpose(2, 1, 0, 3)), values)
@@ -323,7 +323,7 @@ def test_gif_is_not_read(grey: np.ndarray) -> None:
 
 
 def test_a_strip_of_noise_is_no_image() -> None:
-    wide = picture_bytes(np.zeros((1, MOST_SIDE + 1), dtype=np.uint8))
+    wide = picture_bytes(np.zeros((1, MAX_SIDE + 1), dtype=np.uint8))
     for attempt in (pixels, input_header):
         with pytest.raises(TooLarge, match="65536 × 1 pixels; the longer side may have 65,535"):
             attempt(wide)

@@ -89,7 +89,6 @@ class TestValues:
         assert np.array_equal(decoded, values)
 
     def test_that_come_in_several_blocks(self, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(room, "BLOCK", 64)
         for dtype in (np.uint8, np.float64):
             stored = rng.integers(0, 200, (5, 7, 9)).astype(dtype)
             data = nifti(stored, TURNED)
@@ -242,7 +241,7 @@ class TestExtensions:
     def test_of_any_content_do_no_harm(self, values: np.ndarray, code: int, order: str) -> None:
         data = self.extended(values, struct.pack(f"{order}ii", 32, code) + b"\xff<garbage \x01\0 &&&&&&&&".ljust(24, b"&"), order)
         assert np.array_equal(voxels(data), values)
-        assert len(read(data).header.extensions) == 1
+        assert len(read(data).file_header.extensions) == 1
 
     @pytest.mark.filterwarnings("ignore:Extension size is not a multiple")
     @pytest.mark.parametrize("size", [0, -1, -8, 7, 2**31 - 1, -(2**31), 48])
@@ -284,7 +283,7 @@ class TestPlace:
 
     def test_neither_code(self) -> None:
         volume = self.placed(qform_code=0, sform_code=0)
-        assert np.array_equal(volume.affine, volume.header.get_base_affine())
+        assert np.array_equal(volume.affine, volume.file_header.get_base_affine())
         assert nib.aff2axcodes(volume.affine) == ("L", "A", "S")
         assert volume.note == "the header gives no orientation; axes were taken as left, anterior, superior"
 
@@ -494,9 +493,9 @@ def agrees_with_nibabel(path: Path) -> None:
     assert np.array_equal(volume.voxels[..., 0], wanted)
     plain = gzip.decompress(data) if path.suffix == ".gz" else data
     # As it lies in the file (nibabel empties some fields of an image's header), but for a qfac of 0, which means 1.
-    stored = volume.header.from_fileobj(io.BytesIO(plain), check=False)
+    stored = volume.file_header.from_fileobj(io.BytesIO(plain), check=False)
     stored["pixdim"][0] = stored["pixdim"][0] or 1
-    assert volume.header.binaryblock == stored.binaryblock
+    assert volume.file_header.binaryblock == stored.binaryblock
 
 
 @pytest.mark.parametrize(

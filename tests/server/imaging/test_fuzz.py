@@ -152,7 +152,7 @@ def repaired(data: bytes, squeeze: bool) -> bytes:
             out[end : end + 4] = struct.pack(">I", zlib.crc32(out[at + 4 : end]))
             at = end + 4
         return bytes(out)
-    if squeeze and DECODERS["nifti"].recognises(data[:16]) and data[:2] != b"\x1f\x8b":
+    if squeeze and DECODERS["nifti"].sniff(data[:16]) and data[:2] != b"\x1f\x8b":
         return gzip.compress(data, 1)
     return data
 
@@ -166,7 +166,7 @@ def check(data: bytes, labels: bool, zero: bool) -> None:
     """What the server does with a file, in this order."""
     pixels, said = None, ""
     # Of the files whose axes can be named, some.
-    axes = "ZYX" if labels and zero and DECODERS["tiff"].recognises(data[:16]) else ""
+    axes = "ZYX" if labels and zero and DECODERS["tiff"].sniff(data[:16]) else ""
     try:
         input_header(data, MOST, axes=axes)
         pixels = read(data, limit=MOST, voxels=MOST, labels=labels, zero_nonfinite=zero, axes=axes)

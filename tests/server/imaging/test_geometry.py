@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 from server.errors import InvalidParameter, Unreadable
 from server.imaging.geometry import (
     Placement,
-    between,
+    linear_weights,
     check_affine,
     lerp,
     place_image,
@@ -201,7 +201,7 @@ def grid(source: int, target: int) -> np.ndarray:
 class TestResampling:
     @given(st.integers(1, 60), st.integers(1, 60))
     def test_between_keeps_the_outer_faces(self, source: int, target: int) -> None:
-        lower, share = between(source, target)
+        lower, share = linear_weights(source, target)
         assert np.allclose(lower + share, np.clip(grid(source, target), 0, source - 1), atol=1e-9)
         assert ((lower >= 0) & (lower < source)).all()
         assert ((share >= 0) & (share < 1)).all()
@@ -209,7 +209,7 @@ class TestResampling:
 
     def test_between_equal_grids_is_nothing(self) -> None:
         for size in range(1, 300):
-            lower, share = between(size, size)
+            lower, share = linear_weights(size, size)
             assert np.array_equal(lower + np.round(share), np.arange(size))
             assert np.allclose(np.minimum(share, 1 - share), 0, atol=1e-9)
 

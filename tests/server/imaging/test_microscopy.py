@@ -347,7 +347,7 @@ class TestOmeHeaders:
         with memory_stays_below(60), pytest.raises(TooLarge, match="more than 100,000 elements"):
             read(described(ome("<a/>" * 200_000)))
         with pytest.raises(TooLarge, match="8,388,608 are read"):
-            read(described(ome("<!--" + " " * microscopy.MOST_TEXT + "-->")))
+            read(described(ome("<!--" + " " * microscopy.MAX_DESCRIPTION + "-->")))
 
     def test_that_all_pages_share(self) -> None:
         out = io.BytesIO()
@@ -391,10 +391,10 @@ WORDS = ["ImageJ=", "images=", "slices=", "frames=", "channels=", "unit=um\n", "
 def test_any_description(words: list[str], count: int) -> None:
     with contextlib.suppress(CallerError):
         found = microscopy.describe("".join(words), count, (9, 7, 1), (0.0, 3.0))
-        assert math.prod(found.table.shape) <= count
-        assert 0 <= found.table.min() <= found.table.max() < count
-        assert found.table.ndim == len(found.letters)
-        assert all(1e-7 <= mm <= 100 for mm in found.spacing.values())
+        assert math.prod(found.pages.shape) <= count
+        assert 0 <= found.pages.min() <= found.pages.max() < count
+        assert found.pages.ndim == len(found.letters)
+        assert all(1e-7 <= mm <= 100 for mm in found.spacing_mm.values())
 
 
 def test_each_combination_of_axes_is_understood_or_refused() -> None:
