@@ -60,7 +60,9 @@ def read_fields(file: BinaryIO) -> dict[str, Any]:
         start = end + 1
         if not line:
             break
-        lines.extend(_used_line(line, first=not lines))
+        # Comments are skipped here because a hostile header holds half a million of them.
+        if not lines or b":" in line:
+            lines.extend(_used_line(line, first=not lines))
     else:
         if start > MAX_HEADER - 1:
             raise TooLarge(
@@ -89,9 +91,9 @@ def read_fields(file: BinaryIO) -> dict[str, Any]:
 
 def _used_line(line: bytes, *, first: bool) -> list[str]:
     """Returns a line as pynrrd expects it: with a name in lower case; nothing for a line that is not used."""
-    name, colon, value = line.partition(b":")
+    name, _, value = line.partition(b":")
     lower_name = _text(name).strip().lower()
-    if not first and (not colon or value.startswith(b"=") or lower_name not in FIELDS):
+    if not first and (value.startswith(b"=") or lower_name not in FIELDS):
         return []
     if len(line) > MAX_LINE:
         raise broken(

@@ -46,6 +46,11 @@ def header(data: bytes, *, limit: int = LIMIT, voxels: int = LIMIT, **choices: A
     return header
 
 
+def refusals(error: type[UnetppError], expected: dict[str, Any] | str, files: dict[Any, bytes]) -> list[Any]:
+    """Rows of a table: files by name, which are refused with one error and these fields."""
+    return [pytest.param(data, error, expected, id=f"{error.code}: {name}") for name, data in files.items()]
+
+
 def assert_refused(
     data: bytes,
     error: type[UnetppError],
