@@ -1,6 +1,7 @@
 """What the imaging tests share: decoding as the server does it, NIfTI files with odd headers, real volumes."""
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -66,6 +67,8 @@ def assert_refused(
             attempt(data, **choices)
         assert caught.type is error
         assert caught.value.fields | fields == caught.value.fields
+        # A problem document is JSON, which knows no infinity.
+        json.dumps(caught.value.fields, allow_nan=False)
 
 
 def nifti(
