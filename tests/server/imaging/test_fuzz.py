@@ -7,7 +7,6 @@ goes on for longer and shows what took long.
 
 import functools
 import gzip
-import io
 import json
 import os
 import random
@@ -24,12 +23,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK
-import tifffile
 from PIL import Image as Pillow
 
 from server.errors import CallerError
 from server.imaging.decode import DECODERS
 from tests.server.conftest import memory_stays_below
+from tests.server.imaging.builders import tiff
 from tests.server.imaging.conftest import header, nifti, read
 from tests.server.imaging.itk import by_itk
 from tests.support.files import nifti_bytes, picture_bytes
@@ -64,12 +63,6 @@ ODD = [
 GREY = np.arange(40 * 30, dtype=np.uint8).reshape(40, 30)
 COLOUR = np.stack([GREY, GREY.T.reshape(40, 30), 255 - GREY], axis=-1)
 DEEP = GREY.astype(np.uint16) * 200
-
-
-def tiff(pixels: np.ndarray, **options: object) -> bytes:
-    out = io.BytesIO()
-    tifffile.imwrite(out, pixels, **options)
-    return out.getvalue()
 
 
 def rasters() -> list[bytes]:

@@ -18,36 +18,12 @@ from server.arrays import Image
 from server.errors import CallerError, InvalidParameter, TooLarge, UnetppError, Unreadable
 from server.imaging import microscopy
 from tests.server.conftest import memory_stays_below
+from tests.server.imaging.builders import SIDES, described, written
 from tests.server.imaging.conftest import assert_refused, deterministic, header, read
 from tests.support.files import nifti_bytes
 
-SIDES = 9, 7
 LENGTHS = {"T": 2, "Z": 3, "C": 4}
 RNG = np.random.default_rng(0)
-
-
-def written(values: np.ndarray, axes: str = "", **options: Any) -> bytes:
-    """A TIFF as tifffile writes it."""
-    out = io.BytesIO()
-    metadata = ({"axes": axes} if axes else {}) | options.pop("metadata", {})
-    tifffile.imwrite(out, values, **{"photometric": "minisblack"} | options, metadata=metadata)
-    return out.getvalue()
-
-
-def described(text: str | bytes, pages: int = 6, *, every: bool = False, **options: Any) -> bytes:
-    """Pages, each filled with its number, under a description by hand."""
-    out = io.BytesIO()
-    with tifffile.TiffWriter(out) as tiff:
-        for number in range(pages):
-            page = np.full(SIDES, number, dtype=np.uint8)
-            tiff.write(
-                page,
-                description=text if every or not number else None,
-                metadata=None,
-                contiguous=False,
-                **options,
-            )
-    return out.getvalue()
 
 
 def random(*lengths: int) -> np.ndarray:
