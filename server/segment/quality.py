@@ -9,7 +9,7 @@ from numpy import ndarray
 
 from server.arrays import InputHeader
 from server.errors import InvalidParameter
-from server.imaging.geometry import SAME_PLACE, apart, spacing
+from server.imaging.geometry import AFFINE_TOLERANCE_VOXELS, max_displacement, spacing
 
 # Of IoU, as in the 2018 Data Science Bowl; hundredths, so that an IoU of 11/20 is exactly 0.55.
 AP_THRESHOLDS = tuple(n / 100 for n in range(50, 100, 5))
@@ -52,8 +52,8 @@ def check_grid(image: InputHeader, reference: InputHeader) -> None:
     check_size(image.size, reference.size)
     if image.affine is None or reference.affine is None:
         return
-    distance = apart(image.size, image.affine, reference.affine)
-    if distance > SAME_PLACE * min(spacing(image.affine)):
+    distance = max_displacement(image.size, image.affine, reference.affine)
+    if distance > AFFINE_TOLERANCE_VOXELS * min(spacing(image.affine)):
         raise InvalidParameter(
             f"the reference lies up to {distance:.3g} mm away from the volume (other affine); resample it to the volume's grid"
         )

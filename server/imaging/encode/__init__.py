@@ -199,7 +199,7 @@ def like(input_header: InputHeader | None, *, instances: bool = False) -> str:
 
 def _sheared(input_header: InputHeader | None) -> bool:
     """Whether NRRD is no use: ITK, and with it Slicer, would read the volume elsewhere, or not at all."""
-    return input_header is not None and input_header.affine is not None and geometry.sheared(input_header.affine)
+    return input_header is not None and input_header.affine is not None and geometry.is_sheared(input_header.affine)
 
 
 def choose(

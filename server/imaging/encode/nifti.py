@@ -64,7 +64,7 @@ def write(
         intent: as nibabel calls it.
         table: names and colours, see `CARET`.
     """
-    header = volume.header.copy()
+    header = volume.file_header.copy()
     header.set_data_dtype(dtype)
     header.set_slope_inter(slope, 0)
     header.set_intent(intent)

@@ -114,7 +114,7 @@ def test_contrast_is_that_of_the_whole_volume(rng: np.random.Generator) -> None:
 def test_memory() -> None:
     """Of 27 million voxels: which slices hold some of the mask, and a picture."""
     source = volume(np.zeros((1, 1, 1), dtype=np.int16))
-    large = Volume(np.full((300, 300, 300, 1), 7, dtype=np.int16, order="F"), source.affine, source.header)
+    large = Volume(np.full((300, 300, 300, 1), 7, dtype=np.int16, order="F"), source.affine, source.file_header)
     asked = SegmentationResult(Mask(np.full((300, 300, 300), 1, dtype=np.uint8, order="F")), COLORS, NAMES, large)
     with memory_stays_below(60):
         ENCODERS["overlay"].encode(asked)

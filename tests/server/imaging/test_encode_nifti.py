@@ -87,10 +87,10 @@ class TestHeader:
 
     def test_of_the_source_stays_as_it_was(self) -> None:
         source = read(nifti(np.zeros((2, 3, 4), dtype=np.int16), OBLIQUE, **odd_header()))
-        before = source.header.copy()
+        before = source.file_header.copy()
         ENCODERS["nifti"].encode(SegmentationResult(Mask(np.zeros((2, 3, 4), dtype=np.uint8)), COLORS, NAMES, source))
-        assert source.header == before
-        assert len(source.header.extensions) == 0
+        assert source.file_header == before
+        assert len(source.file_header.extensions) == 0
 
     @pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1), (1, 1, 1), (4, 5, 6), (4, 5, 6, 1), (4, 5, 6, 1, 1, 1, 1)])
     @pytest.mark.parametrize("version", [1, 2])
