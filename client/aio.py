@@ -10,10 +10,11 @@ from urllib.parse import quote
 
 import httpx
 import httpx_sse
+from numpy.typing import ArrayLike
 
 from client.errors import BadResponse, from_problem
-from client.files import printable, replacing
-from client.request import Affine, FilePart, Formats, Source, file_name, file_part, ignore, segment_params
+from client.files import replacing
+from client.request import FilePart, Formats, Source, file_name, file_parts, ignore, segment_params
 from client.result import Result, read_result
 from client.retry import read_error, send_with_retry, time_limit
 from server.errors import CallerError, NotFinished
@@ -97,7 +98,7 @@ class AsyncClient:
         *,
         formats: Formats = ("mask", "json"),
         reference: Source | None = None,
-        affine: "Affine | None" = None,
+        affine: ArrayLike | None = None,
         **parameters: Any,
     ) -> Result:
         """Segments an image, a stack, a volume or a zip of images.
@@ -113,9 +114,7 @@ class AsyncClient:
             UnetppError: see `client.errors`.
         """
         params = segment_params(formats, parameters).model_dump(exclude_unset=True)
-        response = await self.request(
-            "POST", "segment", params=params, parts=_parts(source, reference, affine, params)
-        )
+        response = await self._post("segment", source, reference, affine, params)
         return read_result(response.headers, response.content)
 
     async def submit(
@@ -124,7 +123,7 @@ class AsyncClient:
         *,
         formats: Formats = ("mask", "json"),
         reference: Source | None = None,
-        affine: "Affine | None" = None,
+        affine: ArrayLike | None = None,
         preview: bool = False,
         **parameters: Any,
     ) -> "AsyncJob":
@@ -136,14 +135,25 @@ class AsyncClient:
         params = segment_params(formats, parameters).model_dump(exclude_unset=True) | (
             {"preview": True} if preview else {}
         )
-        response = await self.request(
-            "POST", "jobs", params=params, parts=_parts(source, reference, affine, params)
-        )
+        response = await self._post("jobs", source, reference, affine, params)
         return self.job(_json(response)["id"])
 
     def job(self, job_id: str) -> "AsyncJob":
         """Returns a job that was submitted before, by this program or another."""
         return AsyncJob(job_id, self)
+
+    async def _post(
+        self,
+        path: str,
+        source: Source,
+        reference: Source | None,
+        affine: ArrayLike | None,
+        params: dict[str, Any],
+    ) -> httpx.Response:
+        # The server learns a file name only for COCO, whose readers need it, because it may be the name of a patient.
+        name = file_name(source) if "coco" in params.get("format", "").split(",") else ""
+        parts = file_parts(source, reference, affine, name or "upload")
+        return await self.request("POST", path, params=params, parts=parts)
 
     async def request(
         self,
@@ -275,15 +285,6 @@ class AsyncJob:
     async def cancel(self) -> None:
         """Cancels the job, or removes a finished one with its result."""
         await self._client.request("DELETE", f"jobs/{self.id}")
-
-
-def _parts(
-    source: Source, reference: Source | None, affine: "Affine | None", params: Mapping[str, Any]
-) -> dict[str, FilePart]:
-    # The server learns file names only for COCO, whose readers need them: they may be names of patients.
-    path = file_name(source) if "coco" in params.get("format", "").split(",") else ""
-    parts = {"file": file_part(source, affine, printable(Path(path)) if path else "upload")}
-    return parts if reference is None else parts | {"reference": file_part(reference, affine)}
 
 
 def _json(response: httpx.Response) -> Any:

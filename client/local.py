@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from numpy.typing import ArrayLike
+
 from client.blocking import Blocking
-from client.files import printable
-from client.request import Affine, Formats, Progress, Source, file_name, file_part, ignore, segment_params
+from client.request import Formats, Progress, Source, file_name, file_parts, ignore, segment_params
 from client.result import Result, split_files
 from server.errors import UnknownModel
 from server.segment.request import QoS, Response, Upload
@@ -75,7 +76,7 @@ class AsyncLocal:
         *,
         formats: Formats = ("mask", "json"),
         reference: Source | None = None,
-        affine: "Affine | None" = None,
+        affine: ArrayLike | None = None,
         progress: Progress = ignore,
         **parameters: Any,
     ) -> Result:
@@ -87,9 +88,9 @@ class AsyncLocal:
         params = segment_params(formats, parameters)
         deadline = math.inf if params.deadline_ms is None else time.monotonic() + params.deadline_ms / 1000
         with contextlib.ExitStack() as opened:
-            file = opened.enter_context(file_part(source, affine).open())
-            labels = None if reference is None else opened.enter_context(file_part(reference, affine).open())
-            upload = Upload(file, labels, printable(Path(file_name(source))))
+            parts = file_parts(source, reference, affine)
+            files = {field: opened.enter_context(part.open()) for field, part in parts.items()}
+            upload = Upload(files["file"], files.get("reference"), file_name(source))
             response = await self._service.segment(upload, params, QoS(deadline=deadline), progress)
         with contextlib.closing(response):
             return _result(response)

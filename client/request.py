@@ -1,21 +1,20 @@
 """What a client sends: sources as files, and the request parameters."""
 
-import functools
 import gzip
 import io
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from client.files import printable
 from server.segment.request import SegmentParams
 
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
-
-Source: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | NDArray[Any]"
-Affine: TypeAlias = "ArrayLike"
+Source: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | NDArray[Any]
 Formats: TypeAlias = tuple[str, ...] | str
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with the stage, the number of finished windows and the number of all."""
@@ -64,7 +63,7 @@ class _Memory(io.BytesIO):
     name, mode = "upload", "rb"
 
 
-def file_part(source: Source, affine: "Affine | None" = None, name: str = "upload") -> FilePart:
+def file_part(source: Source, affine: ArrayLike | None = None, name: str = "upload") -> FilePart:
     """Prepares a source for sending.
 
     Args:
@@ -78,35 +77,49 @@ def file_part(source: Source, affine: "Affine | None" = None, name: str = "uploa
         ValueError: the array has no shape or type of an image, stack or volume.
         OSError: the file cannot be read.
     """
-    if hasattr(source, "dtype"):
-        return FilePart(functools.partial(_Memory, encode(source, affine)), name)
-    if isinstance(source, str | os.PathLike):
-        Path(source).stat()
-        return FilePart(functools.partial(open, source, "rb"), name)
-    if hasattr(source, "read"):
-        if source.seekable():
-            source.seek(0)
-        source = source.read()
-    if isinstance(source, bytes | bytearray | memoryview):
-        return FilePart(functools.partial(_Memory, source), name)
+    data: Any = source
+    if isinstance(data, np.ndarray):
+        data = encode(data, affine)
+    elif isinstance(data, str | os.PathLike):
+        path = Path(data)
+        path.stat()
+        return FilePart(lambda: path.open("rb"), name)
+    elif hasattr(data, "read"):
+        if data.seekable():
+            data.seek(0)
+        data = data.read()
+    if isinstance(data, bytes | bytearray | memoryview):
+        return FilePart(lambda: _Memory(data), name)
     raise TypeError(
-        f"{type(source).__name__} cannot be sent; use a path, bytes, a file open for bytes or a numpy array"
+        f"{type(data).__name__} cannot be sent; use a path, bytes, a file open for bytes or a numpy array"
     )
 
 
+def file_parts(
+    source: Source, reference: Source | None, affine: ArrayLike | None, name: str = "upload"
+) -> dict[str, FilePart]:
+    """Prepares an input, called `name`, and its reference by field name.
+
+    Raises:
+        TypeError: there is an affine and no array that it belongs to, or a source is of another type.
+    """
+    if affine is not None and not isinstance(source, np.ndarray) and not isinstance(reference, np.ndarray):
+        raise TypeError("affine is for volumes in numpy arrays; files have their own")
+    parts = {"file": file_part(source, affine, name)}
+    return parts if reference is None else parts | {"reference": file_part(reference, affine)}
+
+
 def file_name(source: Source) -> str:
-    """The name of a source that is a path; "" of any other."""
-    return Path(source).name if isinstance(source, str | os.PathLike) else ""
+    """The printable name of a source that is a path; "" of any other."""
+    return printable(Path(Path(source).name)) if isinstance(source, str | os.PathLike) else ""
 
 
-def encode(array: "NDArray[Any]", affine: "Affine | None" = None) -> bytes:
+def encode(array: NDArray[Any], affine: ArrayLike | None = None) -> bytes:
     """Encodes pixels as PNG where it holds their type, else as TIFF, and voxels with an affine as NIfTI.
 
     Raises:
         ValueError: no image, stack or volume has this shape or this type.
     """
-    import numpy as np
-
     values = to_portable_dtype(array)
     if affine is not None:
         return _nifti(values, np.asarray(affine, dtype=np.float64))
@@ -130,7 +143,7 @@ def encode(array: "NDArray[Any]", affine: "Affine | None" = None) -> bytes:
     return out.getvalue()
 
 
-def _nifti(values: "NDArray[Any]", affine: "NDArray[Any]") -> bytes:
+def _nifti(values: NDArray[Any], affine: NDArray[Any]) -> bytes:
     import nibabel as nib
 
     if affine.shape != (4, 4):
@@ -140,14 +153,12 @@ def _nifti(values: "NDArray[Any]", affine: "NDArray[Any]") -> bytes:
     return gzip.compress(nib.Nifti1Image(values, affine).to_bytes(), 1, mtime=0)
 
 
-def to_portable_dtype(array: "NDArray[Any]") -> "NDArray[Any]":
+def to_portable_dtype(array: NDArray[Any]) -> NDArray[Any]:
     """Converts to the smallest of uint8, uint16 and float32 that holds the values; every file format has these.
 
     Raises:
         ValueError: the values are not real numbers.
     """
-    import numpy as np
-
     if array.dtype.kind not in "buif":
         raise ValueError(f"the array has dtype {array.dtype}; pixels must be real numbers")
     dtype: type[np.generic] = np.float32

@@ -8,12 +8,12 @@ import re
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from client.errors import BadResponse
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 # File names without their suffix that hold the mask, the plainest first. An .npz file has it beside the scores.
 MASKS = ("mask", "labels", "mask_1bit")
@@ -51,7 +51,7 @@ class Result:
     request_id: str = ""
 
     @functools.cached_property
-    def mask(self) -> "NDArray[Any]":
+    def mask(self) -> NDArray[Any]:
         """Class per pixel in the input's own grid, or object numbers where only labels were requested.
 
         Raises:
@@ -84,7 +84,7 @@ class Result:
         """Milliseconds of all phases."""
         return sum(self.timings_ms.values())
 
-    def array(self, name: str) -> "NDArray[Any]":
+    def array(self, name: str) -> NDArray[Any]:
         """Decodes a file that holds pixels.
 
         Args:
@@ -150,8 +150,7 @@ def split_files(media_type: str, filename: str, body: bytes) -> dict[str, bytes]
         return {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
 
 
-def _picture(data: bytes) -> "NDArray[Any]":
-    import numpy as np
+def _picture(data: bytes) -> NDArray[Any]:
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as picture:
@@ -160,23 +159,21 @@ def _picture(data: bytes) -> "NDArray[Any]":
     return pixels.astype(np.uint8) if pixels.dtype == bool else pixels
 
 
-def _tiff(data: bytes) -> "NDArray[Any]":
+def _tiff(data: bytes) -> NDArray[Any]:
     import tifffile
 
     # By page, because the series of a file depend on its metadata.
     return tifffile.imread(io.BytesIO(data), key=slice(None))  # type: ignore[no-any-return]
 
 
-def _nifti(data: bytes) -> "NDArray[Any]":
+def _nifti(data: bytes) -> NDArray[Any]:
     import nibabel as nib
-    import numpy as np
 
     return np.asanyarray(nib.Nifti1Image.from_bytes(gzip.decompress(data)).dataobj)
 
 
-def _nrrd(data: bytes) -> "NDArray[Any]":
+def _nrrd(data: bytes) -> NDArray[Any]:
     import nrrd
-    import numpy as np
 
     file = io.BytesIO(data)
     header = nrrd.read_header(file)
@@ -186,14 +183,12 @@ def _nrrd(data: bytes) -> "NDArray[Any]":
     return np.asarray(nrrd.read_data(header, file))
 
 
-def _npz(data: bytes) -> "NDArray[Any]":
-    import numpy as np
-
+def _npz(data: bytes) -> NDArray[Any]:
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         return np.asarray(arrays["mask"])
 
 
-DECODERS: "dict[str, Callable[[bytes], NDArray[Any]]]" = {
+DECODERS: dict[str, Callable[[bytes], NDArray[Any]]] = {
     ".png": _picture,
     ".jpg": _picture,
     ".tiff": _tiff,
