@@ -193,12 +193,10 @@ class AsyncClient:
             CallerError: the server refuses the request, e.g. because the job is unknown.
         """
         document: dict[str, Any] | None = None
-        # Broken off, refused for now, or damaged on the way: the caller asks for the job itself.
-        with contextlib.suppress(httpx.HTTPError, ValueError):
-            limits = httpx.Timeout(SILENCE_S, connect=CONNECT_S)
-            async with httpx_sse.aconnect_sse(
-                self._http, "GET", f"jobs/{job_id}/events", timeout=limits
-            ) as events:
+        limits, url = httpx.Timeout(SILENCE_S, connect=CONNECT_S), f"jobs/{job_id}/events"
+        # After a broken stream, and one that is refused for now, the caller requests the job itself.
+        with contextlib.suppress(httpx.HTTPError):
+            async with httpx_sse.aconnect_sse(self._http, "GET", url, timeout=limits) as events:
                 if not events.response.is_success:
                     await events.response.aread()
                     if isinstance(error := read_error(events.response), CallerError):
@@ -206,8 +204,13 @@ class AsyncClient:
                     return None
                 async with contextlib.aclosing(events.aiter_sse()) as stream:
                     async for event in stream:
-                        document = event.json()
+                        try:
+                            document = event.json()
+                        except ValueError:
+                            break
                         progress(document)
+                        if document["state"] in FINISHED:
+                            break
         return document
 
 
@@ -243,8 +246,7 @@ class AsyncJob:
         """
         wait_s = FIRST_POLL_S
         async with time_limit(
-            timeout_s,
-            f"the job has not finished within {timeout_s} s; it goes on, and can be waited for again",
+            timeout_s, f"the job is not done within {timeout_s} s; it goes on, so wait for it again"
         ):
             while True:
                 document = await self._client.follow(self.id, progress)
@@ -253,8 +255,12 @@ class AsyncJob:
                 if document is None or document["state"] not in FINISHED:
                     document = await self.status()
                     progress(document)
-                if document["state"] in FINISHED:
-                    return _successful(document)
+                if document["state"] == "done":
+                    return document
+                if document["state"] == "failed":
+                    raise from_problem(document["error"])
+                if document["state"] == "cancelled":
+                    raise NotFinished("the job was cancelled, so it has no result", state="cancelled")
                 await asyncio.sleep(wait_s)
                 wait_s = min(LONGEST_POLL_S, 2 * wait_s)
         raise AssertionError("unreachable")
@@ -293,13 +299,5 @@ def _json(response: httpx.Response) -> Any:
     except ValueError as error:
         kind = response.headers.get("content-type", "unknown type")
         raise BadResponse(
-            f"the response is {kind} instead of JSON; check that the address is a segmentation server's"
+            f"the response is {kind} instead of JSON; check the address of the server"
         ) from error
-
-
-def _successful(document: dict[str, Any]) -> dict[str, Any]:
-    if document["state"] == "cancelled":
-        raise NotFinished("the job was cancelled, so it has no result", state="cancelled")
-    if document["state"] == "failed":
-        raise from_problem(document["error"], (document["error"] or {}).get("status"))
-    return document

@@ -1,12 +1,12 @@
 """Segments many inputs, several at a time; a failure affects its own input only."""
 
 import asyncio
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from client.display import SKIPPED, Display
 from client.errors import InputError, TransportError
 from client.files import printable, replacing, sha256
 from client.inputs import Input
@@ -17,8 +17,6 @@ from server.errors import Unauthorized, UnetppError
 
 # After these no other input would succeed.
 FATAL = (TransportError, Unauthorized)
-
-SKIPPED = "complete already"
 
 
 class Segmenter(Protocol):
@@ -32,16 +30,6 @@ class Segmenter(Protocol):
 
     async def segment(self, source: Path, *, progress: Progress = ..., **parameters: Any) -> Result:
         """Segments one input."""
-
-
-class Observer(Protocol):
-    """Shows the progress of a run."""
-
-    def started(self, one: Input) -> Progress:
-        """Returns the progress callback of an input that is being started."""
-
-    def finished(self, one: Input, message: str, *, failed: bool) -> None:
-        """Shows the outcome of an input."""
 
 
 async def model_card(segmenter: Segmenter, name: str | None) -> dict[str, Any]:
@@ -60,7 +48,7 @@ class Batch:
         card: card of the model.
         parameters: arguments of `segment`, `formats` among them.
         report: lists the inputs and takes their outcome.
-        observer: shows the progress.
+        display: shows the progress.
         out: folder of the answers; beside the inputs if None.
         output: file of the only answer instead.
         references: references by input.
@@ -72,7 +60,7 @@ class Batch:
     card: dict[str, Any]
     parameters: dict[str, Any]
     report: Report
-    observer: Observer
+    display: Display
     out: Path | None = None
     output: Path | None = None
     references: dict[Input, Path] = field(default_factory=dict)
@@ -97,14 +85,14 @@ class Batch:
 
     async def _work(self, waiting: Iterator[Input]) -> None:
         for one in waiting:
-            progress = self.observer.started(one)
+            progress = self.display.started(one)
             try:
-                self.observer.finished(one, await self._process(one, progress), failed=False)
+                self.display.finished(one, await self._process(one, progress), failed=False)
             except (UnetppError, OSError) as error:
                 self._fail(one, error)
                 if isinstance(error, FATAL):
                     raise
-                self.observer.finished(one, str(error), failed=True)
+                self.display.finished(one, str(error), failed=True)
 
     def _fail(self, one: Input, error: Exception) -> None:
         entry = {key: self.report.entries[one].get(key) for key in ("sha256", "bytes", "outputs")}
@@ -126,32 +114,19 @@ class Batch:
             one.path, reference=reference, progress=progress, **self.parameters
         )
         paths = await asyncio.to_thread(self._write, one, result)
-        facts["outputs"] = [
-            {
-                "path": self.report.relative(path),
-                "bytes": len(data),
-                "sha256": hashlib.sha256(data).hexdigest(),
-            }
-            for path, data in zip(paths, result.files.values(), strict=True)
-        ]
+        facts["outputs"] = [{"path": self.report.relative(path), "sha256": sha256(path)} for path in paths]
         if failed := [row for row in result.images if row["status"] != "ok"]:
             self.report.update(one, status="failed", **facts)
             reasons = "".join(
                 f"\n    {row['name']}: {row.get('detail', 'no reason given')}" for row in failed
             )
-            raise InputError(
-                f"{len(failed)} of {len(result.images)} images of the zip could not be segmented{reasons}"
-            )
+            raise InputError(f"{len(failed)} of {len(result.images)} images of the zip failed:{reasons}")
         self.report.update(one, status="done", **facts, **self._served(result))
         return _summary(result, paths)
 
     def _served(self, result: Result) -> dict[str, Any]:
-        graph = "accurate" if result.mode == "accurate" else f"L{result.level}"
-        rows = (
-            row
-            for row in self.card["serving"]
-            if (row["graph"], row["precision"]) == (graph, result.precision)
-        )
+        graph = ("accurate" if result.mode == "accurate" else f"L{result.level}", result.precision)
+        rows = (row for row in self.card.get("serving", ()) if (row["graph"], row["precision"]) == graph)
         engine = {key: value for key, value in next(rows, {}).items() if key in ("engine", "provider")}
         names = ("mode", "level", "precision", "timings_ms", "iou", "dice")
         optional = {name: getattr(result, name) or None for name in ("degraded", "note", "request_id")}
@@ -168,14 +143,11 @@ class Batch:
 
 def _summary(result: Result, paths: list[Path]) -> str:
     """Describes an answer in a few lines."""
-    files = (
-        f"{len(paths)} files in {printable(paths[-1].parent)}"
-        if result.images
-        else ", ".join(map(printable, paths))
-    )
-    lines = [
-        f"{files}  {result.model} {result.mode} L{result.level} {result.precision}, {result.total_ms:.0f} ms"
-    ]
+    files = ", ".join(map(printable, paths))
+    if result.images:
+        files = f"{len(paths)} files in {printable(paths[-1].parent)}"
+    served = f"{result.model} {result.mode} L{result.level} {result.precision}"
+    lines = [f"{files}  {served}, {result.total_ms:.0f} ms"]
     if result.iou is not None:
         lines.append(f"IoU {result.iou:.4f}  Dice {result.dice:.4f}")
     return "\n".join(lines + ([f"note: {result.note}"] if result.note else []))

@@ -4,7 +4,7 @@ import asyncio
 import re
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -50,7 +50,10 @@ def connect(
             fail("--as-job, --api-key-file, --ca and --no-verify need a server; name it with --server")
         from client.local import AsyncLocal, one_model
 
-        return AsyncLocal(settings=one_model(read_settings(bundles), model))
+        try:
+            return AsyncLocal(settings=one_model(read_settings(bundles), model))
+        except KeyboardInterrupt:
+            _interrupted()
     if bundles:
         fail("--bundles is for work in this process; a server has its own bundles")
     if ca and no_verify:
@@ -131,9 +134,10 @@ def segment(
             outcomes = Report(report, head)
             outcomes.begin(inputs, before if resume else {})
             arguments = {"formats": formats, **parameters}
-            await Batch(
+            batch = Batch(
                 segmenter, card, arguments, outcomes, display, out, output, references, jobs, resume
-            ).run()
+            )
+            await batch.run()
 
     with open_display(len(inputs)) as display:
         error = _run(run(display))
@@ -216,24 +220,21 @@ def _exit(display: "Display", total: int, error: BaseException | None) -> None:
 
     if display.skipped:
         typer.echo(f"{display.skipped} of {total} were done before")
-    failures = sorted(display.failures)
-    messages = (
-        [f"{len(failures)} of {total} failed:" + "".join(f"\n  {name}: {why}" for name, why in failures)]
-        if failures
-        else []
-    )
-    if failures and total == 1:
-        messages = [failures[0][1]]
+    messages, failures = [], sorted(display.failures)
+    if failures:
+        lines = "".join(f"\n  {name}: {reason}" for name, reason in failures)
+        messages.append(failures[0][1] if total == 1 else f"{len(failures)} of {total} failed:{lines}")
     if error and not isinstance(error, KeyboardInterrupt):
-        messages.append(
-            f"{error}; name the file of the key with --api-key-file"
-            if isinstance(error, Unauthorized)
-            else str(error)
-        )
+        hint = "; name the file of the key with --api-key-file" if isinstance(error, Unauthorized) else ""
+        messages.append(f"{error}{hint}")
     for message in messages:
         typer.secho(f"error: {message}", fg="red", err=True)
     if isinstance(error, KeyboardInterrupt):
-        typer.secho("interrupted", err=True)
-        raise typer.Exit(INTERRUPTED)
+        _interrupted()
     if messages:
         raise typer.Exit(1)
+
+
+def _interrupted() -> NoReturn:
+    typer.secho("interrupted", err=True)
+    raise typer.Exit(INTERRUPTED)

@@ -45,16 +45,9 @@ class Row:
     def cells(self) -> list[str]:
         """The row of the table."""
         result, network_ms = self.result, self.result.timings_ms.get("infer", 0.0)
-        times = [f"{network_ms:.1f}", f"{result.total_ms - network_ms:.1f}", f"{result.total_ms:.1f}"]
-        scores = [] if result.iou is None else [f"{result.iou:.4f}", f"{result.dice:.4f}"]
-        return [
-            self.name,
-            result.precision,
-            *times,
-            f"{self.speed_up:.1f}×",
-            f"{self.agreement:.4f}",
-            *scores,
-        ]
+        times = [f"{one:.1f}" for one in (network_ms, result.total_ms - network_ms, result.total_ms)]
+        scores = [f"{one:.4f}" for one in (self.agreement, result.iou, result.dice) if one is not None]
+        return [self.name, result.precision, *times, f"{self.speed_up:.1f}×", *scores]
 
 
 HEADINGS = ("graph", "precision", "network ms", "other ms", "total ms", "faster", "agreement", "IoU", "Dice")
@@ -67,21 +60,15 @@ async def compare(
     parameters: Mapping[str, Any],
     progress: Callable[[str], None],
 ) -> tuple[list[Row], bytes | None]:
-    """Segments an input at every level and in mode accurate.
-
-    Args:
-        segmenter: server, or this process.
-        card: card of the model.
-        path: path of the input.
-        parameters: other arguments of `segment`.
-        progress: called with the name of each graph.
+    """Segments an input at every level and in mode accurate, and calls `progress` with the name of each graph.
 
     Returns:
         One row per graph, and the input as PNG if it is an image.
     """
-    graphs = {f"L{level}": {"mode": "fast", "level": level} for level in card["levels"]} | {
-        "accurate": {"mode": "accurate"}
+    graphs: dict[str, dict[str, Any]] = {
+        f"L{level}": {"mode": "fast", "level": level} for level in card["levels"]
     }
+    graphs["accurate"] = {"mode": "accurate"}
     results: dict[str, Result] = {}
     overlays: dict[str, bytes] = {}
     for name, graph in graphs.items():
@@ -91,23 +78,14 @@ async def compare(
         while len(runs) < RUNS and runs[0].total_ms < LONG_MS:
             runs.append(await segmenter.segment(path, formats=("mask",), **parameters, **graph))
         results[name] = min(runs, key=lambda run: run.total_ms)
-    best, values = results["accurate"], [one["value"] for one in card["classes"]]
-    rows = [
-        Row(
-            name,
-            one,
-            overlays[name],
-            agreement(one.mask, best.mask, values),
-            best.total_ms / max(one.total_ms, 1e-9),
-        )
-        for name, one in results.items()
-    ]
+    best, values, rows = results["accurate"], [one["value"] for one in card["classes"]], []
+    for name, one in results.items():
+        overlap, speed_up = agreement(one.mask, best.mask, values), best.total_ms / max(one.total_ms, 1e-9)
+        rows.append(Row(name, one, overlays[name], overlap, speed_up))
     if best.mask.ndim > 2:
         return rows, None
-    first = {name: value for name, value in parameters.items() if name != "reference"}
-    result = await segmenter.segment(
-        path, formats=("picture",), **first, mode="fast", level=min(card["levels"])
-    )
+    graph = next(iter(graphs.values()))
+    result = await segmenter.segment(path, formats=("picture",), **parameters, **graph)
     return rows, next(iter(result.files.values()))
 
 
@@ -130,13 +108,7 @@ def draw(rows: list[Row], picture: bytes | None) -> bytes:
 
 
 def contact_sheet(panels: Sequence[tuple[str, bytes]], columns: int, side: int) -> bytes:
-    """Draws pictures in a grid, each with its text below.
-
-    Args:
-        panels: text of one or two lines, and an encoded picture.
-        columns: pictures in a row.
-        side: pixels of the longer side of the largest picture; all have the same scale.
-    """
+    """Draws pictures in a grid, each with its text below, scaled so that the longer side of the largest has `side` pixels."""
     pictures = [Image.open(io.BytesIO(data)).convert("RGB") for _, data in panels]
     scale = side / max(max(picture.size) for picture in pictures)
     filter_ = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX

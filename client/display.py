@@ -6,10 +6,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from client.batch import SKIPPED
 from client.files import printable
 from client.inputs import Input
 from client.request import Progress
+
+# Outcome of an input whose answer is there from an earlier run.
+SKIPPED = "complete already"
 
 
 class Display:

@@ -52,11 +52,12 @@ def from_problem(
 
     Args:
         document: parsed body of the response; anything but a dictionary counts as empty.
-        status: HTTP status, which decides the class where the code is unknown, e.g. in a response of a proxy.
+        status: HTTP status, which decides the class where the code is unknown, e.g. in a response of a proxy; else the document's.
         retry_after_s: seconds to wait before the next attempt, where the server named any.
         fields: further fields.
     """
     members: dict[str, Any] = document if isinstance(document, dict) else {}
+    status = status or members.get("status")
     code = members.get("code") or str(members.get("type")).removeprefix("urn:unetpp:")
     family = (
         TryAgain
@@ -65,7 +66,7 @@ def from_problem(
         if 300 <= (status or 500) < 500
         else ServerFault
     )
-    known = {"status": status} | {name: value for name, value in members.items() if name not in MEMBERS}
+    known = {name: value for name, value in members.items() if name not in MEMBERS} | {"status": status}
     if retry_after_s is not None:
         known["retry_after_s"] = retry_after_s
     detail = members.get("detail")

@@ -48,28 +48,17 @@ class Input:
         return self.path.parent if out is None else out / self.folder
 
     def output(self, out: Path | None, name: str) -> Path:
-        """The path of an answer; the answers to a zip go to a folder of its name.
-
-        Args:
-            out: folder of all answers; beside the inputs if None.
-            name: file name by the server, whose folders are kept only for a zip, without "..".
-        """
+        """The path of an answer called `name` by the server, whose folders count only for a zip, and never lead upwards."""
         parts = [part for part in PurePosixPath(name).parts if part.strip("./")]
         if self.is_archive:
             # A zip whose name has no suffix occupies the name of the folder.
-            return self.output_folder(out).joinpath(
-                self.stem if self.path.suffix else f"{self.stem}_answers", *parts
-            )
+            folder = self.stem if self.path.suffix else f"{self.stem}_answers"
+            return self.output_folder(out).joinpath(folder, *parts)
         return self.output_folder(out) / f"{self.stem}_{parts[-1]}"
 
 
 def collect(arguments: Iterable[str], *, recursive: bool, out: Path | None) -> list[Input]:
-    """Lists the inputs: files, the content of folders, and matches of patterns, each once.
-
-    Args:
-        arguments: paths and patterns.
-        recursive: whether folders in folders are searched.
-        out: folder of the answers, which is not searched.
+    """Lists the inputs: files, the content of folders but `out`, and matches of patterns, each once.
 
     Raises:
         InputError: a file does not exist, or a folder has no input.
@@ -78,11 +67,8 @@ def collect(arguments: Iterable[str], *, recursive: bool, out: Path | None) -> l
     for argument in arguments:
         files: list[Input] = []
         for path, base in _expand(argument):
-            files += (
-                _walk(path, base, recursive, out)
-                if path.is_dir()
-                else [Input(path, _relative(path.parent, base))]
-            )
+            one = Input(path, _relative(path.parent, base))
+            files += _walk(path, base, recursive, out) if path.is_dir() else [one]
         if not files:
             hint = "" if recursive else "; folders in it are not searched without --recursive"
             raise InputError(
@@ -102,7 +88,7 @@ def _expand(argument: str) -> Iterator[tuple[Path, Path]]:
     matches = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 - the pattern may be absolute
     if not matches:
         raise InputError(
-            f"{argument} does not exist" if not glob.has_magic(argument) else f"{argument} matches no file"
+            f"{argument} matches no file" if glob.has_magic(argument) else f"{argument} does not exist"
         )
     base = Path(*path.parts[: next(i for i, part in enumerate(path.parts) if glob.has_magic(part))])
     yield from ((Path(match), base) for match in matches)
@@ -117,14 +103,11 @@ def _walk(folder: Path, base: Path, recursive: bool, out: Path | None) -> Iterat
     skipped = out.resolve() if out else None
     for place, folders, names in os.walk(folder, onerror=fail):
         here = Path(place)
-        folders[:] = sorted(
-            name
-            for name in folders
-            if recursive and not name.startswith(".") and (here / name).resolve() != skipped
-        )
-        images = sorted(
-            name for name in names if not name.startswith(".") and name.lower().endswith(SUFFIXES)
-        )
+        visible = sorted(name for name in (*folders, *names) if not name.startswith("."))
+        folders[:] = [
+            name for name in visible if recursive and name in folders and (here / name).resolve() != skipped
+        ]
+        images = [name for name in visible if name in names and name.lower().endswith(SUFFIXES)]
         files = [Input(here / name, _relative(here, base)) for name in images]
         answers = {f"{one.stem}_{answer}" for one in files for answer in ANSWERS}
         yield from (one for one in files if one.stem.removesuffix(".seg") not in answers)
@@ -145,13 +128,10 @@ def check_outputs(
 
     Args:
         inputs: all inputs.
-        out: folder of the answers.
+        out: folder of the answers; beside the inputs if None.
         output: file of the only answer instead.
         references: references of the inputs.
         answers: names of the answers, without suffix.
-
-    Raises:
-        InputError: names the files.
     """
     if output:
         if len(inputs) > 1 or inputs[0].is_archive:
@@ -159,14 +139,16 @@ def check_outputs(
             raise InputError(f"-o names one file, but {many} have several answers; use --out FOLDER")
         if not output.parent.is_dir():
             raise InputError(f"{output.parent} is not a folder")
-    own = {path.resolve() for path in (*references, *(one.path for one in inputs))}
-    stems = {Input(path).output_folder(None) / Input(path).stem.removesuffix(".seg"): path for path in own}
+    taken = {path.resolve(): path for path in (*references, *(one.path for one in inputs))}
+    if output is None:
+        # Of which type the answers will be only the server knows.
+        taken = {path.parent / Input(path).stem.removesuffix(".seg"): path for path in taken}
     for one in inputs:
-        places = [one.output(out, answer).resolve() for answer in answers]
-        clash = next((stems[place] for place in places if place in stems), None) if output is None else output
-        if clash and (output is None or clash.resolve() in own):
+        places = [output] if output else [one.output(out, answer) for answer in answers]
+        if clash := next((taken[place.resolve()] for place in places if place.resolve() in taken), None):
             raise InputError(
-                f"an answer to {printable(one.path)} would overwrite {printable(clash)}, an input or a reference; use --out FOLDER"
+                f"an answer to {printable(one.path)} would overwrite {printable(clash)}, "
+                "an input or a reference; use --out FOLDER"
             )
     names = Counter(one.output_folder(out).resolve() / one.stem for one in inputs)
     same = [one.path for one in inputs if names[one.output_folder(out).resolve() / one.stem] > 1]

@@ -39,17 +39,11 @@ class Report:
 
     def relative(self, path: Path) -> str:
         """Formats a path relative to the report, so that both can be moved together."""
-        return printable(
-            path if self.path is None else Path(os.path.relpath(path.absolute(), self.path.absolute().parent))
-        )
+        home = self.path.absolute().parent if self.path else None
+        return printable(Path(os.path.relpath(path.absolute(), home)) if home else path)
 
     def begin(self, inputs: Iterable[Input], before: dict[str, Any]) -> None:
-        """Lists all inputs, with the entries of an earlier report if it is one of the same run.
-
-        Args:
-            inputs: inputs of this run.
-            before: earlier report, or {}.
-        """
+        """Lists all inputs, with the entries of the report `before` if it is one of the same run."""
         same = all(before.get(key) == self.head[key] for key in SAME)
         known = {entry["path"]: entry for entry in before.get("inputs", [])} if same else {}
         for one in inputs:
@@ -60,11 +54,8 @@ class Report:
     def is_complete(self, one: Input, digest: str, reference_digest: str | None) -> bool:
         """Whether the answer to these bytes was written and is still there, unchanged."""
         entry = self.entries[one]
-        if (entry["status"], entry.get("sha256"), entry.get("reference_sha256")) != (
-            "done",
-            digest,
-            reference_digest,
-        ):
+        digests = (entry.get("sha256"), entry.get("reference_sha256"))
+        if entry["status"] != "done" or digests != (digest, reference_digest):
             return False
         folder = self.path.parent if self.path else Path()
         return all(
@@ -74,9 +65,8 @@ class Report:
 
     def update(self, one: Input, **entry: Any) -> None:
         """Replaces the entry of an input; None values are left out."""
-        self.entries[one] = {"path": self.relative(one.path)} | {
-            key: value for key, value in entry.items() if value is not None
-        }
+        known = {key: value for key, value in entry.items() if value is not None}
+        self.entries[one] = {"path": self.relative(one.path)} | known
         self.write()
 
     def write(self, *, force: bool = False) -> None:

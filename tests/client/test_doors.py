@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from client import Client, Local
+from client.inputs import ANSWERS, SUFFIXES
+from client.result import DECODERS
 from tests.client.conftest import run
 from tests.support.files import picture_bytes
 
@@ -30,3 +32,12 @@ def test_server_process_and_shell_give_the_same_mask(
     assert result.mask.shape == (100, 120)
     assert result.files == expected.files
     assert (tmp_path / "tissue_mask.png").read_bytes() == expected.files["mask.png"]
+
+
+def test_every_picture_of_the_server_is_decoded_and_known_as_an_answer() -> None:
+    from server.imaging.encode import ENCODERS
+
+    files = {row.filename for row in ENCODERS.values()}
+    pictures = {name for name in files if not name.endswith(("json", "csv"))}
+    assert all(name.endswith(tuple(DECODERS)) for name in pictures)
+    assert {name.partition(".")[0] for name in pictures if name.endswith(SUFFIXES)} <= set(ANSWERS)

@@ -10,7 +10,7 @@ import tifffile
 from PIL import Image as Pillow
 
 from client.errors import BadResponse
-from client.result import DECODERS, Result, read_result
+from client.result import Result, read_result
 from tests.client.conftest import HEADERS, zipped
 from tests.support.files import nifti_bytes, picture_bytes
 
@@ -141,14 +141,3 @@ def test_headers_are_read() -> None:
 def test_response_without_model_raises() -> None:
     with pytest.raises(BadResponse):
         read_result(httpx.Headers(), b"")
-
-
-def test_every_picture_of_the_server_can_be_read() -> None:
-    from server.imaging import encode
-
-    suffixes = {row.filename.partition(".")[2] for row in encode.ENCODERS.values()} - {
-        "json",
-        "csv",
-        "geojson",
-    }
-    assert all(f".{suffix}".endswith(tuple(DECODERS)) for suffix in suffixes)
