@@ -44,11 +44,20 @@ class Blocking(Generic[A]):
         self.close()
 
     def close(self) -> None:
-        """Closes connections or bundles, and ends the thread."""
-        self.run(self._client.aclose())
+        """Cancels what still runs, closes connections or bundles, and ends the thread."""
+        if self._loop.is_closed():
+            return
+        self.run(self._finish())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _finish(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.aclose()
 
     def models(self) -> list[dict[str, Any]]:
         """Lists the models."""

@@ -202,6 +202,16 @@ def test_segment_with_key_from_file(folder: Path, fake_server: FakeServer, out: 
     assert states(out) == ["done"] * 3
 
 
+def test_server_without_httpx_names_the_extra(folder: Path) -> None:
+    script = (
+        "import sys\nsys.modules['httpx'] = None\nfrom tests.client.conftest import app\napp(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", script, "segment", folder, "--server", "http://x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    assert done.returncode == 1
+    assert "'.[client]'" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)], ids=["ctrl-c", "kill"]
 )

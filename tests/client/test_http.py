@@ -1,7 +1,7 @@
 import asyncio
 import signal
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,19 @@ def test_client_in_many_threads(fake_server: FakeServer) -> None:
     with Client(fake_server.url) as client, ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda _: client.segment(PIXELS, formats="mask").mask, range(8)))
     assert all(np.array_equal(mask, PIXELS.mean() < PIXELS) for mask in results)
+
+
+def test_close_cancels_requests_of_other_threads(fake_server: FakeServer) -> None:
+    fake_server.hold.clear()
+    client = Client(fake_server.url)
+    with ThreadPoolExecutor(1) as pool:
+        request = pool.submit(client.segment, PIXELS)
+        assert fake_server.held.wait(10)
+        client.close()
+        client.close()
+        with pytest.raises(CancelledError):
+            request.result()
+    assert fake_server.cancelled.wait(10)
 
 
 def test_client_inside_of_a_running_loop(fake_server: FakeServer) -> None:
