@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from client.errors import BadResponse, from_problem
 from client.files import replacing
-from client.request import FilePart, Formats, Source, file_name, file_parts, ignore, segment_params
+from client.request import FilePart, Formats, Source, file_name, file_parts, segment_params
 from client.result import Result, read_result
 from client.retry import read_error, send_with_retry, time_limit
 from server.errors import CallerError, NotFinished
@@ -230,7 +230,7 @@ class AsyncJob:
         return _json(await self._client.request("GET", f"jobs/{self.id}"))  # type: ignore[no-any-return]
 
     async def wait(
-        self, progress: Callable[[dict[str, Any]], None] = ignore, timeout_s: float | None = None
+        self, progress: Callable[[dict[str, Any]], None] = lambda _: None, timeout_s: float | None = None
     ) -> dict[str, Any]:
         """Waits until the job is done, by its event stream, or by polling where that is refused or breaks.
 

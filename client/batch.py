@@ -11,9 +11,9 @@ from client.errors import InputError, TransportError
 from client.files import printable, replacing, sha256
 from client.inputs import Input
 from client.report import Report
-from client.request import Progress
 from client.result import Result
 from server.errors import Unauthorized, UnetppError
+from server.segment.request import OnProgress
 
 # After these no other input would succeed.
 FATAL = (TransportError, Unauthorized)
@@ -28,7 +28,7 @@ class Segmenter(Protocol):
     async def model(self, name: str) -> dict[str, Any]:
         """Returns the card of a model."""
 
-    async def segment(self, source: Path, *, progress: Progress = ..., **parameters: Any) -> Result:
+    async def segment(self, source: Path, *, progress: OnProgress = ..., **parameters: Any) -> Result:
         """Segments one input."""
 
 
@@ -101,7 +101,7 @@ class Batch:
             problem |= {"code": error.code} | error.fields
         self.report.update(one, **entry, status="failed", error=problem)
 
-    async def _process(self, one: Input, progress: Progress) -> str:
+    async def _process(self, one: Input, progress: OnProgress) -> str:
         reference = self.references.get(one)
         digest = await asyncio.to_thread(sha256, one.path)
         reference_digest = None if reference is None else await asyncio.to_thread(sha256, reference)

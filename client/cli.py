@@ -42,16 +42,15 @@ def connect(
         bool,
         typer.Option("--as-job", help="Send everything as jobs, not only zips, large volumes and stacks."),
     ] = False,
-    model: str | None = None,
 ) -> Any:
-    """Opens the bundle of a model, or a client of a server."""
+    """Opens bundles, or a client of a server."""
     if server is None:
         if as_job or api_key_file or ca or no_verify:
             fail("--as-job, --api-key-file, --ca and --no-verify need a server; name it with --server")
-        from client.local import AsyncLocal, one_model
+        from client.local import AsyncLocal
 
         try:
-            return AsyncLocal(settings=one_model(read_settings(bundles), model))
+            return AsyncLocal(settings=read_settings(bundles))
         except KeyboardInterrupt:
             _interrupted()
     if bundles:
@@ -70,7 +69,7 @@ def connect(
     return Remote(client, as_job=as_job)
 
 
-@with_options(connection=function_options(connect, without=("model",)), parameters=parameter_options())
+@with_options(connection=function_options(connect), parameters=parameter_options())
 def segment(
     paths: Annotated[
         list[str], typer.Argument(help="Images, volumes, folders of them, patterns.", show_default=False)
@@ -116,7 +115,7 @@ def segment(
         fail("--resume needs the report of the run before; name it with --report, or use --out")
     before = read_report(report) if report else {}
     model, server = parameters.get("model"), connection.get("server")
-    segmenter = connect(**connection, model=model)
+    segmenter = connect(**connection)
     if report:
         report.parent.mkdir(parents=True, exist_ok=True)
 
@@ -144,9 +143,7 @@ def segment(
     _exit(display, len(inputs), error)
 
 
-@with_options(
-    connection=function_options(connect, without=("model", "as_job")), parameters=parameter_options(CHOSEN)
-)
+@with_options(connection=function_options(connect, without=("as_job",)), parameters=parameter_options(CHOSEN))
 def compare(
     image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The image or volume.")],
     output: Annotated[
@@ -180,7 +177,7 @@ def compare(
     segment_params((), parameters)
     target = output or one.output(None, "levels.png")
     check_outputs([one], None, output, [reference] if reference else [], answers=("levels",))
-    segmenter = connect(**connection, model=parameters.get("model"))
+    segmenter = connect(**connection)
     tables: list[Table] = []
 
     async def run(display: "Display") -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from client.files import printable
 from client.inputs import Input
-from client.request import Progress
+from server.segment.request import OnProgress
 
 # Outcome of an input whose answer is there from an earlier run.
 SKIPPED = "complete already"
@@ -35,7 +35,7 @@ class Display:
         if self._update:
             self._update(description=text)
 
-    def started(self, one: Input) -> Progress:
+    def started(self, one: Input) -> OnProgress:
         """Returns the progress callback of an input that is being started."""
         return functools.partial(self._show, one.path.name)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from client.aio import AsyncClient, AsyncJob
 from client.blocking import Blocking
-from client.request import Source, ignore
+from client.request import Source
 from client.result import Result
 
 
@@ -51,7 +51,7 @@ class Job:
         return self._client.run(self._job.status())
 
     def wait(
-        self, progress: Callable[[dict[str, Any]], None] = ignore, timeout_s: float | None = None
+        self, progress: Callable[[dict[str, Any]], None] = lambda _: None, timeout_s: float | None = None
     ) -> dict[str, Any]:
         """Waits until the job is done; `progress` is called with its document at each change."""
         return self._client.run_with_progress(lambda put: self._job.wait(put, timeout_s), progress)

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, Self
 from numpy.typing import ArrayLike
 
 from client.blocking import Blocking
-from client.request import Formats, Progress, Source, file_name, file_parts, ignore, segment_params
+from client.request import Formats, Source, file_name, file_parts, segment_params
 from client.result import Result, split_files
-from server.errors import UnknownModel
-from server.segment.request import QoS, Response, Upload
+from server.segment.request import OnProgress, QoS, Response, Upload, ignore_progress
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -64,11 +63,7 @@ class AsyncLocal:
         from server.api.schemas import card
 
         registry = self._service.registry
-        if name not in registry.deployments:
-            names = list(registry.deployments)
-            sentence = f"model={name!r} is not open; there are: {', '.join(names)}"
-            raise UnknownModel(sentence, parameter="model", value=name, allowed=names)
-        return card(registry.deployments[name], registry.default).model_dump(mode="json")
+        return card(registry.get(name), registry.default).model_dump(mode="json")
 
     async def segment(
         self,
@@ -77,7 +72,7 @@ class AsyncLocal:
         formats: Formats = ("mask", "json"),
         reference: Source | None = None,
         affine: ArrayLike | None = None,
-        progress: Progress = ignore,
+        progress: OnProgress = ignore_progress,
         **parameters: Any,
     ) -> Result:
         """Segments an image, a stack, a volume or a zip of images.
@@ -107,19 +102,11 @@ class Local(Blocking[AsyncLocal]):
     def __init__(self, bundles: str | os.PathLike[str] | None = None, **options: Any) -> None:
         super().__init__(AsyncLocal(bundles, **options))
 
-    def segment(self, source: Source, *, progress: Progress = ignore, **options: Any) -> Result:
+    def segment(self, source: Source, *, progress: OnProgress = ignore_progress, **options: Any) -> Result:
         """Segments an image, a stack, a volume or a zip of images; arguments are those of `AsyncLocal.segment`."""
         return self.run_with_progress(
             lambda put: self._client.segment(source, progress=put, **options), progress
         )
-
-
-def one_model(settings: Settings, model: str | None) -> Settings:
-    """Narrows settings to the bundle of one model, if its folder has its name, because other bundles take time to open."""
-    name = model or settings.default_model
-    if not (settings.bundles / name / "manifest.json").is_file():
-        return settings
-    return settings.model_copy(update={"bundles": settings.bundles / name, "default_model": name})
 
 
 def _open(bundles: str | os.PathLike[str] | None, settings: Settings | None) -> "SegmentationService":

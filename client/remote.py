@@ -7,8 +7,8 @@ from typing import Any, Self
 
 from client.aio import AsyncClient
 from client.files import is_zip
-from client.request import Progress, ignore
 from client.result import Result
+from server.segment.request import OnProgress, ignore_progress
 
 # Parameters that a job does not have.
 INTERACTIVE = ("deadline_ms", "min_level")
@@ -35,7 +35,9 @@ class Remote:
     async def __aexit__(self, *_: object) -> None:
         await self._client.aclose()
 
-    async def segment(self, source: Path, *, progress: Progress = ignore, **parameters: Any) -> Result:
+    async def segment(
+        self, source: Path, *, progress: OnProgress = ignore_progress, **parameters: Any
+    ) -> Result:
         """Segments one input; a job is removed from the server in the end, also when this is cancelled."""
         size = (await asyncio.to_thread(source.stat)).st_size
         is_long = size >= self._job_bytes or is_zip(source)

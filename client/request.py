@@ -16,12 +16,6 @@ from server.segment.request import SegmentParams
 
 Source: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | NDArray[Any]
 Formats: TypeAlias = tuple[str, ...] | str
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called with the stage, the number of finished windows and the number of all."""
-
-
-def ignore(*_: Any) -> None:
-    """Does nothing: the progress callback of callers without one."""
 
 
 def segment_params(formats: Formats, parameters: Mapping[str, Any]) -> SegmentParams:

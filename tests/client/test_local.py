@@ -12,12 +12,9 @@ import numpy as np
 import pytest
 
 from client import Local
-from client.local import one_model
 from server import errors
 from server.segment.request import QoS, Response, SegmentParams, Upload
-from server.settings import Settings
 from tests.client.conftest import zipped
-from tests.conftest import ROOT
 from tests.support.files import Sent, picture_bytes
 
 MASK = np.eye(4, dtype=np.uint8)
@@ -109,19 +106,6 @@ def test_errors_are_those_of_the_service() -> None:
             local.segment(MASK)
         with pytest.raises(errors.InvalidParameter):
             local.segment(MASK, level="x")
-        with pytest.raises(errors.UnknownModel) as caught:
-            local.model("lungs")
-    assert caught.value.fields == {"parameter": "model", "value": "lungs", "allowed": []}
-
-
-@pytest.mark.parametrize(
-    ("model", "folder"),
-    [(None, "nuclei"), ("nuclei", "nuclei"), ("hippocampus", "hippocampus"), ("lungs", "")],
-)
-def test_settings_of_one_model(model: str | None, folder: str) -> None:
-    settings = one_model(Settings(bundles=ROOT / "bundles"), model)
-    assert settings.bundles == ROOT / "bundles" / folder
-    assert settings.default_model == (folder or "nuclei")
 
 
 @pytest.mark.parametrize(
