@@ -110,7 +110,7 @@ class Local(Blocking[AsyncLocal]):
 
 
 def _open(bundles: str | os.PathLike[str] | None, settings: Settings | None) -> "SegmentationService":
-    from server.app import open_service
+    from server.service import open_service
 
     chosen = settings or Settings()
     return open_service(chosen if bundles is None else chosen.model_copy(update={"bundles": Path(bundles)}))
