@@ -2,8 +2,8 @@
 
 Every pixel belongs to the peak of the distance that steepest ascent leads to. Two peaks are one object unless the saddle between them
 lies clearly below the lower one, as it does where two round things touch. The constants were chosen on the validation split of the
-nuclei (mean AP 0.518 for connected parts, 0.573 split). `skimage.segmentation.watershed` has no such rule for saddles, and markers
-from `peak_local_max` give other masks.
+nuclei (mean AP 0.518 for connected parts, 0.573 split). `skimage.segmentation.watershed` has no rule for saddles, gives other
+basins at ties (21 of 436,884 pixels) and takes four times as long.
 """
 
 import itertools
