@@ -95,7 +95,7 @@ def check_unit(params: SegmentParams, header: InputHeader, unit_mm: float | None
             )
 
 
-def peak_bytes(params: SegmentParams, pixels: int, *, objects: bool) -> int:
+def memory_bytes(params: SegmentParams, pixels: int, *, objects: bool) -> int:
     """Bytes of memory that post-processing takes at most, the measured objects included.
 
     Args:
@@ -153,7 +153,7 @@ def postprocess(
 def _min_pixels(params: SegmentParams, unit_mm: float | None) -> float:
     """The minimum size of an object in pixels; 0 without one."""
     for name, value in params.min_sizes.items():
-        return value if name == "min_size_px" else value / (unit_mm or 1)
+        return float(value) if name == "min_size_px" else value / (unit_mm or 1)
     return 0.0
 
 

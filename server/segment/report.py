@@ -38,7 +38,6 @@ def segmentation_result(
     largest_scores: Float32[ndarray, " K"],
     reference: Shaped[ndarray, "*reference"] | None = None,
     *,
-    filename: str = "",
     cancel: CancelToken = NO_CANCEL,
 ) -> SegmentationResult:
     """Collects what the encoders need, and compares the mask with the reference.
@@ -50,7 +49,6 @@ def segmentation_result(
         processed: result of post-processing.
         largest_scores: highest score of each channel anywhere.
         reference: label image or volume of the mask's size; with `instances` its values are object numbers.
-        filename: name of the input file, "" if unknown.
         cancel: token that ends encoding.
 
     Raises:
@@ -61,11 +59,10 @@ def segmentation_result(
         processed.mask,
         {c.value: rgb(c.color) for c in manifest.classes},
         {c.value: c.name for c in manifest.classes},
-        filename,
-        params.postprocessing,
-        _threshold(manifest, params),
-        processed.removed,
-        largest_scores,
+        postprocessing=params.postprocessing,
+        threshold=_threshold(manifest, params),
+        removed=processed.removed,
+        largest_scores=largest_scores,
         cancel=cancel,
     )
     return result if reference is None else _compare(result, reference, instances=params.instances)
@@ -77,6 +74,7 @@ def encode_response(
     served: Mapping[str, Any],
     timings: Mapping[str, float],
     *,
+    filename: str = "",
     include_mask: bool = False,
 ) -> Encoded:
     """Writes the answer.
@@ -86,12 +84,14 @@ def encode_response(
         formats: rows of `encode.ENCODERS`.
         served: members of the report that say what was served: model, mode, level, precision, ...
         timings: seconds per phase so far.
+        filename: name of the input file, for formats that repeat it; "" if unknown.
         include_mask: whether the report carries the mask in base64.
 
     Raises:
         InvalidParameter: there are too many objects for a format, or their outlines are too long.
         Cancelled: the token of the result was set.
     """
+    result = dataclasses.replace(result, filename=filename)
     if "report" in encoding.needs(formats):
         report = {**served, **_description(result)}
         if include_mask:

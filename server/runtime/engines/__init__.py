@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from server.arrays import Scores, Tiles
-from server.runtime.engines import fake, onnxruntime, openvino
+from server.runtime.engines import onnxruntime, openvino
 
 
 class Engine(Protocol):
@@ -25,10 +25,6 @@ class Engine(Protocol):
 
     def run(self, tiles: Tiles) -> Scores:
         """(N, C, h, w[, d]) tiles of any supported dtype to (N, K, h, w[, d]) float32 probabilities."""
-        ...
-
-    def release(self) -> None:
-        """Gives working memory back that the last runs left behind; the next run takes it anew."""
         ...
 
 
@@ -55,5 +51,3 @@ ENGINES: dict[str, EngineRow] = {
     "onnxruntime": EngineRow(onnxruntime.open_graph, "onnxruntime", onnxruntime.precisions, onnxruntime.providers),
     "openvino": EngineRow(openvino.open_graph, "openvino", openvino.precisions, openvino.providers),
 }
-
-__all__ = ["ENGINES", "Engine", "EngineRow", "Opener", "fake"]

@@ -38,7 +38,10 @@ def source_of(kind: str, size: tuple[int, ...]) -> Image | Volume:
 def result_of(kind: str, needs: frozenset[str] | None = None) -> SegmentationResult:
     """Everything that a row for this kind of input may read, or only what is named."""
     size, rng = SIZES[kind], np.random.default_rng(2)
-    arrays = {"scores": rng.random((4, *size)).astype(np.float16), "head_std": rng.random(size).astype(np.float16) / 2}
+    arrays = {
+        "scores": rng.random((4, *size)).astype(np.float16),
+        "head_std": rng.random(size).astype(np.float16) / 2,
+    }
     labels = numbered(rng.integers(0, 9, size))
     objects = objects_of(labels, np.arange(labels.max()) % 2 + 1)
     classes = np.append(0, objects.value)[labels].astype(np.uint8)
@@ -52,10 +55,14 @@ def result_of(kind: str, needs: frozenset[str] | None = None) -> SegmentationRes
 def masked(classes: np.ndarray, source: Image | Volume | None = None, **arrays: Any) -> SegmentationResult:
     """A result of these classes; without a source of an image, or of a stack."""
     kind = "image" if classes.ndim == 2 else "stack"
-    return SegmentationResult(source or source_of(kind, classes.shape), Mask(classes, **arrays), COLORS, NAMES)
+    return SegmentationResult(
+        source or source_of(kind, classes.shape), Mask(classes, **arrays), COLORS, NAMES
+    )
 
 
-def labelled(labels: np.ndarray, source: Image | Volume | None = None, **measured: float) -> SegmentationResult:
+def labelled(
+    labels: np.ndarray, source: Image | Volume | None = None, **measured: float
+) -> SegmentationResult:
     """A result of these objects, of class 1 and 2 by turns."""
     objects = objects_of(labels, np.arange(int(labels.max(initial=0))) % 2 + 1, **measured)
     classes = np.append(0, objects.value)[labels].astype(np.uint8)

@@ -14,7 +14,18 @@ from server.arrays import InputHeader
 from server.cancel import Cancelled, CancelToken
 from server.errors import UnknownFormat
 from server.imaging import encode as room
-from server.imaging.encode import ALIASES, ENCODERS, FAMILIES, choose, encode, like, memory, needs, requires, without
+from server.imaging.encode import (
+    ALIASES,
+    ENCODERS,
+    FAMILIES,
+    choose,
+    encode,
+    like,
+    memory,
+    needs,
+    requires,
+    without,
+)
 from tests.server.imaging.encoders import encoded, result_of
 
 HEADERS = {
@@ -25,7 +36,12 @@ HEADERS = {
 }
 SHEARED = np.array([[1, 0, 0, 0], [0, 1, 0.3, 0], [0, 0, 2, 0], [0, 0, 0, 1.0]])
 ROWS = [(name, kind) for name, row in ENCODERS.items() for kind in row.kinds]
-MISFITS = [(name, kind) for name, row in ENCODERS.items() for kind in ("image", "stack", "volume") if kind not in row.kinds]
+MISFITS = [
+    (name, kind)
+    for name, row in ENCODERS.items()
+    for kind in ("image", "stack", "volume")
+    if kind not in row.kinds
+]
 
 
 def test_encoders_every_file_has_a_row() -> None:
@@ -59,7 +75,9 @@ def test_encoders_row_without_its_needs_says_so(name: str) -> None:
             encoded(name, result_of(ENCODERS[name].kinds[0], frozenset()))
 
 
-@pytest.mark.parametrize(("name", "kind"), [("picture", "volume"), ("labels.nii.gz", "image"), ("mask.seg.nrrd", "stack")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("picture", "volume"), ("labels.nii.gz", "image"), ("mask.seg.nrrd", "stack")]
+)
 def test_encoders_row_of_another_kind_says_so(name: str, kind: str) -> None:
     with pytest.raises(LookupError):
         encoded(name, result_of(kind))
@@ -80,7 +98,9 @@ def test_encode_several_formats_is_a_zip_of_their_files() -> None:
 @pytest.mark.parametrize(("name", "compressible"), [("json", True), ("mask.png", False)])
 def test_encode_one_format_is_its_file(name: str, compressible: bool) -> None:
     result, row = result_of("image"), ENCODERS[name]
-    assert encode((name,), result) == room.Encoded(row.encode(result), row.media_type, row.filename, compressible)
+    assert encode((name,), result) == room.Encoded(
+        row.encode(result), row.media_type, row.filename, compressible
+    )
 
 
 @pytest.mark.parametrize("names", [("mask.png", "json"), ("coco",), ("geojson",)], ids=",".join)
@@ -107,10 +127,32 @@ def test_memory_is_bounded_by_the_largest_row() -> None:
 @pytest.mark.parametrize(
     ("name", "rows"),
     [
-        ("mask", {"image": "mask.png", "stack": "mask.tiff", "volume": "mask.nii.gz", "nrrd": "mask.seg.nrrd"}),
-        ("labels", {"image": "labels.png", "stack": "labels.tiff", "volume": "labels.nii.gz", "nrrd": "labels.nii.gz"}),
-        ("scores", {"image": "scores.png", "stack": "scores.tiff", "volume": "scores.nii.gz", "nrrd": "scores.nii.gz"}),
-        ("uncertainty", {"image": "uncertainty.png", "stack": "uncertainty.tiff", "volume": "uncertainty.nii.gz"}),
+        (
+            "mask",
+            {"image": "mask.png", "stack": "mask.tiff", "volume": "mask.nii.gz", "nrrd": "mask.seg.nrrd"},
+        ),
+        (
+            "labels",
+            {
+                "image": "labels.png",
+                "stack": "labels.tiff",
+                "volume": "labels.nii.gz",
+                "nrrd": "labels.nii.gz",
+            },
+        ),
+        (
+            "scores",
+            {
+                "image": "scores.png",
+                "stack": "scores.tiff",
+                "volume": "scores.nii.gz",
+                "nrrd": "scores.nii.gz",
+            },
+        ),
+        (
+            "uncertainty",
+            {"image": "uncertainty.png", "stack": "uncertainty.tiff", "volume": "uncertainty.nii.gz"},
+        ),
     ],
 )
 def test_choose_family_follows_the_input(name: str, rows: dict[str, str]) -> None:

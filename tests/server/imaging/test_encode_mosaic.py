@@ -8,9 +8,9 @@ from PIL import Image as Pillow
 
 from server.arrays import Volume
 from server.imaging.encode import mosaic
-from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import nifti, read
 from tests.server.imaging.encoders import COLORS, encoded, masked
+from tests.support.memory import memory_stays_below
 
 GAP, SIDE = mosaic.GAP, mosaic.SIDE
 
@@ -28,7 +28,9 @@ def volume(values: np.ndarray, affine: np.ndarray | None = None) -> Volume:
 
 @pytest.mark.parametrize("flips", [(1, 1, 1), (-1, 1, 1), (1, -1, -1), (-1, -1, 1)])
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
-def test_overlay_of_a_volume_hangs_in_radiological_convention(flips: tuple[int, ...], order: tuple[int, ...]) -> None:
+def test_overlay_of_a_volume_hangs_in_radiological_convention(
+    flips: tuple[int, ...], order: tuple[int, ...]
+) -> None:
     """However the voxels lie in the file: bright is right, anterior and superior alike."""
     anatomy = np.zeros((10, 10, 10), dtype=np.uint8)
     anatomy[5:, 5:, 5:] = 200
@@ -47,7 +49,12 @@ def test_overlay_of_a_volume_hangs_in_radiological_convention(flips: tuple[int, 
             panel = shown[row * (SIDE + GAP) :, column * (SIDE + GAP) :][:SIDE, :SIDE, 0]
             bright = 200 if column < 2 else 0
             assert panel[quarter, quarter] == bright
-            assert panel[quarter, 3 * quarter] == panel[3 * quarter, quarter] == panel[3 * quarter, 3 * quarter] == 0
+            assert (
+                panel[quarter, 3 * quarter]
+                == panel[3 * quarter, quarter]
+                == panel[3 * quarter, 3 * quarter]
+                == 0
+            )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +86,10 @@ def test_panels_have_the_proportions_of_the_body() -> None:
 @pytest.mark.parametrize("size", [(600, 500, 3), (1, 1, 1), (7, 1, 9), (400, 2, 2), (3, 4, 500)])
 def test_overlay_of_any_size_is_a_bounded_picture(rng: np.random.Generator, size: tuple[int, ...]) -> None:
     classes = rng.integers(0, 2, size, dtype=np.uint8)
-    for source in (volume(np.zeros(size, dtype=np.int16)), Volume(np.zeros((*size, 1), dtype=np.uint8), None)):
+    for source in (
+        volume(np.zeros(size, dtype=np.int16)),
+        Volume(np.zeros((*size, 1), dtype=np.uint8), None),
+    ):
         shown = overlay(source, classes, "overlay.jpg")
         assert shown.shape[2] == 3
         assert max(shown.shape) < 2000

@@ -25,12 +25,14 @@ from scipy import ndimage
 from server.arrays import Image, LabelledMask, Objects
 from server.errors import InvalidParameter
 from server.imaging.encode import SegmentationResult, coco, outlines
-from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import nifti, numbered, read
 from tests.server.imaging.encoders import COLORS, NAMES, encoded, labelled, masked
+from tests.support.memory import memory_stays_below
 
 # Few labels in little space: they touch, enclose each other and meet at corners.
-label_maps = arrays(np.int32, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.integers(0, 3)).map(numbered)
+label_maps = arrays(
+    np.int32, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.integers(0, 3)
+).map(numbered)
 NOTHING = np.zeros((3, 4), dtype=np.int32)
 CHESSBOARD = np.indices((40, 40)).sum(axis=0).astype(np.int32) % 2
 
@@ -45,7 +47,13 @@ def single_pixels(count: int) -> SegmentationResult:
     labels = np.zeros((256, 257), dtype=np.int32)
     labels.flat[:count] = np.arange(1, count + 1)
     boxes = np.zeros((count, 2)), np.zeros((count, 2), np.int64), np.ones((count, 2), np.int64)
-    columns = np.ones(count, np.uint8), np.ones(count, np.int64), *boxes, np.ones(count, np.float32), np.zeros(count, bool)
+    columns = (
+        np.ones(count, np.uint8),
+        np.ones(count, np.int64),
+        *boxes,
+        np.ones(count, np.float32),
+        np.zeros(count, bool),
+    )
     classes = (labels > 0).astype(np.uint8)
     return dataclasses.replace(masked(classes), mask=LabelledMask(classes, objects=Objects(labels, *columns)))
 
@@ -85,9 +93,19 @@ def test_csv_of_an_image_has_a_row_per_object() -> None:
     image = Image(np.zeros((6, 8, 1), dtype=np.uint8), spacing_mm=(0.0005, 0.00025))
     first, second = rows_of(labelled(labels, image))
     assert first == {
-        **{"id": "1", "class": "1", "name": NAMES[1], "pixels": "8", "area_mm2": "1e-06"},
-        **{"centroid_y": "1.5", "centroid_x": "3.5", "box_low_y": "1", "box_low_x": "2"},
-        **{"box_high_y": "3", "box_high_x": "6", "mean_score": "0.75", "touches_border": "false"},
+        "id": "1",
+        "class": "1",
+        "name": NAMES[1],
+        "pixels": "8",
+        "area_mm2": "1e-06",
+        "centroid_y": "1.5",
+        "centroid_x": "3.5",
+        "box_low_y": "1",
+        "box_low_x": "2",
+        "box_high_y": "3",
+        "box_high_x": "6",
+        "mean_score": "0.75",
+        "touches_border": "false",
     }
     assert (second["name"], second["touches_border"]) == (NAMES[2], "true")
 
@@ -156,7 +174,9 @@ def test_coco_runs_are_those_of_pycocotools(labels: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3000, 2), (2, 3000), (700, 700)])
-def test_coco_runs_of_large_images_are_those_of_pycocotools(rng: np.random.Generator, shape: tuple[int, int]) -> None:
+def test_coco_runs_of_large_images_are_those_of_pycocotools(
+    rng: np.random.Generator, shape: tuple[int, int]
+) -> None:
     labels = np.zeros(shape, dtype=np.int32)
     labels.flat[rng.integers(0, labels.size, 40)] = rng.integers(1, 4, 40)
     labels[-1, -1] = 1
@@ -232,7 +252,9 @@ def thin_lines() -> np.ndarray:
         CHESSBOARD,
         (np.indices((40, 41))[1] % 2 == 0) | (np.indices((40, 41))[0] == 0),
         np.abs(np.indices((41, 41)) - 20).max(axis=0) % 2 == 0,
-        np.isin(ndimage.distance_transform_cdt(np.pad(np.zeros((39, 39)), 1, constant_values=1) == 0), (1, 3, 5)),
+        np.isin(
+            ndimage.distance_transform_cdt(np.pad(np.zeros((39, 39)), 1, constant_values=1) == 0), (1, 3, 5)
+        ),
         thin_lines(),
         # More rows than are processed at once.
         blobs((600, 20)),
@@ -272,7 +294,9 @@ def test_geojson_geometry_is_a_polygon_per_piece(drawing: str, kind: str, rings:
 def test_geojson_coordinates_are_the_corners_of_pixels() -> None:
     labels = NOTHING.copy()
     labels[1, 2] = 1
-    assert features(labelled(labels))[0]["geometry"]["coordinates"] == [[[2, 1], [3, 1], [3, 2], [2, 2], [2, 1]]]
+    assert features(labelled(labels))[0]["geometry"]["coordinates"] == [
+        [[2, 1], [3, 1], [3, 2], [2, 2], [2, 1]]
+    ]
 
 
 def test_geojson_is_drawn_back_by_pillow() -> None:
@@ -312,6 +336,12 @@ def test_geojson_properties_are_what_qupath_reads() -> None:
 def test_memory_of_outlines_is_that_of_some_rows() -> None:
     labels = np.zeros((4000, 4000), dtype=np.int32)
     labels[1000:3000, 1000:3000] = 1
-    one = (np.ones(1, np.uint8), np.ones(1, np.int64), np.zeros((1, 2)), np.full((1, 2), 1000), np.full((1, 2), 3000))
+    one = (
+        np.ones(1, np.uint8),
+        np.ones(1, np.int64),
+        np.zeros((1, 2)),
+        np.full((1, 2), 1000),
+        np.full((1, 2), 3000),
+    )
     with memory_stays_below(30):
         outlines.trace(Objects(labels, *one, np.ones(1, np.float32), np.zeros(1, bool)))

@@ -17,20 +17,24 @@ from server.arrays import Image, Volume
 from server.imaging.encode import png
 from server.imaging.encode.overlay import DISPLAY_PERCENTILES, TINT, blend, displayed
 from server.imaging.encode.rounding import eight_bits, sixteen_bits
-from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import read
 from tests.server.imaging.encoders import COLORS, NAMES, VALUES, encoded, masked, random_classes
+from tests.support.memory import memory_stays_below
 
 PALETTE = {0: (0, 0, 0), **COLORS}
 DTYPES = [np.uint8, np.uint16, np.float32]
 
 
-def picture(name: str, classes: np.ndarray, image: np.ndarray | None = None, **arrays: np.ndarray) -> Pillow.Image:
+def picture(
+    name: str, classes: np.ndarray, image: np.ndarray | None = None, **arrays: np.ndarray
+) -> Pillow.Image:
     source = None if image is None else Image(image)
     return Pillow.open(io.BytesIO(encoded(name, masked(classes, source, **arrays))))
 
 
-def pages_of(name: str, classes: np.ndarray, **arrays: np.ndarray) -> tuple[np.ndarray, list[tifffile.TiffPage]]:
+def pages_of(
+    name: str, classes: np.ndarray, **arrays: np.ndarray
+) -> tuple[np.ndarray, list[tifffile.TiffPage]]:
     with tifffile.TiffFile(io.BytesIO(encoded(name, masked(classes, **arrays)))) as tiff:
         return np.stack([page.asarray() for page in tiff.pages]), list(tiff.pages)
 
@@ -74,14 +78,20 @@ def test_mask_1bit_png_is_the_foreground(width: int) -> None:
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
-        *((shape, dtype) for dtype in (np.uint8, np.uint16) for shape in ((1, 1), (64, 3), (65, 70), (200, 1))),
+        *(
+            (shape, dtype)
+            for dtype in (np.uint8, np.uint16)
+            for shape in ((1, 1), (64, 3), (65, 70), (200, 1))
+        ),
         ((130, 9, 3), np.uint8),
         # Large enough for strips that several threads compress.
         *((shape, np.uint16) for shape in ((1024, 1025), (1345, 1025))),
         ((1025, 1025, 3), np.uint8),
     ],
 )
-def test_png_write_is_read_alike_by_pillow_and_libpng(rng: np.random.Generator, shape: tuple[int, ...], dtype: type) -> None:
+def test_png_write_is_read_alike_by_pillow_and_libpng(
+    rng: np.random.Generator, shape: tuple[int, ...], dtype: type
+) -> None:
     pixels = rng.integers(0, np.iinfo(dtype).max + 1, shape, dtype=dtype)
     body = png.write(pixels)
     assert np.array_equal(np.asarray(Pillow.open(io.BytesIO(body))), pixels)
@@ -99,14 +109,18 @@ def test_png_write_is_read_alike_by_pillow_and_libpng(rng: np.random.Generator, 
 def test_rounding_of_every_half_precision_number_is_exact(largest: float) -> None:
     numbers = np.arange(65536, dtype=np.uint16).view(np.float16)
     share = np.clip(np.nan_to_num(numbers.astype(np.float32)), 0, largest) / largest
-    assert np.array_equal(eight_bits(numbers.reshape(256, 256).T, largest), np.rint(share * 255).reshape(256, 256).T)
+    assert np.array_equal(
+        eight_bits(numbers.reshape(256, 256).T, largest), np.rint(share * 255).reshape(256, 256).T
+    )
     assert np.array_equal(sixteen_bits(numbers, largest), np.rint(share * 65535))
     assert np.array_equal(sixteen_bits(numbers, largest, complement=True), np.rint((1 - share) * 65535))
 
 
 @pytest.mark.parametrize("size", [(5, 7), (5, 7, 9)])
 @pytest.mark.parametrize("name", ["scores.npz", "scores_8bit.npz"])
-def test_scores_npz_holds_mask_and_probabilities(rng: np.random.Generator, name: str, size: tuple[int, ...]) -> None:
+def test_scores_npz_holds_mask_and_probabilities(
+    rng: np.random.Generator, name: str, size: tuple[int, ...]
+) -> None:
     classes, scores = random_classes(size), rng.random((3, *size)).astype(np.float16)
     with np.load(io.BytesIO(encoded(name, masked(classes, scores=scores)))) as arrays:
         assert set(arrays.files) == {"mask", "probabilities"}
@@ -128,7 +142,9 @@ def test_scores_png_is_the_foreground_probability(rng: np.random.Generator, chan
 
 @pytest.mark.parametrize("size", [(5, 7), (4, 5, 2)])
 @pytest.mark.parametrize("channels", [1, 4])
-def test_scores_tiff_has_a_named_page_per_channel(rng: np.random.Generator, channels: int, size: tuple[int, ...]) -> None:
+def test_scores_tiff_has_a_named_page_per_channel(
+    rng: np.random.Generator, channels: int, size: tuple[int, ...]
+) -> None:
     scores = rng.random((channels, *size)).astype(np.float16)
     result = masked(np.zeros(size, np.uint8), scores=scores)
     if channels == 1:
@@ -152,7 +168,9 @@ def head_std_of(size: tuple[int, ...]) -> np.ndarray:
 
 def test_uncertainty_png_is_grey_up_to_one_half() -> None:
     head_std = head_std_of((200, 31))
-    values = np.asarray(picture("uncertainty.png", np.zeros((200, 31), np.uint8), head_std=head_std)).astype(float)
+    values = np.asarray(picture("uncertainty.png", np.zeros((200, 31), np.uint8), head_std=head_std)).astype(
+        float
+    )
     assert np.abs(values / 65535 / 2 - np.clip(head_std.astype(float), 0, 0.5)).max() <= 0.5 / 65535
 
 
@@ -166,11 +184,16 @@ def test_uncertainty_tiff_is_exact(size: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_overlay_tints_classes_and_leaves_the_rest(rng: np.random.Generator, dtype: type, channels: int) -> None:
+def test_overlay_tints_classes_and_leaves_the_rest(
+    rng: np.random.Generator, dtype: type, channels: int
+) -> None:
     image, classes = (rng.random((70, 30, channels)) * 200).astype(dtype), np.zeros((70, 30), dtype=np.uint8)
     classes[5:15, 5:15] = 1
     before, shown = image.copy(), displayed(image)
-    overlay, plain = np.asarray(picture("overlay", classes, image)), np.asarray(picture("picture", classes, image))
+    overlay, plain = (
+        np.asarray(picture("overlay", classes, image)),
+        np.asarray(picture("picture", classes, image)),
+    )
     assert np.array_equal(plain, shown)
     assert np.array_equal(overlay[classes == 0], shown[classes == 0])
     assert tuple(overlay[5, 5]) == COLORS[1]
@@ -209,7 +232,9 @@ def test_blend_and_contrast_are_those_of_whole_arrays(rng: np.random.Generator, 
         assert np.array_equal(displayed(deep), stretched.astype(np.uint8))
 
 
-@pytest.mark.parametrize(("name", "bytes_per_pixel"), [("scores.png", 7), ("overlay", 14), ("uncertainty.tiff", 10)])
+@pytest.mark.parametrize(
+    ("name", "bytes_per_pixel"), [("scores.png", 7), ("overlay", 14), ("uncertainty.tiff", 10)]
+)
 def test_memory_of_large_images_is_bounded(name: str, bytes_per_pixel: float) -> None:
     """16-bit grey takes 2 bytes per pixel; the overlay 3 of stretched image, 3 of tinted copy and 2 of shape."""
     side = 2500

@@ -13,19 +13,48 @@ import SimpleITK as sitk  # noqa: N813
 import slicerio
 
 from server.arrays import Volume
-from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import nifti, numbered, read
 from tests.server.imaging.encoders import COLORS, NAMES, OBLIQUE, encoded, labelled, masked, random_classes
+from tests.support.memory import memory_stays_below
 
 # Fields that make it a mask; all others are those of the source.
 CHANGED = {"datatype", "bitpix", "scl_slope", "scl_inter", "cal_min", "cal_max", "vox_offset"} | {
     f"intent_{name}" for name in ("code", "p1", "p2", "p3", "name")
 }
-GRID = ("qform_code", "sform_code", "pixdim", "quatern_b", "quatern_c", "qoffset_x", "srow_x", "srow_y", "srow_z")
+GRID = (
+    "qform_code",
+    "sform_code",
+    "pixdim",
+    "quatern_b",
+    "quatern_c",
+    "qoffset_x",
+    "srow_x",
+    "srow_y",
+    "srow_z",
+)
 # Something in every field.
-ODD = {"dim_info": 57, "intent_p1": 1.5, "intent_p2": 2.5, "intent_p3": 3.5, "intent_code": 3, "slice_start": 1}
-ODD |= {"slice_end": 4, "slice_code": 3, "xyzt_units": 10, "cal_max": 400.0, "cal_min": -160.0, "toffset": 12.5}
-ODD |= {"slice_duration": 0.07, "descrip": b"a scanner, 3T", "aux_file": b"other.txt", "intent_name": b"t-test"}
+ODD = {
+    "dim_info": 57,
+    "intent_p1": 1.5,
+    "intent_p2": 2.5,
+    "intent_p3": 3.5,
+    "intent_code": 3,
+    "slice_start": 1,
+}
+ODD |= {
+    "slice_end": 4,
+    "slice_code": 3,
+    "xyzt_units": 10,
+    "cal_max": 400.0,
+    "cal_min": -160.0,
+    "toffset": 12.5,
+}
+ODD |= {
+    "slice_duration": 0.07,
+    "descrip": b"a scanner, 3T",
+    "aux_file": b"other.txt",
+    "intent_name": b"t-test",
+}
 ODD |= {"scl_slope": 1.5, "scl_inter": -1024.0, "qoffset_x": 1.25, "quatern_c": 0.123}
 AFFINES = {
     "RAS": np.diag([1, 2, 3, 1.0]),
@@ -105,7 +134,9 @@ def test_nifti_keeps_the_shape_of_the_source(shape: tuple[int, ...], version: in
     assert image.shape == shape
     assert np.array_equal(np.asarray(image.dataobj).ravel(), random_classes((*shape, 1)[:3]).ravel())
     scores = np.ones((2, *source.size), dtype=np.float16)
-    stacked = image_of(encoded("scores.nii.gz", masked(random_classes(source.size), source, scores=scores)), version)
+    stacked = image_of(
+        encoded("scores.nii.gz", masked(random_classes(source.size), source, scores=scores)), version
+    )
     assert stacked.shape == (*source.size, 2)
     assert np.allclose(stacked.get_fdata(), 1)
 
@@ -143,17 +174,27 @@ def test_volume_bytes_depend_on_the_voxels_alone() -> None:
     plain = nifti(np.zeros(SIZE, dtype=np.uint8), OBLIQUE)
     classes = random_classes(SIZE)
     for name in ("mask.nii.gz", "mask.seg.nrrd"):
-        bodies = {mask_of(data, array, name) for data in (plain, gzip.compress(plain)) for array in (classes, classes.copy("C"))}
+        bodies = {
+            mask_of(data, array, name)
+            for data in (plain, gzip.compress(plain))
+            for array in (classes, classes.copy("C"))
+        }
         assert len(bodies) == 1
     large = random_classes((200, 150, 145))
-    assert np.array_equal(read(mask_of(nifti(np.zeros(large.shape, np.uint8), OBLIQUE), large)).voxels[..., 0], large)
+    assert np.array_equal(
+        read(mask_of(nifti(np.zeros(large.shape, np.uint8), OBLIQUE), large)).voxels[..., 0], large
+    )
 
 
 @pytest.mark.parametrize("name", AFFINES)
 @pytest.mark.parametrize("order", "<>")
 def test_volumes_lie_where_their_source_lies(tmp_path: Path, name: str, order: str) -> None:
     data, classes = nifti(np.zeros(SIZE, dtype=np.int16), AFFINES[name], order=order), random_classes(SIZE)
-    files = {"source.nii": data, "mask.nii.gz": mask_of(data), "mask.seg.nrrd": mask_of(data, name="mask.seg.nrrd")}
+    files = {
+        "source.nii": data,
+        "mask.nii.gz": mask_of(data),
+        "mask.seg.nrrd": mask_of(data, name="mask.seg.nrrd"),
+    }
     for file, body in files.items():
         (tmp_path / file).write_bytes(body)
     before, after = nib.load(tmp_path / "source.nii"), nib.load(tmp_path / "mask.nii.gz")
@@ -204,7 +245,9 @@ def test_masks_of_real_volumes_lie_where_these_lie(volumes: Path, tmp_path: Path
     # A qfac of 0 is written as the 1 that it means.
     allowed = {"pixdim"} if header_of(data)["pixdim"][0] == 0 else set()
     assert differing(header_of(data), header_of((tmp_path / "mask.nii.gz").read_bytes())) - CHANGED <= allowed
-    itk, twin, slicer = (sitk.ReadImage(str(file)) for file in (path, tmp_path / "mask.nii.gz", tmp_path / "mask.seg.nrrd"))
+    itk, twin, slicer = (
+        sitk.ReadImage(str(file)) for file in (path, tmp_path / "mask.nii.gz", tmp_path / "mask.seg.nrrd")
+    )
     for part in ("GetOrigin", "GetSpacing", "GetDirection"):
         assert getattr(itk, part)() == getattr(twin, part)()
     corner = [side - 1 for side in source.size]
@@ -213,14 +256,21 @@ def test_masks_of_real_volumes_lie_where_these_lie(volumes: Path, tmp_path: Path
 
 
 def test_mask_nrrd_is_read_by_slicerio(tmp_path: Path) -> None:
-    source, classes = volume_of(nifti(np.zeros(SIZE, dtype=np.int16), OBLIQUE)), np.zeros(SIZE, dtype=np.uint8)
+    source, classes = (
+        volume_of(nifti(np.zeros(SIZE, dtype=np.int16), OBLIQUE)),
+        np.zeros(SIZE, dtype=np.uint8),
+    )
     classes[1:3, 2:5, 3], classes[5, 0, 0] = 1, 255
     (tmp_path / "mask.seg.nrrd").write_bytes(encoded("mask.seg.nrrd", masked(classes, source)))
     read_back = slicerio.read_segmentation(str(tmp_path / "mask.seg.nrrd"))
     assert np.array_equal(read_back["voxels"], classes)
     assert np.allclose(np.diag([-1, -1, 1, 1]) @ read_back["ijkToLPS"], source.affine)
     assert read_back["containedRepresentationNames"] == ["Binary labelmap"]
-    assert read_back["masterRepresentation"] == read_back["Segmentation_SourceRepresentation"] == "Binary labelmap"
+    assert (
+        read_back["masterRepresentation"]
+        == read_back["Segmentation_SourceRepresentation"]
+        == "Binary labelmap"
+    )
     extents = {1: [1, 2, 2, 4, 3, 3], 2: [0, -1, 0, -1, 0, -1], 255: [5, 5, 0, 0, 0, 0]}
     for segment, (value, extent) in zip(read_back["segments"], extents.items(), strict=True):
         # slicerio drops what is not ASCII.

@@ -10,8 +10,8 @@ from skimage.measure import regionprops
 from server.errors import InvalidParameter
 from server.segment import labels as labelling
 from server.segment.labels import connected_components, label, relabel_in_scan_order
-from tests.server.conftest import memory_stays_below
 from tests.server.segment.masks import masks, single_pixels
+from tests.support.memory import memory_stays_below
 
 
 @settings(max_examples=120, deadline=None)

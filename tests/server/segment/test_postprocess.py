@@ -14,7 +14,7 @@ from server.segment.postprocess import (
     check_dimensions,
     check_unit,
     label_bytes,
-    peak_bytes,
+    memory_bytes,
     postprocess,
 )
 from server.segment.request import SegmentParams
@@ -23,12 +23,14 @@ from tests.server.segment.masks import disc, lines, masks, single_pixels
 IMAGE, STACK = InputHeader((4, 5)), InputHeader((4, 5, 6))
 VOLUME, TIMES = InputHeader((4, 5, 6), affine=np.eye(4)), InputHeader((4, 5, 6), time_slices=1)
 
-parameters = st.fixed_dictionaries({
-    "min_size_px": st.none() | st.integers(0, 12),
-    "fill_holes": st.booleans(),
-    "keep_largest": st.booleans(),
-    "instances": st.booleans(),
-})
+parameters = st.fixed_dictionaries(
+    {
+        "min_size_px": st.none() | st.integers(0, 12),
+        "fill_holes": st.booleans(),
+        "keep_largest": st.booleans(),
+        "instances": st.booleans(),
+    }
+)
 
 
 def processed(
@@ -101,13 +103,17 @@ def test_times_are_processed_each_by_itself(drawn: np.ndarray, slices: int, para
         single = processed(part[..., 0].T if slices == 1 else part, **params)
         alone = objects_of(single)
         labels = alone.labels.T[..., None] if slices == 1 else alone.labels
-        assert np.array_equal(objects.labels[..., first : first + slices], np.where(labels > 0, labels + before, 0))
+        assert np.array_equal(
+            objects.labels[..., first : first + slices], np.where(labels > 0, labels + before, 0)
+        )
         assert objects.touches_border[before : before + len(alone)].tolist() == alone.touches_border.tolist()
         before += len(alone)
         removed = {v: removed.get(v, 0) + single.removed.get(v, 0) for v in {*removed, *single.removed}}
     assert len(objects) == before
     assert done.removed == removed
-    assert np.array_equal(processed(classes, objects=False, time_slices=slices, **params).mask.classes, done.mask.classes)
+    assert np.array_equal(
+        processed(classes, objects=False, time_slices=slices, **params).mask.classes, done.mask.classes
+    )
 
 
 RING, TWO = lines("111..", "1.1.2", "111.."), disc((40, 60), ((20, 18), 10), ((20, 35), 10))
@@ -124,9 +130,18 @@ RING, TWO = lines("111..", "1.1.2", "111.."), disc((40, 60), ((20, 18), 10), ((2
         (lines("1.11.111"), {"min_size_mm2": 0.2}, [2, 3]),
         (lines("1.11.111"), {"min_size_mm2": 0.2001}, [3]),
     ],
-    ids=["holes before sizes", "sizes before largest", "whole", "instances before sizes", "area", "smaller area"],
+    ids=[
+        "holes before sizes",
+        "sizes before largest",
+        "whole",
+        "instances before sizes",
+        "area",
+        "smaller area",
+    ],
 )
-def test_steps_are_applied_in_their_order(classes: np.ndarray, params: dict[str, Any], pixels: list[int]) -> None:
+def test_steps_are_applied_in_their_order(
+    classes: np.ndarray, params: dict[str, Any], pixels: list[int]
+) -> None:
     assert objects_of(processed(classes, 0.1, **params)).pixels.tolist() == pixels
 
 
@@ -164,7 +179,9 @@ def test_cancelled_ends() -> None:
     ],
     ids=["image", "times", "stack", "volume"],
 )
-def test_check_dimensions_of_another_kind_is_refused(header: InputHeader, parameter: str, allowed: str) -> None:
+def test_check_dimensions_of_another_kind_is_refused(
+    header: InputHeader, parameter: str, allowed: str
+) -> None:
     with pytest.raises(InvalidParameter) as caught:
         check_dimensions(SegmentParams(**{parameter: 1.0}), header)
     assert caught.value.fields == {"parameter": parameter, "value": 1.0, "allowed": [allowed, "min_size_px"]}
@@ -172,7 +189,9 @@ def test_check_dimensions_of_another_kind_is_refused(header: InputHeader, parame
     check_dimensions(SegmentParams(min_size_px=1), header)
 
 
-@pytest.mark.parametrize(("header", "parameter"), [(IMAGE, "min_size_mm2"), (STACK, "min_size_mm3")], ids=["image", "stack"])
+@pytest.mark.parametrize(
+    ("header", "parameter"), [(IMAGE, "min_size_mm2"), (STACK, "min_size_mm3")], ids=["image", "stack"]
+)
 def test_check_unit_that_is_unknown_is_refused(header: InputHeader, parameter: str) -> None:
     with pytest.raises(InvalidParameter) as caught:
         check_unit(SegmentParams(**{parameter: 1.0}), header, None)
@@ -183,10 +202,15 @@ def test_check_unit_that_is_unknown_is_refused(header: InputHeader, parameter: s
 
 @pytest.mark.parametrize(
     ("params", "objects", "nonzero"),
-    [({}, False, False), ({}, True, True), ({"fill_holes": True}, False, True), ({"keep_largest": True}, False, True)],
+    [
+        ({}, False, False),
+        ({}, True, True),
+        ({"fill_holes": True}, False, True),
+        ({"keep_largest": True}, False, True),
+    ],
 )
-def test_peak_bytes_counts_what_is_done(params: dict[str, Any], objects: bool, nonzero: bool) -> None:
+def test_memory_bytes_counts_what_is_done(params: dict[str, Any], objects: bool, nonzero: bool) -> None:
     params_, pixels = SegmentParams(**params), 10**8
-    assert (peak_bytes(params_, pixels, objects=objects) > 0) == nonzero
+    assert (memory_bytes(params_, pixels, objects=objects) > 0) == nonzero
     instances = SegmentParams(**params, instances=True)
-    assert peak_bytes(instances, pixels, objects=objects) > label_bytes(pixels) > 16 * pixels
+    assert memory_bytes(instances, pixels, objects=objects) > label_bytes(pixels) > 16 * pixels

@@ -32,7 +32,9 @@ def test_overlap_is_symmetric_and_dice_follows_from_iou(seed: int) -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 @pytest.mark.parametrize("foreground", [(255, 255, 255), (3, 3, 17), (1, 1, 1)])
-def test_compare_of_one_class_takes_masks_and_instance_maps(dtype: type, foreground: tuple[int, int, int]) -> None:
+def test_compare_of_one_class_takes_masks_and_instance_maps(
+    dtype: type, foreground: tuple[int, int, int]
+) -> None:
     a, b, c = foreground
     reference = np.array([[0, a, b], [0, c, 0]], dtype=dtype)
     assert compare((reference > 0).astype(np.uint8), reference, [1]) == {1: Overlap(1.0, 1.0)}
@@ -44,9 +46,13 @@ def test_compare_of_several_classes_takes_class_values() -> None:
     assert compare(classes, reference, [1, 2, 3]) == {1: half, 2: half, 3: Overlap(1.0, 1.0, empty=True)}
 
 
-@pytest.mark.parametrize("score", [lambda a, b: compare(a, b, [1]), average_precision], ids=["compare", "precision"])
+@pytest.mark.parametrize(
+    "score", [lambda a, b: compare(a, b, [1]), average_precision], ids=["compare", "precision"]
+)
 @pytest.mark.parametrize(("size", "other"), [((3, 2), (2, 3)), ((4, 2, 3), (4, 3, 2))])
-def test_reference_of_another_size_is_refused(score: object, size: tuple[int, ...], other: tuple[int, ...]) -> None:
+def test_reference_of_another_size_is_refused(
+    score: object, size: tuple[int, ...], other: tuple[int, ...]
+) -> None:
     with pytest.raises(InvalidParameter) as caught:
         score(np.zeros(size, dtype=np.uint8), np.zeros(other, dtype=np.uint8))
     assert caught.value.fields == {"parameter": "reference", "value": [*other], "allowed": [*size]}
@@ -103,7 +109,9 @@ def test_average_precision_is_that_of_the_definition(seed: int, objects: int, si
     changed = random.random(size) < random.random() * 0.4
     labels = np.where(changed, random.integers(0, objects + 1, size), reference)
     precision = average_precision(labels, reference)
-    assert precision == {threshold: slow_precision(labels, reference, threshold) for threshold in AP_THRESHOLDS}
+    assert precision == {
+        threshold: slow_precision(labels, reference, threshold) for threshold in AP_THRESHOLDS
+    }
     assert precision == average_precision(reference, labels)
 
 

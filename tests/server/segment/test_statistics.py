@@ -22,10 +22,22 @@ def test_statistics_of_an_image_by_hand() -> None:
     classes = lines("1..2", ".1.2", "....", "1.2.")
     objects = connected_components(classes, half(classes))
     one, two, three = class_statistics(objects, NAMES, 0.5, np.array([1, 0.9, 0.8, 0.1], np.float32), None)
-    shared = {"pixels": 3, "fraction": 3 / 16, "objects": 2, "area_mm2": 1.5, "mean_score": 0.5, "touches_border": True}
+    shared = {
+        "pixels": 3,
+        "fraction": 3 / 16,
+        "objects": 2,
+        "area_mm2": 1.5,
+        "mean_score": 0.5,
+        "touches_border": True,
+    }
     assert one == {"value": 1, "name": "a", "largest_score": 0.9} | shared
     assert two == {"value": 2, "name": "b", "largest_score": 0.8} | shared
-    assert (three["pixels"], three["objects"], three["mean_score"], three["touches_border"]) == (0, 0, None, False)
+    assert (three["pixels"], three["objects"], three["mean_score"], three["touches_border"]) == (
+        0,
+        0,
+        None,
+        False,
+    )
     assert three["note"]
     row = {"id": 2, "class": 2, "name": "b", "pixels": 2, "centroid": [0.5, 3.0], "box": [[0, 3], [2, 4]]}
     assert object_statistics(objects, NAMES)[1] == row | {"mean_score": 0.5, "touches_border": True}
@@ -43,9 +55,18 @@ def test_statistics_of_a_volume_by_hand() -> None:
     assert row["mean_score"] is row["largest_score"] is None
     assert object_statistics(objects, {1: "a"}, 24.0, affine) == [
         {
-            **{"id": 1, "class": 1, "name": "a", "voxels": 2, "volume_mm3": 48.0, "volume_ml": 0.048},
-            **{"centroid": [1.5, 1.5, 1.5], "box": [[1, 1, 1], [3, 3, 3]], "centroid_mm": [4.0, -2.5, 9.0]},
-            **{"box_mm": [[2.0, -5.5, 5.0], [6.0, 0.5, 13.0]], "mean_score": None, "touches_border": False},
+            "id": 1,
+            "class": 1,
+            "name": "a",
+            "voxels": 2,
+            "volume_mm3": 48.0,
+            "volume_ml": 0.048,
+            "centroid": [1.5, 1.5, 1.5],
+            "box": [[1, 1, 1], [3, 3, 3]],
+            "centroid_mm": [4.0, -2.5, 9.0],
+            "box_mm": [[2.0, -5.5, 5.0], [6.0, 0.5, 13.0]],
+            "mean_score": None,
+            "touches_border": False,
         }
     ]
 
@@ -58,9 +79,13 @@ def test_object_statistics_mm_are_those_of_nibabel(classes: np.ndarray) -> None:
         centroid = nib.affines.apply_affine(OBLIQUE, objects.centroid[index])
         assert row["centroid_mm"] == pytest.approx(centroid.tolist(), abs=1e-3)
         ends = np.stack([objects.low[index] - 0.5, objects.high[index] - 0.5])
-        corners = np.array([[ends[a, 0], ends[b, 1], ends[c, 2]] for a in (0, 1) for b in (0, 1) for c in (0, 1)])
+        corners = np.array(
+            [[ends[a, 0], ends[b, 1], ends[c, 2]] for a in (0, 1) for b in (0, 1) for c in (0, 1)]
+        )
         mm = nib.affines.apply_affine(OBLIQUE, corners)
-        assert row["box_mm"] == [pytest.approx(end.tolist(), abs=1e-3) for end in (mm.min(axis=0), mm.max(axis=0))]
+        assert row["box_mm"] == [
+            pytest.approx(end.tolist(), abs=1e-3) for end in (mm.min(axis=0), mm.max(axis=0))
+        ]
 
 
 @settings(max_examples=40, deadline=None)
@@ -81,8 +106,18 @@ def test_class_statistics_are_the_sums_of_their_objects(classes: np.ndarray, uni
     ("highest", "threshold", "removed", "note"),
     [
         (0.31, 0.5, {}, "no pixel scores above 0.5; the highest score is 0.31"),
-        (0.6, 0.4, {}, "wherever this class scores above 0.4, another scores higher; its highest score is 0.6"),
-        (0.31, None, {}, "no pixel scores higher for this class than for all others; its highest score is 0.31"),
+        (
+            0.6,
+            0.4,
+            {},
+            "wherever this class scores above 0.4, another scores higher; its highest score is 0.6",
+        ),
+        (
+            0.31,
+            None,
+            {},
+            "no pixel scores higher for this class than for all others; its highest score is 0.31",
+        ),
         (0.9, 0.5, {1: 1234}, "1,234 objects were removed by post-processing; the highest score is 0.9"),
     ],
 )

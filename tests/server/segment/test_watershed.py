@@ -8,8 +8,8 @@ from server.cancel import Cancelled, CancelToken
 from server.segment import watershed
 from server.segment.labels import label
 from server.segment.watershed import split
-from tests.server.conftest import memory_stays_below
 from tests.server.segment.masks import disc, masks
+from tests.support.memory import memory_stays_below
 
 
 def instances_of(
@@ -92,7 +92,9 @@ def sheets(side: int) -> np.ndarray:
     return np.asfortranarray(np.indices((side,) * 3).sum(axis=0) % 8 < 3).astype(np.uint8, order="A")
 
 
-@pytest.mark.parametrize("classes", [stripes(400), rings(200), sheets(50)], ids=["stripes", "rings", "sheets"])
+@pytest.mark.parametrize(
+    "classes", [stripes(400), rings(200), sheets(50)], ids=["stripes", "rings", "sheets"]
+)
 def test_split_of_large_boxes_takes_bounded_memory(classes: np.ndarray) -> None:
     labels, count = label(classes)
     with memory_stays_below(classes.size * watershed.BOX_BYTES / 1e6 + 5):
