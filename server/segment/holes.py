@@ -14,8 +14,8 @@ HOLE_BYTES = 12
 def fill_holes(classes: UInt8[ndarray, "*size"]) -> None:
     """Assigns background that a class encloses and that touches the class to it, in place.
 
-    A hole is enclosed if no path through sides of pixels leads out of it; corners are closed, because objects are connected at them.
-    Axes of one voxel do not count. Background that two classes enclose together stays.
+    A hole is enclosed if no path through sides of pixels leads out of it; corners are closed, because objects
+    are connected at them. Axes of one voxel do not count. Background that two classes enclose together stays.
     """
     flat = classes.squeeze() if classes.ndim == 3 else classes
     several = flat.max(initial=0) > 1

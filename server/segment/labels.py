@@ -1,7 +1,7 @@
 """The separate objects of a mask: numbered, counted and measured.
 
-Arrays are processed in scan order: along the rows of an image, or along the first axis of a volume, slice by slice. That is the order
-of pixels in files.
+Arrays are processed in scan order: along the rows of an image, or along the first axis of a volume, slice by
+slice. That is the order of pixels in files.
 """
 
 from collections.abc import Iterator
@@ -113,8 +113,8 @@ def check_count(count: int) -> None:
     """
     if count > MAX_OBJECTS:
         raise InvalidParameter(
-            f"the mask has {count:,} objects and at most {MAX_OBJECTS:,} are described; remove small ones with "
-            "min_size_px, or choose a format without objects",
+            f"the mask has {count:,} objects and at most {MAX_OBJECTS:,} are described; remove small ones "
+            "with min_size_px, or choose a format without objects",
             limit=MAX_OBJECTS,
             actual=count,
             unit="objects",
@@ -185,7 +185,7 @@ def map_labels(labels: Int32[ndarray, "*lines"], table: Int32[ndarray, " numbers
 
 
 def lookup(table: Bool[ndarray, " numbers"], labels: Int32[ndarray, "*lines"]) -> Bool[ndarray, "*lines"]:
-    """`table[label]` of each label; the labels are contiguous. By chunks, because an index takes eight bytes."""
+    """`table[label]` of each contiguous label, by chunks, because an index takes eight bytes."""
     values = np.empty(labels.shape, dtype=np.bool_)
     flat, flat_values = labels.reshape(-1), values.reshape(-1)
     for chunk in chunks(flat.size):

@@ -156,7 +156,7 @@ def _average_precision(precision: Mapping[float, float]) -> dict[str, Any]:
 
 
 def _pixel_size_um(source: Image | Volume) -> dict[str, float]:
-    """The pixel size of an image or a stack; the axes of a stack are those of a volume, width before height."""
+    """The pixel size of an image, or of a stack, whose axes have width before height."""
     spacing_mm = source.spacing_mm or ()
     if isinstance(source, Volume):
         spacing_mm = spacing_mm[1::-1] + spacing_mm[2:]

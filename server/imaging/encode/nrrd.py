@@ -1,6 +1,7 @@
 """Slicer's segmentation, .seg.nrrd: one label map with names and colours.
 
-The header is written here because pynrrd adds the date, writes ASCII only and takes a hundred times as long to compress as isal.
+The header is written here because pynrrd adds the date, writes ASCII only and takes a hundred times as long
+to compress as isal.
 """
 
 import io
