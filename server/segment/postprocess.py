@@ -87,8 +87,8 @@ def check_unit(params: SegmentParams, header: InputHeader, unit_mm: float | None
                 "0.5 or 0.5x0.25 (height x width)" if header.planar else "0.5x0.5x2 (height x width x page)"
             )
             raise InvalidParameter(
-                f"{name} needs the pixel size, which the file does not contain; add pixel_size_um={example}, or "
-                "use min_size_px",
+                f"{name} needs the pixel size, which the file does not contain; add pixel_size_um={example}, "
+                "or use min_size_px",
                 parameter=name,
                 value=value,
                 remedy="pixel_size_um",
@@ -201,7 +201,7 @@ class _Steps:
     def apply(
         self, classes: UInt8[ndarray, "*size"], spacing_mm: tuple[float, ...] | None
     ) -> tuple[Int32[ndarray, "*size"] | None, int]:
-        """Changes the classes in place; returns the labels, None where not needed, and the number of objects."""
+        """Changes the classes in place; returns the labels (None where not needed) and their number."""
         if self.params.fill_holes:
             fill_holes(classes)
         if not self.labelled:

@@ -117,7 +117,7 @@ def _empty_note(unit: str, highest: float, threshold: float | None, removed: int
             f"no {unit} scores higher for this class than for all others; its highest score is {highest:.2g}"
         )
     if highest > threshold:
-        return f"where this class scores above {threshold:g}, another scores higher; its highest score is {highest:.2g}"
+        return f"where this class scores above {threshold:g}, another is higher; its highest score is {highest:.2g}"
     return f"no {unit} scores above {threshold:g}; the highest score is {highest:.2g}"
 
 

@@ -101,8 +101,8 @@ def _runs(
     count = np.count_nonzero(begins)
     if count > limit:
         raise InvalidParameter(
-            f"the objects have {count:,} runs of pixels and format=coco takes {limit:,}; remove small objects with "
-            "min_size_px, or use format=labels.tiff",
+            f"the objects have {count:,} runs of pixels and format=coco takes {limit:,}; remove small "
+            "objects with min_size_px, or use format=labels.tiff",
             parameter="format",
             value="coco",
             limit=limit,

@@ -1,4 +1,4 @@
-"""Which formats a request gets: by parameter `format`, else by header Accept (RFC 9110), else by its input."""
+"""Which formats a request gets: by parameter `format`, else by header Accept (RFC 9110), else by input."""
 
 import math
 import re
@@ -58,7 +58,8 @@ def choose(
     if any(media_type in WRAPPERS for media_type in types):
         return (default,)
     raise UnknownFormat(
-        f"no format has a media type that Accept: {accept!s:.200} allows; use format with one of: {', '.join(fitting)}",
+        f"no format has a media type that Accept: {accept!s:.200} allows; use format with one of: "
+        f"{', '.join(fitting)}",
         parameter="Accept",
         value=str(accept)[:200],
         allowed=fitting,

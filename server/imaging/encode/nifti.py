@@ -1,4 +1,4 @@
-"""Masks, objects and scores as .nii.gz with a copy of the input's header, because a new one would lose fields."""
+"""Masks, objects and scores as .nii.gz with a copy of the input's header, as a new one loses fields."""
 
 import io
 from collections.abc import Iterator, Sequence

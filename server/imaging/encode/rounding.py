@@ -1,4 +1,4 @@
-"""Half-precision probabilities as integers, by a table of all 65,536: four times as fast as computing each."""
+"""Half-precision probabilities as integers, by a table of all 65,536: four times as fast."""
 
 import functools
 

@@ -110,7 +110,7 @@ def test_class_statistics_are_the_sums_of_their_objects(classes: np.ndarray, uni
             0.6,
             0.4,
             {},
-            "where this class scores above 0.4, another scores higher; its highest score is 0.6",
+            "where this class scores above 0.4, another is higher; its highest score is 0.6",
         ),
         (
             0.31,
