@@ -8,7 +8,7 @@ from numpy import ndarray
 
 from server.arrays import InputHeader, Overlap
 from server.errors import InvalidParameter
-from server.imaging.geometry import SAME_PLACE, apart, spacing
+from server.imaging.geometry import AFFINE_TOLERANCE_VOXELS, max_displacement, spacing
 
 __all__ = ["AP_THRESHOLDS", "Overlap", "average_precision", "check_grid", "compare", "overlap"]
 
@@ -49,10 +49,8 @@ def check_grid(image: InputHeader, reference: InputHeader) -> None:
     check_size(image.size, reference.size)
     if image.affine is None or reference.affine is None:
         return
-    distance, limit = (
-        apart(image.size, image.affine, reference.affine),
-        SAME_PLACE * min(spacing(image.affine)),
-    )
+    distance = max_displacement(image.size, image.affine, reference.affine)
+    limit = AFFINE_TOLERANCE_VOXELS * min(spacing(image.affine))
     if distance > limit:
         raise InvalidParameter(
             f"the reference lies up to {distance:.3g} mm away from the volume (other affine); resample it to "

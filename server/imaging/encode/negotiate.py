@@ -128,7 +128,7 @@ def _fits(row: str, header: InputHeader | None) -> bool:
 
 def _sheared(header: InputHeader) -> bool:
     """Whether ITK, and with it Slicer, would read an NRRD file elsewhere, or not at all."""
-    return header.affine is not None and geometry.sheared(header.affine)
+    return header.affine is not None and geometry.is_sheared(header.affine)
 
 
 def _by_preference(accept: str) -> list[str]:

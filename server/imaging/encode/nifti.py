@@ -69,7 +69,7 @@ def write(
         intent: name that nibabel gives the intent.
         table: label table in the format of `CARET`.
     """
-    header = volume.header.copy()
+    header = volume.file_header.copy()
     header.set_data_dtype(dtype)
     header.set_slope_inter(slope, 0)
     header.set_intent(intent)

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from server.arrays import Scores, Tiles
 from server.runtime.engines import onnxruntime, openvino
 
 
+@runtime_checkable
 class Engine(Protocol):
     """One graph, opened. `run` is called from one thread at a time and releases the GIL while it computes."""
 

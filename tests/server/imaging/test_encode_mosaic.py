@@ -133,7 +133,7 @@ def test_overlay_contrast_is_that_of_the_whole_volume() -> None:
 
 def test_memory_of_a_large_volume_is_that_of_a_picture() -> None:
     small = volume(np.zeros((1, 1, 1), dtype=np.int16))
-    large = Volume(np.full((300, 300, 300, 1), 7, dtype=np.int16, order="F"), small.affine, small.header)
+    large = Volume(np.full((300, 300, 300, 1), 7, dtype=np.int16, order="F"), small.affine, small.file_header)
     classes = np.full((300, 300, 300), 1, dtype=np.uint8, order="F")
     with memory_stays_below(60):
         overlay(large, classes)
