@@ -9,10 +9,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from jaxtyping import Float32, Float64, Shaped
 from nibabel import Nifti1Header, Nifti2Header, orientations
 from numpy import ndarray
-from scipy import ndimage
 
 from server.arrays import Image, Volume
 from server.errors import InvalidParameter, Unreadable
@@ -88,7 +88,7 @@ class Placement:
         resampled = np.empty((*self.size, voxels.shape[-1]), dtype=np.float32)
         for channel in range(voxels.shape[-1]):
             # grid_mode treats voxels as boxes, so the outer faces of the volume stay in place.
-            ndimage.zoom(
+            scipy.ndimage.zoom(
                 voxels[..., channel],
                 factors,
                 output=resampled[..., channel],

@@ -7,9 +7,9 @@ slice. That is the order of pixels in files.
 from collections.abc import Iterator
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Int32, Int64, Shaped, UInt8
 from numpy import ndarray
-from scipy import ndimage
 
 from server.arrays import Objects
 from server.errors import InvalidParameter
@@ -50,7 +50,7 @@ def label(classes: UInt8[ndarray, "*size"]) -> tuple[Int32[ndarray, "*size"], in
     if lines.max(initial=0) > 1:
         labels, count = relabel_in_scan_order(*_label_each_class(lines))
     else:
-        labels, count = ndimage.label(lines, structure=_full_connectivity(lines.ndim), output=np.int32)
+        labels, count = scipy.ndimage.label(lines, structure=_full_connectivity(lines.ndim), output=np.int32)
     return scan_order(labels), count
 
 
@@ -200,10 +200,10 @@ def _full_connectivity(axes: int) -> Bool[ndarray, "..."]:
 def _label_each_class(lines: UInt8[ndarray, "*lines"]) -> tuple[Int32[ndarray, "*lines"], int]:
     """Labels of each class, computed within its box because they take four bytes per pixel."""
     labels, count = np.zeros(lines.shape, dtype=np.int32), 0
-    for value, box in enumerate(ndimage.find_objects(lines), start=1):
+    for value, box in enumerate(scipy.ndimage.find_objects(lines), start=1):
         if box is not None:
             inside = lines[box] == value
-            of_class, more = ndimage.label(inside, structure=_full_connectivity(lines.ndim), output=np.int32)
+            of_class, more = scipy.ndimage.label(inside, structure=_full_connectivity(lines.ndim), output=np.int32)
             np.add(of_class, count, out=labels[box], where=inside)
             count += more
     return labels, count

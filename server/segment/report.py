@@ -72,7 +72,6 @@ def encode_response(
     result: SegmentationResult,
     formats: tuple[str, ...],
     served: Mapping[str, Any],
-    timings: Mapping[str, float],
     *,
     filename: str = "",
     include_mask: bool = False,
@@ -83,7 +82,6 @@ def encode_response(
         result: the segmentation.
         formats: rows of `encode.ENCODERS`.
         served: members of the report that say what was served: model, mode, level, precision, ...
-        timings: seconds per phase so far.
         filename: name of the input file, for formats that repeat it; "" if unknown.
         include_mask: whether the report carries the mask in base64.
 
@@ -98,7 +96,6 @@ def encode_response(
             instances = "instances" in result.postprocessing
             row = encoding.like(encoding.MASK, result.source.input_header, instances=instances)
             report[MASK_KEYS[row]] = base64.b64encode(encoding.encode((row,), result).body).decode()
-        report["timings_ms"] = {phase: round(seconds * 1e3, 2) for phase, seconds in timings.items()}
         result = dataclasses.replace(result, report=report)
     return encoding.encode(formats, result)
 

@@ -11,9 +11,9 @@ import itertools
 import math
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from numpy import ndarray
-from scipy import ndimage
 
 from server.cancel import NO_CANCEL, CancelToken
 from server.segment.labels import chunks, lookup, runs, scan_order
@@ -68,7 +68,7 @@ def split(
     lines = scan_order(labels)
     spacing = spacing[::-1] if lines.ndim == 3 else spacing
     candidates = _candidates(lines, count)
-    boxes = ndimage.find_objects(lines) if candidates.any() else []
+    boxes = scipy.ndimage.find_objects(lines) if candidates.any() else []
     single, rest = _by_box(np.flatnonzero(candidates), boxes, max_boxes * lines.size)
     for index in single.tolist():
         cancel.check()
@@ -171,7 +171,7 @@ def _divide(
 def _holes(inside: Bool[ndarray, "*box"]) -> Bool[ndarray, "*box"]:
     """Pixels that the object encloses, which are mistakes of the network rather than edges."""
     outside = np.pad(~inside, 1, constant_values=True)
-    holes: Bool[ndarray, "*box"] = (ndimage.label(outside)[0] > 1)[(slice(1, -1),) * inside.ndim]
+    holes: Bool[ndarray, "*box"] = (scipy.ndimage.label(outside)[0] > 1)[(slice(1, -1),) * inside.ndim]
     return holes
 
 
@@ -191,7 +191,7 @@ def _height(
 ) -> Float32[ndarray, "*box"]:
     """Smoothed distance to the edge of the filled pixels, -1 where not inside; the box ends at an edge."""
     padded = np.pad(filled, 1)
-    nearest = ndimage.distance_transform_edt(padded, spacing, return_distances=False, return_indices=True)
+    nearest = scipy.ndimage.distance_transform_edt(padded, spacing, return_distances=False, return_indices=True)
     squares = np.zeros(padded.shape, dtype=np.float32)
     for axis, step in enumerate(spacing):
         shape = [-1 if k == axis else 1 for k in range(inside.ndim)]
@@ -200,7 +200,7 @@ def _height(
         squares += np.square(offset, out=offset)
     del nearest, offset
     sigma = [SIGMA * min(spacing) / step for step in spacing]
-    height: Float32[ndarray, "*box"] = ndimage.gaussian_filter(
+    height: Float32[ndarray, "*box"] = scipy.ndimage.gaussian_filter(
         np.sqrt(squares, out=squares), sigma, output=np.float32
     )
     del squares
