@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import uvicorn
 from PIL import Image
+from server.segment.plan import statistics
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -24,7 +25,6 @@ from bench.peers import common, report
 from bench.peers.contenders import CASES, Contender, bodies, contenders, form, inference_protocol, protocol_mask
 from bench.peers.load import Shot, Summary, Target, closed_loop, median, open_loop, percentile, poisson, summarise
 from server.imaging.encode import png
-from server.segment.plan import statistics
 
 
 def shots(*latencies: float, kind: str = "ok") -> list[Shot]:

@@ -11,8 +11,9 @@ import httpx
 import pytest
 from PIL import Image as Pillow
 
-from tests.conftest import ROOT, serving
-from tests.server.conftest import NO_AGREEMENT, until
+from tests.conftest import ROOT
+from tests.support.server import serving, until
+from tests.support.service import quiet_settings
 
 WEB = ROOT / "server" / "web"
 SAMPLES = WEB / "samples"
@@ -40,19 +41,14 @@ DROP = """(files) => {
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def server() -> Iterator[httpx.Client]:
     """A client of a server with both bundles of the repository, at fp32 so that its answers are reproducible."""
-    from server.app import create_app, open_bundles
-    from server.settings import BatchingSettings, JobsSettings, QualitySettings, RuntimeSettings, Settings
+    from server.app import create_app
 
-    settings = Settings(
-        bundles=ROOT / "bundles",
-        runtime=RuntimeSettings(precision="fp32", engine="onnxruntime"),
-        batching=BatchingSettings(max_batch=1),
-        jobs=JobsSettings(folder=tmp_path_factory.mktemp("jobs")),
-        quality=QualitySettings(**NO_AGREEMENT),
+    settings = quiet_settings(
+        bundles=ROOT / "bundles", runtime={"precision": "fp32", "engine": "onnxruntime"}
     )
-    with serving(create_app(settings, open_bundles(settings))) as client:
+    with serving(create_app(settings)) as client:
         yield client
 
 

@@ -13,8 +13,8 @@ import pytest
 from server.api import auth
 from server.api.routes import page
 from server.errors import Misconfigured
-from tests.server.conftest import doors
 from tests.server.web.conftest import WEB
+from tests.support.server import full_server
 
 ASSETS = page.read(WEB)
 OWN_TEXTS = [
@@ -24,7 +24,7 @@ OWN_TEXTS = [
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    with doors() as opened:
+    with full_server() as opened:
         yield opened.client
 
 
@@ -130,7 +130,7 @@ def test_damaged_installation_is_refused(tmp_path: Path) -> None:
 def test_page_needs_no_key(tmp_path: Path) -> None:
     """The key is entered on the page, and kept until the tab is closed."""
     (tmp_path / "keys").write_text(auth.make("page")[1])
-    with doors(auth={"keys_file": tmp_path / "keys"}) as opened:
+    with full_server(auth={"keys_file": tmp_path / "keys"}) as opened:
         assert {opened.client.get(path).status_code for path in page.paths()} == {200}
         assert opened.client.get("/web/nothing.js").status_code == 401
     scripts = "".join((WEB / f"{name}.js").read_text() for name in page.MODULES)

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from server.api.routes.page import insert_options
 from server.segment.request import SegmentParams
-from tests.server.conftest import until
 from tests.server.web.conftest import Ui
+from tests.support.server import until
 
 # Parameters with a control of their own: the slider, the list of models, the downloads.
 OWN_CONTROL = {"mode", "level", "model", "format"}

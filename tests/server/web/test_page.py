@@ -14,8 +14,9 @@ from PIL import Image as Pillow
 
 from server.api import auth
 from server.api.routes.page import request_options
-from tests.server.conftest import doors, mask_of, pages_bytes, picture_bytes, until
 from tests.server.web.conftest import SAMPLES, Ui
+from tests.support.files import mask_of, pages_bytes, picture_bytes
+from tests.support.server import full_server, until
 
 CELLS = SAMPLES / "cells.png"
 LEVELS = ["L1", "L2", "L3", "L4", "accurate"]
@@ -167,7 +168,7 @@ class TestErrors:
     def test_key_is_asked_for(self, browser: Any, tmp_path: Path) -> None:
         key, line = auth.make("page")
         (tmp_path / "keys").write_text(line)
-        with doors(auth={"keys_file": tmp_path / "keys"}) as opened:
+        with full_server(auth={"keys_file": tmp_path / "keys"}) as opened:
             context, url = browser.new_context(), str(opened.client.base_url)
             ui, other = Ui(context.new_page(), url), Ui(context.new_page(), url)
             ui.page.goto(url)

@@ -1,0 +1,247 @@
+"""Zips: one is read and trusted in nothing, one is made.
+
+Sizes are counted while inflating, whatever the list of files says, and nothing is ever written under a name of a zip.
+"""
+
+import contextlib
+import itertools
+import tempfile
+import unicodedata
+import zipfile
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO, cast
+
+from server.errors import TooLarge, Unreadable
+from server.imaging.encode import EPOCH
+from server.settings import LimitsSettings
+
+# Larger files wait on disk, not in memory.
+SPOOL_BYTES = 4 * 1024 * 1024
+COPY_BYTES = 256 * 1024
+# Of the list of entries at a zip's end; 1,000 with long paths take a tenth of it.
+LIST_BYTES = 1024 * 1024
+MAX_NAME = 500
+
+METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+ENCRYPTED = 0x1
+# What is worth compressing once more.
+TEXTS = (".json", ".csv", ".geojson")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image of a zip.
+
+    Attributes:
+        info: where it lies.
+        name: with its folders.
+        stem: what the names of its answers begin with; of no other image, in any case of letters.
+        problem: why it is not read, or "".
+    """
+
+    info: zipfile.ZipInfo
+    name: str
+    stem: str
+    problem: str
+
+
+class BoundedFile:
+    """A file of which no long piece is read at once: zipfile reads the list of entries whole, however long it is."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        """As of files.
+
+        Raises:
+            TooLarge: very many entries.
+        """
+        data = self._file.read(LIST_BYTES + 1 if size < 0 else min(size, LIST_BYTES + 1))
+        if len(data) > LIST_BYTES:
+            raise TooLarge(f"the zip's list of files has more than {LIST_BYTES:,} bytes; send fewer images, with shorter names")
+        return data
+
+
+class ZipTooLarge(TooLarge):
+    """Not one image is too large, but all together."""
+
+
+class ZipFiles:
+    """The zip that came and the one that is made. Calls come from one thread at a time.
+
+    Args:
+        file: the zip that came.
+        limits: of a request.
+
+    Attributes:
+        out: the zip that is made.
+    """
+
+    def __init__(self, file: BinaryIO, limits: LimitsSettings) -> None:
+        self._limits = limits
+        self._left = limits.max_zip_mb * 1024 * 1024
+        self._file = file
+        self.out = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115 - the answer's, who closes it
+        self._made = zipfile.ZipFile(self.out, "w")
+
+    def close(self) -> None:
+        """Removes what was made."""
+        with contextlib.suppress(ValueError):
+            self._made.close()
+        self.out.close()
+
+    def entries(self) -> list[Entry]:
+        """Opens the zip that came: its images; folders and what systems hide among them are left out.
+
+        Raises:
+            Unreadable: damaged, none, two of one name, or two in one place.
+            TooLarge: says the limit.
+        """
+        try:
+            self._zip = zipfile.ZipFile(cast("BinaryIO", BoundedFile(self._file)))
+        except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, ValueError, OSError) as error:
+            raise Unreadable("the zip's list of files cannot be read (truncated or damaged?); pack it again") from error
+        infos = [(info, _plain(info.filename)) for info in self._zip.infolist()]
+        infos = [(info, name) for info, name in infos if not name.endswith("/") and not _is_hidden(name)]
+        if not infos:
+            raise Unreadable("the zip holds no files; pack the images themselves")
+        if len(infos) > self._limits.max_zip_images:
+            raise TooLarge(
+                f"the zip holds {len(infos):,} files; the limit is {self._limits.max_zip_images:,}. Send it in parts, or raise "
+                "UNETPP_LIMITS__MAX_ZIP_IMAGES on the server"
+            )
+        if twice := [name for name, times in Counter(name for _, name in infos).items() if times > 1]:
+            raise Unreadable(f"the zip holds two files named {twice[0]!r:.80}; give each its own name")
+        places = sorted((info.header_offset, info.compress_size) for info, _ in infos)
+        if any(start + size > after for (start, size), (after, _) in itertools.pairwise(places)):
+            raise Unreadable("files of the zip lie over each other, as no packer writes them; pack it again")
+        stems = _apart([_stem(name) for _, name in infos])
+        return [Entry(info, name, stem, _problem(info, name)) for (info, name), stem in zip(infos, stems, strict=True)]
+
+    def extract(self, entry: Entry, target: BinaryIO) -> None:
+        """Inflates an image.
+
+        Raises:
+            Unreadable: damaged, or not to be read.
+            UnsupportedType: it is DICOM.
+            TooLarge: it, or all together.
+        """
+        if entry.problem:
+            raise Unreadable(entry.problem)
+        most = self._limits.max_body_mb * 1024 * 1024
+        for piece in self._pieces(entry.info):
+            target.write(piece)
+            self._left -= len(piece)
+            if target.tell() > most:
+                raise TooLarge(
+                    f"the file has more than {self._limits.max_body_mb:,} MiB, which is the limit; UNETPP_LIMITS__MAX_BODY_MB on the "
+                    "server raises it"
+                )
+            if self._left < 0:
+                raise self._full("files")
+        target.seek(0)
+
+    def _pieces(self, info: zipfile.ZipInfo) -> Iterator[bytes]:
+        try:
+            with self._zip.open(info) as source:
+                while piece := source.read(COPY_BYTES):
+                    yield piece
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+            raise Unreadable("the file cannot be unpacked (damaged?); pack the zip again") from error
+
+    def add(self, entry: Entry, files: Mapping[str, bytes]) -> list[str]:
+        """Keeps the answers to an image, and says under which names.
+
+        Args:
+            entry: the image.
+            files: by name.
+
+        Raises:
+            Full: all together are too large.
+        """
+        names = [f"{entry.stem}_{name}" for name in files]
+        for name, body in zip(names, files.values(), strict=True):
+            self._write(name, body)
+        return names
+
+    def finish(self, order: Sequence[str], name: str, body: bytes) -> None:
+        """Writes the last file, and lists the others in this order; they came as they were done."""
+        self._write(name, body)
+        places = {listed: place for place, listed in enumerate(order)}
+        self._made.filelist.sort(key=lambda info: places.get(info.filename, len(places)))
+        self._made.close()
+        self.out.seek(0)
+
+    def _write(self, name: str, body: bytes) -> None:
+        if self.out.tell() + len(body) > self._limits.max_zip_mb * 1024 * 1024:
+            raise self._full("answers")
+        method = zipfile.ZIP_DEFLATED if name.endswith(TEXTS) else zipfile.ZIP_STORED
+        # As in zips of several formats: of no date.
+        self._made.writestr(zipfile.ZipInfo(name, EPOCH), body, method, 1)
+
+    def _full(self, what: str) -> "ZipTooLarge":
+        return ZipTooLarge(
+            f"all {what} of the zip together have more than {self._limits.max_zip_mb:,} MiB, which is the limit. Send it in parts, or "
+            "raise UNETPP_LIMITS__MAX_ZIP_MB on the server"
+        )
+
+
+def is_zip(file: BinaryIO) -> bool:
+    """Whether a file is a zip; leaves it at its start."""
+    head = file.read(4)
+    file.seek(0)
+    return head in (b"PK\x03\x04", b"PK\x05\x06")
+
+
+def _plain(name: str) -> str:
+    """With the separators of zips, and without steps that stay where they are (./a.png)."""
+    return "/".join(part for part in name.replace("\\", "/").split("/") if part != ".")
+
+
+def _is_hidden(name: str) -> bool:
+    parts = name.split("/")
+    return "__MACOSX" in parts or any(part.startswith(".") and part != ".." for part in parts)
+
+
+def _stem(name: str) -> str:
+    """Without its suffix, or both of .nii.gz."""
+    plain = name.removesuffix(".gz")
+    folder, slash, last = plain.rpartition("/")
+    return f"{folder}{slash}{last.rpartition('.')[0] or last}"
+
+
+def _apart(stems: Sequence[str]) -> list[str]:
+    """The same, each of its own in any folder, also where a.png and A.png are one file: the later ones get a number."""
+    alone = [_folded(stem) for stem in stems]
+    taken, seen = set(alone), set[str]()
+    numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(2))
+    apart = []
+    for stem, folded in zip(stems, alone, strict=True):
+        name = stem
+        if folded in seen:
+            name = next(name for number in numbers[folded] if _folded(name := f"{stem}_{number}") not in taken)
+            taken.add(_folded(name))
+        seen.add(folded)
+        apart.append(name)
+    return apart
+
+
+def _folded(name: str) -> str:
+    """What names that are one to Windows or macOS have in common."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _problem(info: zipfile.ZipInfo, name: str) -> str:
+    """Why a file is not read, before any of it is; the names of its answers would be as bad."""
+    if not name.isprintable() or len(name) > MAX_NAME or name[1:2] == ":" or not all(p and p != ".." for p in name.split("/")):
+        return "its name leads out of the zip, or is none; pack it under a plain one"
+    if info.flag_bits & ENCRYPTED:
+        return "the file is encrypted; pack it without a password"
+    if info.compress_type not in METHODS:
+        return "the file is packed by a method that is not read; pack it with deflate or stored"
+    return ""
