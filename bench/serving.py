@@ -50,7 +50,7 @@ def serving(bundles: Path, environment: Mapping[str, str] | None = None, log: Pa
         running(serve_command(bundles.resolve(), port), environment, log) as process,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client,
     ):
-        _wait(client, process)
+        wait_until_ready(str(client.base_url), process)
         yield Server(client, process)
 
 
@@ -115,12 +115,22 @@ def memory(pid: int, field: str) -> float:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:")), 0)
 
 
-def _wait(client: httpx.Client, process: "subprocess.Popen[bytes]") -> None:
-    for _ in range(600):
-        with contextlib.suppress(httpx.HTTPError):
-            client.get("/health/ready").raise_for_status()
-            return
-        if process.poll() is not None:
-            break
-        time.sleep(0.2)
+def wait_until_ready(url: str, process: "subprocess.Popen[bytes]", timeout_s: float = 600) -> None:
+    """Waits until /health/ready answers 200.
+
+    Args:
+        url: of the server.
+        process: of the server.
+        timeout_s: the longest wait, in seconds.
+
+    Raises:
+        SystemExit: the process has ended, or `timeout_s` has passed.
+    """
+    until = time.perf_counter() + timeout_s
+    with httpx.Client(base_url=url, timeout=5) as client:
+        while time.perf_counter() < until and process.poll() is None:
+            with contextlib.suppress(httpx.HTTPError):
+                if client.get("/health/ready").status_code == 200:
+                    return
+            time.sleep(0.02)
     raise SystemExit("the server did not start; run `unetpp serve` to see why")
