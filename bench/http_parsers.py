@@ -21,7 +21,8 @@ from typing import Any
 import psutil
 from rich.progress import track
 
-from bench.peers.contenders import BUNDLE, CASES, bodies
+from bench.inputs import bodies
+from bench.peers.contenders import BUNDLE, CASES
 from bench.peers.load import Target, closed_loop, summarise
 from bench.serving import free_port, running, wait_until_ready
 from bench.table import write
@@ -31,7 +32,11 @@ SERVERS = ("h11 with Connection", "h11 with Connection, control", "httptools")
 CONCURRENCIES = (1, 8)
 FIELDS = ("throughput", "p50_ms", "p99_ms", "cpu_ms")
 # Set, or the servers might choose different engines and batches.
-ENGINE = {"UNETPP_RUNTIME__ENGINE": "openvino", "UNETPP_RUNTIME__PRECISION": "int8", "UNETPP_BATCHING__MAX_BATCH": "1"}
+ENGINE = {
+    "UNETPP_RUNTIME__ENGINE": "openvino",
+    "UNETPP_RUNTIME__PRECISION": "int8",
+    "UNETPP_BATCHING__MAX_BATCH": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def serve(application: str, server: str, port: str) -> None:
     def patched(self: uvicorn.Config, app: Any, **options: Any) -> None:
         configure(self, bare if application == "bare" else app, **options | replaced)
 
-    uvicorn.Config.__init__ = patched  # type: ignore[method-assign]
+    uvicorn.Config.__init__ = patched  # type: ignore[method-assign, assignment]
     from server.cli import app
 
     app(["serve", "--bundles", str(BUNDLE), "--port", port])
@@ -88,7 +93,9 @@ def load(application: str, server: str, port: int, pid: int, concurrency: int, s
     Raises:
         SystemExit: a request failed.
     """
-    target = Target(f"http://127.0.0.1:{port}/segment?mode=fast&level=1", bodies(CASES["L1"].side), "image/png")
+    target = Target(
+        f"http://127.0.0.1:{port}/segment?mode=fast&level=1", bodies(CASES["L1"].side), "image/png"
+    )
     process = psutil.Process(pid)
     closed_loop(target, concurrency, 0.5)
     before = process.cpu_times()
@@ -98,7 +105,15 @@ def load(application: str, server: str, port: int, pid: int, concurrency: int, s
     if summary.errors:
         raise SystemExit(f"{server}: {summary.errors}")
     cpu_s = after.user + after.system - before.user - before.system
-    return Turn(application, server, concurrency, summary.throughput, summary.p50, summary.p99, cpu_s / len(shots) * 1e3)
+    return Turn(
+        application,
+        server,
+        concurrency,
+        summary.throughput,
+        summary.p50,
+        summary.p99,
+        cpu_s / len(shots) * 1e3,
+    )
 
 
 def measure(application: str, rounds: int, seconds: float) -> list[Turn]:
@@ -109,7 +124,9 @@ def measure(application: str, rounds: int, seconds: float) -> list[Turn]:
         for server in SERVERS:
             port = free_port()
             command = [sys.executable, "-m", "bench.http_parsers", "--serve", application, server, str(port)]
-            process = stack.enter_context(running(command, {**ENGINE, "UNETPP_JOBS__FOLDER": str(folder / server)}))
+            process = stack.enter_context(
+                running(command, {**ENGINE, "UNETPP_JOBS__FOLDER": str(folder / server)})
+            )
             wait_until_ready(f"http://127.0.0.1:{port}", process)
             up[server] = port, process.pid
         schedule = [
@@ -129,7 +146,14 @@ def rows(turns: list[Turn]) -> list[list[str]]:
     lines = []
     for application in dict.fromkeys(turn.application for turn in turns):
         for concurrency in CONCURRENCIES:
-            of = {s: [t for t in turns if (t.application, t.server, t.concurrency) == (application, s, concurrency)] for s in SERVERS}
+            of = {
+                s: [
+                    t
+                    for t in turns
+                    if (t.application, t.server, t.concurrency) == (application, s, concurrency)
+                ]
+                for s in SERVERS
+            }
             for server in SERVERS:
                 pairs = list(zip(of[server], of[SERVERS[0]], strict=True))
                 lines.append([
@@ -145,11 +169,11 @@ def ratio(values: list[float]) -> str:
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-
-
 def main() -> None:
     """Measures, prints, writes results/http_parsers.{md,json}."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=10, help="of one turn")
     parser.add_argument("--serve", nargs=3, metavar=("APPLICATION", "SERVER", "PORT"), help=argparse.SUPPRESS)
@@ -157,7 +181,10 @@ def main() -> None:
     if options.serve:
         serve(*options.serve)
         return
-    turns = [*measure("bare", options.rounds, options.seconds / 4), *measure("server", options.rounds, options.seconds)]
+    turns = [
+        *measure("bare", options.rounds, options.seconds / 4),
+        *measure("server", options.rounds, options.seconds),
+    ]
     headings = [
         "application", "concurrency", "protocol", "answers/s", "p50 ms", "p99 ms", "server CPU ms per answer",
         "throughput, of the first (range of rounds)", "CPU, of the first (range of rounds)",

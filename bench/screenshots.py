@@ -23,7 +23,10 @@ def main() -> None:
     """Writes results/page.png and results/page_volume.png."""
     with serving(Path("bundles")) as server, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=list(ARGUMENTS))
-        for name, sample, level, dark in (("page", "Cells", "L2", False), ("page_volume", "Hippocampus", "accurate", True)):
+        for name, sample, level, dark in (
+            ("page", "Cells", "L2", False),
+            ("page_volume", "Hippocampus", "accurate", True),
+        ):
             size = ViewportSize(width=1400, height=820)
             context = browser.new_context(viewport=size, color_scheme="dark" if dark else "light")
             page = context.new_page()

@@ -16,7 +16,7 @@ import psutil
 ROOT = Path(__file__).parents[1]
 
 # Of our server, where a benchmark does not say otherwise: nothing is computed twice.
-MEASURED = {"UNETPP_QUALITY__AGREEMENT_SHARE": "0", "UNETPP_QUALITY__AGREEMENT_FEWEST_PER_HOUR": "0"}
+MEASURED = {"UNETPP_QUALITY__AGREEMENT_SHARE": "0"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(bundles: Path, environment: Mapping[str, str] | None = None, log: Path = Path(os.devnull)) -> Iterator[Server]:
+def serving(
+    bundles: Path, environment: Mapping[str, str] | None = None, log: Path = Path(os.devnull)
+) -> Iterator[Server]:
     """Starts `unetpp serve` on a free port and waits until it is ready.
 
     Args:
@@ -134,3 +136,23 @@ def wait_until_ready(url: str, process: "subprocess.Popen[bytes]", timeout_s: fl
                     return
             time.sleep(0.02)
     raise SystemExit("the server did not start; run `unetpp serve` to see why")
+
+
+def wait_until_idle(pid: int, calm_s: float = 3, timeout_s: float = 120) -> None:
+    """Waits until a process and its children have used less than a tenth of a core for a while.
+
+    Args:
+        pid: of the process.
+        calm_s: the while, in seconds.
+        timeout_s: the longest wait, in seconds.
+    """
+    until = time.perf_counter() + timeout_s
+    while time.perf_counter() < until:
+        before = _cpu_s(pid)
+        time.sleep(calm_s)
+        if _cpu_s(pid) - before < 0.1 * calm_s:
+            return
+
+
+def _cpu_s(pid: int) -> float:
+    return sum(sum(one.cpu_times()[:2]) for one in tree(pid))

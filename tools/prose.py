@@ -56,7 +56,9 @@ class Block:
 def read_rules(path: Path = RULES) -> list[Rule]:
     """Reads the word list."""
     return [
-        Rule(row["remedy"], *(_compile(row.get(place, []), place) for place in ("anywhere", "start", "entry")))
+        Rule(
+            row["remedy"], *(_compile(row.get(place, []), place) for place in ("anywhere", "start", "entry"))
+        )
         for row in tomllib.loads(path.read_text())["rule"]
     ]
 
@@ -74,7 +76,11 @@ def python_blocks(source: str) -> Iterator[Block]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
                 yield Block(first.lineno, _without_code(first.value.value), docstring=True)
     block: list[str] = []
     end = 0
@@ -98,12 +104,16 @@ def markdown_blocks(source: str) -> Iterator[Block]:
 def files(paths: list[Path]) -> Iterator[Path]:
     """Yields the files among the paths, and the Python and Markdown files in the folders among them."""
     for path in paths:
-        yield from sorted(p for p in path.rglob("*") if p.suffix in {".py", ".md"}) if path.is_dir() else [path]
+        yield from (
+            sorted(p for p in path.rglob("*") if p.suffix in {".py", ".md"}) if path.is_dir() else [path]
+        )
 
 
 def main() -> int:
     """Prints the findings; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", action="store_true", help="print the number of findings of each path")
     parser.add_argument("paths", nargs="+", type=Path)
     options = parser.parse_args()
@@ -115,7 +125,9 @@ def main() -> int:
             for line, words, remedy in sorted(check(file.read_text(), file.suffix, rules))
         ]
         total += len(lines)
-        sys.stdout.write("".join(f"{line}\n" for line in ([f"{len(lines):5} {path}"] if options.count else lines)))
+        sys.stdout.write(
+            "".join(f"{line}\n" for line in ([f"{len(lines):5} {path}"] if options.count else lines))
+        )
     return int(total > 0)
 
 

@@ -75,7 +75,9 @@ def feed(images: Sequence[NDArray[np.uint8]]) -> dict[str, NDArray[np.float32]]:
         image (N, 3, h, w), mean (N, 3, 1, 1) and inverse_std (N, 3, 1, 1), float32.
     """
     pixels = np.stack([image.transpose(2, 0, 1) for image in images])
-    mean, variance = np.moveaxis(np.array([[moments(channel) for channel in image] for image in pixels]), -1, 0)[..., None, None]
+    mean, variance = np.moveaxis(
+        np.array([[moments(channel) for channel in image] for image in pixels]), -1, 0
+    )[..., None, None]
     # A constant channel stays constant: zero after the mean is taken off.
     inverse_std = 1 / np.sqrt(np.where(variance > 0, variance, 1))
     found = {"image": pixels, "mean": mean, "inverse_std": inverse_std}

@@ -26,14 +26,13 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from skimage import data
 
 from bench.peers.common import BATCH_WAIT_S
 from bench.serving import ROOT, free_port, serve_command
@@ -93,7 +92,13 @@ def form(name: str) -> Callable[[bytes], tuple[bytes, str]]:
 def inference_protocol(body: bytes) -> tuple[bytes, str]:
     """Open Inference Protocol: JSON with the file as base64."""
     text = base64.b64encode(body).decode()
-    tensor = {"name": "image", "shape": [1, 1], "datatype": "BYTES", "parameters": {"content_type": "base64"}, "data": [text]}
+    tensor = {
+        "name": "image",
+        "shape": [1, 1],
+        "datatype": "BYTES",
+        "parameters": {"content_type": "base64"},
+        "data": [text],
+    }
     return json.dumps({"inputs": [tensor]}).encode(), "application/json"
 
 
@@ -147,9 +152,9 @@ def installed(name: str) -> bool:
     return name not in PEERS or python(name).exists()
 
 
-def install() -> None:
-    """Makes the peers' virtual environments with the versions above."""
-    for name, packages in PEERS.items():
+def install(names: Collection[str] = ()) -> None:
+    """Makes the virtual environments of some peers, or of all, with the versions above."""
+    for name, packages in ((name, PEERS[name]) for name in names or PEERS):
         subprocess.run([sys.executable, "-m", "venv", "--clear", HOME / name], check=True)
         subprocess.run([python(name), "-m", "pip", "install", "--quiet", *packages, *COMMON], check=True)
 
@@ -159,7 +164,12 @@ def script(name: str, interpreter: Path | str) -> Callable[[Case, int, int, Path
 
     def command(case: Case, threads: int, port: int, _: Path) -> list[str]:
         given = {"--graph": case.graph, "--threads": threads, "--max-batch": case.max_batch, "--port": port}
-        return [str(interpreter), "-m", f"bench.peers.{name}", *(str(part) for pair in given.items() for part in pair)]
+        return [
+            str(interpreter),
+            "-m",
+            f"bench.peers.{name}",
+            *(str(part) for pair in given.items() for part in pair),
+        ]
 
     return command
 
@@ -168,7 +178,13 @@ def bentoml(case: Case, threads: int, port: int, _: Path) -> list[str]:
     """`bentoml serve` with the arguments of its service."""
     given = {"graph": case.graph, "threads": threads, "max_batch": case.max_batch}
     options = [part for name, value in given.items() for part in ("--arg", f"{name}={value}")]
-    command = [str(python("bentoml").parent / "bentoml"), "serve", "bench.peers.bentoml:Segment", "--working-dir", str(ROOT)]
+    command = [
+        str(python("bentoml").parent / "bentoml"),
+        "serve",
+        "bench.peers.bentoml:Segment",
+        "--working-dir",
+        str(ROOT),
+    ]
     return [*command, "--host", "127.0.0.1", "--port", str(port), "--quiet", *options]
 
 
@@ -194,7 +210,11 @@ def ours(case: Case) -> str:
 
 def settings(threads: int) -> dict[str, str]:
     """The peers' engine and precision."""
-    return {"UNETPP_RUNTIME__ENGINE": "onnxruntime", "UNETPP_RUNTIME__PRECISION": "fp32", "UNETPP_RUNTIME__THREADS": str(threads)}
+    return {
+        "UNETPP_RUNTIME__ENGINE": "onnxruntime",
+        "UNETPP_RUNTIME__PRECISION": "fp32",
+        "UNETPP_RUNTIME__THREADS": str(threads),
+    }
 
 
 def contenders(threads: int) -> dict[str, Contender]:
@@ -225,16 +245,3 @@ def contenders(threads: int) -> dict[str, Contender]:
         ),
         "torch": Contender("FastAPI + torch", script("torch_eager", sys.executable), request=form("image")),
     }  # fmt: skip
-
-
-def bodies(side: int, count: int = 8) -> list[bytes]:
-    """PNG files of different parts of a real image (scikit-image's immunohistochemistry), each turned another way."""
-    image = data.immunohistochemistry()
-    files = []
-    for index in range(count):
-        at = (len(image) - side) * index // (count - 1)
-        crop = np.rot90(image[at : at + side, at : at + side], index % 4)
-        out = io.BytesIO()
-        Image.fromarray(crop[:, ::-1] if index >= 4 else crop).save(out, "PNG")
-        files.append(out.getvalue())
-    return files

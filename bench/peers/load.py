@@ -116,7 +116,9 @@ def poisson(rate: float, seconds: float, seed: str) -> list[float]:
     return sorted(uniform() * seconds for _ in range(round(rate * seconds)))
 
 
-def summarise(shots: Iterable[Shot], window: tuple[float, float] | None = None, deadline: float = math.nan) -> Summary:
+def summarise(
+    shots: Iterable[Shot], window: tuple[float, float] | None = None, deadline: float = math.nan
+) -> Summary:
     """Numbers of one level of load.
 
     Answers per second count what was completed in the window, so that neither the empty queue before it nor

@@ -64,7 +64,10 @@ def test_cpu_override_removes_the_gpu_and_nothing_else() -> None:
 def test_keys_override_publishes_the_port_only_with_keys() -> None:
     server = compose("docker-compose.keys.yml")["services"]["server"]
     assert server["ports"] == ["${PUBLISH:-127.0.0.1}:8000:8000"]
-    assert server["environment"] == {"UNETPP_AUTH__INSECURE": "false", "UNETPP_AUTH__KEYS_FILE": "/run/keys/keys"}
+    assert server["environment"] == {
+        "UNETPP_AUTH__INSECURE": "false",
+        "UNETPP_AUTH__KEYS_FILE": "/run/keys/keys",
+    }
 
 
 @pytest.mark.parametrize("file", COMPOSE_FILES)
@@ -79,12 +82,20 @@ def test_variables_are_settings(file: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("overrides", [[], ["cpu"], ["keys"], ["cpu", "keys"]], ids="+".join)
 def test_docker_compose_merges_the_files(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    if not shutil.which("docker") or subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode:
+    if (
+        not shutil.which("docker")
+        or subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode
+    ):
         pytest.skip("needs docker compose")
-    files = [f"--file={ROOT}/docker-compose.yml", *(f"--file={ROOT}/docker-compose.{name}.yml" for name in overrides)]
+    files = [
+        f"--file={ROOT}/docker-compose.yml",
+        *(f"--file={ROOT}/docker-compose.{name}.yml" for name in overrides),
+    ]
     monkeypatch.setenv("KEYS_FOLDER", "/keys")
     monkeypatch.setenv("PUBLISH", "0.0.0.0")  # noqa: S104
-    done = subprocess.run(["docker", "compose", *files, "config", "--format=json"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["docker", "compose", *files, "config", "--format=json"], capture_output=True, text=True, check=True
+    )
     services = json.loads(done.stdout)["services"]
     addresses = {port.get("host_ip") for service in services.values() for port in service["ports"]}
     assert addresses == ({"127.0.0.1", "0.0.0.0"} if "keys" in overrides else {"127.0.0.1"})  # noqa: S104
@@ -98,6 +109,10 @@ def test_docker_compose_merges_the_files(overrides: list[str], monkeypatch: pyte
 
 def test_grafana_sends_nothing_to_the_internet() -> None:
     environment = SERVICES["grafana"]["environment"]
-    for name in ("GF_ANALYTICS_REPORTING_ENABLED", "GF_ANALYTICS_CHECK_FOR_UPDATES", "GF_ANALYTICS_CHECK_FOR_PLUGIN_UPDATES"):
+    for name in (
+        "GF_ANALYTICS_REPORTING_ENABLED",
+        "GF_ANALYTICS_CHECK_FOR_UPDATES",
+        "GF_ANALYTICS_CHECK_FOR_PLUGIN_UPDATES",
+    ):
         assert environment[name] == "false"
     assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"

@@ -40,7 +40,9 @@ def test_variables_select_source_model_and_instance() -> None:
 
 def test_requests_refused_before_their_model_was_known_are_counted_for_every_selection() -> None:
     expressions = [target["expr"] for panel in panels() for target in panel.get("targets", ())]
-    selectors = [one for expression in expressions for one in re.findall(r"unetpp_requests_total\{(.*?)\}", expression)]
+    selectors = [
+        one for expression in expressions for one in re.findall(r"unetpp_requests_total\{(.*?)\}", expression)
+    ]
     assert len(selectors) >= 6
     assert [one for one in selectors if 'model=~"$model|none"' not in one and 'outcome="ok"' not in one] == []
 
@@ -50,8 +52,13 @@ def test_time_against_iou_joins_both_queries_into_one_plot_per_kind() -> None:
     assert [plot["title"].rsplit(" ", 1)[1] for plot in plots] == ["calibrated", "reference", "agreement"]
     for plot in plots:
         # `merge` joins rows whose labels are all equal, so both queries keep these three labels only.
-        assert all(target["expr"].startswith("max by (model, mode, level) (unetpp:tradeoff_") for target in plot["targets"])
+        assert all(
+            target["expr"].startswith("max by (model, mode, level) (unetpp:tradeoff_")
+            for target in plot["targets"]
+        )
         assert all(target["instant"] and target["format"] == "table" for target in plot["targets"])
         (axes,) = plot["options"]["series"]
-        renamed = next(step for step in plot["transformations"] if step["id"] == "organize")["options"]["renameByName"]
+        renamed = next(step for step in plot["transformations"] if step["id"] == "organize")["options"][
+            "renameByName"
+        ]
         assert {axes["x"]["matcher"]["options"], axes["y"]["matcher"]["options"]} == set(renamed.values())

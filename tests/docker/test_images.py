@@ -26,7 +26,11 @@ def test_last_stage_runs_as_user_and_adds_only_what_was_installed(text: str) -> 
     assert 'ENTRYPOINT ["unetpp"]\nCMD ["serve"]' in last
     assert "HEALTHCHECK" in last
     assert not re.search(r"curl|apt-get|^ADD |^RUN ", last, re.MULTILINE)
-    assert {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}.items() <= environment(text).items()
+    assert {
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }.items() <= environment(text).items()
 
 
 @each
@@ -34,15 +38,23 @@ def test_versions_are_pinned(text: str) -> None:
     assert re.search(r"^FROM python:\d+\.\d+\.\d+-slim-bookworm AS base$", text, re.MULTILINE)
     commands = re.findall(r"\bpip (?:.*\s)?(?:install|wheel)\b.*", text)
     assert len(commands) == 3
-    assert all("--constraint /build/constraints.txt" in line or "--build-constraint /build/constraints.txt" in line for line in commands)
-    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    assert all(
+        "--constraint /build/constraints.txt" in line or "--build-constraint /build/constraints.txt" in line
+        for line in commands
+    )
+    pinned = {
+        line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    }
     assert {"pip", "hatchling", "pluggy", "pathspec", "packaging", "trove-classifiers"} <= pinned
 
 
 def test_gpu_image_is_the_cpu_image_with_other_packages() -> None:
     def lines(name: str) -> list[str]:
         text = re.sub(r"^# .*\n", "", DOCKERFILES[name], flags=re.MULTILINE).replace(" \\\n", "\n")
-        return [line.replace("EXTRAS=cpu", "EXTRAS=…").replace("EXTRAS=gpu", "EXTRAS=…") for line in text.splitlines()]
+        return [
+            line.replace("EXTRAS=cpu", "EXTRAS=…").replace("EXTRAS=gpu", "EXTRAS=…")
+            for line in text.splitlines()
+        ]
 
     gpu = "\n".join(lines("serve-gpu"))
     for only in (r"\n +NVIDIA_\w+=\S+", r"\nCOPY docker/cuda.txt /build/", " --constraint /build/cuda.txt"):
@@ -65,7 +77,11 @@ def test_variables_are_settings(text: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_context_holds_exactly_the_files_that_are_copied() -> None:
     context = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    lines = [line for text in DOCKERFILES.values() for line in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE)]
+    lines = [
+        line
+        for text in DOCKERFILES.values()
+        for line in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE)
+    ]
     assert {source for line in lines for source in line.split() if not source.startswith("--")} == context
 
 

@@ -23,7 +23,10 @@ pytestmark = [pytest.mark.long, pytest.mark.xdist_group("prometheus")]
 # Expressions over these are empty on a machine without a GPU and without alerts.
 OPTIONAL = ("unetpp_gpu_", "ALERTS")
 # These look at days and are empty before; tests_days.yml tests them.
-DAYS = {"model_mode_level:unetpp_agreement_iou:mean_1d", "model_mode_level:unetpp_agreement_iou:mean_week_before"}
+DAYS = {
+    "model_mode_level:unetpp_agreement_iou:mean_1d",
+    "model_mode_level:unetpp_agreement_iou:mean_week_before",
+}
 LEVELS = {("fast", "1"), ("fast", "2"), ("fast", "3"), ("fast", "4"), ("accurate", "4")}
 
 
@@ -61,7 +64,9 @@ def binary() -> str:
 
 
 @pytest.fixture(scope="module")
-def client(binary: str, shipped_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def client(
+    binary: str, shipped_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[httpx.Client]:
     """Client of a server that compares every fast answer with its own accurate one."""
     from server.app import create_app, open_bundles
     from server.settings import Settings
@@ -77,15 +82,23 @@ def client(binary: str, shipped_bundle: Path, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
-def prometheus(binary: str, client: httpx.Client, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+def prometheus(
+    binary: str, client: httpx.Client, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Prometheus]:
     """Prometheus on the committed files, with another target and shorter intervals."""
     folder = tmp_path_factory.mktemp("prometheus")
     for file in ("prometheus.yml", "rules.yml", "alerts.yml"):
-        text = (DOCKER / "prometheus" / file).read_text().replace("server:9000", client.base_url.netloc.decode())
+        text = (
+            (DOCKER / "prometheus" / file).read_text().replace("server:9000", client.base_url.netloc.decode())
+        )
         (folder / file).write_text(text.replace("_interval: 15s", "_interval: 1s"))
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    options = {"config.file": folder / "prometheus.yml", "storage.tsdb.path": folder / "data", "web.listen-address": address}
+    options = {
+        "config.file": folder / "prometheus.yml",
+        "storage.tsdb.path": folder / "data",
+        "web.listen-address": address,
+    }
     command = [binary, *(f"--{name}={value}" for name, value in options.items())]
     with (
         (folder / "log").open("w") as log,
@@ -113,7 +126,10 @@ def loaded(prometheus: Prometheus, client: httpx.Client) -> Prometheus:
     for mode, level in sorted(LEVELS):
         params = {"mode": mode} | ({"level": level} if mode == "fast" else {})
         for _ in range(3):
-            files = {"file": ("a.png", sample, "image/png"), "reference": ("b.png", mask.content, "image/png")}
+            files = {
+                "file": ("a.png", sample, "image/png"),
+                "reference": ("b.png", mask.content, "image/png"),
+            }
             before = compared(client)
             response = client.post("/segment", params=params, files=files)
             assert response.status_code == 200, response.text
@@ -123,13 +139,22 @@ def loaded(prometheus: Prometheus, client: httpx.Client) -> Prometheus:
     assert client.post("/segment", content=b"no image").status_code == 415
     last = time.time()
     # The rules have seen everything one evaluation later.
-    until(lambda: any(float(one["value"][1]) > last + 3 for one in prometheus.query("min(timestamp(unetpp:tradeoff_iou))")))
+    until(
+        lambda: any(
+            float(one["value"][1]) > last + 3
+            for one in prometheus.query("min(timestamp(unetpp:tradeoff_iou))")
+        )
+    )
     return prometheus
 
 
 def compared(client: httpx.Client) -> float:
     """Returns the number of fast answers that were compared."""
-    count = re.search(r'^unetpp_agreement_samples_total{outcome="compared"} (\S+)$', client.get("/metrics").text, re.MULTILINE)
+    count = re.search(
+        r'^unetpp_agreement_samples_total{outcome="compared"} (\S+)$',
+        client.get("/metrics").text,
+        re.MULTILINE,
+    )
     assert count
     return float(count[1])
 
@@ -150,12 +175,17 @@ def test_throughput_is_recorded_per_level(loaded: Prometheus) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"), [("calibrated", LEVELS), ("reference", LEVELS), ("agreement", LEVELS - {("accurate", "4")})]
+    ("kind", "expected"),
+    [("calibrated", LEVELS), ("reference", LEVELS), ("agreement", LEVELS - {("accurate", "4")})],
 )
 def test_trade_off_pairs_join(loaded: Prometheus, kind: str, expected: set[tuple[str, str]]) -> None:
-    pairs = loaded.query(f'unetpp:tradeoff_iou{{kind="{kind}"}} / on (model, mode, level, kind) unetpp:tradeoff_seconds')
+    pairs = loaded.query(
+        f'unetpp:tradeoff_iou{{kind="{kind}"}} / on (model, mode, level, kind) unetpp:tradeoff_seconds'
+    )
     assert places(pairs) == expected
-    assert all(0 < float(one["value"][1]) <= 1 for one in loaded.query(f'unetpp:tradeoff_iou{{kind="{kind}"}}'))
+    assert all(
+        0 < float(one["value"][1]) <= 1 for one in loaded.query(f'unetpp:tradeoff_iou{{kind="{kind}"}}')
+    )
 
 
 @pytest.mark.parametrize("name", sorted({rule["record"] for rule in rules("rules.yml")} - DAYS))
@@ -173,11 +203,21 @@ def test_no_rule_fails_and_no_alert_of_a_fault_fires(loaded: Prometheus) -> None
     """Degraded and slow depend on the machine; that the server is up, ready and sound does not."""
     assert loaded.failed_rules() == []
     firing = {one["metric"]["alertname"] for one in loaded.query('ALERTS{alertstate="firing"}')}
-    assert not firing & {"UnetppDown", "UnetppNotReady", "UnetppErrors", "UnetppRefusals", "UnetppReloadFailed"}
+    assert not firing & {
+        "UnetppDown",
+        "UnetppNotReady",
+        "UnetppErrors",
+        "UnetppRefusals",
+        "UnetppReloadFailed",
+    }
 
 
 def test_metrics_of_the_load_pass_promtool(loaded: Prometheus, client: httpx.Client, promtool: str) -> None:
     result = subprocess.run(
-        [promtool, "check", "metrics"], input=client.get("/metrics").text, capture_output=True, text=True, check=False
+        [promtool, "check", "metrics"],
+        input=client.get("/metrics").text,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr

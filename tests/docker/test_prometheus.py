@@ -25,13 +25,19 @@ def test_scrape_target_is_the_ops_port_of_compose() -> None:
 
 
 def test_trade_off_has_time_and_iou_of_each_kind() -> None:
-    recorded = Counter((rule["record"], rule["labels"]["kind"]) for rule in rules("rules.yml") if "tradeoff" in rule["record"])
+    recorded = Counter(
+        (rule["record"], rule["labels"]["kind"])
+        for rule in rules("rules.yml")
+        if "tradeoff" in rule["record"]
+    )
     names = ("unetpp:tradeoff_seconds", "unetpp:tradeoff_iou")
     assert recorded == dict.fromkeys(product(names, ("calibrated", "reference", "agreement")), 1)
 
 
 def test_service_levels_are_bounds_of_the_histogram() -> None:
-    levels = [rule["expr"].split(" * ") for rule in rules("rules.yml") if rule["record"] == "unetpp:slo_seconds"]
+    levels = [
+        rule["expr"].split(" * ") for rule in rules("rules.yml") if rule["record"] == "unetpp:slo_seconds"
+    ]
     assert len(levels) == 2
     assert {float(seconds) for seconds, _ in levels} <= set(SECONDS)
     assert {models for _, models in levels} == {'max by (model) (unetpp_bundle_info{dims="2"})'}
@@ -41,19 +47,31 @@ def test_every_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
     tests = [test for file in ("tests.yml", "tests_days.yml") for test in prometheus_file(file)["tests"]]
     cases = [case for test in tests for case in test.get("alert_rule_test", ())]
     for alert in rules("alerts.yml"):
-        assert {bool(case.get("exp_alerts")) for case in cases if case["alertname"] == alert["alert"]} == {True, False}, alert
+        assert {bool(case.get("exp_alerts")) for case in cases if case["alertname"] == alert["alert"]} == {
+            True,
+            False,
+        }, alert
         assert alert["annotations"].keys() == {"summary", "action"}
 
 
 @pytest.mark.parametrize(
-    "command", ["check config prometheus.yml", "check rules rules.yml alerts.yml", "test rules tests.yml tests_days.yml"]
+    "command",
+    [
+        "check config prometheus.yml",
+        "check rules rules.yml alerts.yml",
+        "test rules tests.yml tests_days.yml",
+    ],
 )
 def test_promtool(promtool: str, command: str) -> None:
-    done = subprocess.run([promtool, *command.split()], cwd=DOCKER / "prometheus", capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [promtool, *command.split()], cwd=DOCKER / "prometheus", capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_promtool_accepts_our_metrics(promtool: str) -> None:
     text = Metrics().render().decode()
-    done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
