@@ -15,13 +15,13 @@ from export.data import Labelled, labelled
 from export.pack import write_manifest
 from export.verify import runnable
 from model.reading import DataError
-from server.arrays import Image, Volume
 from server.runtime.bundle import Bundle, Calibration, CalibrationRow, Graph, Manifest, Measured, Recommended, read_bundle
 from server.runtime.engines import ENGINES, Engine
-from server.runtime.opening import IOU_TOLERANCE, PRECISIONS, cores, noise
-from server.segment.plan import make_plan, seen_by
+from server.runtime.golden import noise
+from server.runtime.machine import count_cores
+from server.runtime.selection import IOU_TOLERANCE, PRECISIONS
 from server.segment.quality import overlap
-from server.segment.restore import Canvas
+from server.segment.sliding_window import infer_offline
 
 LATENCY_SIDE = {2: 256, 3: 64}
 LATENCY_RUNS = 11
@@ -120,19 +120,6 @@ def mean_overlap(classes: UInt8[ndarray, "*size"], label: UInt8[ndarray, "*size"
     return [iou, with_background, float(np.mean([o.dice for o in foreground])), *(o.dice for o in foreground)]
 
 
-def segment(engine: Engine, manifest: Manifest, graph: Graph, image: Image | Volume) -> UInt8[ndarray, "*size"]:
-    """The server's own plan, engine and restore, without its queue."""
-    placement, pixels = seen_by(image, manifest)
-    plan = make_plan(pixels, manifest, graph, flat=placement.flat)
-    classes = np.empty(image.size, dtype=np.uint8)
-    canvas = Canvas(plan.windows, manifest.score_channels, manifest.threshold, placement.view(classes))
-    for step in plan.windows.steps:
-        tiles = plan.cut(pixels, step)
-        canvas.add(step, [engine.run(tiles.one(i))[0] for i in range(len(tiles))])
-    canvas.finish()
-    return classes
-
-
 def machine() -> str:
     """Processor and cores, for the table's caption."""
     name = platform.processor() or platform.machine()
@@ -147,7 +134,7 @@ def _engines(bundle: Bundle, graph: Graph, pairs: list[tuple[str, str]]) -> list
     """Opened engines per precision, of (engine, precision) pairs."""
     found: dict[str, list[Engine]] = {}
     for engine, precision in pairs:
-        found.setdefault(precision, []).append(ENGINES[engine].open(bundle.path(graph.name, precision), precision, "cpu", cores()))
+        found.setdefault(precision, []).append(ENGINES[engine].open(bundle.path(graph.name, precision), precision, "cpu", count_cores()))
     return list(found.items())
 
 
@@ -166,6 +153,6 @@ def _quality(engine: Engine, manifest: Manifest, graph: Graph, images: list[Labe
     values = [c.value for c in manifest.classes]
     scores = []
     for item in images:
-        scores.append(mean_overlap(segment(engine, manifest, graph, item.image), item.label, values))
+        scores.append(mean_overlap(infer_offline(item.image, manifest, graph, engine).classes, item.label, values))
         advance()
     return [round(float(np.mean(column)), 5) for column in zip(*scores, strict=True)]

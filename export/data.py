@@ -14,7 +14,8 @@ from server.errors import UnetppError
 from server.imaging.decode import decode
 from server.imaging.decode_options import DecodeOptions
 from server.runtime.bundle import Graph, Manifest
-from server.segment.plan import make_plan, seen_by
+from server.segment.preprocess import place
+from server.segment.sliding_window import make_sliding_window
 
 # Pixels or voxels: whoever calibrates has chosen the files.
 MOST = 1_000_000_000
@@ -69,11 +70,11 @@ def calibration_tiles(root: Path, manifest: Manifest, graph: Graph, count: int, 
     chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
     tiles = []
     for index in chosen:
-        placement, pixels = seen_by(_decoded(rows[index].image), manifest)
-        plan = make_plan(pixels, manifest, graph, flat=placement.flat)
-        # The one in the middle: at the corner of a large volume lies air.
-        middle = len(plan.windows) // 2
-        tiles.append(plan.cut(pixels, range(middle, middle + 1)))
+        source = _decoded(rows[index].image)
+        window = make_sliding_window(source, place(source.input_header, manifest, "auto"), manifest, graph)
+        # The one in the middle, because at the corner of a large volume lies air.
+        middle = len(window.windows) // 2
+        tiles.append(window.cut(range(middle, middle + 1)))
     return tiles
 
 

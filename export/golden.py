@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from export.graph import ServedGraph
 from server.arrays import Scores, Tiles
-from server.segment.plan import statistics
+from server.segment.preprocess import image_statistics
 
 # (tiles, *size) per dims: two shapes, one not square, one a batch of two; sizes fit every level's divisor.
 CASES: dict[int, dict[str, tuple[int, ...]]] = {
@@ -40,7 +40,7 @@ def tiles_of(images: list[UInt8[ndarray, "*size C"]]) -> Tiles:
     parts = []
     for image in images:
         shape = (1, -1, *(1,) * (image.ndim - 1))
-        mean, inverse_std = (values.reshape(shape).astype(np.float32) for values in statistics(image))
+        mean, inverse_std = (values.reshape(shape).astype(np.float32) for values in image_statistics(image))
         parts.append(Tiles(np.ascontiguousarray(np.moveaxis(image, -1, 0)[None]), mean, inverse_std))
     return Tiles.stack(parts)
 

@@ -1,6 +1,6 @@
 """Proof that a bundle answers as torch does: on the server's own engines, per level and precision."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +15,14 @@ from model.network import UNetPlusPlus
 from server.arrays import Scores, Tiles
 from server.runtime.bundle import GRAPH_PRECISIONS, HEAD_STD, WEIGHTS, Bundle
 from server.runtime.engines import ENGINES
-from server.runtime.opening import golden_head_std, golden_tiles, noise
+from server.runtime.golden import head_std_pairs, noise, read_pairs
 
 # fp32 must equal torch up to rounding; the others must decide the same class for nearly every pixel.
 FP32_MAX_ABS = 1e-4
 LEAST_AGREEMENT = {"bf16": 0.98, "fp16": 0.995, "int8": 0.97}
+
+# ONNX's own operators, under both of its names.
+DOMAINS = {"", "ai.onnx"}
 
 # (tiles, *size) per dims; multiples of 32, the largest divisor, but one axis larger: instance normalisation needs two values.
 SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
@@ -69,11 +72,11 @@ def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: 
     networks = {name: pruned for name, (_, pruned) in level_networks(network).items()} | (
         {HEAD_STD: network} if manifest.head_std else {}
     )
-    known = [*golden_tiles(bundle.golden)]
+    known = [*read_pairs(bundle.golden)]
     for name, pruned in networks.items():
         wrong += wrong_nodes(bundle, name, pruned)
         graph = ServedGraph(pruned, manifest.activation, head_std=name == HEAD_STD).eval()
-        golden = golden_head_std(known) if name == HEAD_STD else [(tiles, scores) for g, tiles, scores in known if g == name]
+        golden = head_std_pairs(known) if name == HEAD_STD else [(tiles, scores) for g, tiles, scores in known if g == name]
         inputs = _inputs(len(manifest.channels), manifest.dims) + [tiles for tiles, _ in golden]
         expected = [torch_scores(graph, tiles) for tiles in inputs]
         if not golden or largest_difference([scores for _, scores in golden], expected[-len(golden) :]) > FP32_MAX_ABS:
@@ -145,6 +148,7 @@ def wrong_nodes(bundle: Bundle, name: str, pruned: UNetPlusPlus) -> list[str]:
         except DecodeError as error:
             wrong.append(f"{file}: not an ONNX file ({error})")
             continue
+        wrong += [f"{file}: {problem}" for problem in foreign_parts(proto)]
         # int8 stores biases as integers next to the graph: there the weights tell.
         found = {t.name.removesuffix(".fp16") for t in proto.graph.initializer if t.name.startswith(PREFIX)}
         found = {n for n in found if n in wanted or ("." in n and not n.endswith(("_scale", "_zero_point", "_quantized")))}
@@ -152,6 +156,26 @@ def wrong_nodes(bundle: Bundle, name: str, pruned: UNetPlusPlus) -> list[str]:
         if missing or found - wanted:
             wrong.append(f"{file}: missing {sorted(missing)[:3]}, of other levels {sorted(found - wanted)[:3]}")
     return wrong
+
+
+def foreign_parts(proto: onnx.ModelProto) -> list[str]:
+    """What reaches beyond ONNX's own operators and the bundle's weights file; engines refuse to open it."""
+    problems = [f"brings functions of its own: {function.name}" for function in proto.functions]
+    nodes = list(_nodes(proto.graph))
+    domains = {node.domain for node in nodes} | {opset.domain for opset in proto.opset_import}
+    problems += [f"asks for operators of {domain!r}" for domain in sorted(domains - DOMAINS)]
+    tensors = [*proto.graph.initializer, *(a.t for node in nodes for a in node.attribute if a.HasField("t"))]
+    locations = {e.value for tensor in tensors for e in tensor.external_data if e.key == "location"}
+    return problems + [f"has tensors in {location!r}" for location in sorted(locations - {WEIGHTS})]
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Yields the nodes of a graph and of the graphs nested in it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _nodes(inner)
 
 
 def _answers(bundle: Bundle, name: str, engine: str, precision: str, inputs: list[Tiles]) -> list[Scores]:

@@ -1,4 +1,4 @@
-"""The composition root: settings and bundles in, ASGI application out."""
+"""The composition root: settings in, ASGI application out."""
 
 import asyncio
 import functools
@@ -21,97 +21,92 @@ from server.api.routes import docs, health, jobs, models, page, segment
 from server.api.routes import ops as ops_routes
 from server.api.schemas import Problem
 from server.api.stopping import DrainMiddleware, Stopping
-from server.errors import BundleDamaged, EngineUnavailable, UnknownModel
+from server.errors import EngineUnavailable, UnknownModel
 from server.jobs.runner import Runner
 from server.jobs.store import Store
 from server.metrics import Metrics
+from server.monitoring import model_info
+from server.monitoring.health_probe import HealthProbe
+from server.monitoring.shadow_evaluation import ShadowEvaluation
 from server.reload import Reload
-from server.runtime.bundle import MANIFEST, find_bundles, sha256
-from server.runtime.opening import OpenBundle, Turns, at_once, open_bundle
-from server.segment import model_info
-from server.segment.agreement import Agreement
-from server.segment.pipeline import Segmenter
+from server.runtime.device import DeviceRunner
+from server.runtime.latency import LatencyModel
+from server.runtime.loader import Deployment, read_deployments
+from server.segment.registry import Registry
+from server.segment.service import SegmentationService
 from server.serving import Operations, OpsServer, Server
 from server.settings import Settings
 
 WEB = Path(__file__).parent / "web"
 
-# Threads for decoding, planning, restoring and encoding, which also wait for disk.
-WORKERS = 4
-
-# Connections of the ops port, beside those of the other one; and what a scrape may take that runs in the end.
+# Connections of the ops port, beside those of the other one; and seconds that a scrape may take that runs in the end.
 OPS_CONNECTIONS, OPS_STOP_S = 64, 1
 
 # For the documentation; `auth` is what asks for a key.
 KEY_SCHEMES = [Depends(HTTPBearer(auto_error=False)), Depends(APIKeyHeader(name="X-API-Key", auto_error=False))]
 
 
-def open_bundles(
-    settings: Settings, before: Mapping[str, OpenBundle] | None = None, in_turn: Turns = at_once
-) -> dict[str, OpenBundle]:
-    """Opens, checks and warms every bundle.
+def open_service(
+    settings: Settings,
+    deployments: Mapping[str, Deployment] | None = None,
+    device: DeviceRunner | None = None,
+    latency: LatencyModel | None = None,
+) -> SegmentationService:
+    """Makes the service over every bundle of the settings; graphs are opened at first use, or by `service.open()`.
 
     Args:
-        settings: where they are, and how they are to run.
-        before: those that are open, of which the ones that have not changed are kept.
-        in_turn: see `open_bundle`.
+        settings: where the bundles are, and how they are to run.
+        deployments: read already; else they are read from `settings.bundles`.
+        device: runs the graphs; a thread of its own if not given.
+        latency: predicts work; empty if not given.
 
     Raises:
-        BundleDamaged, EngineUnavailable: says which bundle and why.
-    """
-    unchanged = {bundle.bundle.sha256: bundle for bundle in (before or {}).values()}
-    opened: dict[str, OpenBundle] = {}
-    for folder in find_bundles(settings.bundles):
-        manifest = folder / MANIFEST
-        bundle = unchanged.get(sha256(manifest)) if unchanged and manifest.is_file() else None
-        bundle = bundle or open_bundle(folder, settings.runtime, settings.batching, in_turn)
-        name = bundle.bundle.manifest.name
-        if name in opened:
-            raise BundleDamaged(f"{folder}: a bundle named {name!r} is already open; names must differ")
-        opened[name] = bundle
-    return opened
-
-
-def make_segmenter(settings: Settings, bundles: Mapping[str, OpenBundle], metrics: Metrics) -> Segmenter:
-    """Joins open bundles, settings and metrics.
-
-    Raises:
+        BundleDamaged, EngineUnavailable: names the bundle and the reason.
         UnknownModel: the configured default model is not among the bundles.
     """
+    if deployments is None:
+        deployments = read_deployments(settings.bundles, settings.runtime, settings.batching)
     default = settings.default_model
-    if default not in bundles:
+    if default not in deployments:
         if "default_model" in settings.model_fields_set:
-            raise UnknownModel(f"UNETPP_DEFAULT_MODEL={default} is not among the bundles: {', '.join(bundles)}")
-        default = next(iter(bundles))
-    return Segmenter(bundles, default, settings.batching, settings.limits, WORKERS, metrics)
-
-
-def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Store | None = None) -> FastAPI:
-    """The application over bundles that `open_bundles` has opened, and a store of jobs, which else is opened on start-up."""
-    metrics = Metrics()
-    stopping = Stopping()
-    traced = traces.start()
-    segmenter = make_segmenter(settings, bundles, metrics)
-    runner = Runner(settings.jobs, settings.http.max_in_flight, segmenter, metrics, params.headers, problems.explain, store)
-    agreement = Agreement(settings.quality, segmenter, metrics)
-    metrics.expect(model_info.known(bundles))
-
-    def look(before: Mapping[str, OpenBundle]) -> dict[str, OpenBundle]:
-        if settings.runtime.provider == "tensorrt":
-            raise EngineUnavailable(
-                "TensorRT builds engines for minutes, in which nobody would be served; restart the server instead"
+            raise UnknownModel(
+                f"UNETPP_DEFAULT_MODEL={default} is not among the bundles: {', '.join(deployments)}",
+                setting="UNETPP_DEFAULT_MODEL",
+                value=default,
+                allowed=list(deployments),
             )
-        return open_bundles(settings, before, segmenter.in_turn)
+        default = next(iter(deployments))
+    registry = Registry(deployments, default)
+    return SegmentationService(registry, settings.runtime, settings.batching, settings.limits, Metrics(), device, latency)
+
+
+def create_app(settings: Settings, service: SegmentationService | None = None, store: Store | None = None) -> FastAPI:
+    """Makes the application.
+
+    Args:
+        settings: the operator's choices.
+        service: open already, so that what is wrong with a bundle was said before; else it is made and opened here.
+        store: store of jobs; else it is opened on start-up.
+    """
+    if service is None:
+        service = open_service(settings)
+        service.open()
+    metrics, stopping, tracing = service.metrics, Stopping(), traces.start()
+    runner = Runner(settings.jobs, settings.http.max_in_flight, service, metrics, params.headers, problems.explain, store)
+    shadow = ShadowEvaluation(settings.quality, service, metrics)
+    probe = HealthProbe(service)
+    metrics.expect(model_info.describe(service.registry.deployments))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.open_in_background()
         try:
-            async with agreement, runner:
+            async with shadow, runner:
                 yield
         finally:
-            segmenter.close()
-            if traced:
-                await asyncio.to_thread(traced.close)
+            await asyncio.to_thread(service.close)
+            if tracing:
+                await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title="UNet++ segmentation server",
@@ -122,34 +117,33 @@ def create_app(settings: Settings, bundles: Mapping[str, OpenBundle], store: Sto
         redoc_url=None,
     )
     keys = auth.Keys(settings.auth.keys_file) if settings.auth.keys_file else None
-    operating = health.router(segmenter, runner, metrics, stopping)
+    operating = health.router(probe, runner, metrics, stopping)
     has_ops_port = settings.http.ops_port is not None
-
-    guard = functools.partial(_guard, settings=settings, stopping=stopping, keys=keys, refuse=metrics.refuse, traced=traced)
+    guard = functools.partial(
+        _guard, settings=settings, stopping=stopping, keys=keys, refuse=metrics.refuse, traced=tracing
+    )
     static = auth.STATIC | page.paths()
     guard(app, free=static if has_ops_port else static | auth.HEALTH)
-    # For what runs the application, and for the ops port.
-    app.state.operations = Operations(
-        stopping, functools.partial(_drain, runner, agreement), Reload(look, segmenter, metrics, stopping.check), operating, guard
-    )
+    reload = Reload(functools.partial(_read_again, settings), service, stopping.check)
+    app.state.operations = Operations(stopping, functools.partial(_drain, runner, shadow), reload, operating, guard)
     for routes in (
-        segment.router(segmenter, metrics, settings.http.max_in_flight, settings.limits.max_wait_s),
+        segment.router(service, settings.http.max_in_flight, settings.limits.max_wait_s),
         jobs.router(runner),
-        models.router(segmenter),
+        models.router(service),
     ):
-        app.include_router(routes, dependencies=KEY_SCHEMES if keys else [], responses={401: {"model": Problem}} if keys else {})
+        app.include_router(
+            routes, dependencies=KEY_SCHEMES if keys else [], responses={401: {"model": Problem}} if keys else {}
+        )
     if not has_ops_port:
         app.include_router(operating)
     problems.describe(app)
-
     app.include_router(docs.router(app.openapi))
     app.include_router(page.router(page.read(WEB)))
-
     return app
 
 
 def create_ops_app(app: FastAPI) -> FastAPI:
-    """The application of the ops port: health and metrics of an application by `create_app`, and what only operators do."""
+    """Makes the application of the ops port: health and metrics of another application, and what only operators do."""
     operations: Operations = app.state.operations
     ops = FastAPI(title="Operate", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     operations.guard(ops, free=auth.HEALTH)
@@ -159,12 +153,26 @@ def create_ops_app(app: FastAPI) -> FastAPI:
 
 
 def make_server(settings: Settings, app: FastAPI, sockets: list[socket], ops_sockets: list[socket]) -> Server:
-    """The server of an application by `create_app` on bound sockets; without sockets for it there is no ops port."""
+    """Makes the server of an application on bound sockets; without sockets for it there is no ops port."""
     http = settings.http
     ops = None
     if ops_sockets:
         ops = OpsServer(_config(settings, create_ops_app(app), OPS_CONNECTIONS, OPS_STOP_S), ops_sockets)
-    return Server(_config(settings, app, http.max_connections, http.stop_s), app.state.operations, http.drain_s, sockets, ops)
+    config = _config(settings, app, http.max_connections, http.stop_s)
+    return Server(config, app.state.operations, http.drain_s, sockets, ops)
+
+
+def _read_again(settings: Settings, before: Mapping[str, Deployment]) -> dict[str, Deployment]:
+    """Reads the bundles while serving.
+
+    Raises:
+        EngineUnavailable: TensorRT would keep the device for minutes.
+    """
+    if settings.runtime.provider == "tensorrt":
+        raise EngineUnavailable(
+            "TensorRT builds engines for minutes, in which nobody would be served; restart the server instead"
+        )
+    return read_deployments(settings.bundles, settings.runtime, settings.batching, before)
 
 
 def _guard(
@@ -176,20 +184,19 @@ def _guard(
     traced: traces.Traces | None,
     free: frozenset[str],
 ) -> None:
-    """What both ports have in common before any route runs."""
+    """Adds what stands before the routes of both ports. Middleware that is added last runs first."""
     limits = settings.limits
-    pace_bytes_s = limits.min_pace_kb_s * 1024
     app.add_middleware(
         BodyLimit,
         max_bytes=limits.max_body_mb * 1024 * 1024,
         idle_s=limits.idle_upload_s,
-        pace_bytes_s=pace_bytes_s,
+        pace_bytes_s=limits.min_pace_kb_s * 1024,
         refuse=refuse,
     )
-    # Outermost last.
     app.add_middleware(auth.SameOriginMiddleware)
     if keys:
-        app.add_middleware(auth.APIKeyMiddleware, keys=keys, free=free, refused=functools.partial(refuse, "unauthorized"))
+        refused = functools.partial(refuse, "unauthorized")
+        app.add_middleware(auth.APIKeyMiddleware, keys=keys, free=free, refused=refused)
     app.add_middleware(HeadLimit, refuse=refuse)
     app.add_middleware(DrainMiddleware, stopping=stopping)
     app.add_middleware(AccessLogMiddleware, traces=traced, static=auth.STATIC)
@@ -197,18 +204,27 @@ def _guard(
     problems.install(app, refuse)
 
 
-def _config(settings: Settings, app: FastAPI, most: int, stop_s: int) -> uvicorn.Config:
+def _config(settings: Settings, app: FastAPI, max_connections: int, stop_s: int) -> uvicorn.Config:
     http, limits = settings.http, settings.limits
-    patience = ConnectionLimits(most, limits.head_s, limits.idle_upload_s, limits.min_pace_kb_s * 1024)
+    patience = ConnectionLimits(max_connections, limits.head_s, limits.idle_upload_s, limits.min_pace_kb_s * 1024)
     return uvicorn.Config(
-        # On h11, as httptools does not bound a head that it waits for (`HeadLimit` has the rest); and a socket upgraded to another protocol would be past every door.
-        app, http=functools.partial(Connection, patience=patience), ws="none",  # type: ignore[arg-type]  # called like the class
-        timeout_keep_alive=http.keep_alive_s, timeout_graceful_shutdown=stop_s, access_log=False, log_config=None, log_level="warning",
-        server_header=False, ssl_certfile=http.tls_cert, ssl_keyfile=http.tls_key,
-    )  # fmt: skip
+        app,
+        # On h11, because httptools does not bound a head that it waits for (`HeadLimit` has the rest).
+        http=functools.partial(Connection, patience=patience),  # type: ignore[arg-type]  # called like the class
+        # A socket upgraded to another protocol would be past every door.
+        ws="none",
+        timeout_keep_alive=http.keep_alive_s,
+        timeout_graceful_shutdown=stop_s,
+        access_log=False,
+        log_config=None,
+        log_level="warning",
+        server_header=False,
+        ssl_certfile=http.tls_cert,
+        ssl_keyfile=http.tls_key,
+    )
 
 
-def _drain(runner: Runner, agreement: Agreement) -> None:
+def _drain(runner: Runner, shadow: ShadowEvaluation) -> None:
     """Ends what no request waits for."""
-    agreement.drop()
+    shadow.drop()
     runner.drain()

@@ -55,7 +55,7 @@ def serve(
 
     memory.limit_malloc_arenas()
     from server.api.auth import Keys
-    from server.app import create_app, make_server, open_bundles
+    from server.app import create_app, make_server, open_service
     from server.jobs.store import Store
 
     settings = read_settings(bundles, host, port, insecure)
@@ -71,17 +71,19 @@ def serve(
         Keys(settings.auth.keys_file)
     # The folder stays taken from here to the end.
     with listening.bound(settings) as (sockets, ops_sockets), contextlib.closing(Store(settings.jobs)) as store:
-        opened = open_bundles(settings)
+        service = open_service(settings)
+        service.open()
         http = settings.http
         shown = _shown(http, http.host, http.port)
         ops = _shown(http, http.ops_host, http.ops_port) if http.ops_port else shown
         # Collectors take every line for an object.
         say = typer.echo if settings.log.format == "text" else logging.getLogger("server").info
-        for name, bundle in opened.items():
-            say(f"{name}: levels {', '.join(map(str, bundle.bundle.manifest.levels))}, precisions {', '.join(bundle.precisions)}")
+        for name, deployment in service.registry.deployments.items():
+            levels = ", ".join(map(str, deployment.manifest.levels))
+            say(f"{name}: levels {levels}, precisions {', '.join(deployment.precisions)}")
         for what, address in (("page", f"{shown}/"), ("docs", f"{shown}/docs"), ("metrics", f"{ops}/metrics")):
             say(f"{what:8} {address}")
-        server = make_server(settings, create_app(settings, opened, store), sockets, ops_sockets)
+        server = make_server(settings, create_app(settings, service, store), sockets, ops_sockets)
         server.run()
     if not server.started:
         raise typer.Exit(1)
@@ -137,6 +139,34 @@ def models(
             c = manifest.calibration
             typer.echo(f"measured on {c.images} images of {c.data}, {c.machine}")
             typer.echo(f"recommended for mode=fast: level {c.recommended.level} ({c.recommended.why})")
+
+
+@app.command()
+@report_errors
+def tune(
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle; all of UNETPP_BUNDLES if not given.")] = None,
+    limit_s: Annotated[float, typer.Option(min=1, help="Seconds after which no further round begins, per bundle.")] = 120,
+) -> None:
+    """Measure which engine and precision are fastest on this machine, and store it for every start.
+
+    The result is valid for the bundle, the engines' versions, the processor and its cores: copy the file to each replica of the
+    same kind, or into the bundle's folder `tuning/`. Without it the server goes by a fixed rule.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from server.runtime.bundle import find_bundles
+    from server.runtime.tune import tune as measure
+    from server.runtime.tuning import store_tuning
+
+    settings = read_settings(bundle)
+    for folder in find_bundles(settings.bundles):
+        tuning = measure(folder, settings.runtime, settings.batching, limit_s)
+        table = Table("graph", "precision", "engine", "ms", "batch pixels", title=folder.name)
+        for row in tuning.rows:
+            table.add_row(row.graph, row.precision, row.engine, f"{row.milliseconds:.2f}", f"{row.batch_pixels:,}")
+        Console().print(table)
+        typer.echo(f"stored: {store_tuning(tuning, settings.runtime.tuning_folder)}")
 
 
 for _entry in sorted(entry_points(group="unetpp.commands"), key=lambda e: e.name):

@@ -27,6 +27,7 @@ UnetppError
     ├── BundleDamaged         refuse to start; names the file
     ├── Misconfigured         settings with which the server must not or cannot listen
     ├── EngineUnavailable     a configured engine or provider cannot run here
+    ├── TuningTooNoisy        measurements that differ too much to be stored
     ├── InferenceFailed       details are logged, never sent
     └── StoreBroken           the folder of the jobs is in use, damaged or not writable
 """
@@ -188,6 +189,10 @@ class Misconfigured(ServerFault):
 
 class EngineUnavailable(ServerFault):
     """A configured engine or provider cannot run on this machine."""
+
+
+class TuningTooNoisy(ServerFault):
+    """Measurements differ too much between rounds to be stored."""
 
 
 class InferenceFailed(ServerFault):

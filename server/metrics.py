@@ -25,7 +25,7 @@ SECONDS = (
 )  # fmt: skip
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 FILLS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
-PHASES = ("decode", "plan", "queue", "infer", "restore", "encode")
+PHASES = ("open", "decode", "queue", "infer", "restore", "postprocess", "encode")
 OUTCOMES = ("ok", "client_error", "refused", "late", "error", "cancelled")
 # Why a request was turned away, why one was given up half-way, and why windows of an admitted one were not run.
 REFUSALS = ("in_flight", "wait", "memory", "stopping", "unauthorized", "too_large", "uploads")
@@ -33,7 +33,7 @@ CANCELLATIONS = ("client_left", "deadline", "stopping")
 DROPS = ("cancelled", "late", "unreadable", "error")
 DEGRADATIONS = ("deadline", "load")
 JOB_OUTCOMES = ("done", "failed", "cancelled", "refused")
-PRIORITIES = {True: "interactive", False: "batch"}
+PRIORITIES = ("interactive", "batch")
 RELOADS = ("ok", "failed")
 NONE = "none"
 
@@ -51,7 +51,7 @@ class ModelInfo:
         sha256: of its manifest.
         routes: (mode, level, graph) that it serves.
         classes: names of the foreground classes.
-        engines: (graph, precision, engine, provider, "true" where `auto` picks it).
+        engines: (graph, precision, engine, provider, "true" where `auto` picks it, why: "settings", "tuning" or "rule").
         calibrated: (graph, precision, engine, IoU, Dice, seconds) as its manifest says.
     """
 
@@ -60,7 +60,7 @@ class ModelInfo:
     sha256: str
     routes: tuple[tuple[str, int, str], ...]
     classes: tuple[str, ...]
-    engines: tuple[tuple[str, str, str, str, str], ...]
+    engines: tuple[tuple[str, str, str, str, str, str], ...]
     calibrated: tuple[tuple[str, str, str, float, float, float], ...]
 
 
@@ -148,11 +148,11 @@ class Metrics:
 
     def _watch_the_queue(self) -> None:
         self.queue_tiles = Gauge(
-            "unetpp_queue_tiles", "Tiles that wait for the device: of requests, and of jobs and samples.", ("urgency",),
+            "unetpp_queue_tiles", "Tiles that wait for the device: of requests, and of jobs and samples.", ("priority",),
             registry=self.registry,
         )  # fmt: skip
         self.queue_oldest_s = Gauge(
-            "unetpp_queue_oldest_seconds", "Time that the oldest of the waiting tiles has waited.", ("urgency",),
+            "unetpp_queue_oldest_seconds", "Time that the oldest of the waiting tiles has waited.", ("priority",),
             registry=self.registry,
         )  # fmt: skip
         self.backlog_s = Gauge(
@@ -162,9 +162,9 @@ class Metrics:
             "unetpp_predicted_wait_seconds", "Time that a new request of one tile would wait for the device, as predicted.",
             registry=self.registry,
         )  # fmt: skip
-        for urgency in PRIORITIES.values():
-            self.queue_tiles.labels(urgency)
-            self.queue_oldest_s.labels(urgency)
+        for priority in PRIORITIES:
+            self.queue_tiles.labels(priority)
+            self.queue_oldest_s.labels(priority)
 
     def _watch_jobs(self) -> None:
         self.jobs = self._counter(
@@ -179,9 +179,9 @@ class Metrics:
 
     def _watch_bundles(self) -> None:
         self.engines = Rows(Gauge(
-            "unetpp_engine_info",
-            "1 for each engine that serves: bundle, precision, engine, provider, and whether `auto` picks it.",
-            ("model", "graph", "precision", "engine", "provider", "auto"), registry=self.registry,
+            "unetpp_model_instance_info",
+            "1 for each graph at each precision: engine, provider, whether `auto` picks it, and why (settings, tuning, rule).",
+            ("model", "graph", "precision", "engine", "provider", "auto", "selected_by"), registry=self.registry,
         ))  # fmt: skip
         self.bundles = Rows(Gauge(
             "unetpp_bundle_info", "1 for each open bundle, with the first 16 digits of its manifest's SHA-256.",

@@ -9,36 +9,35 @@ import weakref
 from collections.abc import Callable, Mapping
 
 from server.errors import NotReady, ReloadFailed, ReloadRunning, UnetppError
-from server.metrics import Metrics
+from server.monitoring import model_info
 from server.runtime import memory
-from server.runtime.opening import OpenBundle
-from server.segment import model_info
-from server.segment.pipeline import Segmenter
-from server.segment.served import Served
+from server.runtime.loader import Deployment
+from server.segment.service import SegmentationService
 
 log = logging.getLogger(__name__)
 
-Bundles = Mapping[str, OpenBundle]
+Deployments = Mapping[str, Deployment]
 
 
 class Reload:
     """One reload at a time. All methods belong to the event loop's thread.
 
     Args:
-        look: given what is open, every bundle that is to be open, with those that have not changed as they are. Called in a thread.
-        segmenter: serves them.
-        metrics: are told of what is open.
+        read: given the deployments that are served, returns those that are to be served; unchanged ones are kept. Runs in a thread.
+        service: serves them.
         check: raises `NotReady` once the server stops.
     """
 
     def __init__(
-        self, look: Callable[[Bundles], Bundles], segmenter: Segmenter, metrics: Metrics, check: Callable[[], None] = lambda: None
+        self,
+        read: Callable[[Deployments], Deployments],
+        service: SegmentationService,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._look = look
+        self._read = read
         self._check = check
         self._once_more = False
-        self._segmenter = segmenter
-        self._metrics = metrics
+        self._service = service
         self._running: asyncio.Task[list[str]] | None = None
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -90,54 +89,59 @@ class Reload:
             self.soon()
 
     async def _reload(self) -> list[str]:
-        begun = time.monotonic()
+        started = time.monotonic()
         failure = None
         try:
-            before = self._segmenter.bundles
-            bundles = await asyncio.to_thread(self._look, before)
-            gone = self._segmenter.swap(bundles)
+            before = self._service.registry.deployments
+            after = await asyncio.to_thread(self._open, before)
+            self._service.registry.swap(after)
         except Exception as error:  # noqa: BLE001 - whatever it is, what is served stays
             failure = _failure(error)
-        # Not in the handler: what the error leads to, engines among it, is gone by now.
+        # Outside of the handler, so that what the error refers to, engines among it, is gone by now.
         if failure:
-            self._metrics.reloaded(False)
+            self._service.metrics.reloaded(False)
             await asyncio.to_thread(memory.malloc_trim)
             raise failure
-        self._metrics.reloaded(True)
-        self._metrics.expect(model_info.known(bundles))
+        self._service.metrics.reloaded(True)
+        self._service.metrics.expect(model_info.describe(after))
+        changes = _changes(before, after)
+        gone = [deployment for name, deployment in before.items() if after.get(name) is not deployment]
+        del before
         while gone:
             self._close(gone.pop())
-        changes = _changes(before, bundles)
-        log.info("reloaded in %.1f s: %s", time.monotonic() - begun, "; ".join(changes) or "nothing has changed")
+        self._service.open_in_background()
+        log.info("reloaded in %.1f s: %s", time.monotonic() - started, "; ".join(changes) or "nothing has changed")
         return changes
 
-    def _close(self, served: Served) -> None:
-        """Closes a bundle after the last request on it."""
-        loop = asyncio.get_running_loop()
-        left = asyncio.Event()
-        weakref.finalize(served, _set, loop, left).atexit = False
-        task = asyncio.create_task(_free([served.opened], left))
+    def _open(self, before: Deployments) -> Deployments:
+        """Reads the bundles, and opens the recommended graph of each that is new, so that no request waits for a swap."""
+        after = self._read(before)
+        for name, deployment in after.items():
+            if before.get(name) is not deployment:
+                self._service.loader.open_recommended(deployment)
+        return after
+
+    def _close(self, deployment: Deployment) -> None:
+        """Returns the memory of a deployment after the last request on it."""
+        self._service.loader.forget(deployment)
+        loop, left, name = asyncio.get_running_loop(), asyncio.Event(), deployment.name
+        weakref.finalize(deployment, _set, loop, left).atexit = False
+        task = asyncio.create_task(_trim(name, left))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
 
 def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-    """From whatever thread; the loop may be closed."""
+    """Sets an event of a loop from any thread; the loop may be closed."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(event.set)
 
 
-async def _free(held: list[OpenBundle], left: asyncio.Event) -> None:
-    """Frees what is held, once its users have left: in a thread, as closing engines takes its time."""
+async def _trim(name: str, left: asyncio.Event) -> None:
+    """Returns freed memory to the system once the last request has left."""
     await left.wait()
-    name = held[0].bundle.manifest.name
-    await asyncio.to_thread(_empty, held)
-    log.info("%s: the last request on what it was has ended, its memory is returned", name)
-
-
-def _empty(held: list[OpenBundle]) -> None:
-    held.clear()
-    memory.malloc_trim()
+    await asyncio.to_thread(memory.malloc_trim)
+    log.info("%s: the last request on its replaced bundle has ended, and its memory is returned", name)
 
 
 def _failure(error: Exception) -> ReloadFailed:
@@ -148,14 +152,14 @@ def _failure(error: Exception) -> ReloadFailed:
     return ReloadFailed("all is served as before, as reloading failed unexpectedly; the log says how")
 
 
-def _changes(before: Bundles, after: Bundles) -> list[str]:
+def _changes(before: Deployments, after: Deployments) -> list[str]:
     """A line for each bundle that is not what it was."""
     found = []
     for name in sorted(before.keys() | after.keys()):
         if name not in after:
             found.append(f"{name} is gone")
         elif after[name] is not before.get(name):
-            levels = ", ".join(map(str, after[name].bundle.manifest.levels))
+            levels = ", ".join(map(str, after[name].manifest.levels))
             found.append(
                 f"{name} {'has changed' if name in before else 'is new'} "
                 f"(levels {levels}, precisions {', '.join(after[name].precisions)})"

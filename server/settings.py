@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from platformdirs import user_cache_path
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -78,7 +79,7 @@ class RuntimeSettings(_Group):
     """What runs the graphs."""
 
     engine: Literal["auto", "onnxruntime", "openvino"] = Field(
-        "auto", description="auto measures at start, per precision, and takes the faster"
+        "auto", description="auto: the faster one by the stored tuning, else OpenVINO on CPUs where it is installed"
     )
     provider: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
         "auto",
@@ -89,6 +90,12 @@ class RuntimeSettings(_Group):
         "auto", description="used where a request says auto: the fastest within 0.5 points of IoU of fp32, or this one"
     )
     threads: int = Field(0, ge=0, description="threads of one graph run; 0 = all cores this process may use")
+    graph_memory_mb: int = Field(
+        1024, ge=64, description="memory of open graphs, in MB; the least recently used is closed for one that needs the room"
+    )
+    tuning_folder: Path = Field(
+        user_cache_path("unetpp") / "tuning", description="where `unetpp tune` stores its measurements, and every start looks"
+    )
 
 
 class LimitsSettings(_Group):

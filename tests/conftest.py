@@ -1,6 +1,5 @@
 """Shared fixtures: a tiny bundle, the shipped bundle, real servers, and the data beside the project."""
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,37 +95,19 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_network: object) 
 
 
 @pytest.fixture(scope="session")
-def app(shipped_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> "fastapi.FastAPI":  # type: ignore[name-defined]
-    """The application on the shipped bundle, at fp32 on ONNX Runtime so that answers are exact and alike everywhere."""
-    from server.app import create_app, open_bundles
-    from server.settings import JobsSettings, QualitySettings, RuntimeSettings, Settings
-    from tests.server.conftest import NO_AGREEMENT
+def app(shipped_bundle: Path) -> "fastapi.FastAPI":  # type: ignore[name-defined]
+    """The application on the shipped bundle, at fp32 so that answers are exact."""
+    from server.app import create_app
+    from tests.support.service import quiet_settings
 
-    jobs = JobsSettings(folder=tmp_path_factory.mktemp("jobs"))
-    quality = QualitySettings(**NO_AGREEMENT)
-    settings = Settings(bundles=shipped_bundle, runtime=RuntimeSettings(precision="fp32"), jobs=jobs, quality=quality)
-    return create_app(settings, open_bundles(settings))
-
-
-@contextlib.contextmanager
-def serving(app: "fastapi.FastAPI") -> Iterator["httpx.Client"]:  # type: ignore[name-defined]
-    """A real server of an application by `create_app` on a free port of this machine, and a client of it."""
-    import httpx
-    import uvicorn
-
-    from server.serving import Server
-    from tests.server.conftest import running
-
-    server = Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"), app.state.operations)
-    with running(server):
-        port = server.servers[0].sockets[0].getsockname()[1]
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-            yield client
+    return create_app(quiet_settings(bundles=shipped_bundle, runtime={"precision": "fp32"}))
 
 
 @pytest.fixture(scope="session")
 def client(app: object) -> Iterator["httpx.Client"]:  # type: ignore[name-defined]
     """A client of the application on a real socket."""
+    from tests.support.server import serving
+
     with serving(app) as client:
         yield client
 

@@ -68,7 +68,7 @@ def test_every_command_exists(command: str) -> None:
 def test_python_does_what_it_says(code: str, client: Any, ihc: Any, tmp_path: Path) -> None:
     """Against a real server, on a folder of real images."""
     pytest.importorskip("matplotlib")
-    from tests.server.conftest import picture_bytes
+    from tests.support.files import picture_bytes
 
     (tmp_path / "images").mkdir()
     for number in range(2):

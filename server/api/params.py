@@ -1,18 +1,18 @@
-"""What the routes that segment have in common: their query, their body, and what the answer's headers say."""
+"""What the routes that segment have in common: their query, their body, and the headers of their answers."""
 
-import dataclasses
+import math
+import time
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, Field
-from starlette.datastructures import QueryParams
 from starlette.requests import Request
 
-from server import errors
+from server.errors import InvalidParameter
 from server.imaging import encode
-from server.segment.request import Answer, SegmentRequest
-from server.settings import Precision
+from server.segment.request import QoS, Response, SegmentParams
+
+DEADLINE = "X-Deadline-Ms"
 
 BINARY = {"type": "string", "format": "binary"}
 REQUEST_BODY: dict[str, Any] = {
@@ -31,96 +31,77 @@ REQUEST_BODY: dict[str, Any] = {
 }
 
 
-class Parameters(BaseModel):
-    """The query of whatever segments."""
+def check_query(params: SegmentParams, request: Request) -> None:
+    """Refuses what can be refused before the body arrives: parameters given twice, and formats that do not exist.
 
-    mode: str | None = Field(None, description="accurate (default): mean of all heads; fast: one level")
-    level: int | None = Field(None, description="1 (fastest) to 4 (deepest); implies mode=fast")
-    model: str | None = Field(None, description="bundle name; see GET /models")
-    precision: Precision = Field("auto", description="auto: the fastest within 0.5 points of IoU of fp32")
-    format: str | None = Field(
-        None,
-        description=" | ".join((encode.MASK, *encode.ENCODERS))
-        + "; several by comma: a zip of them; else by Accept, else as the input",
-    )
-    include_mask: bool = Field(
-        False,
-        description="with format=json: the mask in base64, as mask_png, mask_tiff, mask_nifti or mask_nrrd, or with instances as mask_labels_png and so on",
-    )
-    threshold: float | None = Field(
-        None, description="0 to 1: foreground is what scores above it; of several classes the best; else as the model card says"
-    )
-    fill_holes: bool = Field(False, description="holes that an object encloses become part of it")
-    instances: bool = Field(False, description="touching objects of one class are split; the mask is then their numbers")
-    min_size_px: int | None = Field(None, description="objects of fewer pixels (voxels) are removed")
-    min_size_mm2: float | None = Field(
-        None,
-        description="of images, and of pages that are times: objects of a smaller area are removed; the pixel size must be known",
-    )
-    min_size_mm3: float | None = Field(None, description="of volumes and stacks: objects of a smaller volume are removed")
-    keep_largest: bool = Field(False, description="of each class only the largest object is kept")
-    pixel_size_um: str | None = Field(
-        None,
-        description="of images and stacks, as 0.5 or 0.5x0.25 (height x width; of stacks also x page); wins over what the file says",
-    )
-    axis: str = Field("auto", description="slices of a volume for a model of images: auto (coarsest spacing), 0, 1, 2")
-    nonfinite: str = Field("refuse", description="values that are NaN or infinite: refuse, or zero")
-    axes: str = Field("", description="of a TIFF, slowest first, as ZYX, TCYX, YXS; wins over its OME or ImageJ metadata")
-    channel: int | None = Field(
-        None, description="0, 1, …: of an input with several channels this one alone; else colours, or the first"
-    )
+    Raises:
+        InvalidParameter: a parameter is given twice, of which all but the last would be ignored.
+        UnknownFormat: the format asked for, or what Accept allows, does not exist.
+    """
+    for name, count in Counter(name for name, _ in request.query_params.multi_items()).items():
+        if count > 1:
+            raise InvalidParameter(f"{name} is given {count} times; give it once", parameter=name, actual=count, limit=1)
+    # What the body holds may leave less to choose from.
+    encode.choose(params.format, request.headers.get("accept"), instances=params.instances)
 
-    def wanted(self, request: Request) -> SegmentRequest:
-        """The request in the domain's words.
 
-        Raises:
-            InvalidParameter: a parameter is misspelt or given twice.
-            UnknownFormat: the format asked for, or what Accept allows, is none of ours.
-        """
-        self._check_names(request.query_params)
-        accept = request.headers.get("accept")
-        # Before the body comes; what it holds may leave less to choose from.
-        encode.choose(self.format, accept, instances=self.instances)
-        return SegmentRequest(
-            accept=accept, **self.model_dump(include={field.name for field in dataclasses.fields(SegmentRequest)})
+def read_qos(params: SegmentParams, request: Request, timeout_s: float) -> QoS:
+    """Until when the answer is of use, by the query or the header.
+
+    Args:
+        params: of the request.
+        request: for its header X-Deadline-Ms.
+        timeout_s: seconds that the server works for a request at most.
+
+    Raises:
+        InvalidParameter: the deadline is no time, or given in both.
+    """
+    values = request.headers.getlist(DEADLINE) + ([] if params.deadline_ms is None else [str(params.deadline_ms)])
+    if not values:
+        return QoS(timeout_s)
+    if len(values) > 1:
+        raise InvalidParameter(
+            f"the deadline is given twice; give deadline_ms or {DEADLINE}, once", parameter="deadline_ms", actual=len(values)
         )
+    try:
+        milliseconds = float(values[0])
+    except ValueError:
+        milliseconds = math.nan
+    if not 0 < milliseconds < math.inf:
+        raise InvalidParameter(
+            f"the deadline {values[0]!r:.40} is not a positive number of milliseconds",
+            parameter="deadline_ms",
+            value=values[0][:40],
+        )
+    started = time.monotonic()
+    return QoS(timeout_s, started + milliseconds / 1000, started=started)
 
-    def _check_names(self, query: QueryParams) -> None:
-        """Refuses what would be ignored: misspelt parameters, and all but the last of several."""
-        known = type(self).model_fields
-        for name, times in Counter(name for name, _ in query.multi_items()).items():
-            if name not in known:
-                raise errors.InvalidParameter(f"unknown parameter {name!r:.60}; there are: {', '.join(known)}")
-            if times > 1:
-                raise errors.InvalidParameter(f"{name} is given {times} times; give it once")
 
-
-def headers(answer: Answer) -> dict[str, str]:
+def headers(response: Response) -> dict[str, str]:
     """The headers of an answer."""
-    route = answer.choice.route
-    found = {
-        "Content-Type": answer.media_type,
-        "X-Segment-Model": answer.choice.model,
-        "X-Segment-Mode": route.mode,
-        "X-Segment-Level": str(route.level),
-        "X-Segment-Mode-Requested": answer.requested.mode,
-        "X-Segment-Level-Requested": str(answer.requested.level),
-        "X-Segment-Precision": answer.choice.precision,
-        "Content-Disposition": f'inline; filename="{answer.file}"',
-        "Server-Timing": ", ".join(f"{phase};dur={seconds * 1e3:.2f}" for phase, seconds in answer.seconds.items()),
+    target, requested = response.target, response.requested
+    values = {
+        "Content-Type": response.media_type,
+        "X-Segment-Model": target.model,
+        "X-Segment-Mode": target.mode,
+        "X-Segment-Level": str(target.level),
+        "X-Segment-Mode-Requested": requested.mode,
+        "X-Segment-Level-Requested": str(requested.level),
+        "X-Segment-Precision": target.precision,
+        "Content-Disposition": f'inline; filename="{response.filename}"',
+        "Server-Timing": ", ".join(f"{phase};dur={seconds * 1e3:.2f}" for phase, seconds in response.timings.items()),
     }
-    if answer.quality:
-        found["X-Segment-IoU"] = f"{answer.mean_iou:.4f}"
-        found["X-Segment-Dice"] = f"{answer.mean_dice:.4f}"
-    if answer.postprocessing:
-        found["X-Segment-Postprocessing"] = shown(answer.postprocessing)
-    if answer.degraded:
-        found["X-Segment-Degraded"] = answer.degraded
-    if answer.note:
-        found["X-Segment-Note"] = answer.note
-    return found
+    if response.overlaps:
+        values["X-Segment-IoU"] = f"{response.mean_iou:.4f}"
+        values["X-Segment-Dice"] = f"{response.mean_dice:.4f}"
+    optional = {
+        "X-Segment-Postprocessing": describe_postprocessing(response.postprocessing),
+        "X-Segment-Degraded": response.degraded,
+        "X-Segment-Note": response.note,
+    }
+    return values | {name: value for name, value in optional.items() if value}
 
 
-def shown(postprocessing: Mapping[str, Any]) -> str:
-    """What was done, in its order, as a line: "threshold=0.4; fill_holes"."""
+def describe_postprocessing(postprocessing: Mapping[str, Any]) -> str:
+    """What was done with the mask, in its order, as a line: "threshold=0.4; fill_holes"."""
     return "; ".join(name if value is True else f"{name}={value:g}" for name, value in postprocessing.items())

@@ -1,7 +1,7 @@
 """Every error becomes application/problem+json (RFC 9457), mapped once by walking the class's ancestors."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from server import errors
+from server.segment.request import invalid_parameter
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +54,17 @@ def status_of(error: errors.UnetppError) -> HTTPStatus:
     return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
 
 
-def problem(status: HTTPStatus, kind: str, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """A problem document."""
-    return JSONResponse(document(status, kind, detail), status.value, headers, MEDIA_TYPE)
+def problem(
+    status: HTTPStatus, code: str, detail: str, headers: dict[str, str] | None = None, fields: Mapping[str, Any] | None = None
+) -> JSONResponse:
+    """A response with a problem document."""
+    return JSONResponse(document(status, code, detail, fields), status.value, headers, MEDIA_TYPE)
 
 
-def document(status: HTTPStatus, kind: str, detail: str) -> dict[str, Any]:
-    """The fields of a problem document."""
-    return {"type": f"urn:unetpp:{kind}", "title": status.phrase, "status": status.value, "detail": detail}
+def document(status: HTTPStatus, code: str, detail: str, fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The members of a problem document; `fields` of an error come after the standard ones."""
+    standard = {"type": f"urn:unetpp:{code}", "title": status.phrase, "status": status.value, "code": code, "detail": detail}
+    return {**(fields or {}), **standard}
 
 
 def explain(error: Exception) -> dict[str, Any]:
@@ -70,7 +74,7 @@ def explain(error: Exception) -> dict[str, Any]:
     detail = JOB_INTERNAL if isinstance(error, errors.ServerFault) else str(error)
     # The job is over: of what a new request may try again later, nothing comes of asking for this one again.
     status = HTTPStatus.INTERNAL_SERVER_ERROR if isinstance(error, errors.TryAgain) else status_of(error)
-    return document(status, kind(error), detail)
+    return document(status, error.code, detail, {} if isinstance(error, errors.ServerFault) else error.fields)
 
 
 def repeat(kept: dict[str, Any], headers: dict[str, str]) -> JSONResponse:
@@ -83,16 +87,10 @@ def of(error: errors.UnetppError, request_id: str = "") -> JSONResponse:
     status = status_of(error)
     if isinstance(error, errors.ServerFault):
         log.error("request %s failed", request_id, exc_info=error)
-        return problem(status, kind(error), INTERNAL)
+        return problem(status, error.code, INTERNAL)
     retry_after_s = error.retry_after_s if isinstance(error, errors.TryAgain | errors.NotFinished) else None
     headers = None if retry_after_s is None else {"Retry-After": str(retry_after_s)}
-    return problem(status, kind(error), str(error), headers)
-
-
-def kind(error: errors.UnetppError) -> str:
-    """The error's class name with dashes, e.g. too-large."""
-    name = type(error).__name__
-    return "".join(f"-{c.lower()}" if c.isupper() else c for c in name).lstrip("-")
+    return problem(status, error.code, str(error), headers, error.fields)
 
 
 def install(app: FastAPI, refuse: Callable[[str], None] = lambda reason: None) -> None:
@@ -111,7 +109,7 @@ def install(app: FastAPI, refuse: Callable[[str], None] = lambda reason: None) -
 
     @app.exception_handler(RequestValidationError)
     async def validation(_: Request, error: RequestValidationError) -> JSONResponse:
-        return problem(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-parameter", _explain(error.errors()))
+        return of(invalid_parameter(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:
@@ -149,7 +147,3 @@ def describe(app: FastAPI) -> None:
 def _id(request: Request) -> str:
     """The id that the RequestId middleware gave."""
     return str(getattr(request.state, "request_id", ""))
-
-
-def _explain(found: Any) -> str:
-    return "; ".join(f"{e['loc'][-1]}={e.get('input')!r}: {e['msg']}"[:300] for e in found)

@@ -3,11 +3,11 @@
 from datetime import UTC, datetime
 from typing import Literal, overload
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from server.jobs.active import View
-from server.runtime.bundle import Calibration, Class, Comparison, Graph, Manifest, Measured
-from server.runtime.opening import OpenBundle
+from server.runtime.bundle import HEAD_STD, Calibration, Class, Comparison, Graph, Manifest, Measured
+from server.runtime.loader import Deployment
 
 
 class Serving(BaseModel):
@@ -18,6 +18,7 @@ class Serving(BaseModel):
     engine: str
     provider: str
     auto: bool
+    selected_by: str
 
 
 class ModelSummary(BaseModel):
@@ -54,11 +55,14 @@ class ModelCard(ModelSummary):
 
 
 class Problem(BaseModel):
-    """RFC 9457 problem document; `detail` says what is wrong and what to do."""
+    """RFC 9457 problem document: `detail` says what is wrong and what to do; further members give the same facts to programs."""
+
+    model_config = ConfigDict(extra="allow")
 
     type: str
     title: str
     status: int
+    code: str
     detail: str
 
 
@@ -119,21 +123,29 @@ def job_document(view: View) -> JobDocument:
     )
 
 
-def summary(opened: OpenBundle, default: str) -> ModelSummary:
+def summary(deployment: Deployment, default: str) -> ModelSummary:
     """The line of an open bundle."""
-    return ModelSummary(**_summary(opened.bundle.manifest, opened, default))
+    return ModelSummary(**_summary(deployment.manifest, deployment, default))
 
 
-def card(opened: OpenBundle, default: str) -> ModelCard:
+def card(deployment: Deployment, default: str) -> ModelCard:
     """The card of an open bundle."""
-    manifest = opened.bundle.manifest
+    manifest, selection = deployment.manifest, deployment.selection
     serving = tuple(
-        Serving(graph=graph, precision=precision, engine=e.name, provider=e.provider, auto=opened.auto[graph] == precision)
-        for (graph, precision), e in sorted(opened.engines.items())
+        Serving(
+            graph=graph,
+            precision=precision,
+            engine=choice.candidate.engine,
+            provider=choice.candidate.provider,
+            auto=selection.auto[graph] == precision,
+            selected_by=selection.reason[graph],
+        )
+        for (graph, precision), choice in sorted(selection.choices.items())
+        if graph != HEAD_STD
     )
     return ModelCard(
-        **_summary(manifest, opened, default),
-        sha256=opened.bundle.sha256,
+        **_summary(manifest, deployment, default),
+        sha256=deployment.bundle.sha256,
         description=manifest.description,
         intended_use=manifest.intended_use,
         channels=manifest.channels,
@@ -151,15 +163,15 @@ def card(opened: OpenBundle, default: str) -> ModelCard:
     )
 
 
-def _summary(manifest: Manifest, opened: OpenBundle, default: str) -> dict[str, object]:
+def _summary(manifest: Manifest, deployment: Deployment, default: str) -> dict[str, object]:
     return {
         "name": manifest.name,
         "title": manifest.title,
         "dims": manifest.dims,
         "levels": manifest.levels,
         "recommended_level": manifest.recommended_level,
-        "precisions": opened.precisions,
-        "uncertainty": opened.head_std is not None,
+        "precisions": deployment.precisions,
+        "uncertainty": manifest.head_std is not None,
         "default": manifest.name == default,
     }
 

@@ -5,7 +5,6 @@ import contextlib
 import re
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 from starlette.datastructures import UploadFile
@@ -13,6 +12,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from server.errors import InvalidParameter, Unreadable, UnsupportedType
+from server.segment.request import Upload
 
 # Larger bodies wait on disk, not in memory.
 SPOOL_BYTES = 4 * 1024 * 1024
@@ -29,17 +29,8 @@ ZIPS = ("application/zip", "application/x-zip-compressed")
 
 # Of a form's files, each of which may be as large as a body; and of its other fields, none of which is right.
 MOST = 2
-MOST_NAME = 500
+MAX_NAME = 500
 FIELDS = "The fields are file and reference, one of each; mode, level and the other parameters belong in the URL"
-
-
-@dataclass(frozen=True)
-class Upload:
-    """Open files, at their start, and the name of the first in a form."""
-
-    file: BinaryIO
-    reference: BinaryIO | None = None
-    name: str = ""
 
 
 @contextlib.asynccontextmanager
@@ -52,6 +43,7 @@ async def receive(request: Request) -> AsyncIterator[Upload]:
         Unreadable: broken or incomplete multipart.
         TooLarge: from the body limit, while streaming.
     """
+    accept = request.headers.get("accept")
     declared = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if declared == "multipart/form-data":
         async with _multipart(request) as upload:
@@ -68,7 +60,7 @@ async def receive(request: Request) -> AsyncIterator[Upload]:
                 # On disk from here: waiting for it must not stop the event loop.
                 await asyncio.to_thread(file.write, chunk)
         file.seek(0)
-        yield Upload(cast("BinaryIO", file))
+        yield Upload(cast("BinaryIO", file), accept=accept)
 
 
 @contextlib.asynccontextmanager
@@ -92,8 +84,8 @@ async def _multipart(request: Request) -> AsyncIterator[Upload]:
             raise InvalidParameter("no file in the request; with curl write -F file=@image.png")
         reference = fields.get("reference")
         # Without the folders of whoever sent it.
-        name = re.split(r"[\\/]", fields["file"].filename or "")[-1][:MOST_NAME]
-        yield Upload(fields["file"].file, reference.file if reference else None, name)
+        name = re.split(r"[\\/]", fields["file"].filename or "")[-1][:MAX_NAME]
+        yield Upload(fields["file"].file, reference.file if reference else None, name, request.headers.get("accept"))
     finally:
         await form.close()
 

@@ -2,13 +2,12 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from server.errors import CallerError, InvalidParameter, NotReady, Overloaded, StoreBroken, StoreFull, TryAgain
 from server.imaging import encode as encoding
@@ -17,10 +16,9 @@ from server.jobs.files import short_id
 from server.jobs.job import Job, Ticket
 from server.jobs.store import Store
 from server.metrics import Metrics
-from server.segment import archive
-from server.segment.packing import is_zip
-from server.segment.pipeline import Segmenter
-from server.segment.request import Answer, SegmentRequest, Terms
+from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upload
+from server.segment.service import SegmentationService
+from server.segment.zip_files import is_zip
 from server.settings import JobsSettings
 
 log = logging.getLogger(__name__)
@@ -39,6 +37,8 @@ BROKEN_S = 10
 # For callers' questions, beside those that keep what the workers made: a slow disk shall hold up nothing but jobs.
 THREADS = 4
 
+FIELDS = SegmentParams.model_fields
+
 
 class Runner:
     """The queue of jobs; use as `async with`, which in the end puts running jobs back and closes the store.
@@ -46,7 +46,7 @@ class Runner:
     Args:
         settings: of the store, and how many jobs run at once.
         max_uploads: bodies that arrive at once.
-        segmenter: does the work.
+        service: does the work.
         metrics: counts outcomes.
         describe: the headers of an answer, to be kept with the result.
         explain: the problem document of whatever ended a job.
@@ -57,15 +57,15 @@ class Runner:
         self,
         settings: JobsSettings,
         max_uploads: int,
-        segmenter: Segmenter,
+        service: SegmentationService,
         metrics: Metrics,
-        describe: Callable[[Answer], dict[str, str]],
+        describe: Callable[[Response], dict[str, str]],
         explain: Callable[[Exception], dict[str, Any]],
         store: Store | None = None,
     ) -> None:
         self._settings = settings
         self._max_uploads = max_uploads
-        self._segmenter = segmenter
+        self._service = service
         self._metrics = metrics
         self._describe = describe
         self._explain = explain
@@ -124,7 +124,7 @@ class Runner:
             raise NotReady("jobs are no longer worked on here; the server is stopping, or its log says why it should be restarted")
 
     @contextlib.contextmanager
-    def reserve(self, request: SegmentRequest) -> Iterator[Callable[[int], None]]:
+    def reserve(self, params: SegmentParams) -> Iterator[Callable[[int], None]]:
         """A place for a body that streams in; the function it gives is told the bytes of each piece.
 
         Raises:
@@ -132,7 +132,7 @@ class Runner:
             Overloaded: too many jobs wait, or too many bodies arrive.
             StoreFull: from that function, over the disk quota.
         """
-        self._segmenter.choose(request)
+        self._service.registry.resolve(params)
         try:
             if (waiting := self._queue.waiting) >= self._settings.max_queued:
                 raise Overloaded(f"{waiting} jobs are waiting, which is the limit; try again when some are done", retry_after_s=30)
@@ -149,27 +149,32 @@ class Runner:
             self._metrics.jobs.labels("refused").inc()
             raise
 
-    async def submit(self, file: BinaryIO, request: SegmentRequest, reference: BinaryIO | None, *, preview: bool) -> View:
+    async def submit(self, upload: Upload, params: SegmentParams, *, preview: bool) -> View:
         """Accepts a job, unless it could never be done; when this returns, not even a kill can lose it.
 
         Raises:
             CallerError: what is wrong with it.
             StoreFull, StoreBroken: it was not kept.
         """
-        choice = self._segmenter.choose(request)
-        if is_zip(file) and (reference or preview):
-            raise InvalidParameter("a zip of images has neither a reference nor a preview; send each image by itself to have them")
-        preview = preview and choice.route.level != 1
-        estimate = await archive.estimate(self._segmenter, file, request)
+        target = self._service.registry.resolve(params)
+        if is_zip(upload.file) and (upload.reference or preview):
+            raise InvalidParameter(
+                "a zip of images has neither a reference nor a preview; send each image by itself to have them",
+                parameter="reference" if upload.reference else "preview",
+            )
+        preview = preview and target.level != 1
+        estimate = await self._service.estimate(upload, params)
         seconds = estimate.seconds
         if preview:
-            seconds += (await self._segmenter.estimate(file, _first_look(request))).seconds
-        route = choice.route
+            seconds += (await self._service.estimate(upload, _preview_params(params))).seconds
         # As it is accepted, whatever the default or the recommended level is when it runs.
-        level = None if route.mode == "accurate" else route.level
-        asked = dataclasses.asdict(request) | {"model": choice.model, "mode": route.mode, "level": level}
-        ticket = Ticket(asked, preview, choice.model, route.mode, route.level, choice.precision, estimate.windows, seconds)
-        live = self._queue.add(await self._off_loop(self._store.accept, ticket, file, reference))
+        level = None if target.mode == "accurate" else target.level
+        request = params.model_dump() | {"model": target.model, "mode": target.mode, "level": level}
+        request |= {"name": upload.name, "accept": upload.accept}
+        ticket = Ticket(
+            request, preview, target.model, target.mode, target.level, target.precision, estimate.windows, seconds
+        )
+        live = self._queue.add(await self._off_loop(self._store.accept, ticket, upload.file, upload.reference))
         self._arrived.set()
         return self._queue.view(live)
 
@@ -288,25 +293,28 @@ class Runner:
         id_, ticket = live.job.id, live.job.ticket
         live.job = await self._retry_until_disk_ok(live, self._store.start, id_)
         live.notify()
-        request = SegmentRequest(**ticket.request)
+        params = SegmentParams.parse({name: ticket.request.get(name, field.default) for name, field in FIELDS.items()})
         if ticket.preview and live.job.preview is None:
-            answer = await self._answer(live, _first_look(request), live.on_preview_progress, scored=False)
-            try:
-                live.job = await self._off_loop(self._store.keep_preview, id_, answer.body, self._describe(answer))
-            except (StoreBroken, StoreFull):
-                log.exception("job %s goes on without its preview", short_id(id_))
+            response = await self._respond(live, _preview_params(params), live.on_preview_progress, scored=False)
+            with contextlib.closing(response):
+                try:
+                    live.job = await self._off_loop(self._store.keep_preview, id_, response.body, self._describe(response))
+                except (StoreBroken, StoreFull):
+                    log.exception("job %s goes on without its preview", short_id(id_))
             live.progress("decode", 0, ticket.windows)
-        answer = await self._answer(live, request, live.progress, scored=True)
-        with contextlib.closing(answer):
-            return await self._retry_until_disk_ok(live, self._store.finish, id_, answer.content, self._describe(answer))
+        response = await self._respond(live, params, live.progress, scored=True)
+        with contextlib.closing(response):
+            return await self._retry_until_disk_ok(live, self._store.finish, id_, response.body, self._describe(response))
 
-    async def _answer(
-        self, live: ActiveJob, request: SegmentRequest, progress: Callable[[str, int, int], None], *, scored: bool
-    ) -> Answer:
+    async def _respond(
+        self, live: ActiveJob, params: SegmentParams, on_progress: OnProgress, *, scored: bool
+    ) -> Response:
+        ticket = live.job.ticket
         with contextlib.ExitStack() as opened:
             file, reference = await self._retry_until_disk_ok(live, self._store.files.inputs, live.job.id, opened)
-            truth = reference if scored else None
-            return await live.stoppable(archive.segment(self._segmenter, file, request, truth, progress, Terms(urgent=False)))
+            name, accept = ticket.request.get("name", ""), ticket.request.get("accept")
+            upload = Upload(file, reference if scored else None, name, accept)
+            return await live.stoppable(self._service.segment(upload, params, QoS(priority="batch"), on_progress))
 
 
 def _tell(job: Job, error: Exception) -> None:
@@ -317,5 +325,7 @@ def _tell(job: Job, error: Exception) -> None:
         log.error("job %s failed", short_id(job.id), exc_info=error)
 
 
-def _first_look(request: SegmentRequest) -> SegmentRequest:
-    return dataclasses.replace(request, mode="fast", level=1, format=encoding.without(request.format, "head_std"))
+def _preview_params(params: SegmentParams) -> SegmentParams:
+    """The parameters of the preview: level 1, without formats that need all heads."""
+    without_heads = encoding.without(params.format, "head_std")
+    return params.model_copy(update={"mode": "fast", "level": 1, "min_level": None, "format": without_heads})

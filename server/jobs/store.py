@@ -145,7 +145,7 @@ class Store:
                 )
             return self._change(id_, "state = 'running', attempts = attempts + (state = 'queued'), started = ?", self._clock())
 
-    def keep_preview(self, id_: str, body: bytes, headers: dict[str, str]) -> Job:
+    def keep_preview(self, id_: str, body: bytes | BinaryIO, headers: dict[str, str]) -> Job:
         """Keeps the quick look."""
         with self._changing:
             self._keep(id_, "preview", body)

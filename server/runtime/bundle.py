@@ -3,12 +3,11 @@
 import hashlib
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from server.errors import BundleDamaged
-from server.runtime.onnx_file import check_graph
 
 FORMAT: Literal["unetpp.bundle/1"] = "unetpp.bundle/1"
 MANIFEST = "manifest.json"
@@ -166,6 +165,16 @@ class Manifest(_Part):
     provenance: dict[str, str]
     files: dict[str, FileEntry]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_earlier_name(cls, document: Any) -> Any:
+        """Bundles written before 2026-11 call the graph `spread`."""
+        if isinstance(document, dict) and "spread" in document:
+            document = dict(document)
+            graph = document.pop("spread")
+            document[HEAD_STD] = {**graph, "name": HEAD_STD} if graph else None
+        return document
+
     @model_validator(mode="after")
     def _check(self) -> "Manifest":
         listed = {WEIGHTS, GOLDEN} | {file for graph in self.all_graphs for file in graph.files.values()}
@@ -311,9 +320,6 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             raise BundleDamaged(f"{file}: leads out of the bundle")
         if file.stat().st_size != entry.bytes or sha256(file) != entry.sha256:
             raise BundleDamaged(f"{file}: size or SHA-256 differs from the manifest; copy the bundle again, or export it anew")
-    for graph in manifest.all_graphs:
-        for name in graph.files.values():
-            check_graph(folder / name, (WEIGHTS,))
 
 
 def find_bundles(root: Path) -> list[Path]:

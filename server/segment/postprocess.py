@@ -312,3 +312,15 @@ def _largest(sizes: Int64[ndarray, " N"], values: UInt8[ndarray, " N"]) -> Bool[
     chosen = np.zeros(len(order), dtype=np.bool_)
     chosen[order[first]] = True
     return chosen
+
+
+def check_dimensions(params: Any, header: InputHeader) -> None:
+    Postprocessing(**{f.name: getattr(params, f.name) for f in fields(Postprocessing)}).check_kind(header)
+
+
+def check_unit(params: Any, header: InputHeader, unit_mm: float | None) -> None:
+    Postprocessing(**{f.name: getattr(params, f.name) for f in fields(Postprocessing)}).check_unit(header, unit_mm)
+
+
+def memory_bytes(params: Any, pixels: int, *, objects: bool) -> int:
+    return Postprocessing(**{f.name: getattr(params, f.name) for f in fields(Postprocessing)}).bytes(pixels, objects=objects)

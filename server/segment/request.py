@@ -7,9 +7,9 @@ This module imports no array library, so that clients can use it.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 
 Mode = Literal["accurate", "fast"]
 Priority = Literal["interactive", "batch"]
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with (stage, windows done, windows in all); stages are decode, infer, encode."""
+
+
+def ignore_progress(stage: str, done: int, total: int) -> None:
+    """Does nothing: the progress of a request that nobody watches."""
+
 
 # Pixels or mm of an object. Beyond it numbers are not exact any more.
 MAX_OBJECT_SIZE = 1e15
@@ -98,13 +106,13 @@ class SegmentParams(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _one_minimum_size(self) -> Self:
+    def _one_minimum_size(self) -> "SegmentParams":
         if len(self.min_sizes) > 1:
             raise ValueError(f"{' and '.join(self.min_sizes)} exclude each other; give one of them")
         return self
 
     @classmethod
-    def parse(cls, values: Mapping[str, Any]) -> Self:
+    def parse(cls, values: Mapping[str, Any]) -> "SegmentParams":
         """Validates parameters from any source: keyword arguments, command-line options, a stored job.
 
         Raises:

@@ -13,8 +13,9 @@ from typer.testing import CliRunner, Result
 
 from client import AsyncClient, Client
 from server import cli
-from tests.conftest import serving
-from tests.server.conftest import fake_app, fake_bundles, picture_bytes
+from tests.support.files import picture_bytes
+from tests.support.server import serving
+from tests.support.service import fake_app
 
 
 @contextmanager

@@ -28,7 +28,8 @@ from server.arrays import Tiles
 from server.settings import Settings
 from tests.client.conftest import done, fails, run, served
 from tests.conftest import ROOT
-from tests.server.conftest import bright, fake_bundles, mask_of, nifti_bytes, pages_bytes, pages_of, picture_bytes, volume_of
+from tests.support.files import mask_of, nifti_bytes, pages_bytes, pages_of, picture_bytes, volume_of
+from tests.support.service import bright
 
 
 @pytest.fixture
@@ -449,7 +450,7 @@ SLOW = """
 import os, sys, time
 import server.app
 from server.cli import app
-from tests.server.conftest import bright, fake_bundles
+from tests.support.service import bright, fake_deployment
 def slow(tiles):
     print("at work", flush=True)
     time.sleep(0.5)

@@ -9,7 +9,7 @@ from PIL import Image as Pillow
 from client.decode import DECODERS, decode
 from server.arrays import Mask
 from server.imaging.encode import ENCODERS, npz, png, tiff
-from tests.server.conftest import nifti_bytes
+from tests.support.files import nifti_bytes
 
 COLORS = {1: (255, 0, 0), 2: (0, 255, 0)}
 

@@ -10,7 +10,7 @@ from client import documents
 from client.local import Local
 from server.api import schemas
 from server.runtime.bundle import Class
-from tests.server.conftest import nifti_bytes, pages_bytes, picture_bytes
+from tests.support.files import nifti_bytes, pages_bytes, picture_bytes
 
 VOXELS = np.random.default_rng(0).integers(0, 256, (6, 20, 18), dtype=np.uint8)
 

@@ -17,7 +17,9 @@ from client.talk import Call
 from client.transport import Sink
 from server.arrays import Tiles
 from tests.client.conftest import answer, problem, served
-from tests.server.conftest import bright, make_certificate, mask_of, nifti_bytes, pages_bytes, picture_bytes
+from tests.support.files import mask_of, nifti_bytes, pages_bytes, picture_bytes
+from tests.support.server import make_certificate
+from tests.support.service import bright
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 20), dtype=np.uint8)
 IMAGE = picture_bytes(PIXELS)
@@ -197,10 +199,10 @@ def test_an_answer_that_trickles() -> None:
 
 
 def test_certificates(either: Callable[..., Any], no_waits: list[Any], tmp_path: Path) -> None:
-    from tests.server.conftest import doors
+    from tests.support.server import full_server
 
     make_certificate(tmp_path)
-    with doors(http={"tls_cert": tmp_path / "cert.pem", "tls_key": tmp_path / "key.pem"}) as server:
+    with full_server(http={"tls_cert": tmp_path / "cert.pem", "tls_key": tmp_path / "key.pem"}) as server:
         url = f"https://localhost:{server.port}"
         with pytest.raises(errors.Unreachable, match="not trusted"):
             either(url, lambda c: c.models())

@@ -12,7 +12,7 @@ import pytest
 from client import Client, Local, errors
 from server.settings import Settings
 from tests.client.conftest import served
-from tests.server.conftest import fake_bundles, picture_bytes
+from tests.support.files import picture_bytes
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 20), dtype=np.uint8)
 IMAGE = picture_bytes(PIXELS)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image as Pillow
 
 from client.picture import sheet
-from tests.server.conftest import picture_bytes
+from tests.support.files import picture_bytes
 
 
 def opened(data: bytes) -> np.ndarray:

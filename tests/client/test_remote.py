@@ -12,7 +12,8 @@ from client.errors import NotFound, Refused
 from client.remote import Remote, is_long
 from server.arrays import Tiles
 from tests.client.conftest import served
-from tests.server.conftest import bright, pages_bytes, picture_bytes
+from tests.support.files import pages_bytes, picture_bytes
+from tests.support.service import bright
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import ROOT, serving
+from tests.conftest import ROOT
 from tests.docker.conftest import DOCKER, dashboard_expressions, rules
-from tests.server.conftest import until
+from tests.support.server import serving, until
 
 # One worker runs all, because they share a server and a Prometheus.
 pytestmark = [pytest.mark.long, pytest.mark.xdist_group("prometheus")]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from server.segment.plan import seen_by, statistics, with_channels
 
 from export.data import calibration_tiles, labelled, samples
 from model.data import Split
@@ -15,7 +16,6 @@ from model.reading import DataError, read_image, read_volume
 from server.imaging.decode import decode
 from server.imaging.decode_options import DecodeOptions
 from server.runtime.bundle import read_bundle
-from server.segment.plan import seen_by, statistics, with_channels
 
 
 def test_images_and_labels(discs, small_kept):

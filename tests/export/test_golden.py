@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from server.runtime.opening import golden_tiles
 
 from export.golden import CASES, synthetic_cells, tiles_of, torch_scores, write_golden
 from export.graph import ServedGraph
-from server.runtime.opening import golden_tiles
 
 
 def test_synthetic_cells():

@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
+from server.runtime.opening import golden_tiles
 
 from export.lower import PREFIX
 from export.verify import wrong_nodes
@@ -11,7 +12,6 @@ from model import checkpoint
 from server.arrays import Tiles
 from server.runtime.bundle import WEIGHTS, read_bundle
 from server.runtime.engines import ENGINES
-from server.runtime.opening import golden_tiles
 
 
 def graph_of(folder, file):

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import onnx
 import pytest
+from server.runtime.engines.fake import FakeEngine
 
 from export import verify as verify_module
 from export.graph import level_networks
@@ -14,7 +15,6 @@ from export.verify import Verdict, VerifyError, agreement, largest_difference, r
 from model import checkpoint
 from server.runtime.bundle import read_bundle
 from server.runtime.engines import ENGINES, EngineRow
-from server.runtime.engines.fake import FakeEngine
 
 
 def test_a_sound_bundle_passes_at_every_precision_on_every_engine(tiny_bundle):
@@ -184,9 +184,10 @@ def test_the_rule_of_each_precision(precision, max_abs, share, passed):
 
 
 def test_the_shipped_golden_pairs_are_those_of_the_shipped_weights(shipped_bundle):
+    from server.runtime.opening import golden_tiles
+
     from export.golden import torch_scores
     from export.graph import ServedGraph
-    from server.runtime.opening import golden_tiles
 
     bundle = read_bundle(shipped_bundle)
     network, _ = checkpoint.load(shipped_bundle / "weights.safetensors")

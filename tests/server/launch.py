@@ -23,7 +23,7 @@ import server.serving
 from server import cli
 from server.arrays import Tiles
 from server.metrics import Metrics
-from tests.server.conftest import NO_AGREEMENT, bright, fake_bundles
+from tests.support.service import NO_SHADOW, bright
 
 
 def engine(name: str, folder: Path) -> Callable[[Tiles], np.ndarray]:
@@ -60,7 +60,7 @@ def live(folder: Path, name: str, environment: dict[str, str], closing_s: int, *
     server.app.Metrics = Kept
     server.serving.CLOSING_S = closing_s
     told = sys.stdout
-    quiet = {f"UNETPP_QUALITY__{name}".upper(): f"{value}" for name, value in NO_AGREEMENT.items()}
+    quiet = {f"UNETPP_QUALITY__{name}".upper(): f"{value}" for name, value in NO_SHADOW.items()}
     os.environ.update(quiet | environment)  # noqa: TID251 - of a child
     with (folder / "stderr").open("w", buffering=1) as said, contextlib.redirect_stdout(said):
         os.dup2(said.fileno(), 2)

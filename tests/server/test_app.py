@@ -4,7 +4,6 @@ from server.app import make_segmenter
 from server.errors import UnknownModel
 from server.metrics import Metrics
 from server.settings import Settings
-from tests.server.conftest import fake_bundles
 
 
 def test_a_configured_default_model_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:

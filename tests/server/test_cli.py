@@ -25,7 +25,7 @@ from server.jobs.store import Store
 from server.serving import Server
 from server.settings import JobsSettings, Settings
 from tests.conftest import ROOT
-from tests.server.conftest import fake_bundles, mask_of, picture_bytes
+from tests.support.files import mask_of, picture_bytes
 
 
 @pytest.fixture(autouse=True)

@@ -16,13 +16,12 @@ import SimpleITK as sitk  # noqa: N813
 import tifffile
 from nibabel import orientations
 from scipy.spatial.transform import Rotation
+from server.segment.pipeline import Segmenter
 
 from server.arrays import Tiles
 from server.metrics import Metrics
-from server.segment.pipeline import Segmenter
 from server.segment.request import Answer, SegmentRequest
 from server.settings import BatchingSettings, LimitsSettings
-from tests.server.conftest import fake_bundles
 from tests.server.imaging.conftest import nifti
 
 CODES = ["".join(letters) for order in itertools.permutations(("RL", "AP", "SI")) for letters in itertools.product(*order)]

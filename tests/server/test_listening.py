@@ -11,7 +11,7 @@ from bench.serving import free_port
 from server import listening
 from server.errors import Misconfigured
 from server.settings import HttpSettings, Settings
-from tests.server.conftest import make_certificate
+from tests.support.server import make_certificate
 
 
 @pytest.fixture

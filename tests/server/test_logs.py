@@ -16,8 +16,9 @@ import pytest
 from server import logs
 from server.errors import BundleDamaged, InvalidParameter, NotReady
 from server.segment import steps
-from tests.conftest import serving
-from tests.server.conftest import fake_app, picture_bytes
+from tests.support.files import picture_bytes
+from tests.support.server import serving
+from tests.support.service import fake_app
 
 PICTURE = picture_bytes(np.arange(64, dtype=np.uint8).reshape(8, 8))
 # In names, headers and values of what is sent.

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from server.api import auth
-from tests.server.conftest import doors, make_certificate, picture_bytes
+from tests.support.files import picture_bytes
+from tests.support.server import full_server, make_certificate
 
 GOOD = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
 KEY, LINE = auth.make("operator")
@@ -21,12 +22,12 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
     path = tmp_path_factory.mktemp("keys") / "keys"
     path.write_text(LINE)
     # The number is not used: the sockets are bound already.
-    with doors(http={"ops_port": 1}, auth={"keys_file": path}) as opened:
+    with full_server(http={"ops_port": 1}, auth={"keys_file": path}) as opened:
         yield opened
 
 
 def test_without_one_they_are_on_the_one_port() -> None:
-    with doors() as opened:
+    with full_server() as opened:
         for path in auth.HEALTH:
             assert opened.client.get(path).status_code == 200
             assert path in opened.client.get("/openapi.json").json()["paths"]
@@ -64,7 +65,7 @@ def test_metrics_are_of_the_other_port(opened: SimpleNamespace) -> None:
 
 def test_both_ports_speak_tls(tmp_path: Path) -> None:
     make_certificate(tmp_path)
-    with doors(http={"ops_port": 1, "tls_cert": tmp_path / "cert.pem", "tls_key": tmp_path / "key.pem"}) as opened:
+    with full_server(http={"ops_port": 1, "tls_cert": tmp_path / "cert.pem", "tls_key": tmp_path / "key.pem"}) as opened:
         context = ssl.create_default_context(cafile=tmp_path / "cert.pem")
         with httpx.Client(verify=context) as strict:
             assert strict.get(f"https://127.0.0.1:{opened.ops_port}/health/ready").json() == {"ready": True}

@@ -24,17 +24,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from server.runtime.opening import OpenBundle
+from server.segment.pipeline import Segmenter
 
 from server.arrays import Tiles
 from server.errors import BundleDamaged, NotReady, ReloadFailed, ReloadRunning, UnknownModel
 from server.metrics import Metrics
 from server.reload import Reload
-from server.runtime.opening import OpenBundle
-from server.segment.pipeline import Segmenter
 from server.segment.request import SegmentRequest
 from server.settings import BatchingSettings, LimitsSettings
 from tests.conftest import ROOT
-from tests.server.conftest import Sent, bright, doors, fake_bundles, mask_of, picture_bytes, rewrite_hashes, until
+from tests.support.bundles import rewrite_hashes
+from tests.support.files import Sent, mask_of, picture_bytes
+from tests.support.server import full_server, until
+from tests.support.service import bright
 
 Bundles = dict[str, OpenBundle]
 
@@ -286,7 +289,7 @@ class TestSignals:
 
 
 def test_a_server_that_stops_reloads_no_more(problem: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
-    with doors(http={"ops_port": 1}) as opened:
+    with full_server(http={"ops_port": 1}) as opened:
         opened.app.state.operations.stopping.begun = True
         problem(opened.ops.post("/reload"), 503, "not-ready")
         opened.app.state.operations.reload.soon()
@@ -297,7 +300,7 @@ def test_a_server_that_stops_reloads_no_more(problem: Callable[..., Any], caplog
 
 def test_not_with_tensorrt(problem: Callable[..., Any]) -> None:
     """Its engines are built for minutes, on the device that everybody waits for."""
-    with doors(http={"ops_port": 1}, runtime={"provider": "tensorrt"}) as opened:
+    with full_server(http={"ops_port": 1}, runtime={"provider": "tensorrt"}) as opened:
         assert "restart the server" in problem(opened.ops.post("/reload"), 422, "reload-failed").detail
         assert opened.client.post("/segment", content=SMALL).status_code == 200
 
@@ -305,7 +308,7 @@ def test_not_with_tensorrt(problem: Callable[..., Any]) -> None:
 def test_over_the_ops_port(problem: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk()
     monkeypatch.setattr("server.app.open_bundles", lambda settings, before, in_turn: disk(before))
-    with doors(http={"ops_port": 1}) as opened, ThreadPoolExecutor() as background:
+    with full_server(http={"ops_port": 1}) as opened, ThreadPoolExecutor() as background:
         before = mask_of(opened.client.post("/segment", content=SMALL).content)
         disk.found = fake_bundles(dark) | fake_bundles(name="second")
         answer = opened.ops.post("/reload")
@@ -333,7 +336,7 @@ def test_over_the_ops_port(problem: Callable[..., Any], monkeypatch: pytest.Monk
 
 def test_a_server_that_stops_begins_none(problem: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.app.open_bundles", lambda *_: pytest.fail("it would wait for this in the end"))
-    with doors(http={"ops_port": 1}) as opened:
+    with full_server(http={"ops_port": 1}) as opened:
         opened.app.state.operations.stopping.begun = True
         problem(opened.ops.post("/reload"), 503, "not-ready")
         assert 'unetpp_reloads_total{outcome="failed"} 0.0' in opened.ops.get("/metrics").text
@@ -350,7 +353,7 @@ def test_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     disk = Disk()
     monkeypatch.setattr("server.app.open_bundles", lambda settings, before, in_turn: disk(before))
-    with doors(http={"ops_port": 1}) as opened:
+    with full_server(http={"ops_port": 1}) as opened:
 
         def submit(model: str) -> str:
             answer = opened.client.post(f"/jobs?model={model}&level=1", content=SMALL)

@@ -24,7 +24,8 @@ import pytest
 
 from bench.serving import free_port
 from tests.conftest import ROOT
-from tests.server.conftest import mask_of, picture_bytes, until
+from tests.support.files import mask_of, picture_bytes
+from tests.support.server import until
 
 PIXELS = np.arange(64, dtype=np.uint8).repeat(64).reshape(64, 64)
 PICTURE = picture_bytes(PIXELS)

@@ -9,14 +9,14 @@ from server.api.stopping import Stopping
 from server.errors import NotReady
 from server.jobs.runner import Runner
 from server.metrics import Metrics
-from server.segment.pipeline import Segmenter
+from server.monitoring.health_probe import HealthProbe
 
 
-def router(segmenter: Segmenter, runner: Runner, metrics: Metrics, stopping: Stopping) -> APIRouter:
-    """The routes, with what they need."""
+def router(probe: HealthProbe, runner: Runner, metrics: Metrics, stopping: Stopping) -> APIRouter:
+    """Makes the routes."""
     routes = APIRouter()
     metrics.follow(metrics.stopping, lambda: stopping.begun)
-    metrics.follow(metrics.ready, functools.partial(_is_ready, segmenter, runner, stopping))
+    metrics.follow(metrics.ready, functools.partial(_is_ready, probe, runner, stopping))
 
     @routes.get(
         "/health/live",
@@ -24,18 +24,18 @@ def router(segmenter: Segmenter, runner: Runner, metrics: Metrics, stopping: Sto
         responses={503: {"model": Problem}},
     )
     async def live() -> dict[str, bool]:
-        segmenter.probe.check_device()
+        probe.check_device()
         return {"live": True}
 
     @routes.get(
         "/health/ready",
-        summary="Every bundle answers a real forward pass, jobs are worked on, and the server is not stopping",
+        summary="The default model answers a real forward pass, jobs are worked on, and the server is not stopping",
         responses={503: {"model": Problem}},
     )
     async def ready() -> dict[str, bool]:
         stopping.check()
         runner.check()
-        await segmenter.probe.check()
+        await probe.check()
         return {"ready": True}
 
     @routes.get("/metrics", summary="Prometheus metrics", response_class=Response)
@@ -45,11 +45,11 @@ def router(segmenter: Segmenter, runner: Runner, metrics: Metrics, stopping: Sto
     return routes
 
 
-def _is_ready(segmenter: Segmenter, runner: Runner, stopping: Stopping) -> bool:
+def _is_ready(probe: HealthProbe, runner: Runner, stopping: Stopping) -> bool:
     """What /health/ready would say by what is known, as a scrape does not wait for a test tile."""
     try:
         stopping.check()
         runner.check()
     except NotReady:
         return False
-    return segmenter.probe.answers()
+    return probe.is_answering

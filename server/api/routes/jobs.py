@@ -10,14 +10,14 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from server.api import problems, upload
-from server.api.params import REQUEST_BODY, Parameters
+from server.api.params import DEADLINE, REQUEST_BODY, check_query
 from server.api.schemas import JobDocument, Problem, job_document
 from server.errors import InvalidParameter, NotFinished, Overloaded, StoreBroken, UnknownJob
 from server.jobs.active import View
 from server.jobs.files import short_id
 from server.jobs.job import FINISHED
 from server.jobs.runner import Runner
-from server.segment.request import SegmentRequest
+from server.segment.request import SegmentParams
 
 UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": Problem}}
 REFUSED: dict[int | str, dict[str, Any]] = {code: {"model": Problem} for code in (404, 406, 408, 413, 415, 422, 429, 500, 503, 507)}
@@ -48,21 +48,30 @@ MAX_STREAMS = 1000
 RETRY_S = 60
 
 
-class JobParameters(Parameters):
+class JobParams(SegmentParams):
     """The query of POST /jobs."""
 
     preview: bool = Field(False, description="also a mask of level 1, which is there long before the result")
 
-    def wanted(self, request: Request) -> SegmentRequest:
-        """See `Parameters.wanted`.
+    @property
+    def segment_params(self) -> SegmentParams:
+        """The parameters without those of the job."""
+        return SegmentParams.model_construct(**{name: getattr(self, name) for name in SegmentParams.model_fields})
 
-        Raises:
-            InvalidParameter: also for a deadline, which else would be ignored.
-            UnknownFormat: see there.
-        """
-        if "x-deadline-ms" in request.headers:
-            raise InvalidParameter("X-Deadline-Ms is for POST /segment; a job takes the time it takes, and can be cancelled")
-        return super().wanted(request)
+
+def _refuse_deadline(params: JobParams, request: Request) -> None:
+    """Refuses what would be ignored.
+
+    Raises:
+        InvalidParameter: a deadline is given, or consent to a shallower level.
+    """
+    if DEADLINE in request.headers or params.deadline_ms is not None:
+        raise InvalidParameter(
+            f"deadline_ms and {DEADLINE} are for POST /segment; a job takes the time it takes, and can be cancelled",
+            parameter="deadline_ms",
+        )
+    if params.min_level is not None:
+        raise InvalidParameter("min_level is for POST /segment; a job is never degraded", parameter="min_level")
 
 
 def router(runner: Runner) -> APIRouter:
@@ -78,12 +87,13 @@ def router(runner: Runner) -> APIRouter:
         responses=REFUSED,
         openapi_extra=REQUEST_BODY,
     )
-    async def create(request: Request, asked: Annotated[JobParameters, Query()]) -> Response:
-        wanted = asked.wanted(request)
+    async def create(request: Request, params: Annotated[JobParams, Query()]) -> Response:
+        _refuse_deadline(params, request)
+        check_query(params, request)
         try:
-            with runner.reserve(wanted) as claim:
-                async with upload.receive(_counting(request, claim)) as files:
-                    view = await runner.submit(files.file, wanted, files.reference, preview=asked.preview)
+            with runner.reserve(params.segment_params) as claim:
+                async with upload.receive(_counting(request, claim)) as received:
+                    view = await runner.submit(received, params.segment_params, preview=params.preview)
         except ClientDisconnect:
             return Response(status_code=499)
         document = job_document(view)

@@ -3,23 +3,20 @@
 from fastapi import APIRouter
 
 from server.api.schemas import ModelCard, ModelSummary, Problem, card, summary
-from server.errors import UnknownModel
-from server.segment.pipeline import Segmenter
+from server.segment.service import SegmentationService
 
 
-def router(segmenter: Segmenter) -> APIRouter:
-    """The routes, with what they need."""
+def router(service: SegmentationService) -> APIRouter:
+    """Makes the routes."""
     routes = APIRouter()
+    registry = service.registry
 
-    @routes.get("/models", summary="Open bundles")
+    @routes.get("/models", summary="Models that are served")
     async def models() -> list[ModelSummary]:
-        return [summary(opened, segmenter.default) for opened in segmenter.bundles.values()]
+        return [summary(deployment, registry.default) for deployment in registry.deployments.values()]
 
     @routes.get("/models/{name}", summary="The model card with the level table", responses={404: {"model": Problem}})
     async def model(name: str) -> ModelCard:
-        opened = segmenter.bundles.get(name)
-        if opened is None:
-            raise UnknownModel(f"model {name!r} is not open here; there are: {', '.join(segmenter.bundles)}")
-        return card(opened, segmenter.default)
+        return card(registry.get(name), registry.default)
 
     return routes

@@ -1,8 +1,6 @@
 """POST /segment."""
 
 import asyncio
-import contextlib
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Coroutine
@@ -11,20 +9,19 @@ from typing import Annotated, Any, BinaryIO, TypeVar
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import Field
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from server import errors
 from server.api import upload
-from server.api.params import REQUEST_BODY, Parameters, headers
+from server.api.params import REQUEST_BODY, check_query, headers, read_qos
 from server.api.schemas import Problem
 from server.imaging import encode
 from server.metrics import NONE, Metrics
-from server.segment import archive
-from server.segment.pipeline import Segmenter, until
-from server.segment.request import Archived, Terms
+from server.segment.admission import deadline
+from server.segment.request import SegmentParams
+from server.segment.service import SegmentationService
 
 T = TypeVar("T")
 
@@ -54,7 +51,7 @@ ENDS: dict[type[BaseException], tuple[str, str | None]] = {
 
 
 class TempFileResponse(StreamingResponse):
-    """A file that is gone when it is sent, or nobody wants it any more."""
+    """Streams a temporary file and deletes it on completion or disconnect."""
 
     def __init__(self, file: BinaryIO, headers: dict[str, str]) -> None:
         self._file = file
@@ -63,29 +60,22 @@ class TempFileResponse(StreamingResponse):
         super().__init__(iter(lambda: file.read(PIECE_BYTES), b""), headers=headers | {"Content-Length": f"{length}"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See Starlette's."""
+        """ASGI entry."""
         try:
             await super().__call__(scope, receive, send)
         finally:
             self._file.close()
 
 
-class SegmentParameters(Parameters):
-    """The query of POST /segment."""
+def router(service: SegmentationService, max_in_flight: int, timeout_s: float) -> APIRouter:
+    """Makes the route.
 
-    deadline_ms: float | None = Field(
-        None,
-        description="milliseconds from now after which the answer is of no use, also as X-Deadline-Ms: refused at once where it "
-        "cannot be met (429, or 422 if it never could be), given up when it has passed (504)",
-    )
-    min_level: int | None = Field(
-        None,
-        description="under load the answer may be of a shallower level, down to this one, and its headers say so; never without",
-    )
-
-
-def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_s: float) -> APIRouter:
-    """The route, with what it needs."""
+    Args:
+        service: does the work.
+        max_in_flight: requests that are worked on or wait at once.
+        timeout_s: seconds that the server works for a request at most.
+    """
+    metrics = service.metrics
     routes = APIRouter(route_class=_counting(metrics))
     in_flight = 0
 
@@ -96,29 +86,32 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_
         responses=RESPONSES,
         openapi_extra=REQUEST_BODY,
     )
-    async def segment(request: Request, asked: Annotated[SegmentParameters, Query()]) -> Response:
+    async def segment(request: Request, params: Annotated[SegmentParams, Query()]) -> Response:
         nonlocal in_flight
-        begun = time.perf_counter()
+        started = time.perf_counter()
         labels, served = UNKNOWN, NONE
         if in_flight >= max_in_flight:
             metrics.requests.labels(*labels, served, "refused").inc()
             # One of so many is done in about that part of the time for all.
-            wait_s = max(1, math.ceil(segmenter.line.backlog_s() / in_flight))
-            text = f"{in_flight} requests are being worked on, which is the limit; try again in a moment"
-            raise errors.Overloaded(text, wait_s, "in_flight")
+            wait_s = max(1, math.ceil(service.scheduler.predict_wait_s(math.inf) / in_flight))
+            raise errors.Overloaded(
+                f"{in_flight} requests are being worked on, which is the limit; try again in a moment",
+                wait_s,
+                "in_flight",
+                limit=max_in_flight,
+                setting="UNETPP_HTTP__MAX_IN_FLIGHT",
+            )
         in_flight += 1
         metrics.in_flight.set(in_flight)
         try:
-            terms = Terms(max_wait_s, read_deadline(asked.deadline_ms, request))
-            wanted = asked.wanted(request)
-            choice = segmenter.choose(wanted)
-            labels = (choice.model, choice.route.mode, f"{choice.route.level}")
-            segmenter.check_wait(choice, wanted, terms)
-            async with until(terms.deadline), upload.receive(request) as files:
-                named = dataclasses.replace(wanted, name=files.name)
-                work = archive.segment(segmenter, files.file, named, files.reference, terms=terms, choice=choice)
-                answer = await _unless_gone(request, work)
-            outcome, served = "ok", f"{answer.choice.route.level}"
+            qos = read_qos(params, request, timeout_s)
+            check_query(params, request)
+            target = service.registry.resolve(params)
+            labels = (target.model, target.mode, f"{target.level}")
+            service.admission.check_queue(qos)
+            async with deadline(qos), upload.receive(request) as received:
+                response = await _unless_gone(request, service.segment(received, params, qos, target=target))
+            outcome, served = "ok", f"{response.target.level}"
         except BaseException as error:
             outcome, given_up = next((end for kind, end in ENDS.items() if isinstance(error, kind)), ("error", None))
             if given_up:
@@ -130,35 +123,17 @@ def router(segmenter: Segmenter, metrics: Metrics, max_in_flight: int, max_wait_
             in_flight -= 1
             metrics.in_flight.set(in_flight)
             metrics.requests.labels(*labels, served, outcome).inc()
-            facts = zip(("model", "mode", "requested_level", "served_level", "outcome"), (*labels, served, outcome), strict=True)
-            request.state.facts = dict(facts)
-        metrics.duration.labels(answer.choice.model, answer.choice.route.mode, served).observe(time.perf_counter() - begun)
-        request.state.phases = answer.seconds
-        for phase, seconds in answer.seconds.items():
+            names = ("model", "mode", "requested_level", "served_level", "outcome")
+            request.state.facts = dict(zip(names, (*labels, served, outcome), strict=True))
+        metrics.duration.labels(response.target.model, response.target.mode, served).observe(time.perf_counter() - started)
+        request.state.phases = response.timings
+        for phase, seconds in response.timings.items():
             metrics.phases.labels(phase).observe(seconds)
-        if isinstance(answer, Archived):
-            return TempFileResponse(answer.zip, headers(answer))
-        return Response(answer.body, media_type=answer.media_type, headers=headers(answer))
+        if isinstance(response.body, bytes):
+            return Response(response.body, media_type=response.media_type, headers=headers(response))
+        return TempFileResponse(response.body, headers(response))
 
     return routes
-
-
-def read_deadline(query_ms: float | None, request: Request) -> float:
-    """When the answer is of no more use, in seconds of `time.monotonic`; from the query or the header.
-
-    Raises:
-        InvalidParameter: it is no time, or given in both.
-    """
-    given = request.headers.getlist("x-deadline-ms") + ([] if query_ms is None else [str(query_ms)])
-    if not given:
-        return math.inf
-    if len(given) > 1:
-        raise errors.InvalidParameter("the deadline is given twice; give deadline_ms or X-Deadline-Ms, once")
-    with contextlib.suppress(ValueError):
-        milliseconds = float(given[0])
-        if 0 < milliseconds < math.inf:
-            return time.monotonic() + milliseconds / 1000
-    raise errors.InvalidParameter(f"the deadline {given[0]!r:.40} is not a positive number of milliseconds")
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from server.arrays import Scores, Tiles
-from server.runtime.engines import fake, onnxruntime, openvino
+from server.runtime.engines import onnxruntime, openvino
 
 
+@runtime_checkable
 class Engine(Protocol):
     """One graph, opened. `run` is called from one thread at a time and releases the GIL while it computes."""
 
@@ -25,10 +26,6 @@ class Engine(Protocol):
 
     def run(self, tiles: Tiles) -> Scores:
         """(N, C, h, w[, d]) tiles of any supported dtype to (N, K, h, w[, d]) float32 probabilities."""
-        ...
-
-    def release(self) -> None:
-        """Gives working memory back that the last runs left behind; the next run takes it anew."""
         ...
 
 
@@ -55,5 +52,3 @@ ENGINES: dict[str, EngineRow] = {
     "onnxruntime": EngineRow(onnxruntime.open_graph, "onnxruntime", onnxruntime.precisions, onnxruntime.providers),
     "openvino": EngineRow(openvino.open_graph, "openvino", openvino.precisions, openvino.providers),
 }
-
-__all__ = ["ENGINES", "Engine", "EngineRow", "Opener", "fake"]

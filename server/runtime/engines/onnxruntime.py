@@ -48,15 +48,6 @@ class OnnxRuntimeEngine:
         ]
         return scores
 
-    def release(self) -> None:
-        """See `Engine.release`: on the CPU of all graphs, which share one arena; on GPUs the arena grows only as requested."""
-        if self.provider != "cpu":
-            return
-        # Only a run does that: of one tile, whose sides suit every level.
-        axes = {put.name: [1, *put.shape[1:]] for put in self._session.get_inputs()}
-        feed = {name: np.zeros([n if isinstance(n, int) else 32 for n in shape], np.float32) for name, shape in axes.items()}
-        self._session.run(["scores"], feed, _tidying())
-
 
 @functools.cache
 def _tidying() -> "onnxruntime.RunOptions":

@@ -15,7 +15,8 @@ import pytest
 
 from server.api import auth
 from server.errors import Misconfigured
-from tests.server.conftest import doors, picture_bytes
+from tests.support.files import picture_bytes
+from tests.support.server import full_server
 
 GOOD = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
 KEY, LINE = auth.make("lab-3")
@@ -32,7 +33,7 @@ def file(tmp_path: Path) -> Path:
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     path = tmp_path_factory.mktemp("keys") / "keys"
     path.write_text(LINE)
-    with doors(auth={"keys_file": path}) as opened:
+    with full_server(auth={"keys_file": path}) as opened:
         yield opened
 
 
@@ -82,7 +83,7 @@ class TestLetIn:
         assert "security" not in document["paths"]["/health/live"]["get"]
 
     def test_where_there_are_no_keys_nobody_needs_one(self) -> None:
-        with doors() as opened:
+        with full_server() as opened:
             assert opened.client.get("/models").status_code == 200
             assert "securitySchemes" not in opened.client.get("/openapi.json").json()["components"]
 
@@ -182,7 +183,7 @@ class TestFile:
 
     def test_is_read_again_when_it_changes(self, file: Path) -> None:
         other, line = auth.make("other")
-        with doors(auth={"keys_file": file}) as opened:
+        with full_server(auth={"keys_file": file}) as opened:
 
             def statuses() -> tuple[int, ...]:
                 return tuple(opened.client.get("/models", headers=bearer(key)).status_code for key in (KEY, other))

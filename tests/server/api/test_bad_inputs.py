@@ -7,8 +7,10 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.conftest import serving
-from tests.server.conftest import fake_app, picture_bytes, resident_mb
+from tests.support.files import picture_bytes
+from tests.support.memory import resident_mb
+from tests.support.server import serving
+from tests.support.service import fake_app
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # decoders warn about what they tolerate
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.server.conftest import doors, picture_bytes, until
+from tests.support.files import picture_bytes
+from tests.support.server import full_server, until
 
 GOOD = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
 
@@ -22,7 +23,7 @@ GOOD = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     folder = tmp_path_factory.mktemp("jobs")
-    with doors(http={"ops_port": 1}, jobs={"folder": folder}) as opened:
+    with full_server(http={"ops_port": 1}, jobs={"folder": folder}) as opened:
         opened.folder = folder
         yield opened
 

@@ -16,7 +16,9 @@ import pytest
 
 from server.api.bounded_parser import TURN_EVENTS, BoundedParser
 from server.arrays import Tiles
-from tests.server.conftest import doors, memory_stays_below, picture_bytes, until
+from tests.support.files import picture_bytes
+from tests.support.memory import memory_stays_below
+from tests.support.server import full_server, until
 
 GOOD = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
 POST = b"POST /segment HTTP/1.1\r\nHost: x\r\n"
@@ -83,7 +85,7 @@ def flood(raw: socket.socket, data: bytes) -> None:
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    with doors(limits={"head_s": 0.4}) as opened:
+    with full_server(limits={"head_s": 0.4}) as opened:
         yield opened.port
 
 
@@ -121,7 +123,7 @@ class TestHead:
             threading.Event().wait(0.5)
             return np.zeros((len(tiles), 1, *tiles.pixels.shape[2:]), np.float32)
 
-        with doors(slow, limits={"head_s": 0.1}) as opened:
+        with full_server(slow, limits={"head_s": 0.1}) as opened:
             assert opened.client.post("/segment?level=1", content=GOOD).status_code == 200
 
     def test_pipelined(self, port: int) -> None:
@@ -134,7 +136,7 @@ class TestHead:
 
 @pytest.fixture(scope="module")
 def opened() -> Iterator[SimpleNamespace]:
-    with doors() as opened:
+    with full_server() as opened:
         yield opened
 
 
@@ -171,7 +173,7 @@ class TestHttp:
 
     @pytest.mark.parametrize("port", ["port", "ops_port"])
     def test_which_status(self, port: str) -> None:
-        with doors(http={"ops_port": 1}) as opened:
+        with full_server(http={"ops_port": 1}) as opened:
             for sent in (head(99), head(0, 17_000)):
                 with connected(getattr(opened, port)) as raw:
                     raw.sendall(sent)
@@ -237,7 +239,7 @@ class TestHttp:
 
 @pytest.fixture(scope="module")
 def hasty() -> Iterator[SimpleNamespace]:
-    with doors(limits={"idle_upload_s": 0.5}, http={"max_in_flight": 1}) as opened:
+    with full_server(limits={"idle_upload_s": 0.5}, http={"max_in_flight": 1}) as opened:
         yield opened
 
 
@@ -414,7 +416,7 @@ def noise(tiles: Tiles) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def noisy() -> Iterator[SimpleNamespace]:
-    with doors(noise, limits={"idle_upload_s": 1}) as opened:
+    with full_server(noise, limits={"idle_upload_s": 1}) as opened:
         yield opened
 
 
@@ -476,7 +478,7 @@ class TestAnswer:
 
 class TestCrowd:
     def test_one_too_many_is_hung_up_on(self, caplog: pytest.LogCaptureFixture) -> None:
-        with doors(http={"max_connections": 2, "ops_port": 1}) as opened, contextlib.ExitStack() as held:
+        with full_server(http={"max_connections": 2, "ops_port": 1}) as opened, contextlib.ExitStack() as held:
             first, second = (held.enter_context(connected(opened.port)) for _ in range(2))
             until(lambda: len(opened.server.server_state.connections) == 2)
             for _ in range(3):
@@ -505,7 +507,7 @@ def test_on_either_loop(loop: str, monkeypatch: pytest.MonkeyPatch, request_byte
         made(self, *args, **named, loop=loop)
 
     monkeypatch.setattr(uvicorn.Config, "__init__", with_loop)
-    with doors(noise, limits={"idle_upload_s": 0.5, "head_s": 0.3}) as opened:
+    with full_server(noise, limits={"idle_upload_s": 0.5, "head_s": 0.3}) as opened:
         with connected(opened.port) as raw:
             raw.sendall(b"GET")
             assert is_closed(raw)

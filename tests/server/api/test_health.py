@@ -12,8 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.arrays import Tiles
 from server.metrics import OUTCOMES, PHASES
 from server.segment import probe
-from tests.conftest import serving
-from tests.server.conftest import bright, fake_app, picture_bytes, until
+from tests.support.files import picture_bytes
+from tests.support.server import serving, until
+from tests.support.service import bright, fake_app
 
 DATA = picture_bytes(np.arange(64, dtype=np.uint8).reshape(8, 8))
 

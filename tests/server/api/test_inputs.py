@@ -13,11 +13,12 @@ import pytest
 import SimpleITK
 
 from server.arrays import Tiles
-from tests.conftest import serving
-from tests.server.conftest import bright, fake_app, mask_of, nifti_bytes, pages_of, picture_bytes, until, volume_of
 from tests.server.imaging.itk import by_itk, itk_read
 from tests.server.imaging.test_microscopy import written
 from tests.server.segment.test_archive import packed, picture
+from tests.support.files import mask_of, nifti_bytes, pages_of, picture_bytes, volume_of
+from tests.support.server import serving, until
+from tests.support.service import bright, fake_app
 
 Checked = Callable[..., Any]
 

@@ -24,8 +24,9 @@ from server.jobs.runner import Runner
 from server.jobs.store import Store
 from server.segment.request import SegmentRequest
 from server.settings import JobsSettings
-from tests.conftest import serving
-from tests.server.conftest import bright, fake_app, mask_of, picture_bytes
+from tests.support.files import mask_of, picture_bytes
+from tests.support.server import serving
+from tests.support.service import bright, fake_app
 
 Checked = Callable[..., Any]
 

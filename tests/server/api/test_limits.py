@@ -5,8 +5,9 @@ import socket
 import httpx
 import numpy as np
 
-from tests.conftest import serving
-from tests.server.conftest import fake_app, picture_bytes
+from tests.support.files import picture_bytes
+from tests.support.server import serving
+from tests.support.service import fake_app
 
 GOOD = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
 

@@ -12,13 +12,14 @@ import httpx
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from server.segment.agreement import Agreement
+from server.segment.pipeline import Sample
 
 from server.arrays import Tiles
 from server.segment import probe
-from server.segment.agreement import Agreement
-from server.segment.pipeline import Sample
-from tests.conftest import serving
-from tests.server.conftest import bright, calibrated, fake_app, nifti_bytes, picture_bytes, until
+from tests.support.files import nifti_bytes, picture_bytes
+from tests.support.server import serving, until
+from tests.support.service import bright, calibrated, fake_app
 
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 DATA = picture_bytes(GREY)

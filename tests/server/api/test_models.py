@@ -4,8 +4,9 @@ from typing import Any
 import httpx
 
 from server.runtime.bundle import MANIFEST, sha256
-from tests.conftest import ROOT, serving
-from tests.server.conftest import calibrated, fake_app
+from tests.conftest import ROOT
+from tests.support.server import serving
+from tests.support.service import calibrated, fake_app
 
 
 def test_list(client: httpx.Client) -> None:

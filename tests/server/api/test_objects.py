@@ -15,10 +15,11 @@ from scipy import ndimage
 
 from server.arrays import Tiles
 from server.segment.labels import find
-from tests.conftest import serving
-from tests.server.conftest import fake_app, mask_of, nifti_bytes, pages_bytes, picture_bytes, volume_of
 from tests.server.segment.masks import disc
 from tests.server.segment.test_archive import packed
+from tests.support.files import mask_of, nifti_bytes, pages_bytes, picture_bytes, volume_of
+from tests.support.server import serving
+from tests.support.service import fake_app
 
 CLASSES = [{"value": 1, "name": "a", "color": "#ff0000"}, {"value": 2, "name": "b", "color": "#00ff00"}]
 

@@ -11,9 +11,10 @@ import tifffile
 
 from server import errors
 from server.api.problems import STATUS, kind, status_of
-from tests.conftest import serving
-from tests.server.conftest import fake_app, picture_bytes
 from tests.server.imaging.test_decode import sparse_tiff
+from tests.support.files import picture_bytes
+from tests.support.server import serving
+from tests.support.service import fake_app
 
 GOOD = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
 TRUNCATED = picture_bytes(np.random.default_rng(0).integers(0, 256, (50, 50), dtype=np.uint8))[:1000]

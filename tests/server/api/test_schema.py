@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.core.failures import FailureGroup
 from schemathesis.specs.openapi import checks
 
-from tests.server.conftest import doors
+from tests.support.server import full_server
 
 # Derandomized: what it comes upon once shall not come and go.
 profile = settings(
@@ -21,7 +21,7 @@ UNFIT = [checks.positive_data_acceptance]
 @pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 def test_is_kept() -> None:
     failed: list[str] = []
-    with doors() as opened:
+    with full_server() as opened:
         operations = [
             found.ok() for found in schemathesis.openapi.from_url(f"{opened.client.base_url}/openapi.json").get_all_operations()
         ]

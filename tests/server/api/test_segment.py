@@ -26,8 +26,9 @@ from scipy.special import expit
 
 from server.arrays import Tiles
 from server.imaging.encode import ENCODERS
-from tests.conftest import serving
-from tests.server.conftest import bright, fake_app, mask_of, pages_bytes, pages_of, picture_bytes
+from tests.support.files import mask_of, pages_bytes, pages_of, picture_bytes
+from tests.support.server import serving
+from tests.support.service import bright, fake_app
 
 PNG = {"content-type": "image/png"}
 L1 = "/segment?mode=fast&level=1"

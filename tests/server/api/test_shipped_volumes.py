@@ -12,7 +12,7 @@ import pytest
 from nibabel import orientations
 from SimpleITK import GetArrayFromImage, ReadImage
 
-from tests.conftest import serving
+from tests.support.server import serving
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_the_mask_lies_where_the_volume_lies(client: httpx.Client, sample: bytes
 
 
 def test_an_image_is_refused_in_words(client: httpx.Client, ihc: np.ndarray) -> None:
-    from tests.server.conftest import picture_bytes
+    from tests.support.files import picture_bytes
 
     refused = client.post("/segment?model=hippocampus", content=picture_bytes(ihc[:64, :64]))
     assert refused.status_code == 422

@@ -11,8 +11,9 @@ import pytest
 from server import app as composed
 from server.api import traces
 from server.segment import steps
-from tests.conftest import serving
-from tests.server.conftest import fake_app, picture_bytes
+from tests.support.files import picture_bytes
+from tests.support.server import serving
+from tests.support.service import fake_app
 
 pytest.importorskip("opentelemetry.sdk")
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http")

@@ -13,7 +13,8 @@ import tifffile
 from PIL import Image as Pillow
 
 from tests.server.api.test_segment import PNG, random_picture
-from tests.server.conftest import fake_app, nifti_bytes, pages_bytes, picture_bytes
+from tests.support.files import nifti_bytes, pages_bytes, picture_bytes
+from tests.support.service import fake_app
 
 ASKED = "/segment?format=uncertainty_tiff"
 
@@ -68,8 +69,8 @@ def test_pages_and_volumes_slice_by_slice(client: httpx.Client) -> None:
 def test_a_volume(volume_bundle: Path, hippocampus_data: Path) -> None:
     from server.app import create_app, open_bundles
     from server.settings import RuntimeSettings, Settings
-    from tests.conftest import serving
-    from tests.server.conftest import quiet, volume_of
+    from tests.support.files import volume_of
+    from tests.support.server import serving
 
     settings = Settings(
         **quiet({"bundles": volume_bundle, "runtime": RuntimeSettings(engine="onnxruntime")}), default_model="hippocampus"
@@ -104,7 +105,7 @@ def test_what_does_not_go_with_it(
 
 
 def test_a_bundle_of_before_says_what_to_do(problem: Callable[..., Any]) -> None:
-    from tests.conftest import serving
+    from tests.support.server import serving
 
     with serving(fake_app()) as client:
         assert client.get("/models/fake").json()["uncertainty"] is False
@@ -114,7 +115,7 @@ def test_a_bundle_of_before_says_what_to_do(problem: Callable[..., Any]) -> None
 
 
 def test_a_job_has_a_preview_without_it(client: httpx.Client) -> None:
-    from tests.server.conftest import until
+    from tests.support.server import until
 
     answer = client.post("/jobs?preview=true&format=uncertainty_png", content=picture_bytes(random_picture(64, 64)), headers=PNG)
     assert answer.status_code == 202, answer.text

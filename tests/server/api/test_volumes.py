@@ -8,25 +8,16 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from server.runtime.batcher import Batcher
+from server.runtime.line import Caller, Lane
 
 from server.app import create_app
 from server.arrays import Tiles
 from server.imaging.encode import ENCODERS
-from server.runtime.batcher import Batcher
-from server.runtime.line import Caller, Lane
 from server.settings import Settings
-from tests.conftest import serving
-from tests.server.conftest import (
-    bright,
-    fake_app,
-    fake_bundles,
-    mask_of,
-    nifti_bytes,
-    pages_bytes,
-    pages_of,
-    picture_bytes,
-    volume_of,
-)
+from tests.support.files import mask_of, nifti_bytes, pages_bytes, pages_of, picture_bytes, volume_of
+from tests.support.server import serving
+from tests.support.service import bright, fake_app
 
 VOXELS = np.random.default_rng(1).integers(0, 256, (14, 20, 9), dtype=np.uint8)
 WANTED = VOXELS.mean() < VOXELS

@@ -17,8 +17,9 @@ from server.errors import TooLarge, Unreadable, UnsupportedType
 from server.imaging import decode as room
 from server.imaging.decode import DECODERS
 from server.imaging.decode_options import MOST_SIDE
-from tests.server.conftest import memory_stays_below, picture_bytes
 from tests.server.imaging.conftest import LIMIT, input_header, read
+from tests.support.files import picture_bytes
+from tests.support.memory import memory_stays_below
 
 
 def pixels(data: bytes, *, limit: int = LIMIT, zero_nonfinite: bool = False) -> np.ndarray:

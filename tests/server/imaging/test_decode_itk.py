@@ -20,9 +20,9 @@ from hypothesis.extra import numpy as arrays
 from server.arrays import Image, Mask, Volume
 from server.errors import CallerError, InvalidParameter, TooLarge, Unreadable
 from server.imaging.encode import nifti as nifti_encoder
-from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import input_header, read
 from tests.server.imaging.itk import by_itk, itk_read
+from tests.support.memory import memory_stays_below
 
 TYPES = [np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64, np.float32, np.float64]
 KEPT = {"uint8", "uint16", "int16"}

@@ -16,8 +16,8 @@ from nibabel.testing import data_path
 from server.arrays import Volume
 from server.errors import TooLarge, UnetppError, Unreadable
 from server.imaging import streaming as room
-from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import input_header, nifti, read
+from tests.support.memory import memory_stays_below
 
 REAL = [
     np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64, np.float32, np.float64, np.longdouble,

@@ -19,8 +19,8 @@ from server.imaging import encode as room
 from server.imaging.encode import DEFAULTS, ENCODERS, SegmentationResult, choose, png
 from server.imaging.encode.overlay import DISPLAY_PERCENTILES, TINT, blend, displayed
 from server.imaging.encode.rounding import eight_bits, sixteen_bits
-from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import read
+from tests.support.memory import memory_stays_below
 
 COLORS = {1: (255, 127, 14), 2: (0, 0, 255), 255: (1, 2, 3)}
 EXTENTS = {"image": InputHeader((2, 3)), "stack": InputHeader((2, 3, 4)), "volume": InputHeader((2, 3, 4), affine=np.eye(4))}

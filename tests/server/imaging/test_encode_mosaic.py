@@ -8,8 +8,8 @@ from PIL import Image as Pillow
 
 from server.arrays import Mask, Volume
 from server.imaging.encode import ENCODERS, SegmentationResult, mosaic
-from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import nifti, read
+from tests.support.memory import memory_stays_below
 
 COLORS = {1: (255, 0, 0), 2: (0, 0, 255)}
 NAMES = {1: "one", 2: "two"}

@@ -10,8 +10,8 @@ import SimpleITK as sitk  # noqa: N813
 
 from server.arrays import Mask, Volume
 from server.imaging.encode import ENCODERS, SegmentationResult
-from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import nifti, read
+from tests.support.memory import memory_stays_below
 
 COLORS = {1: (255, 127, 14), 2: (0, 0, 255), 255: (1, 2, 3)}
 NAMES = {1: "Großhirn & <Kern>", 2: "two", 255: "last"}

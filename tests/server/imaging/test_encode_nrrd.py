@@ -11,9 +11,9 @@ import slicerio
 from server.arrays import InputHeader, Mask, Volume
 from server.errors import UnknownFormat
 from server.imaging.encode import ENCODERS, SegmentationResult, choose
-from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import nifti, read
 from tests.server.imaging.test_encode_nifti import AFFINES, COLORS, NAMES, random_classes
+from tests.support.memory import memory_stays_below
 
 
 def encoded(source: Volume, classes: np.ndarray, name: str = "nrrd") -> bytes:

@@ -27,8 +27,8 @@ from scipy import ndimage
 from server.arrays import Image, Mask, Volume
 from server.errors import InvalidParameter
 from server.imaging.encode import ENCODERS, SegmentationResult, coco, encode, geojson, outlines
-from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import nifti, numbered, objects_of, read
+from tests.support.memory import memory_stays_below
 
 COLORS = {1: (255, 127, 14), 2: (0, 0, 255)}
 NAMES = {1: "nucleus", 2: 'Körper, "quoted"'}

@@ -13,8 +13,8 @@ from PIL import Image as Pillow
 
 from server.arrays import Image, Mask, Volume
 from server.imaging.encode import ENCODERS, SegmentationResult, choose, without
-from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import nifti, read
+from tests.support.memory import memory_stays_below
 
 STEP = 2**-10
 

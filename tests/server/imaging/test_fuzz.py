@@ -30,9 +30,10 @@ from PIL import Image as Pillow
 from server.arrays import Image
 from server.errors import CallerError
 from server.imaging.decode import DECODERS
-from tests.server.conftest import memory_stays_below, nifti_bytes, pages_bytes, picture_bytes
 from tests.server.imaging.conftest import input_header, nifti, read
 from tests.server.imaging.itk import by_itk
+from tests.support.files import nifti_bytes, pages_bytes, picture_bytes
+from tests.support.memory import memory_stays_below
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # decoders warn about what they tolerate
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from server.arrays import Image, Volume
 from server.errors import CallerError, InvalidParameter, TooLarge, Unreadable
 from server.imaging import microscopy
-from tests.server.conftest import memory_stays_below
 from tests.server.imaging.conftest import input_header, read
+from tests.support.memory import memory_stays_below
 
 SIDES = 9, 7
 
@@ -213,7 +213,7 @@ class TestAxes:
         assert order(read(file, axes="ZYX")) == [0, 1, 2, 3, 4, 5]
 
     def test_are_for_tiff(self, rng: np.random.Generator) -> None:
-        from tests.server.conftest import nifti_bytes
+        from tests.support.files import nifti_bytes
 
         with pytest.raises(InvalidParameter, match="axes is for TIFF; the axes of NIfTI are known"):
             input_header(nifti_bytes(np.zeros((3, 3, 3), dtype=np.uint8)), axes="ZYX")

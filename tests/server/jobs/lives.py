@@ -13,7 +13,7 @@ import numpy as np
 import uvicorn
 
 from server.arrays import Tiles
-from tests.server.conftest import bright, fake_app
+from tests.support.service import bright, fake_app
 
 
 def slow(tiles: Tiles) -> np.ndarray:

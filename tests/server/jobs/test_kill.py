@@ -20,12 +20,12 @@ from typing import IO
 import httpx
 import numpy as np
 import pytest
+from server.segment.pipeline import Segmenter
 
 from server.metrics import Metrics
-from server.segment.pipeline import Segmenter
 from server.segment.request import SegmentRequest
 from server.settings import BatchingSettings, LimitsSettings
-from tests.server.conftest import fake_bundles, picture_bytes
+from tests.support.files import picture_bytes
 
 KILLS = 24
 ROOT = Path(__file__).parents[3]

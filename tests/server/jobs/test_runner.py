@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
+from server.segment.pipeline import Estimate, Segmenter
 
 from server.arrays import Tiles
 from server.errors import InferenceFailed, InvalidParameter, NotReady, Overloaded, StoreBroken, StoreFull, UnknownJob, Unreadable
@@ -21,10 +22,10 @@ from server.jobs.job import FINISHED, Job, Ticket
 from server.jobs.runner import Runner
 from server.jobs.store import Store
 from server.metrics import Metrics
-from server.segment.pipeline import Estimate, Segmenter
 from server.segment.request import Answer, SegmentRequest, Terms
 from server.settings import BatchingSettings, JobsSettings, LimitsSettings
-from tests.server.conftest import bright, fake_bundles, picture_bytes
+from tests.support.files import picture_bytes
+from tests.support.service import bright
 
 PICTURE = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
 WINDOWS = 4

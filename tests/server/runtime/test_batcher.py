@@ -15,15 +15,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from server.arrays import Tiles
-from server.errors import DeadlinePassed, InferenceFailed, NotReady
-from server.metrics import Metrics
 from server.runtime.batcher import HOPE, Batcher, Ran
 from server.runtime.engines.fake import FakeEngine
 from server.runtime.line import Caller, Lane, Line
 from server.runtime.pace import Pace
-from tests.server.conftest import Fixed
+
+from server.arrays import Tiles
+from server.errors import DeadlinePassed, InferenceFailed, NotReady
+from server.metrics import Metrics
 
 
 def tiles(values: list[float], size: tuple[int, int] = (2, 2), channels: int = 1, dtype: type = np.float32) -> Tiles:

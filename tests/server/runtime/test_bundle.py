@@ -8,7 +8,8 @@ import pytest
 
 from server.errors import BundleDamaged
 from server.runtime.bundle import Manifest, find_bundles, read_bundle
-from tests.server.conftest import calibrated, manifest, rewrite_hashes
+from tests.support.bundles import rewrite_hashes
+from tests.support.service import calibrated, manifest
 
 
 @pytest.fixture

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from server.runtime.opening import noise
+from server.segment.plan import statistics
 
 from server.arrays import Tiles
 from server.runtime import engines as room
 from server.runtime.bundle import read_bundle
 from server.runtime.engines import ENGINES
 from server.runtime.engines.openvino import OpenVinoEngine
-from server.runtime.opening import noise
-from server.segment.plan import statistics
 
 
 def test_every_file_has_a_row() -> None:

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from server.runtime.engines.fake import FakeEngine
 from server.runtime.line import Caller, Lane, Line
 from server.runtime.pace import Pace

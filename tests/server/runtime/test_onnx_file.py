@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, TrainingInfoProto, helper
+from server.runtime.onnx_file import check_graph
+from server.runtime.opening import open_bundle
 
 from server.errors import BundleDamaged
 from server.runtime.bundle import read_bundle
-from server.runtime.onnx_file import check_graph
-from server.runtime.opening import open_bundle
 from server.settings import RuntimeSettings
-from tests.server.conftest import rewrite_hashes
+from tests.support.bundles import rewrite_hashes
 
 FILES = ("weights.safetensors", "golden.npz")
 

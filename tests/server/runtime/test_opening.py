@@ -11,12 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from server.arrays import Tiles
-from server.errors import BundleDamaged, EngineUnavailable
-from server.runtime import opening
-from server.runtime.bundle import Bundle, read_bundle
-from server.runtime.engines import ENGINES, EngineRow
 from server.runtime.engines.fake import FakeEngine
 from server.runtime.opening import (
     GRAPH_RUNS,
@@ -30,8 +24,15 @@ from server.runtime.opening import (
     offered,
     open_bundle,
 )
+
+from server.arrays import Tiles
+from server.errors import BundleDamaged, EngineUnavailable
+from server.runtime import opening
+from server.runtime.bundle import Bundle, read_bundle
+from server.runtime.engines import ENGINES, EngineRow
 from server.settings import BatchingSettings, RuntimeSettings
-from tests.server.conftest import calibrated, manifest, rewrite_hashes
+from tests.support.bundles import rewrite_hashes
+from tests.support.service import calibrated, manifest
 
 ORT = {"engine": "onnxruntime", "threads": 1}
 

@@ -1,7 +1,6 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from server.runtime.pace import OUTLIER, SHARE, Margin, Pace
 
 SECONDS = st.floats(1e-6, 1e3)

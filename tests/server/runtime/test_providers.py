@@ -2,9 +2,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from server.runtime.opening import PRECISIONS
 
 from server.errors import EngineUnavailable
-from server.runtime.opening import PRECISIONS
 from server.runtime.providers import PROVIDERS, choose
 
 CPU = "CPUExecutionProvider"

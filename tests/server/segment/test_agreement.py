@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from server.arrays import Tiles
-from server.errors import NotReady
-from server.logs import REQUEST_ID
-from server.metrics import Metrics
 from server.runtime.engines.fake import FakeEngine
 from server.runtime.line import Lane
 from server.runtime.opening import OpenBundle
 from server.segment.agreement import Agreement, Sampler
 from server.segment.model_info import known
 from server.segment.pipeline import Segmenter
+
+from server.arrays import Tiles
+from server.errors import NotReady
+from server.logs import REQUEST_ID
+from server.metrics import Metrics
 from server.segment.request import Answer, Sample, SegmentRequest, Terms
 from server.settings import BatchingSettings, LimitsSettings, QualitySettings
-from tests.server.conftest import Fixed, Sent, fake_bundles, nifti_bytes, pages_bytes, picture_bytes
+from tests.support.files import Sent, nifti_bytes, pages_bytes, picture_bytes
 
 # Bit 1 is what a fast graph finds, bit 2 what the accurate one does; two pixels of four in common.
 BITS = np.array([[3, 1, 0], [0, 3, 2]], dtype=np.uint8)

@@ -15,6 +15,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
+from server.runtime.line import Caller
+from server.segment.cost import Estimate
+from server.segment.pipeline import Segmenter
 
 from server.arrays import Tiles
 from server.errors import (
@@ -29,14 +32,13 @@ from server.errors import (
     Unreadable,
     UnsupportedType,
 )
-from server.runtime.line import Caller
 from server.segment import archive
-from server.segment.cost import Estimate
-from server.segment.pipeline import Segmenter
 from server.segment.request import Answer, Archived, SegmentRequest, Terms
 from server.settings import LimitsSettings
-from tests.server.conftest import Sent, bright, mask_of, memory_stays_below, nifti_bytes, pages_bytes, picture_bytes, volume_of
 from tests.server.segment.test_pipeline import segmenting
+from tests.support.files import Sent, mask_of, nifti_bytes, pages_bytes, picture_bytes, volume_of
+from tests.support.memory import memory_stays_below
+from tests.support.service import bright
 
 Files = dict[str, bytes] | list[tuple[str, bytes]]
 

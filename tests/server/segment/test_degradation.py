@@ -3,7 +3,6 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from server.segment.degradation import RETURN, Degradation
 
 LEVELS = [4, 3, 2, 1]

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from scipy import ndimage
 
 from server.segment.holes import HOLE_BYTES, fill_holes
-from tests.server.conftest import memory_stays_below
 from tests.server.segment.masks import lines, masks
+from tests.support.memory import memory_stays_below
 
 
 def filled(classes: np.ndarray) -> np.ndarray:

@@ -7,8 +7,8 @@ from skimage.measure import label, regionprops
 from server.errors import InvalidParameter
 from server.segment import labels as labelling
 from server.segment.labels import find, in_scan_order, number
-from tests.server.conftest import memory_stays_below
 from tests.server.segment.masks import masks
+from tests.support.memory import memory_stays_below
 
 
 @settings(max_examples=200, deadline=None)

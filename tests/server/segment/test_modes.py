@@ -1,8 +1,8 @@
 import pytest
+from server.segment.modes import MODES, Route, resolve, routes, shallower, with_head_std
 
 from server.errors import InvalidParameter
-from server.segment.modes import MODES, Route, resolve, routes, shallower, with_head_std
-from tests.server.conftest import calibrated, manifest
+from tests.support.service import calibrated, manifest
 
 FAKE = manifest()
 RECOMMENDING = manifest(calibration=calibrated([], recommended=2))

@@ -43,7 +43,7 @@ from server.segment.cost import Estimate
 from server.segment.pipeline import Segmenter
 from server.segment.request import Answer, SegmentRequest, Terms
 from server.settings import BatchingSettings, LimitsSettings
-from tests.server.conftest import (
+
     Fixed,
     Sent,
     bright,

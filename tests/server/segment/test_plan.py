@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from server.errors import InvalidParameter
 from server.segment.plan import (
     SIDES,
     Plan,
@@ -20,7 +18,9 @@ from server.segment.plan import (
     tile_grid,
     with_channels,
 )
-from tests.server.conftest import manifest
+
+from server.errors import InvalidParameter
+from tests.support.service import manifest
 
 DIVISORS = (2, 4, 8, 16)
 NO_LIMIT = 10**9

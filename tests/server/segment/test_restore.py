@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
-
-from server.arrays import Tiles
 from server.segment.plan import Plan
 from server.segment.restore import Canvas, importance
-from tests.server.conftest import memory_stays_below
+
+from server.arrays import Tiles
 from tests.server.segment.test_plan import inputs, plan_of
+from tests.support.memory import memory_stays_below
 
 
 def identity(tiles: Tiles) -> np.ndarray:

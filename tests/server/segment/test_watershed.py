@@ -10,8 +10,8 @@ from server.cancel import Cancelled, CancelToken
 from server.segment import watershed
 from server.segment.labels import number
 from server.segment.watershed import split
-from tests.server.conftest import memory_stays_below
 from tests.server.segment.masks import disc, masks
+from tests.support.memory import memory_stays_below
 
 
 def instances_of(classes: np.ndarray, spacing: tuple[float, ...] | None = None) -> tuple[np.ndarray, int]:

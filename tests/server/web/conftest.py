@@ -8,8 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import ROOT, serving
-from tests.server.conftest import NO_AGREEMENT, until
+from tests.conftest import ROOT
+from tests.support.server import serving, until
+from tests.support.service import NO_SHADOW
 
 WEB = ROOT / "server" / "web"
 SAMPLES = WEB / "samples"
@@ -43,7 +44,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         runtime=RuntimeSettings(precision="fp32", engine="onnxruntime"),
         batching=BatchingSettings(max_batch=1),
         jobs=JobsSettings(folder=tmp_path_factory.mktemp("jobs")),
-        quality=QualitySettings(**NO_AGREEMENT),
+        quality=QualitySettings(**NO_SHADOW),
     )
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(opening, "_timed", lambda engine, tiles: 0.01)

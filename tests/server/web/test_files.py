@@ -14,15 +14,15 @@ import pytest
 from server.api import auth
 from server.api.routes import page
 from server.errors import Misconfigured
-from tests.server.conftest import doors
 from tests.server.web.conftest import WEB
+from tests.support.server import full_server
 
 KEY, LINE = auth.make("page")
 
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    with doors() as opened:
+    with full_server() as opened:
         yield opened.client
 
 
@@ -117,7 +117,7 @@ def test_what_others_wrote_is_what_was_chosen(tmp_path: Path) -> None:
 def test_needs_no_key(tmp_path: Path) -> None:
     """Who has one enters it here; it is sent with requests alone, and forgotten with the tab."""
     (tmp_path / "keys").write_text(LINE)
-    with doors(auth={"keys_file": tmp_path / "keys"}) as opened:
+    with full_server(auth={"keys_file": tmp_path / "keys"}) as opened:
         assert {opened.client.get(path).status_code for path in page.paths()} == {200}
         assert opened.client.get("/web/nothing.js").status_code == 401
         assert 'type="password"' in opened.client.get("/").text

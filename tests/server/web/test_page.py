@@ -14,8 +14,9 @@ import pytest
 from PIL import Image as Pillow
 
 from server.api import auth
-from tests.server.conftest import doors, mask_of, pages_bytes, picture_bytes, until
 from tests.server.web.conftest import SAMPLES, holds, open_page
+from tests.support.files import mask_of, pages_bytes, picture_bytes
+from tests.support.server import full_server, until
 
 CELLS = SAMPLES / "cells.png"
 LEVELS = ["L1", "L2", "L3", "L4", "accurate"]
@@ -443,7 +444,7 @@ class TestPeople:
 def test_asks_for_a_key(browser: Any, seen: SimpleNamespace, tmp_path: Path) -> None:
     key, line = auth.make("page")
     (tmp_path / "keys").write_text(line)
-    with doors(auth={"keys_file": tmp_path / "keys"}) as opened:
+    with full_server(auth={"keys_file": tmp_path / "keys"}) as opened:
         page = open_page(browser, str(opened.client.base_url), seen)
         detail = opened.client.get("/models").json()["detail"]
         holds(page, "!document.getElementById('error').hidden")

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from tests.server.conftest import until, volume_of
 from tests.server.web.conftest import SAMPLES, holds, open_page
+from tests.support.files import volume_of
+from tests.support.server import until
 
 VOLUME = SAMPLES / "hippocampus.nii.gz"
 STATUS = "document.getElementById('status').textContent"

@@ -1,4 +1,4 @@
-"""Scores of windows become the mask in the caller's own pixels or voxels: the inverse of `plan.py`.
+"""Scores of windows become the mask in the caller's own pixels or voxels: the inverse of cutting (`sliding_window.py`).
 
 Neighbouring windows are blended with Gaussian weights. Rows along the axis that orders the windows are finished as soon
 as no further window touches them, so memory grows neither with that axis nor with classes times volume.
@@ -13,7 +13,7 @@ from jaxtyping import Float32, Shaped, UInt8
 from numpy import ndarray
 
 from server.imaging.geometry import between, lerp
-from server.segment.plan import Windows
+from server.segment.windows import Windows
 
 # Standard deviation of the weights as a share of the tile, and the least weight, as is usual for
 # sliding windows (nnU-Net, MONAI).
@@ -24,7 +24,7 @@ LEAST = 1e-3
 STRIP_PIXELS = 262_144
 
 
-class Canvas:
+class WindowMerger:
     """Collects the scores of windows, in their order, and writes classes (and scores) into the caller's arrays.
 
     Inside, "rows" are positions along the axis that orders the windows, whichever it is.
@@ -74,9 +74,9 @@ class Canvas:
         self._next = 0
         self._before: Float32[ndarray, "K *across"] | None = None
 
-    def add(self, step: range, scores: Iterable[Float32[ndarray, "K *tile"]]) -> None:
+    def merge(self, chunk: range, scores: Iterable[Float32[ndarray, "K *tile"]]) -> None:
         """Adds the scores of a step's windows, each (K, h, w[, d]); steps come in order, each once."""
-        for index, window in zip(step, scores, strict=True):
+        for index, window in zip(chunk, scores, strict=True):
             top, *starts = self._rows_first(self._windows.starts[index])
             self._finish_rows_above(top)
             turned = np.moveaxis(window[:, None] if self._windows.flat else window, self._windows.axis + 1, 1)

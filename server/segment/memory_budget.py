@@ -1,19 +1,20 @@
-"""Who may start: inputs share a budget of pixels or voxels, so that many at once cannot exhaust memory."""
+"""Inputs share a budget of pixels, so that many at once cannot exhaust memory."""
 
 import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncIterator
 
-# What takes no more than this part of the budget does not wait, as one large input at the head of the line would hold up all.
-SMALL = 1 / 100
+# An input that takes no more than this share of the budget does not wait for it, because one large input at the head of the
+# line would hold up all.
+SMALL_SHARE = 1 / 100
 
 
-class PixelBudget:
+class MemoryBudget:
     """Hands out pixels, first come first served. All methods belong to the event loop's thread.
 
     Args:
-        pixels: in the hands of all holders at once; a larger input waits until it can hold them all.
+        pixels: pixels that all holders have at once; a larger input waits until it can hold them all.
     """
 
     def __init__(self, pixels: int) -> None:
@@ -22,8 +23,8 @@ class PixelBudget:
 
     @contextlib.asynccontextmanager
     async def hold(self, pixels: int) -> AsyncIterator[None]:
-        """Waits for so many pixels and keeps them for the block; a cancelled waiter takes none."""
-        if pixels <= SMALL * self._total:
+        """Waits for pixels and holds them for the block; a cancelled waiter takes none."""
+        if pixels <= SMALL_SHARE * self._total:
             yield
             return
         share = min(pixels, self._total)

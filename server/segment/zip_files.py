@@ -23,7 +23,7 @@ SPOOL_BYTES = 4 * 1024 * 1024
 COPY_BYTES = 256 * 1024
 # Of the list of entries at a zip's end; 1,000 with long paths take a tenth of it.
 LIST_BYTES = 1024 * 1024
-MOST_NAME = 500
+MAX_NAME = 500
 
 METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 ENCRYPTED = 0x1
@@ -238,7 +238,7 @@ def _folded(name: str) -> str:
 
 def _problem(info: zipfile.ZipInfo, name: str) -> str:
     """Why a file is not read, before any of it is; the names of its answers would be as bad."""
-    if not name.isprintable() or len(name) > MOST_NAME or name[1:2] == ":" or not all(p and p != ".." for p in name.split("/")):
+    if not name.isprintable() or len(name) > MAX_NAME or name[1:2] == ":" or not all(p and p != ".." for p in name.split("/")):
         return "its name leads out of the zip, or is none; pack it under a plain one"
     if info.flag_bits & ENCRYPTED:
         return "the file is encrypted; pack it without a password"

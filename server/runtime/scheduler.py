@@ -1,0 +1,382 @@
+"""Batches the tiles of many requests for one device, one batch after the other; the sole owner of queue state.
+
+While a batch runs, tiles queue up, and the next batch takes what is there. A batch that is not full waits a moment for
+requests that are admitted and still being decoded, and only for them: an idle server adds no delay.
+
+The order is start-time fair queueing (Goyal et al., SIGCOMM 1996): each tile is charged to its request with the device time
+that it should take, and the request with the least virtual time is next. A volume of a thousand tiles therefore delays a
+single image by one batch. Requests of priority "batch" get what the interactive ones leave: places in their batches, and the
+device when no interactive request waits.
+"""
+
+import asyncio
+import contextlib
+import functools
+import heapq
+import itertools
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float32
+from numpy import ndarray
+
+from server.arrays import Scores, Tiles
+from server.errors import DeadlinePassed, InferenceFailed, NotReady, UnetppError
+from server.metrics import Metrics
+from server.runtime.device import DeviceRunner
+from server.runtime.engines import Engine
+from server.runtime.latency import UNKNOWN, LatencyModel, Prediction
+from server.runtime.loader import ModelInstance
+
+# A single test tile of the health probe goes before everything else.
+Priority = Literal["probe", "interactive", "batch"]
+RANK: dict[Priority, int] = {"probe": 0, "interactive": 1, "batch": 2}
+
+
+@dataclass(frozen=True)
+class InferenceResult:
+    """Scores of the tiles that were submitted together, in their order.
+
+    Attributes:
+        scores: (K, h, w[, d]) float32 per tile.
+        submitted: time of the scheduler's clock at which the tiles were submitted.
+        started: time at which the first batch with one of them began.
+        ended: time at which the last of them was done.
+    """
+
+    scores: list[Float32[ndarray, "K *tile"]]
+    submitted: float
+    started: float
+    ended: float
+
+
+@dataclass(eq=False)
+class Flow:
+    """The tiles of one admitted request.
+
+    Attributes:
+        instance: model instance that runs them.
+        priority: see `RANK`.
+        deadline: time of `time.monotonic` after which the answer is of no use.
+        expected: tiles that the request will submit.
+        tile: seconds that each should take.
+        arriving: whether its first tiles will be there soon, so that a batch may wait for them.
+        submitted: tiles submitted so far.
+        executed: tiles whose run has begun.
+        virtual_time: device time charged so far, in seconds.
+    """
+
+    instance: ModelInstance
+    priority: Priority = "interactive"
+    deadline: float = math.inf
+    expected: int = 0
+    tile: Prediction = UNKNOWN
+    arriving: bool = False
+    submitted: int = 0
+    executed: int = 0
+    virtual_time: float = 0.0
+
+    @property
+    def remaining_s(self) -> float:
+        """Predicted device time of the tiles that have not been run."""
+        # An image that lies on its side (EXIF) may turn out to have other windows than its header promised.
+        return max(0, self.expected - self.executed) * self.tile.seconds
+
+
+@dataclass(eq=False)
+class _PendingTiles:
+    """Tiles that one request submitted together, and the future of their scores."""
+
+    flow: Flow
+    engine: Engine
+    tiles: Tiles
+    done: asyncio.Future[None]
+    submitted: float
+    taken: int = 0
+    started: float = 0.0
+    scores: dict[int, Float32[ndarray, "K *tile"]] = field(default_factory=dict)
+
+    @property
+    def batch_key(self) -> tuple[Engine, tuple[int, ...]]:
+        """What may share a run: engine, channels and size. A layer that looks at a whole tile must not see another size."""
+        return self.engine, self.tiles.pixels.shape[1:]
+
+    @property
+    def waiting(self) -> int:
+        """Tiles that no batch has taken."""
+        return len(self.tiles) - self.taken
+
+    def resolve(self, error: UnetppError | None = None) -> None:
+        """Settles the future once; a request that was cancelled meanwhile is not told."""
+        if self.done.done():
+            return
+        if error:
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(None)
+
+
+_Batch = list[tuple[_PendingTiles, int]]
+
+
+class Scheduler:
+    """The queue in front of one device. All methods belong to the event loop's thread.
+
+    Args:
+        device: runs the batches.
+        latency: predicts runs and learns from them.
+        metrics: counts batches, and shows what waits.
+        max_wait_s: seconds that a batch waits for requests that are being decoded.
+        clock: seconds that never go back.
+    """
+
+    def __init__(
+        self,
+        device: DeviceRunner,
+        latency: LatencyModel,
+        metrics: Metrics,
+        max_wait_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._device = device
+        self._latency = latency
+        self._metrics = metrics
+        self._max_wait_s = max_wait_s
+        self._clock = clock
+        self._admitted: set[Flow] = set()
+        self._pending: dict[Flow, deque[_PendingTiles]] = {}
+        # Virtual time of the last turn by priority: a new flow starts there, and cannot claim turns of the past.
+        self._virtual_time = dict.fromkeys(RANK, 0.0)
+        # Ties go to the flow that was not served for longest.
+        self._turn = itertools.count()
+        self._last_turn: dict[Flow, int] = {}
+        self._running: asyncio.Task[None] | None = None
+        # When the batch that runs should be done.
+        self._busy_until = -math.inf
+        # Whether `_dispatch` is already scheduled; the timer of a batch that waits, and whether it has waited enough.
+        self._woken = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._waited = False
+        self._closed = False
+        for priority in ("interactive", "batch"):
+            metrics.follow(metrics.queue_tiles.labels(priority), functools.partial(self._count_waiting, priority))
+            metrics.follow(metrics.queue_oldest_s.labels(priority), functools.partial(self._oldest_s, priority))
+        metrics.follow(metrics.backlog_s, lambda: self.predict_wait_s(math.inf))
+        metrics.follow(metrics.predicted_wait_s, self.predict_wait_s)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no interactive request is admitted."""
+        return not any(flow.priority == "interactive" for flow in self._admitted)
+
+    def predict_wait_s(self, device_s: float = 0.0) -> float:
+        """Predicts how long others have the device before a newcomer has had `device_s` seconds of it.
+
+        Turns are fair, so each of the others gets at most as much as the newcomer meanwhile, or the tile it waits for.
+        """
+        interactive = (flow for flow in self._admitted if flow.priority == "interactive")
+        ahead = sum(min(flow.remaining_s, max(device_s, flow.tile.seconds)) for flow in interactive)
+        return ahead + max(0.0, self._busy_until - self._clock())
+
+    @contextlib.contextmanager
+    def join(self, flow: Flow) -> Iterator[None]:
+        """Holds a place in the queue for the block."""
+        self._admitted.add(flow)
+        try:
+            yield
+        finally:
+            self._admitted.discard(flow)
+            self._wake()
+
+    async def run(self, flow: Flow, engine: Engine, tiles: Tiles) -> InferenceResult:
+        """Runs tiles, which may travel in several batches together with tiles of other requests.
+
+        Tiles of a cancelled request that have not started are not run.
+
+        Args:
+            flow: the request; it may submit several times.
+            engine: of the flow's instance.
+            tiles: of one size.
+
+        Raises:
+            InferenceFailed: the engine raised.
+            DeadlinePassed: the deadline came before the turn.
+            NotReady: the server is shutting down.
+        """
+        if self._closed:
+            raise _shutting_down()
+        pending = _PendingTiles(flow, engine, tiles, asyncio.get_running_loop().create_future(), self._clock())
+        if flow not in self._pending:
+            self._pending[flow] = deque()
+            self._last_turn[flow] = next(self._turn)
+            flow.virtual_time = max(flow.virtual_time, self._virtual_time[flow.priority])
+        self._pending[flow].append(pending)
+        flow.submitted += len(tiles)
+        self._wake()
+        try:
+            await pending.done
+        except BaseException:
+            # What is left of it would only take memory.
+            with contextlib.suppress(KeyError, ValueError):
+                self._pending[flow].remove(pending)
+            raise
+        scores = [pending.scores[index] for index in range(len(tiles))]
+        return InferenceResult(scores, pending.submitted, pending.started, self._clock())
+
+    def close(self) -> None:
+        """Refuses new tiles and fails the queued ones; a running batch still settles."""
+        self._closed = True
+        for pending in self._every():
+            # Some of its tiles may be running; their batch will find it settled.
+            pending.resolve(_shutting_down())
+        self._pending.clear()
+        self._last_turn.clear()
+
+    def _every(self) -> Iterator[_PendingTiles]:
+        """Submissions that wait, whole or in part, and are still wanted."""
+        return (one for one in itertools.chain.from_iterable(self._pending.values()) if not one.done.done())
+
+    def _count_waiting(self, priority: str) -> int:
+        return sum(one.waiting for one in self._every() if one.flow.priority == priority)
+
+    def _oldest_s(self, priority: str) -> float:
+        """Seconds that the oldest waiting tile has waited."""
+        now = self._clock()
+        return max((now - one.submitted for one in self._every() if one.flow.priority == priority), default=0.0)
+
+    def _wake(self) -> None:
+        """Schedules a look at the queue; all that changes in one round of the loop is looked at together."""
+        if self._pending and not self._woken:
+            self._woken = True
+            asyncio.get_running_loop().call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        """Starts the next batch, if the device is free and the batch need not wait."""
+        self._woken = False
+        if self._running or not (flow := self._next_flow()):
+            return
+        if not self._waited and self._should_wait(self._pending[flow][0]):
+            self._timer = self._timer or asyncio.get_running_loop().call_later(self._max_wait_s, self._stop_waiting)
+            return
+        if self._timer:
+            self._timer.cancel()
+        self._timer, self._waited = None, False
+        self._running = asyncio.get_running_loop().create_task(self._run_batch())
+        self._running.add_done_callback(self._batch_done)
+
+    def _batch_done(self, _: asyncio.Task[None]) -> None:
+        self._running = None
+        self._wake()
+
+    def _stop_waiting(self) -> None:
+        self._timer, self._waited = None, True
+        self._wake()
+
+    def _should_wait(self, first: _PendingTiles) -> bool:
+        """Whether a batch has room, its tiles alone are queued, and a request for the same instance is being decoded."""
+        instance = first.flow.instance
+        limit = instance.batch_limit(first.tiles.pixels.shape[2:])
+        coming = any(flow.instance is instance and flow.arriving and not flow.submitted for flow in self._admitted)
+        if limit == 1 or not self._max_wait_s or not coming:
+            return False
+        every = list(self._every())
+        return all(one.batch_key == first.batch_key for one in every) and sum(one.waiting for one in every) < limit
+
+    async def _run_batch(self) -> None:
+        """Runs one batch; every outcome settles its futures."""
+        # Formed as late as possible, because requests may have come, left or expired since the device was free.
+        if not (flow := self._next_flow()):
+            return
+        batch = self._form_batch(flow)
+        members = dict.fromkeys(pending for pending, _ in batch)
+        instance, pixels = flow.instance, math.prod(batch[0][0].tiles.pixels.shape[2:])
+        tile_s = self._latency.predict(instance.key, pixels, instance.graph.macs_per_pixel).seconds
+        self._busy_until = self._clock() + len(batch) * tile_s
+        try:
+            scores, seconds = await self._device.run(_execute, batch, self._clock)
+        except Exception as error:  # noqa: BLE001 - whatever the engine raises must reach its requests
+            instance.last_failure = self._clock()
+            for pending in members:
+                failure = InferenceFailed(f"inference failed: {error}")
+                failure.__cause__ = error
+                pending.resolve(failure)
+            return
+        finally:
+            self._busy_until = -math.inf
+        instance.last_success = instance.last_use = self._clock()
+        self._latency.observe(instance.key, pixels, seconds / len(batch), instance.graph.macs_per_pixel)
+        for (pending, index), score in zip(batch, scores, strict=True):
+            pending.scores[index] = score
+        for pending in members:
+            if len(pending.scores) == len(pending.tiles):
+                pending.resolve()
+        self._metrics.batches.labels(instance.graph.name).observe(len(batch))
+        fill = len(batch) / instance.batch_limit(batch[0][0].tiles.pixels.shape[2:])
+        self._metrics.fill.labels(instance.graph.name).observe(fill)
+
+    def _next_flow(self) -> Flow | None:
+        """The flow whose turn it is, after those are dropped that left or are too late."""
+        for flow, queue in list(self._pending.items()):
+            while queue and (queue[0].done.done() or self._expire(queue[0])):
+                queue.popleft()
+            if not queue:
+                del self._pending[flow], self._last_turn[flow]
+        return min(self._pending, key=self._rank, default=None)
+
+    def _expire(self, pending: _PendingTiles) -> bool:
+        """Settles tiles whose deadline has passed, and returns whether it has."""
+        if self._clock() <= pending.flow.deadline:
+            return False
+        pending.resolve(DeadlinePassed("the deadline passed before this request's turn; nothing more of it is run"))
+        return True
+
+    def _rank(self, flow: Flow) -> tuple[int, float, int]:
+        return RANK[flow.priority], flow.virtual_time, self._last_turn[flow]
+
+    def _form_batch(self, first: Flow) -> _Batch:
+        """Takes a tile of the flow whose turn it is, and tiles with its batch key from all flows in turn."""
+        key, limit = self._pending[first][0].batch_key, first.instance.batch_limit(self._pending[first][0].tiles.pixels.shape[2:])
+        self._virtual_time[first.priority] = first.virtual_time
+        sharing = [(self._rank(flow), flow) for flow, queue in self._pending.items() if queue[0].batch_key == key]
+        heapq.heapify(sharing)
+        batch: _Batch = []
+        while sharing and len(batch) < limit:
+            _, flow = heapq.heappop(sharing)
+            queue = self._pending[flow]
+            batch.append((queue[0], queue[0].taken))
+            queue[0].taken += 1
+            if not queue[0].waiting:
+                queue.popleft()
+            flow.virtual_time += flow.tile.seconds
+            flow.executed += 1
+            self._last_turn[flow] = next(self._turn)
+            if queue and queue[0].batch_key == key and not queue[0].done.done():
+                heapq.heappush(sharing, (self._rank(flow), flow))
+        return batch
+
+
+def _shutting_down() -> NotReady:
+    return NotReady("the server is shutting down; try again in a moment")
+
+
+def _execute(batch: _Batch, clock: Callable[[], float]) -> tuple[Scores, float]:
+    """Runs a batch in the device's thread, where tiles are stacked too because that copies pixels.
+
+    Returns:
+        (N, K, h, w[, d]) scores, and the seconds that they took.
+    """
+    now = clock()
+    for pending, _ in batch:
+        pending.started = pending.started or now
+    scores = batch[0][0].engine.run(Tiles.stack([pending.tiles.one(index) for pending, index in batch]))
+    if len(scores) != len(batch):
+        raise ValueError(f"the engine returned {len(scores)} results for {len(batch)} tiles")
+    if not np.isfinite(scores).all():
+        # Compared with any threshold they would silently be background.
+        raise ValueError("the engine returned scores that are not numbers")
+    return scores, clock() - now

@@ -1,0 +1,197 @@
+"""Which engine and precision serve a graph: a pure rule over facts that do not vary from start to start.
+
+1. A GPU that this installation can use is preferred to the processor; `settings.provider` names another.
+2. A precision is enabled for a graph if its calibrated IoU is within `IOU_TOLERANCE` of fp32. int8 needs a calibration.
+3. Of several engines that offer an enabled precision, the faster one in the stored tuning serves it; without a tuning the
+   first in `ENGINE_ORDER`.
+4. `auto` is the precision that the settings name; else the fastest calibrated one in the stored tuning; else the first
+   calibrated one in `PRECISION_ORDER` that the processor runs natively.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from server.errors import EngineUnavailable
+from server.runtime.bundle import GRAPH_PRECISIONS, HEAD_STD, Manifest
+from server.runtime.machine import Machine
+from server.runtime.tuning import Tuning
+from server.settings import BatchingSettings, RuntimeSettings
+
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+
+# Largest loss of foreground IoU against fp32 at which a precision is enabled.
+IOU_TOLERANCE = 0.005
+
+# Fastest first. Measured with bench/levels.py and on every calibration so far: OpenVINO runs the same graphs two to three
+# times faster than ONNX Runtime on CPUs, and int8 is faster than bf16, which is faster than fp32, where the processor has
+# the instructions.
+ENGINE_ORDER = ("openvino", "onnxruntime")
+PRECISION_ORDER = {
+    "cuda": ("fp16", "fp32"),
+    "tensorrt": ("fp16", "int8", "fp32"),
+    "cpu": ("int8", "bf16", "fp32", "fp16"),
+}
+
+# Pixels of one run on a CPU without a tuning: larger batches gain less than 5 % there, and delay the next request.
+CPU_BATCH_PIXELS = 65_536
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An engine, its execution provider and a precision."""
+
+    engine: str
+    provider: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What serves one graph at one precision.
+
+    Attributes:
+        candidate: the engine, provider and precision.
+        batch_pixels: pixels or voxels of one run at most.
+    """
+
+    candidate: Candidate
+    batch_pixels: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What serves the graphs of a bundle.
+
+    Attributes:
+        choices: by (graph, precision): every precision that a request may name.
+        auto: the precision behind `precision=auto`, by graph.
+        reason: why, by graph: "settings", "tuning" or "rule".
+    """
+
+    choices: Mapping[tuple[str, str], Choice]
+    auto: Mapping[str, str]
+    reason: Mapping[str, str]
+
+    def precisions(self, graph: str) -> tuple[str, ...]:
+        """Precisions that a request for the graph may name."""
+        return tuple(precision for precision in PRECISIONS if (graph, precision) in self.choices)
+
+
+def within_tolerance(manifest: Manifest, graph: str, precision: str, engine: str | None = None) -> bool | None:
+    """Whether the calibrated IoU is within the tolerance of fp32; None where it was not measured."""
+    calibration = manifest.calibration
+    row = calibration.row(graph, precision, engine) if calibration else None
+    reference = calibration.row(graph, "fp32") if calibration else None
+    return row.iou >= reference.iou - IOU_TOLERANCE if row and reference else None
+
+
+def is_enabled(manifest: Manifest, graph: str, precision: str, engine: str | None = None) -> bool:
+    """Whether requests may name the precision: never one that loses too much; int8 only where that was measured."""
+    if graph == HEAD_STD:
+        return precision == "fp32"
+    verdict = precision == "fp32" or within_tolerance(manifest, graph, precision, engine)
+    return verdict is True or (verdict is None and precision != "int8")
+
+
+def select(
+    manifest: Manifest,
+    machine: Machine,
+    settings: RuntimeSettings,
+    batching: BatchingSettings,
+    tuning: Tuning | None = None,
+    excluded: Collection[Candidate] = (),
+) -> Selection:
+    """Applies the rule.
+
+    Args:
+        manifest: of the bundle, with its calibration.
+        machine: facts of this machine, already restricted to the engine and provider of the settings.
+        settings: precision that `auto` means.
+        batching: limit of pixels in one run.
+        tuning: measurements that belong to this bundle on this machine.
+        excluded: candidates that proved broken on this machine when they were opened.
+
+    Raises:
+        EngineUnavailable: a graph cannot be served by anything here, or not at the configured precision.
+    """
+    candidates = list(_candidates(manifest, machine, excluded))
+    choices: dict[tuple[str, str], Choice] = {}
+    auto, reason = {}, {}
+    for graph in (one.name for one in manifest.all_graphs):
+        for precision in PRECISIONS:
+            able = [c for c in candidates if c.precision == precision and is_enabled(manifest, graph, precision, c.engine)]
+            if able:
+                best = min(able, key=lambda c: _rank_engine(c, graph, tuning))
+                choices[graph, precision] = Choice(best, _batch_pixels(best, graph, batching, tuning))
+        served = {precision: choice.candidate for (name, precision), choice in choices.items() if name == graph}
+        if not served:
+            raise EngineUnavailable(_nothing_serves(manifest, machine, graph), graph=graph, engines=[*machine.engines])
+        auto[graph], reason[graph] = _auto(manifest, machine, graph, served, settings.precision, tuning)
+    named = settings.precision
+    if named != "auto" and not any(precision == named for _, precision in choices):
+        there = sorted({precision for _, precision in choices})
+        raise EngineUnavailable(
+            f"precision {named!r} cannot be served here; possible: {', '.join(there)}", precision=named, allowed=there
+        )
+    return Selection(choices, auto, reason)
+
+
+def _candidates(manifest: Manifest, machine: Machine, excluded: Collection[Candidate]) -> Iterator[Candidate]:
+    """Every candidate of the preferred kind of device: GPUs where there is one that is not excluded, else the CPU."""
+    every = [
+        Candidate(engine, provider, precision)
+        for engine, providers in machine.engines.items()
+        for provider, precisions in providers.items()
+        for precision in precisions
+        if GRAPH_PRECISIONS[precision] in manifest.graph_precisions
+    ]
+    every = [candidate for candidate in every if candidate not in excluded]
+    gpu = [candidate for candidate in every if candidate.provider != "cpu"]
+    return iter(gpu or every)
+
+
+def _rank_engine(candidate: Candidate, graph: str, tuning: Tuning | None) -> tuple[float, int]:
+    row = tuning.row(graph, candidate.precision, candidate.engine) if tuning else None
+    return row.milliseconds if row else float("inf"), ENGINE_ORDER.index(candidate.engine)
+
+
+def _auto(
+    manifest: Manifest,
+    machine: Machine,
+    graph: str,
+    served: Mapping[str, Candidate],
+    configured: str,
+    tuning: Tuning | None,
+) -> tuple[str, str]:
+    """The precision behind `auto`, and why."""
+    if configured in served:
+        return configured, "settings"
+    safe = [p for p, c in served.items() if p == "fp32" or within_tolerance(manifest, graph, p, c.engine)]
+    timed = {}
+    for precision in safe if tuning else ():
+        candidate = served[precision]
+        row = tuning.row(graph, precision, candidate.engine) if tuning else None
+        if row:
+            timed[precision] = row.milliseconds
+    if timed:
+        return min(timed, key=lambda precision: timed[precision]), "tuning"
+    provider = next(iter(served.values())).provider
+    native = [p for p in safe if p != "int8" or provider != "cpu" or machine.has_fast_int8]
+    order = PRECISION_ORDER[provider]
+    return min(native or safe or served, key=order.index), "rule"
+
+
+def _batch_pixels(candidate: Candidate, graph: str, batching: BatchingSettings, tuning: Tuning | None) -> int:
+    row = tuning.row(graph, candidate.precision, candidate.engine) if tuning else None
+    if row:
+        return min(row.batch_pixels, batching.max_batch_pixels)
+    return min(CPU_BATCH_PIXELS, batching.max_batch_pixels) if candidate.provider == "cpu" else batching.max_batch_pixels
+
+
+def _nothing_serves(manifest: Manifest, machine: Machine, graph: str) -> str:
+    if not machine.engines:
+        return (
+            "no engine is installed; install one with: pip install '.[cpu]' in the project's folder ('.[gpu]' on a machine "
+            "with an NVIDIA GPU)"
+        )
+    return f"{manifest.name}: nothing that runs here may serve {graph}; see the warnings above"

@@ -1,0 +1,167 @@
+"""Measures what serves a bundle fastest on this machine: what `unetpp tune` does, and nothing else does."""
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from server.errors import TuningTooNoisy
+from server.runtime import golden
+from server.runtime.bundle import HEAD_STD, read_bundle
+from server.runtime.device import DeviceThread
+from server.runtime.engines import Engine
+from server.runtime.loader import Deployment, open_engine
+from server.runtime.machine import read_machine
+from server.runtime.selection import is_enabled
+from server.runtime.tuning import Tuning, TuningKey, TuningRow
+from server.settings import BatchingSettings, RuntimeSettings
+
+log = logging.getLogger(__name__)
+
+# Side of the tile that is timed, per number of dimensions.
+TILE_SIDE = {2: 128, 3: 32}
+
+# Rounds over all candidates in turn, so that whatever else runs slows all alike; the minimum counts.
+MIN_ROUNDS, MAX_ROUNDS = 5, 15
+
+# A batch is doubled for as long as a tile becomes so much faster; more would only delay the next request.
+WORTHWHILE = 0.95
+
+# Largest difference between the minima of the even and the odd rounds at which a measurement is stored.
+NOISE = 0.15
+
+
+@dataclass
+class _Timed:
+    """One candidate and its times in milliseconds."""
+
+    graph: str
+    precision: str
+    engine_name: str
+    engine: Engine
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def noise(self) -> float:
+        """Relative difference between the minima of the even and the odd rounds."""
+        even, odd = min(self.times[::2]), min(self.times[1::2])
+        return abs(even - odd) / min(even, odd)
+
+
+def tune(
+    folder: Path,
+    runtime: RuntimeSettings,
+    batching: BatchingSettings,
+    limit_s: float,
+    advance: Callable[[str], None] = lambda line: None,
+) -> Tuning:
+    """Measures every enabled candidate of every graph of a bundle.
+
+    Args:
+        folder: of the bundle.
+        runtime: engine and provider to restrict the candidates to; a precision named there does not.
+        batching: limits of a batch.
+        limit_s: seconds after which no further round begins.
+        advance: called with a line for each graph.
+
+    Raises:
+        TuningTooNoisy: the rounds differ too much to be stored; names the largest difference.
+        BundleDamaged, EngineUnavailable: a graph cannot be opened.
+    """
+    bundle = read_bundle(folder)
+    # For each engine alone, because a selection has one engine per precision.
+    machines = [read_machine(name, runtime.provider) for name in read_machine(runtime.engine, runtime.provider).engines]
+    device = DeviceThread()
+    rows: list[TuningRow] = []
+    stop_at = time.monotonic() + limit_s
+    try:
+        for graph in (one.name for one in bundle.manifest.graphs):
+            candidates = []
+            for machine in machines:
+                deployment = Deployment(bundle, machine, runtime.model_copy(update={"precision": "auto"}), batching)
+                candidates += list(_open(deployment, graph))
+            if candidates:
+                rows += _measure(candidates, bundle.manifest.dims, len(bundle.manifest.channels), batching, device, stop_at)
+            advance(graph)
+    finally:
+        device.close()
+    key = TuningKey.of(bundle, read_machine(runtime.engine, runtime.provider))
+    return Tuning(key=key, rows=tuple(rows))
+
+
+def _open(deployment: Deployment, graph: str) -> Iterator[_Timed]:
+    """Opens a graph at each precision that may serve it."""
+    for (name, precision), instance in deployment.instances.items():
+        engine = instance.choice.candidate.engine
+        if name == graph and name != HEAD_STD and is_enabled(deployment.manifest, graph, precision, engine):
+            yield _Timed(graph, precision, engine, open_engine(deployment, instance))
+
+
+def _measure(
+    candidates: list[_Timed], dims: int, channels: int, batching: BatchingSettings, device: DeviceThread, stop_at: float
+) -> list[TuningRow]:
+    """Times the candidates in turn.
+
+    Raises:
+        TuningTooNoisy: the rounds differ too much.
+    """
+    side = TILE_SIDE[dims]
+    tile = golden.noise(1, channels, [side] * dims)
+    for candidate in candidates:
+        # The first run of a size prepares the next ones.
+        device.run_blocking(candidate.engine.run, tile)
+    for number in itertools.count(1):
+        for candidate in candidates:
+            candidate.times.append(device.run_blocking(_time, candidate.engine.run, tile) * 1e3)
+        quiet = number >= MIN_ROUNDS and max(candidate.noise for candidate in candidates) <= NOISE
+        if quiet or number >= MAX_ROUNDS or (number >= 2 and time.monotonic() > stop_at):
+            break
+    noise = max(candidate.noise for candidate in candidates)
+    if noise > NOISE:
+        raise TuningTooNoisy(
+            f"the times of {candidates[0].graph} differ by {noise:.0%} between rounds (limit {NOISE:.0%}), so nothing is stored; "
+            "stop what else runs on this machine, or give more time with --limit-s",
+            limit=NOISE,
+            actual=round(noise, 3),
+            graph=candidates[0].graph,
+        )
+    pixels = side**dims
+    largest = max(1, min(batching.max_batch, batching.max_batch_pixels // pixels))
+    return [
+        TuningRow(
+            graph=candidate.graph,
+            precision=candidate.precision,
+            engine=candidate.engine_name,
+            milliseconds=round(min(candidate.times), 4),
+            batch_pixels=pixels * tune_batch_size(candidate.engine, dims, channels, largest, device),
+        )
+        for candidate in candidates
+    ]
+
+
+def tune_batch_size(engine: Engine, dims: int, channels: int, largest: int, device: DeviceThread) -> int:
+    """Tiles of one run: doubled while a tile becomes clearly faster by it, and the device has the memory."""
+    best, count = math.inf, 1
+    while count <= largest:
+        tiles = golden.noise(count, channels, [TILE_SIDE[dims]] * dims)
+        try:
+            device.run_blocking(engine.run, tiles)
+            taken = min(device.run_blocking(_time, engine.run, tiles) for _ in range(3)) / count
+        except Exception as error:  # noqa: BLE001 - every runtime has its own for a device whose memory is full
+            log.warning("a batch of %d tiles fails, so smaller ones are run: %s", count, error)
+            break
+        if taken > WORTHWHILE * best:
+            break
+        best, count = taken, 2 * count
+    return max(1, count // 2)
+
+
+def _time(call: Callable[..., object], *args: object) -> float:
+    started = time.perf_counter()
+    call(*args)
+    return time.perf_counter() - started
+
+

@@ -1,0 +1,334 @@
+"""Who may start: the deepest level in time, or a refusal that says by how much; memory and a place in the queue for who may.
+
+Used by images, volumes, jobs and zips alike. Predictions begin humble: what has not been observed often enough counts as
+nothing, so that only the queue is left to refuse a request, and an idle server refuses nobody.
+"""
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import AsyncIterator, Hashable
+from dataclasses import dataclass, replace
+
+from server.arrays import InputHeader
+from server.errors import CallerError, DeadlinePassed, DeadlineTooShort, Overloaded, TooLarge
+from server.imaging import encode as encoding
+from server.imaging.decode_options import DecodeOptions
+from server.imaging.geometry import Placement
+from server.metrics import Metrics
+from server.runtime.latency import LatencyModel
+from server.runtime.scheduler import Flow, Scheduler
+from server.segment import postprocess, quality
+from server.segment.estimate import Estimate, cpu_work, estimate_work
+from server.segment.memory_budget import MemoryBudget
+from server.segment.preprocess import check_pixel_size, place
+from server.segment.registry import Target
+from server.segment.request import Priority, QoS, SegmentParams
+from server.settings import LimitsSettings
+
+# A request is admitted if so many times its predicted time is left, because a queue that is filled exactly up to the
+# deadlines would miss half of them.
+SAFETY = 1.5
+
+# Once requests are served at a shallower level, a deeper one must fit into this share of the time before it is used again, so
+# that answers do not flicker between levels.
+RETURN = 0.7
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """An admitted request.
+
+    Attributes:
+        requested: target that the request resolved to.
+        target: target that is served.
+        degraded: "deadline" or "load" where they differ, else "".
+        formats: canonical names of the output formats.
+        placement: of the network's grid in the input.
+        estimate: what it will take.
+        flow: its place in the queue.
+        memory_wait_s: seconds that it waited for a share of the memory budget.
+    """
+
+    requested: Target
+    target: Target
+    degraded: str
+    formats: tuple[str, ...]
+    placement: Placement
+    estimate: Estimate
+    flow: Flow
+    memory_wait_s: float = 0.0
+
+
+class Admission:
+    """Admits requests. All methods belong to the event loop's thread.
+
+    Args:
+        scheduler: the queue.
+        latency: predicts work.
+        limits: of one request, and of the pixels decoded at once.
+        metrics: counts pixels and windows.
+    """
+
+    def __init__(self, scheduler: Scheduler, latency: LatencyModel, limits: LimitsSettings, metrics: Metrics) -> None:
+        self._scheduler = scheduler
+        self._latency = latency
+        self._limits = limits
+        self._metrics = metrics
+        # Images, volumes, and the jobs of each have their own: one volume can take a budget for minutes.
+        self._budgets: dict[tuple[bool, Priority], MemoryBudget] = {
+            (image, priority): MemoryBudget(limits.pixels_in_flight)
+            for image in (True, False)
+            for priority in ("interactive", "batch")
+        }
+        # The level served last, by requests that are alike.
+        self._ceilings: dict[Hashable, int] = {}
+
+    def check_queue(self, qos: QoS) -> None:
+        """Refuses what can be refused before the body has arrived.
+
+        Raises:
+            Overloaded: the queue alone takes too long.
+        """
+        self._refuse_late(Estimate(0, 0, 0, 0, 0), qos)
+
+    def estimate(
+        self, headers: tuple[InputHeader, InputHeader | None], target: Target, params: SegmentParams, accept: str | None = None
+    ) -> Estimate:
+        """Estimates a request, and checks everything that its headers tell.
+
+        Raises:
+            UnknownFormat, InvalidParameter: the input does not fit the format, the model or the reference.
+            TooLarge: names the limit and the size.
+        """
+        formats, placement = self._check(headers, target, params, accept)
+        return self._estimate(headers, placement, formats, target, params)
+
+    def check_time(self, estimate: Estimate, qos: QoS) -> None:
+        """Refuses work of which the answer would come too late.
+
+        Raises:
+            TooLarge, DeadlineTooShort: alone it takes too long.
+            Overloaded: with the wait for others it takes too long.
+            DeadlinePassed: the deadline has passed.
+        """
+        if estimate.fastest_s > qos.timeout_s:
+            raise TooLarge(
+                f"this would take {estimate} here, and POST /segment works for at most {qos.timeout_s:g} s; send the same request to "
+                "POST /jobs, or choose a shallower level",
+                limit=qos.timeout_s,
+                actual=round(estimate.fastest_s, 3),
+                unit="s",
+                remedy="POST /jobs",
+            )
+        if qos.remaining_s <= 0:
+            raise DeadlinePassed("the deadline had passed before anything could be done")
+        if estimate.fastest_s > qos.budget_s:
+            raise DeadlineTooShort(
+                f"this takes at least {estimate.fastest_s * 1e3:,.0f} ms here even on an idle server, and the deadline leaves "
+                f"{qos.budget_s * 1e3:,.0f} ms; allow more, or choose a shallower level (min_level lets the server choose)",
+                limit=round(qos.budget_s, 3),
+                actual=round(estimate.fastest_s, 3),
+                unit="s",
+                remedy="deadline_ms",
+            )
+        self._refuse_late(estimate, qos)
+
+    @contextlib.asynccontextmanager
+    async def admit(
+        self,
+        headers: tuple[InputHeader, InputHeader | None],
+        requested: Target,
+        params: SegmentParams,
+        qos: QoS,
+        accept: str | None = None,
+    ) -> AsyncIterator[Ticket]:
+        """Chooses the target, and holds memory and a place in the queue for the block.
+
+        Raises:
+            UnknownFormat, InvalidParameter, TooLarge, DeadlineTooShort, Overloaded, DeadlinePassed: the request is refused.
+        """
+        formats, placement = self._check(headers, requested, params, accept)
+        target, estimate = self._choose(headers, placement, formats, requested, params, qos)
+        started = time.perf_counter()
+        degraded = ("deadline" if qos.remaining_s < qos.timeout_s else "load") if target is not requested else ""
+        instance, graph = target.instance, target.instance.graph
+        tile = self._latency.predict(instance.key, estimate.tile_pixels, graph.macs_per_pixel)
+        flow = Flow(instance, qos.priority, qos.deadline, estimate.windows, tile)
+        try:
+            with self._scheduler.join(flow):
+                async with self._hold(self._budgets[headers[0].kind == "image", qos.priority], estimate, qos):
+                    self._metrics.pixels.labels("input").inc(estimate.windows * estimate.tile_pixels - estimate.padding)
+                    self._metrics.pixels.labels("padding").inc(estimate.padding)
+                    flow.arriving = qos.priority == "interactive"
+                    waited_s = time.perf_counter() - started
+                    yield Ticket(requested, target, degraded, formats, placement, estimate, flow, waited_s)
+        except BaseException as error:
+            self._metrics.dropped.labels(_drop_reason(error, flow)).inc(max(0, estimate.windows - flow.executed))
+            raise
+
+    def observe_cpu(self, header: InputHeader, ticket: Ticket, params: SegmentParams, seconds: float) -> None:
+        """Learns how long the work beside the device took."""
+        self._latency.observe(cpu_work(header, ticket.formats, params), ticket.estimate.pixels, seconds)
+
+    def _check(
+        self, headers: tuple[InputHeader, InputHeader | None], target: Target, params: SegmentParams, accept: str | None
+    ) -> tuple[tuple[str, ...], Placement]:
+        """Output formats and placement, which are the same for every level."""
+        header, reference = headers
+        formats = encoding.choose(params.format, accept, header, instances=params.instances)
+        check_pixel_size(params.pixel_size_um, header)
+        postprocess.check_dimensions(params, header)
+        # An image may still lie on its side (EXIF).
+        if reference and (header.kind != "image" or sorted(header.size) != sorted(reference.size)):
+            quality.check_grid(header, reference)
+        return formats, place(header, target.manifest, params.axis)
+
+    def _estimate(
+        self,
+        headers: tuple[InputHeader, InputHeader | None],
+        placement: Placement,
+        formats: tuple[str, ...],
+        target: Target,
+        params: SegmentParams,
+    ) -> Estimate:
+        """Windows, memory and times at one level.
+
+        Raises:
+            TooLarge: names the limit and the size.
+        """
+        header, reference = headers
+        graph = target.instance.graph
+        work = estimate_work(header, reference, placement, target.manifest, graph, formats, params)
+        device = self._latency.predict(target.instance.key, work.tile_pixels, graph.macs_per_pixel)
+        cpu = self._latency.predict(cpu_work(header, formats, params), work.pixels)
+        known = device.confident and cpu.confident
+        estimate = replace(
+            work,
+            device_s=work.windows * device.seconds,
+            cpu_s=cpu.seconds,
+            fastest_s=work.windows * device.fastest_s + cpu.fastest_s if known else 0.0,
+        )
+        self._check_limits(estimate, header)
+        return estimate
+
+    def _check_limits(self, estimate: Estimate, header: InputHeader) -> None:
+        if header.kind != "image":
+            DecodeOptions(0, self._limits.max_voxels).check_volume(header.size, f"Here it would take {estimate}. ")
+        limit_mb = self._limits.max_memory_mb
+        if estimate.memory_bytes > limit_mb * 1e6:
+            raise TooLarge(
+                f"this would take {estimate} of memory; the limit is {limit_mb:,} MB. Crop the input, ask for fewer formats, of which "
+                "the mask takes least, or raise UNETPP_LIMITS__MAX_MEMORY_MB on the server",
+                limit=limit_mb,
+                actual=round(estimate.memory_bytes / 1e6),
+                unit="MB",
+                setting="UNETPP_LIMITS__MAX_MEMORY_MB",
+            )
+
+    def _choose(
+        self,
+        headers: tuple[InputHeader, InputHeader | None],
+        placement: Placement,
+        formats: tuple[str, ...],
+        requested: Target,
+        params: SegmentParams,
+        qos: QoS,
+    ) -> tuple[Target, Estimate]:
+        """The deepest level in time, among the requested one and those that the caller allows instead.
+
+        Raises:
+            TooLarge, DeadlineTooShort, Overloaded, DeadlinePassed: not even the shallowest is in time.
+        """
+        estimate = self._estimate(headers, placement, formats, requested, params)
+        if qos.remaining_s == math.inf:
+            return requested, estimate
+        candidates = [(requested, estimate)]
+        for target in requested.alternatives:
+            # It may be just over a limit by its padding.
+            with contextlib.suppress(TooLarge):
+                candidates.append((target, self._estimate(headers, placement, formats, target, params)))
+        kind = requested.model, requested.graph, estimate.pixels.bit_length(), math.frexp(max(qos.remaining_s, 1e-9))[1]
+        ceiling = requested.level if self._scheduler.is_idle else self._ceilings.get(kind, requested.level)
+        for target, work in candidates:
+            share = 1.0 if target.level <= max(ceiling, candidates[-1][0].level) else RETURN
+            if self._predict_s(work) * SAFETY <= qos.remaining_s * share and qos.remaining_s > 0:
+                self._ceilings[kind] = target.level
+                return target, work
+        # The last one comes soonest. An idle server tries it, unless it is known to be hopeless.
+        self.check_time(candidates[-1][1], qos)
+        return candidates[-1]
+
+    def _predict_s(self, estimate: Estimate) -> float:
+        """Predicted time until the answer: the queue, and the work as far as it is known."""
+        own = estimate.seconds if estimate.fastest_s else 0.0
+        return self._scheduler.predict_wait_s(estimate.device_s) + own
+
+    def _refuse_late(self, estimate: Estimate, qos: QoS) -> None:
+        """Refuses with 429 where others wait already, and tells when to ask again."""
+        if self._scheduler.is_idle:
+            return
+        predicted_s, remaining_s = self._predict_s(estimate) * SAFETY, max(0.0, qos.remaining_s)
+        if predicted_s > remaining_s:
+            raise Overloaded(
+                f"server busy: predicted latency {predicted_s:,.1f} s exceeds the {remaining_s:,.1f} s remaining; retry later, use "
+                "POST /jobs or set min_level",
+                retry_after_s=math.ceil(predicted_s - remaining_s),
+                limit=round(remaining_s, 3),
+                actual=round(predicted_s, 3),
+                unit="s",
+                remedy="min_level",
+            )
+
+    @contextlib.asynccontextmanager
+    async def _hold(self, budget: MemoryBudget, estimate: Estimate, qos: QoS) -> AsyncIterator[None]:
+        """Holds a share of the memory budget.
+
+        Raises:
+            Overloaded: others kept it for too long.
+        """
+        spare_s = qos.timeout_s - estimate.device_s
+        async with contextlib.AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(None if spare_s == math.inf else spare_s):
+                    await held.enter_async_context(budget.hold(estimate.pixels))
+            except TimeoutError as error:
+                raise Overloaded(
+                    f"other inputs held the memory for {spare_s:.0f} s, which leaves no time for this one; retry later, or use "
+                    "POST /jobs",
+                    refusal="memory",
+                    setting="UNETPP_LIMITS__PIXELS_IN_FLIGHT",
+                    remedy="POST /jobs",
+                ) from error
+            yield
+
+
+@contextlib.asynccontextmanager
+async def deadline(qos: QoS) -> AsyncIterator[None]:
+    """Ends the block at the deadline of a request.
+
+    Raises:
+        DeadlinePassed: it came before the end of the block.
+    """
+    late = "the deadline passed before the answer was there; what was left of the work is not done"
+    try:
+        async with asyncio.timeout(None if qos.deadline == math.inf else qos.deadline - time.monotonic()) as limit:
+            yield
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise DeadlinePassed(late) from error
+    # Work on the event loop itself is not interrupted.
+    if time.monotonic() > qos.deadline:
+        raise DeadlinePassed(late)
+
+
+def _drop_reason(error: BaseException, flow: Flow) -> str:
+    """The reason that windows of an admitted request are not run."""
+    # Timers of event loops go by milliseconds, and may be early by one.
+    if isinstance(error, DeadlinePassed) or time.monotonic() + 0.002 >= flow.deadline:
+        return "late"
+    if isinstance(error, asyncio.CancelledError):
+        return "cancelled"
+    return "unreadable" if isinstance(error, CallerError) else "error"

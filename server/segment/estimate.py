@@ -1,0 +1,135 @@
+"""What a request will take, told from its header alone."""
+
+import math
+from dataclasses import dataclass, replace
+
+from server.arrays import InputHeader
+from server.imaging import encode as encoding
+from server.imaging.geometry import Placement
+from server.runtime.bundle import Graph, Manifest
+from server.segment import postprocess
+from server.segment.request import SegmentParams
+from server.segment.statistics import LISTED_BYTES, MOST_LISTED
+from server.segment.windows import CHUNK_PIXELS, tile_grid
+
+# Bytes of the place of one window; a stack of tiny slices has more windows than pixels in one.
+WINDOW_BYTES = 100
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a request will take.
+
+    Attributes:
+        pixels: pixels or voxels of the input, or of the network's grid where that has more.
+        windows: windows to be run.
+        tile_pixels: pixels of each window.
+        padding: pixels of all windows that are not the input's.
+        memory_bytes: peak of the decoded input, the open scores, the mask and its encoding.
+        device_s: predicted device time; 0 where nothing is known.
+        cpu_s: predicted time beside the device: decoding, merging, post-processing and encoding; 0 where nothing is known.
+        fastest_s: both at the best rates ever observed; 0 unless enough was observed to refuse a request because of it.
+    """
+
+    pixels: int
+    windows: int
+    tile_pixels: int
+    padding: int
+    memory_bytes: int
+    device_s: float = 0.0
+    cpu_s: float = 0.0
+    fastest_s: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time of the request alone."""
+        return self.device_s + self.cpu_s
+
+    def __str__(self) -> str:
+        return f"about {self.seconds:,.0f} s and {self.memory_bytes / 1e6:,.0f} MB"
+
+
+def estimate_work(
+    header: InputHeader,
+    reference: InputHeader | None,
+    placement: Placement,
+    manifest: Manifest,
+    graph: Graph,
+    formats: tuple[str, ...],
+    params: SegmentParams,
+) -> Estimate:
+    """Adds up windows and memory; times are filled in by admission.
+
+    Args:
+        header: of the input.
+        reference: header of the reference, if there is one.
+        placement: of the network's grid in the input.
+        manifest: of the network.
+        graph: to be run.
+        formats: of the answer.
+        params: what is done with the mask.
+    """
+    grid = tile_grid(placement.size, manifest, graph, flat=placement.flat)
+    windows, tile_pixels = math.prod(grid.counts), math.prod(grid.tile)
+    pixels, network, k = math.prod(header.size), math.prod(placement.size), manifest.score_channels
+    needs = encoding.needs(formats)
+    # The network's own copy: resampled, or colours averaged to grey.
+    copied = network * 4 * header.channels if placement.resampled else 0
+    copied += network * 4 if header.channels > len(manifest.channels) else 0
+    # Along the axis that orders the windows one window is open, along the others all of it.
+    sides = (t if a == grid.axis else max(s, t) for a, (s, t) in enumerate(zip(placement.size, grid.tile, strict=True)))
+    open_channels = k + ("head_std" in needs)
+    open_rows = math.prod(sides) * 4 * (2 * open_channels + 3)
+    chunks = max(CHUNK_PIXELS, tile_pixels) * 4 * (len(manifest.channels) + open_channels) * 2 + WINDOW_BYTES * windows
+    compared = math.prod(reference.size) * (reference.channels * reference.sample_bytes + 3) if reference else 0
+    # The mask, its encoded form, and what finding the best class takes in passing.
+    memory = pixels * (header.channels * header.sample_bytes + 2) + copied + open_rows + chunks + compared
+    memory += _output_bytes(header, pixels, k, needs, formats, params)
+    covered = math.prod(min(s, t) for s, t in zip(placement.size, grid.tile, strict=True))
+    return Estimate(max(pixels, network), windows, tile_pixels, windows * (tile_pixels - covered), memory)
+
+
+def _output_bytes(
+    header: InputHeader,
+    pixels: int,
+    score_channels: int,
+    needs: frozenset[str],
+    formats: tuple[str, ...],
+    params: SegmentParams,
+) -> int:
+    """Memory of what becomes of the mask."""
+    # Scores as float16 and once more encoded; the standard deviation, encoded as float32.
+    memory = (6 * score_channels if "scores" in needs else 0) * pixels
+    memory += (10 if "head_std" in needs else 0) * pixels
+    # The score of each pixel's class; what is labelled and listed. Post-processing is over when the mask is encoded.
+    objects = "objects" in needs
+    memory += (2 if objects else 0) * pixels
+    labelled = params.model_copy(update={"instances": False, "fill_holes": False})
+    encoded = postprocess.memory_bytes(labelled, pixels, objects=objects) + encoding.memory(formats, header)
+    memory += max(postprocess.memory_bytes(params, pixels, objects=objects), encoded)
+    return memory + (LISTED_BYTES * min(MOST_LISTED, pixels) if "report" in needs else 0)
+
+
+def cpu_work(header: InputHeader, formats: tuple[str, ...], params: SegmentParams) -> tuple[str, str, str]:
+    """The kind of work beside the device, as a key of the latency model."""
+    # By what is done with the mask: the objects of one caller say nothing of the plain mask of another.
+    if params.instances:
+        work = "instances"
+    elif any(encoding.ENCODERS[name].outlines for name in formats):
+        work = "outlines"
+    elif encoding.needs(formats) or params.needs_objects or params.fill_holes:
+        work = "objects"
+    else:
+        work = "mask"
+    return "cpu", header.kind, work
+
+
+def times(estimate: Estimate, count: int) -> Estimate:
+    """The estimate of `count` inputs that are like one."""
+    return replace(
+        estimate,
+        windows=estimate.windows * count,
+        device_s=estimate.device_s * count,
+        cpu_s=estimate.cpu_s * count,
+        fastest_s=estimate.fastest_s * count,
+    )

@@ -1,0 +1,205 @@
+"""Deployments by name, and what a request resolves to. One row per mode."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from server.errors import InvalidParameter, UnknownModel
+from server.imaging import encode as encoding
+from server.runtime.bundle import ACCURATE, HEAD_STD, Manifest
+from server.runtime.loader import Deployment, ModelInstance
+from server.segment.request import SegmentParams
+
+
+@dataclass(frozen=True)
+class Target:
+    """What will be run for a request. Holding it keeps its deployment usable, even if the bundle is replaced meanwhile.
+
+    Attributes:
+        deployment: the bundle.
+        mode: "accurate" or "fast".
+        level: depth of the graph.
+        graph: name of the graph in the manifest.
+        precision: as served, never "auto".
+        alternatives: targets that may be served instead, deepest first, because `min_level` allows them.
+    """
+
+    deployment: Deployment
+    mode: str
+    level: int
+    graph: str
+    precision: str = "auto"
+    alternatives: tuple["Target", ...] = ()
+
+    @property
+    def model(self) -> str:
+        """Name of the bundle."""
+        return self.deployment.name
+
+    @property
+    def manifest(self) -> Manifest:
+        """Manifest of the bundle."""
+        return self.deployment.manifest
+
+    @property
+    def instance(self) -> ModelInstance:
+        """The model instance that runs it."""
+        return self.deployment.instances[self.graph, self.precision]
+
+    def at_precision(self, precision: str) -> "Target":
+        """The same graph at a precision that a request names, or "auto".
+
+        Raises:
+            InvalidParameter: lists the precisions at which the graph is served.
+        """
+        selection = self.deployment.selection
+        served = selection.auto[self.graph] if precision == "auto" else precision
+        if (self.graph, served) not in self.deployment.instances:
+            allowed = ("auto", *selection.precisions(self.graph))
+            raise InvalidParameter(
+                f"precision={precision!r} is not served for {self.graph} of {self.model!r}; there are: {', '.join(allowed)}",
+                parameter="precision",
+                value=precision,
+                allowed=list(allowed),
+            )
+        return replace(self, precision=served)
+
+
+def _accurate(deployment: Deployment, level: int | None) -> Target:
+    if level is not None:
+        raise InvalidParameter(
+            f"level={level} does not go with mode=accurate, which averages all heads; use mode=fast&level={level}, or leave the "
+            "level out",
+            parameter="level",
+            value=level,
+        )
+    return Target(deployment, "accurate", deployment.manifest.graph(ACCURATE).level, ACCURATE)
+
+
+def _fast(deployment: Deployment, level: int | None) -> Target:
+    manifest = deployment.manifest
+    served = manifest.recommended_level if level is None else level
+    if served not in manifest.levels:
+        raise InvalidParameter(
+            f"level={level} does not exist in {manifest.name!r}; it has levels {', '.join(map(str, manifest.levels))}",
+            parameter="level",
+            value=level,
+            allowed=list(manifest.levels),
+        )
+    return Target(deployment, "fast", served, f"L{served}")
+
+
+MODES: dict[str, Callable[[Deployment, int | None], Target]] = {"accurate": _accurate, "fast": _fast}
+
+
+class Registry:
+    """The deployments that are served.
+
+    Args:
+        deployments: by name.
+        default: name of the deployment for requests without `model`.
+
+    Raises:
+        UnknownModel: the default is not among the deployments.
+    """
+
+    def __init__(self, deployments: Mapping[str, Deployment], default: str) -> None:
+        self.default = default
+        self._deployments: Mapping[str, Deployment] = {}
+        self.swap(deployments)
+
+    @property
+    def deployments(self) -> Mapping[str, Deployment]:
+        """By name."""
+        return self._deployments
+
+    def swap(self, deployments: Mapping[str, Deployment]) -> None:
+        """Serves other deployments from now on; requests that have begun keep theirs.
+
+        Raises:
+            UnknownModel: the default is not among them; nothing has changed.
+        """
+        if self.default not in deployments:
+            raise UnknownModel(
+                f"the default model {self.default!r} is not among the bundles: {', '.join(deployments)}",
+                value=self.default,
+                allowed=list(deployments),
+            )
+        self._deployments = dict(deployments)
+
+    def get(self, name: str) -> Deployment:
+        """A deployment.
+
+        Raises:
+            UnknownModel: lists the names.
+        """
+        if name not in self._deployments:
+            raise UnknownModel(
+                f"model={name!r:.70} is not served here; there are: {', '.join(self._deployments)}",
+                parameter="model",
+                value=name,
+                allowed=list(self._deployments),
+            )
+        return self._deployments[name]
+
+    def resolve_accurate(self, deployment: Deployment) -> Target:
+        """The accurate target of a deployment at `precision=auto`."""
+        return _accurate(deployment, None).at_precision("auto")
+
+    def resolve(self, params: SegmentParams) -> Target:
+        """The model, mode, level and precision of a request; a level without a mode means fast, neither means accurate.
+
+        Raises:
+            UnknownModel, InvalidParameter: list what exists.
+        """
+        deployment = self.get(params.model if params.model is not None else self.default)
+        mode = params.mode or ("accurate" if params.level is None else "fast")
+        target = MODES[mode](deployment, params.level)
+        if encoding.wants(params.format, HEAD_STD):
+            return _with_head_std(target, params)
+        target = target.at_precision(params.precision)
+        return replace(target, alternatives=_shallower(target, params))
+
+
+def _shallower(requested: Target, params: SegmentParams) -> tuple[Target, ...]:
+    """What may be served instead of a target, deepest first, down to the level that the caller accepts.
+
+    Raises:
+        InvalidParameter: `min_level` is not a level, or is deeper than the requested one.
+    """
+    min_level, levels = params.min_level, requested.manifest.levels
+    if min_level is None:
+        return ()
+    if min_level not in levels or min_level > requested.level:
+        raise InvalidParameter(
+            f"min_level={min_level} must be one of {', '.join(map(str, levels))} and no deeper than the level asked for, which is "
+            f"{requested.level}",
+            parameter="min_level",
+            value=min_level,
+            allowed=[level for level in levels if level <= requested.level],
+        )
+    targets = [_fast(requested.deployment, level) for level in reversed(levels) if min_level <= level < requested.level]
+    # A shallower level may not be served at the precision asked for.
+    named, precisions = params.precision, requested.deployment.selection.precisions
+    return tuple(target.at_precision(named) for target in targets if named in ("auto", *precisions(target.graph)))
+
+
+def _with_head_std(target: Target, params: SegmentParams) -> Target:
+    """The target that also gives the standard deviation over the heads, which format=uncertainty shows.
+
+    Raises:
+        InvalidParameter: a parameter does not go with it, or the bundle has no such graph.
+    """
+    reasons = {
+        "mode": (target.graph != ACCURATE, "needs the heads of all levels, which mode=fast does not run; use mode=accurate"),
+        "min_level": (params.min_level is not None, "needs all levels; leave min_level out"),
+        "precision": (params.precision not in ("auto", "fp32"), "is computed at fp32; leave precision out"),
+        "model": (
+            target.manifest.head_std is None,
+            f"needs a graph that {target.model!r} does not have: its network has one head, or its bundle is of an earlier version, "
+            "to which the operator can add the graph with: unetpp add-uncertainty",
+        ),
+    }
+    for parameter, (wrong, reason) in reasons.items():
+        if wrong:
+            raise InvalidParameter(f"format=uncertainty {reason}", parameter=parameter, value=getattr(params, parameter))
+    return replace(target, graph=HEAD_STD, precision="fp32")

@@ -1,0 +1,205 @@
+"""One request, from bytes to bytes. Every door calls `SegmentationService.segment`: HTTP, jobs, zips, the command line."""
+
+import math
+from collections.abc import Callable
+
+from server.arrays import Image, InputHeader, Mask, Volume
+from server.imaging import encode as encoding
+from server.imaging import geometry
+from server.imaging.decode import is_quick
+from server.metrics import Metrics
+from server.runtime.device import DeviceRunner, DeviceThread
+from server.runtime.latency import LatencyModel
+from server.runtime.loader import Loader
+from server.runtime.scheduler import Scheduler
+from server.segment import zip_batch
+from server.segment.admission import Admission, Ticket, deadline
+from server.segment.estimate import Estimate, cpu_work
+from server.segment.preprocess import decode_options, decode_upload, read_headers
+from server.segment.registry import Registry, Target
+from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upload, ignore_progress
+from server.segment.response import encode_result, finish_mask, respond
+from server.segment.sliding_window import SlidingWindow, infer, make_sliding_window
+from server.segment.workers import Pool, Worker, Workers
+from server.segment.zip_files import is_zip
+from server.settings import BatchingSettings, LimitsSettings, RuntimeSettings
+
+# Phases of the work beside the device.
+CPU_PHASES = ("decode", "restore", "postprocess", "encode")
+
+# A PNG of so few bytes and pixels is decoded, merged and encoded on the event loop: each takes some tenths of a millisecond,
+# and handing them to a thread and back takes longer.
+INLINE_BYTES = 32 * 1024
+INLINE_PIXELS = 128 * 128
+INLINE_FORMATS = ("png",)
+
+# Images with more pixels use the threads of volumes while their objects are split or outlined.
+LONG_PIXELS = 1024 * 1024
+
+
+class SegmentationService:
+    """Everything that a request passes through, from its upload to its response.
+
+    Args:
+        registry: the deployments.
+        runtime: memory of open graphs.
+        batching: how long a batch waits.
+        limits: of a request.
+        metrics: counts.
+        device: runs the graphs; a thread of its own if not given.
+        latency: predicts work; empty if not given.
+
+    Attributes:
+        registry: see Args.
+        limits: see Args.
+        metrics: see Args.
+        loader: opens graphs.
+        scheduler: the queue in front of the device.
+        admission: decides who may start.
+        on_completed: called with each finished request: (ticket, source, mask, params), before its response is sent.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        runtime: RuntimeSettings,
+        batching: BatchingSettings,
+        limits: LimitsSettings,
+        metrics: Metrics,
+        device: DeviceRunner | None = None,
+        latency: LatencyModel | None = None,
+    ) -> None:
+        self.registry = registry
+        self.limits = limits
+        self.metrics = metrics
+        self._device = device or DeviceThread()
+        latency = latency or LatencyModel()
+        self.loader = Loader(self._device, runtime.graph_memory_mb * 1_000_000)
+        self.scheduler = Scheduler(self._device, latency, metrics, batching.max_wait_ms / 1000)
+        self.admission = Admission(self.scheduler, latency, limits, metrics)
+        self.workers = Workers()
+        self.on_completed: Callable[[Ticket, Image | Volume, Mask, SegmentParams], None] = lambda *_: None
+
+    def open(self) -> None:
+        """Opens the recommended graph of the default model, after which requests can be served.
+
+        Raises:
+            BundleDamaged, EngineUnavailable: names the file and the reason.
+        """
+        self.loader.open_recommended(self.registry.get(self.registry.default))
+
+    def open_in_background(self) -> None:
+        """Opens the other graphs that `precision=auto` serves, those of the default model first."""
+        default = self.registry.get(self.registry.default)
+        self.loader.open_in_background(dict.fromkeys((default, *self.registry.deployments.values())))
+
+    def close(self) -> None:
+        """Fails what is queued, waits for what runs, and ends the threads."""
+        self.scheduler.close()
+        self.loader.close()
+        self._device.close()
+        self.workers.close()
+
+    async def segment(
+        self,
+        upload: Upload,
+        params: SegmentParams,
+        qos: QoS = QoS(),  # noqa: B008 - frozen
+        on_progress: OnProgress = ignore_progress,
+        target: Target | None = None,
+    ) -> Response:
+        """Segments an image, a volume, a stack, or each image of a zip.
+
+        Args:
+            upload: the encoded input.
+            params: the caller's choices.
+            qos: until when the answer is of use.
+            on_progress: called with (stage, windows done, windows in all); stages are decode, infer, encode.
+            target: what `registry.resolve` gave when the request began; resolved now, if not given.
+
+        Raises:
+            CallerError, TryAgain, ServerFault: `server.errors` draws the tree.
+        """
+        requested = target or self.registry.resolve(params)
+        if is_zip(upload.file):
+            return await zip_batch.segment(self, upload, params, qos, on_progress, requested)
+        options = decode_options(params, self.limits)
+        worker = self.workers.task(_pool(upload))
+        async with deadline(qos):
+            headers = await worker.run("decode", read_headers, upload, options)
+            async with self.admission.admit(headers, requested, params, qos, upload.accept) as ticket:
+                worker.admitted(ticket.memory_wait_s, _threads(worker, headers[0], ticket, params))
+                engine = await worker.wait("open", self.loader.ensure_open(ticket.target.deployment, ticket.target.instance))
+                on_progress("decode", 0, ticket.estimate.windows)
+                source, reference = await worker.run("decode", decode_upload, upload, params, options)
+                window = await worker.run("decode", _window, source, ticket, params)
+                mask = await infer(window, ticket.flow, engine, self.scheduler, worker, on_progress)
+                on_progress("encode", ticket.estimate.windows, ticket.estimate.windows)
+                result = await worker.run("postprocess", finish_mask, window, mask, reference, ticket, params, worker)
+                encoded = await worker.run("encode", encode_result, result, ticket, params, upload.name, worker)
+        response = respond(encoded, result, ticket, params, worker.timings)
+        self._complete(headers[0], ticket, params, response)
+        self.on_completed(ticket, source, mask, params)
+        return response
+
+    async def infer_decoded(self, source: Image | Volume, target: Target, params: SegmentParams, qos: QoS) -> Mask:
+        """Segments an input that is decoded already; the mask is as the scores decide it.
+
+        Raises:
+            CallerError, TryAgain, ServerFault: `server.errors` draws the tree.
+        """
+        header = source.input_header
+        worker = self.workers.task("image" if header.kind == "image" else "volume")
+        async with self.admission.admit((header, None), target, params, qos) as ticket:
+            engine = await self.loader.ensure_open(target.deployment, target.instance)
+            window = await worker.run("decode", _window, source, ticket, params)
+            return await infer(window, ticket.flow, engine, self.scheduler, worker)
+
+    async def estimate(self, upload: Upload, params: SegmentParams) -> Estimate:
+        """Estimates what a request would take; leaves the file at its start.
+
+        Raises:
+            CallerError: it could not be segmented at all, or is over a limit.
+        """
+        if is_zip(upload.file):
+            return await zip_batch.estimate(self, upload, params)
+        target = self.registry.resolve(params)
+        options = decode_options(params, self.limits)
+        headers = await self.workers.task().run("decode", read_headers, upload, options)
+        return self.admission.estimate(headers, target, params, upload.accept)
+
+    def _complete(self, header: InputHeader, ticket: Ticket, params: SegmentParams, response: Response) -> None:
+        """Teaches the latency model and counts what the response tells of quality."""
+        beside_s = sum(seconds for phase, seconds in response.timings.items() if phase in CPU_PHASES)
+        self.admission.observe_cpu(header, ticket, params, beside_s)
+        target, requested = ticket.target, ticket.requested
+        if ticket.degraded:
+            levels = (f"{requested.level}", f"{target.level}")
+            self.metrics.degraded.labels(target.model, *levels, ticket.degraded).inc()
+        # What a caller does with a mask tells nothing of how good the level is.
+        if response.overlaps and not params.postprocessing:
+            named = {c.name: response.overlaps[c.value] for c in target.manifest.classes}
+            self.metrics.reference.observe((target.model, target.mode, f"{target.level}"), named)
+
+
+def _pool(upload: Upload) -> Pool:
+    """Where the header is read."""
+    return "inline" if upload.reference is None and is_quick(upload.file, INLINE_BYTES) else "image"
+
+
+def _threads(worker: Worker, header: InputHeader, ticket: Ticket, params: SegmentParams) -> Pool:
+    """Where the rest of the work is done, now that its size is known."""
+    kind = cpu_work(header, ticket.formats, params)[2]
+    if header.kind != "image" or (kind in ("instances", "outlines") and ticket.estimate.pixels > LONG_PIXELS):
+        return "volume"
+    quick = worker.pool == "inline" and ticket.formats == INLINE_FORMATS and not params.postprocessing
+    return "inline" if quick and math.prod(header.size) <= INLINE_PIXELS else "image"
+
+
+def _window(source: Image | Volume, ticket: Ticket, params: SegmentParams) -> SlidingWindow:
+    placement = ticket.placement
+    if isinstance(source, Image):
+        # It may have been turned upright (EXIF) since its header was read.
+        placement = geometry.place_image(source.size)
+    graph, needs = ticket.target.instance.graph, encoding.needs(ticket.formats)
+    return make_sliding_window(source, placement, ticket.target.manifest, graph, needs, params.threshold)

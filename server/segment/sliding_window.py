@@ -1,0 +1,176 @@
+"""Sliding-window inference: where the windows lie, the tiles that are cut from them, and the mask that their scores become.
+
+Axes here are the network's: (H, W) of an image, (H, W, D) of a volume, or (S, H, W) of a stack of S slices.
+"""
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32, Shaped
+from numpy import ndarray
+
+from server.arrays import Image, Mask, Tiles, Volume
+from server.imaging.geometry import Placement
+from server.runtime.bundle import HEAD_STD, Graph, Manifest
+from server.runtime.engines import Engine
+from server.runtime.scheduler import Flow, InferenceResult, Scheduler
+from server.segment.merge import WindowMerger
+from server.segment.preprocess import image_statistics, place, with_channels
+from server.segment.request import OnProgress, ignore_progress
+from server.segment.windows import Windows, lay_windows
+from server.segment.workers import Worker
+
+
+@dataclass(frozen=True)
+class SlidingWindow:
+    """Windows over one decoded input, and the mask under construction.
+
+    Attributes:
+        source: the decoded input.
+        pixels: (*size, C) as the network sees them.
+        windows: where the windows lie.
+        mean: (1, C, 1, 1[, 1]) float32, per channel, of the whole input.
+        inverse_std: (1, C, 1, 1[, 1]) float32; 1 for a constant channel.
+        mask: written by the merger.
+        merger: blends the scores of the windows.
+    """
+
+    source: Image | Volume
+    pixels: Shaped[ndarray, "*size C"]
+    windows: Windows
+    mean: Float32[ndarray, "1 C *ones"]
+    inverse_std: Float32[ndarray, "1 C *ones"]
+    mask: Mask
+    merger: WindowMerger
+
+    def cut(self, chunk: range) -> Tiles:
+        """Cuts the windows of one chunk: tiles (N, C, h, w[, d]) in the input's dtype."""
+        tiles = np.stack([self._window(self.windows.starts[index]) for index in chunk])
+        return Tiles(tiles, np.repeat(self.mean, len(chunk), axis=0), np.repeat(self.inverse_std, len(chunk), axis=0))
+
+    def merge(self, chunk: range, result: InferenceResult) -> None:
+        """Blends the scores of one chunk into the mask; chunks come in order, each once."""
+        self.merger.merge(chunk, result.scores)
+
+    def finish(self) -> Mask:
+        """Completes the mask after the last chunk."""
+        self.merger.finish()
+        return self.mask
+
+    def _window(self, start: tuple[int, ...]) -> Shaped[ndarray, "C *tile"]:
+        tile = self.windows.tile
+        window = self.pixels[tuple(slice(s, s + side) for s, side in zip(start, tile, strict=True))]
+        missing = [(0, side - have) for side, have in zip(tile, window.shape, strict=False)]
+        if any(after for _, after in missing):
+            window = np.pad(window, [*missing, (0, 0)], mode="reflect")
+        return np.moveaxis(window[0] if self.windows.flat else window, -1, 0)
+
+
+def make_sliding_window(
+    source: Image | Volume,
+    placement: Placement,
+    manifest: Manifest,
+    graph: Graph,
+    needs: frozenset[str] = frozenset(),
+    threshold: float | None = None,
+) -> SlidingWindow:
+    """Lays windows over an input and prepares its mask.
+
+    Args:
+        source: the decoded input.
+        placement: of the network's grid in the input.
+        manifest: of the network.
+        graph: to be run; `head_std` also fills the mask's standard deviation over the heads.
+        needs: what the output formats need: "scores", "head_std", "objects", "report".
+        threshold: foreground is a score above it; None for the manifest's own decision.
+    """
+    pixels = with_channels(placement.resample(placement.view(source.values)), len(manifest.channels))
+    windows = lay_windows(pixels.shape[:-1], manifest, graph, flat=placement.flat)
+    channels = pixels.shape[-1]
+    zscore = manifest.normalization == "zscore"
+    mean, inverse_std = image_statistics(pixels) if zscore else (np.zeros(channels), np.ones(channels))
+    ones = (1, channels, *(1,) * manifest.dims)
+    classes = np.empty(source.size, dtype=np.uint8, order="C" if isinstance(source, Image) else "F")
+    scores = np.empty((manifest.score_channels, *source.size), dtype=np.float16) if "scores" in needs else None
+    head_std = np.empty_like(classes, dtype=np.float16) if graph.name == HEAD_STD else None
+    confidence = np.empty_like(classes, dtype=np.float16) if "objects" in needs else None
+    if threshold is None and manifest.score_channels == 1:
+        threshold = manifest.threshold
+    merger = WindowMerger(
+        windows,
+        manifest.score_channels,
+        threshold,
+        placement.view(classes),
+        None if scores is None else placement.view(scores, leading=1),
+        None if head_std is None else placement.view(head_std),
+        None if confidence is None else placement.view(confidence),
+    )
+    return SlidingWindow(
+        source,
+        pixels,
+        windows,
+        mean.reshape(ones).astype(np.float32),
+        inverse_std.reshape(ones).astype(np.float32),
+        Mask(classes, scores, head_std, confidence=confidence),
+        merger,
+    )
+
+
+def infer_offline(source: Image | Volume, manifest: Manifest, graph: Graph, engine: Engine) -> Mask:
+    """Segments a decoded input tile by tile without a queue, for calibration and benchmarks."""
+    placement = place(source.input_header, manifest, "auto")
+    window = make_sliding_window(source, placement, manifest, graph)
+    for chunk in window.windows.chunks:
+        tiles = window.cut(chunk)
+        window.merger.merge(chunk, [engine.run(tiles.one(index))[0] for index in range(len(tiles))])
+    return window.finish()
+
+
+async def infer(
+    window: SlidingWindow,
+    flow: Flow,
+    engine: Engine,
+    scheduler: Scheduler,
+    worker: Worker,
+    on_progress: OnProgress = ignore_progress,
+) -> Mask:
+    """Cuts, runs and merges chunk by chunk; one chunk is cut and waits for the device while the one before it is merged.
+
+    Args:
+        window: windows over the input.
+        flow: place of the request in the queue.
+        engine: opened engine of the flow's instance.
+        scheduler: runs the tiles.
+        worker: runs the work on the processor, and collects timings.
+        on_progress: called after each chunk.
+    """
+    chunks, total = window.windows.chunks, len(window.windows)
+    running: deque[asyncio.Task[InferenceResult]] = deque()
+    device_free = 0.0
+
+    async def merge_next(chunk: range) -> None:
+        nonlocal device_free
+        result = await running[0]
+        running.popleft()
+        # Waiting for the chunk before, which is this request's own, is neither queue nor inference: it has been counted.
+        worker.add("queue", max(0.0, result.started - max(result.submitted, device_free)))
+        worker.add("infer", result.ended - max(result.started, device_free))
+        device_free = result.ended
+        await worker.run("restore", window.merge, chunk, result)
+        on_progress("infer", chunk.stop, total)
+
+    try:
+        for number, chunk in enumerate(chunks):
+            tiles = await worker.run("decode", window.cut, chunk)
+            running.append(asyncio.create_task(scheduler.run(flow, engine, tiles)))
+            if number:
+                await merge_next(chunks[number - 1])
+        await merge_next(chunks[-1])
+        return await worker.run("restore", window.finish)
+    finally:
+        # Where something failed or the caller left: windows that wait are not run.
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
