@@ -13,7 +13,7 @@ OTHER_cpu := onnxruntime-gpu
 OTHER_gpu := onnxruntime
 
 # What the prose check reads; see tools/prose.toml.
-PROSE := tools
+PROSE := bench/*.py bench/peers tests/bench tests/docker tests/tools tools
 
 .PHONY: serve test lint types contracts prose unit clean
 

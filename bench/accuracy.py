@@ -15,7 +15,7 @@ from torch import nn
 
 from bench.levels import BUNDLE
 from bench.table import write
-from export.calibrate import mean_overlap, segment
+from export.calibrate import mean_overlap
 from export.data import Labelled, labelled
 from export.golden import torch_scores
 from export.graph import ServedGraph, level_networks
@@ -24,17 +24,32 @@ from model import checkpoint
 from model.baselines import UNet
 from model.cost import parameters
 from model.network import UNetPlusPlus
+from server.arrays import Scores, Tiles
 from server.runtime.bundle import WEIGHTS, Bundle, Comparison, Graph, read_bundle
-from server.runtime.engines.fake import FakeEngine
+from server.segment.sliding_window import infer_offline
+
+
+class TorchEngine:
+    """Engine that runs a network in torch, float32."""
+
+    name = "torch"
+    provider = "cpu"
+
+    def __init__(self, graph: ServedGraph) -> None:
+        self._graph = graph
+
+    def run(self, tiles: Tiles) -> Scores:
+        """Tiles to scores."""
+        return torch_scores(self._graph, tiles)
 
 
 def score(network: nn.Module, bundle: Bundle, graph: Graph, images: list[Labelled], name: str) -> list[float]:
     """Mean IoU, mean IoU with background and mean Dice of a network."""
     served = ServedGraph(network, bundle.manifest.activation).eval()  # type: ignore[arg-type]
-    engine = FakeEngine(lambda tiles: torch_scores(served, tiles))
+    engine = TorchEngine(served)
     results = [
         mean_overlap(
-            segment(engine, bundle.manifest, graph, item.image),
+            infer_offline(item.image, bundle.manifest, graph, engine).classes,
             item.label,
             [c.value for c in bundle.manifest.classes],
         )

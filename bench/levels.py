@@ -66,14 +66,14 @@ def post(server: Server, body: bytes, graph: str, precision: str) -> Callable[[]
 
 
 def bare_onnxruntime(path: Path, provider: str, tiles: Tiles) -> Callable[[], object]:
-    """What a script would do: a session with default options, arrays in, arrays out."""
+    """A plain script: a session with default options, arrays in, arrays out."""
     session = onnxruntime.InferenceSession(path, providers=[PROVIDERS[provider].execution_provider])
     feed = {"image": tiles.pixels, "mean": tiles.mean, "inverse_std": tiles.inverse_std}
     return lambda: session.run(None, feed)
 
 
 def torch_eager(graph: ServedGraph, tiles: Tiles) -> Callable[[], object]:
-    """The same weights in torch, float32."""
+    """Weights of the bundle in torch, float32."""
     inputs = [torch.from_numpy(a) for a in (tiles.pixels, tiles.mean, tiles.inverse_std)]
 
     @torch.inference_mode()

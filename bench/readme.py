@@ -12,24 +12,16 @@ from typing import Any
 from bench.peers.contenders import CASES
 from bench.peers.report import label
 from bench.table import RESULTS, markdown
-from server.runtime.bundle import Manifest, read_bundle
+from server.runtime.bundle import read_bundle
+from server.runtime.selection import is_enabled
 from server.settings import markdown_table
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-# Loss of IoU up to which `auto` takes another precision than fp32.
-IOU_TOLERANCE = 0.005
 
 
 def _results(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def _allowed(manifest: Manifest, graph: str) -> set[str]:
-    """Precisions that `auto` may choose for a graph by its calibration."""
-    rows = [row for row in (manifest.calibration.rows if manifest.calibration else ()) if row.graph == graph]
-    exact = max((row.iou for row in rows if row.precision == "fp32"), default=1.0)
-    return {"fp32", *(row.precision for row in rows if row.iou >= exact - IOU_TOLERANCE)}
 
 
 def levels() -> str:
@@ -93,7 +85,8 @@ def hippocampus() -> str:
         measured = [r for r in held_out.rows if r.graph == graph.name]
         exact = next(r for r in measured if r.precision == "fp32")
         fastest = min(
-            (r for r in measured if r.precision in _allowed(manifest, r.graph)), key=lambda r: r.latency_ms
+            (r for r in measured if is_enabled(manifest, r.graph, r.precision, r.engine)),
+            key=lambda r: r.latency_ms,
         )
         rows.append([
             graph.name, f"{graph.parameters:,}", f"{graph.macs_per_pixel / 1e3:.0f}", *(f"{d:.3f}" for d in exact.class_dice),
@@ -151,7 +144,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """The text with every block between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
+    """The text with every block between `<!-- NAME -->` and `<!-- /NAME -->` rewritten."""
     for name, make in BLOCKS.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text, count = pattern.subn(lambda match, made=make: f"{match[1]}{made()}{match[2]}", text)  # type: ignore[misc]

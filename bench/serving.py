@@ -28,7 +28,7 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Process id."""
         return self.process.pid
 
     def memory(self, field: str) -> float:
@@ -62,7 +62,7 @@ def serve_command(bundles: Path, port: int) -> list[str]:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """A free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -121,8 +121,8 @@ def wait_until_ready(url: str, process: "subprocess.Popen[bytes]", timeout_s: fl
     """Waits until /health/ready answers 200.
 
     Args:
-        url: of the server.
-        process: of the server.
+        url: address of the server.
+        process: the server's process.
         timeout_s: the longest wait, in seconds.
 
     Raises:
@@ -142,8 +142,8 @@ def wait_until_idle(pid: int, calm_s: float = 3, timeout_s: float = 120) -> None
     """Waits until a process and its children have used less than a tenth of a core for a while.
 
     Args:
-        pid: of the process.
-        calm_s: the while, in seconds.
+        pid: process id.
+        calm_s: length of that while, in seconds.
         timeout_s: the longest wait, in seconds.
     """
     until = time.perf_counter() + timeout_s

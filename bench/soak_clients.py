@@ -43,7 +43,7 @@ class Ledger:
 
     Attributes:
         statuses: count per (kind of step, status as text, "left" or "lost").
-        faults: what was wrong, per check.
+        faults: findings per check.
         answered: count of answers to POST /segment per status.
     """
 

@@ -39,8 +39,8 @@ class Answer:
     """One image as served.
 
     Attributes:
-        wrong: where the mask is not the reference.
-        elsewhere: where the mask of L1 is not that of accurate mode.
+        wrong: pixels whose class is not the reference's.
+        elsewhere: pixels whose class at L1 is not that of accurate mode.
         maps: uncertainty per pixel, by name of the map.
         iou: with the reference.
         foreground: number of pixels of the mask.

@@ -195,7 +195,7 @@ def measure(line: Line, rounds: int, folder: Path) -> dict[Contender, dict[str, 
 
 
 def mask(folder: Path, contender: Contender) -> Path:
-    """Where a contender's mask lies."""
+    """Path of a contender's mask."""
     return folder / f"{'-'.join(contender)}.nii.gz"
 
 

@@ -59,7 +59,7 @@ LASTS = 4
 FEWEST = 16
 # Processors that others may keep busy when a turn begins, of all, in percent; and how long to wait for that, in seconds.
 QUIET = 10
-PATIENCE_S = 20
+QUIET_TIMEOUT_S = 20
 # A server that has not answered after so long, in seconds, does not start.
 START_UP_S = 90
 # Ours, whose versions are written down; the peers' are in contenders.py.
@@ -99,7 +99,7 @@ class Elsewhere:
         self._pool.shutdown()
 
     def __call__(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """What the function returns."""
+        """Runs the function and returns its result."""
         return self._pool.submit(function, *args, **kwargs).result()
 
 
@@ -243,7 +243,7 @@ def turn(
     """One contender on one case, from start to stop, in one round.
 
     Raises:
-        Unfit: see `first_answer` and `check`; or it ended under load.
+        Unfit: it did not start, answered wrongly, or ended under load.
     """
     port = free_port()
     log = HOME / f"{name}.log"
@@ -265,8 +265,8 @@ def turn(
 
 
 def quiet() -> float:
-    """Waits for others on this machine to be done, but not for ever; their share of the processors, in percent."""
-    until = time.perf_counter() + PATIENCE_S
+    """Waits up to `QUIET_TIMEOUT_S` for other work on this machine to end; returns its share of the processors, in percent."""
+    until = time.perf_counter() + QUIET_TIMEOUT_S
     while (busy := float(psutil.cpu_percent(1))) > QUIET and time.perf_counter() < until:
         pass
     return busy
@@ -324,7 +324,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of this checkout, with `-dirty` where it has changes."""
+    """Commit of this checkout, with `-dirty` where it has changes."""
     command = ["git", "describe", "--always", "--dirty"]
     return (
         subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()

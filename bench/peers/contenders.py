@@ -1,4 +1,4 @@
-"""Who takes part, how each is installed and started, and how it is asked.
+"""Contenders: how each is installed and started, and how its requests look.
 
 | peer | a batch waits | what else was set, and why |
 |---|---|---|
@@ -41,8 +41,8 @@ BUNDLE = ROOT / "bundles" / "nuclei"
 # Virtual environments of the peers, whose requirements contradict each other and ours.
 HOME = ROOT / "var" / "peers"
 
-# What `--install` installs, by name and version; none of it asks for torch. Beside the peers themselves: LitServe's forms need
-# python-multipart; MLServer's worker does not start with uvloop 0.22 and later, which make no event loop unasked.
+# What `--install` installs, by name and version; none of it requires torch. Beside the peers themselves: LitServe's forms need
+# python-multipart; MLServer's worker does not start with uvloop 0.22 and later, which make an event loop on request only.
 COMMON = ("onnxruntime==1.31.1", "numpy==2.4.6", "pillow==13.0.0")
 PEERS = {
     "litserve": ("litserve==0.2.19", "python-multipart==0.0.34"),
@@ -124,7 +124,7 @@ class Contender:
     Attributes:
         label: in the table.
         command: argv for (case, threads, port, an empty folder).
-        path: of the URL, for a case.
+        path: path of the URL, for a case.
         request: a PNG file as it wants it: body and content type.
         mask: the mask in its answer.
         environment: variables for its process.
@@ -156,7 +156,9 @@ def install(names: Collection[str] = ()) -> None:
     """Makes the virtual environments of some peers, or of all, with the versions above."""
     for name, packages in ((name, PEERS[name]) for name in names or PEERS):
         subprocess.run([sys.executable, "-m", "venv", "--clear", HOME / name], check=True)
-        subprocess.run([python(name), "-m", "pip", "install", "--quiet", *packages, *COMMON], check=True)
+        subprocess.run(
+            [python(name), "-m", "pip", "install", "--quiet", "--quiet", *packages, *COMMON], check=True
+        )
 
 
 def script(name: str, interpreter: Path | str) -> Callable[[Case, int, int, Path], list[str]]:
@@ -204,7 +206,7 @@ def mlserver(case: Case, threads: int, port: int, folder: Path) -> list[str]:
 
 
 def ours(case: Case) -> str:
-    """The level is asked for with the request."""
+    """Path with the level in its query."""
     return f"/segment?mode=fast&level={case.level}"
 
 

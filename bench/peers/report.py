@@ -115,7 +115,7 @@ def number(value: float) -> str:
 
 
 def goals(rows: Rows, cases: Iterable[str]) -> list[list[str]]:
-    """Each goal with its measured value, and whether it is met; one that could not be measured is said to be so."""
+    """Each goal with its measured value, and whether it is met; one without a value is not measured."""
     return [_goal(case, *goal) for case in cases for goal in _measured(rows, case)]
 
 
@@ -143,7 +143,7 @@ def _measured(rows: Rows, case: str) -> Iterator[tuple[str, float, float, str]]:
         )
     p99 = {name: rows[name, case, "0.8x"].p99 for name in ("ours", *peers) if (name, case, "0.8x") in rows}
     own, best = p99.pop("ours", math.nan), _best(min, list(p99.values()))
-    # Both may be infinite, which is no success of ours.
+    # Ours alone decides when both are infinite, because failing as others do is a miss.
     yield (
         "p99 at 0.8 × of the best peer, of ours",
         0.0 if math.isinf(own) else best / own,

@@ -68,7 +68,7 @@ def client(
     binary: str, shipped_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[httpx.Client]:
     """Client of a server that compares every fast answer with its own accurate one."""
-    from server.app import create_app, open_bundles
+    from server.app import create_app
     from server.settings import Settings
 
     settings = Settings(
@@ -77,7 +77,7 @@ def client(
         jobs={"folder": tmp_path_factory.mktemp("jobs")},
         quality={"agreement_share": 1.0},
     )
-    with serving(create_app(settings, open_bundles(settings))) as client:
+    with serving(create_app(settings)) as client:
         yield client
 
 
