@@ -11,7 +11,7 @@ from bench.soak_clients import LEFT, Ledger, image, volume
 
 @pytest.mark.long
 def test_soak_of_a_few_seconds_finds_no_fault() -> None:
-    ledger, _ = soak.run(minutes=0.2, clients=3, seed=1, idle_s=2)
+    ledger, _ = soak.run(minutes=0.2, clients=3, seed=1, idle_s=2, warm_up=5)
     assert ledger.faults == {}
     assert {kind for kind, _ in ledger.statuses} == set(soak.STEPS)
 
