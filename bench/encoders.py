@@ -104,7 +104,7 @@ def volume() -> SegmentationResult:
     )
     labels = np.asfortranarray(ndimage.label(smooth > 0.02)[0], dtype=np.int32)
     header = Nifti1Image(np.zeros((VOXELS,) * 3, dtype=np.int16), np.diag([1, 1, 1.5, 1])).header
-    source = Volume(smooth[..., None], affine=np.diag([1, 1, 1.5, 1.0]), header=header)
+    source = Volume(smooth[..., None], affine=np.diag([1, 1, 1.5, 1.0]), file_header=header)
     return SegmentationResult(source, masked(labels), COLORS, NAMES)
 
 
@@ -195,7 +195,7 @@ def main() -> None:
     for name, row in track(list(ENCODERS.items()), "formats"):
         result = flat if "image" in row.kinds else solid
         seconds, size = timed(
-            lambda name=name, result=result: encode_response(result, (name,), {}, {}).body, repeats
+            lambda name=name, result=result: encode_response(result, (name,), {}).body, repeats
         )  # type: ignore[misc]
         fact = {
             "format": name,
