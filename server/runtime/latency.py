@@ -69,8 +69,9 @@ class LatencyModel:
     def observe(self, key: Hashable, pixels: int, seconds: float, macs_per_pixel: float = 0.0) -> None:
         """Learns from a piece of work of `pixels` pixels that took `seconds`."""
         rates, size, rate = self._rates.setdefault(key, _Rates()), pixels.bit_length(), seconds / pixels
-        before = rates.expected.get(size)
-        rates.expected[size] = rate if before is None else (1 - SHARE) * before + SHARE * min(rate, OUTLIER * before)
+        # A run below the resolution of the clock, which seems to take no time at all, is no scale for the next one.
+        before = rates.expected.get(size, 0.0)
+        rates.expected[size] = (1 - SHARE) * before + SHARE * min(rate, OUTLIER * before) if before else rate
         rates.fastest[size] = min(rate, rates.fastest.get(size, rate))
         rates.observations += 1
         if macs_per_pixel:
