@@ -1,5 +1,6 @@
 """Predicts how long work takes, from what has been observed of it and of its neighbours."""
 
+from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 SHARE = 0.1
 OUTLIER = 4.0
 
-# Observations of a key after which its predictions may refuse a request.
+# Observations of a key and size after which its predictions may refuse a request.
 CONFIDENT_AFTER = 3
 
 
@@ -36,7 +37,7 @@ class _Rates:
 
     expected: dict[int, float] = field(default_factory=dict)
     fastest: dict[int, float] = field(default_factory=dict)
-    observations: int = 0
+    observations: Counter[int] = field(default_factory=Counter)
 
 
 class LatencyModel:
@@ -63,7 +64,8 @@ class LatencyModel:
             seconds = pixels * macs_per_pixel * self._seconds_per_mac
             return Prediction(seconds, seconds, confident=False)
         size = min(rates.expected, key=lambda known: abs(known - pixels.bit_length()))
-        confident = rates.observations >= CONFIDENT_AFTER
+        # What a small piece pays for starting makes a much larger one look slow, which would be refused and never observed.
+        confident = size >= pixels.bit_length() and rates.observations[size] >= CONFIDENT_AFTER
         return Prediction(pixels * rates.expected[size], pixels * rates.fastest[size], confident)
 
     def observe(self, key: Hashable, pixels: int, seconds: float, macs_per_pixel: float = 0.0) -> None:
@@ -73,7 +75,7 @@ class LatencyModel:
         before = rates.expected.get(size, 0.0)
         rates.expected[size] = (1 - SHARE) * before + SHARE * min(rate, OUTLIER * before) if before else rate
         rates.fastest[size] = min(rate, rates.fastest.get(size, rate))
-        rates.observations += 1
+        rates.observations[size] += 1
         if macs_per_pixel:
             per_mac = rate / macs_per_pixel
             known = self._seconds_per_mac
