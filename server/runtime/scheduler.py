@@ -83,9 +83,11 @@ class Flow:
 
     @property
     def remaining_s(self) -> float:
-        """Predicted device time of the tiles that have not been run; 0 where the prediction is a guess."""
+        """Predicted device time of the tiles that have not been run; 0 where too little was observed to refuse others for it."""
+        if not self.tile.confident:
+            return 0.0
         # An image that lies on its side (EXIF) may turn out to have other windows than its header promised.
-        return max(0, self.expected - self.executed) * self.tile.seconds if self.tile.confident else 0.0
+        return max(0, self.expected - self.executed) * self.tile.seconds
 
 
 @dataclass(eq=False)
@@ -293,11 +295,11 @@ class Scheduler:
         if not (flow := self._next_flow()):
             return
         instance, pixels = flow.instance, math.prod(self._pending[flow][0].tiles.pixels.shape[2:])
-        predicted = self._latency.predict(instance.key, pixels, instance.graph.macs_per_pixel)
-        tile_s = predicted.seconds
-        batch = self._form_batch(flow, tile_s)
+        tile = self._latency.predict(instance.key, pixels, instance.graph.macs_per_pixel)
+        batch = self._form_batch(flow, tile.seconds)
         members = dict.fromkeys(pending for pending, _ in batch)
-        self._busy_until = self._clock() + len(batch) * tile_s * predicted.confident
+        if tile.confident:
+            self._busy_until = self._clock() + len(batch) * tile.seconds
         try:
             scores, seconds = await self._device.run(_execute, batch, self._clock)
         except Exception as error:  # noqa: BLE001 - whatever the engine raises must reach its requests
