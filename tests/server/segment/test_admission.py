@@ -127,7 +127,7 @@ class TestHumblePredictions:
                 scene.latency.observe(instance.key, 64 * 64, tile_s * factor, instance.graph.macs_per_pixel)
         target, parsed = scene.resolve(**params)
         for _ in range(observations):
-            scene.latency.observe(cpu_work(IMAGE, ("png",), parsed), 64 * 64, 1e-3 * factor)
+            scene.latency.observe(cpu_work(IMAGE, ("mask.png",), parsed), 64 * 64, 1e-3 * factor)
         for header in headers * 2:
             qos = QoS(120.0, time.monotonic() + 60 if dated else math.inf)
             try:
@@ -174,7 +174,7 @@ class TestHumblePredictions:
         instance, (target, params) = scene.deployment.instances["accurate", "fp32"], scene.resolve()
         for _ in range(9):
             scene.latency.observe(instance.key, 16 * 16, 0.02, 4.0)
-            scene.latency.observe(cpu_work(IMAGE, ("png",), params), 16 * 16, 0.02)
+            scene.latency.observe(cpu_work(IMAGE, ("mask.png",), params), 16 * 16, 0.02)
         assert await scene.admit(InputHeader((3000, 3000)), 10.0)
 
 
@@ -436,7 +436,7 @@ class TestMemoryAndQueue:
         target, params = scene.resolve()
         async with scene.admission.admit((IMAGE, None), target, params, QoS()) as ticket:
             assert not scene.scheduler.is_idle
-            assert (ticket.formats, ticket.flow.expected, ticket.flow.arriving) == (("png",), 1, True)
+            assert (ticket.formats, ticket.flow.expected, ticket.flow.arriving) == (("mask.png",), 1, True)
             second = asyncio.create_task(scene.admit())
             for other in (scene.admit(STACK), scene.admit(priority="batch"), scene.admit(InputHeader((4, 4)))):
                 # Volumes, jobs and small inputs do not wait for it.
@@ -510,12 +510,12 @@ class TestEstimate:
     @pytest.mark.parametrize(
         ("params", "formats", "work"),
         [
-            ({}, ("png",), "mask"),
-            ({"threshold": 0.4}, ("tiff",), "mask"),
+            ({}, ("mask.png",), "mask"),
+            ({"threshold": 0.4}, ("mask.tiff",), "mask"),
             ({}, ("json",), "objects"),
-            ({"fill_holes": True}, ("png",), "objects"),
-            ({"keep_largest": True}, ("png",), "objects"),
-            ({}, ("png", "coco"), "outlines"),
+            ({"fill_holes": True}, ("mask.png",), "objects"),
+            ({"keep_largest": True}, ("mask.png",), "objects"),
+            ({}, ("mask.png", "coco"), "outlines"),
             ({"instances": True}, ("geojson",), "instances"),
         ],
     )
