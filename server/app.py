@@ -42,6 +42,9 @@ WEB = Path(__file__).parent / "web"
 # Connections of the ops port, beside those of the other one; and seconds that a scrape may take that runs in the end.
 OPS_CONNECTIONS, OPS_STOP_S = 64, 1
 
+# Seconds that an idle connection stays open, because proxies expect more than 60.
+KEEP_ALIVE_S = 65
+
 # For the documentation; `auth` is what asks for a key.
 KEY_SCHEMES = [Depends(HTTPBearer(auto_error=False)), Depends(APIKeyHeader(name="X-API-Key", auto_error=False))]
 
@@ -213,7 +216,7 @@ def _config(settings: Settings, app: FastAPI, max_connections: int, stop_s: int)
         http=functools.partial(Connection, patience=patience),  # type: ignore[arg-type]  # called like the class
         # A socket upgraded to another protocol would be past every door.
         ws="none",
-        timeout_keep_alive=http.keep_alive_s,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=stop_s,
         access_log=False,
         log_config=None,

@@ -1,4 +1,4 @@
-"""What commands have in common, here and in other packages: how errors are said, and where settings come from."""
+"""Helpers of all commands, here and in other packages: how errors are printed, and where settings come from."""
 
 import functools
 from collections.abc import Callable
@@ -10,14 +10,15 @@ import typer
 from server.errors import UnetppError
 
 # Which extra brings a module that a subcommand may miss.
-EXTRAS = {
-    "torch": "train", "monai": "train", "safetensors": "train", "matplotlib": "train", "onnx": "train", "onnxscript": "train",
-    "onnxruntime": "cpu", "openvino": "cpu", "httpx": "client",
-}  # fmt: skip
+EXTRAS = dict.fromkeys(("torch", "monai", "safetensors", "matplotlib", "onnx", "onnxscript"), "train") | {
+    "onnxruntime": "cpu",
+    "openvino": "cpu",
+    "httpx": "client",
+}
 
 
 def report_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Turns errors meant for a person into one line and exit code 1, and names a missing extra."""
+    """Decorates a command: errors meant for a person become one line and exit code 1; a missing extra is named."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -44,21 +45,21 @@ def fail(text: str) -> NoReturn:
 
 
 def read_settings(bundles: Path | None = None, host: str | None = None, port: int | None = None, insecure: bool = False) -> Any:
-    """Settings from the environment, with the command line's on top."""
+    """Reads the settings from the environment; what the command line names wins.
+
+    Exits with 1 where a variable with our prefix is no setting, or a value is not valid.
+    """
     from pydantic import ValidationError
-    from pydantic_settings import SettingsError
 
     from server.settings import Settings, unknown_variables
 
+    if unknown := unknown_variables():
+        fail(f"settings in the environment that are not read: {'; '.join(unknown)}; the README lists those that exist")
     try:
         settings = Settings()
-    except SettingsError as error:
-        fail(f"the settings in the environment are not valid: {error}")
     except ValidationError as error:
         lines = [f"UNETPP_{'__'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()]
         fail("the settings in the environment are not valid: " + "; ".join(lines))
-    if unknown := unknown_variables():
-        fail(f"unknown settings in the environment: {', '.join(unknown)}; the README lists those that exist")
     http = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     update: dict[str, Any] = {"http": settings.http.model_copy(update=http)}
     if bundles is not None:
