@@ -98,7 +98,7 @@ def create_app(settings: Settings, service: SegmentationService | None = None, s
     runner = Runner(settings.jobs, settings.http.max_in_flight, service, metrics, params.headers, problems.explain, store)
     shadow = ShadowEvaluation(settings.quality, service, metrics)
     probe = HealthProbe(service)
-    metrics.expect(model_info.describe(service.registry.deployments))
+    metrics.register_models(model_info.describe(service.registry.deployments))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -123,7 +123,7 @@ def create_app(settings: Settings, service: SegmentationService | None = None, s
     operating = health.router(probe, runner, metrics, stopping)
     has_ops_port = settings.http.ops_port is not None
     guard = functools.partial(
-        _guard, settings=settings, stopping=stopping, keys=keys, refuse=metrics.refuse, traced=tracing
+        _guard, settings=settings, stopping=stopping, keys=keys, refuse=metrics.count_refusal, traced=tracing
     )
     static = auth.STATIC | page.paths()
     guard(app, free=static if has_ops_port else static | auth.HEALTH)

@@ -44,7 +44,9 @@ def fail(text: str) -> NoReturn:
     raise typer.Exit(1)
 
 
-def read_settings(bundles: Path | None = None, host: str | None = None, port: int | None = None, insecure: bool = False) -> Any:
+def read_settings(
+    bundles: Path | None = None, host: str | None = None, port: int | None = None, insecure: bool = False
+) -> Any:
     """Reads the settings from the environment; what the command line names wins.
 
     Exits with 1 where a variable with our prefix is no setting, or a value is not valid.
@@ -54,7 +56,9 @@ def read_settings(bundles: Path | None = None, host: str | None = None, port: in
     from server.settings import Settings, unknown_variables
 
     if unknown := unknown_variables():
-        fail(f"settings in the environment that are not read: {'; '.join(unknown)}; the README lists those that exist")
+        fail(
+            f"settings in the environment that are not read: {'; '.join(unknown)}; the README lists those that exist"
+        )
     try:
         settings = Settings()
     except ValidationError as error:

@@ -33,7 +33,9 @@ class _Group(BaseModel):
 class HttpSettings(_Group):
     """Where the server listens, and how it stops."""
 
-    host: str = Field("127.0.0.1", description="address to listen on; beyond loopback only with keys or `--insecure`")
+    host: str = Field(
+        "127.0.0.1", description="address to listen on; beyond loopback only with keys or `--insecure`"
+    )
     port: int = Field(8000, ge=1, le=65535, description="TCP port")
     ops_port: int | None = Field(
         None,
@@ -42,12 +44,15 @@ class HttpSettings(_Group):
         description="port of its own for /health/*, /metrics and POST /reload; unset: the first two share `port`",
     )
     ops_host: str = Field(
-        "127.0.0.1", description="address of the ops port; beyond loopback only with keys or `--insecure`, too"
+        "127.0.0.1",
+        description="address of the ops port; beyond loopback only with keys or `--insecure`, too",
     )
     tls_cert: Path | None = Field(
         None, description="certificate chain (PEM); with `tls_key` both ports speak HTTPS only"
     )
-    tls_key: Path | None = Field(None, description="private key of the certificate (PEM), without a passphrase")
+    tls_key: Path | None = Field(
+        None, description="private key of the certificate (PEM), without a passphrase"
+    )
     max_in_flight: int = Field(
         64,
         ge=1,
@@ -71,7 +76,8 @@ class HttpSettings(_Group):
     )
 
     max_connections: int = _constant(
-        800, "Open connections of a port, idle ones too; one more is closed at once. Below the usual 1024 open files of a process."
+        800,
+        "Open connections of a port, idle ones too; one more is closed at once. Below the usual 1024 open files of a process.",
     )
 
 
@@ -91,14 +97,17 @@ class BatchingSettings(_Group):
         "is, or where other work is ready",
     )
 
-    max_batch: int = _constant(64, "Tiles in one run at most: more than that no engine has made faster, whatever their size.")
+    max_batch: int = _constant(
+        64, "Tiles in one run at most: more than that no engine has made faster, whatever their size."
+    )
 
 
 class RuntimeSettings(_Group):
     """What runs the graphs."""
 
     engine: Literal["auto", "onnxruntime", "openvino"] = Field(
-        "auto", description="auto: the faster one by the stored tuning, else OpenVINO on CPUs where it is installed"
+        "auto",
+        description="auto: the faster one by the stored tuning, else OpenVINO on CPUs where it is installed",
     )
     provider: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
         "auto",
@@ -126,12 +135,20 @@ class LimitsSettings(_Group):
     """What a request may bring, and how long it may take to bring it."""
 
     max_body_mb: int = Field(
-        256, ge=1, description="size of a request body, in MiB; checked while it streams in, and for each file of a zip"
+        256,
+        ge=1,
+        description="size of a request body, in MiB; checked while it streams in, and for each file of a zip",
     )
-    max_pixels: int = Field(100_000_000, ge=1, description="height × width of an image, checked before it is decoded")
-    max_voxels: int = Field(250_000_000, ge=1, description="voxels of a volume or stack, checked before it is decoded")
+    max_pixels: int = Field(
+        100_000_000, ge=1, description="height × width of an image, checked before it is decoded"
+    )
+    max_voxels: int = Field(
+        250_000_000, ge=1, description="voxels of a volume or stack, checked before it is decoded"
+    )
     max_memory_mb: int = Field(
-        4096, ge=64, description="working memory of one request in MiB, estimated from the header; more gets 413"
+        4096,
+        ge=64,
+        description="working memory of one request in MiB, estimated from the header; more gets 413",
     )
     max_wait_s: float = Field(
         120.0,
@@ -141,7 +158,8 @@ class LimitsSettings(_Group):
     )
 
     max_zip_images: int = _constant(
-        1000, "Files of a zip; each is a request, and a few run at once. A folder of images sent at once fits."
+        1000,
+        "Files of a zip; each is a request, and a few run at once. A folder of images sent at once fits.",
     )
     max_zip_mb: int = _constant(
         2048,
@@ -159,7 +177,8 @@ class LimitsSettings(_Group):
         "changes networks is back sooner.",
     )
     min_pace_kb_s: float = _constant(
-        16, "KiB per second that an upload or download must reach over `idle_upload_s`; the slowest mobile networks do."
+        16,
+        "KiB per second that an upload or download must reach over `idle_upload_s`; the slowest mobile networks do.",
     )
     head_s: float = _constant(
         10,
@@ -176,7 +195,8 @@ class AuthSettings(_Group):
         "need a key",
     )
     insecure: bool = Field(
-        False, description="listen beyond loopback without keys: everyone who reaches the port may use the server"
+        False,
+        description="listen beyond loopback without keys: everyone who reaches the port may use the server",
     )
 
 
@@ -184,7 +204,8 @@ class LogSettings(_Group):
     """How the log is written to stderr."""
 
     format: Literal["text", "json"] = Field(
-        "text", description="text for terminals; json for collectors: one object per line, with the request's id where there is one"
+        "text",
+        description="text for terminals; json for collectors: one object per line, with the request's id where there is one",
     )
 
 
@@ -204,18 +225,26 @@ class QualitySettings(_Group):
 class JobsSettings(_Group):
     """Work that outlives its request."""
 
-    folder: Path = Field(Path("var/jobs"), description="where jobs and results are kept; one server per folder")
-    keep_results_h: float = Field(24, gt=0, description="hours until a finished job and its result are removed")
+    folder: Path = Field(
+        Path("var/jobs"), description="where jobs and results are kept; one server per folder"
+    )
+    keep_results_h: float = Field(
+        24, gt=0, description="hours until a finished job and its result are removed"
+    )
     max_disk_mb: int = Field(
-        10_240, ge=1, description="size of inputs and results on disk, in MiB; over it a new job gets 507. 10 GiB are 40 of the largest bodies"
+        10_240,
+        ge=1,
+        description="size of inputs and results on disk, in MiB; over it a new job gets 507. 10 GiB are 40 of the largest bodies",
     )
     concurrency: int = Field(1, ge=1, description="jobs that run at once; their memory adds up")
 
     max_queued: int = _constant(
-        1000, "Jobs that wait; one more gets 429. A folder of images sent at once fits, and `max_disk_mb` bounds the same in bytes."
+        1000,
+        "Jobs that wait; one more gets 429. A folder of images sent at once fits, and `max_disk_mb` bounds the same in bytes.",
     )
     max_attempts: int = _constant(
-        5, "Starts of a job that a crash of the server ended. One or two crashes may have another cause; five are the job's own."
+        5,
+        "Starts of a job that a crash of the server ended. One or two crashes may have another cause; five are the job's own.",
     )
 
 
@@ -223,11 +252,19 @@ class Settings(BaseSettings):
     """All settings; environment variables `UNETPP_...`, group and name joined with two underscores."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid", nested_model_default_partial_update=True
+        env_prefix=PREFIX,
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+        nested_model_default_partial_update=True,
     )
 
-    bundles: Path = Field(Path("bundles"), description="a bundle, or a folder of bundles, all of which are served")
-    default_model: str = Field("nuclei", description="bundle that answers requests without `model`; else the only or first")
+    bundles: Path = Field(
+        Path("bundles"), description="a bundle, or a folder of bundles, all of which are served"
+    )
+    default_model: str = Field(
+        "nuclei", description="bundle that answers requests without `model`; else the only or first"
+    )
     http: HttpSettings = HttpSettings()
     batching: BatchingSettings = BatchingSettings()
     runtime: RuntimeSettings = RuntimeSettings()
@@ -256,7 +293,11 @@ OLD_SETTINGS = {
     f"{PREFIX}HTTP__KEEP_ALIVE_S": "is a constant now (65)",
     f"{PREFIX}QUALITY__AGREEMENT_FEWEST_PER_HOUR": f"is gone; {PREFIX}QUALITY__AGREEMENT_SHARE alone decides",
     f"{PREFIX}QUALITY__AGREEMENT_MAX_PIXELS": "is a constant now (16777216)",
-} | {name: f"is a constant now ({field.default})" for name, field in _fields() if field.json_schema_extra == _CONSTANT}
+} | {
+    name: f"is a constant now ({field.default})"
+    for name, field in _fields()
+    if field.json_schema_extra == _CONSTANT
+}
 
 
 def unknown_variables() -> list[str]:
@@ -276,7 +317,9 @@ def otlp_endpoint_is_set() -> bool:
 
 def markdown_table() -> str:
     """The manual's table of settings: variable, default, meaning."""
-    rows = [f"| `{name}` | `{_shown(field.default)}` | {field.description} |" for name, field in SETTINGS.items()]
+    rows = [
+        f"| `{name}` | `{_shown(field.default)}` | {field.description} |" for name, field in SETTINGS.items()
+    ]
     return "\n".join(["| variable | default | meaning |", "|---|---|---|", *rows]) + "\n"
 
 
@@ -285,4 +328,8 @@ def _shown(default: object) -> str:
         return "unset"
     # The manual must not differ from user to user.
     home = Path.home()
-    return f"~/{default.relative_to(home)}" if isinstance(default, Path) and default.is_relative_to(home) else f"{default}"
+    return (
+        f"~/{default.relative_to(home)}"
+        if isinstance(default, Path) and default.is_relative_to(home)
+        else f"{default}"
+    )
