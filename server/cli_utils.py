@@ -1,7 +1,8 @@
 """Helpers of all commands, here and in other packages: how errors are printed, and where settings come from."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,6 +43,31 @@ def fail(text: str) -> NoReturn:
     """Prints an error and exits with 1."""
     typer.secho(f"error: {text}", fg="red", err=True)
     raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """Shows a progress bar on a terminal, and nothing elsewhere; yields rich's `update` of its one task."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        yield functools.partial(bar.update, bar.add_task(description, total=total))
 
 
 def read_settings(
