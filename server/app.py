@@ -34,7 +34,7 @@ from server.runtime.latency import LatencyModel
 from server.runtime.loader import Deployment, read_deployments
 from server.segment.registry import Registry
 from server.segment.service import SegmentationService
-from server.serving import Operations, OpsServer, Server
+from server.serving import CLOSING_S, Operations, OpsServer, Server
 from server.settings import Settings
 
 WEB = Path(__file__).parent / "web"
@@ -155,14 +155,20 @@ def create_ops_app(app: FastAPI) -> FastAPI:
     return ops
 
 
-def make_server(settings: Settings, app: FastAPI, sockets: list[socket], ops_sockets: list[socket]) -> Server:
+def make_server(
+    settings: Settings,
+    app: FastAPI,
+    sockets: list[socket],
+    ops_sockets: list[socket],
+    closing_s: float = CLOSING_S,
+) -> Server:
     """Makes the server of an application on bound sockets; without sockets for it there is no ops port."""
     http = settings.http
     ops = None
     if ops_sockets:
         ops = OpsServer(_config(settings, create_ops_app(app), OPS_CONNECTIONS, OPS_STOP_S), ops_sockets)
     config = _config(settings, app, http.max_connections, http.stop_s)
-    return Server(config, app.state.operations, http.drain_s, sockets, ops)
+    return Server(config, app.state.operations, http.drain_s, sockets, ops, closing_s)
 
 
 def _read_again(settings: Settings, before: Mapping[str, Deployment]) -> dict[str, Deployment]:
