@@ -158,7 +158,7 @@ def calibrate(
                 held_out=held_out,
                 precisions=precision or (),
                 advance=add,
-                show=show,
+                on_progress=show,
             )
     finally:
         # Printed even after an interruption, because measuring takes minutes.
