@@ -29,14 +29,19 @@ def test_tiles_of_images_have_their_own_statistics():
 @pytest.mark.parametrize("dims", [2, 3])
 def test_written_pairs_are_read_by_the_server(tmp_path, make_network, dims):
     network = make_network(dims=dims)
-    graphs = {"L1": ServedGraph(network.prune(1), "sigmoid").eval(), "accurate": ServedGraph(network, "sigmoid").eval()}
+    graphs = {
+        "L1": ServedGraph(network.prune(1), "sigmoid").eval(),
+        "accurate": ServedGraph(network, "sigmoid").eval(),
+    }
     write_golden(tmp_path / "golden.npz", graphs, 3, dims)
     pairs = list(read_pairs(tmp_path / "golden.npz"))
     assert len(pairs) == 2 * len(CASES[dims])
     for name, tiles, scores in pairs:
         with torch.no_grad():
             image = torch.from_numpy(tiles.pixels.astype(np.float32))
-            expected = graphs[name](image, torch.from_numpy(tiles.mean), torch.from_numpy(tiles.inverse_std)).numpy()
+            expected = graphs[name](
+                image, torch.from_numpy(tiles.mean), torch.from_numpy(tiles.inverse_std)
+            ).numpy()
         np.testing.assert_array_equal(scores, expected)
         np.testing.assert_array_equal(torch_scores(graphs[name], tiles), expected)
         # Golden scores that are the same everywhere would check nothing.

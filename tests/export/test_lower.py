@@ -20,7 +20,9 @@ def load(path):
 
 
 @pytest.mark.parametrize("suffix", ["", ".fp16"])
-@pytest.mark.parametrize(("name", "level", "heads"), [("L1", 1, {1}), ("L2", 2, {2}), ("accurate", 2, {1, 2})])
+@pytest.mark.parametrize(
+    ("name", "level", "heads"), [("L1", 1, {1}), ("L2", 2, {2}), ("accurate", 2, {1, 2})]
+)
 def test_graph_holds_exactly_its_nodes(small_kept, name, level, heads, suffix):
     graph = load(small_kept / f"{name}{suffix}.onnx").graph
     nodes = {f"{i}_{j}" for i in range(level + 1) for j in range(level + 1 - i)}
@@ -58,7 +60,9 @@ def test_weights_file_holds_every_parameter_once_in_half_precision(small_kept, s
     assert isinstance(network, UNetPlusPlus)
     assert (network.config.norm, notes) == ("none", {"trained": {"epoch": 7}})
     content, places, state = weights.read_bytes(), offsets(weights), network.state_dict()
-    assert len(content) == 8 + int.from_bytes(content[:8], "little") + 2 * sum(p.numel() for p in network.parameters())
+    assert len(content) == 8 + int.from_bytes(content[:8], "little") + 2 * sum(
+        p.numel() for p in network.parameters()
+    )
     for path in [*small_kept.glob("L?.onnx"), *small_kept.glob("*.fp16.onnx")]:
         for tensor in load(path).graph.initializer:
             name = tensor.name.removesuffix(".fp16").removeprefix(PREFIX)
@@ -103,7 +107,10 @@ def test_offsets_point_at_the_tensors(tmp_path):
     tensors = {"a": torch.arange(3, dtype=torch.float16), "b": torch.arange(4, dtype=torch.float16) + 10}
     save_file(tensors, tmp_path / "w", {"k": "v"})
     content, places = (tmp_path / "w").read_bytes(), offsets(tmp_path / "w")
-    read = {name: np.frombuffer(content[at : at + size], np.float16).tolist() for name, (at, size) in places.items()}
+    read = {
+        name: np.frombuffer(content[at : at + size], np.float16).tolist()
+        for name, (at, size) in places.items()
+    }
     assert read == {name: tensor.tolist() for name, tensor in tensors.items()}
 
 
@@ -111,7 +118,9 @@ def test_point_at_weights_refuses_a_large_initialiser_that_is_not_there(tmp_path
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(2, dtype=torch.float16)}, tmp_path / WEIGHTS)
-    tensor = helper.make_tensor("foreign", TensorProto.FLOAT, [5000], np.zeros(5000, np.float32).tobytes(), raw=True)
+    tensor = helper.make_tensor(
+        "foreign", TensorProto.FLOAT, [5000], np.zeros(5000, np.float32).tobytes(), raw=True
+    )
     graph = helper.make_graph([helper.make_node("Identity", ["foreign"], ["out"])], "g", [], [], [tensor])
     with pytest.raises(ValueError, match="foreign of 20000 bytes"):
         point_at_weights(helper.make_model(graph), tmp_path / WEIGHTS)
@@ -119,7 +128,11 @@ def test_point_at_weights_refuses_a_large_initialiser_that_is_not_there(tmp_path
 
 def test_manifest_describes_the_graphs(small_kept):
     manifest = read_bundle(small_kept).manifest
-    assert [(g.name, g.level, g.divisor) for g in manifest.graphs] == [("L1", 1, 2), ("L2", 2, 4), ("accurate", 2, 4)]
+    assert [(g.name, g.level, g.divisor) for g in manifest.graphs] == [
+        ("L1", 1, 2),
+        ("L2", 2, 4),
+        ("accurate", 2, 4),
+    ]
     macs = [g.macs_per_pixel for g in manifest.graphs]
     assert macs == sorted(macs)
     assert json.loads((small_kept / "manifest.json").read_text())["provenance"]["exported"]

@@ -8,14 +8,32 @@ import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, TrainingInfoProto, helper
+from onnx import (
+    AttributeProto,
+    FunctionProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    TrainingInfoProto,
+    helper,
+)
 
 from export import verify as verify_module
 from export.golden import torch_scores
 from export.graph import ServedGraph, level_networks
 from export.lower import offsets
 from export.pack import write_manifest
-from export.verify import Verdict, VerifyError, agreement, foreign_parts, largest_difference, runnable, verify, wrong_nodes
+from export.verify import (
+    Verdict,
+    VerifyError,
+    agreement,
+    foreign_parts,
+    largest_difference,
+    runnable,
+    verify,
+    wrong_nodes,
+)
 from model import checkpoint
 from server.runtime.bundle import WEIGHTS, read_bundle
 from server.runtime.engines import ENGINES, EngineRow
@@ -31,7 +49,12 @@ def test_verify_sound_bundle_passes_at_every_precision_on_every_engine(request, 
     assert advanced == verdicts
     pairs = {(v.engine, v.precision) for v in verdicts}
     assert pairs == set(runnable(bundle))
-    assert {("onnxruntime", "fp32"), ("onnxruntime", "fp16"), ("onnxruntime", "int8"), ("openvino", "fp32")} <= pairs
+    assert {
+        ("onnxruntime", "fp32"),
+        ("onnxruntime", "fp16"),
+        ("onnxruntime", "int8"),
+        ("openvino", "fp32"),
+    } <= pairs
     # head_std is served at fp32 alone.
     assert len(verdicts) == 3 * len(pairs) + sum(precision == "fp32" for _, precision in pairs)
     assert len(verdicts) == verify_module.combinations(bundle)
@@ -139,7 +162,9 @@ class TestDamaged:
 
 class TestEngines:
     def faked(self, monkeypatch, function):
-        row = EngineRow(lambda *args: FakeEngine(function), "numpy", lambda provider: ("fp32",), lambda wanted: ["cpu"])
+        row = EngineRow(
+            lambda *args: FakeEngine(function), "numpy", lambda provider: ("fp32",), lambda wanted: ["cpu"]
+        )
         monkeypatch.setattr(verify_module, "ENGINES", {"fake": row})
 
     def test_verify_not_a_number_for_one_input_fails(self, small_kept, monkeypatch):
@@ -147,7 +172,10 @@ class TestEngines:
         bundle = read_bundle(small_kept)
         right = ENGINES["onnxruntime"].open(bundle.path("L1", "fp32"), "fp32", "cpu", 1)
         wrong_batch = [3]
-        self.faked(monkeypatch, lambda tiles: right.run(tiles) * np.float32("nan" if len(tiles) in wrong_batch else 1))
+        self.faked(
+            monkeypatch,
+            lambda tiles: right.run(tiles) * np.float32("nan" if len(tiles) in wrong_batch else 1),
+        )
         with pytest.raises(VerifyError, match="L1 at fp32 on fake: largest difference inf"):
             verify(bundle)
         wrong_batch.clear()
@@ -170,9 +198,13 @@ def external(location: str, **other: str) -> TensorProto:
     return tensor
 
 
-def model(*nodes: NodeProto, tensors: tuple[TensorProto, ...] = (), domains: tuple[str, ...] = ("",)) -> ModelProto:
+def model(
+    *nodes: NodeProto, tensors: tuple[TensorProto, ...] = (), domains: tuple[str, ...] = ("",)
+) -> ModelProto:
     graph = GraphProto(name="g", node=nodes, initializer=tensors)
-    return ModelProto(ir_version=8, graph=graph, opset_import=[helper.make_opsetid(domain, 18) for domain in domains])
+    return ModelProto(
+        ir_version=8, graph=graph, opset_import=[helper.make_opsetid(domain, 18) for domain in domains]
+    )
 
 
 def holding(**fields: Any) -> ModelProto:
@@ -230,9 +262,13 @@ def test_foreign_parts_are_named(case):
 @pytest.mark.parametrize(
     "proto",
     [
-        model(NodeProto(op_type="Relu"), NodeProto(op_type="Relu", domain="ai.onnx"), domains=("", "ai.onnx")),
+        model(
+            NodeProto(op_type="Relu"), NodeProto(op_type="Relu", domain="ai.onnx"), domains=("", "ai.onnx")
+        ),
         model(tensors=(external(WEIGHTS, offset="0", length="4"), TensorProto(raw_data=b"location"))),
-        holding(g=GraphProto(initializer=[external(WEIGHTS)]), floats=[1.0], ints=[1], f=1.0, strings=[b"evil"]),
+        holding(
+            g=GraphProto(initializer=[external(WEIGHTS)]), floats=[1.0], ints=[1], f=1.0, strings=[b"evil"]
+        ),
         ModelProto(),
     ],
     ids=["operators", "external data", "branches", "nothing"],
