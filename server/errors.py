@@ -14,8 +14,8 @@ UnetppError
 │   ├── DeadlineTooShort      a deadline that even an idle server would miss
 │   ├── UnknownModel          a bundle that is not served
 │   ├── UnknownJob            a job that was never accepted, was deleted or has expired
-│   ├── NotFinished           a job without a result, or without one yet
-│   └── ReloadFailed          bundles on disk that cannot be served; the old ones are
+│   ├── ReloadFailed          bundles on disk that cannot be served; the old ones are
+│   └── NotFinished           a job without a result, or without one yet
 ├── TryAgain                  the same request may succeed later
 │   ├── ReloadRunning         another reload is running
 │   ├── Overloaded            too many requests at once
