@@ -15,6 +15,9 @@ from model.config import UNetPlusPlusConfig
 from model.network import UNetPlusPlus
 from server.runtime.bundle import Bundle, Window, read_bundle
 
+# The threads of OpenMP spin while they wait, which takes most of the time where tests share the cores.
+torch.set_num_threads(1)
+
 CARDS = Path(__file__).parents[2] / "export" / "cards"
 
 

@@ -5,7 +5,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+# The threads of OpenMP spin while they wait, which takes most of the time where tests share the cores.
+torch.set_num_threads(1)
 
 
 def write_discs(root: Path, splits: dict[str, int], side: int = 32) -> Path:

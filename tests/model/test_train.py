@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -244,18 +243,6 @@ def interrupted_at(monkeypatch, epoch):
     monkeypatch.setattr(train, "deep_supervision_loss", interrupting)
 
 
-def test_resuming_is_exact(tmp_path, discs_kept, finished, monkeypatch):
-    same, out = recipe(schedule="one-cycle", weight_decay=1e-2), tmp_path / "run"
-    with monkeypatch.context() as patch:
-        interrupted_at(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            train.train(same, discs_kept, out)
-    assert len(rows_of(out)) == 2
-    torch.manual_seed(99)
-    train.train(same, discs_kept, out)
-    assert_same_run(out, finished)
-
-
 def test_resuming_is_exact_after_every_epoch(tmp_path, discs_kept, finished, monkeypatch):
     same, out = recipe(schedule="one-cycle", weight_decay=1e-2), tmp_path / "run"
     for _ in range(3):
@@ -263,6 +250,7 @@ def test_resuming_is_exact_after_every_epoch(tmp_path, discs_kept, finished, mon
             interrupted_at(patch, 2)
             with pytest.raises(KeyboardInterrupt):
                 train.train(same, discs_kept, out)
+        torch.manual_seed(99)  # global state must not matter
     train.train(same, discs_kept, out)
     assert_same_run(out, finished)
 
@@ -314,7 +302,9 @@ def test_a_killed_process_goes_on(tmp_path, discs_kept, finished):
         "train(TrainConfig.model_validate_json(recipe.read_text()), data, out)"
     )
     command = [sys.executable, "-c", code, str(discs_kept), str(out), str(tmp_path / "recipe.json")]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    # As many threads as here, because sums depend on it.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # noqa: TID251 - of a child
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, env=environment)
     while not (out / "last.safetensors").exists():
         assert process.poll() is None, "the run ended before its first epoch"
         time.sleep(0.005)
@@ -405,6 +395,7 @@ class TestRefused:
         (volume_recipe(data={"tile": (16, 16, 18)}), r"data\.tile: 18 is not a multiple of 4, which a network of depth 2 needs"),
         (volume_recipe(data={"tile": (16, 0, 16)}), r"data\.tile: 0 is not a multiple of 4"),
         (volume_recipe(data={"tile": 18}), r"data\.tile: 18 is not a multiple of 4"),
+        (recipe(data={"tile": 18}), r"data\.tile.*18.*multiple of 4"),
         (volume_recipe(data={"flip": (0, 3)}), r"data\.flip: there is no axis 3 in 3 dimensions; axes count from 0"),
         (volume_recipe(data={"flip": (-1,)}), r"data\.flip: there is no axis -1 in 3 dimensions"),
         (recipe(data={"flip": (2,)}), r"data\.flip: there is no axis 2 in 2 dimensions"),
@@ -420,11 +411,6 @@ class TestRefused:
     def test_a_batch_larger_than_an_epoch(self, discs_kept, tmp_path):
         with pytest.raises(DataError, match="a batch of 17 tiles is more than one epoch holds"):
             train.train(recipe(batch=17), discs_kept, tmp_path / "run")
-
-    def test_a_tile_that_cannot_be_halved(self, discs_kept, tmp_path):
-        with pytest.raises(RecipeError, match=r"data\.tile.*18.*multiple of 4"):
-            train.train(recipe(data={"tile": 18}), discs_kept, tmp_path / "run")
-
 
 # --- learning rate ---
 
@@ -514,6 +500,7 @@ def test_accurate_is_the_mean_of_the_probabilities_not_of_the_masks():
 
 def test_the_shipped_recipe_is_valid():
     config = read_recipe(RECIPE, [])
+    assert TrainConfig.model_validate_json(config.model_dump_json()) == config
     assert config.architecture == "unetpp"
     assert config.network.widths == (32, 64, 128, 256, 512)
     assert config.data.tile % config.network.divisor(config.network.depth) == 0
@@ -521,6 +508,7 @@ def test_the_shipped_recipe_is_valid():
 
 def test_the_shipped_recipe_for_volumes_is_valid():
     config = read_recipe(VOLUMES, [])
+    assert TrainConfig.model_validate_json(config.model_dump_json()) == config
     train._check_tile(config)
     # Anterior and posterior are the classes, and must not be mirrored into each other.
     assert (config.network.classes, config.data.flip, config.data.rotate90) == (3, (0,), False)
@@ -529,12 +517,6 @@ def test_the_shipped_recipe_for_volumes_is_valid():
         heads = network(torch.empty(1, 1, *config.data.tile_shape(3)))
     assert not any(isinstance(module, torch.nn.Conv2d) for module in network.modules())
     assert [head.shape for head in heads] == [(1, 3, 32, 48, 32)] * 4
-
-
-def test_a_recipe_survives_json():
-    for path in (RECIPE, VOLUMES):
-        config = read_recipe(path, [])
-        assert TrainConfig.model_validate_json(config.model_dump_json()) == config
 
 
 def test_overrides():
@@ -551,11 +533,6 @@ def test_overrides():
     assert (config.architecture, config.optimisation.epochs, config.optimisation.schedule) == ("unet", 3, "constant")
     assert (config.data.balance, config.network.widths) == ("a=b", (2, 3))
     assert config.optimisation.batch == read_recipe(RECIPE, []).optimisation.batch
-
-
-def test_an_override_of_a_section_that_the_recipe_leaves_out(tmp_path):
-    (tmp_path / "empty.toml").write_text("")
-    assert read_recipe(tmp_path / "empty.toml", ["optimisation.epochs=3"]).optimisation.epochs == 3
 
 
 @pytest.mark.parametrize(("override", "match"), [
@@ -578,39 +555,22 @@ def test_wrong_overrides(override, match):
         read_recipe(RECIPE, [override])
 
 
-@pytest.mark.parametrize("content", [b"not toml", b"\xff\xfe", b"[network]\nwidth = [3, 4]\n"])
+@pytest.mark.parametrize("content", [None, b"not toml", b"\xff\xfe", b"[network]\nwidth = [3, 4]\n"])
 def test_wrong_recipes(tmp_path, content):
-    (tmp_path / "a.toml").write_bytes(content)
+    if content is not None:
+        (tmp_path / "a.toml").write_bytes(content)
     with pytest.raises(RecipeError, match=r"a\.toml"):
         read_recipe(tmp_path / "a.toml", [])
-
-
-def test_a_missing_recipe(tmp_path):
-    with pytest.raises(RecipeError, match=r"none\.toml"):
-        read_recipe(tmp_path / "none.toml", [])
+    # An empty one is good: a section that it leaves out can be given by an override.
+    (tmp_path / "a.toml").write_text("")
+    assert read_recipe(tmp_path / "a.toml", ["optimisation.epochs=3"]).optimisation.epochs == 3
 
 
 # --- the console ---
 
 
-def test_what_is_said(tmp_path, discs_kept):
-    with (tmp_path / "said.txt").open("w+") as file:
-        train.train(recipe(epochs=1), discs_kept, tmp_path / "run", Console(file=file, width=200))
-        file.seek(0)
-        text = file.read()
-    assert "4 training and 2 validation images; 4 steps per epoch" in text
-    assert "epoch 1: loss" in text
-
-
 ARGUMENTS = ["--set", "network.widths=[4, 6]", "--set", "network.in_channels=1", "--set", "data.tile=16", "--set", "data.tiles_per_image=1",
              "--set", "optimisation.batch=4", "--set", "optimisation.workers=0", "--set", "optimisation.epochs=1"]  # fmt: skip
-
-
-def test_command_help():
-    result = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"})
-    assert result.exit_code == 0
-    assert "recipe" in result.output.lower()
-    assert "--set" in result.output
 
 
 def test_command(tmp_path, discs_kept):
@@ -618,6 +578,8 @@ def test_command(tmp_path, discs_kept):
     result = CliRunner().invoke(app, ["train", str(RECIPE), "--data", str(discs_kept), "--out", str(out), *ARGUMENTS])
     assert result.exit_code == 0, result.output
     assert str(out / "best.safetensors") in result.output
+    assert "4 training and 2 validation images" in result.output
+    assert "epoch 1: loss" in result.output
     assert json.loads((out / "recipe.json").read_text())["network"]["widths"] == [4, 6]
 
 
