@@ -20,7 +20,11 @@ def test_settings_without_environment_are_safe() -> None:
 
 def test_settings_read_the_environment_and_keep_the_rest_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     default = Settings()
-    for name, value in {"BUNDLES": "/srv/bundles", "HTTP__PORT": "9000", "RUNTIME__PRECISION": "int8"}.items():
+    for name, value in {
+        "BUNDLES": "/srv/bundles",
+        "HTTP__PORT": "9000",
+        "RUNTIME__PRECISION": "int8",
+    }.items():
         monkeypatch.setenv(f"UNETPP_{name}", value)
     settings = Settings()
     assert settings.bundles == Path("/srv/bundles")
@@ -41,7 +45,9 @@ def test_settings_read_the_environment_and_keep_the_rest_of_a_group(monkeypatch:
         ("LIMITS__UNKNOWN", "5"),
     ],
 )
-def test_settings_refuse_a_value_out_of_bounds(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_settings_refuse_a_value_out_of_bounds(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
     monkeypatch.setenv(f"UNETPP_{name}", value)
     with pytest.raises(ValidationError):
         Settings()
@@ -62,7 +68,9 @@ def test_unknown_variables_names_what_does_not_exist(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("name", sorted(OLD_SETTINGS))
-def test_unknown_variables_says_what_became_of_an_old_setting(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_unknown_variables_says_what_became_of_an_old_setting(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.setenv(name, "1")
     assert unknown_variables() == [f"{name} {OLD_SETTINGS[name]}"]
     assert "(" in OLD_SETTINGS[name] or "UNETPP_" in OLD_SETTINGS[name]
@@ -78,4 +86,6 @@ def test_markdown_table_has_a_row_per_setting_and_no_folder_of_this_machine() ->
     rows = [line for line in markdown_table().splitlines() if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == list(SETTINGS)
     assert all(len(row.strip("| ").split(" | ")) == 3 for row in rows)
-    assert not [row for row in rows if "PydanticUndefined" in row or "None" in row or str(Path.home()) + "/" in row]
+    assert not [
+        row for row in rows if "PydanticUndefined" in row or "None" in row or str(Path.home()) + "/" in row
+    ]
