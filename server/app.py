@@ -31,13 +31,16 @@ from server.reload import Reload
 from server.runtime.loader import Deployment, read_deployments
 from server.segment.service import SegmentationService
 from server.service import open_service
-from server.serving import Operations, OpsServer, Server
+from server.serving import CLOSING_S, Operations, OpsServer, Server
 from server.settings import Settings
 
 WEB = Path(__file__).parent / "web"
 
 # Connections of the ops port, beside those of the other one; and seconds that a scrape may take that runs in the end.
 OPS_CONNECTIONS, OPS_STOP_S = 64, 1
+
+# Seconds that an idle connection stays open, because proxies expect more than 60.
+KEEP_ALIVE_S = 65
 
 # For the documentation; `auth` is what asks for a key.
 KEY_SCHEMES = [Depends(HTTPBearer(auto_error=False)), Depends(APIKeyHeader(name="X-API-Key", auto_error=False))]
@@ -58,7 +61,7 @@ def create_app(settings: Settings, service: SegmentationService | None = None, s
     runner = Runner(settings.jobs, settings.http.max_in_flight, service, metrics, params.headers, problems.explain, store)
     shadow = ShadowEvaluation(settings.quality, service, metrics)
     probe = HealthProbe(service)
-    metrics.expect(model_info.describe(service.registry.deployments))
+    metrics.register_models(model_info.describe(service.registry.deployments))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -84,7 +87,7 @@ def create_app(settings: Settings, service: SegmentationService | None = None, s
     operating = health.router(probe, runner, metrics, stopping)
     has_ops_port = settings.http.ops_port is not None
     guard = functools.partial(
-        _guard, settings=settings, stopping=stopping, keys=keys, refuse=metrics.refuse, traced=tracing
+        _guard, settings=settings, stopping=stopping, keys=keys, refuse=metrics.count_refusal, traced=tracing
     )
     static = auth.STATIC | page.paths()
     guard(app, free=static if has_ops_port else static | auth.HEALTH)
@@ -116,14 +119,20 @@ def create_ops_app(app: FastAPI) -> FastAPI:
     return ops
 
 
-def make_server(settings: Settings, app: FastAPI, sockets: list[socket], ops_sockets: list[socket]) -> Server:
+def make_server(
+    settings: Settings,
+    app: FastAPI,
+    sockets: list[socket],
+    ops_sockets: list[socket],
+    closing_s: float = CLOSING_S,
+) -> Server:
     """Makes the server of an application on bound sockets; without sockets for it there is no ops port."""
     http = settings.http
     ops = None
     if ops_sockets:
         ops = OpsServer(_config(settings, create_ops_app(app), OPS_CONNECTIONS, OPS_STOP_S), ops_sockets)
     config = _config(settings, app, http.max_connections, http.stop_s)
-    return Server(config, app.state.operations, http.drain_s, sockets, ops)
+    return Server(config, app.state.operations, http.drain_s, sockets, ops, closing_s)
 
 
 def _read_again(settings: Settings, before: Mapping[str, Deployment]) -> dict[str, Deployment]:
@@ -177,7 +186,7 @@ def _config(settings: Settings, app: FastAPI, max_connections: int, stop_s: int)
         http=functools.partial(Connection, patience=patience),  # type: ignore[arg-type]  # called like the class
         # A socket upgraded to another protocol would be past every door.
         ws="none",
-        timeout_keep_alive=http.keep_alive_s,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=stop_s,
         access_log=False,
         log_config=None,

@@ -90,7 +90,7 @@ class Runner:
         self._reset()
         self._opened = self._given or await self._off_loop(Store, self._settings)
         files = self._store.files
-        self._metrics.follow(self._metrics.jobs_disk_bytes, lambda: files.used_bytes)
+        self._metrics.set_function(self._metrics.jobs_disk_bytes, lambda: files.used_bytes)
         for job in await self._off_loop(self._store.waiting):
             self._queue.add(job)
         work = [self._work() for _ in range(self._settings.concurrency)]

@@ -312,6 +312,10 @@ class Loader:
                 self._opening[instance] = self._executor.submit(self._open_instance, deployment, instance)
             return self._opening[instance]
 
+    def count_open(self) -> int:
+        """Counts the open graphs."""
+        return len(self._open)
+
     def forget(self, deployment: Deployment) -> None:
         """Keeps nothing of a deployment that has been replaced; requests that still run on it hold what they need."""
         with self._lock:

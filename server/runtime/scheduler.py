@@ -166,10 +166,10 @@ class Scheduler:
         self._waited = False
         self._closed = False
         for priority in ("interactive", "batch"):
-            metrics.follow(metrics.queue_tiles.labels(priority), functools.partial(self._count_waiting, priority))
-            metrics.follow(metrics.queue_oldest_s.labels(priority), functools.partial(self._oldest_s, priority))
-        metrics.follow(metrics.backlog_s, lambda: self.predict_wait_s(math.inf))
-        metrics.follow(metrics.predicted_wait_s, self.predict_wait_s)
+            metrics.set_function(metrics.queue_tiles.labels(priority), functools.partial(self._count_waiting, priority))
+            metrics.set_function(metrics.queue_oldest_s.labels(priority), functools.partial(self._oldest_s, priority))
+        metrics.set_function(metrics.backlog_s, lambda: self.predict_wait_s(math.inf))
+        metrics.set_function(metrics.predicted_wait_s, self.predict_wait_s)
 
     @property
     def is_idle(self) -> bool:

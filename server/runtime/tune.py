@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 TILE_SIDE = {2: 128, 3: 32}
 
 # Rounds over all candidates in turn, so that whatever else runs slows all alike; the minimum counts.
-MIN_ROUNDS, MAX_ROUNDS = 5, 15
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
 
 # A batch is doubled for as long as a tile becomes so much faster; more would only delay the next request.
 WORTHWHILE = 0.95

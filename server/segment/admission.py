@@ -298,7 +298,6 @@ class Admission:
                     f"other inputs held the memory for {spare_s:.0f} s, which leaves no time for this one; retry later, or use "
                     "POST /jobs",
                     refusal="memory",
-                    setting="UNETPP_LIMITS__PIXELS_IN_FLIGHT",
                     remedy="POST /jobs",
                 ) from error
             yield

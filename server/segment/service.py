@@ -75,6 +75,7 @@ class SegmentationService:
         self._device = device or DeviceThread()
         latency = latency or LatencyModel()
         self.loader = Loader(self._device, runtime.graph_memory_mb * 1_000_000)
+        metrics.set_function(metrics.instances_open, self.loader.count_open)
         self.scheduler = Scheduler(self._device, latency, metrics, batching.max_wait_ms / 1000)
         self.admission = Admission(self.scheduler, latency, limits, metrics)
         self.workers = Workers()

@@ -116,11 +116,9 @@ class ZipFiles:
             raise Unreadable("the zip holds no files; pack the images themselves")
         if len(infos) > self._limits.max_zip_images:
             raise TooLarge(
-                f"the zip holds {len(infos):,} files; the limit is {self._limits.max_zip_images:,}. Send it in parts, or raise "
-                "UNETPP_LIMITS__MAX_ZIP_IMAGES on the server",
+                f"the zip holds {len(infos):,} files; the limit is {self._limits.max_zip_images:,}. Send it in parts",
                 limit=self._limits.max_zip_images,
                 actual=len(infos),
-                setting="UNETPP_LIMITS__MAX_ZIP_IMAGES",
             )
         if twice := [name for name, times in Counter(name for _, name in infos).items() if times > 1]:
             raise Unreadable(f"the zip holds two files named {twice[0]!r:.80}; give each its own name", file=twice[0][:80])
@@ -196,11 +194,9 @@ class ZipFiles:
 
     def _full(self, what: str) -> "ZipTooLarge":
         return ZipTooLarge(
-            f"all {what} of the zip together have more than {self._limits.max_zip_mb:,} MiB, which is the limit. Send it in parts, or "
-            "raise UNETPP_LIMITS__MAX_ZIP_MB on the server",
+            f"all {what} of the zip together have more than {self._limits.max_zip_mb:,} MiB, which is the limit. Send it in parts",
             limit=self._limits.max_zip_mb,
             unit="MiB",
-            setting="UNETPP_LIMITS__MAX_ZIP_MB",
         )
 
 

@@ -15,8 +15,8 @@ from server.monitoring.health_probe import HealthProbe
 def router(probe: HealthProbe, runner: Runner, metrics: Metrics, stopping: Stopping) -> APIRouter:
     """Makes the routes."""
     routes = APIRouter()
-    metrics.follow(metrics.stopping, lambda: stopping.begun)
-    metrics.follow(metrics.ready, functools.partial(_is_ready, probe, runner, stopping))
+    metrics.set_function(metrics.stopping, lambda: stopping.begun)
+    metrics.set_function(metrics.ready, functools.partial(_is_ready, probe, runner, stopping))
 
     @routes.get(
         "/health/live",
