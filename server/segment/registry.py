@@ -154,7 +154,7 @@ class Registry:
         deployment = self.get(params.model if params.model is not None else self.default)
         mode = params.mode or ("accurate" if params.level is None else "fast")
         target = MODES[mode](deployment, params.level)
-        if encoding.wants(params.format, HEAD_STD):
+        if encoding.requires(params.format, HEAD_STD):
             return _with_head_std(target, params)
         target = target.at_precision(params.precision)
         return replace(target, alternatives=_shallower(target, params))

@@ -31,7 +31,7 @@ CPU_PHASES = ("decode", "restore", "postprocess", "encode")
 # and handing them to a thread and back takes longer.
 INLINE_BYTES = 32 * 1024
 INLINE_PIXELS = 128 * 128
-INLINE_FORMATS = ("png",)
+INLINE_FORMATS = ("mask.png",)
 
 # Images with more pixels use the threads of volumes while their objects are split or outlined.
 LONG_PIXELS = 1024 * 1024
