@@ -115,13 +115,7 @@ def router(runner: Runner, max_streams: int = MAX_STREAMS) -> APIRouter:
         "/jobs/{id}/events", summary="Server-sent events", response_class=StreamingResponse, responses=EVENTS
     )
     async def events(request: Request, id: str) -> Response:  # noqa: A002 - the contract's word
-        await runner.get(id)
-        if request.headers.get("last-event-id") == LAST_EVENT_ID:
-            return Response(status_code=204, headers=PRIVATE)
-        _check_streams(len(streams), max_streams, id)
-        return StreamingResponse(
-            _events(runner, id, streams), headers=EVENT_STREAM, media_type="text/event-stream"
-        )
+        return await _event_stream(runner, id, request, streams, max_streams)
 
     @routes.head("/jobs/{id}/result", include_in_schema=False)
     @routes.get("/jobs/{id}/result", summary="The mask", response_class=Response, responses=FILE)
@@ -142,21 +136,29 @@ def router(runner: Runner, max_streams: int = MAX_STREAMS) -> APIRouter:
     return routes
 
 
-def _check_streams(count: int, limit: int, id_: str) -> None:
-    """Checks that one more event stream may be opened.
+async def _event_stream(
+    runner: Runner, id_: str, request: Request, streams: set[object], max_streams: int
+) -> Response:
+    """The response with the events of a job.
 
     Raises:
-        Overloaded: the limit is reached.
+        UnknownJob: there is no such job.
+        Overloaded: too many streams are open.
     """
-    if count >= limit:
+    await runner.get(id_)
+    if request.headers.get("last-event-id") == LAST_EVENT_ID:
+        return Response(status_code=204, headers=PRIVATE)
+    if len(streams) >= max_streams:
         raise Overloaded(
-            f"{count} event streams are open, which is the limit; poll GET /jobs/{id_} instead",
+            f"{len(streams)} event streams are open, which is the limit; poll GET /jobs/{id_} instead",
             MAX_RETRY_S,
-            limit=limit,
-            actual=count,
+            limit=max_streams,
+            actual=len(streams),
             unit="streams",
             remedy=f"GET /jobs/{id_}",
         )
+    events = _events(runner, id_, streams)
+    return StreamingResponse(events, headers=EVENT_STREAM, media_type="text/event-stream")
 
 
 def _refuse_deadline(params: JobParams, request: Request) -> None:
