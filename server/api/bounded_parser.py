@@ -27,6 +27,7 @@ class BoundedParser(h11.Connection):
         on_sent: called after each piece of a response.
 
     Attributes:
+        requests: heads of requests so far.
         written: bytes of responses so far.
         held: True if the turn ended with events left.
         tiny_chunks: True if a body was refused for the size of its chunks.
@@ -37,6 +38,7 @@ class BoundedParser(h11.Connection):
         self._on_sent = on_sent
         self._events_left = TURN_EVENTS
         self._chunks = self._chunks_after_response = self._body_bytes = 0
+        self.requests = 0
         self.written = 0
         self.held = self.tiny_chunks = False
 
@@ -65,6 +67,7 @@ class BoundedParser(h11.Connection):
         self._events_left -= 1
         event = super().next_event()
         if isinstance(event, h11.Request):
+            self.requests += 1
             self._chunks = self._chunks_after_response = self._body_bytes = 0
         elif isinstance(event, h11.Data):
             self._count(event)

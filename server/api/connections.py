@@ -89,9 +89,12 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         """Called by uvicorn when a response is written; the rest of the request's body is discarded as it arrives."""
+        if self.conn.their_state is h11.SEND_BODY:
+            if self._body_timer is not None:
+                self._body_timer.cancel()
+            check = self._check_body, self._parser.requests
+            self._body_timer = self.loop.call_later(self._limits.idle_s, *check)
         super().on_response_complete()
-        if self.conn.their_state is h11.SEND_BODY and self._body_timer is None:
-            self._body_timer = self.loop.call_later(self._limits.idle_s, self.transport.abort)
         self._watch_head()
 
     def send_400_response(self, msg: str) -> None:
@@ -126,13 +129,14 @@ class Connection(H11Protocol):
                 self._head_timer.cancel()
                 self._head_timer = None
             return
-        if self._body_timer is not None:
-            # That body has ended.
-            self._body_timer.cancel()
-            self._body_timer = None
         # Between two requests uvicorn's own timer runs until the first byte of the next one.
         if self._head_timer is None and self.timeout_keep_alive_task is None:
             self._head_timer = self.loop.call_later(self._limits.head_s, self.transport.abort)
+
+    def _check_body(self, request: int) -> None:
+        """Aborts if the unwanted body of a request still arrives; later requests on the connection have begun otherwise."""
+        if self._parser.requests == request and self.conn.their_state is h11.SEND_BODY:
+            self.transport.abort()
 
     def _next_turn(self) -> None:
         """Handles the events that were held."""
