@@ -13,7 +13,7 @@ from bench.peers.contenders import CASES
 from bench.peers.report import label
 from bench.table import RESULTS, markdown
 from server.runtime.bundle import read_bundle
-from server.runtime.opening import offered
+from server.runtime.selection import is_enabled
 from server.settings import markdown_table
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +32,9 @@ def levels() -> str:
         raise SystemExit("bundles/nuclei has no held-out table: run unetpp calibrate --held-out")
     deepest = manifest.graph("L4").macs_per_pixel
     rows = []
-    for row in sorted((r for r in _results("levels") if r["auto"]), key=lambda r: (r["graph"] == "accurate", r["graph"])):
+    for row in sorted(
+        (r for r in _results("levels") if r["auto"]), key=lambda r: (r["graph"] == "accurate", r["graph"])
+    ):
         graph = manifest.graph(row["graph"])
         ms, torch_ms = row["http_ms"]["512"], row["torch_eager_fp32_ms"]
         rows.append([
@@ -44,18 +46,25 @@ def levels() -> str:
         "graph", "parameters", "work", "IoU %", "served by (`auto`)", "256² ms", "512² ms", "torch eager fp32, 512² ms", "faster", "at fp32",
     ]  # fmt: skip
     held_out = manifest.held_out
-    return f"IoU: foreground, {held_out.images} images ({held_out.data}). Times: {held_out.machine}; CPU only.\n\n" + markdown(
-        headings, rows
+    return (
+        f"IoU: foreground, {held_out.images} images ({held_out.data}). Times: {held_out.machine}; CPU only.\n\n"
+        + markdown(headings, rows)
     )
 
 
 def accuracy() -> str:
     """Held-out accuracy, also of the U-Net."""
     rows = [
-        [r["network"], f"{r['parameters']:,}", *(f"{r[key] * 100:.2f}" for key in ("iou", "mean_iou", "dice"))]
+        [
+            r["network"],
+            f"{r['parameters']:,}",
+            *(f"{r[key] * 100:.2f}" for key in ("iou", "mean_iou", "dice")),
+        ]
         for r in _results("accuracy")
     ]
-    return markdown(["network", "parameters", "foreground IoU %", "mean IoU (with background) %", "Dice %"], rows)
+    return markdown(
+        ["network", "parameters", "foreground IoU %", "mean IoU (with background) %", "Dice %"], rows
+    )
 
 
 def memory() -> str:
@@ -75,7 +84,10 @@ def hippocampus() -> str:
     for graph in manifest.graphs:
         measured = [r for r in held_out.rows if r.graph == graph.name]
         exact = next(r for r in measured if r.precision == "fp32")
-        fastest = min((r for r in measured if offered(manifest, r.graph, r.precision, r.engine)), key=lambda r: r.latency_ms)
+        fastest = min(
+            (r for r in measured if is_enabled(manifest, r.graph, r.precision, r.engine)),
+            key=lambda r: r.latency_ms,
+        )
         rows.append([
             graph.name, f"{graph.parameters:,}", f"{graph.macs_per_pixel / 1e3:.0f}", *(f"{d:.3f}" for d in exact.class_dice),
             f"{exact.iou:.3f}", f"{exact.latency_ms:.0f}", f"{fastest.latency_ms:.0f} ({fastest.precision})", f"{fastest.dice:.3f}",
@@ -83,7 +95,9 @@ def hippocampus() -> str:
     headings = [
         "graph", "parameters", "kMAC/voxel", *(f"Dice {name}" for name in names), "IoU", "64³ ms, fp32", "fastest", "its Dice",
     ]  # fmt: skip
-    return f"{held_out.images} volumes ({held_out.data}); {held_out.machine}; CPU only.\n\n" + markdown(headings, rows)
+    return f"{held_out.images} volumes ({held_out.data}); {held_out.machine}; CPU only.\n\n" + markdown(
+        headings, rows
+    )
 
 
 def volumes() -> str:
@@ -104,7 +118,14 @@ def peers() -> str:
             p99 = levels.get("0.8x", {}).get("p99")
             row += ["–" if best is None else f"{best:.3g}", "–" if p99 is None else f"{p99:,.0f}"]
         rows.append(row)
-    headings = ["", *(f"{CASES[case].name} {what}" for case in run["deadlines_ms"] for what in ("answers/s", "p99 ms at 0.8 ×"))]
+    headings = [
+        "",
+        *(
+            f"{CASES[case].name} {what}"
+            for case in run["deadlines_ms"]
+            for what in ("answers/s", "p99 ms at 0.8 ×")
+        ),
+    ]
     heading, rule, *goals = (RESULTS / "peers.md").read_text().split("\n\n")[1].splitlines()
     missed = [goal for goal in goals if goal.endswith("| missed |")]
     of = f"{len(goals) - len(missed)} of {len(goals)} goals met, at commit {run['ours']['commit']}; missed:"
@@ -123,7 +144,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """The text with every block between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
+    """The text with every block between `<!-- NAME -->` and `<!-- /NAME -->` rewritten."""
     for name, make in BLOCKS.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text, count = pattern.subn(lambda match, made=make: f"{match[1]}{made()}{match[2]}", text)  # type: ignore[misc]

@@ -80,7 +80,7 @@ class Volume:
     Attributes:
         voxels: (X, Y, Z, C) uint8, uint16, int16 or float32, all finite. The pages of a stack follow each other along Z.
         affine: (4, 4) voxel index to mm along right, anterior, superior; None for a stack of pages.
-        header: the file's own header, which the answer is written with; None for a stack of pages.
+        file_header: the file's own header, which the answer is written with; None for a stack of pages.
         note: as `Image.note`.
         spacing_mm: of a stack, along X, Y and, unless each page is a time, Z, where the file says it; of a volume the affine tells.
         family: what a volume is answered in unless another format is asked for: "nifti", or "nrrd" for NRRD and MetaImage.
@@ -89,7 +89,7 @@ class Volume:
 
     voxels: Shaped[ndarray, "X Y Z C"]
     affine: Float64[ndarray, "4 4"] | None
-    header: Any = None
+    file_header: Any = None
     note: str = ""
     spacing_mm: tuple[float, ...] | None = None
     family: str = "nifti"

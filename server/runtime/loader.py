@@ -161,11 +161,13 @@ class Deployment:
         self.selection: Selection = select(
             self.manifest, self._machine, self._runtime, self._batching, self.tuning, self._excluded
         )
-        kept = self.instances
-        self.instances = {}
+        instances = dict(self.instances)
         for (graph, precision), choice in self.selection.choices.items():
-            before = kept.get((graph, precision))
-            self.instances[graph, precision] = before if before and before.choice == choice else self._instance(graph, choice)
+            before = instances.get((graph, precision))
+            if before is None or before.choice != choice:
+                instances[graph, precision] = self._instance(graph, choice)
+        # Assigned as a whole, because the event loop may read it meanwhile; excluded ones stay for requests that hold them.
+        self.instances = instances
 
     def _instance(self, graph: str, choice: Choice) -> ModelInstance:
         row = self.manifest.graph(graph)
@@ -315,9 +317,10 @@ class Loader:
             started = time.perf_counter()
             engine = open_engine(deployment, instance)
             self._check_golden(deployment, instance, engine)
-            instance.engine, instance.last_use = engine, time.monotonic()
-            instance.last_success = instance.last_use
-            self._open.append(instance)
+            with self._lock:
+                instance.engine, instance.last_use = engine, time.monotonic()
+                instance.last_success = instance.last_use
+                self._open.append(instance)
             # Compiling leaves hundreds of MB in the C library's free lists.
             memory.malloc_trim()
             candidate = instance.choice.candidate
@@ -376,9 +379,10 @@ class Loader:
     def _make_room(self, instance: ModelInstance) -> None:
         """Closes the least recently used graphs until the new one fits."""
         while self._open and self._used_bytes() + instance.memory_bytes > self.memory_bytes:
-            oldest = min(self._open, key=lambda one: one.last_use)
-            self._open.remove(oldest)
-            oldest.engine = None
+            with self._lock:
+                oldest = min(self._open, key=lambda one: one.last_use)
+                self._open.remove(oldest)
+                oldest.engine = None
             log.info("closed %s %s, because others need its memory", oldest.model, oldest.name)
 
     def _used_bytes(self) -> int:

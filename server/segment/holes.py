@@ -1,9 +1,9 @@
 """Fills holes in the objects of a mask."""
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, UInt8
 from numpy import ndarray
-from scipy import ndimage
 
 from server.segment.labels import lookup
 
@@ -14,12 +14,12 @@ HOLE_BYTES = 12
 def fill_holes(classes: UInt8[ndarray, "*size"]) -> None:
     """Assigns background that a class encloses and that touches the class to it, in place.
 
-    A hole is enclosed if no path through sides of pixels leads out of it; corners are closed, because objects are connected at them.
-    Axes of one voxel do not count. Background that two classes enclose together stays.
+    A hole is enclosed if no path through sides of pixels leads out of it; corners are closed, because objects
+    are connected at them. Axes of one voxel do not count. Background that two classes enclose together stays.
     """
     flat = classes.squeeze() if classes.ndim == 3 else classes
     several = flat.max(initial=0) > 1
-    for value, box in enumerate(ndimage.find_objects(np.atleast_1d(flat)), start=1):
+    for value, box in enumerate(scipy.ndimage.find_objects(np.atleast_1d(flat)), start=1):
         if box is not None:
             part = np.atleast_1d(flat)[box]
             holes = _enclosed(part != value)
@@ -31,7 +31,7 @@ def fill_holes(classes: UInt8[ndarray, "*size"]) -> None:
 
 def _enclosed(outside: Bool[ndarray, "*box"]) -> Bool[ndarray, "*box"]:
     """Pixels from which no path leads to the border of the box."""
-    labels, count = ndimage.label(outside, output=np.int32)
+    labels, count = scipy.ndimage.label(outside, output=np.int32)
     closed = np.ones(count + 1, dtype=np.bool_)
     closed[0] = False
     for axis in range(outside.ndim):
@@ -42,7 +42,7 @@ def _enclosed(outside: Bool[ndarray, "*box"]) -> Bool[ndarray, "*box"]:
 
 def _beside(inside: Bool[ndarray, "*box"], holes: Bool[ndarray, "*box"]) -> Bool[ndarray, "*box"]:
     """The holes that touch the class; the others lie in another class that the class encloses."""
-    labels, count = ndimage.label(holes, output=np.int32)
+    labels, count = scipy.ndimage.label(holes, output=np.int32)
     touched = np.zeros(count + 1, dtype=np.bool_)
-    touched[labels[ndimage.binary_dilation(inside) & holes]] = True
+    touched[labels[scipy.ndimage.binary_dilation(inside) & holes]] = True
     return lookup(touched, labels)

@@ -1,15 +1,15 @@
 """The separate objects of a mask: numbered, counted and measured.
 
-Arrays are processed in scan order: along the rows of an image, or along the first axis of a volume, slice by slice. That is the order
-of pixels in files.
+Arrays are processed in scan order: along the rows of an image, or along the first axis of a volume, slice by
+slice. That is the order of pixels in files.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Int32, Int64, Shaped, UInt8
 from numpy import ndarray
-from scipy import ndimage
 
 from server.arrays import Objects
 from server.errors import InvalidParameter
@@ -50,7 +50,7 @@ def label(classes: UInt8[ndarray, "*size"]) -> tuple[Int32[ndarray, "*size"], in
     if lines.max(initial=0) > 1:
         labels, count = relabel_in_scan_order(*_label_each_class(lines))
     else:
-        labels, count = ndimage.label(lines, structure=_full_connectivity(lines.ndim), output=np.int32)
+        labels, count = scipy.ndimage.label(lines, structure=_full_connectivity(lines.ndim), output=np.int32)
     return scan_order(labels), count
 
 
@@ -113,8 +113,8 @@ def check_count(count: int) -> None:
     """
     if count > MAX_OBJECTS:
         raise InvalidParameter(
-            f"the mask has {count:,} objects and at most {MAX_OBJECTS:,} are described; remove small ones with "
-            "min_size_px, or choose a format without objects",
+            f"the mask has {count:,} objects and at most {MAX_OBJECTS:,} are described; remove small ones "
+            "with min_size_px, or choose a format without objects",
             limit=MAX_OBJECTS,
             actual=count,
             unit="objects",
@@ -185,7 +185,7 @@ def map_labels(labels: Int32[ndarray, "*lines"], table: Int32[ndarray, " numbers
 
 
 def lookup(table: Bool[ndarray, " numbers"], labels: Int32[ndarray, "*lines"]) -> Bool[ndarray, "*lines"]:
-    """`table[label]` of each label; the labels are contiguous. By chunks, because an index takes eight bytes."""
+    """`table[label]` of each contiguous label, by chunks, because an index takes eight bytes."""
     values = np.empty(labels.shape, dtype=np.bool_)
     flat, flat_values = labels.reshape(-1), values.reshape(-1)
     for chunk in chunks(flat.size):
@@ -200,10 +200,10 @@ def _full_connectivity(axes: int) -> Bool[ndarray, "..."]:
 def _label_each_class(lines: UInt8[ndarray, "*lines"]) -> tuple[Int32[ndarray, "*lines"], int]:
     """Labels of each class, computed within its box because they take four bytes per pixel."""
     labels, count = np.zeros(lines.shape, dtype=np.int32), 0
-    for value, box in enumerate(ndimage.find_objects(lines), start=1):
+    for value, box in enumerate(scipy.ndimage.find_objects(lines), start=1):
         if box is not None:
             inside = lines[box] == value
-            of_class, more = ndimage.label(inside, structure=_full_connectivity(lines.ndim), output=np.int32)
+            of_class, more = scipy.ndimage.label(inside, structure=_full_connectivity(lines.ndim), output=np.int32)
             np.add(of_class, count, out=labels[box], where=inside)
             count += more
     return labels, count

@@ -2,9 +2,9 @@
 
 threshold -> fill_holes -> instances -> min_size -> keep_largest
 
-The threshold is applied where scores become classes. Objects and holes are connected along all axes of the mask, also from page to
-page of a stack. In a time-lapse each time is processed by itself: nothing is connected from one to the next, and the largest object
-is that of each time.
+The threshold is applied where scores become classes. Objects and holes are connected along all axes of the
+mask, also from page to page of a stack. In a time-lapse each time is processed by itself: nothing is
+connected from one to the next, and the largest object is that of each time.
 """
 
 from collections import Counter
@@ -87,8 +87,8 @@ def check_unit(params: SegmentParams, header: InputHeader, unit_mm: float | None
                 "0.5 or 0.5x0.25 (height x width)" if header.planar else "0.5x0.5x2 (height x width x page)"
             )
             raise InvalidParameter(
-                f"{name} needs the pixel size, which the file does not contain; add pixel_size_um={example}, or use "
-                "min_size_px",
+                f"{name} needs the pixel size, which the file does not contain; add pixel_size_um={example}, "
+                "or use min_size_px",
                 parameter=name,
                 value=value,
                 remedy="pixel_size_um",
@@ -128,7 +128,8 @@ def postprocess(
     Args:
         mask: mask on the grid of the input.
         params: request parameters, checked against the input.
-        spacing_mm: mm from pixel to pixel along each axis of the mask, or of one page where pages are times; None if unknown.
+        spacing_mm: mm from pixel to pixel along each axis of the mask, or of one page where pages are times;
+            None if unknown.
         unit_mm: mm² of a pixel or mm³ of a voxel, None if unknown.
         objects: whether an output format needs the objects.
         time_slices: number of slices of each time of a time-lapse, else None.
@@ -200,7 +201,7 @@ class _Steps:
     def apply(
         self, classes: UInt8[ndarray, "*size"], spacing_mm: tuple[float, ...] | None
     ) -> tuple[Int32[ndarray, "*size"] | None, int]:
-        """Changes the classes in place; returns the labels, None where they need not be known, and the number of objects."""
+        """Changes the classes in place; returns the labels (None where not needed) and their number."""
         if self.params.fill_holes:
             fill_holes(classes)
         if not self.labelled:
@@ -209,7 +210,8 @@ class _Steps:
         labels, count = label(classes)
         self.cancel.check()
         if self.params.instances:
-            # Once before splitting too, because the parts of a small object are small and noise takes long to split.
+            # Once before splitting too, because the parts of a small object are small and noise takes long to
+            # split.
             count = self._remove(labels, count, classes, largest=False)
             check_count(count)
             count = watershed.split(labels, count, spacing_mm or (1.0,) * classes.ndim, self.cancel)
@@ -221,7 +223,7 @@ class _Steps:
     def _remove(
         self, labels: Int32[ndarray, "*size"], count: int, classes: UInt8[ndarray, "*size"], *, largest: bool
     ) -> int:
-        """Removes small objects, or all but the largest of each class, in place; returns how many are left."""
+        """Removes small objects, or all but the largest of each class, in place; returns their number."""
         if not self.min_pixels and not largest:
             return count
         sizes, values = _sizes(labels, count, classes)

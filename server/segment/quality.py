@@ -8,7 +8,7 @@ from numpy import ndarray
 
 from server.arrays import InputHeader, Overlap
 from server.errors import InvalidParameter
-from server.imaging.geometry import SAME_PLACE, apart, spacing
+from server.imaging.geometry import AFFINE_TOLERANCE_VOXELS, max_displacement, spacing
 
 __all__ = ["AP_THRESHOLDS", "Overlap", "average_precision", "check_grid", "compare", "overlap"]
 
@@ -49,14 +49,12 @@ def check_grid(image: InputHeader, reference: InputHeader) -> None:
     check_size(image.size, reference.size)
     if image.affine is None or reference.affine is None:
         return
-    distance, limit = (
-        apart(image.size, image.affine, reference.affine),
-        SAME_PLACE * min(spacing(image.affine)),
-    )
+    distance = max_displacement(image.size, image.affine, reference.affine)
+    limit = AFFINE_TOLERANCE_VOXELS * min(spacing(image.affine))
     if distance > limit:
         raise InvalidParameter(
-            f"the reference lies up to {distance:.3g} mm away from the volume (other affine); resample it to the "
-            "volume's grid",
+            f"the reference lies up to {distance:.3g} mm away from the volume (other affine); resample it to "
+            "the volume's grid",
             parameter="reference",
             limit=float(limit),
             actual=float(distance),
@@ -76,8 +74,8 @@ def compare(
 
     Args:
         classes: class per pixel of the mask.
-        reference: label image of the same size. With a single class every value above 0 is foreground, so that 0/255 masks and
-            instance maps work; with several, values are class values.
+        reference: label image of the same size. With a single class every value above 0 is foreground, so
+            that 0/255 masks and instance maps work; with several, values are class values.
         values: foreground class values.
 
     Raises:
@@ -96,11 +94,13 @@ def average_precision(
 ) -> dict[float, float]:
     """TP / (TP + FP + FN) of objects per IoU threshold, as the 2018 Data Science Bowl scored an image.
 
-    An object is a true positive if its IoU with one of the other side is above the threshold. From 0.5 on there is at most one such
-    object, because two cannot both cover more than half of it. Two sides without objects score 1.
+    An object is a true positive if its IoU with one of the other side is above the threshold. From 0.5 on
+    there is at most one such object, because two cannot both cover more than half of it. Two sides without
+    objects score 1.
 
     Args:
-        labels: object number per pixel; values below 1 are background. Pixels of one number are one object, connected or not.
+        labels: object number per pixel; values below 1 are background. Pixels of one number are one object,
+            connected or not.
         reference: object number per pixel of the reference, in the same convention and of the same size.
         thresholds: IoU thresholds of at least 0.5.
 
@@ -121,7 +121,7 @@ def average_precision(
 def _intersections(
     a: Shaped[ndarray, " pixels"], b: Shaped[ndarray, " pixels"]
 ) -> tuple[Int64[ndarray, " pairs"], Int64[ndarray, " pairs"], Int64[ndarray, " pairs"]]:
-    """Pairs of objects that share pixels, each side numbered 1, 2, ... with background 0, and how many pixels they share."""
+    """Pairs of objects that share pixels, each side numbered from 1, and the number of pixels they share."""
     # By runs, because objects have far fewer runs than pixels and only runs are sorted.
     changes = np.flatnonzero((a[1:] != a[:-1]) | (b[1:] != b[:-1]))
     starts = np.concatenate([[0], 1 + changes]) if a.size else np.zeros(0, np.int64)

@@ -53,7 +53,7 @@ class Target:
         """
         selection = self.deployment.selection
         served = selection.auto[self.graph] if precision == "auto" else precision
-        if (self.graph, served) not in self.deployment.instances:
+        if (self.graph, served) not in selection.choices:
             allowed = ("auto", *selection.precisions(self.graph))
             raise InvalidParameter(
                 f"precision={precision!r} is not served for {self.graph} of {self.model!r}; there are: {', '.join(allowed)}",

@@ -72,7 +72,6 @@ def encode_response(
     result: SegmentationResult,
     formats: tuple[str, ...],
     served: Mapping[str, Any],
-    timings: Mapping[str, float],
     *,
     filename: str = "",
     include_mask: bool = False,
@@ -83,7 +82,6 @@ def encode_response(
         result: the segmentation.
         formats: rows of `encode.ENCODERS`.
         served: members of the report that say what was served: model, mode, level, precision, ...
-        timings: seconds per phase so far.
         filename: name of the input file, for formats that repeat it; "" if unknown.
         include_mask: whether the report carries the mask in base64.
 
@@ -98,7 +96,6 @@ def encode_response(
             instances = "instances" in result.postprocessing
             row = encoding.like(encoding.MASK, result.source.input_header, instances=instances)
             report[MASK_KEYS[row]] = base64.b64encode(encoding.encode((row,), result).body).decode()
-        report["timings_ms"] = {phase: round(seconds * 1e3, 2) for phase, seconds in timings.items()}
         result = dataclasses.replace(result, report=report)
     return encoding.encode(formats, result)
 
@@ -156,7 +153,7 @@ def _average_precision(precision: Mapping[float, float]) -> dict[str, Any]:
 
 
 def _pixel_size_um(source: Image | Volume) -> dict[str, float]:
-    """The pixel size of an image or a stack; the axes of a stack are those of a volume, width before height."""
+    """The pixel size of an image, or of a stack, whose axes have width before height."""
     spacing_mm = source.spacing_mm or ()
     if isinstance(source, Volume):
         spacing_mm = spacing_mm[1::-1] + spacing_mm[2:]

@@ -51,7 +51,7 @@ def finish_mask(
     )
 
 
-def encode_result(result: SegmentationResult, ticket: Ticket, params: SegmentParams, name: str, worker: Worker) -> Encoded:
+def encode_result(result: SegmentationResult, ticket: Ticket, params: SegmentParams, name: str) -> Encoded:
     """Encodes the result in the formats of the ticket.
 
     Raises:
@@ -59,7 +59,7 @@ def encode_result(result: SegmentationResult, ticket: Ticket, params: SegmentPar
         Cancelled: the caller has left.
     """
     return report.encode_response(
-        result, ticket.formats, facts(ticket), worker.timings, filename=name, include_mask=params.include_mask
+        result, ticket.formats, facts(ticket), filename=name, include_mask=params.include_mask
     )
 
 

@@ -136,7 +136,7 @@ class SegmentationService:
                 mask = await infer(window, ticket.flow, engine, self.scheduler, worker, on_progress)
                 on_progress("encode", ticket.estimate.windows, ticket.estimate.windows)
                 result = await worker.run("postprocess", finish_mask, window, mask, reference, ticket, params, worker)
-                encoded = await worker.run("encode", encode_result, result, ticket, params, upload.name, worker)
+                encoded = await worker.run("encode", encode_result, result, ticket, params, upload.name)
         response = respond(encoded, result, ticket, params, worker.timings)
         self._complete(headers[0], ticket, params, response)
         self.on_completed(ticket, source, mask, params)

@@ -9,8 +9,8 @@ from numpy import ndarray
 
 from server.arrays import Objects
 
-# Objects in a report, because more of them are for CSV, and the bytes that each takes while it is written: 200 of text and ten times
-# as many before.
+# Objects in a report, because more of them are for CSV, and the bytes that each takes while it is written:
+# 200 of text and ten times as many before.
 MAX_LISTED = 100_000
 LISTED_BYTES = 2_500
 
@@ -23,13 +23,14 @@ def class_statistics(
     threshold: float | None = None,
     removed: Mapping[int, int] | None = None,
 ) -> list[dict[str, Any]]:
-    """A row per foreground class: value, name, pixels or voxels, fraction of the whole, objects, area or volume, scores.
+    """A row per foreground class: value, name, pixels or voxels, fraction, objects, area or volume, scores.
 
     Args:
         objects: objects of the mask.
         names: class name per class value.
         unit_mm: mm² of a pixel or mm³ of a voxel, None if unknown.
-        largest: highest score of each channel anywhere, None if unknown; a single channel is that of the single class.
+        largest: highest score of each channel anywhere, None if unknown; a single channel is that of the
+            single class.
         threshold: score above which a pixel is foreground; None where the class of the highest score wins.
         removed: number of objects that post-processing removed, per class value.
     """
@@ -98,7 +99,7 @@ def object_statistics(
 def _box_mm(
     low: Shaped[ndarray, "N 3"], high: Shaped[ndarray, "N 3"], affine: Float64[ndarray, "4 4"]
 ) -> Float64[ndarray, "N 2 3"]:
-    """The smallest boxes along right, anterior, superior around boxes of voxels, which end half a voxel beyond their centres."""
+    """The boxes along right, anterior, superior around boxes of voxels, half a voxel beyond their centres."""
     turn, shift = affine[:3, :3], affine[:3, 3]
     towards, against = np.maximum(turn, 0).T, np.minimum(turn, 0).T
     first, last = low - 0.5, high - 0.5
@@ -116,7 +117,7 @@ def _empty_note(unit: str, highest: float, threshold: float | None, removed: int
             f"no {unit} scores higher for this class than for all others; its highest score is {highest:.2g}"
         )
     if highest > threshold:
-        return f"wherever this class scores above {threshold:g}, another scores higher; its highest score is {highest:.2g}"
+        return f"where this class scores above {threshold:g}, another is higher; its highest score is {highest:.2g}"
     return f"no {unit} scores above {threshold:g}; the highest score is {highest:.2g}"
 
 

@@ -1,39 +1,40 @@
 """Splits touching objects of one class where they are narrow: a watershed of the distance to their edge.
 
-Every pixel belongs to the peak of the distance that steepest ascent leads to. Two peaks are one object unless the saddle between them
-lies clearly below the lower one, as it does where two round things touch. The constants were chosen on the validation split of the
-nuclei (mean AP 0.518 for connected parts, 0.573 split). `skimage.segmentation.watershed` has no rule for saddles, gives other
-basins at ties (21 of 436,884 pixels) and takes four times as long.
+Every pixel belongs to the peak of the distance that steepest ascent leads to. Two peaks are one object unless
+the saddle between them lies clearly below the lower one, as it does where two round things touch. The
+constants were chosen on the validation split of the nuclei (mean AP 0.518 for connected parts, 0.573 split).
+`skimage.segmentation.watershed` has no rule for saddles, gives other basins at ties (21 of 436,884 pixels)
+and takes four times as long.
 """
 
 import itertools
 import math
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from numpy import ndarray
-from scipy import ndimage
 
 from server.cancel import NO_CANCEL, CancelToken
 from server.segment.labels import chunks, lookup, runs, scan_order
 
-# Saddles from this fraction of the lower peak on are no boundary; a fraction, because objects have any size. On the validation
-# split 0.8 gives 0.568 mean AP, 0.85 0.569, 0.9 0.573 and 0.95 0.571.
+# Saddles from this fraction of the lower peak on are no boundary; a fraction, because objects have any size.
+# On the validation split 0.8 gives 0.568 mean AP, 0.85 0.569, 0.9 0.573 and 0.95 0.571.
 SADDLE = 0.9
 
-# Standard deviation in pixels of the smoothing of the distance, because a ragged edge makes false peaks: 0.5 gives 0.571, 1 0.572,
-# 1.5 0.573 and 2 0.569.
+# Standard deviation in pixels of the smoothing of the distance, because a ragged edge makes false peaks: 0.5
+# gives 0.571, 1 0.572, 1.5 0.573 and 2 0.569.
 SIGMA = 1.5
 
-# Objects that fill this fraction of the ellipse (ellipsoid) of their moments are not split, because two equal discs that touch fill
-# 0.89 of theirs.
+# Objects that fill this fraction of the ellipse (ellipsoid) of their moments are not split, because two equal
+# discs that touch fill 0.89 of theirs.
 SOLIDITY = 0.97
 
 # Pixels from which an object is split, because the parts of smaller ones would be a few pixels.
 MIN_PIXELS = 20
 
-# Total pixels of the boxes of objects that are split one by one, as a multiple of the pixels of the mask. The boxes of diagonal
-# lines or nested rings have far more; those of nuclei have about one.
+# Total pixels of the boxes of objects that are split one by one, as a multiple of the pixels of the mask. The
+# boxes of diagonal lines or nested rings have far more; those of nuclei have about one.
 MAX_BOXES = 4
 
 # Bytes of memory per pixel: diagonal sheets in a volume take 75, nuclei half of that.
@@ -67,7 +68,7 @@ def split(
     lines = scan_order(labels)
     spacing = spacing[::-1] if lines.ndim == 3 else spacing
     candidates = _candidates(lines, count)
-    boxes = ndimage.find_objects(lines) if candidates.any() else []
+    boxes = scipy.ndimage.find_objects(lines) if candidates.any() else []
     single, rest = _by_box(np.flatnonzero(candidates), boxes, max_boxes * lines.size)
     for index in single.tolist():
         cancel.check()
@@ -144,7 +145,7 @@ def _moments(
 def _divide(
     lines: Int32[ndarray, "*box"], height: Float32[ndarray, "*box"], count: int, cancel: CancelToken
 ) -> int:
-    """Numbers the parts of the objects that have a height; returns the number of objects, which was `count` before."""
+    """Numbers the parts of the objects that have a height; returns the new number of objects."""
     cancel.check()
     uphill = _uphill(height, lines)
     peaks = np.flatnonzero((uphill == np.arange(uphill.size)) & (height.reshape(-1) >= 0))
@@ -170,7 +171,7 @@ def _divide(
 def _holes(inside: Bool[ndarray, "*box"]) -> Bool[ndarray, "*box"]:
     """Pixels that the object encloses, which are mistakes of the network rather than edges."""
     outside = np.pad(~inside, 1, constant_values=True)
-    holes: Bool[ndarray, "*box"] = (ndimage.label(outside)[0] > 1)[(slice(1, -1),) * inside.ndim]
+    holes: Bool[ndarray, "*box"] = (scipy.ndimage.label(outside)[0] > 1)[(slice(1, -1),) * inside.ndim]
     return holes
 
 
@@ -188,9 +189,9 @@ def _touching(lines: Int32[ndarray, "*box"]) -> Bool[ndarray, "*box"]:
 def _height(
     inside: Bool[ndarray, "*box"], filled: Bool[ndarray, "*box"], spacing: tuple[float, ...]
 ) -> Float32[ndarray, "*box"]:
-    """Smoothed distance to the edge of the filled pixels, -1 where not inside; beyond the box nothing is filled."""
+    """Smoothed distance to the edge of the filled pixels, -1 where not inside; the box ends at an edge."""
     padded = np.pad(filled, 1)
-    nearest = ndimage.distance_transform_edt(padded, spacing, return_distances=False, return_indices=True)
+    nearest = scipy.ndimage.distance_transform_edt(padded, spacing, return_distances=False, return_indices=True)
     squares = np.zeros(padded.shape, dtype=np.float32)
     for axis, step in enumerate(spacing):
         shape = [-1 if k == axis else 1 for k in range(inside.ndim)]
@@ -199,7 +200,7 @@ def _height(
         squares += np.square(offset, out=offset)
     del nearest, offset
     sigma = [SIGMA * min(spacing) / step for step in spacing]
-    height: Float32[ndarray, "*box"] = ndimage.gaussian_filter(
+    height: Float32[ndarray, "*box"] = scipy.ndimage.gaussian_filter(
         np.sqrt(squares, out=squares), sigma, output=np.float32
     )
     del squares
@@ -209,7 +210,7 @@ def _height(
 
 
 def _uphill(height: Float32[ndarray, "*box"], lines: Int32[ndarray, "*box"]) -> Int32[ndarray, " pixels"]:
-    """The peak that steepest ascent within the object leads to from each pixel, as an index into the flat array."""
+    """The flat index of the peak that steepest ascent within the object leads to from each pixel."""
     here = np.arange(height.size, dtype=np.int32).reshape(height.shape)
     best, to = height.copy(), here.copy()
     for one, other in _neighbours(height.shape):
@@ -234,7 +235,7 @@ def _saddles(
     lines: Int32[ndarray, "*box"],
     count: int,
 ) -> list[tuple[float, int, int]]:
-    """The saddle between any two touching basins of an object: its height and both basins, counted from 0; highest first."""
+    """Height and both basins (from 0 on) of each saddle between two basins of an object; highest first."""
     keys, saddles = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.float32)]
     for one, other in _neighbours(height.shape):
         a, b = basins[one], basins[other]
@@ -262,7 +263,7 @@ def _highest(
 
 
 def _merged(peaks: Float32[ndarray, " P"], saddles: list[tuple[float, int, int]]) -> Int32[ndarray, " P"]:
-    """The part that each peak belongs to, both counted from 0, after merging peaks without a valley between them."""
+    """The part that each peak belongs to, from 0 on, after merging peaks without a valley between them."""
     heights, parent = peaks.tolist(), list(range(len(peaks)))
 
     def root(peak: int) -> int:
@@ -278,7 +279,7 @@ def _merged(peaks: Float32[ndarray, " P"], saddles: list[tuple[float, int, int]]
 
 
 def _neighbours(shape: tuple[int, ...]) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-    """Slices that give two views of an array, pixel beside pixel, for each direction to a neighbour, corners included."""
+    """For each direction to a neighbour, corners included, slices of two views that pair the pixels."""
     steps = [step for step in itertools.product((-1, 0, 1), repeat=len(shape)) if step > (0,) * len(shape)]
     return [
         (

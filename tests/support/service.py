@@ -206,7 +206,7 @@ def fake_service(
     **settings: Any,
 ) -> Any:
     """A service on one fake deployment."""
-    from server.app import open_service
+    from server.service import open_service
 
     deployment = fake_deployment(run, **(changes or {}))
     return open_service(quiet_settings(**settings), {deployment.name: deployment}, device, latency)
@@ -220,7 +220,8 @@ def fake_app(
     **settings: Any,
 ) -> Any:
     """The application on one fake deployment."""
-    from server.app import create_app, open_service
+    from server.app import create_app
+    from server.service import open_service
 
     deployment = fake_deployment(run, **(changes or {}))
     chosen = quiet_settings(**settings)

@@ -1,6 +1,7 @@
 """COCO's JSON with compressed run lengths, as pycocotools reads them.
 
-The run lengths are computed here in one pass over the label map, because pycocotools needs a mask as large as the image per object.
+The run lengths are computed here in one pass over the label map, because pycocotools needs a mask as large as
+the image per object.
 """
 
 import math
@@ -18,7 +19,8 @@ from server.errors import InvalidParameter
 
 # A character holds five bits of a number and whether more follow, plus 48 to be printable.
 BITS, MORE, FIRST = 5, 32, 48
-# Runs down the columns, background included. Each takes 90 bytes during encoding; 100,000 nuclei have eight million.
+# Runs down the columns, background included. Each takes 90 bytes during encoding; 100,000 nuclei have eight
+# million.
 MAX_RUNS = 20_000_000
 # Characters of the largest number.
 MAX_CHARACTERS = 7
@@ -27,7 +29,9 @@ MAX_CHARACTERS = 7
 def encode(
     objects: Objects, names: dict[int, str], filename: str = "", cancel: CancelToken = NO_CANCEL
 ) -> bytes:
-    """Writes one image of id 1; annotation ids are object numbers, category ids are class values, boxes are [x, y, width, height].
+    """Writes one image of id 1; annotations have the ids of objects, categories those of classes.
+
+    Boxes are [x, y, width, height].
 
     Args:
         objects: objects of an image.
@@ -90,15 +94,15 @@ def run_lengths(labels: Int32[ndarray, "H W"], max_runs: int = MAX_RUNS) -> list
 def _runs(
     labels: Int32[ndarray, "H W"], limit: int
 ) -> tuple[Int64[ndarray, " R"], Int64[ndarray, " R"], Int32[ndarray, " R"]]:
-    """Start, length and object number of each run down the columns, sorted by number and start, without background."""
+    """Start, length and object number of each run down the columns, sorted by number, then start."""
     begins = np.ones(labels.shape, dtype=bool)
     np.not_equal(labels[1:], labels[:-1], out=begins[1:])
     np.not_equal(labels[0, 1:], labels[-1, :-1], out=begins[0, 1:])
     count = np.count_nonzero(begins)
     if count > limit:
         raise InvalidParameter(
-            f"the objects have {count:,} runs of pixels and format=coco takes {limit:,}; remove small objects with min_size_px, or "
-            "use format=labels.tiff",
+            f"the objects have {count:,} runs of pixels and format=coco takes {limit:,}; remove small "
+            "objects with min_size_px, or use format=labels.tiff",
             parameter="format",
             value="coco",
             limit=limit,

@@ -1,4 +1,4 @@
-"""The table of output formats. A format is named by the file it gives; the names of table `FAMILIES` follow the kind of the input."""
+"""The table of output formats. A format is named by its file; the names in `FAMILIES` follow the input."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,8 +32,9 @@ class Encoder:
         needs: what the result must hold besides the classes: "scores", "head_std", "objects", "report".
         compressible: whether the file is text, so that a zip or HTTP's Content-Encoding should compress it.
         outlines: whether it describes the shape of each object, which takes longer than all other formats.
-        image_bytes: bytes of memory per pixel of an image during encoding, besides the file; the maximum over noise, stripes and dots.
-            Volumes need none that counts, because only a small picture is made of them.
+        image_bytes: bytes of memory per pixel of an image during encoding, besides the file; the maximum over
+            noise, stripes and dots. Volumes need none that counts, because only a small picture is made of
+            them.
         max_bytes: limit of that memory where the number of objects, corners or runs is limited.
     """
 

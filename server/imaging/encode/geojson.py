@@ -1,7 +1,8 @@
 """GeoJSON as QuPath (0.4 and later) reads it: a feature per object, outlined along the edges of its pixels.
 
-QuPath's unit is the pixel, its origin the outer corner of the first one, and it takes over the id of a feature that is a UUID.
-Objects are detections, because QuPath handles those by the hundred thousand, but not annotations, which its user can edit.
+QuPath's unit is the pixel, its origin the outer corner of the first one, and it takes over the id of a
+feature that is a UUID. Objects are detections, because QuPath handles those by the hundred thousand, but not
+annotations, which its user can edit.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ def encode(
     source: Image,
     cancel: CancelToken = NO_CANCEL,
 ) -> bytes:
-    """Writes a FeatureCollection of Polygons with holes, and of MultiPolygons whose pieces touch only at corners.
+    """Writes a FeatureCollection of Polygons with holes, and MultiPolygons whose pieces touch at corners.
 
     Args:
         objects: objects of the image.

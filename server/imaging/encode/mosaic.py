@@ -38,11 +38,11 @@ class Panel:
 
 
 def panels(source: Volume, classes: UInt8[ndarray, "X Y Z"]) -> list[list[Panel]]:
-    """Rows of slices, spread evenly over the slices that hold some of the mask, or over all slices where the mask is empty.
+    """Rows of slices, spread evenly over those that hold some of the mask, or over all if it is empty.
 
-    A volume has a row each of axial, coronal and sagittal slices in radiological convention: the patient's right is on the left, in
-    sagittal slices the front; head or front is up. A volume that is one voxel thick has a row of that one plane. A stack has its
-    pages.
+    A volume has a row each of axial, coronal and sagittal slices in radiological convention: the patient's
+    right is on the left, in sagittal slices the front; head or front is up. A volume that is one voxel thick
+    has a row of that one plane. A stack has its pages.
     """
     if source.affine is None:
         pages = _slices(source.voxels, classes, 2, COLUMNS * ROWS, (1.0, 1.0, 0.0))

@@ -1,4 +1,4 @@
-"""Which formats a request gets: by its parameter `format`, else by its header Accept (RFC 9110), else by the kind of its input."""
+"""Which formats a request gets: by parameter `format`, else by header Accept (RFC 9110), else by input."""
 
 import math
 import re
@@ -58,7 +58,8 @@ def choose(
     if any(media_type in WRAPPERS for media_type in types):
         return (default,)
     raise UnknownFormat(
-        f"no format has a media type that Accept: {accept!s:.200} allows; choose one with format: {', '.join(fitting)}",
+        f"no format has a media type that Accept: {accept!s:.200} allows; use format with one of: "
+        f"{', '.join(fitting)}",
         parameter="Accept",
         value=str(accept)[:200],
         allowed=fitting,
@@ -111,7 +112,7 @@ def _resolve(name: str, fitting: list[str], header: InputHeader | None, *, insta
         problem = f"does not fit the input, which is {KINDS[header.kind]}"
         if row == NRRD and header.kind == "volume":
             remedy = FAMILIES[MASK]["nifti"]
-            problem = f"cannot be written, because the volume's axes are not at right angles (sheared); use {remedy}"
+            problem = f"needs axes at right angles, and the volume is sheared; use {remedy}"
     raise UnknownFormat(
         f"format={name!r:.60} {problem}; there are: {', '.join(allowed)}",
         parameter="format",
@@ -127,7 +128,7 @@ def _fits(row: str, header: InputHeader | None) -> bool:
 
 def _sheared(header: InputHeader) -> bool:
     """Whether ITK, and with it Slicer, would read an NRRD file elsewhere, or not at all."""
-    return header.affine is not None and geometry.sheared(header.affine)
+    return header.affine is not None and geometry.is_sheared(header.affine)
 
 
 def _by_preference(accept: str) -> list[str]:

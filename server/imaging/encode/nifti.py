@@ -1,4 +1,4 @@
-"""Masks, objects and scores as .nii.gz on the grid of the input: with a copy of its header, because a new one would lose fields."""
+"""Masks, objects and scores as .nii.gz with a copy of the input's header, as a new one loses fields."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,8 @@ from server.imaging.encode.rounding import eight_bits
 
 # Extension code of Caret's label table, which Connectome Workbench reads and TotalSegmentator writes.
 CARET = 30
-# Extension code of comments. Other extensions (DICOM, AFNI) are dropped because they describe the values of the source, or the patient.
+# Extension code of comments. Other extensions (DICOM, AFNI) are dropped because they describe the values of
+# the source, or the patient.
 COMMENT = 6
 
 # The fastest level, because masks are small at any.
@@ -60,14 +61,15 @@ def write(
 
     Args:
         volume: source of the header.
-        parts: one array of values, or one per entry of the fourth axis; float16 values lie between 0 and 255 * `slope`.
+        parts: one array of values, or one per entry of the fourth axis; float16 values lie between 0 and
+            255 * `slope`.
         dtype: type of the stored values.
         slope: factor from stored to real values.
         stacked: whether there is a fourth axis.
         intent: name that nibabel gives the intent.
         table: label table in the format of `CARET`.
     """
-    header = volume.header.copy()
+    header = volume.file_header.copy()
     header.set_data_dtype(dtype)
     header.set_slope_inter(slope, 0)
     header.set_intent(intent)

@@ -22,12 +22,13 @@ def with_bytes(classes: UInt8[ndarray, "*size"], scores: Float16[ndarray, "K *si
 
 
 def write(arrays: dict[str, Shaped[ndarray, "..."]]) -> bytes:
-    """Writes what `numpy.savez_compressed` writes, deflated by isal: a tenth of the time for a tenth more bytes."""
+    """Writes what `numpy.savez_compressed` writes, by isal: a tenth of the time for a tenth more bytes."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                # zipfile offers no choice of compressor. If it renames this attribute, archives stay sound and only take longer.
+                # zipfile offers no choice of compressor. If it renames this attribute, archives stay sound
+                # and only take longer.
                 file._compressor = isal_zlib.compressobj(1, isal_zlib.DEFLATED, -isal_zlib.MAX_WBITS)  # type: ignore[attr-defined]
                 np.lib.format.write_array(file, array, allow_pickle=False)
     return out.getvalue()

@@ -1,16 +1,17 @@
 """Slicer's segmentation, .seg.nrrd: one label map with names and colours.
 
-The header is written here because pynrrd adds the date, writes ASCII only and takes a hundred times as long to compress as isal.
+The header is written here because pynrrd adds the date, writes ASCII only and takes a hundred times as long
+to compress as isal.
 """
 
 import io
 import re
 
 import numpy as np
+import scipy
 from isal import igzip
 from jaxtyping import Float64, UInt8
 from numpy import ndarray
-from scipy import ndimage
 
 from server.imaging.encode.nifti import BLOCK, COMPRESSION
 
@@ -69,7 +70,7 @@ def _segments(
     classes: UInt8[ndarray, "X Y Z"], colors: dict[int, tuple[int, int, int]], names: dict[int, str]
 ) -> list[str]:
     # Transposed, because scipy is faster along the order of memory, which is that of the file.
-    boxes = [box and box[::-1] for box in ndimage.find_objects(classes.T, max_label=max(names))]
+    boxes = [box and box[::-1] for box in scipy.ndimage.find_objects(classes.T, max_label=max(names))]
     lines = []
     for index, (value, name) in enumerate(names.items()):
         box = boxes[value - 1]

@@ -1,21 +1,21 @@
 """Outlines of all objects of a label map at once, along the edges of its pixels.
 
-Libraries do not fit: OpenCV's contours run through the centres of pixels, which loses half a pixel all around; scikit-image's cut
-corners, one object after the other; rasterio adds 100 MB to the image of the container.
+Libraries do not fit: OpenCV's contours run through the centres of pixels, which loses half a pixel all
+around; scikit-image's cut corners, one object after the other; rasterio adds 100 MB to the image of the
+container.
 
-Nothing here is done in Python per object or pixel. The label map compared with itself, shifted, gives the corners. Each pair of
-consecutive corners of an object bounds a horizontal side when they are sorted by rows, a vertical side when sorted by columns.
-Where two pixels touch only at a corner, outlines turn so that no ring touches itself, because simple features (and QuPath) demand
-that.
+Nothing here is done in Python per object or pixel. The label map compared with itself, shifted, gives the
+corners. Each pair of consecutive corners of an object bounds a horizontal side when they are sorted by rows,
+a vertical side when sorted by columns. Where two pixels touch only at a corner, outlines turn so that no ring
+touches itself, because simple features (and QuPath) demand that.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Int32, Int64
 from numpy import ndarray
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import breadth_first_order, connected_components
 
 from server.arrays import Objects
 from server.cancel import NO_CANCEL, CancelToken
@@ -32,11 +32,12 @@ ROWS = 256
 class Rings:
     """Closed rings of corners, sorted by object and then from the top.
 
-    Outer rings run counter-clockwise by their coordinates, as RFC 7946 demands (clockwise on a screen, where y points down), holes
-    clockwise.
+    Outer rings run counter-clockwise by their coordinates, as RFC 7946 demands (clockwise on a screen, where
+    y points down), holes clockwise.
 
     Attributes:
-        xy: corners of all rings, the first of each ring repeated as its last; (0, 0) is the outer corner of the first pixel.
+        xy: corners of all rings, the first of each ring repeated as its last; (0, 0) is the outer corner of
+            the first pixel.
         ends: index in `xy` at which the next ring begins.
         label: object number of each ring.
         outer: index of the outer ring that each ring lies in; an outer ring has its own.
@@ -69,7 +70,8 @@ def trace(objects: Objects, cancel: CancelToken = NO_CANCEL, max_corners: int = 
     below[by_column[::2]], below[by_column[1::2]] = by_column[1::2], by_column[::2]
     following = np.where(turns_across, beside, below)
     ring = _cycles(following)
-    # Two corners in one place are two pixels that touch only there. A ring that passes both is split into two that touch.
+    # Two corners in one place are two pixels that touch only there. A ring that passes both is split into two
+    # that touch.
     twin = np.flatnonzero(
         (label[1:] == label[:-1]) & (y[1:] == y[:-1]) & (x[1:] == x[:-1]) & (ring[1:] == ring[:-1])
     )
@@ -95,8 +97,9 @@ def trace(objects: Objects, cancel: CancelToken = NO_CANCEL, max_corners: int = 
 def _corners(labels: Int32[ndarray, "H W"], max_corners: int) -> list[ndarray]:
     """Six columns that describe all corners.
 
-    These are label, y, x, dy, dx (1 if the pixel is below, right of the corner), and whether the outline leaves along the row.
-    Corners are sorted by label, then by rows; of two in one place the one whose pixel lies to the left comes first.
+    These are label, y, x, dy, dx (1 if the pixel is below, right of the corner), and whether the outline
+    leaves along the row. Corners are sorted by label, then by rows; of two in one place the one whose pixel
+    lies to the left comes first.
     """
     height, width = labels.shape
     columns: list[list[ndarray]] = [[] for _ in range(6)]
@@ -117,8 +120,8 @@ def _corners(labels: Int32[ndarray, "H W"], max_corners: int) -> list[ndarray]:
 def _check_corners(count: int, limit: int) -> None:
     if count > limit:
         raise InvalidParameter(
-            f"the outlines of the objects have more than {limit:,} corners; remove small objects with min_size_px, or use "
-            "format=labels.tiff",
+            f"the outlines of the objects have more than {limit:,} corners; remove small objects with "
+            "min_size_px, or use format=labels.tiff",
             parameter="format",
             value="geojson",
             limit=limit,
@@ -129,10 +132,11 @@ def _check_corners(count: int, limit: int) -> None:
 
 
 def _corners_of(block: Int32[ndarray, "rows columns"], top: int) -> list[list[ndarray]]:
-    """The unsorted columns of `_corners` for some rows, one part per position of the pixel: above or below, left or right."""
+    """The unsorted columns of `_corners` for some rows, one part per position of the pixel."""
     flat, wide = block.ravel(), block.shape[1]
     down, across = flat[wide:] != flat[:-wide], flat[1:] != flat[:-1]
-    # Points between four pixels at which a horizontal and a vertical edge end; there is none beyond the last column.
+    # Points between four pixels at which a horizontal and a vertical edge end; there is none beyond the last
+    # column.
     count = len(flat) - wide - 1
     at = np.flatnonzero((down[:count] | down[1 : count + 1]) & (across[:count] | across[wide : wide + count]))
     pixels = {(dy, dx): flat[at + dy * wide + dx] for dy in (0, 1) for dx in (0, 1)}
@@ -152,7 +156,7 @@ def _corners_of(block: Int32[ndarray, "rows columns"], top: int) -> list[list[nd
 
 def _cycles(following: Int64[ndarray, " C"]) -> Int32[ndarray, " C"]:
     """The index of the ring that each corner belongs to."""
-    rings: Int32[ndarray, " C"] = connected_components(_graph(following), connection="strong")[1]
+    rings: Int32[ndarray, " C"] = scipy.sparse.csgraph.connected_components(_graph(following), connection="strong")[1]
     return rings
 
 
@@ -167,12 +171,12 @@ def _walk(
     before[following] = np.arange(len(following))
     path = following.copy()
     path[before[starts]] = np.roll(starts, -1)
-    return starts, breadth_first_order(_graph(path), starts[0], return_predecessors=False)
+    return starts, scipy.sparse.csgraph.breadth_first_order(_graph(path), starts[0], return_predecessors=False)
 
 
-def _graph(following: Int64[ndarray, " C"]) -> csr_array:
+def _graph(following: Int64[ndarray, " C"]) -> scipy.sparse.csr_array:
     count = len(following)
-    return csr_array((np.ones(count, dtype=np.int8), following, np.arange(count + 1)), shape=(count, count))
+    return scipy.sparse.csr_array((np.ones(count, dtype=np.int8), following, np.arange(count + 1)), shape=(count, count))
 
 
 def _areas(xy: Int32[ndarray, "C 2"], ends: Int64[ndarray, " R"]) -> Int64[ndarray, " R"]:
@@ -222,7 +226,8 @@ def _owners(
 ) -> Int64[ndarray, " R"]:
     """The outer ring that each ring lies in.
 
-    That is the ring itself, or the only outer one of its object, or else follows from the pixel at the ring's first corner.
+    That is the ring itself, or the only outer one of its object, or else follows from the pixel at the ring's
+    first corner.
     """
     begins = np.flatnonzero(np.diff(label, prepend=0))
     sizes = np.diff(begins, append=len(label))
@@ -231,7 +236,8 @@ def _owners(
     several = np.add.reduceat(~hole, begins, dtype=int) > 1
     ambiguous = np.flatnonzero(hole & np.repeat(several, sizes))
     if len(ambiguous):
-        # The side that bounds the run of pixels on the left belongs to the outer ring, or to a hole that begins before this one.
+        # The side that bounds the run of pixels on the left belongs to the outer ring, or to a hole that
+        # begins before this one.
         y, x = pixel[ambiguous].T
         owner[ambiguous] = sides.left_of(label[ambiguous], y, _line_begins(objects.labels, y, x))
         while (owner[owner] != owner).any():

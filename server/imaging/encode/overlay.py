@@ -85,7 +85,7 @@ def blend(
 
 
 def _borders(classes: UInt8[ndarray, "H W"]) -> Bool[ndarray, "H W"]:
-    """Pixels with a neighbour of another class above, below, left or right, and those on the border of the picture."""
+    """Pixels beside a pixel of another class, and those on the border of the picture."""
     border: Bool[ndarray, "H W"] = np.ones(classes.shape, dtype=bool)
     inner = classes[1:-1, 1:-1]
     border[1:-1, 1:-1] = (inner != classes[:-2, 1:-1]) | (inner != classes[2:, 1:-1])

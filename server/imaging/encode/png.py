@@ -1,8 +1,8 @@
 """PNG: classes with a palette of their colours, or in one bit; object numbers; 16-bit grey.
 
-The container is written here, around a stream that isal compresses, because Pillow takes three times as long for a mask and ten times
-for a photograph (`python -m bench.encoders`). Large pictures are compressed in strips by a few threads; NumPy, isal and Pillow release
-the interpreter lock meanwhile.
+The container is written here, around a stream that isal compresses, because Pillow takes three times as long
+for a mask and ten times for a photograph (`python -m bench.encoders`). Large pictures are compressed in
+strips by a few threads; NumPy, isal and Pillow release the interpreter lock meanwhile.
 """
 
 import io
@@ -59,8 +59,8 @@ def labels(objects: Objects) -> bytes:
     """
     if len(objects) > MAX_LABELS:
         raise InvalidParameter(
-            f"the mask has {len(objects):,} objects and a 16-bit PNG can number {MAX_LABELS:,}; use format=labels.tiff, or remove small "
-            "objects with min_size_px",
+            f"the mask has {len(objects):,} objects and a 16-bit PNG can number {MAX_LABELS:,}; use "
+            "format=labels.tiff, or remove small objects with min_size_px",
             parameter="format",
             value="labels.png",
             limit=MAX_LABELS,
@@ -90,7 +90,7 @@ def blocks(rows: slice) -> Iterator[slice]:
 
 
 def map_strips(height: int, width: int, function: Callable[[slice], T]) -> list[T]:
-    """Results of `function` for the rows of each strip, from top to bottom; in parallel where the picture is large."""
+    """Results of `function` for the rows of each strip, in order; in parallel where the picture is large."""
     if height * width < LARGE:
         return [function(slice(0, height))]
     strips = [slice(top, min(top + STRIP, height)) for top in range(0, height, STRIP)]

@@ -18,8 +18,9 @@ T = TypeVar("T")
 class SegmentationResult:
     """A mask, its source, and what is known of both.
 
-    The properties `objects`, `scores`, `head_std`, `image`, `volume` and `affine` raise LookupError where the result has none. The
-    `needs` and `kinds` of a format's row in `ENCODERS` say which of them its encoder reads.
+    The properties `objects`, `scores`, `head_std`, `image`, `volume` and `affine` raise LookupError where the
+    result has none. The `needs` and `kinds` of a format's row in `ENCODERS` say which of them its encoder
+    reads.
 
     Attributes:
         source: decoded input.
@@ -32,7 +33,8 @@ class SegmentationResult:
         removed: number of objects that post-processing removed, per class value.
         largest_scores: (K,) highest score of each channel anywhere, None if unknown.
         overlaps: IoU and Dice with the reference per class value; empty without a reference.
-        average_precision: average precision of the objects per IoU threshold; empty without a reference of instances.
+        average_precision: average precision of the objects per IoU threshold; empty without a reference of
+            instances.
         report: document of `format=json`; empty unless a format needs it.
         cancel: token that ends encoding between two formats and between two objects.
     """

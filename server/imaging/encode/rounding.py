@@ -1,4 +1,4 @@
-"""Half-precision probabilities as integers, by a table of all 65,536 of them: four times as fast as computing each."""
+"""Half-precision probabilities as integers, by a table of all 65,536: four times as fast."""
 
 import functools
 
@@ -16,7 +16,7 @@ def eight_bits(values: Float16[ndarray, "*size"], largest: float = 1.0) -> UInt8
 def sixteen_bits(
     values: Float16[ndarray, "*size"], largest: float = 1.0, *, complement: bool = False
 ) -> UInt16[ndarray, "*size"]:
-    """Integers from 0 to 65535 for values from 0 to `largest`, or for `largest` minus them; values beyond are clipped."""
+    """Integers from 0 to 65535 for values from 0 to `largest`, or for their complement; clipped beyond."""
     rounded: UInt16[ndarray, "*size"] = _table(np.uint16, largest, complement)[values.view(np.uint16)]
     return rounded
 

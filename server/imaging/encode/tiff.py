@@ -34,7 +34,7 @@ def labels(objects: Objects) -> bytes:
 
 
 def scores(probabilities: Float16[ndarray, "K *size"], names: dict[int, str]) -> bytes:
-    """Writes probabilities as uint8, 255 is 1: per slice one page per channel, whose description is the channel's name."""
+    """Writes probabilities as uint8, 255 is 1: per slice a page per channel, described by its name."""
     channels = list(names.values()) if len(probabilities) == 1 else ["background", *names.values()]
     slices = zip(*(pages(channel) for channel in probabilities), strict=True)
     described = (pair for group in slices for pair in zip(group, channels, strict=True))

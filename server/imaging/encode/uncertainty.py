@@ -1,4 +1,4 @@
-"""Where the heads of the network differ: the standard deviation over them of the foreground probability, from 0 to 0.5."""
+"""Where the heads of the network differ: the standard deviation of the foreground probability, 0 to 0.5."""
 
 import numpy as np
 from jaxtyping import Float16

@@ -74,13 +74,23 @@ def test_panels_are_spread_over_the_mask(pages: int, filled: tuple[int, ...], sl
     assert [int(panel.pixels[0, 0, 0]) for row in rows for panel in row] == slices
 
 
-def test_panels_have_the_proportions_of_the_body() -> None:
-    classes = np.zeros((20, 30, 5), dtype=np.uint8)
-    classes[5:15, 5:25, 1:4] = 1
-    rows = mosaic.panels(volume(np.zeros((20, 30, 5), dtype=np.int16), np.diag([1, 2, 6, 1.0])), classes)
-    # 20 × 60 × 30 mm at 8 pixels per mm.
-    sizes = [[panel.size for panel in row] for row in rows]
-    assert sizes == [[(160, 480)] * 3, [(160, 240)] * 4, [(480, 240)] * 4]
+@pytest.mark.parametrize(
+    ("size", "sizes"),
+    [
+        # 20 × 60 × 30 mm at 8 pixels per mm.
+        ((20, 30, 5), [[(160, 480)] * 4, [(160, 240)] * 4, [(480, 240)] * 4]),
+        # What is one voxel thick is shown from its one side.
+        ((20, 30, 1), [[(160, 480)]]),
+        ((20, 1, 10), [[(160, 480)]]),
+        ((1, 30, 10), [[(480, 480)]]),
+    ],
+)
+def test_panels_have_the_proportions_of_the_body(
+    size: tuple[int, ...], sizes: list[list[tuple[int, int]]]
+) -> None:
+    source = volume(np.zeros(size, dtype=np.int16), np.diag([1, 2, 6, 1.0]))
+    rows = mosaic.panels(source, np.ones(size, dtype=np.uint8))
+    assert [[panel.size for panel in row] for row in rows] == sizes
 
 
 @pytest.mark.parametrize("size", [(600, 500, 3), (1, 1, 1), (7, 1, 9), (400, 2, 2), (3, 4, 500)])
@@ -93,13 +103,6 @@ def test_overlay_of_any_size_is_a_bounded_picture(rng: np.random.Generator, size
         shown = overlay(source, classes, "overlay.jpg")
         assert shown.shape[2] == 3
         assert max(shown.shape) < 2000
-
-
-@pytest.mark.parametrize("axis", range(3))
-def test_overlay_of_one_slice_is_that_slice(axis: int) -> None:
-    size = [40, 40, 40]
-    size[axis] = 1
-    assert overlay(volume(np.zeros(size, dtype=np.int16))).shape == (SIDE, SIDE, 3)
 
 
 def test_overlay_of_a_stack_shows_its_pages() -> None:
@@ -130,7 +133,7 @@ def test_overlay_contrast_is_that_of_the_whole_volume() -> None:
 
 def test_memory_of_a_large_volume_is_that_of_a_picture() -> None:
     small = volume(np.zeros((1, 1, 1), dtype=np.int16))
-    large = Volume(np.full((300, 300, 300, 1), 7, dtype=np.int16, order="F"), small.affine, small.header)
+    large = Volume(np.full((300, 300, 300, 1), 7, dtype=np.int16, order="F"), small.affine, small.file_header)
     classes = np.full((300, 300, 300), 1, dtype=np.uint8, order="F")
     with memory_stays_below(60):
         overlay(large, classes)

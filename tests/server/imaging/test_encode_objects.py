@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image as Pillow
-from PIL import ImageDraw
 from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from scipy import ndimage
@@ -265,29 +264,24 @@ def test_geojson_outlines_of_pathological_objects(labels: np.ndarray) -> None:
     check_outlines(np.asarray(labels).astype(np.int32))
 
 
+# Drawings, and the number of rings of each piece.
+SHAPES = """
+    # 1 | #.# 11 | #./.# 11 | .#/#. 11 | .#./#.#/.#. 1111 | ###/#.#/### 2 | ###/#.#/##. 2 | ###./#.#./#### 2
+    ####/#.##/##.#/#### 3 | ##./#.#/.## 11 | ###.###/#.#.#.#/###.### 22 | #####.#/#.#.#../#####.. 31
+    #####/#...#/#.#.#/#...#/##### 21 | #####.#/#.###../#.#.#../#####.. 31"""
+
+
 @pytest.mark.parametrize(
-    ("drawing", "kind", "rings"),
-    [
-        ("#", "Polygon", [1]),
-        ("#.#", "MultiPolygon", [1, 1]),
-        ("#./.#", "MultiPolygon", [1, 1]),
-        (".#/#.", "MultiPolygon", [1, 1]),
-        ("###/#.#/###", "Polygon", [2]),
-        ("##./#.#/.##", "MultiPolygon", [1, 1]),
-        (".#./#.#/.#.", "MultiPolygon", [1] * 4),
-        ("###/#.#/##.", "Polygon", [2]),
-        ("####/#.##/##.#/####", "Polygon", [3]),
-        ("#####/#...#/#.#.#/#...#/#####", "MultiPolygon", [2, 1]),
-        ("###.###/#.#.#.#/###.###", "MultiPolygon", [2, 2]),
-        ("###./#.#./####", "Polygon", [2]),
-    ],
+    "shape", [part.strip() for part in SHAPES.replace("\n", "|").split("|") if part.strip()]
 )
-def test_geojson_geometry_is_a_polygon_per_piece(drawing: str, kind: str, rings: list[int]) -> None:
+def test_geojson_geometry_is_a_polygon_per_piece(shape: str) -> None:
+    drawing, rings = shape.split()
     labels = np.array([[char == "#" for char in row] for row in drawing.split("/")], dtype=np.int32)
     (feature,) = features(labelled(labels))
-    coordinates = feature["geometry"]["coordinates"]
-    assert feature["geometry"]["type"] == kind
-    assert [len(polygon) for polygon in (coordinates if kind == "MultiPolygon" else [coordinates])] == rings
+    kind, coordinates = feature["geometry"].values()
+    assert kind == ("Polygon" if len(rings) == 1 else "MultiPolygon")
+    polygons = coordinates if kind == "MultiPolygon" else [coordinates]
+    assert sorted(map(len, polygons), reverse=True) == [int(digit) for digit in rings]
     check_outlines(labels)
 
 
@@ -297,20 +291,6 @@ def test_geojson_coordinates_are_the_corners_of_pixels() -> None:
     assert features(labelled(labels))[0]["geometry"]["coordinates"] == [
         [[2, 1], [3, 1], [3, 2], [2, 2], [2, 1]]
     ]
-
-
-def test_geojson_is_drawn_back_by_pillow() -> None:
-    """At eight times the size, because Pillow fills the pixels that sides run through."""
-    labels = blobs((40, 40))
-    sheet = Pillow.new("I", (320, 320))
-    for number, feature in enumerate(features(labelled(labels)), 1):
-        kind, coordinates = feature["geometry"].values()
-        for polygon in [coordinates] if kind == "Polygon" else coordinates:
-            part = Pillow.new("1", sheet.size)
-            for depth, ring in enumerate(polygon):
-                ImageDraw.Draw(part).polygon([(8 * x, 8 * y) for x, y in ring], fill=int(depth == 0))
-            sheet.paste(number, mask=part)
-    assert np.array_equal(np.asarray(sheet)[4::8, 4::8], labels)
 
 
 def test_geojson_properties_are_what_qupath_reads() -> None:

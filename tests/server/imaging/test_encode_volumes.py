@@ -100,9 +100,9 @@ def test_mask_nifti_header_is_that_of_the_source(
     fields = ODD | {"qform_code": codes[0], "sform_code": codes[1]}
     data = nifti(rng.integers(0, 9, SIZE).astype(dtype), OBLIQUE, version=version, order=order, **fields)
     source = volume_of(data)
-    kept = source.header.copy()
+    kept = source.file_header.copy()
     body = encoded("mask.nii.gz", masked(random_classes(SIZE), source))
-    assert source.header == kept
+    assert source.file_header == kept
     before, after = header_of(data), header_of(body)
     assert (type(after), after.endianness) == (type(before), order)
     assert differing(before, after) <= CHANGED

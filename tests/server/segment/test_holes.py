@@ -14,7 +14,7 @@ def filled(classes: np.ndarray) -> np.ndarray:
     return copy
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(masks(most_classes=1))
 def test_fill_holes_of_one_class_is_that_of_scipy(classes: np.ndarray) -> None:
     flat = classes.squeeze() if classes.ndim == 3 else classes
@@ -22,7 +22,7 @@ def test_fill_holes_of_one_class_is_that_of_scipy(classes: np.ndarray) -> None:
         assert np.array_equal(filled(classes).reshape(flat.shape), ndimage.binary_fill_holes(flat))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(masks())
 def test_fill_holes_changes_only_enclosed_background(classes: np.ndarray) -> None:
     once = filled(classes)

@@ -14,7 +14,7 @@ from tests.server.segment.masks import masks, single_pixels
 from tests.support.memory import memory_stays_below
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(masks(), st.sampled_from([1, 7, 1_000_000]), st.integers(0, 99))
 def test_connected_components_are_those_of_scikit_image(classes: np.ndarray, chunk: int, seed: int) -> None:
     confidence = np.random.default_rng(seed).random(classes.shape).astype(np.float16)
@@ -42,7 +42,7 @@ def test_connected_components_are_those_of_scikit_image(classes: np.ndarray, chu
         assert np.allclose(objects.mean_score, [r.intensity_mean for r in regions], atol=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(masks(axes=(3,)), st.permutations(range(3)))
 def test_label_does_not_depend_on_the_order_of_memory(classes: np.ndarray, axes: list[int]) -> None:
     view = np.ascontiguousarray(classes.transpose(axes)).transpose(np.argsort(axes))
@@ -63,7 +63,7 @@ def test_connected_components_of_all_or_nothing(size: tuple[int, ...], value: in
         assert objects.touches_border[0] == (size != (1, 1, 1))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(masks(axes=(2,)), st.integers(0, 99))
 def test_relabel_in_scan_order_restores_shuffled_numbers(classes: np.ndarray, seed: int) -> None:
     labels, count = label(classes)

@@ -1102,7 +1102,7 @@ class TestGivenUp:
             assert model_info(segmenter, "windows_dropped_total", reason="error") == 48 - 2 * engine.batches
 
     @pytest.mark.parametrize("times", [1, 2, 3])
-    @pytest.mark.parametrize("where", ["decode", "measure"])
+    @pytest.mark.parametrize("where", ["decode", "read_header"])
     def test_no_thread_goes_on_behind_the_callers_back(self, monkeypatch: pytest.MonkeyPatch, where: str, times: int) -> None:
         """Nobody may close the file that it reads; nor if he is cancelled again while he waits for its end."""
         module = steps if where == "decode" else pipeline

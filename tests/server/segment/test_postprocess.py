@@ -50,7 +50,7 @@ def objects_of(done: Processed) -> Objects:
     return done.mask.objects
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(masks(), st.integers(0, 30))
 def test_min_size_removes_smaller_objects_alone(classes: np.ndarray, size: int) -> None:
     before, done = connected_components(classes), processed(classes, min_size_px=size)
@@ -61,7 +61,7 @@ def test_min_size_removes_smaller_objects_alone(classes: np.ndarray, size: int) 
     assert done.removed == dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(masks())
 def test_keep_largest_keeps_the_first_largest_of_each_class(classes: np.ndarray) -> None:
     before, done = connected_components(classes), processed(classes, keep_largest=True)
@@ -71,7 +71,7 @@ def test_keep_largest_keeps_the_first_largest_of_each_class(classes: np.ndarray)
         assert np.array_equal(done.mask.classes == value, before.labels == best + 1)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(masks(), parameters)
 def test_objects_are_those_of_the_mask(classes: np.ndarray, params: dict[str, Any]) -> None:
     done = processed(classes, **params)
@@ -92,7 +92,7 @@ def test_objects_are_those_of_the_mask(classes: np.ndarray, params: dict[str, An
     assert np.array_equal(without.mask.classes, done.mask.classes)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(masks(axes=(3,), most_side=8), st.integers(1, 3), parameters)
 def test_times_are_processed_each_by_itself(drawn: np.ndarray, slices: int, params: dict[str, Any]) -> None:
     classes = np.asfortranarray(np.concatenate([drawn] * slices, axis=2))

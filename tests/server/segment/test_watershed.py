@@ -20,7 +20,7 @@ def instances_of(
     return labels, count
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(masks(most_side=24), st.sampled_from([watershed.MAX_BOXES, 0]))
 def test_split_refines_objects_one_by_one_and_all_at_once(classes: np.ndarray, max_boxes: int) -> None:
     whole, objects = label(classes)
