@@ -92,8 +92,8 @@ class Connection(H11Protocol):
         if self.conn.their_state is h11.SEND_BODY:
             if self._body_timer is not None:
                 self._body_timer.cancel()
-            check = self._check_body, self._parser.requests
-            self._body_timer = self.loop.call_later(self._limits.idle_s, *check)
+            idle_s, request = self._limits.idle_s, self._parser.requests
+            self._body_timer = self.loop.call_later(idle_s, self._check_body, request)
         super().on_response_complete()
         self._watch_head()
 
