@@ -85,7 +85,10 @@ def test_free_path_needs_no_key(opened: SimpleNamespace, path: str) -> None:
 
 def test_openapi_with_keys_describes_them(opened: SimpleNamespace) -> None:
     document = opened.client.get("/openapi.json").json()
-    assert {scheme["type"] for scheme in document["components"]["securitySchemes"].values()} == {"http", "apiKey"}
+    assert {scheme["type"] for scheme in document["components"]["securitySchemes"].values()} == {
+        "http",
+        "apiKey",
+    }
     assert document["paths"]["/segment"]["post"]["security"]
     assert "401" in document["paths"]["/segment"]["post"]["responses"]
     assert "security" not in document["paths"]["/health/live"]["get"]
@@ -149,7 +152,9 @@ def test_path_is_refused_whether_it_exists_or_not(opened: SimpleNamespace, metho
 @pytest.mark.parametrize("expect", ["", "Expect: 100-continue\r\n"])
 def test_refusal_comes_before_the_body(opened: SimpleNamespace, expect: str) -> None:
     with socket.create_connection(("127.0.0.1", opened.port), timeout=30) as raw:
-        raw.sendall(f"POST /segment HTTP/1.1\r\nHost: x\r\n{expect}Content-Length: 200000000\r\n\r\n".encode())
+        raw.sendall(
+            f"POST /segment HTTP/1.1\r\nHost: x\r\n{expect}Content-Length: 200000000\r\n\r\n".encode()
+        )
         assert raw.recv(1000).startswith(b"HTTP/1.1 401 ")
 
 
@@ -177,7 +182,9 @@ async def test_middleware_counts_each_refusal(file: Path) -> None:
     async def send(message: Any) -> None:
         pass
 
-    guarded = auth.APIKeyMiddleware(app, auth.Keys(file), frozenset({"/free"}), lambda: calls.append("refused"))
+    guarded = auth.APIKeyMiddleware(
+        app, auth.Keys(file), frozenset({"/free"}), lambda: calls.append("refused")
+    )
     for path, headers in (("/x", []), ("/free", []), ("/x", [(b"x-api-key", KEY.encode())])):
         await guarded({"type": "http", "path": path, "headers": headers}, None, send)  # type: ignore[arg-type]
     assert calls == ["refused", "app", "app"]
@@ -252,7 +259,9 @@ def test_keys_are_not_read_for_each_request(file: Path) -> None:
     assert OTHER_KEY not in keys
 
 
-@pytest.mark.parametrize("text", [None, "", "# none\n", f"\n{KEY}"], ids=["no file", "empty", "comment", "key"])
+@pytest.mark.parametrize(
+    "text", [None, "", "# none\n", f"\n{KEY}"], ids=["no file", "empty", "comment", "key"]
+)
 def test_keys_refuse_a_file_that_is_broken_from_the_start(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "keys"
     if text is not None:

@@ -152,7 +152,9 @@ def test_pipelined_requests_are_answered(opened: SimpleNamespace) -> None:
 
 def head(count: int = 0, size: int = 0) -> bytes:
     extra = [b"a%d: b" % index for index in range(count)]
-    return b"\r\n".join([b"GET /health/live HTTP/1.1", b"Host: x", *extra, b"x: " + b"y" * size]) + b"\r\n\r\n"
+    return (
+        b"\r\n".join([b"GET /health/live HTTP/1.1", b"Host: x", *extra, b"x: " + b"y" * size]) + b"\r\n\r\n"
+    )
 
 
 @pytest.mark.parametrize("sent", [head(98), head(0, 10_000), head(0, 16_000)], ids=range(3))
@@ -265,14 +267,21 @@ def test_other_protocol_is_ignored_silently(
 ) -> None:
     with connected(opened.ops_port) as raw:
         for _ in range(2):
-            raw.sendall(GET.replace(b"\r\n\r\n", b"\r\nConnection: Upgrade\r\nUpgrade: " + protocol + b"\r\n\r\n"))
+            raw.sendall(
+                GET.replace(b"\r\n\r\n", b"\r\nConnection: Upgrade\r\nUpgrade: " + protocol + b"\r\n\r\n")
+            )
             assert read_response(raw).status == 200
     assert not caplog.get_records("call")
 
 
 @pytest.mark.parametrize(
     "sent",
-    [b"G", POST, POST + b"Content-Length: 100\r\n\r\nabc", POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\na"],
+    [
+        b"G",
+        POST,
+        POST + b"Content-Length: 100\r\n\r\nabc",
+        POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\na",
+    ],
     ids=range(4),
 )
 def test_client_that_leaves_in_the_middle_does_no_harm(opened: SimpleNamespace, sent: bytes) -> None:
@@ -283,7 +292,9 @@ def test_client_that_leaves_in_the_middle_does_no_harm(opened: SimpleNamespace, 
 
 @pytest.mark.parametrize("path", ["/segment", "/jobs"])
 @pytest.mark.parametrize("before", [0, 5_000_000])
-def test_body_that_trickles_is_refused_and_frees_its_place(opened: SimpleNamespace, path: str, before: int) -> None:
+def test_body_that_trickles_is_refused_and_frees_its_place(
+    opened: SimpleNamespace, path: str, before: int
+) -> None:
     """Each byte comes in time, but all of them would take days."""
     with connected(opened.port) as raw:
         request = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n"
@@ -348,11 +359,15 @@ def test_tiny_chunks_are_refused(opened: SimpleNamespace, path: bytes) -> None:
 def test_bodies_of_many_events_are_read_one_after_the_other(noisy: SimpleNamespace) -> None:
     """They come faster than they are stored, so that uvicorn's own pauses count, too."""
     body = picture_bytes(np.random.default_rng(0).integers(0, 256, (1000, 1000), np.uint8))
-    chunks = b"".join(b"200\r\n%b\r\n" % body[start : start + 512] for start in range(0, len(body) - 511, 512))
+    chunks = b"".join(
+        b"200\r\n%b\r\n" % body[start : start + 512] for start in range(0, len(body) - 511, 512)
+    )
     rest = body[len(body) // 512 * 512 :]
     chunks += (b"%x\r\n%b\r\n" % (len(rest), rest) if rest else b"") + b"0\r\n\r\n"
     with connected(noisy.port) as raw, memory_stays_below(100):
-        sending = threading.Thread(target=raw.sendall, args=((b"POST /segment?level=1" + CHUNKED + chunks) * 3,))
+        sending = threading.Thread(
+            target=raw.sendall, args=((b"POST /segment?level=1" + CHUNKED + chunks) * 3,)
+        )
         sending.start()
         received = b""
         while received.count(b"HTTP/1.1 ") < 3:
@@ -500,7 +515,9 @@ def test_time_limits_hold_on_either_event_loop(loop: str, monkeypatch: pytest.Mo
     import uvicorn
 
     init = uvicorn.Config.__init__
-    monkeypatch.setattr(uvicorn.Config, "__init__", lambda self, *args, **named: init(self, *args, **named, loop=loop))
+    monkeypatch.setattr(
+        uvicorn.Config, "__init__", lambda self, *args, **named: init(self, *args, **named, loop=loop)
+    )
     with full_server(noise, limits={"idle_upload_s": 0.5, "head_s": 0.3}) as opened:
         with connected(opened.port) as raw:
             raw.sendall(b"GET")

@@ -119,7 +119,9 @@ def test_write_behind_a_proxy_that_changes_the_host_is_answered(opened: SimpleNa
 def test_page_loads_nothing_from_elsewhere(opened: SimpleNamespace, path: str) -> None:
     answer = opened.client.get(path)
     assert answer.headers["content-type"].startswith("text/html")
-    assert not re.findall(r"""(?:src|href|url|import|action)\b\s*[=(]?\s*["']?\s*(?:https?:)?//""", answer.text)
+    assert not re.findall(
+        r"""(?:src|href|url|import|action)\b\s*[=(]?\s*["']?\s*(?:https?:)?//""", answer.text
+    )
     rules = dict(rule.split(" ", 1) for rule in answer.headers["content-security-policy"].split("; "))
     assert rules["default-src"] == "'none'"
     assert rules.get("connect-src", "'none'") in ("'self'", "'none'")
@@ -182,7 +184,9 @@ def test_job_path_leads_to_no_other_file(opened: SimpleNamespace, job: str, dots
 
     def get(path: str) -> tuple[int, bytes]:
         """Not through httpx, which would take the dots out of the path."""
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", opened.port, timeout=30)) as connection:
+        with contextlib.closing(
+            http.client.HTTPConnection("127.0.0.1", opened.port, timeout=30)
+        ) as connection:
             connection.request("GET", path)
             answer = connection.getresponse()
             return answer.status, answer.read()

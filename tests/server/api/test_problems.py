@@ -30,7 +30,9 @@ def subclasses(cls: type) -> Iterator[type]:
         yield from subclasses(below)
 
 
-@pytest.mark.parametrize("cls", [cls for cls in subclasses(errors.UnetppError) if not cls.__name__.startswith("_")])
+@pytest.mark.parametrize(
+    "cls", [cls for cls in subclasses(errors.UnetppError) if not cls.__name__.startswith("_")]
+)
 def test_status_of_every_error_belongs_to_its_family(cls: Any) -> None:
     status, error = status_of(cls("text")), cls("text")
     if cls is errors.UnetppError or issubclass(cls, errors.ServerFault):
@@ -85,7 +87,12 @@ NOT_FINITE = np.where(np.arange(100).reshape(10, 10) < 3, np.nan, 0).astype(np.f
         (b"", 422, "unreadable", {}),
         (TRUNCATED, 422, "unreadable", {}),
         (b"\x89PNG\r\n\x1a\n", 422, "unreadable", {}),
-        (picture_bytes(np.zeros((400, 400), np.uint8)), 413, "too-large", {"limit": MAX_PIXELS, "actual": 160_000}),
+        (
+            picture_bytes(np.zeros((400, 400), np.uint8)),
+            413,
+            "too-large",
+            {"limit": MAX_PIXELS, "actual": 160_000},
+        ),
         (tiff(NOT_FINITE), 422, "unreadable", {}),
         (picture_bytes(np.zeros((4, 4), np.uint8), "GIF"), 415, "unsupported-type", {}),
     ],
@@ -93,9 +100,17 @@ NOT_FINITE = np.where(np.arange(100).reshape(10, 10) < 3, np.nan, 0).astype(np.f
 )
 @pytest.mark.parametrize("multipart", [False, True])
 def test_segment_bad_body_is_refused(
-    small: httpx.Client, problem: Checked, body: bytes, status: int, code: str, fields: dict[str, Any], multipart: bool
+    small: httpx.Client,
+    problem: Checked,
+    body: bytes,
+    status: int,
+    code: str,
+    fields: dict[str, Any],
+    multipart: bool,
 ) -> None:
-    answer = small.post("/segment", **({"files": {"file": body}} if multipart else {"content": body, "headers": PNG}))
+    answer = small.post(
+        "/segment", **({"files": {"file": body}} if multipart else {"content": body, "headers": PNG})
+    )
     document = vars(problem(answer, status, code))
     assert {name: document[name] for name in fields} == fields
 
@@ -200,7 +215,11 @@ def test_segment_wrong_content_type_is_refused(
         ([("file", GOOD), ("mode", (None, "fast"))], "invalid-parameter", "mode"),
         ([("file", (None, "text"))], "invalid-parameter", "file"),
         ([("file", GOOD), ("reference", GOOD), ("image", GOOD)], "unreadable", None),
-        ([("file", GOOD), *((name, (None, "2")) for name in ("mode", "level", "format"))], "unreadable", None),
+        (
+            [("file", GOOD), *((name, (None, "2")) for name in ("mode", "level", "format"))],
+            "unreadable",
+            None,
+        ),
     ],
     ids=["twice", "no file", "unknown", "parameter", "text", "three files", "three parameters"],
 )
@@ -224,14 +243,24 @@ DISPOSITION = b"--x\r\nContent-Disposition: form-data; name=file; filename=a\r\n
         ("multipart/form-data; boundary=x", b"--x\r\nContent-Disposition: form-data\r\n\r\na\r\n--x--\r\n"),
         ("multipart/form-data; boundary=x", DISPOSITION + b"ab"),
         ("multipart/form-data; boundary=x", b"--x\r\nContent-Disposition\r\n\r\na\r\n--x--\r\n"),
-        ("multipart/form-data; boundary=x", DISPOSITION.replace(b"=file", b'="\xff\xfe"') + b"a\r\n--x--\r\n"),
-        ("multipart/form-data; boundary=x; charset=hex", DISPOSITION.replace(b"=file", b"=f") + b"\r\n--x--\r\n"),
+        (
+            "multipart/form-data; boundary=x",
+            DISPOSITION.replace(b"=file", b'="\xff\xfe"') + b"a\r\n--x--\r\n",
+        ),
+        (
+            "multipart/form-data; boundary=x; charset=hex",
+            DISPOSITION.replace(b"=file", b"=f") + b"\r\n--x--\r\n",
+        ),
         ("multipart/form-data; boundary=" + "x" * 3000, b"--x\r\n"),
     ],
     ids=range(10),
 )
-@pytest.mark.filterwarnings("ignore:Exception ignored in.*SpooledTemporaryFile")  # Starlette leaves it to the collector
-def test_segment_broken_form_is_refused(small: httpx.Client, problem: Checked, declared: str, body: bytes) -> None:
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in.*SpooledTemporaryFile"
+)  # Starlette leaves it to the collector
+def test_segment_broken_form_is_refused(
+    small: httpx.Client, problem: Checked, declared: str, body: bytes
+) -> None:
     problem(small.post("/segment", content=body, headers={"content-type": declared}), 422)
 
 
@@ -262,13 +291,17 @@ def test_body_over_limit_is_refused_before_it_is_sent(small: httpx.Client) -> No
 
 
 @pytest.mark.parametrize("declared", ["image/png", "multipart/form-data; boundary=x"])
-def test_body_over_limit_is_refused_while_it_streams(small: httpx.Client, problem: Checked, declared: str) -> None:
+def test_body_over_limit_is_refused_while_it_streams(
+    small: httpx.Client, problem: Checked, declared: str
+) -> None:
     def body() -> Iterator[bytes]:
         yield DISPOSITION if "boundary" in declared else b""
         for _ in range(40):
             yield bytes(100_000)
 
-    refused = problem(small.post("/segment", content=body(), headers={"content-type": declared}), 413, "too-large")
+    refused = problem(
+        small.post("/segment", content=body(), headers={"content-type": declared}), 413, "too-large"
+    )
     assert (refused.limit, refused.unit) == (BODY, "bytes")
     assert refused.actual > BODY
 
