@@ -16,6 +16,7 @@ takes minutes and compares nothing.
 """
 
 import argparse
+import functools
 import gzip
 import io
 import time
@@ -182,6 +183,11 @@ def timed(make: Callable[[], bytes], repeats: int) -> tuple[float, int]:
     return min(spent), len(body)
 
 
+def encoded(result: SegmentationResult, name: str) -> bytes:
+    """The answer in one format."""
+    return encode_response(result, (name,), {}).body
+
+
 def main() -> None:
     """Measures, prints, writes results/encoders.{md,json}."""
     parser = argparse.ArgumentParser(
@@ -194,9 +200,7 @@ def main() -> None:
     facts: list[dict[str, Any]] = []
     for name, row in track(list(ENCODERS.items()), "formats"):
         result = flat if "image" in row.kinds else solid
-        seconds, size = timed(
-            lambda name=name, result=result: encode_response(result, (name,), {}).body, repeats
-        )  # type: ignore[misc]
+        seconds, size = timed(functools.partial(encoded, result, name), repeats)
         fact = {
             "format": name,
             "of": "image" if result is flat else "volume",

@@ -81,7 +81,7 @@ def run(
     minutes: float, clients: int = 6, seed: int = 0, idle_s: float = IDLE_S, warm_up: int = 60
 ) -> tuple[Ledger, list[float]]:
     """Starts a server, loads it, stops it; returns the record and the resident memory in MB of each second."""
-    ledger, memory = Ledger(), list[float]()
+    ledger = Ledger()
     with tempfile.TemporaryDirectory() as scratch:
         temporary, jobs, log = (Path(scratch) / name for name in ("tmp", "jobs", "log"))
         temporary.mkdir()
@@ -92,20 +92,7 @@ def run(
                 for number, kind in enumerate([*["segment"] * warm_up, "job"]):
                     client.step(number, kind)
             before, _ = idle(server, idle_s)
-            halfway = before
-            until = time.monotonic() + minutes * 60
-            with contextlib.ExitStack() as stack:
-                pool = stack.enter_context(ThreadPoolExecutor(clients))
-                names = map(str, range(clients))
-                loads = [stack.enter_context(Client(name, seed, url, ledger)) for name in names]
-                futures = [pool.submit(client.run, until) for client in loads]
-                while time.monotonic() < until:
-                    memory.append(server.memory("VmRSS"))
-                    if len(memory) <= minutes * 30:
-                        halfway = sample(server)
-                    time.sleep(1)
-                for future in futures:
-                    future.result()
+            memory, halfway = load(server, ledger, minutes, clients, seed)
             after, metrics = idle(server, idle_s)
             server.process.terminate()
             if code := server.process.wait(TIMEOUT_S):
@@ -122,6 +109,29 @@ def run(
     if minutes >= LONG and (growth := grown(memory)) >= GROWTH:
         ledger.fault("memory", f"grew by {growth:.1%} once settled")
     return ledger, memory
+
+
+def load(
+    server: Server, ledger: Ledger, minutes: float, clients: int, seed: int
+) -> tuple[list[float], Sample]:
+    """Runs all clients; returns the resident memory in MB of each second, and the process halfway."""
+    memory, halfway = list[float](), sample(server)
+    until = time.monotonic() + minutes * 60
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(clients))
+        loads = [
+            stack.enter_context(Client(str(number), seed, server.client.base_url, ledger))
+            for number in range(clients)
+        ]
+        futures = [pool.submit(client.run, until) for client in loads]
+        while time.monotonic() < until:
+            memory.append(server.memory("VmRSS"))
+            if len(memory) <= minutes * 30:
+                halfway = sample(server)
+            time.sleep(1)
+        for future in futures:
+            future.result()
+    return memory, halfway
 
 
 def grown(memory: list[float]) -> float:

@@ -56,8 +56,8 @@ def synthetic_ct(path: Path) -> None:
 
 def ours(bundle: Bundle, volume: Path, graph: str, precision: str, engine: str, out: Path) -> dict[str, Any]:
     """The server's service without HTTP, on the file's own grid, as the other side."""
-    from server.service import open_service
     from server.segment.request import SegmentParams, Upload
+    from server.service import open_service
     from server.settings import Settings
 
     folder = Path(shutil.copytree(bundle.folder, out.parent / f"{out.stem}-bundle", dirs_exist_ok=True))

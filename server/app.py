@@ -67,7 +67,8 @@ def create_app(settings: Settings, service: SegmentationService | None = None, s
             async with shadow, runner:
                 yield
         finally:
-            await asyncio.to_thread(service.close)
+            # Not in a thread, because it settles futures of this loop.
+            service.close()
             if tracing:
                 await asyncio.to_thread(tracing.close)
 

@@ -84,6 +84,8 @@ def choose(wanted: str, available: list[str]) -> list[str]:
     if wanted not in here:
         raise EngineUnavailable(
             f"provider {wanted!r} is not in this installation of ONNX Runtime (it has: {', '.join(here)}). "
-            "For a GPU install the extra with: pip install '.[gpu]' in the project's folder"
+            "For a GPU install the extra with: pip install '.[gpu]' in the project's folder",
+            provider=wanted,
+            allowed=here,
         )
     return [wanted]
