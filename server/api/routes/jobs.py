@@ -1,11 +1,13 @@
 """/jobs: work that outlives its request."""
 
-from collections.abc import AsyncIterator, Callable
-from typing import Annotated, Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
-from pydantic import Field
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, Field, create_model
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
@@ -19,7 +21,7 @@ from server.jobs.active import JobStatus
 from server.jobs.files import short_id
 from server.jobs.job import FINISHED
 from server.jobs.runner import Runner
-from server.segment.request import SegmentParams
+from server.segment.request import SegmentParams, invalid_parameter
 
 UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": Problem}}
 REFUSED: dict[int | str, dict[str, Any]] = {
@@ -58,19 +60,43 @@ MAX_STREAMS = 1000
 MAX_RETRY_S = 60
 
 
-class JobParams(SegmentParams):
-    """The query of POST /jobs. Deadlines are refused, so the documentation leaves them out."""
+# Parameters of POST /segment that a job would ignore: it is never degraded, and can be cancelled.
+EXCLUDED = ("deadline_ms", "min_level")
+
+
+class JobOptions(BaseModel):
+    """The parameters of POST /jobs that POST /segment does not have."""
+
+    model_config = SegmentParams.model_config
 
     preview: bool = Field(False, description="also a mask of level 1, which is there long before the result")
-    deadline_ms: float | None = Query(None, include_in_schema=False)
-    min_level: int | None = Query(None, include_in_schema=False)
 
-    @property
-    def segment_params(self) -> SegmentParams:
-        """The parameters without those of the job."""
-        return SegmentParams.model_construct(
-            **{name: getattr(self, name) for name in SegmentParams.model_fields}
-        )
+
+if TYPE_CHECKING:
+    JobParams = JobOptions
+else:
+    segment_fields = SegmentParams.model_fields.items()
+    JobParams = create_model(
+        "JobParams",
+        __base__=JobOptions,
+        **{name: (field.annotation, field) for name, field in segment_fields if name not in EXCLUDED},
+    )
+
+
+class JobRoute(APIRoute):
+    """A route whose errors about the query list the parameters of jobs."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wraps FastAPI's handler."""
+        handle = super().get_route_handler()
+
+        async def handle_errors(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as error:
+                raise invalid_parameter(error.errors(), JobParams) from error
+
+        return handle_errors
 
 
 def router(runner: Runner, max_streams: int = MAX_STREAMS) -> APIRouter:
@@ -80,7 +106,7 @@ def router(runner: Runner, max_streams: int = MAX_STREAMS) -> APIRouter:
         runner: runs the jobs.
         max_streams: event streams that are open at once.
     """
-    routes = APIRouter()
+    routes = APIRouter(route_class=JobRoute)
     streams: set[object] = set()
 
     @routes.post(
@@ -92,12 +118,13 @@ def router(runner: Runner, max_streams: int = MAX_STREAMS) -> APIRouter:
         openapi_extra=REQUEST_BODY,
     )
     async def create(request: Request, params: Annotated[JobParams, Query()]) -> Response:
-        _refuse_deadline(params, request)
-        check_query(params, request)
+        _refuse_deadline(request)
+        segment_params = SegmentParams.parse(params.model_dump(exclude={"preview"}))
+        check_query(segment_params, request)
         try:
-            with runner.reserve(params.segment_params) as add_bytes:
+            with runner.reserve(segment_params) as add_bytes:
                 async with upload.receive(_counting(request, add_bytes)) as received:
-                    status = await runner.submit(received, params.segment_params, preview=params.preview)
+                    status = await runner.submit(received, segment_params, preview=params.preview)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         document = job_document(status)
@@ -161,20 +188,16 @@ async def _event_stream(
     return StreamingResponse(events, headers=EVENT_STREAM, media_type="text/event-stream")
 
 
-def _refuse_deadline(params: JobParams, request: Request) -> None:
-    """Refuses parameters of POST /segment that a job would ignore.
+def _refuse_deadline(request: Request) -> None:
+    """Refuses a deadline, which would be ignored.
 
     Raises:
-        InvalidParameter: a deadline is given, or consent to a shallower level.
+        InvalidParameter: the header has one; in the query it is an unknown parameter.
     """
-    if DEADLINE in request.headers or params.deadline_ms is not None:
+    if DEADLINE in request.headers:
         raise InvalidParameter(
-            f"deadline_ms and {DEADLINE} are for POST /segment; a job takes the time it takes, and can be cancelled",
+            f"{DEADLINE} is for POST /segment; a job takes the time it takes, and can be cancelled",
             parameter="deadline_ms",
-        )
-    if params.min_level is not None:
-        raise InvalidParameter(
-            "min_level is for POST /segment; a job is never degraded", parameter="min_level"
         )
 
 

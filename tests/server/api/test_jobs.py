@@ -324,6 +324,12 @@ def test_post_refuses_what_is_wrong(
     assert document.items() >= fields.items()
 
 
+def test_post_unknown_parameter_lists_those_of_jobs(small: httpx.Client, problem: Checked) -> None:
+    allowed = problem(small.post("/jobs?preveiw=true", content=GOOD), 422, "invalid-parameter").allowed
+    assert {"preview", "mode", "level"} <= set(allowed)
+    assert not {"deadline_ms", "min_level"} & set(allowed)
+
+
 def test_post_refuses_a_deadline_header(small: httpx.Client, problem: Checked) -> None:
     answer = small.post("/jobs", content=GOOD, headers={"X-Deadline-Ms": "1000"})
     assert problem(answer, 422, "invalid-parameter").parameter == "deadline_ms"
