@@ -57,8 +57,8 @@ def create_app(settings: Settings, service: SegmentationService | None = None, s
     if service is None:
         service = open_service(settings)
         service.open()
-    metrics, stopping, tracing = service.metrics, Stopping(), traces.start()
-    runner = Runner(settings.jobs, settings.http.max_in_flight, service, metrics, params.headers, problems.explain, store)
+    metrics, stopping, tracing = service.metrics, Stopping(), traces.start(settings.log.trace_parent)
+    runner = Runner(settings.jobs, settings.http.max_in_flight, service, metrics, params.headers, problems.job_document_of, store)
     shadow = ShadowEvaluation(settings.quality, service, metrics)
     probe = HealthProbe(service)
     metrics.register_models(model_info.describe(service.registry.deployments))
@@ -163,14 +163,14 @@ def _guard(
         BodyLimit,
         max_bytes=limits.max_body_mb * 1024 * 1024,
         idle_s=limits.idle_upload_s,
-        pace_bytes_s=limits.min_pace_kb_s * 1024,
-        refuse=refuse,
+        min_bytes_per_s=limits.min_pace_kb_s * 1024,
+        count_refusal=refuse,
     )
     app.add_middleware(auth.SameOriginMiddleware)
     if keys:
         refused = functools.partial(refuse, "unauthorized")
-        app.add_middleware(auth.APIKeyMiddleware, keys=keys, free=free, refused=refused)
-    app.add_middleware(HeadLimit, refuse=refuse)
+        app.add_middleware(auth.APIKeyMiddleware, keys=keys, free=free, count_refusal=refused)
+    app.add_middleware(HeadLimit, count_refusal=refuse)
     app.add_middleware(DrainMiddleware, stopping=stopping)
     app.add_middleware(AccessLogMiddleware, traces=traced, static=auth.STATIC)
     app.add_middleware(RequestId)
@@ -179,11 +179,11 @@ def _guard(
 
 def _config(settings: Settings, app: FastAPI, max_connections: int, stop_s: int) -> uvicorn.Config:
     http, limits = settings.http, settings.limits
-    patience = ConnectionLimits(max_connections, limits.head_s, limits.idle_upload_s, limits.min_pace_kb_s * 1024)
+    connection_limits = ConnectionLimits(max_connections, limits.head_s, limits.idle_upload_s, limits.min_pace_kb_s * 1024)
     return uvicorn.Config(
         app,
         # On h11, because httptools does not bound a head that it waits for (`HeadLimit` has the rest).
-        http=functools.partial(Connection, patience=patience),  # type: ignore[arg-type]  # called like the class
+        http=functools.partial(Connection, limits=connection_limits),  # type: ignore[arg-type]  # called like the class
         # A socket upgraded to another protocol would be past every door.
         ws="none",
         timeout_keep_alive=KEEP_ALIVE_S,

@@ -55,9 +55,10 @@ class UnetppError(Exception):
     refusal = ""
 
     def __init_subclass__(cls) -> None:
-        """Derives the code from the name."""
+        """Derives the code from the name; a private class keeps the code of its base."""
         super().__init_subclass__()
-        cls.code = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__.lstrip("_")).lower()
+        if not cls.__name__.startswith("_"):
+            cls.code = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__).lower()
 
     def __init__(self, detail: str, **fields: Any) -> None:
         super().__init__(detail)

@@ -207,6 +207,11 @@ class LogSettings(_Group):
         "text",
         description="text for terminals; json for collectors: one object per line, with the request's id where there is one",
     )
+    trace_parent: Literal["caller", "root"] = Field(
+        "caller",
+        description="parent of a request's span: the caller's `traceparent`, whose sampling flag then counts, or none (root), with a "
+        "link to the caller's span",
+    )
 
 
 class QualitySettings(_Group):

@@ -119,6 +119,7 @@ class ZipFiles:
                 f"the zip holds {len(infos):,} files; the limit is {self._limits.max_zip_images:,}. Send it in parts",
                 limit=self._limits.max_zip_images,
                 actual=len(infos),
+                unit="files",
             )
         if twice := [name for name, times in Counter(name for _, name in infos).items() if times > 1]:
             raise Unreadable(f"the zip holds two files named {twice[0]!r:.80}; give each its own name", file=twice[0][:80])
