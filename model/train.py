@@ -93,7 +93,9 @@ def read_recipe(path: Path, overrides: list[str]) -> TrainConfig:
     for override in overrides:
         name, separator, text = override.partition("=")
         if not separator:
-            raise RecipeError(f"override {override!r}: expected section.key=value, e.g. optimisation.epochs=10")
+            raise RecipeError(
+                f"override {override!r}: expected section.key=value, e.g. optimisation.epochs=10"
+            )
         try:
             value = tomllib.loads(f"v = {text}")["v"]
         except tomllib.TOMLDecodeError:
@@ -148,7 +150,9 @@ def train(recipe: TrainConfig, data: Path, out: Path, console: Console | None = 
     training = Split("train", splits.get("train", []), channels, classes, dims=dims, spacing=spacing)
     validation = Split("val", splits.get("val", []), channels, classes, dims=dims, spacing=spacing)
     if options.batch > len(training) * recipe.data.tiles_per_image:
-        raise DataError(f"a batch of {options.batch} tiles is more than one epoch holds; lower optimisation.batch")
+        raise DataError(
+            f"a batch of {options.batch} tiles is more than one epoch holds; lower optimisation.batch"
+        )
 
     torch.manual_seed(options.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -156,7 +160,9 @@ def train(recipe: TrainConfig, data: Path, out: Path, console: Console | None = 
     network.to(device).to(memory_format=CHANNELS_LAST[dims])  # type: ignore[call-overload]
     if dims == 3 and device.type == "cpu":
         _deepest_in_fp32(network, recipe.network.depth)
-    optimiser = torch.optim.AdamW(network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
+    optimiser = torch.optim.AdamW(
+        network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+    )
     tiles = Tiles(training, recipe.data, options.seed, dims)
     out.mkdir(parents=True, exist_ok=True)
     state = _resume(out, recipe, network, optimiser)
@@ -227,11 +233,17 @@ def _check_tile(recipe: TrainConfig) -> None:
     if network.dims == 3 and network.in_channels != 1:
         raise RecipeError(f"network.in_channels: volumes have one channel, the network {network.in_channels}")
     if wrong := [side for side in tile if side < divisor or side % divisor]:
-        raise RecipeError(f"data.tile: {wrong[0]} is not a multiple of {divisor}, which a network of depth {network.depth} needs")
+        raise RecipeError(
+            f"data.tile: {wrong[0]} is not a multiple of {divisor}, which a network of depth {network.depth} needs"
+        )
     if recipe.data.rotate90 and tile[0] != tile[1]:
-        raise RecipeError(f"data.rotate90: no quarter turns where the first two sides of data.tile differ, {tile[0]} and {tile[1]}")
+        raise RecipeError(
+            f"data.rotate90: no quarter turns where the first two sides of data.tile differ, {tile[0]} and {tile[1]}"
+        )
     if wrong := [axis for axis in recipe.data.flip if not 0 <= axis < network.dims]:
-        raise RecipeError(f"data.flip: there is no axis {wrong[0]} in {network.dims} dimensions; axes count from 0")
+        raise RecipeError(
+            f"data.flip: there is no axis {wrong[0]} in {network.dims} dimensions; axes count from 0"
+        )
 
 
 def learning_rate(options: OptimisationConfig, step: int, steps: int) -> float:
@@ -241,7 +253,9 @@ def learning_rate(options: OptimisationConfig, step: int, steps: int) -> float:
     warm_up = max(steps // 10, 1)
     if step < warm_up:
         return options.learning_rate * (step + 1) / warm_up
-    return options.learning_rate * 0.5 * (1 + float(np.cos(np.pi * (step - warm_up) / max(steps - warm_up, 1))))
+    return (
+        options.learning_rate * 0.5 * (1 + float(np.cos(np.pi * (step - warm_up) / max(steps - warm_up, 1))))
+    )
 
 
 @torch.no_grad()
@@ -286,20 +300,28 @@ def _dice(mask: Tensor, truth: Tensor, foreground_classes: int) -> float:
 
 def _check_finite(loss: float, epoch: int) -> None:
     if not math.isfinite(loss):
-        raise RecipeError(f"the loss is no longer finite in epoch {epoch}; lower optimisation.learning_rate and start anew")
+        raise RecipeError(
+            f"the loss is no longer finite in epoch {epoch}; lower optimisation.learning_rate and start anew"
+        )
 
 
 def _autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-def _save_state(out: Path, recipe: TrainConfig, network: nn.Module, optimiser: torch.optim.Optimizer, state: State) -> None:
+def _save_state(
+    out: Path, recipe: TrainConfig, network: nn.Module, optimiser: torch.optim.Optimizer, state: State
+) -> None:
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
     for index, moments in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in moments.items()}
     metadata = {"recipe": recipe.model_dump_json(), "state": json.dumps(vars(state))}
     with checkpoint.atomic(out / "last.safetensors") as temporary:
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata)
+        save_file(
+            {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()},
+            temporary,
+            metadata,
+        )
 
 
 def _resume(out: Path, recipe: TrainConfig, network: nn.Module, optimiser: torch.optim.Optimizer) -> State:
@@ -310,12 +332,21 @@ def _resume(out: Path, recipe: TrainConfig, network: nn.Module, optimiser: torch
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found, state = TrainConfig.model_validate_json(metadata["recipe"]), State(**json.loads(metadata["state"]))
+        found, state = (
+            TrainConfig.model_validate_json(metadata["recipe"]),
+            State(**json.loads(metadata["state"])),
+        )
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise RecipeError(f"{path}: no run can be resumed from it ({error!r}); choose another --out to start anew") from error
+        raise RecipeError(
+            f"{path}: no run can be resumed from it ({error!r}); choose another --out to start anew"
+        ) from error
     if _without_length(found) != _without_length(recipe):
-        raise RecipeError(f"{out} holds a run of another recipe (see recipe.json there); choose another --out to start anew")
-    network.load_state_dict({n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")})
+        raise RecipeError(
+            f"{out} holds a run of another recipe (see recipe.json there); choose another --out to start anew"
+        )
+    network.load_state_dict(
+        {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
+    )
     weights = list(network.parameters())
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

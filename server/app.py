@@ -43,10 +43,15 @@ OPS_CONNECTIONS, OPS_STOP_S = 64, 1
 KEEP_ALIVE_S = 65
 
 # For the documentation; `auth` is what asks for a key.
-KEY_SCHEMES = [Depends(HTTPBearer(auto_error=False)), Depends(APIKeyHeader(name="X-API-Key", auto_error=False))]
+KEY_SCHEMES = [
+    Depends(HTTPBearer(auto_error=False)),
+    Depends(APIKeyHeader(name="X-API-Key", auto_error=False)),
+]
 
 
-def create_app(settings: Settings, service: SegmentationService | None = None, store: Store | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, service: SegmentationService | None = None, store: Store | None = None
+) -> FastAPI:
     """Makes the application.
 
     Args:
@@ -58,7 +63,15 @@ def create_app(settings: Settings, service: SegmentationService | None = None, s
         service = open_service(settings)
         service.open()
     metrics, stopping, tracing = service.metrics, Stopping(), traces.start(settings.log.trace_parent)
-    runner = Runner(settings.jobs, settings.http.max_in_flight, service, metrics, params.headers, problems.job_document_of, store)
+    runner = Runner(
+        settings.jobs,
+        settings.http.max_in_flight,
+        service,
+        metrics,
+        params.headers,
+        problems.job_document_of,
+        store,
+    )
     shadow = ShadowEvaluation(settings.quality, service, metrics)
     probe = HealthProbe(service)
     metrics.register_models(model_info.describe(service.registry.deployments))
@@ -92,14 +105,18 @@ def create_app(settings: Settings, service: SegmentationService | None = None, s
     static = auth.STATIC | page.paths()
     guard(app, free=static if has_ops_port else static | auth.HEALTH)
     reload = Reload(functools.partial(_read_again, settings), service, stopping.check)
-    app.state.operations = Operations(stopping, functools.partial(_drain, runner, shadow), reload, operating, guard)
+    app.state.operations = Operations(
+        stopping, functools.partial(_drain, runner, shadow), reload, operating, guard
+    )
     for routes in (
         segment.router(service, settings.http.max_in_flight, settings.limits.max_wait_s),
         jobs.router(runner),
         models.router(service),
     ):
         app.include_router(
-            routes, dependencies=KEY_SCHEMES if keys else [], responses={401: {"model": Problem}} if keys else {}
+            routes,
+            dependencies=KEY_SCHEMES if keys else [],
+            responses={401: {"model": Problem}} if keys else {},
         )
     if not has_ops_port:
         app.include_router(operating)
@@ -179,7 +196,9 @@ def _guard(
 
 def _config(settings: Settings, app: FastAPI, max_connections: int, stop_s: int) -> uvicorn.Config:
     http, limits = settings.http, settings.limits
-    connection_limits = ConnectionLimits(max_connections, limits.head_s, limits.idle_upload_s, limits.min_pace_kb_s * 1024)
+    connection_limits = ConnectionLimits(
+        max_connections, limits.head_s, limits.idle_upload_s, limits.min_pace_kb_s * 1024
+    )
     return uvicorn.Config(
         app,
         # On h11, because httptools does not bound a head that it waits for (`HeadLimit` has the rest).

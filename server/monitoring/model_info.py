@@ -33,5 +33,7 @@ def _describe(name: str, deployment: Deployment) -> ModelInfo:
             )
             for (graph, precision), choice in selection.choices.items()
         ),
-        calibrated=tuple((row.graph, row.precision, row.engine, row.iou, row.dice, row.latency_ms / 1e3) for row in rows),
+        calibrated=tuple(
+            (row.graph, row.precision, row.engine, row.iou, row.dice, row.latency_ms / 1e3) for row in rows
+        ),
     )

@@ -86,7 +86,9 @@ class LatencyModel:
         else:
             rate.observations += 1
             rate.fastest = min(rate.fastest, seen)
-            rate.expected = rate.fastest if rate.observations <= CONFIDENT_AFTER else _follow(rate.expected, seen)
+            rate.expected = (
+                rate.fastest if rate.observations <= CONFIDENT_AFTER else _follow(rate.expected, seen)
+            )
         if macs_per_pixel and pixels >= MIN_MAC_PIXELS:
             known, per_mac = self._seconds_per_mac, seen / macs_per_pixel
             self._seconds_per_mac = _follow(known, per_mac) if known else per_mac

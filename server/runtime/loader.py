@@ -139,7 +139,11 @@ class Deployment:
     @property
     def of_auto(self) -> list[ModelInstance]:
         """The instances that `precision=auto` serves, most useful first: recommended, accurate, then the levels."""
-        names = [f"L{self.manifest.recommended_level}", "accurate", *(f"L{level}" for level in self.manifest.levels)]
+        names = [
+            f"L{self.manifest.recommended_level}",
+            "accurate",
+            *(f"L{level}" for level in self.manifest.levels),
+        ]
         return [self.instances[graph, self.selection.auto[graph]] for graph in dict.fromkeys(names)]
 
     @property
@@ -158,11 +162,15 @@ class Deployment:
         self._select()
 
     def _select(self) -> None:
-        selection = select(self.manifest, self._machine, self._runtime, self._batching, self.tuning, self._excluded)
+        selection = select(
+            self.manifest, self._machine, self._runtime, self._batching, self.tuning, self._excluded
+        )
         instances = {}
         for (graph, precision), choice in selection.choices.items():
             before = self.instances.get((graph, precision))
-            instances[graph, precision] = before if before and before.choice == choice else self._instance(graph, choice)
+            instances[graph, precision] = (
+                before if before and before.choice == choice else self._instance(graph, choice)
+            )
         # Each replaced at once, and what is looked up in the other is there in between: the event loop reads while the
         # loader's thread excludes.
         self.instances = self.instances | instances
@@ -189,7 +197,10 @@ def read_deployment(folder: Path, runtime: RuntimeSettings, batching: BatchingSe
 
 
 def read_deployments(
-    root: Path, runtime: RuntimeSettings, batching: BatchingSettings, before: Mapping[str, Deployment] | None = None
+    root: Path,
+    runtime: RuntimeSettings,
+    batching: BatchingSettings,
+    before: Mapping[str, Deployment] | None = None,
 ) -> dict[str, Deployment]:
     """Reads every bundle under a folder.
 
@@ -210,7 +221,8 @@ def read_deployments(
         deployment = deployment or read_deployment(folder, runtime, batching)
         if deployment.name in deployments:
             raise BundleDamaged(
-                f"{folder}: a bundle named {deployment.name!r} is already there; names must differ", name=deployment.name
+                f"{folder}: a bundle named {deployment.name!r} is already there; names must differ",
+                name=deployment.name,
             )
         deployments[deployment.name] = deployment
     return deployments
@@ -232,7 +244,9 @@ class Loader:
 
     device: DeviceRunner
     memory_bytes: int
-    _executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="loader"))
+    _executor: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="loader")
+    )
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _opening: dict[ModelInstance, Future[Engine]] = field(default_factory=dict)
     _open: list[ModelInstance] = field(default_factory=list)
@@ -264,14 +278,18 @@ class Loader:
         self._open_next(tuple(deployments), set(), done)
         return done
 
-    def _open_next(self, deployments: Sequence[Deployment], tried: set[ModelInstance], done: "Future[None]") -> None:
+    def _open_next(
+        self, deployments: Sequence[Deployment], tried: set[ModelInstance], done: "Future[None]"
+    ) -> None:
         def opened(future: "Future[Engine]") -> None:
             if not future.cancelled() and (error := future.exception()):
                 log.error("a graph could not be opened in the background: %s", error)
             self._open_next(deployments, tried, done)
 
         # Looked up anew each time, because a precision that proves broken changes what `auto` means.
-        for deployment, instance in [(deployment, one) for deployment in deployments for one in deployment.of_auto]:
+        for deployment, instance in [
+            (deployment, one) for deployment in deployments for one in deployment.of_auto
+        ]:
             fits = self._used_bytes() + instance.memory_bytes <= self.memory_bytes
             if instance.engine is None and instance not in tried and fits:
                 tried.add(instance)
@@ -380,7 +398,9 @@ class Loader:
             # The files are sound, because their hashes match; this machine computes the precision badly.
             self._give_up(deployment, candidate, problem)
 
-    def _give_up(self, deployment: Deployment, candidate: Candidate, problem: str, cause: Exception | None = None) -> None:
+    def _give_up(
+        self, deployment: Deployment, candidate: Candidate, problem: str, cause: Exception | None = None
+    ) -> None:
         """Excludes a candidate where the operator left the choice to the server.
 
         Raises:

@@ -166,8 +166,12 @@ class Scheduler:
         self._waited = False
         self._closed = False
         for priority in ("interactive", "batch"):
-            metrics.set_function(metrics.queue_tiles.labels(priority), functools.partial(self._count_waiting, priority))
-            metrics.set_function(metrics.queue_oldest_s.labels(priority), functools.partial(self._oldest_s, priority))
+            metrics.set_function(
+                metrics.queue_tiles.labels(priority), functools.partial(self._count_waiting, priority)
+            )
+            metrics.set_function(
+                metrics.queue_oldest_s.labels(priority), functools.partial(self._oldest_s, priority)
+            )
         metrics.set_function(metrics.backlog_s, lambda: self.predict_wait_s(math.inf))
         metrics.set_function(metrics.predicted_wait_s, self.predict_wait_s)
 
@@ -212,7 +216,9 @@ class Scheduler:
         """
         if self._closed:
             raise _shutting_down()
-        pending = _PendingTiles(flow, engine, tiles, asyncio.get_running_loop().create_future(), self._clock())
+        pending = _PendingTiles(
+            flow, engine, tiles, asyncio.get_running_loop().create_future(), self._clock()
+        )
         if flow not in self._pending:
             self._pending[flow] = deque()
             self._last_turn[flow] = next(self._turn)
@@ -249,7 +255,9 @@ class Scheduler:
     def _oldest_s(self, priority: str) -> float:
         """Seconds that the oldest waiting tile has waited."""
         now = self._clock()
-        return max((now - one.submitted for one in self._every() if one.flow.priority == priority), default=0.0)
+        return max(
+            (now - one.submitted for one in self._every() if one.flow.priority == priority), default=0.0
+        )
 
     def _wake(self) -> None:
         """Schedules a look at the queue; all that changes in one round of the loop is looked at together."""
@@ -263,7 +271,9 @@ class Scheduler:
         if self._running or not (flow := self._next_flow()):
             return
         if not self._waited and self._should_wait(self._pending[flow][0]):
-            self._timer = self._timer or asyncio.get_running_loop().call_later(self._max_wait_s, self._stop_waiting)
+            self._timer = self._timer or asyncio.get_running_loop().call_later(
+                self._max_wait_s, self._stop_waiting
+            )
             return
         if self._timer:
             self._timer.cancel()
@@ -283,11 +293,16 @@ class Scheduler:
         """Whether a batch has room, its tiles alone are queued, and a request for the same instance is being decoded."""
         instance = first.flow.instance
         limit = instance.batch_limit(first.tiles.pixels.shape[2:])
-        coming = any(flow.instance is instance and flow.arriving and not flow.submitted for flow in self._admitted)
+        coming = any(
+            flow.instance is instance and flow.arriving and not flow.submitted for flow in self._admitted
+        )
         if limit == 1 or not self._max_wait_s or not coming:
             return False
         every = list(self._every())
-        return all(one.batch_key == first.batch_key for one in every) and sum(one.waiting for one in every) < limit
+        return (
+            all(one.batch_key == first.batch_key for one in every)
+            and sum(one.waiting for one in every) < limit
+        )
 
     async def _run_batch(self) -> None:
         """Runs one batch; every outcome settles its futures."""
@@ -337,7 +352,9 @@ class Scheduler:
         """Settles tiles whose deadline has passed, and returns whether it has."""
         if self._clock() <= pending.flow.deadline:
             return False
-        pending.resolve(DeadlinePassed("the deadline passed before this request's turn; nothing more of it is run"))
+        pending.resolve(
+            DeadlinePassed("the deadline passed before this request's turn; nothing more of it is run")
+        )
         return True
 
     def _rank(self, flow: Flow) -> tuple[int, float, int]:
@@ -349,9 +366,14 @@ class Scheduler:
         Each is charged with what a tile is now predicted to take: by what was known when they were admitted, requests that came
         before the first observation would have the device for nothing.
         """
-        key, limit = self._pending[first][0].batch_key, first.instance.batch_limit(self._pending[first][0].tiles.pixels.shape[2:])
+        key, limit = (
+            self._pending[first][0].batch_key,
+            first.instance.batch_limit(self._pending[first][0].tiles.pixels.shape[2:]),
+        )
         self._virtual_time[first.priority] = first.virtual_time
-        sharing = [(self._rank(flow), flow) for flow, queue in self._pending.items() if queue[0].batch_key == key]
+        sharing = [
+            (self._rank(flow), flow) for flow, queue in self._pending.items() if queue[0].batch_key == key
+        ]
         heapq.heapify(sharing)
         batch: _Batch = []
         while sharing and len(batch) < limit:

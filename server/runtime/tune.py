@@ -75,7 +75,10 @@ def tune(
     """
     bundle = read_bundle(folder)
     # For each engine alone, because a selection has one engine per precision.
-    machines = [read_machine(name, runtime.provider) for name in read_machine(runtime.engine, runtime.provider).engines]
+    machines = [
+        read_machine(name, runtime.provider)
+        for name in read_machine(runtime.engine, runtime.provider).engines
+    ]
     device = DeviceThread()
     rows: list[TuningRow] = []
     stop_at = clock() + limit_s
@@ -83,7 +86,9 @@ def tune(
         for graph in (one.name for one in bundle.manifest.graphs):
             candidates = []
             for machine in machines:
-                deployment = Deployment(bundle, machine, runtime.model_copy(update={"precision": "auto"}), batching)
+                deployment = Deployment(
+                    bundle, machine, runtime.model_copy(update={"precision": "auto"}), batching
+                )
                 candidates += list(_open(deployment, graph))
             if candidates:
                 channels = len(bundle.manifest.channels)
@@ -174,5 +179,3 @@ def _time(clock: Callable[[], float], call: Callable[..., object], *args: object
     started = clock()
     call(*args)
     return clock() - started
-
-

@@ -130,20 +130,26 @@ class SegmentationService:
             headers = await worker.run("decode", read_headers, upload, options)
             async with self.admission.admit(headers, requested, params, qos, upload.accept) as ticket:
                 worker.admitted(ticket.memory_wait_s, _threads(worker, headers[0], ticket, params))
-                engine = await worker.wait("open", self.loader.ensure_open(ticket.target.deployment, ticket.target.instance))
+                engine = await worker.wait(
+                    "open", self.loader.ensure_open(ticket.target.deployment, ticket.target.instance)
+                )
                 on_progress("decode", 0, ticket.estimate.windows)
                 source, reference = await worker.run("decode", decode_upload, upload, params, options)
                 window = await worker.run("decode", _window, source, ticket, params)
                 mask = await infer(window, ticket.flow, engine, self.scheduler, worker, on_progress)
                 on_progress("encode", ticket.estimate.windows, ticket.estimate.windows)
-                result = await worker.run("postprocess", finish_mask, window, mask, reference, ticket, params, worker)
+                result = await worker.run(
+                    "postprocess", finish_mask, window, mask, reference, ticket, params, worker
+                )
                 encoded = await worker.run("encode", encode_result, result, ticket, params, upload.name)
         response = respond(encoded, result, ticket, params, worker.timings)
         self._complete(headers[0], ticket, params, response)
         self.on_completed(ticket, source, mask, params)
         return response
 
-    async def infer_decoded(self, source: Image | Volume, target: Target, params: SegmentParams, qos: QoS) -> Mask:
+    async def infer_decoded(
+        self, source: Image | Volume, target: Target, params: SegmentParams, qos: QoS
+    ) -> Mask:
         """Segments an input that is decoded already; the mask is as the scores decide it.
 
         Raises:
@@ -169,7 +175,9 @@ class SegmentationService:
         headers = await self.workers.task().run("decode", read_headers, upload, options)
         return self.admission.estimate(headers, target, params, upload.accept)
 
-    def _complete(self, header: InputHeader, ticket: Ticket, params: SegmentParams, response: Response) -> None:
+    def _complete(
+        self, header: InputHeader, ticket: Ticket, params: SegmentParams, response: Response
+    ) -> None:
         """Teaches the latency model and counts what the response tells of quality."""
         beside_s = sum(seconds for phase, seconds in response.timings.items() if phase in CPU_PHASES)
         self.admission.observe_cpu(header, ticket, params, beside_s)

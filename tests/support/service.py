@@ -176,13 +176,17 @@ def calibrated(rows: Sequence[tuple[Any, ...]], recommended: int = 2) -> dict[st
 
 def bright(tiles: Tiles) -> np.ndarray:
     """Scores that are a function of each pixel alone: 1 where it lies above the image's mean."""
-    return (tiles.pixels.astype(np.float32).mean(axis=1, keepdims=True) > tiles.mean[:, :1]).astype(np.float32)
+    return (tiles.pixels.astype(np.float32).mean(axis=1, keepdims=True) > tiles.mean[:, :1]).astype(
+        np.float32
+    )
 
 
 def fake_deployment(run: Callable[[Tiles], np.ndarray] = bright, **changes: Any) -> Deployment:
     """A deployment whose every graph runs on one open fake engine at fp32; `changes` are of the manifest."""
     settings = Settings()
-    deployment = Deployment(Bundle(Path("/nowhere"), manifest(**changes)), MACHINE, settings.runtime, settings.batching)
+    deployment = Deployment(
+        Bundle(Path("/nowhere"), manifest(**changes)), MACHINE, settings.runtime, settings.batching
+    )
     engine = FakeEngine(run)
     for instance in deployment.instances.values():
         instance.engine = engine
@@ -250,5 +254,10 @@ async def segment(service: Any, data: bytes, reference: bytes | None = None, **o
     from server.segment.request import QoS, SegmentParams, Upload, ignore_progress
 
     qos, on_progress = options.pop("qos", QoS()), options.pop("on_progress", ignore_progress)
-    upload = Upload(Sent(data), Sent(reference) if reference else None, options.pop("name", ""), options.pop("accept", None))
+    upload = Upload(
+        Sent(data),
+        Sent(reference) if reference else None,
+        options.pop("name", ""),
+        options.pop("accept", None),
+    )
     return await service.segment(upload, SegmentParams(**options), qos, on_progress)

@@ -196,7 +196,9 @@ async def test_scrape_runs_no_test_tile(in_process: InProcess) -> None:
         assert device.calls == 0
 
 
-def test_server_with_a_failing_device_answers_requests(small: httpx.Client, problem: Callable[..., Any]) -> None:
+def test_server_with_a_failing_device_answers_requests(
+    small: httpx.Client, problem: Callable[..., Any]
+) -> None:
     """On a real server: bad requests neither count as failures of the device nor as reasons to restart."""
     for _ in range(2 * MAX_FAILURES):
         problem(small.post("/segment?level=1", content=b"nonsense"), 415)

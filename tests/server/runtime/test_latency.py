@@ -27,7 +27,9 @@ def test_predict_is_confident_after_enough_runs() -> None:
 
 
 @pytest.mark.parametrize(("pixels", "confident"), [(256, True), (100, True), (600, False), (10**6, False)])
-def test_predict_small_pieces_say_nothing_of_larger_ones_with_confidence(pixels: int, confident: bool) -> None:
+def test_predict_small_pieces_say_nothing_of_larger_ones_with_confidence(
+    pixels: int, confident: bool
+) -> None:
     assert observed(*[(300, 0.02)] * 9).predict("L1", pixels).confident is confident
 
 
@@ -36,7 +38,9 @@ def test_predict_each_size_has_its_own_rate() -> None:
     assert (model.predict("L1", 256).seconds, model.predict("L1", 65536).seconds) == (1.0, 2.0)
 
 
-@pytest.mark.parametrize(("pixels", "rate"), [(1, 1 / 256), (300, 1 / 256), (30_000, 2 / 65536), (10**6, 2 / 65536)])
+@pytest.mark.parametrize(
+    ("pixels", "rate"), [(1, 1 / 256), (300, 1 / 256), (30_000, 2 / 65536), (10**6, 2 / 65536)]
+)
 def test_predict_unseen_size_uses_the_rate_of_the_nearest(pixels: int, rate: float) -> None:
     assert observed((256, 1.0), (65536, 2.0)).predict("L1", pixels).seconds == pytest.approx(pixels * rate)
 

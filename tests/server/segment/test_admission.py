@@ -47,7 +47,11 @@ class Scene:
     """
 
     def __init__(
-        self, latency: LatencyModel | None = None, tile_s: float = 0.0, changes: dict[str, Any] | None = None, **limits: Any
+        self,
+        latency: LatencyModel | None = None,
+        tile_s: float = 0.0,
+        changes: dict[str, Any] | None = None,
+        **limits: Any,
     ) -> None:
         self.clock, self.metrics = ManualClock(), Metrics()
         self.clock.advance(1000)
@@ -113,12 +117,22 @@ class TestHumblePredictions:
         st.floats(-2, 2).map(lambda power: 10**power),
         st.integers(0, 20),
         st.floats(1e-4, 0.1),
-        st.lists(st.sampled_from([IMAGE, LARGE, InputHeader((16, 16)), InputHeader((400, 300))]), min_size=1, max_size=6),
+        st.lists(
+            st.sampled_from([IMAGE, LARGE, InputHeader((16, 16)), InputHeader((400, 300))]),
+            min_size=1,
+            max_size=6,
+        ),
         st.sampled_from([{}, {"level": 1}, {"level": 4, "min_level": 1}, {"min_level": 2}]),
         st.booleans(),
     )
     async def test_a_client_that_sends_one_request_at_a_time_is_never_refused_as_overload(
-        self, factor: float, observations: int, tile_s: float, headers: list[InputHeader], params: dict[str, Any], dated: bool
+        self,
+        factor: float,
+        observations: int,
+        tile_s: float,
+        headers: list[InputHeader],
+        params: dict[str, Any],
+        dated: bool,
     ) -> None:
         """Whatever was predicted: from a hundredth of the truth to a hundred times as much."""
         scene = Scene(LatencyModel(), tile_s)
@@ -142,7 +156,9 @@ class TestHumblePredictions:
 
     @pytest.mark.parametrize("observations", range(CONFIDENT_AFTER))
     @pytest.mark.parametrize("priority", ["interactive", "batch"])
-    async def test_nothing_is_refused_before_enough_was_observed(self, observations: int, priority: Priority) -> None:
+    async def test_nothing_is_refused_before_enough_was_observed(
+        self, observations: int, priority: Priority
+    ) -> None:
         """Though others wait, and all that is known says that each takes a thousand seconds."""
         scene = Scene(LatencyModel())
         for instance in scene.deployment.instances.values():
@@ -184,7 +200,12 @@ class TestInTime:
         with pytest.raises(DeadlineTooShort) as caught:
             await scene.admit(within_s=39.0, level=4)
         fields = caught.value.fields
-        assert fields == {"limit": pytest.approx(39.0, abs=0.1), "actual": 40.0, "unit": "s", "remedy": "deadline_ms"}
+        assert fields == {
+            "limit": pytest.approx(39.0, abs=0.1),
+            "actual": 40.0,
+            "unit": "s",
+            "remedy": "deadline_ms",
+        }
         # Estimates err: an idle server tries what may be done in time with luck.
         assert (await scene.admit(within_s=41.0, level=4)).target.level == 4
         with scene.crowd(1), pytest.raises(DeadlineTooShort):
@@ -280,12 +301,20 @@ class TestConsent:
                 return
             ticket = await scene.admit(**allowed, **{"min_level": 1} | params)
         requested = f"L{params['level']}" if "level" in params else "accurate"
-        assert (ticket.target.graph, ticket.requested.graph, ticket.flow.instance) == (served, requested, ticket.target.instance)
-        assert ticket.degraded == ("" if served == requested else "deadline" if limit == "within_s" else "load")
+        assert (ticket.target.graph, ticket.requested.graph, ticket.flow.instance) == (
+            served,
+            requested,
+            ticket.target.instance,
+        )
+        assert ticket.degraded == (
+            "" if served == requested else "deadline" if limit == "within_s" else "load"
+        )
 
     @settings(max_examples=60)
     @given(st.integers(0, 150), st.sampled_from([None, 1, 2, 3, 4]), st.floats(1, 300), st.booleans())
-    async def test_nothing_is_degraded_without_consent(self, wait: int, level: int | None, allowed: float, dated: bool) -> None:
+    async def test_nothing_is_degraded_without_consent(
+        self, wait: int, level: int | None, allowed: float, dated: bool
+    ) -> None:
         scene = Scene()
         with scene.crowd(wait), contextlib.suppress(Overloaded, DeadlineTooShort, TooLarge):
             ticket = await scene.admit(**{"within_s" if dated else "timeout_s": allowed}, level=level)  # type: ignore[arg-type]
@@ -319,7 +348,9 @@ class TestHysteresis:
     @staticmethod
     async def level(scene: Scene, wait: int, allowed_s: float = 150.5, **params: Any) -> int:
         with scene.crowd(wait):
-            return (await scene.admit(timeout_s=allowed_s, **{"min_level": 1, "level": 4} | params)).target.level
+            return (
+                await scene.admit(timeout_s=allowed_s, **{"min_level": 1, "level": 4} | params)
+            ).target.level
 
     async def test_down_at_once_and_up_with_time_to_spare(self) -> None:
         scene = Scene()
@@ -343,7 +374,8 @@ class TestHysteresis:
         assert await self.level(scene, 65, min_level=3) == 3
 
     @pytest.mark.parametrize(
-        ("changes", "shared"), [({}, True), ({"allowed_s": 160.0}, True), ({"allowed_s": 300.0}, False), ({"level": None}, False)]
+        ("changes", "shared"),
+        [({}, True), ({"allowed_s": 160.0}, True), ({"allowed_s": 300.0}, False), ({"level": None}, False)],
     )
     async def test_requests_that_are_alike_share_it(self, changes: dict[str, Any], shared: bool) -> None:
         scene = Scene()
@@ -405,7 +437,9 @@ class TestRefusals:
 
     @pytest.mark.parametrize("size", [(32_767,) * 3, (2**40, 2**10, 2**10), (2**62, 1, 1)])
     @pytest.mark.parametrize("changes", [{}, {"dims": 3}, {"dims": 3, "spacing": (0.001,) * 3}])
-    async def test_a_header_can_promise_anything(self, size: tuple[int, ...], changes: dict[str, Any]) -> None:
+    async def test_a_header_can_promise_anything(
+        self, size: tuple[int, ...], changes: dict[str, Any]
+    ) -> None:
         with pytest.raises(TooLarge):
             await Scene(changes=changes).admit(InputHeader(size, affine=np.eye(4)))
 
@@ -421,7 +455,10 @@ class TestRefusals:
             for name, level, divisor in (("L1", 1, 32), ("L2", 2, 2), ("accurate", 2, 2))
         ]  # fmt: skip
         changes = {"graphs": graphs, "window": {"size": (64, 64), "overlap": 0.0}}
-        scene, header = Scene(FixedLatency(1.0), changes=changes, max_memory_mb=94), InputHeader((2, 7_989_819))
+        scene, header = (
+            Scene(FixedLatency(1.0), changes=changes, max_memory_mb=94),
+            InputHeader((2, 7_989_819)),
+        )
         with pytest.raises(TooLarge):
             await scene.admit(header, level=1)
         with pytest.raises(TooLarge) as caught:
@@ -438,7 +475,11 @@ class TestMemoryAndQueue:
             assert not scene.scheduler.is_idle
             assert (ticket.formats, ticket.flow.expected, ticket.flow.arriving) == (("mask.png",), 1, True)
             second = asyncio.create_task(scene.admit())
-            for other in (scene.admit(STACK), scene.admit(priority="batch"), scene.admit(InputHeader((4, 4)))):
+            for other in (
+                scene.admit(STACK),
+                scene.admit(priority="batch"),
+                scene.admit(InputHeader((4, 4))),
+            ):
                 # Volumes, jobs and small inputs do not wait for it.
                 assert await other
             assert not second.done()
@@ -461,7 +502,9 @@ class TestMemoryAndQueue:
         ("error", "reason"),
         [(UnsupportedType("x"), "unreadable"), (asyncio.CancelledError(), "cancelled"), (DeadlinePassed("x"), "late"), (KeyError(), "error")],
     )  # fmt: skip
-    async def test_windows_that_are_not_run_are_counted_by_reason(self, error: BaseException, reason: str) -> None:
+    async def test_windows_that_are_not_run_are_counted_by_reason(
+        self, error: BaseException, reason: str
+    ) -> None:
         scene = Scene()
         target, params = scene.resolve()
         with pytest.raises(type(error)):
@@ -498,7 +541,11 @@ class TestEstimate:
         scene = Scene(changes={"norm": norm})
         target, params = scene.resolve(level=1)
         estimate = scene.admission.estimate((InputHeader(size), None), target, params)
-        assert (estimate.pixels, estimate.windows, estimate.tile_pixels) == (math.prod(size), windows, math.prod(tile))
+        assert (estimate.pixels, estimate.windows, estimate.tile_pixels) == (
+            math.prod(size),
+            windows,
+            math.prod(tile),
+        )
         assert estimate.padding == windows * (math.prod(tile) - covered)
         assert estimate.seconds == estimate.device_s == 10.0 * windows
 
@@ -530,11 +577,14 @@ class TestEstimate:
         ticket = await scene.admit()
         scene.admission.observe_cpu(IMAGE, ticket, params, 5.0)
         seconds = [
-            scene.admission.estimate((IMAGE, None), target, SegmentParams(**changes)).cpu_s for changes in ({}, {"instances": True})
+            scene.admission.estimate((IMAGE, None), target, SegmentParams(**changes)).cpu_s
+            for changes in ({}, {"instances": True})
         ]
         assert seconds == [5.0, 0.0]
 
-    @pytest.mark.parametrize(("name", "least"), [("overlay", 17), ("csv", 75), ("geojson", 160), ("coco", 90)])
+    @pytest.mark.parametrize(
+        ("name", "least"), [("overlay", 17), ("csv", 75), ("geojson", 160), ("coco", 90)]
+    )
     async def test_memory_of_what_encodes_is_counted(self, name: str, least: int) -> None:
         scene, header = Scene(), InputHeader((1000, 1000))
         target, _ = scene.resolve()
@@ -550,7 +600,9 @@ class TestEstimate:
     async def test_memory_of_a_reference_is_counted(self) -> None:
         scene = Scene()
         target, params = scene.resolve()
-        alone, both = (scene.admission.estimate((STACK, one), target, params).memory_bytes for one in (None, STACK))
+        alone, both = (
+            scene.admission.estimate((STACK, one), target, params).memory_bytes for one in (None, STACK)
+        )
         assert both - alone >= math.prod(STACK.size) * 4
 
 

@@ -96,7 +96,9 @@ INPUTS: dict[str, tuple[bytes, dict[str, Any], dict[str, Any]]] = {
 class TestImages:
     @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (63, 65), (64, 64), (129, 200)])
     @pytest.mark.parametrize("level", [1, None])
-    async def test_tiled_equals_untiled(self, rng: np.random.Generator, size: tuple[int, int], level: int | None) -> None:
+    async def test_tiled_equals_untiled(
+        self, rng: np.random.Generator, size: tuple[int, int], level: int | None
+    ) -> None:
         pixels = rng.integers(0, 256, size, dtype=np.uint8)
         masks = [
             mask_of((await answer(picture_bytes(pixels), level=level, changes={"window": {"size": [side] * 2, "overlap": 0.25}})).body)
@@ -151,7 +153,9 @@ class TestStacks:
     @pytest.mark.parametrize("axis", [0, 1, 2])
     async def test_each_slice_is_what_it_is_alone(self, axis: int) -> None:
         changes = {"normalization": "none", "window": {"size": [32, 16], "overlap": 0.5}}
-        mask = volume_of((await answer(nifti_bytes(VOLUME), run=smooth, changes=changes, axis=f"{axis}")).body)
+        mask = volume_of(
+            (await answer(nifti_bytes(VOLUME), run=smooth, changes=changes, axis=f"{axis}")).body
+        )
         assert 0.2 < mask.mean() < 0.8
         for index in range(0, VOLUME.shape[axis], 6):
             # Columns run along the first remaining axis.
@@ -159,9 +163,12 @@ class TestStacks:
             assert np.array_equal(mask.take(index, axis).T, mask_of(alone.body))
 
     @pytest.mark.parametrize(
-        ("affine", "tile"), [(np.diag([3.0, 1, 1, 1]), (32, 48)), (np.diag([1.0, 3, 1, 1]), (32, 32)), (OBLIQUE, (48, 32))]
+        ("affine", "tile"),
+        [(np.diag([3.0, 1, 1, 1]), (32, 48)), (np.diag([1.0, 3, 1, 1]), (32, 32)), (OBLIQUE, (48, 32))],
     )
-    async def test_auto_goes_along_the_coarsest_spacing(self, affine: np.ndarray, tile: tuple[int, int]) -> None:
+    async def test_auto_goes_along_the_coarsest_spacing(
+        self, affine: np.ndarray, tile: tuple[int, int]
+    ) -> None:
         counter = Counted()
         await answer(nifti_bytes(VOLUME, affine), run=counter)
         assert counter.shapes == {tile}
@@ -187,7 +194,9 @@ class TestStacks:
 class TestVolumes:
     """A volume through a network of three dimensions."""
 
-    @pytest.mark.parametrize("affine", [np.eye(4), np.diag([-1.0, -1, 1, 1]), OBLIQUE], ids=["RAS", "LPS", "oblique"])
+    @pytest.mark.parametrize(
+        "affine", [np.eye(4), np.diag([-1.0, -1, 1, 1]), OBLIQUE], ids=["RAS", "LPS", "oblique"]
+    )
     @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
     async def test_the_answer_is_on_the_callers_grid(self, affine: np.ndarray, dtype: type) -> None:
         voxels = VOLUME.astype(dtype)
@@ -197,9 +206,12 @@ class TestVolumes:
         assert np.array_equal(np.asarray(mask.dataobj), voxels > voxels.mean(dtype=float))
 
     async def test_resampled_there_and_back(self) -> None:
-        ball = (np.linalg.norm(np.indices((40, 40, 20)) - np.array([20, 20, 10])[:, None, None, None], axis=0) < 8).astype(np.uint8)
+        ball = (
+            np.linalg.norm(np.indices((40, 40, 20)) - np.array([20, 20, 10])[:, None, None, None], axis=0) < 8
+        ).astype(np.uint8)
         response = await answer(
-            nifti_bytes(ball * 200, np.diag([1.0, 1.0, 2.0, 1])), changes={"dims": 3, "spacing": (1.5, 1.5, 1.5)}
+            nifti_bytes(ball * 200, np.diag([1.0, 1.0, 2.0, 1])),
+            changes={"dims": 3, "spacing": (1.5, 1.5, 1.5)},
         )
         mask = volume_of(response.body)
         assert mask.shape == ball.shape
@@ -207,12 +219,16 @@ class TestVolumes:
 
     async def test_tiled_equals_untiled(self) -> None:
         whole = {"dims": 3, "window": {"size": [64, 64, 64], "overlap": 0.5}}
-        assert (await answer(nifti_bytes(VOLUME), changes={"dims": 3})).body == (await answer(nifti_bytes(VOLUME), changes=whole)).body
+        assert (await answer(nifti_bytes(VOLUME), changes={"dims": 3})).body == (
+            await answer(nifti_bytes(VOLUME), changes=whole)
+        ).body
 
     async def test_report(self) -> None:
         voxels, affine = (VOLUME % 3).astype(np.uint8), np.diag([2.0, 2.0, 2.5, 1])
         data = nifti_bytes(voxels, affine)
-        response = await answer(data, data, run=thirds, format="json", include_mask=True, changes={"dims": 3, **TWO})
+        response = await answer(
+            data, data, run=thirds, format="json", include_mask=True, changes={"dims": 3, **TWO}
+        )
         report = json.loads(response.body)
         assert report["size"] == {"x": 23, "y": 40, "z": 31}
         assert report["spacing_mm"] == {"x": 2.0, "y": 2.0, "z": 2.5}
@@ -225,7 +241,9 @@ class TestVolumes:
     async def test_volume_of_a_voxel_between_slanted_axes(self) -> None:
         slanted = np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, np.tan(np.deg2rad(20)), 2, 0], [0, 0, 0, 1]])
         data = nifti_bytes(np.zeros((4, 5, 6), dtype=np.uint8), slanted)
-        response = await answer(data, run=lambda tiles: np.ones_like(tiles.pixels, dtype=np.float32), format="json")
+        response = await answer(
+            data, run=lambda tiles: np.ones_like(tiles.pixels, dtype=np.float32), format="json"
+        )
         (row,) = json.loads(response.body)["classes"]
         assert row["volume_ml"] == pytest.approx(120 * 2 / 1e3)
 
@@ -261,9 +279,16 @@ class TestReferences:
     async def test_reference_of_a_volume_is_scored_per_class(self, dims: int) -> None:
         voxels = VOLUME % 3
         truth = np.where(np.arange(31) < 15, voxels, 0).astype(np.int16)
-        response = await answer(nifti_bytes(voxels, OBLIQUE), nifti_bytes(truth, OBLIQUE), run=thirds, changes={**TWO, "dims": dims})
+        response = await answer(
+            nifti_bytes(voxels, OBLIQUE),
+            nifti_bytes(truth, OBLIQUE),
+            run=thirds,
+            changes={**TWO, "dims": dims},
+        )
         for value in (1, 2):
-            assert response.overlaps[value].iou == pytest.approx((truth == value).sum() / (voxels == value).sum())
+            assert response.overlaps[value].iou == pytest.approx(
+                (truth == value).sum() / (voxels == value).sum()
+            )
 
     async def test_reference_elsewhere_is_refused_before_anything_is_run(self) -> None:
         counter, data = Counted(), nifti_bytes(VOLUME, OBLIQUE)
@@ -282,7 +307,9 @@ class TestReferences:
 
 class TestOnce:
     @pytest.mark.parametrize("name", INPUTS)
-    async def test_headers_are_read_and_formats_and_placement_chosen_once(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_headers_are_read_and_formats_and_placement_chosen_once(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         data, changes, params = INPUTS[name]
         calls: Counter[str] = Counter()
 
@@ -351,7 +378,9 @@ class TestOnce:
             (TWO, {"fill_holes": True, "keep_largest": True, "threshold": 0.2}),
         ],
     )
-    async def test_memory_is_no_more_than_estimated(self, changes: dict[str, Any], params: dict[str, Any]) -> None:
+    async def test_memory_is_no_more_than_estimated(
+        self, changes: dict[str, Any], params: dict[str, Any]
+    ) -> None:
         voxels = np.random.default_rng(0).normal(1, 1, (90, 90, 90)).clip(0, 2).round().astype(np.float32)
         data = nifti_bytes(voxels)
         with opened_service(thirds, changes) as service:
@@ -398,7 +427,11 @@ class TestDegraded:
         latency = FixedLatency({"accurate": 100.0, "L4": 100.0, "L3": 1.0})
         with opened_service(latency=latency) as service:
             response = await segment(service, IMAGE, min_level=1, format="json", qos=QoS(30.0))
-            assert (response.requested.graph, response.target.graph, response.degraded) == ("accurate", "L3", "load")
+            assert (response.requested.graph, response.target.graph, response.degraded) == (
+                "accurate",
+                "L3",
+                "load",
+            )
             report = json.loads(response.body)
             assert (report["mode"], report["level"], report["degraded"]) == ("fast", 3, "load")
             assert report["requested"] == {"mode": "accurate", "level": 4}
@@ -428,7 +461,13 @@ class TestRefusals:
     async def test_reference_in_colour_is_found_after_decoding_and_frees_everything(self) -> None:
         with opened_service() as service:
             with pytest.raises(InvalidParameter):
-                await segment(service, IMAGE, picture_bytes(np.arange(40 * 31 * 3, dtype=np.uint16).astype(np.uint8).reshape(40, 31, 3)))
+                await segment(
+                    service,
+                    IMAGE,
+                    picture_bytes(
+                        np.arange(40 * 31 * 3, dtype=np.uint16).astype(np.uint8).reshape(40, 31, 3)
+                    ),
+                )
             assert counted(service, "windows_dropped_total", reason="unreadable") == 1
             assert service.scheduler.is_idle
 
@@ -553,7 +592,9 @@ class TestDoors:
             service.on_completed = lambda *args: seen.append(args)
             await segment(service, data)
             ((_, source, mask, params),) = seen
-            again = await service.infer_decoded(source, service.registry.resolve(params), params, QoS(priority="batch"))
+            again = await service.infer_decoded(
+                source, service.registry.resolve(params), params, QoS(priority="batch")
+            )
         assert np.array_equal(again.classes, mask.classes)
 
     async def test_accept_chooses_the_format_where_none_is_named(self) -> None:

@@ -67,7 +67,12 @@ def unpacked(response: Response) -> tuple[dict[str, bytes], list[Row]]:
 
 
 async def answered(
-    files: Files | bytes, reference: bytes | None = None, *, run: Any = bright, limits: dict[str, Any] | None = None, **options: Any
+    files: Files | bytes,
+    reference: bytes | None = None,
+    *,
+    run: Any = bright,
+    limits: dict[str, Any] | None = None,
+    **options: Any,
 ) -> tuple[dict[str, bytes], list[Row]]:
     data = files if isinstance(files, bytes) else packed(files)
     with opened_service(run, limits=limits or {}) as service:
@@ -89,7 +94,11 @@ class TestAnswers:
         }
         with opened_service() as service:
             response = await segment(service, packed(inputs))
-            assert (response.media_type, response.filename, response.note) == ("application/zip", "masks.zip", "")
+            assert (response.media_type, response.filename, response.note) == (
+                "application/zip",
+                "masks.zip",
+                "",
+            )
             assert (response.overlaps, response.degraded) == ({}, "")
             assert response.timings["infer"] >= 0
             files, rows = unpacked(response)
@@ -111,7 +120,11 @@ class TestAnswers:
 
     async def test_in_several_formats_with_their_facts(self) -> None:
         files, rows = await answered({"x/a.png": picture()}, format="png,json,npz", min_size_px=3)
-        assert sorted(files) == sorted(rows[0]["files"]) == ["x/a_mask.png", "x/a_scores.npz", "x/a_statistics.json"]
+        assert (
+            sorted(files)
+            == sorted(rows[0]["files"])
+            == ["x/a_mask.png", "x/a_scores.npz", "x/a_statistics.json"]
+        )
         assert json.loads(files["x/a_statistics.json"])["model"] == "fake"
         assert rows[0]["postprocessing"] == {"min_size_px": 3}
 
@@ -132,12 +145,18 @@ class TestAnswers:
     async def test_have_names_of_their_own(self, names: list[str], stems: list[str]) -> None:
         files, rows = await answered({name: picture(k, 16 + 2 * k) for k, name in enumerate(names)})
         assert [row["files"] for row in rows] == [[f"{stem}_mask.png"] for stem in stems]
-        assert [mask_of(files[row["files"][0]]).shape for row in rows] == [(16 + 2 * k,) * 2 for k in range(len(names))]
+        assert [mask_of(files[row["files"][0]]).shape for row in rows] == [
+            (16 + 2 * k,) * 2 for k in range(len(names))
+        ]
 
     async def test_lie_in_the_order_of_their_images(self) -> None:
         """One in the middle is done last: it has the most tiles."""
-        files, _ = await answered({f"{k}.png": picture(k, 400 if k == 3 else 16) for k in range(6, 0, -1)}, format="png,json")
-        assert list(files) == [f"{k}_{name}" for k in range(6, 0, -1) for name in ("mask.png", "statistics.json")]
+        files, _ = await answered(
+            {f"{k}.png": picture(k, 400 if k == 3 else 16) for k in range(6, 0, -1)}, format="png,json"
+        )
+        assert list(files) == [
+            f"{k}_{name}" for k in range(6, 0, -1) for name in ("mask.png", "statistics.json")
+        ]
 
     @pytest.mark.parametrize("name", ["./a.png", "x/./a.png", ".\\a.png", "x\\a.png"])
     async def test_of_names_with_other_separators_and_steps(self, name: str) -> None:
@@ -160,7 +179,12 @@ class TestAnswers:
             files, rows = unpacked(response)
         assert list(files) == ["good_mask.png"]
         assert [row["status"] for row in rows] == ["ok", *["failed"] * 4]
-        assert [row["code"] for row in rows[1:]] == ["unsupported-type", "unreadable", "unreadable", "unsupported-type"]
+        assert [row["code"] for row in rows[1:]] == [
+            "unsupported-type",
+            "unreadable",
+            "unreadable",
+            "unsupported-type",
+        ]
         assert all(row["detail"] for row in rows[1:])
 
     @pytest.mark.parametrize(("other", "error"), [(b"hello", UnsupportedType), (b"", Unreadable)])
@@ -170,7 +194,9 @@ class TestAnswers:
         assert caught.value.fields == {"actual": 2, "file": "a.txt"}
 
     async def test_of_formats_that_do_not_fit_are_missing(self) -> None:
-        files, rows = await answered({"a.png": picture(), "b.nii.gz": nifti_bytes(np.zeros((4, 5, 6), np.uint8))}, format="nifti")
+        files, rows = await answered(
+            {"a.png": picture(), "b.nii.gz": nifti_bytes(np.zeros((4, 5, 6), np.uint8))}, format="nifti"
+        )
         assert list(files) == ["b_mask.nii.gz"]
         assert rows[0]["code"] == "unknown-format"
 
@@ -237,7 +263,11 @@ class TestRefusals:
         with pytest.raises(TooLarge) as caught:
             await answered({f"{k}.png": b"" for k in range(6)}, limits={"max_zip_images": 5})
         fields = caught.value.fields
-        assert (fields["limit"], fields["actual"], fields["setting"]) == (5, 6, "UNETPP_LIMITS__MAX_ZIP_IMAGES")
+        assert (fields["limit"], fields["actual"], fields["setting"]) == (
+            5,
+            6,
+            "UNETPP_LIMITS__MAX_ZIP_IMAGES",
+        )
 
     async def test_an_endless_list(self) -> None:
         data = packed({f"{k:06}": b"" for k in range(30_000)})
@@ -294,13 +324,18 @@ class TestBombs:
     async def test_all_together(self) -> None:
         with pytest.raises(TooLarge) as caught:
             await answered({f"{k}.png": bytes(900_000) for k in range(3)}, limits=SMALL | {"max_zip_mb": 1})
-        assert (caught.value.fields["limit"], caught.value.fields["setting"]) == (1, "UNETPP_LIMITS__MAX_ZIP_MB")
+        assert (caught.value.fields["limit"], caught.value.fields["setting"]) == (
+            1,
+            "UNETPP_LIMITS__MAX_ZIP_MB",
+        )
 
     async def test_all_answers_together(self) -> None:
         noise = picture_bytes(np.random.default_rng(0).integers(0, 255, (600, 600), dtype=np.uint8))
         run = lambda tiles: tiles.pixels[:, :1].astype(np.float32) / 255  # noqa: E731
         with pytest.raises(TooLarge) as caught:
-            await answered({"a.png": noise, "b.png": noise}, limits=SMALL | {"max_zip_mb": 1}, format="npz", run=run)
+            await answered(
+                {"a.png": noise, "b.png": noise}, limits=SMALL | {"max_zip_mb": 1}, format="npz", run=run
+            )
         assert caught.value.fields["setting"] == "UNETPP_LIMITS__MAX_ZIP_MB"
 
     async def test_sizes_that_lie(self) -> None:
@@ -332,7 +367,10 @@ class TestBombs:
 
     async def test_memory_does_not_grow_with_images(self) -> None:
         rng = np.random.default_rng(0)
-        bodies = {f"{k}.bmp": picture_bytes(rng.integers(0, 255, (700, 700), dtype=np.uint8), "BMP") for k in range(40)}
+        bodies = {
+            f"{k}.bmp": picture_bytes(rng.integers(0, 255, (700, 700), dtype=np.uint8), "BMP")
+            for k in range(40)
+        }
         few, many = (packed(dict(list(bodies.items())[:count]), zipfile.ZIP_STORED) for count in (8, 40))
         window = {"window": {"size": [512, 512], "overlap": 0.0}}
         with opened_service(lambda tiles: tiles.pixels[:, :1].astype(np.float32) / 255, window) as service:
@@ -372,7 +410,9 @@ class TestEnds:
         ("timeout_s", "left_s", "error"),
         [(10.0, math.inf, TooLarge), (100.0, 8.0, DeadlineTooShort), (100.0, -1.0, DeadlinePassed)],
     )
-    async def test_what_would_be_too_late_is_not_begun(self, timeout_s: float, left_s: float, error: type[Exception]) -> None:
+    async def test_what_would_be_too_late_is_not_begun(
+        self, timeout_s: float, left_s: float, error: type[Exception]
+    ) -> None:
         data = packed({"a.txt": b"no image", **{f"{k}.png": picture(k) for k in range(8)}})
         with opened_service(latency=FixedLatency(2.0)) as service:
             with pytest.raises(error):
@@ -381,7 +421,11 @@ class TestEnds:
 
     async def test_what_others_leave_no_time_for_is_not_begun(self) -> None:
         with opened_service(latency=FixedLatency(2.0)) as service:
-            flow = Flow(service.registry.get("fake").recommended, expected=100, tile=Prediction(2.0, 2.0, confident=True))
+            flow = Flow(
+                service.registry.get("fake").recommended,
+                expected=100,
+                tile=Prediction(2.0, 2.0, confident=True),
+            )
             with service.scheduler.join(flow), pytest.raises(Overloaded) as caught:
                 await segment(service, packed(self.IMAGES), qos=QoS(30.0))
         # Of the others' 200 s it would wait for as much as it needs itself.
@@ -391,7 +435,9 @@ class TestEnds:
         """To estimate it the first image is unpacked too."""
         body = picture_bytes(np.random.default_rng(0).integers(0, 255, (500, 1400), dtype=np.uint8))
         assert 2**20 / 2 < len(body) < 2**20
-        assert len((await answered({"a.png": body}, limits=SMALL | {"max_zip_mb": 1}, qos=QoS(1000.0)))[0]) == 1
+        assert (
+            len((await answered({"a.png": body}, limits=SMALL | {"max_zip_mb": 1}, qos=QoS(1000.0)))[0]) == 1
+        )
 
     async def test_a_caller_who_leaves_ends_all(self) -> None:
         device = FakeDevice(held=True)
@@ -418,7 +464,9 @@ class TestEstimates:
 
     async def test_the_first_image_that_can_be_read_stands_for_all(self) -> None:
         alone = await self.estimate(picture())
-        every = await self.estimate(packed({"a.txt": b"no image", **{f"{k}.png": picture(k) for k in range(9)}}))
+        every = await self.estimate(
+            packed({"a.txt": b"no image", **{f"{k}.png": picture(k) for k in range(9)}})
+        )
         assert (every.windows, every.pixels) == (10, 256)
         assert math.isclose(every.seconds, 10 * alone.seconds)
 
@@ -432,14 +480,19 @@ class TestEstimates:
         ],
         ids=["no image", "DICOM", "many", "no list"],
     )
-    async def test_of_what_cannot_be_read(self, files: Files | bytes, limits: dict[str, Any], error: type[Exception]) -> None:
+    async def test_of_what_cannot_be_read(
+        self, files: Files | bytes, limits: dict[str, Any], error: type[Exception]
+    ) -> None:
         with pytest.raises(error):
             await self.estimate(files if isinstance(files, bytes) else packed(files), **limits)
 
 
 async def test_damaged_zips_are_only_ever_refused() -> None:
     """Bytes changed, cut out and cut off, with one service."""
-    good = packed({"a.png": picture(), "b/c.png": picture(2), "d.txt": b"hello"}), packed({"a.png": picture()}, zipfile.ZIP_STORED)
+    good = (
+        packed({"a.png": picture(), "b/c.png": picture(2), "d.txt": b"hello"}),
+        packed({"a.png": picture()}, zipfile.ZIP_STORED),
+    )
     with opened_service(device=FakeDevice()) as service:
         for number in range(300):
             draw = random.Random(number)  # noqa: S311 - no secret
