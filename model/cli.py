@@ -35,7 +35,7 @@ def train(
     from rich.console import Console
 
     from model.reading import DataError
-    from model.train import RecipeError, read_recipe
+    from model.recipe import RecipeError, read_recipe
     from model.train import train as run
 
     try:

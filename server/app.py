@@ -28,7 +28,7 @@ from server.monitoring import model_info
 from server.monitoring.health_probe import HealthProbe
 from server.monitoring.shadow_evaluation import ShadowEvaluation
 from server.reload import Reload
-from server.runtime.loader import Deployment, read_deployments
+from server.runtime.deployment import Deployment, read_deployments
 from server.segment.service import SegmentationService
 from server.service import open_service
 from server.serving import CLOSING_S, Operations, OpsServer, Server

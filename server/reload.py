@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from server.errors import NotReady, ReloadFailed, ReloadRunning, UnetppError
 from server.monitoring import model_info
 from server.runtime import memory
-from server.runtime.loader import Deployment
+from server.runtime.deployment import Deployment
 from server.segment.service import SegmentationService
 
 log = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from server.metrics import ModelInfo
-from server.runtime.loader import Deployment
+from server.runtime.deployment import Deployment
 
 
 def describe(deployments: Mapping[str, Deployment]) -> list[ModelInfo]:

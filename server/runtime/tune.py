@@ -11,9 +11,10 @@ from pathlib import Path
 from server.errors import TuningTooNoisy
 from server.runtime import golden
 from server.runtime.bundle import HEAD_STD, read_bundle
+from server.runtime.deployment import Deployment
 from server.runtime.device import DeviceThread
 from server.runtime.engines import Engine
-from server.runtime.loader import Deployment, open_engine
+from server.runtime.loader import open_engine
 from server.runtime.machine import read_machine
 from server.runtime.selection import is_enabled
 from server.runtime.tuning import Tuning, TuningKey, TuningRow

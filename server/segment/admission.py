@@ -17,8 +17,9 @@ from server.imaging import encode as encoding
 from server.imaging.decode_options import DecodeOptions
 from server.imaging.geometry import Placement
 from server.metrics import Metrics
+from server.runtime.flow import Flow
 from server.runtime.latency import LatencyModel
-from server.runtime.scheduler import Flow, Scheduler
+from server.runtime.scheduler import Scheduler
 from server.segment import postprocess, quality
 from server.segment.estimate import Estimate, cpu_work, estimate_work
 from server.segment.memory_budget import MemoryBudget
@@ -324,28 +325,6 @@ class Admission:
                     remedy="POST /jobs",
                 ) from error
             yield
-
-
-@contextlib.asynccontextmanager
-async def deadline(qos: QoS) -> AsyncIterator[None]:
-    """Ends the block at the deadline of a request.
-
-    Raises:
-        DeadlinePassed: it came before the end of the block.
-    """
-    late = "the deadline passed before the answer was there; what was left of the work is not done"
-    try:
-        async with asyncio.timeout(
-            None if qos.deadline == math.inf else qos.deadline - time.monotonic()
-        ) as limit:
-            yield
-    except TimeoutError as error:
-        if not limit.expired():
-            raise
-        raise DeadlinePassed(late) from error
-    # Work on the event loop itself is not interrupted.
-    if time.monotonic() > qos.deadline:
-        raise DeadlinePassed(late)
 
 
 def _drop_reason(error: BaseException, flow: Flow) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from server.errors import InvalidParameter, UnknownModel
 from server.imaging import encode as encoding
 from server.runtime.bundle import ACCURATE, HEAD_STD, Manifest
-from server.runtime.loader import Deployment, ModelInstance
+from server.runtime.deployment import Deployment, ModelInstance
 from server.segment.request import SegmentParams
 
 

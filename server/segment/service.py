@@ -13,7 +13,8 @@ from server.runtime.latency import LatencyModel
 from server.runtime.loader import Loader
 from server.runtime.scheduler import Scheduler
 from server.segment import zip_batch
-from server.segment.admission import Admission, Ticket, deadline
+from server.segment.admission import Admission, Ticket
+from server.segment.deadline import deadline
 from server.segment.estimate import Estimate, cpu_work
 from server.segment.preprocess import decode_options, decode_upload, read_headers
 from server.segment.registry import Registry, Target

@@ -15,7 +15,8 @@ from server.arrays import Image, Mask, Tiles, Volume
 from server.imaging.geometry import Placement
 from server.runtime.bundle import HEAD_STD, Graph, Manifest
 from server.runtime.engines import Engine
-from server.runtime.scheduler import Flow, InferenceResult, Scheduler
+from server.runtime.flow import Flow, InferenceResult
+from server.runtime.scheduler import Scheduler
 from server.segment.merge import WindowMerger
 from server.segment.preprocess import image_statistics, place, with_channels
 from server.segment.request import OnProgress, ignore_progress

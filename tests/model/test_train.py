@@ -23,7 +23,8 @@ from model.config import UNetPlusPlusConfig
 from model.data import DataConfig, Split
 from model.network import UNetPlusPlus
 from model.reading import DataError, read_index
-from model.train import OptimisationConfig, RecipeError, TrainConfig, learning_rate, read_recipe
+from model.recipe import OptimisationConfig, RecipeError, TrainConfig, read_recipe
+from model.train import learning_rate
 from server.cli import app
 
 ROOT = Path(__file__).parents[2]

@@ -122,7 +122,7 @@ class TestTune:
     def test_tune_stores_what_a_start_uses(
         self, monkeypatch: pytest.MonkeyPatch, shipped_bundle: Path
     ) -> None:
-        from server.runtime.loader import read_deployment
+        from server.runtime.deployment import read_deployment
 
         # Whether this machine is quiet is not the question here.
         monkeypatch.setattr("server.runtime.tune.NOISE", 1000.0)
@@ -325,7 +325,7 @@ def test_service_with_one_engine_installed_opens(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("UNETPP_RUNTIME__ENGINE", "auto")
     ran = python(
         without("onnxruntime")
-        + "from server.app import open_service\nfrom server.settings import Settings\n"
+        + "from server.service import open_service\nfrom server.settings import Settings\n"
         + "service = open_service(Settings())\nservice.open()\n"
         + "print(service.registry.get('nuclei').recommended.choice.candidate.engine)\nservice.close()\n"
     )

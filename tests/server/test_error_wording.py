@@ -17,7 +17,7 @@ import numpy as np
 
 from server import errors, listening
 from server.api.auth import Keys, make
-from server.app import open_service
+from server.service import open_service
 from server.errors import UnetppError
 from server.jobs.store import Store
 from server.runtime.bundle import find_bundles, read_bundle

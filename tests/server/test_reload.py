@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from server.arrays import Tiles
 from server.errors import BundleDamaged, ReloadFailed, ReloadRunning, UnknownModel
 from server.reload import Reload
-from server.runtime.loader import Deployment
+from server.runtime.deployment import Deployment
 from server.segment.request import SegmentParams, Upload
 from tests.support.files import Sent, mask_of, picture_bytes
 from tests.support.server import full_server, until

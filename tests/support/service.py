@@ -14,8 +14,8 @@ import numpy as np
 
 from server.arrays import Tiles
 from server.runtime.bundle import Bundle, Manifest
+from server.runtime.deployment import Deployment
 from server.runtime.latency import LatencyModel, Prediction
-from server.runtime.loader import Deployment
 from server.runtime.machine import Machine
 from server.settings import Settings
 from tests.support.files import Sent

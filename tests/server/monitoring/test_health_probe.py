@@ -195,7 +195,7 @@ async def test_log_takes_a_test_tile_for_no_request(
 
 
 def test_model_info_describes_routes_engines_and_calibration(shipped_bundle: Any, tmp_path: Any) -> None:
-    from server.runtime.loader import read_deployment
+    from server.runtime.deployment import read_deployment
     from server.settings import BatchingSettings, RuntimeSettings
 
     deployment = read_deployment(shipped_bundle, RuntimeSettings(tuning_folder=tmp_path), BatchingSettings())

@@ -9,8 +9,9 @@ import pytest
 
 from server.errors import BundleDamaged
 from server.runtime.bundle import Manifest, find_bundles, read_bundle
+from server.runtime.deployment import read_deployment
 from server.runtime.engines import ENGINES, Engine
-from server.runtime.loader import open_engine, read_deployment
+from server.runtime.loader import open_engine
 from server.settings import BatchingSettings, RuntimeSettings
 from tests.support.bundles import rewrite_hashes, write_nonsense_bundle
 from tests.support.service import calibrated, manifest

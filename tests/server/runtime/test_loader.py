@@ -13,10 +13,11 @@ from server.arrays import Tiles
 from server.errors import BundleDamaged, EngineUnavailable, NotReady
 from server.runtime import engines
 from server.runtime.bundle import read_bundle
+from server.runtime.deployment import Deployment, read_deployment, read_deployments
 from server.runtime.device import DeviceThread
 from server.runtime.engines import EngineRow
 from server.runtime.golden import head_std_pairs, read_pairs
-from server.runtime.loader import ENGINE_BYTES, Deployment, Loader, read_deployment, read_deployments
+from server.runtime.loader import ENGINE_BYTES, Loader
 from server.runtime.machine import Machine
 from server.settings import BatchingSettings, RuntimeSettings
 from tests.support.bundles import rewrite_hashes, write_nonsense_bundle

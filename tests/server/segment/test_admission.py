@@ -24,9 +24,11 @@ from server.errors import (
 )
 from server.metrics import Metrics
 from server.runtime.engines import Engine
+from server.runtime.flow import Flow
 from server.runtime.latency import CONFIDENT_AFTER, LatencyModel, Prediction
-from server.runtime.scheduler import Flow, Scheduler
-from server.segment.admission import RETURN, SAFETY, Admission, Ticket, deadline
+from server.runtime.scheduler import Scheduler
+from server.segment.admission import RETURN, SAFETY, Admission, Ticket
+from server.segment.deadline import deadline
 from server.segment.estimate import Estimate, cpu_work, times
 from server.segment.registry import Registry, Target
 from server.segment.request import Priority, QoS, SegmentParams

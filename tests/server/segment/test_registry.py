@@ -6,7 +6,7 @@ import pytest
 from server.errors import InvalidParameter, UnknownModel
 from server.imaging.encode import ENCODERS
 from server.runtime.bundle import Bundle
-from server.runtime.loader import Deployment
+from server.runtime.deployment import Deployment
 from server.runtime.machine import Machine
 from server.segment.registry import MODES, Registry, Target
 from server.segment.request import SegmentParams

@@ -27,8 +27,8 @@ from server.errors import (
     Unreadable,
     UnsupportedType,
 )
+from server.runtime.flow import Flow
 from server.runtime.latency import Prediction
-from server.runtime.scheduler import Flow
 from server.segment.estimate import Estimate
 from server.segment.request import QoS, Response, SegmentParams, Upload
 from tests.support.files import Sent, mask_of, nifti_bytes, pages_bytes, picture_bytes, volume_of
