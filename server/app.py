@@ -21,19 +21,16 @@ from server.api.routes import docs, health, jobs, models, page, segment
 from server.api.routes import ops as ops_routes
 from server.api.schemas import Problem
 from server.api.stopping import DrainMiddleware, Stopping
-from server.errors import EngineUnavailable, UnknownModel
+from server.errors import EngineUnavailable
 from server.jobs.runner import Runner
 from server.jobs.store import Store
-from server.metrics import Metrics
 from server.monitoring import model_info
 from server.monitoring.health_probe import HealthProbe
 from server.monitoring.shadow_evaluation import ShadowEvaluation
 from server.reload import Reload
-from server.runtime.device import DeviceRunner
-from server.runtime.latency import LatencyModel
 from server.runtime.loader import Deployment, read_deployments
-from server.segment.registry import Registry
 from server.segment.service import SegmentationService
+from server.service import open_service
 from server.serving import CLOSING_S, Operations, OpsServer, Server
 from server.settings import Settings
 
@@ -47,40 +44,6 @@ KEEP_ALIVE_S = 65
 
 # For the documentation; `auth` is what asks for a key.
 KEY_SCHEMES = [Depends(HTTPBearer(auto_error=False)), Depends(APIKeyHeader(name="X-API-Key", auto_error=False))]
-
-
-def open_service(
-    settings: Settings,
-    deployments: Mapping[str, Deployment] | None = None,
-    device: DeviceRunner | None = None,
-    latency: LatencyModel | None = None,
-) -> SegmentationService:
-    """Makes the service over every bundle of the settings; graphs are opened at first use, or by `service.open()`.
-
-    Args:
-        settings: where the bundles are, and how they are to run.
-        deployments: read already; else they are read from `settings.bundles`.
-        device: runs the graphs; a thread of its own if not given.
-        latency: predicts work; empty if not given.
-
-    Raises:
-        BundleDamaged, EngineUnavailable: names the bundle and the reason.
-        UnknownModel: the configured default model is not among the bundles.
-    """
-    if deployments is None:
-        deployments = read_deployments(settings.bundles, settings.runtime, settings.batching)
-    default = settings.default_model
-    if default not in deployments:
-        if "default_model" in settings.model_fields_set:
-            raise UnknownModel(
-                f"UNETPP_DEFAULT_MODEL={default} is not among the bundles: {', '.join(deployments)}",
-                setting="UNETPP_DEFAULT_MODEL",
-                value=default,
-                allowed=list(deployments),
-            )
-        default = next(iter(deployments))
-    registry = Registry(deployments, default)
-    return SegmentationService(registry, settings.runtime, settings.batching, settings.limits, Metrics(), device, latency)
 
 
 def create_app(settings: Settings, service: SegmentationService | None = None, store: Store | None = None) -> FastAPI:
@@ -107,7 +70,8 @@ def create_app(settings: Settings, service: SegmentationService | None = None, s
             async with shadow, runner:
                 yield
         finally:
-            await asyncio.to_thread(service.close)
+            # Not in a thread, because it settles futures of this loop.
+            service.close()
             if tracing:
                 await asyncio.to_thread(tracing.close)
 

@@ -62,8 +62,9 @@ def serve(
 
     memory.limit_malloc_arenas()
     from server.api.auth import Keys
-    from server.app import create_app, make_server, open_service
+    from server.app import create_app, make_server
     from server.jobs.store import Store
+    from server.service import open_service
 
     settings = read_settings(bundles, host, port, insecure)
     logs.setup(settings.log.format)

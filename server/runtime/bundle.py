@@ -19,6 +19,10 @@ HEAD_STD = "head_std"
 # The precision of a graph file; bf16 is the fp32 graph executed in bfloat16 by an engine that can.
 GRAPH_PRECISIONS = {"fp32": "fp32", "bf16": "fp32", "fp16": "fp16", "int8": "int8"}
 
+# In the place of a file's name it means that the weights lie at an address of this process's memory. ONNX Runtime refuses
+# such a graph, and OpenVINO reads whatever lies there. Foreign operators and paths that leave the bundle are refused by both.
+MEMORY_ADDRESS = b"_ORT_MEM_ADDR_"
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -180,6 +184,9 @@ class Manifest(_Part):
         listed = {WEIGHTS, GOLDEN} | {file for graph in self.all_graphs for file in graph.files.values()}
         if missing := listed - self.files.keys():
             raise ValueError(f"files without size and hash: {sorted(missing)}")
+        if other := [file for file in listed - {WEIGHTS, GOLDEN} if not file.endswith(".onnx")]:
+            # By their suffixes engines tell formats apart that may refer to further files.
+            raise ValueError(f"graphs must be .onnx files: {other}")
         if odd := [name for name in self.files if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name)]:
             raise ValueError(f"file names must stay inside the bundle: {odd}")
         if len(self.window.size) != self.dims:
@@ -293,20 +300,22 @@ def read_bundle(folder: Path) -> Bundle:
     """Reads and checks a bundle.
 
     Raises:
-        BundleDamaged: says which file is missing, damaged or unknown, which field of the manifest is wrong, or which graph reaches
-            beyond the bundle.
+        BundleDamaged: names the file that is missing, damaged or reaches beyond the bundle, or the field of the manifest that is wrong.
     """
     path = folder / MANIFEST
     try:
         written = path.read_bytes()
         manifest = Manifest.model_validate_json(written)
     except FileNotFoundError as error:
-        raise BundleDamaged(f"{path}: not found; a bundle is a folder that `unetpp export` wrote") from error
+        raise BundleDamaged(f"{path}: not found; a bundle is a folder that `unetpp export` wrote", file=MANIFEST) from error
     except OSError as error:
-        raise BundleDamaged(f"{path}: cannot be read: {error.strerror}") from error
+        raise BundleDamaged(f"{path}: cannot be read: {error.strerror}", file=MANIFEST) from error
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in error.errors())
-        raise BundleDamaged(f"{path}: not a manifest that this version can read: {wrong}") from error
+        wrong = [(".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors()]
+        sentences = "; ".join(f"{field}: {message}".removeprefix(": ") for field, message in wrong)
+        raise BundleDamaged(
+            f"{path}: not a manifest that this version can read: {sentences}", file=MANIFEST, parameter=wrong[0][0] or None
+        ) from error
     _check_files(folder, manifest)
     return Bundle(folder, manifest, hashlib.sha256(written).hexdigest())
 
@@ -315,11 +324,15 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         file = folder / name
         if not file.is_file():
-            raise BundleDamaged(f"{file}: missing; copy the bundle again, or export it anew")
+            raise BundleDamaged(f"{file}: missing; copy the bundle again, or export it anew", file=name)
         if file.resolve().parent != folder.resolve():
-            raise BundleDamaged(f"{file}: leads out of the bundle")
+            raise BundleDamaged(f"{file}: leads out of the bundle", file=name)
         if file.stat().st_size != entry.bytes or sha256(file) != entry.sha256:
-            raise BundleDamaged(f"{file}: size or SHA-256 differs from the manifest; copy the bundle again, or export it anew")
+            raise BundleDamaged(
+                f"{file}: size or SHA-256 differs from the manifest; copy the bundle again, or export it anew", file=name
+            )
+        if file.suffix == ".onnx" and MEMORY_ADDRESS in file.read_bytes():
+            raise BundleDamaged(f"{file}: takes weights from an address in memory; export the bundle anew", file=name)
 
 
 def find_bundles(root: Path) -> list[Path]:
@@ -332,5 +345,7 @@ def find_bundles(root: Path) -> list[Path]:
         return [root]
     found = sorted(path.parent for path in root.glob(f"*/{MANIFEST}")) if root.is_dir() else []
     if not found:
-        raise BundleDamaged(f"{root}: no bundle there; set UNETPP_BUNDLES to a bundle or to a folder of bundles")
+        raise BundleDamaged(
+            f"{root}: no bundle there; set UNETPP_BUNDLES to a bundle or to a folder of bundles", setting="UNETPP_BUNDLES"
+        )
     return found

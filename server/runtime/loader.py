@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,14 +158,16 @@ class Deployment:
         self._select()
 
     def _select(self) -> None:
-        self.selection: Selection = select(
-            self.manifest, self._machine, self._runtime, self._batching, self.tuning, self._excluded
-        )
-        kept = self.instances
-        self.instances = {}
-        for (graph, precision), choice in self.selection.choices.items():
-            before = kept.get((graph, precision))
-            self.instances[graph, precision] = before if before and before.choice == choice else self._instance(graph, choice)
+        selection = select(self.manifest, self._machine, self._runtime, self._batching, self.tuning, self._excluded)
+        instances = {}
+        for (graph, precision), choice in selection.choices.items():
+            before = self.instances.get((graph, precision))
+            instances[graph, precision] = before if before and before.choice == choice else self._instance(graph, choice)
+        # Each replaced at once, and what is looked up in the other is there in between: the event loop reads while the
+        # loader's thread excludes.
+        self.instances = self.instances | instances
+        self.selection: Selection = selection
+        self.instances = instances
 
     def _instance(self, graph: str, choice: Choice) -> ModelInstance:
         row = self.manifest.graph(graph)
@@ -253,25 +255,31 @@ class Loader:
             else:
                 return
 
-    def open_in_background(self, deployments: Iterable[Deployment]) -> None:
-        """Opens the other graphs of `precision=auto`, most useful first, without anybody waiting for them.
+    def open_in_background(self, deployments: Iterable[Deployment]) -> "Future[None]":
+        """Opens the other graphs of `precision=auto`, most useful first, and returns what is done once no more is opened.
 
         One at a time, so that a graph that a request waits for is opened next.
         """
-        queue = [(deployment, instance) for deployment in deployments for instance in deployment.of_auto]
-        self._open_next(iter(queue))
+        done: Future[None] = Future()
+        self._open_next(tuple(deployments), set(), done)
+        return done
 
-    def _open_next(self, queue: Iterator[tuple[Deployment, ModelInstance]]) -> None:
+    def _open_next(self, deployments: Sequence[Deployment], tried: set[ModelInstance], done: "Future[None]") -> None:
         def opened(future: "Future[Engine]") -> None:
             if not future.cancelled() and (error := future.exception()):
                 log.error("a graph could not be opened in the background: %s", error)
-            self._open_next(queue)
+            self._open_next(deployments, tried, done)
 
-        for deployment, instance in queue:
-            if instance.engine is None and self._used_bytes() + instance.memory_bytes <= self.memory_bytes:
+        # Looked up anew each time, because a precision that proves broken changes what `auto` means.
+        for deployment, instance in [(deployment, one) for deployment in deployments for one in deployment.of_auto]:
+            fits = self._used_bytes() + instance.memory_bytes <= self.memory_bytes
+            if instance.engine is None and instance not in tried and fits:
+                tried.add(instance)
                 with contextlib.suppress(NotReady):
                     self.submit(deployment, instance).add_done_callback(opened)
-                return
+                    return
+                break
+        done.set_result(None)
 
     async def ensure_open(self, deployment: Deployment, instance: ModelInstance) -> Engine:
         """Returns the engine of an instance, which is opened unless it is open.
@@ -282,8 +290,14 @@ class Loader:
         """
         if (engine := instance.engine) is not None:
             return engine
-        # A caller who leaves must not stop what others wait for.
-        return await asyncio.shield(asyncio.wrap_future(self.submit(deployment, instance)))
+        future = self.submit(deployment, instance)
+        try:
+            # A caller who leaves must not stop what others wait for.
+            return await asyncio.shield(asyncio.wrap_future(future))
+        except asyncio.CancelledError:
+            if future.cancelled():
+                raise _shutting_down() from None
+            raise
 
     def submit(self, deployment: Deployment, instance: ModelInstance) -> "Future[Engine]":
         """Starts opening an instance, once however many callers wait for it."""
@@ -293,7 +307,7 @@ class Loader:
                 done.set_result(engine)
                 return done
             if self._closed:
-                raise NotReady("the server is shutting down; try again in a moment")
+                raise _shutting_down()
             if instance not in self._opening:
                 self._opening[instance] = self._executor.submit(self._open_instance, deployment, instance)
             return self._opening[instance]
@@ -319,9 +333,10 @@ class Loader:
             started = time.perf_counter()
             engine = open_engine(deployment, instance)
             self._check_golden(deployment, instance, engine)
-            instance.engine, instance.last_use = engine, time.monotonic()
-            instance.last_success = instance.last_use
-            self._open.append(instance)
+            with self._lock:
+                instance.engine, instance.last_use = engine, time.monotonic()
+                instance.last_success = instance.last_use
+                self._open.append(instance)
             # Compiling leaves hundreds of MB in the C library's free lists.
             memory.malloc_trim()
             candidate = instance.choice.candidate
@@ -380,13 +395,18 @@ class Loader:
     def _make_room(self, instance: ModelInstance) -> None:
         """Closes the least recently used graphs until the new one fits."""
         while self._open and self._used_bytes() + instance.memory_bytes > self.memory_bytes:
-            oldest = min(self._open, key=lambda one: one.last_use)
-            self._open.remove(oldest)
-            oldest.engine = None
+            with self._lock:
+                oldest = min(self._open, key=lambda one: one.last_use)
+                self._open.remove(oldest)
+                oldest.engine = None
             log.info("closed %s %s, because others need its memory", oldest.model, oldest.name)
 
     def _used_bytes(self) -> int:
         return sum(one.memory_bytes for one in self._open)
+
+
+def _shutting_down() -> NotReady:
+    return NotReady("the server is shutting down; try again in a moment")
 
 
 def open_engine(deployment: Deployment, instance: ModelInstance) -> Engine:

@@ -72,8 +72,8 @@ def read_machine(engine: str = "auto", provider: str = "auto") -> Machine:
                 engine=name,
                 provider=provider,
             )
-    processor, features = _read_processor()
-    versions = {name: _version(ENGINES[name].module) for name in engines}
+    processor, features = read_processor()
+    versions = {name: package_version(ENGINES[name].module) for name in engines}
     return Machine(processor, features, count_cores(), engines, versions)
 
 
@@ -87,7 +87,7 @@ def count_cores(quota: Path = CGROUP_QUOTA) -> int:
     return min(available, math.ceil(microseconds / period))
 
 
-def _read_processor(cpuinfo: Path = CPUINFO) -> tuple[str, frozenset[str]]:
+def read_processor(cpuinfo: Path = CPUINFO) -> tuple[str, frozenset[str]]:
     """Model name and relevant features of the processor."""
     try:
         text = cpuinfo.read_text()
@@ -99,7 +99,8 @@ def _read_processor(cpuinfo: Path = CPUINFO) -> tuple[str, frozenset[str]]:
     return model[1].strip() if model else platform.machine(), RELEVANT_FEATURES & frozenset(words)
 
 
-def _version(module: str) -> str:
+def package_version(module: str) -> str:
+    """Version of the package that brings a module; its build for GPUs has another name."""
     for distribution in (module, f"{module}-gpu"):
         try:
             return version(distribution)

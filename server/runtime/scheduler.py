@@ -83,7 +83,9 @@ class Flow:
 
     @property
     def remaining_s(self) -> float:
-        """Predicted device time of the tiles that have not been run."""
+        """Predicted device time of the tiles that have not been run; 0 where too little was observed to refuse others for it."""
+        if not self.tile.confident:
+            return 0.0
         # An image that lies on its side (EXIF) may turn out to have other windows than its header promised.
         return max(0, self.expected - self.executed) * self.tile.seconds
 
@@ -292,11 +294,12 @@ class Scheduler:
         # Formed as late as possible, because requests may have come, left or expired since the device was free.
         if not (flow := self._next_flow()):
             return
-        batch = self._form_batch(flow)
+        instance, pixels = flow.instance, math.prod(self._pending[flow][0].tiles.pixels.shape[2:])
+        tile = self._latency.predict(instance.key, pixels, instance.graph.macs_per_pixel)
+        batch = self._form_batch(flow, tile.seconds)
         members = dict.fromkeys(pending for pending, _ in batch)
-        instance, pixels = flow.instance, math.prod(batch[0][0].tiles.pixels.shape[2:])
-        tile_s = self._latency.predict(instance.key, pixels, instance.graph.macs_per_pixel).seconds
-        self._busy_until = self._clock() + len(batch) * tile_s
+        if tile.confident:
+            self._busy_until = self._clock() + len(batch) * tile.seconds
         try:
             scores, seconds = await self._device.run(_execute, batch, self._clock)
         except Exception as error:  # noqa: BLE001 - whatever the engine raises must reach its requests
@@ -309,7 +312,9 @@ class Scheduler:
         finally:
             self._busy_until = -math.inf
         instance.last_success = instance.last_use = self._clock()
-        self._latency.observe(instance.key, pixels, seconds / len(batch), instance.graph.macs_per_pixel)
+        if flow.priority != "probe":
+            # A test tile of a few pixels says nothing of real ones.
+            self._latency.observe(instance.key, pixels, seconds / len(batch), instance.graph.macs_per_pixel)
         for (pending, index), score in zip(batch, scores, strict=True):
             pending.scores[index] = score
         for pending in members:
@@ -338,8 +343,12 @@ class Scheduler:
     def _rank(self, flow: Flow) -> tuple[int, float, int]:
         return RANK[flow.priority], flow.virtual_time, self._last_turn[flow]
 
-    def _form_batch(self, first: Flow) -> _Batch:
-        """Takes a tile of the flow whose turn it is, and tiles with its batch key from all flows in turn."""
+    def _form_batch(self, first: Flow, tile_s: float) -> _Batch:
+        """Takes a tile of the flow whose turn it is, and tiles with its batch key from all flows in turn.
+
+        Each is charged with what a tile is now predicted to take: by what was known when they were admitted, requests that came
+        before the first observation would have the device for nothing.
+        """
         key, limit = self._pending[first][0].batch_key, first.instance.batch_limit(self._pending[first][0].tiles.pixels.shape[2:])
         self._virtual_time[first.priority] = first.virtual_time
         sharing = [(self._rank(flow), flow) for flow, queue in self._pending.items() if queue[0].batch_key == key]
@@ -352,7 +361,7 @@ class Scheduler:
             queue[0].taken += 1
             if not queue[0].waiting:
                 queue.popleft()
-            flow.virtual_time += flow.tile.seconds
+            flow.virtual_time += tile_s
             flow.executed += 1
             self._last_turn[flow] = next(self._turn)
             if queue and queue[0].batch_key == key and not queue[0].done.done():

@@ -57,6 +57,7 @@ def tune(
     batching: BatchingSettings,
     limit_s: float,
     advance: Callable[[str], None] = lambda line: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Tuning:
     """Measures every enabled candidate of every graph of a bundle.
 
@@ -66,6 +67,7 @@ def tune(
         batching: limits of a batch.
         limit_s: seconds after which no further round begins.
         advance: called with a line for each graph.
+        clock: seconds that never go back.
 
     Raises:
         TuningTooNoisy: the rounds differ too much to be stored; names the largest difference.
@@ -76,7 +78,7 @@ def tune(
     machines = [read_machine(name, runtime.provider) for name in read_machine(runtime.engine, runtime.provider).engines]
     device = DeviceThread()
     rows: list[TuningRow] = []
-    stop_at = time.monotonic() + limit_s
+    stop_at = clock() + limit_s
     try:
         for graph in (one.name for one in bundle.manifest.graphs):
             candidates = []
@@ -84,7 +86,8 @@ def tune(
                 deployment = Deployment(bundle, machine, runtime.model_copy(update={"precision": "auto"}), batching)
                 candidates += list(_open(deployment, graph))
             if candidates:
-                rows += _measure(candidates, bundle.manifest.dims, len(bundle.manifest.channels), batching, device, stop_at)
+                channels = len(bundle.manifest.channels)
+                rows += _measure(candidates, bundle.manifest.dims, channels, batching, device, stop_at, clock)
             advance(graph)
     finally:
         device.close()
@@ -101,7 +104,13 @@ def _open(deployment: Deployment, graph: str) -> Iterator[_Timed]:
 
 
 def _measure(
-    candidates: list[_Timed], dims: int, channels: int, batching: BatchingSettings, device: DeviceThread, stop_at: float
+    candidates: list[_Timed],
+    dims: int,
+    channels: int,
+    batching: BatchingSettings,
+    device: DeviceThread,
+    stop_at: float,
+    clock: Callable[[], float],
 ) -> list[TuningRow]:
     """Times the candidates in turn.
 
@@ -115,9 +124,9 @@ def _measure(
         device.run_blocking(candidate.engine.run, tile)
     for number in itertools.count(1):
         for candidate in candidates:
-            candidate.times.append(device.run_blocking(_time, candidate.engine.run, tile) * 1e3)
+            candidate.times.append(device.run_blocking(_time, clock, candidate.engine.run, tile) * 1e3)
         quiet = number >= MIN_ROUNDS and max(candidate.noise for candidate in candidates) <= NOISE
-        if quiet or number >= MAX_ROUNDS or (number >= 2 and time.monotonic() > stop_at):
+        if quiet or number >= MAX_ROUNDS or (number >= 2 and clock() > stop_at):
             break
     noise = max(candidate.noise for candidate in candidates)
     if noise > NOISE:
@@ -136,20 +145,22 @@ def _measure(
             precision=candidate.precision,
             engine=candidate.engine_name,
             milliseconds=round(min(candidate.times), 4),
-            batch_pixels=pixels * tune_batch_size(candidate.engine, dims, channels, largest, device),
+            batch_pixels=pixels * tune_batch_size(candidate.engine, dims, channels, largest, device, clock),
         )
         for candidate in candidates
     ]
 
 
-def tune_batch_size(engine: Engine, dims: int, channels: int, largest: int, device: DeviceThread) -> int:
+def tune_batch_size(
+    engine: Engine, dims: int, channels: int, largest: int, device: DeviceThread, clock: Callable[[], float]
+) -> int:
     """Tiles of one run: doubled while a tile becomes clearly faster by it, and the device has the memory."""
     best, count = math.inf, 1
     while count <= largest:
         tiles = golden.noise(count, channels, [TILE_SIDE[dims]] * dims)
         try:
             device.run_blocking(engine.run, tiles)
-            taken = min(device.run_blocking(_time, engine.run, tiles) for _ in range(3)) / count
+            taken = min(device.run_blocking(_time, clock, engine.run, tiles) for _ in range(3)) / count
         except Exception as error:  # noqa: BLE001 - every runtime has its own for a device whose memory is full
             log.warning("a batch of %d tiles fails, so smaller ones are run: %s", count, error)
             break
@@ -159,9 +170,9 @@ def tune_batch_size(engine: Engine, dims: int, channels: int, largest: int, devi
     return max(1, count // 2)
 
 
-def _time(call: Callable[..., object], *args: object) -> float:
-    started = time.perf_counter()
+def _time(clock: Callable[[], float], call: Callable[..., object], *args: object) -> float:
+    started = clock()
     call(*args)
-    return time.perf_counter() - started
+    return clock() - started
 
 

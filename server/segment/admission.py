@@ -288,7 +288,7 @@ class Admission:
         Raises:
             Overloaded: others kept it for too long.
         """
-        spare_s = qos.timeout_s - estimate.device_s
+        spare_s = max(0.0, qos.timeout_s - (estimate.device_s if estimate.fastest_s else 0.0))
         async with contextlib.AsyncExitStack() as held:
             try:
                 async with asyncio.timeout(None if spare_s == math.inf else spare_s):

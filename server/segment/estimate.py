@@ -9,7 +9,7 @@ from server.imaging.geometry import Placement
 from server.runtime.bundle import Graph, Manifest
 from server.segment import postprocess
 from server.segment.request import SegmentParams
-from server.segment.statistics import LISTED_BYTES, MOST_LISTED
+from server.segment.statistics import LISTED_BYTES, MAX_LISTED
 from server.segment.windows import CHUNK_PIXELS, tile_grid
 
 # Bytes of the place of one window; a stack of tiny slices has more windows than pixels in one.
@@ -104,10 +104,9 @@ def _output_bytes(
     # The score of each pixel's class; what is labelled and listed. Post-processing is over when the mask is encoded.
     objects = "objects" in needs
     memory += (2 if objects else 0) * pixels
-    labelled = params.model_copy(update={"instances": False, "fill_holes": False})
-    encoded = postprocess.memory_bytes(labelled, pixels, objects=objects) + encoding.memory(formats, header)
+    encoded = (postprocess.label_bytes(pixels) if objects else 0) + encoding.memory(formats, header)
     memory += max(postprocess.memory_bytes(params, pixels, objects=objects), encoded)
-    return memory + (LISTED_BYTES * min(MOST_LISTED, pixels) if "report" in needs else 0)
+    return memory + (LISTED_BYTES * min(MAX_LISTED, pixels) if "report" in needs else 0)
 
 
 def cpu_work(header: InputHeader, formats: tuple[str, ...], params: SegmentParams) -> tuple[str, str, str]:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Shaped, UInt8
 from numpy import ndarray
 
-from server.imaging.geometry import between, lerp
+from server.imaging.geometry import lerp, linear_weights
 from server.segment.windows import Windows
 
 # Standard deviation of the weights as a share of the tile, and the least weight, as is usual for
@@ -70,7 +70,7 @@ class WindowMerger:
         self._sum = np.zeros((channels + (head_std is not None), rows, *padded), dtype=np.float32)
         self._weight = np.zeros((rows, *padded), dtype=np.float32)
         # Where the caller's rows lie among ours, which of them comes next, and our row before.
-        self._lower, self._share = between(self._rows, len(self._classes))
+        self._lower, self._share = linear_weights(self._rows, len(self._classes))
         self._next = 0
         self._before: Float32[ndarray, "K *across"] | None = None
 

@@ -48,8 +48,8 @@ def read_headers(upload: Upload, options: DecodeOptions) -> tuple[InputHeader, I
     Raises:
         Unreadable, UnsupportedType, TooLarge: a file is broken, of no known format, or an image over the limit.
     """
-    header = decode.measure(upload.file, options)
-    return header, decode.measure(upload.reference, _label_options(options)) if upload.reference else None
+    header = decode.read_header(upload.file, options)
+    return header, decode.read_header(upload.reference, _label_options(options)) if upload.reference else None
 
 
 def decode_upload(

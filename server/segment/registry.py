@@ -18,16 +18,14 @@ class Target:
         deployment: the bundle.
         mode: "accurate" or "fast".
         level: depth of the graph.
-        graph: name of the graph in the manifest.
-        precision: as served, never "auto".
+        instance: the model instance that runs it.
         alternatives: targets that may be served instead, deepest first, because `min_level` allows them.
     """
 
     deployment: Deployment
     mode: str
     level: int
-    graph: str
-    precision: str = "auto"
+    instance: ModelInstance
     alternatives: tuple["Target", ...] = ()
 
     @property
@@ -41,9 +39,14 @@ class Target:
         return self.deployment.manifest
 
     @property
-    def instance(self) -> ModelInstance:
-        """The model instance that runs it."""
-        return self.deployment.instances[self.graph, self.precision]
+    def graph(self) -> str:
+        """Name of the graph in the manifest."""
+        return self.instance.graph.name
+
+    @property
+    def precision(self) -> str:
+        """Precision that is served, never "auto"."""
+        return self.instance.choice.candidate.precision
 
     def at_precision(self, precision: str) -> "Target":
         """The same graph at a precision that a request names, or "auto".
@@ -53,7 +56,7 @@ class Target:
         """
         selection = self.deployment.selection
         served = selection.auto[self.graph] if precision == "auto" else precision
-        if (self.graph, served) not in self.deployment.instances:
+        if (self.graph, served) not in selection.choices:
             allowed = ("auto", *selection.precisions(self.graph))
             raise InvalidParameter(
                 f"precision={precision!r} is not served for {self.graph} of {self.model!r}; there are: {', '.join(allowed)}",
@@ -61,7 +64,13 @@ class Target:
                 value=precision,
                 allowed=list(allowed),
             )
-        return replace(self, precision=served)
+        return replace(self, instance=self.deployment.instances[self.graph, served])
+
+
+def _target(deployment: Deployment, mode: str, graph: str) -> Target:
+    """A graph at `precision=auto`."""
+    instance = deployment.instances[graph, deployment.selection.auto[graph]]
+    return Target(deployment, mode, instance.graph.level, instance)
 
 
 def _accurate(deployment: Deployment, level: int | None) -> Target:
@@ -72,7 +81,7 @@ def _accurate(deployment: Deployment, level: int | None) -> Target:
             parameter="level",
             value=level,
         )
-    return Target(deployment, "accurate", deployment.manifest.graph(ACCURATE).level, ACCURATE)
+    return _target(deployment, "accurate", ACCURATE)
 
 
 def _fast(deployment: Deployment, level: int | None) -> Target:
@@ -85,7 +94,7 @@ def _fast(deployment: Deployment, level: int | None) -> Target:
             value=level,
             allowed=list(manifest.levels),
         )
-    return Target(deployment, "fast", served, f"L{served}")
+    return _target(deployment, "fast", f"L{served}")
 
 
 MODES: dict[str, Callable[[Deployment, int | None], Target]] = {"accurate": _accurate, "fast": _fast}
@@ -143,7 +152,7 @@ class Registry:
 
     def resolve_accurate(self, deployment: Deployment) -> Target:
         """The accurate target of a deployment at `precision=auto`."""
-        return _accurate(deployment, None).at_precision("auto")
+        return _accurate(deployment, None)
 
     def resolve(self, params: SegmentParams) -> Target:
         """The model, mode, level and precision of a request; a level without a mode means fast, neither means accurate.
@@ -154,7 +163,7 @@ class Registry:
         deployment = self.get(params.model if params.model is not None else self.default)
         mode = params.mode or ("accurate" if params.level is None else "fast")
         target = MODES[mode](deployment, params.level)
-        if encoding.wants(params.format, HEAD_STD):
+        if encoding.requires(params.format, HEAD_STD):
             return _with_head_std(target, params)
         target = target.at_precision(params.precision)
         return replace(target, alternatives=_shallower(target, params))
@@ -202,4 +211,4 @@ def _with_head_std(target: Target, params: SegmentParams) -> Target:
     for parameter, (wrong, reason) in reasons.items():
         if wrong:
             raise InvalidParameter(f"format=uncertainty {reason}", parameter=parameter, value=getattr(params, parameter))
-    return replace(target, graph=HEAD_STD, precision="fp32")
+    return replace(target, instance=target.deployment.instances[HEAD_STD, "fp32"])

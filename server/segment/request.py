@@ -17,7 +17,7 @@ from server.errors import InvalidParameter
 from server.settings import Precision
 
 if TYPE_CHECKING:
-    from server.segment.quality import Overlap
+    from server.arrays import Overlap
     from server.segment.registry import Target
 
 Mode = Literal["accurate", "fast"]

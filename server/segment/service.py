@@ -31,7 +31,7 @@ CPU_PHASES = ("decode", "restore", "postprocess", "encode")
 # and handing them to a thread and back takes longer.
 INLINE_BYTES = 32 * 1024
 INLINE_PIXELS = 128 * 128
-INLINE_FORMATS = ("png",)
+INLINE_FORMATS = ("mask.png",)
 
 # Images with more pixels use the threads of volumes while their objects are split or outlined.
 LONG_PIXELS = 1024 * 1024
@@ -137,7 +137,7 @@ class SegmentationService:
                 mask = await infer(window, ticket.flow, engine, self.scheduler, worker, on_progress)
                 on_progress("encode", ticket.estimate.windows, ticket.estimate.windows)
                 result = await worker.run("postprocess", finish_mask, window, mask, reference, ticket, params, worker)
-                encoded = await worker.run("encode", encode_result, result, ticket, params, upload.name, worker)
+                encoded = await worker.run("encode", encode_result, result, ticket, params, upload.name)
         response = respond(encoded, result, ticket, params, worker.timings)
         self._complete(headers[0], ticket, params, response)
         self.on_completed(ticket, source, mask, params)

@@ -230,7 +230,6 @@ class _ZipBatch:
             "level": target.level,
             "precision": target.precision,
             **{name: value for name, value in optional.items() if value},
-            "timings_ms": {phase: round(seconds * 1e3, 2) for phase, seconds in response.timings.items()},
         }
 
 

@@ -63,7 +63,11 @@ class BoundedFile:
         """
         data = self._file.read(LIST_BYTES + 1 if size < 0 else min(size, LIST_BYTES + 1))
         if len(data) > LIST_BYTES:
-            raise TooLarge(f"the zip's list of files has more than {LIST_BYTES:,} bytes; send fewer images, with shorter names")
+            raise TooLarge(
+                f"the zip's list of files has more than {LIST_BYTES:,} bytes; send fewer images, with shorter names",
+                limit=LIST_BYTES,
+                unit="bytes",
+            )
         return data
 
 
@@ -112,10 +116,12 @@ class ZipFiles:
             raise Unreadable("the zip holds no files; pack the images themselves")
         if len(infos) > self._limits.max_zip_images:
             raise TooLarge(
-                f"the zip holds {len(infos):,} files; the limit is {self._limits.max_zip_images:,}. Send it in parts"
+                f"the zip holds {len(infos):,} files; the limit is {self._limits.max_zip_images:,}. Send it in parts",
+                limit=self._limits.max_zip_images,
+                actual=len(infos),
             )
         if twice := [name for name, times in Counter(name for _, name in infos).items() if times > 1]:
-            raise Unreadable(f"the zip holds two files named {twice[0]!r:.80}; give each its own name")
+            raise Unreadable(f"the zip holds two files named {twice[0]!r:.80}; give each its own name", file=twice[0][:80])
         places = sorted((info.header_offset, info.compress_size) for info, _ in infos)
         if any(start + size > after for (start, size), (after, _) in itertools.pairwise(places)):
             raise Unreadable("files of the zip lie over each other, as no packer writes them; pack it again")
@@ -139,7 +145,10 @@ class ZipFiles:
             if target.tell() > most:
                 raise TooLarge(
                     f"the file has more than {self._limits.max_body_mb:,} MiB, which is the limit; UNETPP_LIMITS__MAX_BODY_MB on the "
-                    "server raises it"
+                    "server raises it",
+                    limit=self._limits.max_body_mb,
+                    unit="MiB",
+                    setting="UNETPP_LIMITS__MAX_BODY_MB",
                 )
             if self._left < 0:
                 raise self._full("files")
@@ -185,7 +194,9 @@ class ZipFiles:
 
     def _full(self, what: str) -> "ZipTooLarge":
         return ZipTooLarge(
-            f"all {what} of the zip together have more than {self._limits.max_zip_mb:,} MiB, which is the limit. Send it in parts"
+            f"all {what} of the zip together have more than {self._limits.max_zip_mb:,} MiB, which is the limit. Send it in parts",
+            limit=self._limits.max_zip_mb,
+            unit="MiB",
         )
 
 

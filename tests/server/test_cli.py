@@ -159,7 +159,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Server]:
         server.started = True
         servers.append(server)
 
-    monkeypatch.setattr("server.app.read_deployments", lambda *_: {"fake": fake_deployment()})
+    monkeypatch.setattr("server.service.read_deployments", lambda *_: {"fake": fake_deployment()})
     monkeypatch.setattr(Server, "run", at_once)
     return servers
 
@@ -196,7 +196,7 @@ class TestServe:
     def test_serve_checks_settings_before_it_reads_bundles(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, taken: int, name: str, value: str
     ) -> None:
-        monkeypatch.setattr("server.app.read_deployments", lambda *_: pytest.fail("takes seconds"))
+        monkeypatch.setattr("server.service.read_deployments", lambda *_: pytest.fail("takes seconds"))
         monkeypatch.setenv(f"UNETPP_{name}", value.format(taken=taken, folder=tmp_path))
         with contextlib.closing(Store(JobsSettings(folder=tmp_path))):
             error_of("serve")
@@ -233,7 +233,7 @@ class TestServe:
                 Store(Settings().jobs)
             return {"fake": fake_deployment()}
 
-        monkeypatch.setattr("server.app.read_deployments", read)
+        monkeypatch.setattr("server.service.read_deployments", read)
         assert run("serve").exit_code == 0
 
     @pytest.mark.long
@@ -325,7 +325,7 @@ def test_service_with_one_engine_installed_opens(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("UNETPP_RUNTIME__ENGINE", "auto")
     ran = python(
         without("onnxruntime")
-        + "from server.app import open_service\nfrom server.settings import Settings\n"
+        + "from server.service import open_service\nfrom server.settings import Settings\n"
         + "service = open_service(Settings())\nservice.open()\n"
         + "print(service.registry.get('nuclei').recommended.choice.candidate.engine)\nservice.close()\n"
     )

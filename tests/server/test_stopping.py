@@ -313,9 +313,9 @@ class TestStartUp:
         ):
             pytest.skip("needs namespaces of processes")
         code = (
-            "import os, time, server.app\nfrom server.cli import app\n"
+            "import os, time, server.service\nfrom server.cli import app\n"
             "def opens(settings):\n    print(os.getpid(), flush=True)\n    time.sleep(600)\n"
-            "server.app.open_service = opens\napp(['serve'])\n"
+            "server.service.open_service = opens\napp(['serve'])\n"
         )
         with held_port() as port, contextlib.ExitStack() as stack:
             environment = os.environ | {"UNETPP_JOBS__FOLDER": str(tmp_path), "UNETPP_HTTP__PORT": str(port)}  # noqa: TID251 - of a child

@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from server.runtime.bundle import FileEntry, sha256
+from tests.support.service import manifest
 
 
 def rewrite_hashes(folder: Path) -> None:
@@ -14,3 +16,14 @@ def rewrite_hashes(folder: Path) -> None:
         file = folder / name
         document["files"][name] = FileEntry(sha256=sha256(file), bytes=file.stat().st_size).model_dump()
     path.write_text(json.dumps(document))
+
+
+def write_nonsense_bundle(folder: Path, **changes: Any) -> Path:
+    """A bundle whose manifest and hashes are right, and whose other files are nonsense; `changes` are of the manifest."""
+    folder.mkdir(parents=True)
+    made = manifest(**changes)
+    for name in made.files:
+        (folder / name).write_bytes(name.encode() * 50)
+    (folder / "manifest.json").write_text(made.model_dump_json(exclude_none=True))
+    rewrite_hashes(folder)
+    return folder

@@ -59,7 +59,8 @@ def serving(app: Any) -> Iterator[httpx.Client]:
 @contextlib.contextmanager
 def full_server(run: Callable[[Tiles], np.ndarray] = bright, **settings: Any) -> Iterator[SimpleNamespace]:
     """A server on fake engines with all that `unetpp serve` puts in front of it, in a thread: `client`, `port`, `ops`, `ops_port`."""
-    from server.app import create_app, make_server, open_service
+    from server.app import create_app, make_server
+    from server.service import open_service
 
     chosen = quiet_settings(**settings)
     with contextlib.ExitStack() as opened:

@@ -2,10 +2,11 @@
 
 import asyncio
 import atexit
+import contextlib
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from server.runtime.latency import LatencyModel, Prediction
 from server.runtime.loader import Deployment
 from server.runtime.machine import Machine
 from server.settings import Settings
+from tests.support.files import Sent
 
 # Applications have no end that a fixture would see, so their folders go with the process.
 JOBS = Path(tempfile.mkdtemp(prefix="unetpp-jobs-"))
@@ -65,6 +67,7 @@ class FakeDevice:
         self.clock = clock or ManualClock()
         self.seconds = seconds
         self.runs = 0
+        self.waiting = 0
         self._gate = asyncio.Event()
         if not held:
             self._gate.set()
@@ -76,7 +79,9 @@ class FakeDevice:
         self._gate.set()
 
     async def run(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        self.waiting += 1
         await self._gate.wait()
+        self.waiting -= 1
         self.runs += 1
         result = call(*args, **kwargs)
         self.clock.advance(self.seconds)
@@ -206,7 +211,7 @@ def fake_service(
     **settings: Any,
 ) -> Any:
     """A service on one fake deployment."""
-    from server.app import open_service
+    from server.service import open_service
 
     deployment = fake_deployment(run, **(changes or {}))
     return open_service(quiet_settings(**settings), {deployment.name: deployment}, device, latency)
@@ -220,8 +225,30 @@ def fake_app(
     **settings: Any,
 ) -> Any:
     """The application on one fake deployment."""
-    from server.app import create_app, open_service
+    from server.app import create_app
+    from server.service import open_service
 
     deployment = fake_deployment(run, **(changes or {}))
     chosen = quiet_settings(**settings)
     return create_app(chosen, open_service(chosen, {deployment.name: deployment}, device, latency))
+
+
+@contextlib.contextmanager
+def opened_service(
+    run: Callable[[Tiles], np.ndarray] = bright, changes: dict[str, Any] | None = None, **options: Any
+) -> Iterator[Any]:
+    """A service by `fake_service`, closed at the end of the block."""
+    service = fake_service(run, changes, **options)
+    try:
+        yield service
+    finally:
+        service.close()
+
+
+async def segment(service: Any, data: bytes, reference: bytes | None = None, **options: Any) -> Any:
+    """The response to a request; `qos`, `on_progress`, `name` and `accept` are those of the service, all else is parameters."""
+    from server.segment.request import QoS, SegmentParams, Upload, ignore_progress
+
+    qos, on_progress = options.pop("qos", QoS()), options.pop("on_progress", ignore_progress)
+    upload = Upload(Sent(data), Sent(reference) if reference else None, options.pop("name", ""), options.pop("accept", None))
+    return await service.segment(upload, SegmentParams(**options), qos, on_progress)

@@ -36,7 +36,14 @@ class OnnxRuntimeEngine:
         self._session = session
 
     def run(self, tiles: Tiles) -> Scores:
-        """See `Engine.run`."""
+        """(N, C, h, w[, d]) tiles of any supported dtype to (N, K, h, w[, d]) float32 probabilities."""
+        if self.provider == "cpu" and tiles.pixels.ndim == 5 and len(tiles) > 1:
+            # Convolutions of volumes divide the work of a batch over the threads in another way than that of one tile, and the
+            # last bit of a score would depend on what else is being served.
+            return np.concatenate([self._run(tiles.one(index)) for index in range(len(tiles))])
+        return self._run(tiles)
+
+    def _run(self, tiles: Tiles) -> Scores:
         feed = {
             "image": tiles.pixels.astype(np.float32, copy=False),
             "mean": tiles.mean,

@@ -37,7 +37,7 @@ class OpenVinoEngine:
         self._request = compiled.create_infer_request()
 
     def run(self, tiles: Tiles) -> Scores:
-        """See `Engine.run`."""
+        """(N, C, h, w[, d]) tiles of any supported dtype to (N, K, h, w[, d]) float32 probabilities."""
         feed = {
             "image": np.ascontiguousarray(tiles.pixels, dtype=np.float32),
             "mean": tiles.mean,
@@ -52,7 +52,7 @@ class OpenVinoEngine:
         return scores
 
     def release(self) -> None:
-        """See `Engine.release`."""
+        """Gives the memory of the largest run back."""
         self._compiled.release_memory()
 
     def _take_workspace(self) -> None:

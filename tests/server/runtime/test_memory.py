@@ -14,8 +14,8 @@ from server.runtime import memory
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
 
-if sys.argv[1] == "little":
-    memory.keep_little()
+if sys.argv[1] == "limited":
+    memory.limit_malloc_arenas()
 begun, barrier = resident(), threading.Barrier(8)
 
 def work():
@@ -29,7 +29,7 @@ for _ in range(3):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
 if sys.argv[1] == "trimmed":
-    memory.return_freed()
+    memory.malloc_trim()
 print(resident() - begun)
 """
 
@@ -40,11 +40,11 @@ def rise(how: str) -> float:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_pixels_that_are_freed_go_back_to_the_system() -> None:
+def test_limit_malloc_arenas_freed_pixels_go_back_to_the_system() -> None:
     # 160 MB were in use at once.
-    assert rise("little") < 40
+    assert rise("limited") < 40
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_what_heaps_keep_can_be_asked_back() -> None:
+def test_malloc_trim_gives_back_what_heaps_keep() -> None:
     assert rise("trimmed") < 40
