@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from server import cli
-from server.errors import StoreBroken, UnetppError
+from server.errors import StoreBroken
 from server.jobs.store import Store
 from server.serving import Server
 from server.settings import JobsSettings, Settings
@@ -330,22 +330,3 @@ def test_service_with_one_engine_installed_opens(monkeypatch: pytest.MonkeyPatch
         + "print(service.registry.get('nuclei').recommended.choice.candidate.engine)\nservice.close()\n"
     )
     assert ran.stdout == "openvino\n", ran.stderr
-
-
-def test_report_errors_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    import typer
-
-    from server.cli_utils import report_errors
-
-    def command(error: Exception) -> Callable[[], None]:
-        def raises() -> None:
-            raise error
-
-        return report_errors(raises)
-
-    for error in (UnetppError("wrong", value=1), OSError(28, "No space left")):
-        with pytest.raises(typer.Exit):
-            command(error)()
-        assert capsys.readouterr().err == f"error: {error}\n"
-    with pytest.raises(ModuleNotFoundError):
-        command(ModuleNotFoundError(name="json_of_ours"))()
