@@ -79,7 +79,9 @@ class HealthProbe:
         self._start()
         self._failures = [failed for failed in self._failures if failed > self._last_success]
         if len(self._failures) >= MAX_FAILURES:
-            raise NotReady(f"{len(self._failures)} test tiles in a row have failed; the server should be restarted")
+            raise NotReady(
+                f"{len(self._failures)} test tiles in a row have failed; the server should be restarted"
+            )
 
     @property
     def _deployment(self) -> Deployment:
@@ -112,7 +114,9 @@ class HealthProbe:
         except Exception as error:
             self._failures.append(time.monotonic())
             first = error if len(self._failures) == 1 else None
-            log.error("model %r does not answer a test tile, %d in a row", name, len(self._failures), exc_info=first)
+            log.error(
+                "model %r does not answer a test tile, %d in a row", name, len(self._failures), exc_info=first
+            )
         else:
             self._failures.clear()
         finally:

@@ -30,7 +30,9 @@ def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("family", ["go-fuzz", "image-png", "image-rs", "libpng", "nibabel", "nifti-rs", "pillow"])
+@pytest.mark.parametrize(
+    "family", ["go-fuzz", "image-png", "image-rs", "libpng", "nibabel", "nifti-rs", "pillow"]
+)
 def test_bad_file_is_no_server_fault(server: httpx.Client, bad_inputs: Path, family: str) -> None:
     assert files(bad_inputs / family)
     server.post("/segment", content=GOOD)
@@ -47,7 +49,9 @@ def test_bad_file_is_no_server_fault(server: httpx.Client, bad_inputs: Path, fam
 
 def test_bad_reference_is_no_server_fault(server: httpx.Client, bad_inputs: Path) -> None:
     for path in files(bad_inputs / "pillow"):
-        answer = server.post("/segment?mode=fast&level=1", files={"file": GOOD, "reference": path.read_bytes()})
+        answer = server.post(
+            "/segment?mode=fast&level=1", files={"file": GOOD, "reference": path.read_bytes()}
+        )
         assert answer.status_code in EXPECTED, (path, answer.text)
 
 

@@ -47,7 +47,9 @@ THREE = packed({"a.png": picture(1), "day/b.png": picture(2), "day/notes.txt": b
 MANY = packed({f"{k}.png": picture(k) for k in range(40)})
 
 
-@pytest.mark.parametrize("declared", ["application/zip", "application/x-zip-compressed", "application/octet-stream"])
+@pytest.mark.parametrize(
+    "declared", ["application/zip", "application/x-zip-compressed", "application/octet-stream"]
+)
 @pytest.mark.parametrize("multipart", [False, True])
 def test_zip_is_answered_by_a_zip(small: httpx.Client, declared: str, multipart: bool) -> None:
     if multipart:
@@ -146,7 +148,9 @@ def test_zip_as_a_job_can_be_cancelled() -> None:
 
 def test_zip_of_a_large_answer_comes_from_disk(client: httpx.Client) -> None:
     rng = np.random.default_rng(0)
-    data = packed({f"{k}.png": picture_bytes(rng.integers(0, 255, (260, 260), dtype=np.uint8)) for k in range(6)})
+    data = packed(
+        {f"{k}.png": picture_bytes(rng.integers(0, 255, (260, 260), dtype=np.uint8)) for k in range(6)}
+    )
     formats = "scores.npz,scores.tiff,mask.tiff,labels.tiff,scores.png"
     answer = client.post(f"/segment?level=1&format={formats}", content=data, headers=ZIP)
     assert answer.status_code == 200, answer.text
@@ -164,7 +168,9 @@ def test_zip_that_takes_too_long_is_refused_before_it_runs(problem: Checked) -> 
     eight, four, one = (packed({f"{k}.png": picture(k) for k in range(count)}) for count in (8, 4, 1))
     with serving(fake_app(run, latency=FixedLatency(2.0), limits={"max_wait_s": 10})) as client:
         assert problem(client.post("/segment", content=eight, headers=ZIP), 413, "too-large").actual == 16
-        refused = problem(client.post("/segment?deadline_ms=3000", content=four, headers=ZIP), 422, "deadline-too-short")
+        refused = problem(
+            client.post("/segment?deadline_ms=3000", content=four, headers=ZIP), 422, "deadline-too-short"
+        )
         assert refused.actual == 8
         assert not ran
         assert client.post("/segment", content=one, headers=ZIP).status_code == 200
@@ -208,7 +214,10 @@ def test_microscopy_parameters_that_do_not_fit_are_refused(
 
 
 def test_reference_of_several_channels_is_refused(small: httpx.Client, problem: Checked) -> None:
-    files = {"file": written(CHANNELS[:, 0], "ZYX", imagej=True), "reference": written(CHANNELS, "ZCYX", imagej=True)}
+    files = {
+        "file": written(CHANNELS[:, 0], "ZYX", imagej=True),
+        "reference": written(CHANNELS, "ZCYX", imagej=True),
+    }
     problem(small.post("/segment", files=files), 422)
 
 

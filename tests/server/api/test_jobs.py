@@ -135,7 +135,13 @@ def test_result_equals_the_response_of_segment(small: httpx.Client, query: str) 
     id_ = post(small, query)["id"]
     last_event(small, id_)
     result, direct = small.get(f"/jobs/{id_}/result"), small.post(f"/segment{query}", content=GOOD)
-    for name in ("content-type", "x-segment-model", "x-segment-mode", "x-segment-level", "x-segment-level-requested"):
+    for name in (
+        "content-type",
+        "x-segment-model",
+        "x-segment-mode",
+        "x-segment-level",
+        "x-segment-level-requested",
+    ):
         assert result.headers[name] == direct.headers[name]
     assert "infer;dur=" in result.headers["server-timing"]
     assert result.headers["cache-control"] == "no-store"
@@ -251,7 +257,13 @@ def test_delete_cancels_and_removes(limited: httpx.Client, gate: Gate, problem: 
     done = post(limited)["id"]
     assert last_event(limited, done)[0] == "done"
     assert limited.delete(f"/jobs/{done}").status_code == 204
-    for method, path in (("GET", ""), ("GET", "/result"), ("GET", "/preview"), ("GET", "/events"), ("DELETE", "")):
+    for method, path in (
+        ("GET", ""),
+        ("GET", "/result"),
+        ("GET", "/preview"),
+        ("GET", "/events"),
+        ("DELETE", ""),
+    ):
         assert problem(limited.request(method, f"/jobs/{done}{path}"), 404, "unknown-job").limit == 24
 
 
@@ -336,7 +348,9 @@ def test_post_refuses_a_deadline_header(small: httpx.Client, problem: Checked) -
 
 
 @pytest.mark.parametrize("multipart", [False, True])
-def test_post_over_the_quota_is_refused(limited: httpx.Client, gate: Gate, problem: Checked, multipart: bool) -> None:
+def test_post_over_the_quota_is_refused(
+    limited: httpx.Client, gate: Gate, problem: Checked, multipart: bool
+) -> None:
     gate.open.clear()
     large = GOOD + bytes(700_000)
     post(limited, body=large)

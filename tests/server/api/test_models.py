@@ -67,4 +67,10 @@ def test_openapi_describes_every_parameter_and_error(small: httpx.Client) -> Non
     problem = {"schema": {"$ref": "#/components/schemas/Problem"}}
     assert errors
     assert all(response["content"] == {"application/problem+json": problem} for response in errors)
-    assert set(document["components"]["schemas"]["Problem"]["required"]) == {"type", "title", "status", "code", "detail"}
+    assert set(document["components"]["schemas"]["Problem"]["required"]) == {
+        "type",
+        "title",
+        "status",
+        "code",
+        "detail",
+    }

@@ -88,7 +88,10 @@ def test_report_describes_the_mask(shaded: httpx.Client) -> None:
     assert "postprocessing" not in report
     assert (row["pixels"], row["objects"], row["largest_score"]) == (mask.sum(), count, 1.0)
     assert row["mean_score"] == pytest.approx(BLOBS[mask > 0].mean() / 255, abs=1e-3)
-    boxes = {tuple((part.start, part.stop) for part in box): k for k, box in enumerate(ndimage.find_objects(labels), 1)}
+    boxes = {
+        tuple((part.start, part.stop) for part in box): k
+        for k, box in enumerate(ndimage.find_objects(labels), 1)
+    }
     for one in report["objects"]:
         inside = labels == boxes[tuple(zip(*one["box"], strict=True))]
         assert one["pixels"] == inside.sum()
@@ -171,14 +174,16 @@ def test_threshold_decides_the_mask(shaded: httpx.Client, threshold: float) -> N
     mask = mask_by(shaded, picture_bytes(BLOBS), f"&threshold={threshold}")
     # What was blended may be off by its last bit.
     sure = (np.abs(BLOBS / 255 - threshold) > 1e-6) | (BLOBS == 0)
-    assert np.array_equal(mask[sure], (BLOBS / 255 > threshold)[sure])
+    assert np.array_equal(mask[sure], BLOBS[sure] / 255 > threshold)
 
 
 @pytest.mark.parametrize(
     ("query", "expected"),
     [("", [0, 0, 1, 0]), ("&threshold=0.3", [1, 0, 1, 0]), ("&threshold=0.95", [0, 0, 0, 0])],
 )
-def test_threshold_of_several_classes_takes_the_best(classed: httpx.Client, query: str, expected: list[int]) -> None:
+def test_threshold_of_several_classes_takes_the_best(
+    classed: httpx.Client, query: str, expected: list[int]
+) -> None:
     pixels = np.array([[14, 22, 19, 0]], dtype=np.uint8)
     assert mask_by(classed, picture_bytes(pixels), query).tolist() == [expected]
 
@@ -188,7 +193,10 @@ def test_postprocessing_is_done_in_order_and_told(shaded: httpx.Client) -> None:
     pixels[2:20, 2:20], pixels[8:12, 8:12], pixels[30:33, 30:33], pixels[25:38, 45:58] = 200, 20, 200, 110
     query = "threshold=0.4&fill_holes=true&min_size_px=10&keep_largest=true"
     answer = shaded.post(f"/segment?{query}", content=picture_bytes(pixels))
-    assert answer.headers["x-segment-postprocessing"] == "threshold=0.4; fill_holes; min_size_px=10; keep_largest"
+    assert (
+        answer.headers["x-segment-postprocessing"]
+        == "threshold=0.4; fill_holes; min_size_px=10; keep_largest"
+    )
     expected = np.zeros_like(pixels)
     expected[2:20, 2:20] = 1
     assert np.array_equal(mask_of(answer.content), expected)
@@ -208,7 +216,9 @@ def test_reference_is_compared_with_the_final_mask(shaded: httpx.Client) -> None
     assert exact.headers["x-segment-iou"] == "1.0000"
 
 
-def test_minimum_size_in_millimetres_removes_small_objects(shaded: httpx.Client, spatial: httpx.Client) -> None:
+def test_minimum_size_in_millimetres_removes_small_objects(
+    shaded: httpx.Client, spatial: httpx.Client
+) -> None:
     pixels = np.zeros((20, 30), dtype=np.uint8)
     pixels[2:4, 2:4], pixels[8:12, 8:12] = 255, 255
     assert mask_by(shaded, picture_bytes(pixels), "&pixel_size_um=1000&min_size_mm2=4.5").sum() == 16
@@ -262,7 +272,9 @@ def test_coco_names_the_file_of_its_image(shaded: httpx.Client) -> None:
         assert named(archive.read("x/a_coco.json")) == "x/a.png"
 
 
-@pytest.mark.parametrize("query", ["instances=true", "instances=true&format=mask", "instances=true&format=labels.png"])
+@pytest.mark.parametrize(
+    "query", ["instances=true", "instances=true&format=mask", "instances=true&format=labels.png"]
+)
 def test_instances_make_the_mask_numbers(shaded: httpx.Client, query: str) -> None:
     answer = shaded.post(f"/segment?{query}", content=TOUCHING)
     assert answer.status_code == 200, answer.text

@@ -1,4 +1,4 @@
-"""What the OpenAPI document promises, tried at random by schemathesis on a real server."""
+"""The promises of the OpenAPI document, tried at random by schemathesis on a real server."""
 
 import pytest
 import schemathesis
@@ -10,7 +10,11 @@ from tests.support.server import full_server
 
 # Derandomized, so that what it comes upon once does not come and go.
 profile = settings(
-    max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
 )
 
 # A schema cannot say that a parameter suits a volume and not an image.

@@ -67,7 +67,9 @@ def plain(client: httpx.Client) -> bytes:
     [("", "accurate", "4"), ("?mode=accurate", "accurate", "4"), ("?level=2", "fast", "2")]
     + [(f"?mode=fast&level={level}", "fast", f"{level}") for level in (1, 2, 3, 4)],
 )
-def test_segment_headers_tell_what_was_served(client: httpx.Client, query: str, mode: str, level: str) -> None:
+def test_segment_headers_tell_what_was_served(
+    client: httpx.Client, query: str, mode: str, level: str
+) -> None:
     answer = post(client, f"/segment{query}")
     expected = {
         "content-type": "image/png",
@@ -91,7 +93,14 @@ def test_segment_headers_tell_what_was_served(client: httpx.Client, query: str, 
 
 @pytest.mark.parametrize(
     ("sent", "kept"),
-    [("mine-1.A_b", True), (None, False), ("with space", False), ("a" * 65, False), ("semi;colon", False), ("", False)],
+    [
+        ("mine-1.A_b", True),
+        (None, False),
+        ("with space", False),
+        ("a" * 65, False),
+        ("semi;colon", False),
+        ("", False),
+    ],
 )
 def test_request_id_is_kept_if_valid(small: httpx.Client, grey: bytes, sent: str | None, kept: bool) -> None:
     headers = {} if sent is None else {"x-request-id": sent}
@@ -118,7 +127,12 @@ def test_segment_answers_in_every_format(client: httpx.Client, plain: bytes, nam
         report = answer.json()
         assert report["size"] == {"height": 33, "width": 41}
         assert report["classes"][0]["pixels"] == mask.sum()
-        assert (report["model"], report["mode"], report["level"], report["precision"]) == ("nuclei", "fast", 1, "fp32")
+        assert (report["model"], report["mode"], report["level"], report["precision"]) == (
+            "nuclei",
+            "fast",
+            1,
+            "fp32",
+        )
         assert np.array_equal(mask_of(base64.b64decode(report["mask_png"])), mask)
     elif row.media_type == "application/x-npz":
         with np.load(io.BytesIO(answer.content)) as arrays:
@@ -257,9 +271,14 @@ def test_segment_equals_the_graph_run_by_hand(client: httpx.Client, shipped_bund
 
     picture = random_picture(50, 37)
     padded = np.pad(picture, ((0, 14), (0, 11), (0, 0)), mode="reflect").transpose(2, 0, 1)[None]
-    statistics = {"mean": picture.mean((0, 1), np.float64), "inverse_std": 1 / picture.std((0, 1), np.float64)}
+    statistics = {
+        "mean": picture.mean((0, 1), np.float64),
+        "inverse_std": 1 / picture.std((0, 1), np.float64),
+    }
     feed = {name: value.astype(np.float32).reshape(1, 3, 1, 1) for name, value in statistics.items()}
-    session = onnxruntime.InferenceSession(shipped_bundle / "accurate.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        shipped_bundle / "accurate.onnx", providers=["CPUExecutionProvider"]
+    )
     scores = session.run(["scores"], feed | {"image": padded.astype(np.float32)})[0][0, 0, :50, :37]
     answer = post(client, "/segment?precision=fp32&format=scores.npz", picture_bytes(picture))
     with np.load(io.BytesIO(answer.content)) as arrays:
@@ -307,7 +326,9 @@ def test_reference_that_does_not_fit_is_refused(
 
 def test_concurrent_requests_get_their_own_masks(client: httpx.Client) -> None:
     sizes = [(40, 50), (64, 64), (33, 80), (64, 64)]
-    requests = [(f"{L1[:-1]}{1 + i % 2}", picture_bytes(random_picture(*sizes[i % 4], seed=i))) for i in range(12)]
+    requests = [
+        (f"{L1[:-1]}{1 + i % 2}", picture_bytes(random_picture(*sizes[i % 4], seed=i))) for i in range(12)
+    ]
     alone = [post(client, *request).content for request in requests]
     assert len(set(alone)) == 12
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
@@ -315,4 +336,3 @@ def test_concurrent_requests_get_their_own_masks(client: httpx.Client) -> None:
     for first, second in zip(together, alone, strict=True):
         # Batches may round differently in the last digit, and a pixel at the threshold may fall either way.
         assert np.mean(mask_of(first) != mask_of(second)) < 1e-3
-

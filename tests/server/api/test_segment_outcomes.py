@@ -1,4 +1,4 @@
-"""How a request to POST /segment can end: deadlines, degradation, refusals, disconnects, faults; and what counts it."""
+"""Ends of a request to POST /segment: deadlines, degradation, refusals, disconnects, faults; and their metrics."""
 
 import concurrent.futures
 import contextlib
@@ -83,7 +83,9 @@ def test_deadline_that_is_met(slow: httpx.Client, given: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "-inf", "abc", "", "1 2", "0x10", "1e999"])
 @pytest.mark.parametrize("where", ["params", "headers"])
-def test_deadline_that_is_no_time_is_refused(slow: httpx.Client, problem: Checked, text: str, where: str) -> None:
+def test_deadline_that_is_no_time_is_refused(
+    slow: httpx.Client, problem: Checked, text: str, where: str
+) -> None:
     before = counted(slow, "requests", "outcome").get("client_error", 0)
     name = "deadline_ms" if where == "params" else "X-Deadline-Ms"
     answer = slow.post("/segment", content=GREY, **{where: {name: text}})
@@ -125,7 +127,9 @@ def test_deadline_that_others_prevent_is_refused_before_the_body(problem: Checke
     engine = Held()
     with busy(engine, latency=SLOW, limits={"max_wait_s": 200.0}) as client:
         with connect(client) as raw:
-            raw.sendall(b"POST /segment?level=2&deadline_ms=50000 HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+            raw.sendall(
+                b"POST /segment?level=2&deadline_ms=50000 HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+            )
             answer = http.client.HTTPResponse(raw)
             answer.begin()
             assert answer.status == 429
@@ -140,14 +144,24 @@ def test_deadline_that_others_prevent_is_refused_before_the_body(problem: Checke
 
 
 @pytest.mark.parametrize(("query", "headers"), [("&deadline_ms=200", {}), ("", {"X-Deadline-Ms": "200"})])
-def test_deadline_that_passes_is_answered_at_once(problem: Checked, query: str, headers: dict[str, str]) -> None:
+def test_deadline_that_passes_is_answered_at_once(
+    problem: Checked, query: str, headers: dict[str, str]
+) -> None:
     engine = Held()
     with busy(engine) as client:
         # While the engine is still at work.
-        problem(client.post("/segment?level=4" + query, content=GREY, headers=headers), 504, "deadline-passed")
+        problem(
+            client.post("/segment?level=4" + query, content=GREY, headers=headers), 504, "deadline-passed"
+        )
         assert counted(client, "windows_dropped", "reason") == {"late": 1}
         assert counted(client, "cancellations", "reason") == {"deadline": 1}
-        labels = {"model": "fake", "mode": "fast", "requested_level": "4", "served_level": "none", "outcome": "late"}
+        labels = {
+            "model": "fake",
+            "mode": "fast",
+            "requested_level": "4",
+            "served_level": "none",
+            "outcome": "late",
+        }
         assert value(client, "requests_total", **labels) == 1
         engine.leave.set()
         assert client.post("/segment?level=4", content=GREY).status_code == 200
@@ -249,12 +263,14 @@ def test_client_that_leaves_while_it_sends_is_cancelled() -> None:
 
 
 def test_client_that_leaves_while_it_waits_frees_the_device() -> None:
-    """Of 48 windows only those of the batch that runs are done."""
+    """Only the windows of the batch that runs are done, of 48."""
     pages = np.random.default_rng(0).integers(0, 256, (48, 64, 64), dtype=np.uint8)
     data, engine = pages_bytes(pages), Held()
     with serving(fake_app(engine)) as client:
         with connect(client) as leaving:
-            leaving.sendall(f"POST {L1} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+            leaving.sendall(
+                f"POST {L1} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+            )
             assert engine.inside.wait(30)
             assert value(client, "requests_in_flight") == 1
         # The engine is still at work.
@@ -289,7 +305,9 @@ async def test_every_request_is_counted_once(in_process: InProcess) -> None:
             outcome = "ok" if status == 200 else "client_error"
             expected[outcome] = expected.get(outcome, 0) + 1
         text = (await client.get("/metrics")).text
-    lines = [line for line in text.splitlines() if line.startswith("unetpp_requests_total") and line[-3:] != "0.0"]
+    lines = [
+        line for line in text.splitlines() if line.startswith("unetpp_requests_total") and line[-3:] != "0.0"
+    ]
     assert sum(float(line.rpartition(" ")[2]) for line in lines) == sum(expected.values())
     ok = [float(line.rpartition(" ")[2]) for line in lines if 'outcome="ok"' in line]
     assert sum(ok) == expected["ok"]

@@ -45,7 +45,9 @@ def traceparent(flag: str = "01") -> dict[str, str]:
     return {"traceparent": f"00-{TRACE}-{PARENT}-{flag}"}
 
 
-async def test_request_has_a_span_with_its_phases(in_process: InProcess, exporter: InMemorySpanExporter) -> None:
+async def test_request_has_a_span_with_its_phases(
+    in_process: InProcess, exporter: InMemorySpanExporter
+) -> None:
     async with in_process() as client:
         await client.post("/segment?level=2", content=PICTURE, headers={"X-Request-Id": "mine"})
     (request,), phases = split(exporter)
@@ -56,7 +58,9 @@ async def test_request_has_a_span_with_its_phases(in_process: InProcess, exporte
         "unetpp.requested_level": "2", "unetpp.served_level": "2", "unetpp.request_id": "mine",
     }  # fmt: skip
     assert request.parent is None
-    assert {"decode", "queue", "infer", "restore", "postprocess", "encode"} >= {phase.name for phase in phases}
+    assert {"decode", "queue", "infer", "restore", "postprocess", "encode"} >= {
+        phase.name for phase in phases
+    }
     assert {"decode", "infer", "encode"} <= {phase.name for phase in phases}
     for phase in phases:
         assert phase.parent.span_id == request.context.span_id
@@ -104,7 +108,9 @@ async def test_failed_request_is_an_error(in_process: InProcess, exporter: InMem
     assert not phases
 
 
-async def test_spans_have_nothing_of_what_was_sent(in_process: InProcess, exporter: InMemorySpanExporter) -> None:
+async def test_spans_have_nothing_of_what_was_sent(
+    in_process: InProcess, exporter: InMemorySpanExporter
+) -> None:
     async with in_process() as client:
         named = {"file": ("PATIENT-DOE.nii", PICTURE)}
         await client.post("/segment", files=named, headers=traceparent() | {"tracestate": "a=HEADERJUNK"})
@@ -130,7 +136,9 @@ def test_start_without_a_collector_traces_nothing(monkeypatch: pytest.MonkeyPatc
     assert traces.start() is None
 
 
-def test_start_without_the_packages_warns(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_start_without_the_packages_warns(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:1")
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     assert traces.start() is None

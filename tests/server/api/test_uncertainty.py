@@ -41,7 +41,7 @@ def deviation(answer: httpx.Response) -> np.ndarray:
 def test_uncertainty_is_the_deviation_of_the_levels(
     client: httpx.Client, size: tuple[int, int], tolerance: float
 ) -> None:
-    """Where two windows meet, deviations are blended and not scores."""
+    """Deviations are blended, and not scores, where two windows meet."""
     sent = picture_bytes(random_picture(*size))
     heads = []
     for level in (1, 2, 3, 4):
@@ -61,7 +61,10 @@ def test_uncertainty_beside_other_formats_changes_none_of_them(client: httpx.Cli
     served = [answer.headers[f"x-segment-{name}"] for name in ("mode", "level", "precision")]
     assert served == ["accurate", "4", "fp32"]
     plain = client.post("/segment?precision=fp32&format=mask,scores.npz", content=SENT)
-    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive, zipfile.ZipFile(io.BytesIO(plain.content)) as other:
+    with (
+        zipfile.ZipFile(io.BytesIO(answer.content)) as archive,
+        zipfile.ZipFile(io.BytesIO(plain.content)) as other,
+    ):
         assert archive.namelist() == ["mask.png", "uncertainty.png", "statistics.json", "scores.npz"]
         for name in ("mask.png", "scores.npz"):
             assert archive.read(name) == other.read(name)
@@ -79,14 +82,22 @@ def test_uncertainty_of_pages_is_one_page_each(client: httpx.Client) -> None:
 def test_uncertainty_of_a_volume_is_a_volume(volumes: httpx.Client, hippocampus_data: Path) -> None:
     assert volumes.get("/models/hippocampus").json()["uncertainty"]
     sent = min((hippocampus_data / "images").iterdir()).read_bytes()
-    answer, plain = (volumes.post(f"/segment?format={name}", content=sent) for name in ("uncertainty", "mask"))
+    answer, plain = (
+        volumes.post(f"/segment?format={name}", content=sent) for name in ("uncertainty", "mask")
+    )
     assert answer.status_code == 200, answer.text
     assert volume_of(answer.content).shape == volume_of(plain.content).shape
     assert volume_of(answer.content).max() > 0.05
 
 
 @pytest.mark.parametrize(
-    ("query", "parameter"), [("mode=fast", "mode"), ("level=4", "mode"), ("precision=int8", "precision"), ("min_level=1", "min_level")]
+    ("query", "parameter"),
+    [
+        ("mode=fast", "mode"),
+        ("level=4", "mode"),
+        ("precision=int8", "precision"),
+        ("min_level=1", "min_level"),
+    ],
 )
 @pytest.mark.parametrize("formats", ["uncertainty", "json,uncertainty.png"])
 def test_uncertainty_refuses_what_does_not_go_with_it(
@@ -108,7 +119,10 @@ def test_uncertainty_as_a_job_has_a_preview_without_it(client: httpx.Client) -> 
     until(lambda: client.get(links["self"]).json()["state"] in ("done", "failed"))
     done = client.get(links["self"]).json()
     assert (done["state"], done["mode"], done["level"], done["precision"]) == ("done", "accurate", 4, "fp32")
-    modes = [Pillow.open(io.BytesIO(client.get(done["links"][name]).content)).mode for name in ("result", "preview")]
+    modes = [
+        Pillow.open(io.BytesIO(client.get(done["links"][name]).content)).mode
+        for name in ("result", "preview")
+    ]
     assert (modes[0][0], modes[1]) == ("I", "P")
 
 
