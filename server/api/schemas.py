@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 from server.jobs.active import JobStatus
 from server.runtime.bundle import HEAD_STD, Calibration, Class, Comparison, Graph, Manifest, Measured
-from server.runtime.loader import Deployment
+from server.runtime.deployment import Deployment
 
 
 class Serving(BaseModel):

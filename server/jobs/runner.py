@@ -110,7 +110,7 @@ class Runner:
         self._reset()
         self._open_store = self._given_store or await self._run_in_thread(Store, self._settings)
         files = self._store.files
-        self._metrics.follow(self._metrics.jobs_disk_bytes, lambda: files.used_bytes)
+        self._metrics.set_function(self._metrics.jobs_disk_bytes, lambda: files.used_bytes)
         for job in await self._run_in_thread(self._store.waiting):
             self._queue.add(job)
         executor = JobExecutor(

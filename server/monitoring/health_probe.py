@@ -8,8 +8,8 @@ import time
 
 from server.errors import NotReady
 from server.runtime import golden
-from server.runtime.loader import Deployment, ModelInstance
-from server.runtime.scheduler import Flow
+from server.runtime.deployment import Deployment, ModelInstance
+from server.runtime.flow import Flow
 from server.segment.service import SegmentationService
 
 log = logging.getLogger(__name__)

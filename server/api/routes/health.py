@@ -22,8 +22,8 @@ def router(probe: HealthProbe, runner: Runner, metrics: Metrics, stopping: Stopp
         stopping: whether the server stops.
     """
     routes = APIRouter()
-    metrics.follow(metrics.stopping, lambda: stopping.begun)
-    metrics.follow(metrics.ready, functools.partial(_is_ready, probe, runner, stopping))
+    metrics.set_function(metrics.stopping, lambda: stopping.begun)
+    metrics.set_function(metrics.ready, functools.partial(_is_ready, probe, runner, stopping))
 
     @routes.get(
         "/health/live",

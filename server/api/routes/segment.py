@@ -23,7 +23,7 @@ from server.api.schemas import Problem
 from server.imaging import encode
 from server.metrics import NONE, Metrics
 from server.segment import request as segment_request
-from server.segment.admission import deadline
+from server.segment.deadline import deadline
 from server.segment.registry import Target
 from server.segment.request import SegmentParams
 from server.segment.service import SegmentationService
