@@ -15,7 +15,14 @@ from server.monitoring.shadow_evaluation import MAX_PIXELS, ShadowEvaluation
 from server.segment.request import QoS, SegmentParams
 from server.settings import QualitySettings
 from tests.support.files import nifti_bytes, pages_bytes, picture_bytes
-from tests.support.service import FakeDevice, FakeEngine, FixedLatency, fake_deployment, quiet_settings, segment
+from tests.support.service import (
+    FakeDevice,
+    FakeEngine,
+    FixedLatency,
+    fake_deployment,
+    quiet_settings,
+    segment,
+)
 
 # Bit 1 is what a fast graph answers, bit 2 what the accurate one does; two pixels of four in common.
 BITS = np.array([[3, 1, 0], [0, 3, 2]], dtype=np.uint8)
@@ -39,7 +46,16 @@ class Scene:
         ran: "fast" or "accurate" for each tile, in order.
     """
 
-    def __init__(self, changes: dict[str, Any], fast: Run, accurate: Run, latency: Any, share: float, draw: Any, limits: Any) -> None:
+    def __init__(
+        self,
+        changes: dict[str, Any],
+        fast: Run,
+        accurate: Run,
+        latency: Any,
+        share: float,
+        draw: Any,
+        limits: Any,
+    ) -> None:
         self.ran: list[str] = []
         self.fails = False
         self.deployment = fake_deployment(self._noting("fast", fast), **changes)
@@ -51,7 +67,9 @@ class Scene:
         self.service = open_service(settings, {"fake": self.deployment}, self.device, latency)
         self.service.metrics.expect(model_info.describe({"fake": self.deployment}))
         options = {} if draw is None else {"draw": draw}
-        self.shadow = ShadowEvaluation(QualitySettings(agreement_share=share), self.service, self.service.metrics, **options)
+        self.shadow = ShadowEvaluation(
+            QualitySettings(agreement_share=share), self.service, self.service.metrics, **options
+        )
 
     def _noting(self, name: str, run: Run) -> Run:
         def noted(tiles: Tiles) -> np.ndarray:
@@ -149,7 +167,9 @@ async def test_classes_are_compared_each_by_itself() -> None:
         assert made.counts() == {"compared": 1}
 
 
-@pytest.mark.parametrize("params", [{"threshold": 0.4}, {"min_size_px": 2}, {"fill_holes": True}, {"instances": True}])
+@pytest.mark.parametrize(
+    "params", [{"threshold": 0.4}, {"min_size_px": 2}, {"fill_holes": True}, {"instances": True}]
+)
 async def test_masks_that_callers_had_changed_are_not_compared(params: dict[str, Any]) -> None:
     async with scene() as made:
         await made.answer(level=1, format="png", **params)
@@ -259,7 +279,9 @@ class TestStopping:
 
 
 class TestFailures:
-    async def test_failures_of_the_engine_are_counted_and_told_without_details(self, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_failures_of_the_engine_are_counted_and_told_without_details(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
         with caplog.at_level(logging.DEBUG, "server"):
             async with scene() as made:
                 made.fails = True
@@ -289,7 +311,8 @@ class TestFailures:
 
 class TestShare:
     @pytest.mark.parametrize(
-        ("share", "drawn", "taken"), [(0.0, 0.0, False), (0.3, 0.29, True), (0.3, 0.3, False), (1.0, 0.999, True)]
+        ("share", "drawn", "taken"),
+        [(0.0, 0.0, False), (0.3, 0.29, True), (0.3, 0.3, False), (1.0, 0.999, True)],
     )
     async def test_a_share_of_the_answers_is_drawn(self, share: float, drawn: float, taken: bool) -> None:
         async with scene(share=share, draw=lambda: drawn) as made:

@@ -1,3 +1,4 @@
+import functools
 import subprocess
 import sys
 import weakref
@@ -20,8 +21,12 @@ from server.settings import RuntimeSettings
 PRECISIONS = [(name, precision) for name, row in ENGINES.items() for precision in row.precisions("cpu")]
 
 
+# All files are hashed each time that a bundle is read.
+read_once = functools.cache(read_bundle)
+
+
 def opened(folder: Path, graph: str, name: str, precision: str = "fp32", threads: int = 1) -> Engine:
-    return ENGINES[name].open(read_bundle(folder).path(graph, precision), precision, "cpu", threads)
+    return ENGINES[name].open(read_once(folder).path(graph, precision), precision, "cpu", threads)
 
 
 def first(tiles: Tiles, count: int) -> Tiles:
