@@ -15,7 +15,7 @@ from torch import nn
 
 from bench.levels import BUNDLE
 from bench.table import write
-from export.calibrate import mean_overlap, segment
+from export.calibrate import mean_overlap
 from export.data import Labelled, labelled
 from export.golden import torch_scores
 from export.graph import ServedGraph, level_networks
@@ -24,16 +24,35 @@ from model import checkpoint
 from model.baselines import UNet
 from model.cost import parameters
 from model.network import UNetPlusPlus
+from server.arrays import Scores, Tiles
 from server.runtime.bundle import WEIGHTS, Bundle, Comparison, Graph, read_bundle
-from server.runtime.engines.fake import FakeEngine
+from server.segment.sliding_window import infer_offline
+
+
+class TorchEngine:
+    """Engine that runs a network in torch, float32."""
+
+    name = "torch"
+    provider = "cpu"
+
+    def __init__(self, graph: ServedGraph) -> None:
+        self._graph = graph
+
+    def run(self, tiles: Tiles) -> Scores:
+        """Tiles to scores."""
+        return torch_scores(self._graph, tiles)
 
 
 def score(network: nn.Module, bundle: Bundle, graph: Graph, images: list[Labelled], name: str) -> list[float]:
     """Mean IoU, mean IoU with background and mean Dice of a network."""
     served = ServedGraph(network, bundle.manifest.activation).eval()  # type: ignore[arg-type]
-    engine = FakeEngine(lambda tiles: torch_scores(served, tiles))
+    engine = TorchEngine(served)
     results = [
-        mean_overlap(segment(engine, bundle.manifest, graph, item.image), item.label, [c.value for c in bundle.manifest.classes])
+        mean_overlap(
+            infer_offline(item.image, bundle.manifest, graph, engine).classes,
+            item.label,
+            [c.value for c in bundle.manifest.classes],
+        )
         for item in track(images, name)
     ]
     return [float(value) for value in np.mean(results, axis=0)]
@@ -41,12 +60,16 @@ def score(network: nn.Module, bundle: Bundle, graph: Graph, images: list[Labelle
 
 def main() -> None:
     """Measures, prints, writes results/accuracy.{md,json}."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--unet", type=Path)
     parser.add_argument("--split", default="test")
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
-    parser.add_argument("--record", action="store_true", help="write the U-Net's row into the bundle's model card")
+    parser.add_argument(
+        "--record", action="store_true", help="write the U-Net's row into the bundle's model card"
+    )
     arguments = parser.parse_args()
     bundle = read_bundle(arguments.bundle)
     images = list(labelled(arguments.data, arguments.split, bundle.manifest))
@@ -69,7 +92,9 @@ def main() -> None:
         facts.append({"network": title, "parameters": count, "iou": iou, "mean_iou": mean_iou, "dice": dice})
     caption = f"{arguments.data.name}, {arguments.split} split, {len(images)} images; torch, float32."
     if arguments.record:
-        others = tuple(Comparison.model_validate(fact) for fact in facts if "UNet++" not in str(fact["network"]))
+        others = tuple(
+            Comparison.model_validate(fact) for fact in facts if "UNet++" not in str(fact["network"])
+        )
         write_manifest(arguments.bundle, bundle.manifest.model_copy(update={"comparison": others}))
     headings = ["network", "parameters", "foreground IoU %", "mean IoU (with background) %", "Dice %"]
     write("accuracy", caption, headings, rows, facts)

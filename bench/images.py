@@ -1,11 +1,10 @@
-"""The images: how large they are, and whether Compose brings them up as one: requests, logs, a reload, and time per level in Prometheus.
+"""The images: their size, and a run of Compose with requests, a reload, logs, and time per level in Prometheus.
 
     docker compose build; docker compose -f docker-compose.yml -f docker-compose.cpu.yml build
     python -m bench.images                                                          # sizes alone
     python -m bench.images --up -f docker-compose.yml -f docker-compose.cpu.yml     # and up, on a machine without a GPU
 
-Needs Docker with Compose, and the images built. A base image counts as pulled if it has a registry's digest; what Prometheus and
-Python really ran is what they say of themselves, whatever the tags say.
+Needs Docker with Compose, and the images built. A base image counts as pulled if it has a registry's digest.
 """
 
 import argparse
@@ -15,8 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,215 +23,171 @@ from typing import Any
 import httpx
 
 from bench.serving import ROOT
-from bench.table import markdown, write
+from bench.table import write
 
 FILES = ("docker-compose.yml", "docker-compose.cpu.yml")
 MODEL, OTHER = "nuclei", "hippocampus"
-PLACES = [{"mode": "fast", "level": str(level)} for level in range(1, 5)] + [{"mode": "accurate"}]
+PARAMS = [*({"level": str(level)} for level in range(1, 5)), {"mode": "accurate"}]
 P95 = f'model_mode_level:unetpp_request_duration_seconds:p95_5m{{model="{MODEL}"}}'
-IOU = f'model_mode_level:unetpp_calibrated_iou:auto{{model="{MODEL}"}}'
 RELOAD = "import urllib.request as u; u.urlopen(u.Request('http://127.0.0.1:9000/reload', method='POST'))"
-PATIENCE_S = 240
-PROJECT = "unetpp-bench"
-
-
-def docker(*arguments: str) -> str:
-    """Runs it in the root of the repository; what it printed."""
-    return subprocess.run(["docker", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+TIMEOUT_S = 240
 
 
 @dataclass(frozen=True)
 class Size:
-    """An image of ours, and what it stands on.
+    """An image of ours, and its base image.
 
     Attributes:
-        base: as its Dockerfile names it.
-        base_is: pulled, with its digest, or made on this machine.
-        python: the version that the image says it has.
-        bytes: unpacked, all layers.
-        base_bytes: of these, the base image's.
+        base: name in the Dockerfile.
+        base_is: digest of the registry, or that there is none.
+        python: version of Python in the image.
+        bytes: unpacked size of all layers.
+        base_bytes: size of the base image's layers.
     """
 
     image: str
-    created: str
     base: str
     base_is: str
     python: str
     bytes: int
     base_bytes: int
-    layers: int
-    base_layers: int
 
 
-def size(service: dict[str, Any]) -> Size:
-    """Of a service of Compose that is built here."""
-    text = (Path(service["build"]["context"]) / service["build"]["dockerfile"]).read_text()
-    (base,) = re.findall(r"^FROM (\S+) AS base$", text, re.MULTILINE)
-    image = service["image"]
-    ours, theirs = (json.loads(docker("image", "inspect", name))[0] for name in (image, base))
-    layers, base_layers = (one["RootFS"]["Layers"] for one in (ours, theirs))
-    if layers[: len(base_layers)] != base_layers:
-        raise SystemExit(f"{image} was not built on the {base} that is here: build it again")
-    python = docker("run", "--rm", "--network=none", "--entrypoint=python", image, "--version").split()[1]
-    base_is = next(iter(theirs["RepoDigests"]), "made on this machine, not pulled")
-    total, below = (sum(map(int, docker("history", "--human=false", "--format={{.Size}}", name).split())) for name in (image, base))
-    return Size(image, ours["Created"][:16], base, base_is, python, total, below, len(layers), len(base_layers))
+def docker(*arguments: str) -> str:
+    """Output of a command, run in the root of the repository."""
+    return subprocess.run(
+        ["docker", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
 
 
 def composed(files: Sequence[str], *arguments: str) -> str:
-    """`docker compose` with these files; what it printed."""
+    """Output of `docker compose` with these files."""
     return docker("compose", *(f"--file={file}" for file in files), *arguments)
 
 
-def services(files: Sequence[str]) -> dict[str, Any]:
-    """As Compose reads them."""
-    found: dict[str, Any] = json.loads(composed(files, "config", "--format=json"))["services"]
-    return found
+def size(files: Sequence[str]) -> Size:
+    """Size of the server's image."""
+    service = json.loads(composed(files, "config", "--format=json"))["services"]["server"]
+    dockerfile = Path(service["build"]["context"]) / service["build"]["dockerfile"]
+    (base,) = re.findall(r"^FROM (\S+) AS base$", dockerfile.read_text(), re.MULTILINE)
+    image = service["image"]
+    facts = json.loads(docker("image", "inspect", base))[0]
+    python = docker("run", "--rm", "--network=none", "--entrypoint=python", image, "--version").split()[1]
+    layers = (
+        docker("history", "--human=false", "--format={{.Size}}", name).split() for name in (image, base)
+    )
+    return Size(
+        image,
+        base,
+        next(iter(facts["RepoDigests"]), "made on this machine, not pulled"),
+        python,
+        *(sum(map(int, one)) for one in layers),
+    )
 
 
-@contextmanager
-def up(files: Sequence[str], bundles: Path) -> Iterator[Callable[..., str]]:
-    """The services are healthy, in a project of their own on these bundles; afterwards they and their volumes are gone."""
-    with tempfile.NamedTemporaryFile("w", suffix=".env") as variables:
-        variables.write(f"BUNDLES={bundles}\n")
-        variables.flush()
-        compose = partial(composed, files, f"--env-file={variables.name}", f"--project-name={PROJECT}")
+def until(done: Callable[[], bool], what: str) -> None:
+    """Waits for a condition that is checked every second."""
+    for _ in range(TIMEOUT_S):
+        if done():
+            return
+        time.sleep(1)
+    raise SystemExit(f"after {TIMEOUT_S} s there is no {what}")
+
+
+def prove(files: Sequence[str]) -> dict[str, Any]:
+    """Brings the services up on a copy of the bundles, sends requests, removes a bundle and puts it back; returns what was seen."""
+    sample = (ROOT / "server" / "web" / "samples" / "cells.png").read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        bundles = Path(shutil.copytree(ROOT / "bundles", Path(folder) / "bundles"))
+        variables = Path(folder) / ".env"
+        variables.write_text(f"BUNDLES={bundles}\n")
+        for path in (Path(folder), *Path(folder).rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        compose = partial(composed, files, f"--env-file={variables}", "--project-name=unetpp-bench")
         try:
             compose("up", "--detach", "--wait", "--wait-timeout=300")
-            yield compose
+            with (
+                httpx.Client(base_url="http://127.0.0.1:8000", timeout=60) as server,
+                httpx.Client(base_url="http://127.0.0.1:9090", timeout=60) as prometheus,
+            ):
+                return _exercise(compose, server, prometheus, bundles, sample)
         finally:
             compose("down", "--volumes")
 
 
-def until(done: Callable[[], bool], what: str) -> None:
-    """Asks every second."""
-    for _ in range(PATIENCE_S):
-        if done():
-            return
-        time.sleep(1)
-    raise SystemExit(f"after {PATIENCE_S} s there is still no {what}")
+def _exercise(
+    compose: Callable[..., str], server: httpx.Client, prometheus: httpx.Client, bundles: Path, sample: bytes
+) -> dict[str, Any]:
+    def p95() -> dict[str, float]:
+        series = (
+            prometheus.get("/api/v1/query", params={"query": P95}).raise_for_status().json()["data"]["result"]
+        )
+        return {
+            f"{one['metric']['mode']} L{one['metric']['level']}": float(one["value"][1]) for one in series
+        }
 
+    def served() -> bool:
+        for params in PARAMS:
+            server.post("/segment", params={"model": MODEL, **params}, content=sample).raise_for_status()
+        return len(p95()) == len(PARAMS)
 
-def ask(prometheus: httpx.Client, expression: str) -> dict[str, float]:
-    """By mode and level if it has them, the values now."""
-    answer = prometheus.get("/api/v1/query", params={"query": expression}).raise_for_status()
-    series = answer.json()["data"]["result"]
-    return {" L".join(one["metric"].get(label, "") for label in ("mode", "level")): float(one["value"][1]) for one in series}
+    def messages() -> list[str]:
+        lines = compose("logs", "--no-log-prefix", "server").splitlines()
+        return [
+            json.loads(line)["message"] if line.startswith("{") else f"not JSON: {line}" for line in lines
+        ]
 
+    def reloads() -> list[str]:
+        return [message for message in messages() if message.startswith("reloaded")]
 
-@dataclass(frozen=True)
-class Proof:
-    """What was seen of the services while they were up.
-
-    Attributes:
-        prometheus: its version, as it says.
-        grafana: the same, or that it did not answer.
-        p95_s: by mode and level, from Prometheus.
-        calibrated_iou: the same, by the manifest.
-        log_lines: JSON objects in the server's log.
-        other_lines: what else it printed.
-        reloads: what the server logged of them: one asked for on the ops port in the container, one by SIGHUP.
-    """
-
-    prometheus: str
-    prometheus_image: str
-    grafana: str
-    p95_s: dict[str, float]
-    calibrated_iou: dict[str, float]
-    log_lines: int
-    other_lines: list[str]
-    reloads: list[str]
-
-
-def prove(files: Sequence[str]) -> Proof:
-    """Brings the services up, sends requests, takes a bundle away and puts it back, and asks Prometheus."""
-    sample = (ROOT / "server" / "web" / "samples" / "cells.png").read_bytes()
-    with tempfile.TemporaryDirectory() as folder:
-        bundles = Path(shutil.copytree(ROOT / "bundles", Path(folder) / "bundles"))
-        docker_reads(Path(folder))
-        with (
-            up(files, bundles) as compose,
-            httpx.Client(base_url="http://127.0.0.1:8000", timeout=60) as server,
-            httpx.Client(base_url="http://127.0.0.1:9090", timeout=60) as prometheus,
-        ):
-
-            def served() -> bool:
-                for place in PLACES:
-                    server.post("/segment", params={"model": MODEL, **place}, content=sample).raise_for_status()
-                return len(ask(prometheus, P95)) == len(PLACES)
-
-            def log() -> list[str]:
-                return compose("logs", "--no-log-prefix", "server").splitlines()
-
-            def reloads() -> list[str]:
-                messages = [json.loads(line)["message"] for line in log() if line.startswith("{")]
-                return [message for message in messages if message.startswith("reloaded")]
-
-            until(served, "p95 of every level in Prometheus")
-            (bundles / OTHER).rename(Path(folder) / OTHER)
-            compose("exec", "-T", "server", "python", "-c", RELOAD)
-            (Path(folder) / OTHER).rename(bundles / OTHER)
-            compose("kill", "--signal=HUP", "server")
-            until(lambda: len(reloads()) == 2, "second reload")
-            until(served, "p95 of every level in Prometheus")
-            return Proof(
-                prometheus.get("/api/v1/status/buildinfo").raise_for_status().json()["data"]["version"],
-                services(files)["prometheus"]["image"],
-                grafana(),
-                ask(prometheus, P95),
-                ask(prometheus, IOU),
-                sum(line.startswith("{") for line in log()),
-                [line for line in log() if not line.startswith("{")],
-                reloads(),
-            )
-
-
-def grafana() -> str:
-    """What it says of itself."""
-    try:
-        return f"was {httpx.get('http://127.0.0.1:3000/api/health').raise_for_status().json()['version']}"
-    except httpx.HTTPError:
-        return "did not answer: what ran under its name is none"
-
-
-def docker_reads(folder: Path) -> None:
-    """Lets the container's user read a folder of ours."""
-    for path in (folder, *folder.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-
-
-def told(proof: Proof, files: Sequence[str]) -> str:
-    """The proof, for people."""
-    rows = [(place, f"{s * 1000:.0f}", f"{proof.calibrated_iou[place]:.4f}") for place, s in sorted(proof.p95_s.items())]
-    return f"""Up with {", ".join(files)}: {proof.log_lines} lines of log as JSON objects, {len(proof.other_lines)} others. `{OTHER}` was taken away, then `POST /reload` within
-the container, and put back, then SIGHUP; the server logged `{"` and `".join(proof.reloads)}`, and served on.
-Prometheus was {proof.prometheus}, under the name {proof.prometheus_image}. Grafana {proof.grafana}. Prometheus said of
-`{MODEL}`, after a few requests one by one, which is no measure of speed:
-
-{markdown(["served", "p95 ms", "calibrated IoU"], rows)}"""
+    until(served, "p95 of every level in Prometheus")
+    (bundles / OTHER).rename(bundles.parent / OTHER)
+    compose("exec", "-T", "server", "python", "-c", RELOAD)
+    (bundles.parent / OTHER).rename(bundles / OTHER)
+    compose("kill", "--signal=HUP", "server")
+    until(lambda: len(reloads()) == 2, "second reload")
+    until(served, "p95 of every level in Prometheus")
+    build = prometheus.get("/api/v1/status/buildinfo").raise_for_status().json()["data"]
+    others = [message for message in messages() if message.startswith("not JSON")]
+    return {"prometheus": build["version"], "p95_s": p95(), "reloads": reloads(), "other_lines": others}
 
 
 def main() -> None:
     """Measures, prints, writes results/images.{md,json}."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-f", "--file", action="append", help="of Compose, in order, for --up (default: docker-compose.yml)")
-    parser.add_argument("--up", action="store_true", help="bring the services up and look at them")
-    arguments = parser.parse_args()
-    sizes = [size(services(files)["server"]) for files in (FILES[:1], FILES)]
-    files = arguments.file or FILES[:1]
-    proof = prove(files) if arguments.up else None
-    write(
-        "images",
-        "The images: unpacked size, and what of it is not the base image's." + (f"\n\n{told(proof, files)}" if proof else ""),
-        ["image", "created", "unpacked MB", "ours MB", "layers", "of these ours", "Python", "base", "which was"],
-        [
-            (
-                s.image, s.created, f"{s.bytes / 1e6:.0f}", f"{(s.bytes - s.base_bytes) / 1e6:.0f}", s.layers, s.layers - s.base_layers,
-                s.python, s.base, s.base_is,
-            ) for s in sizes
-        ],
-        {"sizes": [asdict(s) for s in sizes], "up": proof and asdict(proof) | {"files": files}},
-    )  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "-f", "--file", action="append", help="Compose files of --up, in order (default: docker-compose.yml)"
+    )
+    parser.add_argument("--up", action="store_true", help="bring the services up and exercise them")
+    options = parser.parse_args()
+    files = options.file or FILES[:1]
+    sizes = [size(one) for one in (FILES[:1], FILES)]
+    seen = prove(files) if options.up else None
+    caption = "The images: unpacked size, and the part that is not the base image's."
+    if seen:
+        times = ", ".join(
+            f"{place} {seconds * 1e3:.0f} ms" for place, seconds in sorted(seen["p95_s"].items())
+        )
+        caption += (
+            f"\n\nUp with {', '.join(files)}: `{OTHER}` was removed and `POST /reload` sent within the container, then it was put back and "
+            f"SIGHUP sent; the server logged `{'` and `'.join(seen['reloads'])}`, and {len(seen['other_lines'])} lines that are not JSON. "
+            f"Prometheus {seen['prometheus']} reported p95 after a few requests, which is no measure of speed: {times}."
+        )
+    rows = [
+        (
+            s.image,
+            f"{s.bytes / 1e6:.0f}",
+            f"{(s.bytes - s.base_bytes) / 1e6:.0f}",
+            s.python,
+            s.base,
+            s.base_is,
+        )
+        for s in sizes
+    ]
+    headings = ["image", "unpacked MB", "ours MB", "Python", "base", "which was"]
+    write("images", caption, headings, rows, {"sizes": [asdict(s) for s in sizes], "up": seen})
 
 
 if __name__ == "__main__":

@@ -18,46 +18,36 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from jaxtyping import UInt8
-from numpy import ndarray
-from PIL import Image
 from rich.progress import track
-from skimage import data
 
+from bench.inputs import picture, png_of
 from bench.serving import Server, serving
 from bench.table import RESULTS, write
 from export.graph import ServedGraph, level_networks
 from model import checkpoint
 from model.network import UNetPlusPlus
-from server.arrays import Mask, Tiles
+from server.arrays import Tiles
 from server.imaging.decode import decode
 from server.imaging.decode_options import DecodeOptions
 from server.imaging.encode import png
 from server.runtime.bundle import WEIGHTS, Bundle, read_bundle
 from server.runtime.engines import ENGINES
-from server.runtime.opening import noise
 from server.runtime.providers import PROVIDERS
 
 SIZES = (96, 256, 512)
 BUNDLE = Path("bundles/nuclei")
 
 
-def picture(side: int) -> UInt8[ndarray, "H W 3"]:
-    """A crop of a real microscopy image (scikit-image's immunohistochemistry)."""
-    image: UInt8[ndarray, "H W 3"] = data.immunohistochemistry()[:side, :side]
-    return image
-
-
-def png_of(pixels: UInt8[ndarray, "H W 3"]) -> bytes:
-    """PNG at the usual compression."""
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
+def noise(side: int) -> Tiles:
+    """One tile of RGB noise with mean 0 and deviation 1, because the values do not change the time."""
+    pixels = np.random.default_rng(0).standard_normal((1, 3, side, side), dtype=np.float32)
+    ones = np.ones((1, 3, 1, 1), dtype=np.float32)
+    return Tiles(pixels, ones * 0, ones)
 
 
 def codec(body: bytes, side: int) -> Callable[[], object]:
     """Decoding the request and encoding the answer, nothing else."""
-    mask = Mask((picture(side)[..., 0] < 128).astype(np.uint8))
+    mask = (picture(side)[..., 0] < 128).astype(np.uint8)
 
     def run() -> bytes:
         decode(io.BytesIO(body), DecodeOptions(10**8))
@@ -70,18 +60,20 @@ def post(server: Server, body: bytes, graph: str, precision: str) -> Callable[[]
     """One request over a kept-alive connection."""
     mode = "mode=accurate" if graph == "accurate" else f"mode=fast&level={graph[1:]}"
     url = f"/segment?{mode}&precision={precision}"
-    return lambda: server.client.post(url, content=body, headers={"Content-Type": "image/png"}).raise_for_status()
+    return lambda: server.client.post(
+        url, content=body, headers={"Content-Type": "image/png"}
+    ).raise_for_status()
 
 
 def bare_onnxruntime(path: Path, provider: str, tiles: Tiles) -> Callable[[], object]:
-    """What a script would do: a session with default options, arrays in, arrays out."""
+    """A plain script: a session with default options, arrays in, arrays out."""
     session = onnxruntime.InferenceSession(path, providers=[PROVIDERS[provider].execution_provider])
     feed = {"image": tiles.pixels, "mean": tiles.mean, "inverse_std": tiles.inverse_std}
     return lambda: session.run(None, feed)
 
 
 def torch_eager(graph: ServedGraph, tiles: Tiles) -> Callable[[], object]:
-    """The same weights in torch, float32."""
+    """Weights of the bundle in torch, float32."""
     inputs = [torch.from_numpy(a) for a in (tiles.pixels, tiles.mean, tiles.inverse_std)]
 
     @torch.inference_mode()
@@ -95,25 +87,29 @@ def torch_eager(graph: ServedGraph, tiles: Tiles) -> Callable[[], object]:
 def contenders(bundle: Bundle, server: Server, side: int) -> dict[tuple[str, ...], Callable[[], object]]:
     """Everything that is timed at one image size, by (what, graph, precision)."""
     body = png_of(picture(side))
-    tiles = noise(1, 3, [side, side])
+    tiles = noise(side)
     card = server.client.get(f"/models/{bundle.manifest.name}").json()
     network, _ = checkpoint.load(bundle.folder / WEIGHTS)
     if not isinstance(network, UNetPlusPlus):
         raise SystemExit("the bundle's weights are not a UNet++")
-    found: dict[tuple[str, ...], Callable[[], object]] = {("codec",): codec(body, side)}
+    runs: dict[tuple[str, ...], Callable[[], object]] = {("codec",): codec(body, side)}
     for name, (_, pruned) in level_networks(network).items():
-        found["torch", name] = torch_eager(ServedGraph(pruned, bundle.manifest.activation).eval(), tiles)
+        runs["torch", name] = torch_eager(ServedGraph(pruned, bundle.manifest.activation).eval(), tiles)
     for row in card["serving"]:
         graph, precision = row["graph"], row["precision"]
-        found["http", graph, precision] = post(server, body, graph, precision)
+        runs["http", graph, precision] = post(server, body, graph, precision)
         engine = ENGINES[row["engine"]].open(bundle.path(graph, precision), precision, row["provider"], 0)
-        found["engine", graph, precision] = lambda engine=engine: engine.run(tiles)  # type: ignore[misc]
+        runs["engine", graph, precision] = lambda engine=engine: engine.run(tiles)  # type: ignore[misc]
         if precision in ENGINES["onnxruntime"].precisions(row["provider"]):
-            found["onnxruntime", graph, precision] = bare_onnxruntime(bundle.path(graph, precision), row["provider"], tiles)
-    return found
+            runs["onnxruntime", graph, precision] = bare_onnxruntime(
+                bundle.path(graph, precision), row["provider"], tiles
+            )
+    return runs
 
 
-def measure(found: dict[tuple[str, ...], Callable[[], object]], rounds: int, label: str) -> dict[tuple[str, ...], float]:
+def measure(
+    runs: dict[tuple[str, ...], Callable[[], object]], rounds: int, label: str
+) -> dict[tuple[str, ...], float]:
     """Median milliseconds of each contender.
 
     In every round all contenders take a turn, in a new random order; a turn is three runs of which the
@@ -123,7 +119,7 @@ def measure(found: dict[tuple[str, ...], Callable[[], object]], rounds: int, lab
     shuffle = random.Random(0).shuffle  # noqa: S311 - an order, not a secret
     turns = []
     for _ in range(rounds):
-        order = list(found.items())
+        order = list(runs.items())
         shuffle(order)
         turns += order
     for key, run in track(turns, label):
@@ -147,7 +143,11 @@ def plot(points: dict[str, list[tuple[str, float, float]]], path: Path) -> None:
         axes.plot([p[1] for p in line], [p[2] * 100 for p in line], "o-", label=precision)
         for name, x, y in line:
             axes.annotate(name, (x, y * 100), textcoords="offset points", xytext=(5, -11), fontsize=8)
-    axes.set(xscale="log", xlabel="HTTP request, 512 × 512 image, median ms", ylabel="foreground IoU on held-out images, %")
+    axes.set(
+        xscale="log",
+        xlabel="HTTP request, 512 × 512 image, median ms",
+        ylabel="foreground IoU on held-out images, %",
+    )
     axes.set_title("The depth each request can afford")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -157,7 +157,9 @@ def plot(points: dict[str, list[tuple[str, float, float]]], path: Path) -> None:
 
 def main() -> None:
     """Measures, prints, writes results/levels.{md,json,png}."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
     arguments = parser.parse_args()

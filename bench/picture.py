@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from bench.levels import BUNDLE, png_of
+from bench.inputs import png_of
+from bench.levels import BUNDLE
 from bench.serving import serving
 from bench.table import RESULTS
 

@@ -1,4 +1,4 @@
-"""The README's pictures of the page, as it is served, in a real browser.
+"""Takes the pictures of the page that the README shows.
 
     python -m bench.screenshots
 
@@ -15,7 +15,7 @@ from playwright.sync_api import Page, ViewportSize, sync_playwright
 from bench.serving import serving
 from bench.table import RESULTS
 
-# WebGL in software, so that pictures do not depend on a graphics card.
+# WebGL in software, because pictures must not depend on a graphics card.
 ARGUMENTS = ("--no-sandbox", "--headless=new", "--use-angle=swiftshader", "--enable-unsafe-swiftshader")
 
 
@@ -23,13 +23,16 @@ def main() -> None:
     """Writes results/page.png and results/page_volume.png."""
     with serving(Path("bundles")) as server, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=list(ARGUMENTS))
-        for name, sample, level, dark in (("page", "Cells", "L2", False), ("page_volume", "Hippocampus", "accurate", True)):
+        for name, sample, level, dark in (
+            ("page", "Cells", "L2", False),
+            ("page_volume", "Hippocampus", "accurate", True),
+        ):
             size = ViewportSize(width=1400, height=820)
             context = browser.new_context(viewport=size, color_scheme="dark" if dark else "light")
             page = context.new_page()
             page.goto(str(server.client.base_url))
             page.get_by_role("button", name=sample).click()
-            # Every level, so that the slider tells of all of them.
+            # All levels, so that every tick of the slider has its time and agreement.
             page.get_by_role("button", name="Compare all levels").click()
             page.locator("#compare figcaption .bar").nth(8).wait_for()
             page.get_by_role("button", name=f"show {level}").click()
@@ -41,7 +44,7 @@ def main() -> None:
 
 
 def save(page: Page, name: str) -> None:
-    """A screenshot, compressed well."""
+    """Saves a screenshot as an optimised PNG."""
     Image.open(io.BytesIO(page.screenshot())).convert("RGB").save(RESULTS / f"{name}.png", optimize=True)
 
 

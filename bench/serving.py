@@ -16,7 +16,7 @@ import psutil
 ROOT = Path(__file__).parents[1]
 
 # Of our server, where a benchmark does not say otherwise: nothing is computed twice.
-MEASURED = {"UNETPP_QUALITY__AGREEMENT_SHARE": "0", "UNETPP_QUALITY__AGREEMENT_FEWEST_PER_HOUR": "0"}
+MEASURED = {"UNETPP_QUALITY__AGREEMENT_SHARE": "0"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Process id."""
         return self.process.pid
 
     def memory(self, field: str) -> float:
@@ -37,7 +37,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(bundles: Path, environment: Mapping[str, str] | None = None, log: Path = Path(os.devnull)) -> Iterator[Server]:
+def serving(
+    bundles: Path, environment: Mapping[str, str] | None = None, log: Path = Path(os.devnull)
+) -> Iterator[Server]:
     """Starts `unetpp serve` on a free port and waits until it is ready.
 
     Args:
@@ -50,7 +52,7 @@ def serving(bundles: Path, environment: Mapping[str, str] | None = None, log: Pa
         running(serve_command(bundles.resolve(), port), environment, log) as process,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client,
     ):
-        _wait(client, process)
+        wait_until_ready(str(client.base_url), process)
         yield Server(client, process)
 
 
@@ -60,7 +62,7 @@ def serve_command(bundles: Path, port: int) -> list[str]:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """A free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -115,12 +117,42 @@ def memory(pid: int, field: str) -> float:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:")), 0)
 
 
-def _wait(client: httpx.Client, process: "subprocess.Popen[bytes]") -> None:
-    for _ in range(600):
-        with contextlib.suppress(httpx.HTTPError):
-            client.get("/health/ready").raise_for_status()
-            return
-        if process.poll() is not None:
-            break
-        time.sleep(0.2)
+def wait_until_ready(url: str, process: "subprocess.Popen[bytes]", timeout_s: float = 600) -> None:
+    """Waits until /health/ready answers 200.
+
+    Args:
+        url: address of the server.
+        process: the server's process.
+        timeout_s: the longest wait, in seconds.
+
+    Raises:
+        SystemExit: the process has ended, or `timeout_s` has passed.
+    """
+    until = time.perf_counter() + timeout_s
+    with httpx.Client(base_url=url, timeout=5) as client:
+        while time.perf_counter() < until and process.poll() is None:
+            with contextlib.suppress(httpx.HTTPError):
+                if client.get("/health/ready").status_code == 200:
+                    return
+            time.sleep(0.02)
     raise SystemExit("the server did not start; run `unetpp serve` to see why")
+
+
+def wait_until_idle(pid: int, calm_s: float = 3, timeout_s: float = 120) -> None:
+    """Waits until a process and its children have used less than a tenth of a core for a while.
+
+    Args:
+        pid: process id.
+        calm_s: length of that while, in seconds.
+        timeout_s: the longest wait, in seconds.
+    """
+    until = time.perf_counter() + timeout_s
+    while time.perf_counter() < until:
+        before = _cpu_s(pid)
+        time.sleep(calm_s)
+        if _cpu_s(pid) - before < 0.1 * calm_s:
+            return
+
+
+def _cpu_s(pid: int) -> float:
+    return sum(sum(one.cpu_times()[:2]) for one in tree(pid))

@@ -19,7 +19,12 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def write(
-    name: str, caption: str, headings: Sequence[str], rows: Sequence[Sequence[object]], facts: Any, folder: Path = RESULTS
+    name: str,
+    caption: str,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    facts: Any,
+    folder: Path = RESULTS,
 ) -> None:
     """Prints the table and writes FOLDER/NAME.md and FOLDER/NAME.json."""
     text = f"{caption}\n\nMeasured {datetime.now(UTC).date()} on {machine()}, Python {platform.python_version()}.\n\n"

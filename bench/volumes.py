@@ -13,6 +13,8 @@ import argparse
 import asyncio
 import dataclasses
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -25,8 +27,11 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
+from bench.serving import serving
 from bench.table import write
+from export.pack import write_manifest
 from server.runtime.bundle import WEIGHTS, Bundle, Manifest, read_bundle
+from server.segment.request import Response
 
 BUNDLE = Path("bundles/hippocampus")
 MANY_CLASSES = 25
@@ -43,45 +48,45 @@ def synthetic_ct(path: Path) -> None:
     voxels = np.empty(CT_SIZE, dtype=np.int16)
     for z in range(CT_SIZE[2]):
         blob = (x - 0.4 * np.sin(z / 40)) ** 2 + (y - 0.3 * np.cos(z / 60)) ** 2 < 0.02
-        voxels[..., z] = np.where(body, 40 + 200 * blob, -1000) + random.normal(0, 15, CT_SIZE[:2]).astype(np.int16)
+        voxels[..., z] = np.where(body, 40 + 200 * blob, -1000) + random.normal(0, 15, CT_SIZE[:2]).astype(
+            np.int16
+        )
     nib.Nifti1Image(voxels, np.eye(4)).to_filename(path)
 
 
-def ours(bundle: Bundle, volume: Path, graph: str, precision: str, engine_name: str, out: Path) -> dict[str, Any]:
-    """The server's request line without HTTP, with the one engine that the request needs."""
-    from server.metrics import Metrics
-    from server.runtime.engines import ENGINES
-    from server.runtime.opening import OpenBundle, cores
-    from server.segment.pipeline import Segmenter
-    from server.segment.request import SegmentRequest
+def ours(bundle: Bundle, volume: Path, graph: str, precision: str, engine: str, out: Path) -> dict[str, Any]:
+    """The server's service without HTTP, on the file's own grid, as the other side."""
+    from server.segment.request import SegmentParams, Upload
+    from server.service import open_service
     from server.settings import Settings
 
-    settings = Settings()
-    path = bundle.path(graph, precision)
-    engine = ENGINES[engine_name].open(path, precision, "cpu", cores())
-    # On the file's own grid, as the other side.
-    plain = Bundle(bundle.folder, bundle.manifest.model_copy(update={"spacing": None}))
-    opened = OpenBundle(plain, {(graph, precision): engine}, {graph: precision})
-    segmenter = Segmenter({"load": opened}, "load", settings.batching, settings.limits, 4, Metrics())
-    mode, level = ("accurate", None) if graph == "accurate" else ("fast", int(graph[1:]))
-    wanted = SegmentRequest(mode=mode, level=level)
+    folder = Path(shutil.copytree(bundle.folder, out.parent / f"{out.stem}-bundle", dirs_exist_ok=True))
+    write_manifest(folder, bundle.manifest.model_copy(update={"spacing": None}))
+    service = open_service(Settings(bundles=folder, runtime={"engine": engine, "precision": precision}))
+    params = SegmentParams.parse({"mode": "accurate"} if graph == "accurate" else {"level": int(graph[1:])})
     windows = 0
 
-    def count(stage: str, done: int, total: int) -> None:
+    def progress(stage: str, done: int, total: int) -> None:
         nonlocal windows
-        del stage, done
-        windows = total
+        del done
+        windows = total if stage == "infer" else windows
+
+    async def request() -> Response:
+        with volume.open("rb") as file:
+            return await service.segment(Upload(file, name=volume.name), params, on_progress=progress)
 
     begun = time.perf_counter()
-    with volume.open("rb") as file:
-        answer = asyncio.run(segmenter.segment(file, wanted, progress=count))
-    out.write_bytes(answer.body)
+    response = asyncio.run(request())
+    out.write_bytes(response.body if isinstance(response.body, bytes) else response.body.read())
     seconds = time.perf_counter() - begun
-    segmenter.close()
-    return {"seconds": seconds, "windows": windows, "phases": answer.seconds}
+    service.close()
+    phases = {name: spent for name, spent in response.timings.items() if name != "open"}
+    return {"seconds": seconds - response.timings.get("open", 0), "windows": windows, "phases": phases}
 
 
-def theirs(bundle: Bundle, volume: Path, graph: str, precision: str, engine_name: str, out: Path) -> dict[str, Any]:
+def theirs(
+    bundle: Bundle, volume: Path, graph: str, precision: str, engine_name: str, out: Path
+) -> dict[str, Any]:
     """nibabel, torch eager and MONAI's sliding_window_inference, as MONAI's tutorials write it."""
     import nibabel as nib
     import torch
@@ -90,10 +95,9 @@ def theirs(bundle: Bundle, volume: Path, graph: str, precision: str, engine_name
     from export.graph import level_networks
     from model import checkpoint
     from model.network import UNetPlusPlus
-    from server.runtime.opening import cores
 
     del engine_name
-    torch.set_num_threads(cores())
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     network, _ = checkpoint.load(bundle.folder / WEIGHTS)
     if not isinstance(network, UNetPlusPlus):
         raise SystemExit("the bundle's weights are not a UNet++")
@@ -114,11 +118,21 @@ def theirs(bundle: Bundle, volume: Path, graph: str, precision: str, engine_name
     window = bundle.manifest.window
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         scores = sliding_window_inference(
-            tensor, window.size, sw_batch_size=4, predictor=predict, overlap=window.overlap, mode="gaussian", sigma_scale=0.125
+            tensor,
+            window.size,
+            sw_batch_size=4,
+            predictor=predict,
+            overlap=window.overlap,
+            mode="gaussian",
+            sigma_scale=0.125,
         )
         classes = scores.argmax(1)[0].to(torch.uint8).numpy()
-    back = nib.orientations.ornt_transform(nib.io_orientation(turned.affine), nib.io_orientation(image.affine))
-    nib.save(nib.Nifti1Image(nib.apply_orientation(classes, back), image.affine, image.header, dtype=np.uint8), out)
+    back = nib.orientations.ornt_transform(
+        nib.io_orientation(turned.affine), nib.io_orientation(image.affine)
+    )
+    nib.save(
+        nib.Nifti1Image(nib.apply_orientation(classes, back), image.affine, image.header, dtype=np.uint8), out
+    )
     return {"seconds": time.perf_counter() - begun, "windows": windows, "phases": {}}
 
 
@@ -159,7 +173,11 @@ def run(line: Line, contender: Contender, out: Path) -> dict[str, Any]:
         "side": side, "bundle": str(line.bundle), "volume": str(line.path), "graph": line.graph, "precision": precision,
         "engine": engine, "out": str(out),
     }  # fmt: skip
-    done = subprocess.run([sys.executable, "-m", "bench.volumes", "--one", json.dumps(order)], check=True, stdout=subprocess.PIPE)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.volumes", "--one", json.dumps(order)],
+        check=True,
+        stdout=subprocess.PIPE,
+    )
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return facts
 
@@ -170,11 +188,14 @@ def measure(line: Line, rounds: int, folder: Path) -> dict[Contender, dict[str, 
     for turn in range(rounds):
         for contender in line.contenders[:: -1 if turn % 2 else 1]:
             taken[contender].append(run(line, contender, mask(folder, contender)))
-    return {contender: sorted(facts, key=lambda f: f["seconds"])[len(facts) // 2] for contender, facts in taken.items()}
+    return {
+        contender: sorted(facts, key=lambda f: f["seconds"])[len(facts) // 2]
+        for contender, facts in taken.items()
+    }
 
 
 def mask(folder: Path, contender: Contender) -> Path:
-    """Where a contender's mask lies."""
+    """Path of a contender's mask."""
     return folder / f"{'-'.join(contender)}.nii.gz"
 
 
@@ -186,7 +207,9 @@ def foreground_iou(a: Path, b: Path) -> float:
 
     first, second = (np.asarray(nib.load(path).dataobj) for path in (a, b))
     values = (set(np.unique(first)) | set(np.unique(second))) - {0}
-    return statistics.mean(overlap(first == value, second == value).iou for value in values) if values else 1.0
+    return (
+        statistics.mean(overlap(first == value, second == value).iou for value in values) if values else 1.0
+    )
 
 
 def many_classes(folder: Path, manifest: Manifest) -> Path:
@@ -201,28 +224,35 @@ def many_classes(folder: Path, manifest: Manifest) -> Path:
     torch.manual_seed(0)
     wide = UNetPlusPlus(network.config.model_copy(update={"classes": MANY_CLASSES, "norm": "none"}))  # type: ignore[union-attr, operator]
     checkpoint.save(wide, folder / "many.safetensors")
-    classes = [{"value": value, "name": f"class {value}", "color": "#ff7f0e"} for value in range(1, MANY_CLASSES)]
-    fields = {name: getattr(manifest, name) for name in Card.model_fields} | {"name": "many", "classes": classes}
+    classes = [
+        {"value": value, "name": f"class {value}", "color": "#ff7f0e"} for value in range(1, MANY_CLASSES)
+    ]
+    fields = {name: getattr(manifest, name) for name in Card.model_fields} | {
+        "name": "many",
+        "classes": classes,
+    }
     return export(folder / "many.safetensors", Card.model_validate(fields), folder / "many", None).folder
 
 
 def served() -> dict[str, list[tuple[str, str, bool]]]:
-    """(precision, engine, whether `auto` picks it) of fp32 and of `auto`, per graph, on this machine."""
-    from server.runtime.opening import open_bundle
-    from server.settings import Settings
-
-    opened = open_bundle(BUNDLE, Settings().runtime)
-    return {
-        graph: [(p, opened.engines[graph, p].name, p == picked) for p in dict.fromkeys(("fp32", picked))]
-        for graph, picked in opened.auto.items()
-    }
+    """(precision, engine, whether `auto` means it) of fp32 and of `auto`, per graph, on this machine."""
+    rows: dict[str, list[tuple[str, str, bool]]] = {}
+    with serving(BUNDLE) as server:
+        for row in server.client.get(f"/models/{BUNDLE.name}").json()["serving"]:
+            if row["auto"] or row["precision"] == "fp32":
+                rows.setdefault(row["graph"], []).append((row["precision"], row["engine"], row["auto"]))
+    return {graph: sorted(choices, key=lambda choice: choice[0] != "fp32") for graph, choices in rows.items()}
 
 
 def main() -> None:
     """Measures, prints, writes results/volumes.{md,json}."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--brain", type=Path)
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each contender on the brain; the CT is run once")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="runs of each contender on the brain; the CT is run once"
+    )
     parser.add_argument("--ct-levels", default="1", help="levels that the large CT is run at, e.g. 1,2")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -259,18 +289,26 @@ def lines(arguments: argparse.Namespace, folder: Path) -> Iterator[Line]:
     mine = {graph: tuple(("ours", p, engine) for p, engine, _ in rows) for graph, rows in engines.items()}
     auto = {graph: next(p for p, _, picked in rows if picked) for graph, rows in engines.items()}
     for graph, ours_ in mine.items():
-        yield Line("brain 4.9M", arguments.brain, BUNDLE, graph, (torch_fp32, torch_bf16, *ours_), auto[graph])
+        yield Line(
+            "brain 4.9M", arguments.brain, BUNDLE, graph, (torch_fp32, torch_bf16, *ours_), auto[graph]
+        )
     ct = folder / "ct.nii.gz"
     for graph in (f"L{level}" for level in arguments.ct_levels.split(",")):
         yield Line("CT 105M", ct, BUNDLE, graph, (torch_fp32, *mine[graph]), auto[graph])
     many = many_classes(folder, manifest)
-    yield Line(f"CT 105M, {MANY_CLASSES} classes", ct, many, "L1", (torch_fp32, ("ours", "fp32", mine["L1"][0][2])))
+    yield Line(
+        f"CT 105M, {MANY_CLASSES} classes", ct, many, "L1", (torch_fp32, ("ours", "fp32", mine["L1"][0][2]))
+    )
 
 
-def _facts(line: Line, taken: dict[Contender, dict[str, Any]], rounds: int, folder: Path) -> list[dict[str, Any]]:
+def _facts(
+    line: Line, taken: dict[Contender, dict[str, Any]], rounds: int, folder: Path
+) -> list[dict[str, Any]]:
     first = line.contenders[0]
     against = taken[first]
-    other = next((facts["seconds"] for (side, p, _), facts in taken.items() if (side, p) == ("theirs", "bf16")), None)
+    other = next(
+        (facts["seconds"] for (side, p, _), facts in taken.items() if (side, p) == ("theirs", "bf16")), None
+    )
     found = []
     for contender, mine in taken.items():
         side, precision, engine = contender
@@ -280,7 +318,7 @@ def _facts(line: Line, taken: dict[Contender, dict[str, Any]], rounds: int, fold
             "volume": line.volume, "graph": line.graph, "precision": precision, "engine": engine, "auto": precision == line.auto,
             "rounds": rounds, "monai_s": against["seconds"], "monai_bf16_s": other, "ours_s": mine["seconds"],
             "faster": against["seconds"] / mine["seconds"],
-            "not_network": sum(mine["phases"][phase] for phase in ("decode", "plan", "restore", "encode")) / mine["seconds"],
+            "not_network": sum(mine["phases"].get(phase, 0) for phase in ("decode", "restore", "postprocess", "encode")) / mine["seconds"],
             "phases": mine["phases"], "monai_windows": against["windows"], "windows": mine["windows"],
             "monai_peak_mb": against["peak_mb"], "peak_mb": mine["peak_mb"],
             "iou": foreground_iou(mask(folder, contender), mask(folder, first)),

@@ -1,26 +1,31 @@
-"""Asks a segmentation server, or segments in this process, from Python and from the shell (httpx; never torch).
+"""Segments by a server or in this process, from Python and from the shell (httpx; never torch).
 
-`Client` and `AsyncClient` know HTTP only; `Local` and `AsyncLocal` are the same without a server. Each is imported when it is first used, so
-that neither needs what only the other one needs.
+Each name is imported at its first use, because `Client` needs no engine and `Local` needs no httpx.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
-
-from client.errors import SegmentError as SegmentError
-from client.result import Result as Result
 
 if TYPE_CHECKING:
     from client.aio import AsyncClient as AsyncClient
     from client.http import Client as Client
     from client.local import AsyncLocal as AsyncLocal
     from client.local import Local as Local
+    from client.result import Result as Result
+    from server.errors import UnetppError as SegmentError  # noqa: F401
 
-_HOMES = {"Client": "client.http", "AsyncClient": "client.aio", "Local": "client.local", "AsyncLocal": "client.local"}
+_EXPORTS = {
+    "AsyncClient": ("client.aio", "AsyncClient"),
+    "AsyncLocal": ("client.local", "AsyncLocal"),
+    "Client": ("client.http", "Client"),
+    "Local": ("client.local", "Local"),
+    "Result": ("client.result", "Result"),
+    "SegmentError": ("server.errors", "UnetppError"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    import importlib
-
-    if name not in _HOMES:
+    if name not in _EXPORTS:
         raise AttributeError(f"module 'client' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    module, attribute = _EXPORTS[name]
+    return getattr(importlib.import_module(module), attribute)

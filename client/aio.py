@@ -1,48 +1,96 @@
-"""`AsyncClient`: the same conversations as `http.py` has, awaited."""
+"""`AsyncClient`: a segmentation server over HTTP."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import ssl
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 import httpx
+import httpx_sse
 from numpy.typing import ArrayLike
 
-from client import calls, jobs
-from client.calls import Formats
-from client.documents import JobDocument, ModelCard, ModelSummary
-from client.result import Result
-from client.sources import Source
-from client.talk import Close, Command, Lost, Next, Open, Send, Sleep, T, Talk, opened
-from client.transport import Configured, Sink, arguments, head, lost
+from client.errors import BadResponse, from_problem
+from client.files import replacing
+from client.request import FilePart, Formats, Source, file_name, file_parts, segment_params
+from client.result import Result, read_result
+from client.retry import read_error, send_with_retry, time_limit
+from server.errors import CallerError, NotFinished
+
+CONNECT_S = 10.0
+
+# After so long without an event the job itself is requested, because the server may be gone without closing the connection.
+SILENCE_S = 60.0
+
+# Wait between two requests for a job where there is no event stream; it doubles.
+FIRST_POLL_S, LONGEST_POLL_S = 1.0, 15.0
+
+FINISHED = ("done", "failed", "cancelled")
 
 
-class AsyncClient(Configured):
-    """A server. Its methods are those of `Client`, to be awaited; see `Configured` for what it is made with."""
+class AsyncClient:
+    """A segmentation server. Belongs to one event loop.
 
-    def __init__(self, url: str, api_key: str | None = None, **options: Any) -> None:
-        super().__init__(url, api_key, **options)
-        self._http = httpx.AsyncClient(**self._options)
+    Args:
+        url: address, e.g. "http://localhost:8000".
+        api_key: API key, where the server requires one.
+        api_key_file: path of a file that holds the API key instead.
+        timeout_s: seconds for a whole response, with all attempts and the waits between them.
+        retries: attempts after the first, for 429, 503 and connections that were refused or closed.
+        verify: False trusts every certificate; a path names a file of trusted ones (PEM).
+        transport: httpx transport instead of the network, e.g. `httpx.ASGITransport(app)`.
+
+    Raises:
+        ValueError: the address or the API key cannot be one.
+        OSError: a file cannot be read.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        *,
+        api_key_file: str | Path | None = None,
+        timeout_s: float = 300.0,
+        retries: int = 6,
+        verify: bool | str | Path = True,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        if httpx.URL(url).scheme not in ("http", "https") or not httpx.URL(url).host:
+            raise ValueError(f"{url!r} is not the address of a server; write it as http://localhost:8000")
+        key = Path(api_key_file).read_text().strip() if api_key_file else api_key
+        if key is not None and not (key.isascii() and key.isprintable() and key):
+            raise ValueError("the API key must be one line of printable ASCII characters")
+        self._retries, self._timeout_s = retries, timeout_s
+        self._http = httpx.AsyncClient(
+            base_url=url,
+            # Not Authorization, because a proxy may use that header for itself.
+            headers={"User-Agent": "unetpp-client"} | ({"X-API-Key": key} if key else {}),
+            verify=verify if isinstance(verify, bool) else ssl.create_default_context(cafile=str(verify)),
+            transport=transport,
+            # `send_with_retry` limits the whole.
+            timeout=httpx.Timeout(None, connect=CONNECT_S),
+        )
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Ends the connections."""
+        """Closes the connections."""
         await self._http.aclose()
 
-    async def models(self) -> list[ModelSummary]:
-        """What is open there."""
-        return await self.run(calls.models(self._retries))
+    async def models(self) -> list[dict[str, Any]]:
+        """Lists the models that the server serves."""
+        return _json(await self.request("GET", "models"))  # type: ignore[no-any-return]
 
-    async def model(self, name: str) -> ModelCard:
-        """The card of a model."""
-        return await self.run(calls.model(name, self._retries))
+    async def model(self, name: str) -> dict[str, Any]:
+        """Returns the card of a model."""
+        return _json(await self.request("GET", f"models/{quote(name, safe='')}"))  # type: ignore[no-any-return]
 
     async def segment(
         self,
@@ -53,8 +101,21 @@ class AsyncClient(Configured):
         affine: ArrayLike | None = None,
         **parameters: Any,
     ) -> Result:
-        """See `Client.segment`."""
-        return await self.run(calls.segment(source, formats, reference, affine, parameters, self._retries))
+        """Segments an image, a stack, a volume or a zip of images.
+
+        Args:
+            source: a path, the bytes of a file, an open file, or a numpy array; see `client.request.file_part`.
+            formats: files that the answer shall hold; "mask" is the mask in the format of the input.
+            reference: label image or volume to score against.
+            affine: 4 × 4 voxel-to-mm matrix of a volume given as an array, and of its reference.
+            parameters: the other fields of `server.segment.request.SegmentParams`, e.g. level=2, min_size_px=30.
+
+        Raises:
+            UnetppError: see `client.errors`.
+        """
+        params = segment_params(formats, parameters).model_dump(exclude_unset=True)
+        response = await self._post("segment", source, reference, affine, params)
+        return read_result(response.headers, response.content)
 
     async def submit(
         self,
@@ -63,91 +124,180 @@ class AsyncClient(Configured):
         formats: Formats = ("mask", "json"),
         reference: Source | None = None,
         affine: ArrayLike | None = None,
+        preview: bool = False,
         **parameters: Any,
     ) -> "AsyncJob":
-        """See `Client.submit`."""
-        return self.job((await self.run(calls.submit(source, formats, reference, affine, parameters, self._retries)))["id"])
+        """Submits work that takes minutes as a job.
+
+        The arguments are those of `segment` without `deadline_ms` and `min_level`, and `preview`, which asks for a mask of level 1
+        first. If the connection breaks before the response, the request is sent again, and the server may have the job twice.
+        """
+        params = segment_params(formats, parameters).model_dump(exclude_unset=True) | (
+            {"preview": True} if preview else {}
+        )
+        response = await self._post("jobs", source, reference, affine, params)
+        return self.job(_json(response)["id"])
 
     def job(self, job_id: str) -> "AsyncJob":
-        """A job that was submitted before, by this program or another."""
+        """Returns a job that was submitted before, by this program or another."""
         return AsyncJob(job_id, self)
 
-    async def run(self, talk: Talk[T]) -> T:
-        """Carries out a conversation."""
-        answer: Any = None
-        with contextlib.closing(talk):
-            async with _Hands(self._http) as hands:
-                while True:
-                    try:
-                        command = talk.throw(answer) if isinstance(answer, Lost) else talk.send(answer)
-                    except StopIteration as end:
-                        return end.value  # type: ignore[no-any-return]  # as the generator is annotated
-                    try:
-                        answer = await hands.do(command)
-                    except httpx.HTTPError as error:
-                        answer = lost(error)
+    async def _post(
+        self,
+        path: str,
+        source: Source,
+        reference: Source | None,
+        affine: ArrayLike | None,
+        params: dict[str, Any],
+    ) -> httpx.Response:
+        # The server learns a file name only for COCO, whose readers need it, because it may be the name of a patient.
+        name = file_name(source) if "coco" in params.get("format", "").split(",") else ""
+        parts = file_parts(source, reference, affine, name or "upload")
+        return await self.request("POST", path, params=params, parts=parts)
 
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        parts: Mapping[str, FilePart] | None = None,
+        save_as: Path | None = None,
+    ) -> httpx.Response:
+        """Sends a request with query parameters and files, again if necessary, and reads the response into memory or a file."""
 
-class _Hands(contextlib.AsyncExitStack):
-    """Carries out the commands of one conversation, and holds what it has opened."""
+        async def attempt() -> httpx.Response:
+            with contextlib.ExitStack() as opened:
+                files = {
+                    name: (part.name, opened.enter_context(part.open()), "application/octet-stream")
+                    for name, part in (parts or {}).items()
+                }
+                async with self._http.stream(method, path, params=params, files=files or None) as response:
+                    if save_as is None or not response.is_success:
+                        await response.aread()
+                    else:
+                        file = opened.enter_context(replacing(save_as))
+                        async for chunk in response.aiter_bytes():
+                            file.write(chunk)
+                return response
 
-    def __init__(self, http: httpx.AsyncClient) -> None:
-        super().__init__()
-        self._http = http
-        self._pieces: AsyncIterator[bytes]
+        return await send_with_retry(attempt, self._retries, self._timeout_s)
 
-    async def do(self, command: Command) -> Any:
-        """What comes of it."""
-        match command:
-            case Send(call, limit_s):
-                return await self._send(call, limit_s)
-            case Open(call, limit_s):
-                answer = await self.enter_async_context(self._http.stream(**arguments(call, limit_s)))
-                self._pieces = answer.aiter_bytes()
-                return head(answer, b"" if answer.status_code == 200 else await answer.aread())
-            case Next():
-                return await anext(self._pieces, None)
-            case Close():
-                return await self.aclose()
-            case Sleep(seconds):
-                return await asyncio.sleep(seconds)
+    async def follow(self, job_id: str, progress: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
+        """Reads the event stream of a job until it ends, and calls `progress` with each document.
 
-    async def _send(self, call: Any, limit_s: float) -> Any:
-        with opened(call.uploads) as files:
-            async with self._http.stream(**arguments(call, limit_s, files)) as answer:
-                with Sink(call, answer, limit_s) as sink:
-                    async for piece in answer.aiter_bytes():
-                        sink.write(piece)
-                return sink.reply
+        Returns:
+            The last document; None where there was no stream, or no event in it.
+
+        Raises:
+            CallerError: the server refuses the request, e.g. because the job is unknown.
+        """
+        document: dict[str, Any] | None = None
+        limits, url = httpx.Timeout(SILENCE_S, connect=CONNECT_S), f"jobs/{job_id}/events"
+        # After a broken stream, and one that is refused for now, the caller requests the job itself.
+        with contextlib.suppress(httpx.HTTPError):
+            async with httpx_sse.aconnect_sse(self._http, "GET", url, timeout=limits) as events:
+                if not events.response.is_success:
+                    await events.response.aread()
+                    if isinstance(error := read_error(events.response), CallerError):
+                        raise error
+                    return None
+                async with contextlib.aclosing(events.aiter_sse()) as stream:
+                    async for event in stream:
+                        try:
+                            document = event.json()
+                        except ValueError:
+                            break
+                        progress(document)
+                        if document["state"] in FINISHED:
+                            break
+        return document
 
 
 class AsyncJob:
-    """Work in the background; see `Job`."""
+    """Work that a server does in the background.
+
+    Attributes:
+        id: name of the job on the server.
+    """
 
     def __init__(self, job_id: str, client: AsyncClient) -> None:
         self.id = job_id
         self._client = client
 
-    async def status(self) -> JobDocument:
-        """How far it is."""
-        return await self._client.run(jobs.status(self.id, self._client._retries))
+    async def status(self) -> dict[str, Any]:
+        """Returns the job's document: state, stage, windows, ..."""
+        return _json(await self._client.request("GET", f"jobs/{self.id}"))  # type: ignore[no-any-return]
 
-    async def wait(self, progress: jobs.Follower = lambda document: None, timeout_s: float | None = None) -> JobDocument:
-        """Returns when it is done; see `jobs.wait`."""
-        return await self._client.run(jobs.wait(self.id, self._client._retries, progress, timeout_s))
+    async def wait(
+        self, progress: Callable[[dict[str, Any]], None] = lambda _: None, timeout_s: float | None = None
+    ) -> dict[str, Any]:
+        """Waits until the job is done, by its event stream, or by polling where that is refused or breaks.
+
+        Args:
+            progress: called with the job's document at each change.
+            timeout_s: seconds to wait; without limit if None.
+
+        Raises:
+            UnetppError: the error with which the job failed.
+            NotFinished: the job was cancelled.
+            UnknownJob: the job does not exist, or not any more.
+            TimedOut: the time is over; the job goes on.
+        """
+        wait_s = FIRST_POLL_S
+        async with time_limit(
+            timeout_s, f"the job is not done within {timeout_s} s; it goes on, so wait for it again"
+        ):
+            while True:
+                document = await self._client.follow(self.id, progress)
+                if document is not None:
+                    wait_s = FIRST_POLL_S
+                if document is None or document["state"] not in FINISHED:
+                    document = await self.status()
+                    progress(document)
+                if document["state"] == "done":
+                    return document
+                if document["state"] == "failed":
+                    raise from_problem(document["error"])
+                if document["state"] == "cancelled":
+                    raise NotFinished("the job was cancelled, so it has no result", state="cancelled")
+                await asyncio.sleep(wait_s)
+                wait_s = min(LONGEST_POLL_S, 2 * wait_s)
+        raise AssertionError("unreachable")
 
     async def preview(self) -> Result:
-        """The mask of level 1, once it is there."""
-        return await self._client.run(calls.fetch(self.id, "preview", self._client._retries))
+        """Returns the mask of level 1.
+
+        Raises:
+            NotFinished: it is not there yet, or was not requested.
+        """
+        response = await self._client.request("GET", f"jobs/{self.id}/preview")
+        return read_result(response.headers, response.content)
 
     async def result(self) -> Result:
-        """The answer, once it is there."""
-        return await self._client.run(calls.fetch(self.id, "result", self._client._retries))
+        """Returns the answer.
+
+        Raises:
+            NotFinished: it is not there yet; `retry_after_s` estimates when.
+        """
+        response = await self._client.request("GET", f"jobs/{self.id}/result")
+        return read_result(response.headers, response.content)
 
     async def save(self, path: str | Path) -> Path:
-        """The answer as a file, without holding it in memory."""
-        return await self._client.run(calls.save(self.id, "result", Path(path), self._client._retries))
+        """Streams the answer to a file, which appears when it is complete."""
+        await self._client.request("GET", f"jobs/{self.id}/result", save_as=Path(path))
+        return Path(path)
 
     async def cancel(self) -> None:
-        """Ends it; of a finished one the result is removed."""
-        await self._client.run(calls.cancel(self.id, self._client._retries))
+        """Cancels the job, or removes a finished one with its result."""
+        await self._client.request("DELETE", f"jobs/{self.id}")
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError as error:
+        kind = response.headers.get("content-type", "unknown type")
+        raise BadResponse(
+            f"the response is {kind} instead of JSON; check the address of the server"
+        ) from error

@@ -1,176 +1,153 @@
-"""Many inputs, some at a time: each is segmented, written and reported by itself, and none harms another."""
+"""Segments many inputs, several at a time; a failure affects its own input only."""
 
 import asyncio
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from client import errors
-from client.documents import ModelCard, ModelSummary, Progress
-from client.inputs import Input, shown
-from client.journal import Journal, sha256, write
+from client.display import SKIPPED, Display
+from client.errors import InputError, TransportError
+from client.files import printable, replacing, sha256
+from client.inputs import Input
+from client.report import Report
 from client.result import Result
+from server.errors import Unauthorized, UnetppError
+from server.segment.request import OnProgress
+
+# After these no other input would succeed.
+FATAL = (TransportError, Unauthorized)
 
 
-class Segmenting(Protocol):
+class Segmenter(Protocol):
     """`AsyncLocal` and `Remote`."""
 
-    async def models(self) -> list[ModelSummary]:
-        """What is open."""
+    async def models(self) -> list[dict[str, Any]]:
+        """Lists the models."""
 
-    async def model(self, name: str) -> ModelCard:
-        """The card of a model."""
+    async def model(self, name: str) -> dict[str, Any]:
+        """Returns the card of a model."""
 
-    async def segment(self, source: Path, *, progress: Progress = ..., **asked: Any) -> Result:
-        """One answer."""
+    async def segment(self, source: Path, *, progress: OnProgress = ..., **parameters: Any) -> Result:
+        """Segments one input."""
+
+
+async def model_card(segmenter: Segmenter, name: str | None) -> dict[str, Any]:
+    """Returns the card of a model, the default one if no name is given."""
+    return await segmenter.model(
+        name or next(model["name"] for model in await segmenter.models() if model["default"])
+    )
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be done with all inputs.
+class Batch:
+    """A run over many inputs.
 
     Attributes:
-        asked: parameters of the server; `formats` among them.
-        out: folder of the answers; beside the inputs, if None.
-        output: the one file of the one answer, instead.
-        references: the reference of each input that has one.
-        jobs: inputs at a time.
-        resume: leaves out what the journal says is done.
+        segmenter: server, or this process.
+        card: card of the model.
+        parameters: arguments of `segment`, `formats` among them.
+        report: lists the inputs and takes their outcome.
+        display: shows the progress.
+        out: folder of the answers; beside the inputs if None.
+        output: file of the only answer instead.
+        references: references by input.
+        jobs: number of inputs at a time.
+        resume: whether inputs that the report calls complete are skipped.
     """
 
-    asked: dict[str, Any]
+    segmenter: Segmenter
+    card: dict[str, Any]
+    parameters: dict[str, Any]
+    report: Report
+    display: Display
     out: Path | None = None
     output: Path | None = None
     references: dict[Input, Path] = field(default_factory=dict)
     jobs: int = 1
     resume: bool = False
 
+    async def run(self) -> None:
+        """Processes all inputs of the report, and writes the report also when it is interrupted.
 
-class Watcher(Protocol):
-    """Who shows how far it is."""
-
-    def began(self, one: Input) -> Progress:
-        """An input is begun; told of its windows."""
-
-    def ended(self, one: Input, text: str, *, failed: bool) -> None:
-        """It is done, or not; says how."""
-
-
-async def card_of(params: Segmenting, name: str | None) -> ModelCard:
-    """The card of the model that will be served."""
-    return await params.model(name or next(model["name"] for model in await params.models() if model["default"]))
-
-
-async def run(params: Segmenting, card: ModelCard, plan: Plan, journal: Journal, watcher: Watcher) -> None:
-    """Works through the journal's inputs.
-
-    Args:
-        params: who segments.
-        card: of the model, for what serves.
-        plan: what is asked.
-        journal: told of each input; written also where this is interrupted.
-        watcher: shown each input.
-
-    Raises:
-        Unreachable, KeyNeeded: nothing more can come of it; what was not begun is still "pending".
-    """
-    waiting = iter(journal.entries)
-    work = _Work(params, card, plan, journal, watcher)
-    try:
-        tasks = [asyncio.create_task(work.through(waiting)) for _ in range(min(plan.jobs, len(journal.entries)))]
+        Raises:
+            TransportError, Unauthorized: no other input would succeed; those that were not started stay "pending".
+        """
+        waiting = iter(self.report.entries)
         try:
-            await asyncio.gather(*tasks)
+            async with asyncio.TaskGroup() as workers:
+                for _ in range(min(self.jobs, len(self.report.entries))):
+                    workers.create_task(self._work(waiting))
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from group
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-    finally:
-        journal.write(force=True)
+            self.report.write(force=True)
 
-
-@dataclass(frozen=True)
-class _Work:
-    params: Segmenting
-    card: ModelCard
-    plan: Plan
-    journal: Journal
-    watcher: Watcher
-
-    async def through(self, waiting: Iterator[Input]) -> None:
-        """One input after the other, of those that several take from."""
+    async def _work(self, waiting: Iterator[Input]) -> None:
         for one in waiting:
-            progress = self.watcher.began(one)
+            progress = self.display.started(one)
             try:
-                text, failed = await self._one(one, progress), False
-            except (errors.Unreachable, errors.APIKeyMiddleware) as error:
-                self._failed(one, error)
-                raise
-            except (errors.SegmentError, OSError) as error:
-                text, failed = self._failed(one, error), True
-            self.watcher.ended(one, text, failed=failed)
+                self.display.finished(one, await self._process(one, progress), failed=False)
+            except (UnetppError, OSError) as error:
+                self._fail(one, error)
+                if isinstance(error, FATAL):
+                    raise
+                self.display.finished(one, str(error), failed=True)
 
-    def _failed(self, one: Input, error: Exception) -> str:
-        known = {key: value for key in ("sha256", "bytes", "outputs") if (value := self.journal.entries[one].get(key)) is not None}
-        told = {"detail": str(error)}
-        if isinstance(error, errors.SegmentError):
-            told |= {key: value for key in ("type", "request_id") if (value := getattr(error, key))}
-        self.journal.set(one, **known, status="failed", error=told)
-        return str(error)
+    def _fail(self, one: Input, error: Exception) -> None:
+        entry = {key: self.report.entries[one].get(key) for key in ("sha256", "bytes", "outputs")}
+        problem: dict[str, Any] = {"detail": str(error)}
+        if isinstance(error, UnetppError):
+            problem |= {"code": error.code} | error.fields
+        self.report.update(one, **entry, status="failed", error=problem)
 
-    async def _one(self, one: Input, progress: Progress) -> str:
-        reference = self.plan.references.get(one)
+    async def _process(self, one: Input, progress: OnProgress) -> str:
+        reference = self.references.get(one)
         digest = await asyncio.to_thread(sha256, one.path)
         reference_digest = None if reference is None else await asyncio.to_thread(sha256, reference)
-        if self.plan.resume and await asyncio.to_thread(self.journal.is_complete, one, digest, reference_digest):
-            return "as before"
-        # Whatever happens now, the answer of before is not the one to this.
+        if self.resume and await asyncio.to_thread(self.report.is_complete, one, digest, reference_digest):
+            return SKIPPED
         facts = {"sha256": digest, "bytes": one.path.stat().st_size, "reference_sha256": reference_digest}
-        self.journal.set(one, status="pending", **facts)
-        result = await self.params.segment(one.path, reference=reference, progress=progress, **self.plan.asked)
+        # Whatever happens now, the answer of an earlier run is not the one to this.
+        self.report.update(one, status="pending", **facts)
+        result = await self.segmenter.segment(
+            one.path, reference=reference, progress=progress, **self.parameters
+        )
         paths = await asyncio.to_thread(self._write, one, result)
-        outputs = [
-            {"path": self.journal.name(path), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            for path, data in zip(paths, result.files.values(), strict=True)
-        ]
-        lost = [row for row in result.images if row["status"] != "ok"]
-        if lost:
-            # A later run tries the whole again.
-            self.journal.set(one, status="failed", **facts, outputs=outputs)
-            raise errors.Refused(
-                f"{len(lost)} of {len(result.images)} images of the zip could not be segmented; the others are in {shown(paths[-1].parent)}"
-                + "".join(f"\n    {row['name']}: {row.get('detail', 'says no more')}" for row in lost)
+        facts["outputs"] = [{"path": self.report.relative(path), "sha256": sha256(path)} for path in paths]
+        if failed := [row for row in result.images if row["status"] != "ok"]:
+            self.report.update(one, status="failed", **facts)
+            reasons = "".join(
+                f"\n    {row['name']}: {row.get('detail', 'no reason given')}" for row in failed
             )
-        served = {"mode": result.mode, "level": result.level, "precision": result.precision, **self._engine(result)}
-        self.journal.set(
-            one, status="done", **facts, outputs=outputs, **served, degraded=result.degraded or None, timings_ms=dict(result.timings_ms),
-            iou=result.iou, dice=result.dice, note=result.note or None, request_id=result.request_id or None,
-        )  # fmt: skip
-        return told(result, paths)
+            raise InputError(f"{len(failed)} of {len(result.images)} images of the zip failed:{reasons}")
+        self.report.update(one, status="done", **facts, **self._served(result))
+        return _summary(result, paths)
 
-    def _engine(self, result: Result) -> dict[str, str]:
-        graph = "accurate" if result.mode == "accurate" else f"L{result.level}"
-        rows = [row for row in self.card["serving"] if (row["graph"], row["precision"]) == (graph, result.precision)]
-        return {"engine": rows[0]["engine"], "provider": rows[0]["provider"]} if rows else {}
+    def _served(self, result: Result) -> dict[str, Any]:
+        graph = ("accurate" if result.mode == "accurate" else f"L{result.level}", result.precision)
+        rows = (row for row in self.card.get("serving", ()) if (row["graph"], row["precision"]) == graph)
+        engine = {key: value for key, value in next(rows, {}).items() if key in ("engine", "provider")}
+        names = ("mode", "level", "precision", "timings_ms", "iou", "dice")
+        optional = {name: getattr(result, name) or None for name in ("degraded", "note", "request_id")}
+        return engine | {name: getattr(result, name) for name in names} | optional
 
     def _write(self, one: Input, result: Result) -> list[Path]:
-        paths = []
-        for name, data in result.files.items():
-            path = self.plan.output or one.answer(self.plan.out, name)
+        paths = [self.output or one.output(self.out, name) for name in result.files]
+        for path, data in zip(paths, result.files.values(), strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write(path, data)
-            paths.append(path)
+            with replacing(path) as file:
+                file.write(data)
         return paths
 
 
-def told(result: Result, paths: list[Path]) -> str:
-    """An answer in a line or a few."""
-    spent_ms = sum(result.timings_ms.values())
-    places = f"{len(paths)} files in {shown(paths[-1].parent)}" if result.images else ", ".join(map(shown, paths))
-    lines = [f"{places}  {result.model} {result.mode} L{result.level} {result.precision}, {spent_ms:.0f} ms"]
+def _summary(result: Result, paths: list[Path]) -> str:
+    """Describes an answer in a few lines."""
+    files = ", ".join(map(printable, paths))
+    if result.images:
+        files = f"{len(paths)} files in {printable(paths[-1].parent)}"
+    served = f"{result.model} {result.mode} L{result.level} {result.precision}"
+    lines = [f"{files}  {served}, {result.total_ms:.0f} ms"]
     if result.iou is not None:
         lines.append(f"IoU {result.iou:.4f}  Dice {result.dice:.4f}")
-    if result.note:
-        lines.append(f"note: {result.note}")
-    return "\n".join(lines)
+    return "\n".join(lines + ([f"note: {result.note}"] if result.note else []))

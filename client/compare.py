@@ -1,36 +1,38 @@
-"""All graphs on one input: what each costs, and what it gives."""
+"""One input at every level: time, agreement and pictures side by side."""
 
-from collections.abc import Callable, Mapping
+import io
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 
-from client.batch import Segmenting
-from client.documents import ModelCard
-from client.picture import sheet
+from client.batch import Segmenter
 from client.result import Result
 
-# A graph that has not seen an input of this size yet may prepare for it first; so the quickest of a few runs counts.
-RUNS = 3
-# Of what takes longer than this one run is enough.
-LONG_MS = 5000.0
-# Pictures in a row and pixels of their longer sides: of images, and of volumes and stacks, which are mosaics of slices.
+# The quickest of a few runs counts, because a graph may be opened or prepared by its first one; a long run is not repeated.
+RUNS, LONG_MS = 3, 5000.0
+
+# Panels per row and pixels of their longer side, of images and of the mosaics that stand for volumes and stacks.
 IMAGES, MOSAICS = (6, 360), (3, 640)
+
+# Pixels between panels, below each for its text, and of the narrowest panel.
+GAP, TEXT, NARROWEST = 8, 34, 180
 
 
 @dataclass(frozen=True)
 class Row:
-    """A graph.
+    """The answer of one graph.
 
     Attributes:
-        name: "L1" ... or "accurate".
-        result: its quickest answer.
-        overlay: its mask over the input, as the server draws it.
-        agreement: IoU of its mask with that of accurate, mean over the foreground classes.
-        speed_up: how much quicker than accurate it is.
+        name: "L1", ... or "accurate".
+        result: answer of the quickest run.
+        overlay: PNG of the mask over the input.
+        agreement: IoU with the mask of accurate, mean over the foreground classes.
+        speed_up: time of accurate divided by this one's.
     """
 
     name: str
@@ -40,101 +42,89 @@ class Row:
     speed_up: float
 
     @property
-    def total_ms(self) -> float:
-        """All phases."""
-        return total_ms(self.result)
+    def cells(self) -> list[str]:
+        """The row of the table."""
+        result, network_ms = self.result, self.result.timings_ms.get("infer", 0.0)
+        times = [f"{one:.1f}" for one in (network_ms, result.total_ms - network_ms, result.total_ms)]
+        scores = [f"{one:.4f}" for one in (self.agreement, result.iou, result.dice) if one is not None]
+        return [self.name, result.precision, *times, f"{self.speed_up:.1f}×", *scores]
 
 
-def total_ms(result: Result) -> float:
-    """All phases."""
-    return sum(result.timings_ms.values())
+HEADINGS = ("graph", "precision", "network ms", "other ms", "total ms", "faster", "agreement", "IoU", "Dice")
 
 
 async def compare(
-    params: Segmenting,
-    card: ModelCard,
+    segmenter: Segmenter,
+    card: dict[str, Any],
     path: Path,
-    reference: Path | None,
-    asked: Mapping[str, Any],
+    parameters: Mapping[str, Any],
     progress: Callable[[str], None],
-) -> list[Row]:
-    """Asks every level, then accurate.
+) -> tuple[list[Row], bytes | None]:
+    """Segments an input at every level and in mode accurate, and calls `progress` with the name of each graph.
 
-    Args:
-        params: who segments.
-        card: of the model.
-        path: the input.
-        reference: mask to score against.
-        asked: the other parameters.
-        progress: told of each graph by name.
+    Returns:
+        One row per graph, and the input as PNG if it is an image.
     """
-    graphs: dict[str, dict[str, Any]] = {f"L{level}": {"mode": "fast", "level": level} for level in card["levels"]}
+    graphs: dict[str, dict[str, Any]] = {
+        f"L{level}": {"mode": "fast", "level": level} for level in card["levels"]
+    }
     graphs["accurate"] = {"mode": "accurate"}
-    runs: dict[str, list[Result]] = {}
-    for name, which in graphs.items():
+    results: dict[str, Result] = {}
+    overlays: dict[str, bytes] = {}
+    for name, graph in graphs.items():
         progress(name)
-        # The first is to be thrown away, so it may take the time to draw; of a long one nobody sees it in the time.
-        runs[name] = [await params.segment(path, formats=("mask", "overlay"), reference=reference, **asked, **which)]
-        while len(runs[name]) < RUNS and total_ms(runs[name][0]) < LONG_MS:
-            runs[name].append(await params.segment(path, formats=("mask",), reference=reference, **asked, **which))
-    results = {name: min(several, key=total_ms) for name, several in runs.items()}
-    best = results["accurate"]
-    values = [one["value"] for one in card["classes"]]
-    return [
-        Row(
-            name,
-            result,
-            runs[name][0].files["overlay.png"],
-            agreement(result.mask, best.mask, values),
-            total_ms(best) / max(total_ms(result), 1e-9),
-        )
-        for name, result in results.items()
-    ]
-
-
-async def input_picture(params: Segmenting, card: ModelCard, path: Path, asked: Mapping[str, Any], rows: list[Row]) -> bytes | None:
-    """The input as the server shows it, from the quickest graph; None of volumes and stacks."""
-    if "mask.png" not in rows[0].result.files:
-        return None
-    result = await params.segment(path, formats=("picture",), **asked, mode="fast", level=min(card["levels"]))
-    return result.files["picture.png"]
+        runs = [await segmenter.segment(path, formats=("mask", "overlay"), **parameters, **graph)]
+        overlays[name] = next(data for file, data in runs[0].files.items() if file.startswith("overlay."))
+        while len(runs) < RUNS and runs[0].total_ms < LONG_MS:
+            runs.append(await segmenter.segment(path, formats=("mask",), **parameters, **graph))
+        results[name] = min(runs, key=lambda run: run.total_ms)
+    best, values, rows = results["accurate"], [one["value"] for one in card["classes"]], []
+    for name, one in results.items():
+        overlap, speed_up = agreement(one.mask, best.mask, values), best.total_ms / max(one.total_ms, 1e-9)
+        rows.append(Row(name, one, overlays[name], overlap, speed_up))
+    if best.mask.ndim > 2:
+        return rows, None
+    graph = next(iter(graphs.values()))
+    result = await segmenter.segment(path, formats=("picture",), **parameters, **graph)
+    return rows, next(iter(result.files.values()))
 
 
 def agreement(mask: NDArray[Any], other: NDArray[Any], values: list[int]) -> float:
-    """IoU of two masks, mean over the classes; where both are empty they agree."""
+    """Computes the IoU of two masks, mean over the classes; a class that is in neither counts as 1."""
     scores = []
     for value in values:
-        one, two = mask == value, other == value
-        union = np.count_nonzero(one | two)
-        scores.append(np.count_nonzero(one & two) / union if union else 1.0)
+        union = np.count_nonzero((mask == value) | (other == value))
+        scores.append(np.count_nonzero((mask == value) & (other == value)) / union if union else 1.0)
     return float(np.mean(scores))
 
 
-def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells, for people: what the network took, what everything else took, and what came of it."""
-    scored = rows[0].result.iou is not None
-    headings = ["graph", "precision", "network ms", "other ms", "total ms", "faster", "agreement"]
-    return headings + (["IoU", "Dice"] if scored else []), [_cells(row) for row in rows]
-
-
-def _cells(row: Row) -> list[str]:
-    result = row.result
-    network_ms = result.timings_ms.get("infer", 0.0)
-    spent = [f"{network_ms:.1f}", f"{row.total_ms - network_ms:.1f}", f"{row.total_ms:.1f}"]
-    cells = [row.name, result.precision, *spent, f"{row.speed_up:.1f}×", f"{row.agreement:.4f}"]
-    return cells + ([] if result.iou is None else [f"{result.iou:.4f}", f"{result.dice:.4f}"])
-
-
-def drawn(rows: list[Row], picture: bytes | None) -> bytes:
-    """The overlays side by side, as PNG.
-
-    Args:
-        rows: of all graphs.
-        picture: of the input, if it is an image.
-    """
+def draw(rows: list[Row], picture: bytes | None) -> bytes:
+    """Draws the input and the overlays of all graphs side by side, as PNG."""
     panels = [] if picture is None else [("input", picture)]
     for row in rows:
         score = f"agreement {row.agreement:.3f}" if row.result.iou is None else f"IoU {row.result.iou:.3f}"
-        panels.append((f"{row.name}  {row.total_ms:,.0f} ms\n{score}", row.overlay))
-    columns, side = MOSAICS if picture is None else IMAGES
-    return sheet(panels, side, columns)
+        panels.append((f"{row.name}  {row.result.total_ms:,.0f} ms\n{score}", row.overlay))
+    return contact_sheet(panels, *(MOSAICS if picture is None else IMAGES))
+
+
+def contact_sheet(panels: Sequence[tuple[str, bytes]], columns: int, side: int) -> bytes:
+    """Draws pictures in a grid, each with its text below, scaled so that the longer side of the largest has `side` pixels."""
+    pictures = [Image.open(io.BytesIO(data)).convert("RGB") for _, data in panels]
+    scale = side / max(max(picture.size) for picture in pictures)
+    filter_ = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX
+    pictures = [
+        one.resize((max(1, round(one.width * scale)), max(1, round(one.height * scale))), filter_)
+        for one in pictures
+    ]
+    width = max(NARROWEST, *(picture.width for picture in pictures)) + GAP
+    height = max(picture.height for picture in pictures) + TEXT + GAP
+    sheet = Image.new(
+        "RGB", (width * min(columns, len(panels)) + GAP, height * -(-len(panels) // columns) + GAP), "white"
+    )
+    for number, ((text, _), picture) in enumerate(zip(panels, pictures, strict=True)):
+        left, top = GAP + number % columns * width, GAP + number // columns * height
+        sheet.paste(picture, (left, top))
+        ImageDraw.Draw(sheet).multiline_text((left, top + picture.height + 4), text, fill="black")
+    out = io.BytesIO()
+    sheet.save(out, "PNG")
+    return out.getvalue()

@@ -1,92 +1,78 @@
-"""What can go wrong for a caller. Texts are the server's own words where it said any.
+"""Errors of the client: the server's own classes, rebuilt from problem documents, and those that only a client has.
 
-SegmentError
-├── Refused               the request is wrong as it is; the same again would be refused again (4xx)
-│   ├── KeyNeeded          no API key, or none that the server knows (401)
-│   ├── NotFound           no such model or job (404)
-│   └── NotFinished        the job has no result, or none yet (409)
-├── TryAgain              the same request may succeed later (429, 503, 504, 507); after 429 and 503 it was tried as often as allowed
-├── Failed                the server failed, and its log says why (other 5xx), or its answer is none of ours
-├── JobEnded              the job failed or was cancelled, so there is no result
-├── TimedOut              the answer took longer than allowed
-└── Unreachable           no answer came: refused, closed, or a certificate that is not trusted
+UnetppError               base class, exported as `client.SegmentError`
+├── ...                   the tree of server/errors.py; over HTTP `fields` also has `status` and `request_id`
+├── TransportError        no complete response: connection refused or closed, or a certificate that is not trusted
+├── TimedOut              the response, or the job, took longer than the caller allows
+├── BadResponse           the response does not come from a segmentation server
+└── InputError            the files on the command line cannot be processed together
 """
 
-from dataclasses import dataclass
+from typing import Any
 
+from server import errors
+from server.errors import CallerError, ServerFault, TryAgain, UnetppError
 
-# Errors are told apart by identity, as others are: what handles them may collect them in sets.
-@dataclass(eq=False)
-class SegmentError(Exception):
-    """Base of all errors.
-
-    Attributes:
-        detail: what is wrong, the limit and the remedy.
-        status: of the HTTP answer; None without one.
-        type: of the problem document, e.g. "urn:unetpp:too-large".
-        title: of the problem document.
-        retry_after_s: when the server said that asking again makes sense.
-        request_id: under which the server's log has the request.
-    """
-
-    detail: str
-    status: int | None = None
-    type: str = ""
-    title: str = ""
-    retry_after_s: float | None = None
-    request_id: str = ""
-
-    def __str__(self) -> str:
-        return self.detail
-
-
-class Refused(SegmentError):
-    """The request is wrong as it is."""
-
-
-class APIKeyMiddleware(Refused):
-    """No API key, or none that is known."""
-
-
-class NotFound(Refused):
-    """No such model or job."""
-
-
-class NotFinished(Refused):
-    """The job has no result, or none yet."""
-
-
-class TryAgain(SegmentError):
-    """The same request may succeed later."""
-
-
-class Failed(SegmentError):
-    """The server failed, or what answered is no server of ours."""
-
-
-class JobEnded(SegmentError):
-    """The job ended without a result."""
-
-
-class TimedOut(SegmentError):
-    """The answer took longer than allowed."""
-
-
-class Unreachable(SegmentError):
-    """No answer came."""
-
-
-STATUS: dict[int, type[SegmentError]] = {
-    401: APIKeyMiddleware,
-    404: NotFound,
-    409: NotFinished,
-    429: TryAgain,
-    503: TryAgain,
-    504: TryAgain,
-    507: TryAgain,
+CLASSES: dict[str, type[UnetppError]] = {
+    cls.code: cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, UnetppError)
 }
 
+# Members of a problem document that are not fields of the error.
+MEMBERS = {"type", "title", "detail", "self", "retry_after_s"}
 
-def of_status(status: int) -> type[SegmentError]:
-    """The error of a status: its row, else that of its family."""
-    return STATUS.get(status) or (Refused if 400 <= status < 500 else Failed)
+
+class TransportError(UnetppError):
+    """No complete response came.
+
+    Attributes:
+        retryable: whether sending the request again may help.
+    """
+
+    def __init__(self, detail: str, *, retryable: bool = True, **fields: Any) -> None:
+        super().__init__(detail, **fields)
+        self.retryable = retryable
+
+
+class TimedOut(UnetppError):
+    """The response or the job took longer than allowed."""
+
+
+class BadResponse(UnetppError):
+    """The response is not one of a segmentation server."""
+
+
+class InputError(UnetppError):
+    """The files on the command line cannot be processed together."""
+
+
+def from_problem(
+    document: Any, status: int | None = None, retry_after_s: float | None = None, **fields: Any
+) -> UnetppError:
+    """Builds the error that a problem document describes.
+
+    Args:
+        document: parsed body of the response; anything but a dictionary counts as empty.
+        status: HTTP status, which decides the class where the code is unknown, e.g. in a response of a proxy; else the document's.
+        retry_after_s: seconds to wait before the next attempt, where the server named any.
+        fields: further fields.
+    """
+    members: dict[str, Any] = document if isinstance(document, dict) else {}
+    status = status or members.get("status")
+    code = members.get("code") or str(members.get("type")).removeprefix("urn:unetpp:")
+    family = (
+        TryAgain
+        if status in (429, 503, 504, 507)
+        else CallerError
+        if 300 <= (status or 500) < 500
+        else ServerFault
+    )
+    known = {name: value for name, value in members.items() if name not in MEMBERS} | {"status": status}
+    if retry_after_s is not None:
+        known["retry_after_s"] = retry_after_s
+    detail = members.get("detail")
+    sentence = (
+        detail
+        if isinstance(detail, str) and detail
+        else f"the server answered with status {status} and no reason"
+    )
+    return CLASSES.get(str(code), family)(sentence, **known | fields)

@@ -1,4 +1,4 @@
-"""Which files are meant by what was typed, and what their answers are called."""
+"""Which files the command line means, and where their answers go."""
 
 import functools
 import glob
@@ -8,198 +8,184 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
-from client.sources import is_zip
+from client.errors import InputError
+from client.files import is_zip, printable
 
-# What is taken from a folder; whatever is named itself is tried. The server knows files by what is in them.
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".nii", ".nii.gz", ".nrrd", ".mha")  # fmt: skip
+# File types that are taken from a folder; a file that is named itself is always tried, because the server looks at its content.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".nii", ".nii.gz", ".nrrd", ".mha")
 
-# What the server calls its files, which follows the input's name: an answer in a folder is no further input.
-ANSWERS = (
-    "mask.png", "mask_1bit.png", "mask.tif", "mask.nii.gz", "mask.seg.nrrd", "labels.png", "labels.tif", "labels.nii.gz",
-    "score.png", "scores.tif", "scores.nii.gz", "overlay.png", "overlay.jpg", "picture.png",
-    "uncertainty.png", "uncertainty.tif", "uncertainty.nii.gz", "levels.png",
-)  # fmt: skip
+# File names without suffix of answers that are pictures: x_mask.png beside x.png is not an input.
+ANSWERS = ("mask", "mask_1bit", "labels", "score", "scores", "overlay", "picture", "uncertainty", "levels")
 
-SHOWN = 5
-HERE = PurePath()
-
-
-class InputError(Exception):
-    """Said before anything is begun."""
+LISTED = 5
+TOP = PurePath()
 
 
 @dataclass(frozen=True)
 class Input:
-    """One file.
+    """One input file.
 
     Attributes:
-        path: where it is.
-        folder: the folder in which it was found, below the one that was typed; "." of a file that was named.
+        path: path of the file.
+        folder: its folder, relative to the folder on the command line.
     """
 
     path: Path
-    folder: PurePath = HERE
+    folder: PurePath = TOP
 
     @property
     def stem(self) -> str:
-        """Its name without what says the format; of x.nii.gz it is x."""
-        name = self.path.name
-        return PurePath(name.removesuffix(".gz")).stem if name.endswith(".gz") else self.path.stem
-
-    @property
-    def shown(self) -> str:
-        """Its path as text, also where a name is none."""
-        return shown(self.path)
+        """The file name without its type; of x.nii.gz it is x."""
+        return self.path.stem if self.path.suffix != ".gz" else PurePath(self.path.stem).stem
 
     @functools.cached_property
     def is_archive(self) -> bool:
-        """Whether it is a zip of images, whose answers are many."""
+        """Whether it is a zip of images, which has many answers."""
         return is_zip(self.path)
 
-    def home(self, out: Path | None) -> Path:
+    def output_folder(self, out: Path | None) -> Path:
         """The folder of its answers."""
         return self.path.parent if out is None else out / self.folder
 
-    def answer(self, out: Path | None, name: str) -> Path:
-        """Where a file of its answer goes; of an archive's into a folder of its name, as there are many."""
-        # The server's names lead nowhere else, even if they try.
+    def output(self, out: Path | None, name: str) -> Path:
+        """The path of an answer called `name` by the server, whose folders count only for a zip, and never lead upwards."""
         parts = [part for part in PurePosixPath(name).parts if part.strip("./")]
         if self.is_archive:
-            # Where its name has no suffix, a folder of that name cannot stand beside it.
-            return self.home(out).joinpath(self.stem if self.path.suffix else f"{self.stem}_answers", *parts)
-        return self.home(out) / f"{self.stem}_{parts[-1]}"
+            # A zip whose name has no suffix occupies the name of the folder.
+            folder = self.stem if self.path.suffix else f"{self.stem}_answers"
+            return self.output_folder(out).joinpath(folder, *parts)
+        return self.output_folder(out) / f"{self.stem}_{parts[-1]}"
 
 
-def shown(path: Path) -> str:
-    """A path as text; what is none in it is escaped."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def collect(typed: Iterable[str], *, recursive: bool, out: Path | None) -> list[Input]:
-    """The inputs: files, what is in folders, and what patterns match.
-
-    Args:
-        typed: paths and patterns.
-        recursive: whether folders in folders are looked into.
-        out: the folder of answers, which holds no inputs.
+def collect(arguments: Iterable[str], *, recursive: bool, out: Path | None) -> list[Input]:
+    """Lists the inputs: files, the content of folders but `out`, and matches of patterns, each once.
 
     Raises:
-        InputError: there is no such file, or nothing in a folder.
+        InputError: a file does not exist, or a folder has no input.
     """
-    found: dict[Path, Input] = {}
-    for text in typed:
-        matches = [
-            one
-            for path, base in _expand(text)
-            for one in (
-                _walk(path, base, recursive=recursive, out=out) if path.is_dir() else [Input(path, _below(path.parent, base))]
+    inputs: dict[Path, Input] = {}
+    for argument in arguments:
+        files: list[Input] = []
+        for path, base in _expand(argument):
+            one = Input(path, _relative(path.parent, base))
+            files += _walk(path, base, recursive, out) if path.is_dir() else [one]
+        if not files:
+            hint = "" if recursive else "; folders in it are not searched without --recursive"
+            raise InputError(
+                f"{argument}: no image or volume in it (file types: {', '.join(SUFFIXES)}){hint}"
             )
-        ]
-        if not matches:
-            deeper = "" if recursive else ", folders in it left out"
-            raise InputError(f"{text}: no image or volume in it{deeper} (names end with {', '.join(SUFFIXES)})")
-        for one in matches:
-            found.setdefault(one.path.absolute(), one)
-    return list(found.values())
+        for one in files:
+            inputs.setdefault(one.path.absolute(), one)
+    return list(inputs.values())
 
 
-def _expand(text: str) -> Iterator[tuple[Path, Path]]:
-    """Paths and the folder from which their own folders are counted."""
-    path = Path(text)
+def _expand(argument: str) -> Iterator[tuple[Path, Path]]:
+    """Yields paths, and the folder that their own folders are relative to."""
+    path = Path(argument)
     if path.exists():
         yield path, path if path.is_dir() else path.parent
         return
-    if not glob.has_magic(text):
-        raise InputError(f"{text} does not exist")
-    matches = sorted(glob.glob(text, recursive=True))  # noqa: PTH207 - it may be absolute
+    matches = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 - the pattern may be absolute
     if not matches:
-        raise InputError(f"{text}: nothing matches")
-    parts = path.parts
-    base = Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
-    # A folder and what is in it are the same files once.
+        raise InputError(
+            f"{argument} matches no file" if glob.has_magic(argument) else f"{argument} does not exist"
+        )
+    base = Path(*path.parts[: next(i for i, part in enumerate(path.parts) if glob.has_magic(part))])
     yield from ((Path(match), base) for match in matches)
 
 
-def _walk(folder: Path, base: Path, *, recursive: bool, out: Path | None) -> Iterator[Input]:
-    """What looks like an input in a folder, in order."""
+def _walk(folder: Path, base: Path, recursive: bool, out: Path | None) -> Iterator[Input]:
+    """Yields the inputs in a folder in order, without hidden files and without answers to other inputs in it."""
 
-    def closed(error: OSError) -> None:
+    def fail(error: OSError) -> None:
         raise InputError(f"{error.filename} cannot be read: {error.strerror}")
 
-    for place, folders, names in os.walk(folder, onerror=closed):
+    skipped = out.resolve() if out else None
+    for place, folders, names in os.walk(folder, onerror=fail):
         here = Path(place)
-        folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
-        folders[:] = [name for name in folders if out is None or not _same(here / name, out)]
-        files = [Input(here / name, _below(here, base)) for name in sorted(names) if _fits(name)]
-        answers = {f"{one.stem}_{name}" for one in files for name in ANSWERS}
-        yield from (one for one in files if one.path.name not in answers)
+        visible = sorted(name for name in (*folders, *names) if not name.startswith("."))
+        folders[:] = [
+            name for name in visible if recursive and name in folders and (here / name).resolve() != skipped
+        ]
+        images = [name for name in visible if name in names and name.lower().endswith(SUFFIXES)]
+        files = [Input(here / name, _relative(here, base)) for name in images]
+        answers = {f"{one.stem}_{answer}" for one in files for answer in ANSWERS}
+        yield from (one for one in files if one.stem.removesuffix(".seg") not in answers)
 
 
-def _fits(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(SUFFIXES)
-
-
-def _below(folder: Path, base: Path) -> PurePath:
+def _relative(folder: Path, base: Path) -> PurePath:
     return folder.relative_to(base) if folder.is_relative_to(base) else PurePath()
 
 
-def _same(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve()
+def check_outputs(
+    inputs: list[Input],
+    out: Path | None,
+    output: Path | None,
+    references: Iterable[Path] = (),
+    answers: tuple[str, ...] = ANSWERS,
+) -> None:
+    """Refuses answers that would overwrite an input, a reference or another answer.
 
-
-def check(inputs: list[Input], out: Path | None, output: Path | None, references: Iterable[Path] = ()) -> None:
-    """Refuses what would overwrite an input, a reference or another answer.
-
-    Raises:
-        InputError: names the files.
+    Args:
+        inputs: all inputs.
+        out: folder of the answers; beside the inputs if None.
+        output: file of the only answer instead.
+        references: references of the inputs.
+        answers: names of the answers, without suffix.
     """
     if output:
-        if len(inputs) > 1:
-            raise InputError(f"-o names one file, and there are {len(inputs)} inputs; use --out FOLDER")
-        if inputs[0].is_archive:
-            raise InputError("-o names one file, but the answer to a zip of images has many; use --out FOLDER")
+        if len(inputs) > 1 or inputs[0].is_archive:
+            many = "a zip of images" if len(inputs) == 1 else f"{len(inputs)} inputs"
+            raise InputError(f"-o names one file, but {many} have several answers; use --out FOLDER")
         if not output.parent.is_dir():
             raise InputError(f"{output.parent} is not a folder")
-    own = {path.resolve() for path in (*references, *(one.path for one in inputs))}
-    places = {one: [one.answer(out, name) for name in ANSWERS] if output is None else [output] for one in inputs}
-    if over := [(one, place) for one in inputs for place in places[one] if place.resolve() in own]:
-        one, place = over[0]
+    taken = {path.resolve(): path for path in (*references, *(one.path for one in inputs))}
+    if output is None:
+        # Of which type the answers will be only the server knows.
+        taken = {path.parent / Input(path).stem.removesuffix(".seg"): path for path in taken}
+    for one in inputs:
+        places = [output] if output else [one.output(out, answer) for answer in answers]
+        if clash := next((taken[place.resolve()] for place in places if place.resolve() in taken), None):
+            raise InputError(
+                f"an answer to {printable(one.path)} would overwrite {printable(clash)}, "
+                "an input or a reference; use --out FOLDER"
+            )
+    names = Counter(one.output_folder(out).resolve() / one.stem for one in inputs)
+    same = [one.path for one in inputs if names[one.output_folder(out).resolve() / one.stem] > 1]
+    if same:
         raise InputError(
-            f"the answer to {one.shown} would be {Input(place).shown}, which is an input or a reference itself; use --out FOLDER"
-        )
-    homes = {one: one.home(out).resolve() / one.stem for one in inputs}
-    twice = {home for home, times in Counter(homes.values()).items() if times > 1}
-    if same := [one.shown for one in inputs if homes[one] in twice]:
-        more = f" and {len(same) - SHOWN} more" if len(same) > SHOWN else ""
-        raise InputError(
-            f"the answers to these would have the same name: {', '.join(same[:SHOWN])}{more}; segment them apart, with --out FOLDER"
+            f"the answers to these inputs would have the same name: {_list(same)}; segment them in separate runs"
         )
 
 
-def references(given: Path | None, inputs: list[Input]) -> dict[Input, Path]:
-    """The reference of each input: the file itself for one input, else the file of the same name, whatever its format, in a folder like its own.
+def match_references(reference: Path | None, inputs: list[Input]) -> dict[Input, Path]:
+    """Finds the reference of each input: the file itself for one input, else the file of the same stem and folder in a folder.
 
     Raises:
         InputError: references are missing.
     """
-    if given is None:
+    if reference is None:
         return {}
-    if given.is_file():
-        if len(inputs) > 1:
-            raise InputError(
-                f"--reference {given} is one file, and there are {len(inputs)} inputs; name the folder of the references"
-            )
-        return {inputs[0]: given}
-    if not given.is_dir():
-        raise InputError(f"--reference {given} does not exist")
-    known: dict[PurePath, dict[str, Path]] = {}
-    for folder in {one.folder for one in inputs}:
-        place = given / folder
-        known[folder] = {Input(path).stem: path for path in sorted(place.iterdir()) if path.is_file()} if place.is_dir() else {}
-    missing = [one.shown for one in inputs if one.stem not in known[one.folder]]
-    if missing:
-        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+    if reference.is_file() and len(inputs) == 1:
+        return {inputs[0]: reference}
+    if not reference.is_dir():
+        problem = f"is one file for {len(inputs)} inputs" if reference.exists() else "does not exist"
         raise InputError(
-            f"no reference in {given} for {', '.join(missing[:SHOWN])}{more}; references have the name of their input, in the same folders"
+            f"--reference {reference} {problem}; name a file for one input, or a folder for several"
         )
-    return {one: known[one.folder][one.stem] for one in inputs}
+    known = {
+        (folder, Input(path).stem): path
+        for folder in {one.folder for one in inputs}
+        for path in sorted((reference / folder).glob("*"))
+        if path.is_file()
+    }
+    if missing := [one.path for one in inputs if (one.folder, one.stem) not in known]:
+        raise InputError(
+            f"{reference} has no reference for {_list(missing)}; references have the name and folder of their input"
+        )
+    return {one: known[one.folder, one.stem] for one in inputs}
+
+
+def _list(paths: list[Path]) -> str:
+    more = f" and {len(paths) - LISTED} more" if len(paths) > LISTED else ""
+    return ", ".join(map(printable, paths[:LISTED])) + more

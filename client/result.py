@@ -1,24 +1,23 @@
-"""An answer of the server, read when it is looked at."""
+"""The answer to one input, decoded when it is looked at."""
 
 import functools
+import gzip
 import io
 import json
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-from client import errors
-from client.decode import Array, decode
-from client.documents import ImageReport, Statistics
-from client.replies import Reply, file_name, timings
+import numpy as np
+from numpy.typing import NDArray
 
-# Files that are the mask, the plainest first, as the server names them.
-MASKS = ("mask.png", "mask.tif", "mask.nii.gz", "mask.seg.nrrd", "labels.png", "labels.tif", "labels.nii.gz", "mask_1bit.png",
-         "scores.npz", "scores_8bit.npz")  # fmt: skip
-STATISTICS = ("statistics.json",)
-# Of a zip of images, beside the files of each.
-REPORT = "report.json"
+from client.errors import BadResponse
+
+# File names without their suffix that hold the mask, the plainest first. An .npz file has it beside the scores.
+MASKS = ("mask", "labels", "mask_1bit")
+STATISTICS, REPORT = "statistics.json", "report.json"
 
 
 @dataclass(frozen=True)
@@ -26,17 +25,17 @@ class Result:
     """The answer to one input.
 
     Attributes:
-        files: what was asked for, by the names that the server gives: "mask.png", "statistics.json", "objects.csv", ...
-        model: bundle that served it.
-        mode: accurate or fast, as served.
-        level: as served.
-        precision: as served.
-        timings_ms: by phase, as the server measured them.
-        iou: with the reference, mean over the foreground classes; None without one.
-        dice: the same.
-        note: what the server has to add, e.g. that values were replaced.
-        degraded: why less was served than asked for: "deadline", "load", or "".
-        request_id: under which the server's log has the request.
+        files: bytes of each requested format by the server's file name: "mask.png", "statistics.json", "objects.csv", ...
+        model: name of the bundle.
+        mode: "accurate" or "fast", as served.
+        level: depth of the network, as served.
+        precision: precision of the graph, as served.
+        timings_ms: milliseconds per phase on the server.
+        iou: IoU with the reference, mean over the foreground classes; None without a reference.
+        dice: Dice with the reference; None without a reference.
+        note: remark of the server, e.g. that values were replaced.
+        degraded: "deadline" or "load" where a shallower level was served than requested, else "".
+        request_id: id of the request in the server's log.
     """
 
     files: Mapping[str, bytes]
@@ -52,101 +51,149 @@ class Result:
     request_id: str = ""
 
     @functools.cached_property
-    def mask(self) -> Array:
-        """Class of each pixel, in the input's own grid; numbers of objects where only `labels_*` was asked for.
+    def mask(self) -> NDArray[Any]:
+        """Class per pixel in the input's own grid, or object numbers where only labels were requested.
 
         Raises:
-            LookupError: none of the formats asked for holds it, or the input was a zip of images.
+            LookupError: no requested format holds it, or the input was a zip of images.
         """
-        name = self._first(MASKS, "mask", "mask")
-        return decode(name, self.files[name])
+        named = [name for stem in MASKS for name in self.files if name.startswith(f"{stem}.")]
+        for name in (*named, *(name for name in self.files if name.endswith(".npz"))):
+            if name.endswith(tuple(DECODERS)):
+                return self.array(name)
+        raise self._missing("mask", "mask")
 
     @functools.cached_property
-    def statistics(self) -> Statistics:
-        """What the mask holds, in numbers.
+    def statistics(self) -> dict[str, Any]:
+        """Statistics of the mask: the document of `format=json`.
 
         Raises:
-            LookupError: they were not asked for, or the input was a zip of images.
+            LookupError: they were not requested, or the input was a zip of images.
         """
-        return cast("Statistics", json.loads(self.files[self._first(STATISTICS, "statistics", "json")]))
+        if STATISTICS not in self.files:
+            raise self._missing("statistics", "json")
+        return json.loads(self.files[STATISTICS])  # type: ignore[no-any-return]
 
     @functools.cached_property
-    def images(self) -> list[ImageReport]:
-        """What came of each image of a zip; empty where the input was none."""
-        return cast("list[ImageReport]", json.loads(self.files[REPORT])["images"]) if REPORT in self.files else []
+    def images(self) -> list[dict[str, Any]]:
+        """Name, status and files of each image of a zip; empty for any other input."""
+        return json.loads(self.files[REPORT])["images"] if REPORT in self.files else []
 
-    def array(self, name: str) -> Array:
-        """Any file that holds pixels, e.g. "score.png" or "uncertainty.tif"; see `decode`."""
-        return decode(name, self.files[name])
+    @property
+    def total_ms(self) -> float:
+        """Milliseconds of all phases."""
+        return sum(self.timings_ms.values())
 
-    def _first(self, names: tuple[str, ...], what: str, format_: str) -> str:
-        for name in names:
-            if name in self.files:
-                return name
+    def array(self, name: str) -> NDArray[Any]:
+        """Decodes a file that holds pixels.
+
+        Args:
+            name: key of `files`, e.g. "uncertainty.tif".
+
+        Returns:
+            (H, W) of an image, (S, H, W) of a stack, (X, Y, Z) of a volume as stored; class values of an indexed picture.
+
+        Raises:
+            ValueError: the file holds no pixels.
+        """
+        for suffix, decode in DECODERS.items():
+            if name.endswith(suffix):
+                return decode(self.files[name])
+        raise ValueError(f"{name} holds no pixels; names of files that do end with {', '.join(DECODERS)}")
+
+    def _missing(self, what: str, format_: str) -> LookupError:
         if self.images:
-            example = next((held for held in self.files if held.endswith(names)), next(iter(self.files)))
-            raise LookupError(
-                f"the answer to a zip of images has a file for each, e.g. .array({example!r}) or .files[{example!r}]; .images lists them"
+            return LookupError(
+                f"the answer to a zip of images has a file for each image; use .images and .array(name) for its {what}"
             )
-        raise LookupError(f"the answer holds no {what}, only {', '.join(self.files)}; ask for it with formats=({format_!r}, ...)")
+        return LookupError(
+            f"the answer has no {what}, only {', '.join(self.files)}; request it with formats=({format_!r}, ...)"
+        )
 
 
-def read_result(reply: Reply) -> Result:
-    """A good answer of POST /segment or of a job.
+def read_result(headers: Mapping[str, str], body: bytes) -> Result:
+    """Reads a successful response.
+
+    Args:
+        headers: of the response, case-insensitive.
+        body: one file, or a zip of several.
 
     Raises:
-        Failed: it is none of a server of ours.
+        BadResponse: the response does not come from a segmentation server.
     """
-    headers = reply.headers
     if "x-segment-model" not in headers:
-        raise errors.Failed("the answer is none of a segmentation server's; is the address right?", reply.status)
+        raise BadResponse(
+            "the response has no X-Segment-Model header; check that the address is a segmentation server's"
+        )
+    filename = re.search(r'filename="([^"\\/]+)"', headers.get("content-disposition", ""))
+    timings = re.findall(r"([\w-]+);dur=([0-9.]+)", headers.get("server-timing", ""))
     return Result(
-        _files(reply),
-        headers.get("x-segment-model", ""),
+        split_files(headers.get("content-type", ""), filename[1] if filename else "mask", body),
+        headers["x-segment-model"],
         headers.get("x-segment-mode", ""),
         int(headers.get("x-segment-level", "0")),
         headers.get("x-segment-precision", ""),
-        timings(headers.get("server-timing", "")),
-        _number(headers.get("x-segment-iou")),
-        _number(headers.get("x-segment-dice")),
+        {phase: float(milliseconds) for phase, milliseconds in timings},
+        float(headers["x-segment-iou"]) if "x-segment-iou" in headers else None,
+        float(headers["x-segment-dice"]) if "x-segment-dice" in headers else None,
         headers.get("x-segment-note", ""),
         headers.get("x-segment-degraded", ""),
-        reply.request_id,
+        headers.get("x-request-id", ""),
     )
 
 
-def _files(reply: Reply) -> dict[str, bytes]:
-    if reply.headers.get("content-type", "").split(";")[0] != "application/zip":
-        return {file_name(reply.headers): reply.body}
-    with zipfile.ZipFile(io.BytesIO(reply.body)) as held:
-        return {name: held.read(name) for name in held.namelist() if not name.endswith("/")}
+def split_files(media_type: str, filename: str, body: bytes) -> dict[str, bytes]:
+    """Splits the body of a response into files by name."""
+    if media_type.partition(";")[0] != "application/zip":
+        return {filename: body}
+    with zipfile.ZipFile(io.BytesIO(body)) as archive:
+        return {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
 
 
-def _number(text: str | None) -> float | None:
-    return None if text is None else float(text)
+def _picture(data: bytes) -> NDArray[Any]:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as picture:
+        pixels = np.asarray(picture)
+    # Pillow gives booleans for pictures of one bit.
+    return pixels.astype(np.uint8) if pixels.dtype == bool else pixels
 
 
-def query(formats: tuple[str, ...] | str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Choices as the server's query has them.
+def _tiff(data: bytes) -> NDArray[Any]:
+    import tifffile
 
-    Args:
-        formats: see `Client.segment`.
-        parameters: the others by name; None means the server's default.
-
-    Raises:
-        TypeError: the format is given twice.
-    """
-    if "format" in parameters:
-        raise TypeError("formats=(...) says what is wanted, not format=")
-    asked = [one.strip() for one in formats.split(",")] if isinstance(formats, str) else list(formats)
-    # "As the input" alone is what the server does anyway.
-    chosen = {} if asked in ([], ["mask"]) else {"format": ",".join(asked)}
-    return chosen | {name: _text(name, value) for name, value in parameters.items() if value is not None}
+    # By page, because the series of a file depend on its metadata.
+    return tifffile.imread(io.BytesIO(data), key=slice(None))  # type: ignore[no-any-return]
 
 
-def _text(name: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    # Sizes are written with x, as 0,5 is one number to many people.
-    between = "x" if name == "pixel_size_um" else ","
-    return between.join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+def _nifti(data: bytes) -> NDArray[Any]:
+    import nibabel as nib
+
+    return np.asanyarray(nib.Nifti1Image.from_bytes(gzip.decompress(data)).dataobj)
+
+
+def _nrrd(data: bytes) -> NDArray[Any]:
+    import nrrd
+
+    file = io.BytesIO(data)
+    header = nrrd.read_header(file)
+    if "data file" in header or "datafile" in header:
+        # pynrrd would open that file, whatever it is.
+        raise ValueError("the NRRD header names another file for its voxels, which is not read")
+    return np.asarray(nrrd.read_data(header, file))
+
+
+def _npz(data: bytes) -> NDArray[Any]:
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return np.asarray(arrays["mask"])
+
+
+DECODERS: dict[str, Callable[[bytes], NDArray[Any]]] = {
+    ".png": _picture,
+    ".jpg": _picture,
+    ".tiff": _tiff,
+    ".tif": _tiff,
+    ".nii.gz": _nifti,
+    ".nrrd": _nrrd,
+    ".npz": _npz,
+}

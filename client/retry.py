@@ -1,68 +1,128 @@
-"""When to ask again, and when to give up."""
+"""Sends a request again until it is answered, within bounds."""
 
+import asyncio
+import contextlib
 import email.utils
+import itertools
 import random
-import re
-from dataclasses import dataclass
+import ssl
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 
-# Asked again after these: the server, or a proxy before it, says that it is a matter of time.
-STATUSES = (429, 503)
+import httpx
+
+from client.errors import TimedOut, TransportError, from_problem
+from server.errors import UnetppError
+
+# Statuses by which the server, or a proxy before it, says that the same request may succeed soon.
+RETRIED = (429, 503)
+
+# Wait before the second attempt; it doubles with each. A longer wait that the server asks for is kept.
+FIRST_S, LONGEST_S = 0.5, 30.0
 
 
-@dataclass(frozen=True)
-class Retries:
-    """How often and how patiently.
-
-    Attributes:
-        most: further tries after the first; 0 for none.
-        first_s: the wait before the second try; it doubles with each.
-        longest_s: the longest wait of our own choice. What the server asks for is honoured, however long.
-        total_s: from the first try to the end of the answer.
-    """
-
-    most: int = 6
-    first_s: float = 0.5
-    longest_s: float = 30.0
-    total_s: float = 300.0
-
-    def wait_s(self, tried: int, asked_s: float | None) -> float:
-        """Seconds before the next try.
-
-        Args:
-            tried: how often it has been tried, 1 or more.
-            asked_s: what the answer's Retry-After said, if anything.
-
-        Returns:
-            Never less than asked, and scattered, so that clients that were refused together do not come back together.
-        """
-        if asked_s is not None:
-            return asked_s + random.uniform(0, min(1.0, 0.1 * asked_s + 0.1))  # noqa: S311 - no secret
-        # Any more doublings are over every limit, and in the end over that of floats.
-        own_s = min(self.longest_s, self.first_s * 2.0 ** min(tried - 1, 60))
-        return random.uniform(own_s / 2, own_s)  # noqa: S311 - no secret
-
-
-def read_retry_after(value: str | None, now: datetime | None = None) -> float | None:
-    """Seconds that a Retry-After header asks for; None without one, or if it is neither seconds nor an HTTP date.
+async def send_with_retry(
+    attempt: Callable[[], Awaitable[httpx.Response]],
+    retries: int,
+    timeout_s: float,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> httpx.Response:
+    """Sends a request until it succeeds.
 
     Args:
-        value: the header.
-        now: the answer's own Date where it has one: clocks differ.
+        attempt: sends it once and reads the response.
+        retries: attempts after the first, for 429, 503 and broken connections.
+        timeout_s: seconds for all attempts and the waits between them.
+        sleep: waits between two attempts.
+
+    Raises:
+        UnetppError: the error in the last response.
+        TransportError: the last attempt got no complete response.
+        TimedOut: the time is over.
     """
-    if value is None:
-        return None
-    # Of more digits nobody waits for the end.
-    if re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
-        return float(value)
-    until = read_date(value)
-    return None if until is None else max(0.0, (until - (now or datetime.now(UTC))).total_seconds())
+    end = time.monotonic() + timeout_s
+    async with time_limit(timeout_s, f"no response within {timeout_s:g} s; raise timeout_s, or submit a job"):
+        for number in itertools.count(1):
+            error: UnetppError
+            asked_s = None
+            try:
+                response = await attempt()
+            except httpx.HTTPError as cause:
+                error = transport_error(cause)
+                error.__cause__, retryable = cause, error.retryable
+            else:
+                if response.is_success:
+                    return response
+                error, retryable = read_error(response), response.status_code in RETRIED
+                asked_s = read_retry_after(response)
+            wait_s = backoff_s(number, asked_s)
+            if not retryable or number > retries or wait_s >= end - time.monotonic():
+                raise error
+            await sleep(wait_s)
+    raise AssertionError("unreachable")
 
 
-def read_date(value: str | None) -> datetime | None:
-    """An HTTP date; None if it is none."""
+@contextlib.asynccontextmanager
+async def time_limit(seconds: float | None, detail: str) -> AsyncIterator[None]:
+    """Raises TimedOut with a sentence when a block takes longer."""
+    timer = asyncio.timeout(seconds)
     try:
-        read = email.utils.parsedate_to_datetime(value or "")
+        async with timer:
+            yield
+    except TimeoutError as error:
+        if not timer.expired():
+            raise
+        raise TimedOut(detail, limit=seconds, unit="s") from error
+
+
+def backoff_s(number: int, asked_s: float | None) -> float:
+    """Computes the wait after an attempt, random so that clients refused together do not return together.
+
+    Args:
+        number: attempts so far, 1 or more.
+        asked_s: seconds in the response's Retry-After header; the wait is never shorter.
+    """
+    if asked_s is not None:
+        return asked_s + random.uniform(0, min(1.0, 0.1 * asked_s + 0.1))  # noqa: S311 - not a secret
+    longest_s = min(LONGEST_S, FIRST_S * 2.0 ** min(number - 1, 10))
+    return random.uniform(longest_s / 2, longest_s)  # noqa: S311 - not a secret
+
+
+def read_retry_after(response: httpx.Response) -> float | None:
+    """Reads the seconds of a Retry-After header; None where it is missing, or neither seconds nor an HTTP date."""
+    value = response.headers.get("retry-after", "").strip()
+    if value.isdecimal():
+        # More digits than these are not a time that a caller waits for.
+        return float(value[:9])
+    with contextlib.suppress(ValueError, TypeError):
+        return max(0.0, (email.utils.parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    return None
+
+
+def read_error(response: httpx.Response) -> UnetppError:
+    """Builds the error of a response without success, whose body has been read."""
+    try:
+        document = response.json()
     except ValueError:
-        return None
-    return read if read.tzinfo else read.replace(tzinfo=UTC)
+        document = None
+    if location := response.headers.get("location"):
+        document = {"detail": f"the server is at another address: {location}; use that one"}
+    request_id = response.headers.get("x-request-id")
+    return from_problem(document, response.status_code, read_retry_after(response), request_id=request_id)
+
+
+def transport_error(error: httpx.HTTPError) -> TransportError:
+    """Translates an error of httpx."""
+    cause: BaseException | None = error
+    while cause:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            detail = f"the server's certificate is not trusted: {cause.verify_message}; name its authority with verify="
+            return TransportError(detail, retryable=False)
+        cause = cause.__cause__ or cause.__context__
+    refused = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+    retryable = isinstance(error, httpx.TransportError) and not isinstance(
+        error, httpx.UnsupportedProtocol | httpx.ProxyError
+    )
+    problem = "no server answers at this address" if refused else "the connection broke"
+    return TransportError(f"{problem}: {error}", retryable=retryable)

@@ -4,7 +4,7 @@ N tiles, C channels, K score channels, H W the image, X Y Z the volume as stored
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,7 @@ class Volume:
     Attributes:
         voxels: (X, Y, Z, C) uint8, uint16, int16 or float32, all finite. The pages of a stack follow each other along Z.
         affine: (4, 4) voxel index to mm along right, anterior, superior; None for a stack of pages.
-        header: the file's own header, which the answer is written with; None for a stack of pages.
+        file_header: the file's own header, which the answer is written with; None for a stack of pages.
         note: as `Image.note`.
         spacing_mm: of a stack, along X, Y and, unless each page is a time, Z, where the file says it; of a volume the affine tells.
         family: what a volume is answered in unless another format is asked for: "nifti", or "nrrd" for NRRD and MetaImage.
@@ -89,7 +89,7 @@ class Volume:
 
     voxels: Shaped[ndarray, "X Y Z C"]
     affine: Float64[ndarray, "4 4"] | None
-    header: Any = None
+    file_header: Any = None
     note: str = ""
     spacing_mm: tuple[float, ...] | None = None
     family: str = "nifti"
@@ -109,7 +109,9 @@ class Volume:
     @property
     def input_header(self) -> InputHeader:
         """What a header would say."""
-        return InputHeader(self.size, self.voxels.shape[-1], self.voxels.itemsize, self.affine, self.family, self.time_slices)
+        return InputHeader(
+            self.size, self.voxels.shape[-1], self.voxels.itemsize, self.affine, self.family, self.time_slices
+        )
 
 
 @dataclass(frozen=True)
@@ -157,15 +159,15 @@ class Objects:
     """The separate objects of a mask: object k + 1 is row k of every column.
 
     Attributes:
-        labels: (H, W) or (X, Y, Z) int32, the object's number per pixel; 0 is background.
-        value: class of each.
-        pixels: how many pixels or voxels it has.
+        labels: (H, W) or (X, Y, Z) int32, object number per pixel; 0 is background.
+        value: class value of each object.
+        pixels: number of pixels or voxels of each object.
         centroid: mean index of its pixels, along the axes of `labels`.
         low: first index of its bounding box.
-        high: the box's end, one beyond its last pixel.
-        mean_score: mean over its pixels of the probability of its class.
-        touches_border: whether it may go on outside of the picture.
-        time_slices: see `Volume`.
+        high: end of its bounding box, one beyond its last pixel.
+        mean_score: mean over its pixels of the probability of its class; NaN where scores are unknown.
+        touches_border: whether its box reaches the border, so that the object may continue outside.
+        time_slices: number of slices of each time of a time-lapse, else None.
     """
 
     labels: Int32[ndarray, "*size"]
@@ -180,7 +182,7 @@ class Objects:
 
     @property
     def planar(self) -> bool:
-        """See `Extent`."""
+        """Whether objects have an area, as in images and in pages that are times, rather than a volume."""
         return self.labels.ndim == 2 or self.time_slices == 1
 
     def __len__(self) -> int:
@@ -189,18 +191,42 @@ class Objects:
 
 @dataclass(frozen=True)
 class Mask:
-    """The finished answer, in the caller's own pixels or voxels; what is None was not asked for.
+    """A class per pixel, on the grid of the input. Optional arrays are None where no output format needs them.
 
     Attributes:
-        classes: (H, W) or (X, Y, Z) uint8, class index per pixel; 0 is background.
+        classes: (H, W) or (X, Y, Z) uint8, class value per pixel; 0 is background.
         scores: (K, H, W) or (K, X, Y, Z) float16 probabilities.
-        spread: (H, W) or (X, Y, Z) float16, standard deviation of the foreground probability over the heads.
-        objects: what the mask is made of.
-        confidence: (H, W) or (X, Y, Z) float16, the score of the best foreground class.
+        head_std: (H, W) or (X, Y, Z) float16, standard deviation of the foreground probability over the heads.
+        confidence: (H, W) or (X, Y, Z) float16, score of the best foreground class.
     """
 
     classes: UInt8[ndarray, "*size"]
     scores: Shaped[ndarray, "K *size"] | None = None
     head_std: Shaped[ndarray, "*size"] | None = None
-    objects: Objects | None = None
     confidence: Shaped[ndarray, "*size"] | None = None
+
+
+@dataclass(frozen=True)
+class LabelledMask(Mask):
+    """A mask whose objects are numbered and measured.
+
+    Attributes:
+        objects: separate objects of the mask.
+    """
+
+    objects: Objects = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How far two masks of one class agree.
+
+    Attributes:
+        iou: intersection over union; 1 where both masks are empty.
+        dice: twice the intersection over the sum of both sizes; 1 where both masks are empty.
+        empty: whether both masks are empty, so that their agreement says little.
+    """
+
+    iou: float
+    dice: float
+    empty: bool = False

@@ -41,8 +41,9 @@ import httpx
 import numpy as np
 import psutil
 
+from bench.inputs import bodies
 from bench.peers import bare, report
-from bench.peers.contenders import CASES, COMMON, HOME, PEERS, Case, Contender, bodies, contenders, install, installed
+from bench.peers.contenders import CASES, COMMON, HOME, PEERS, Case, Contender, contenders, install, installed
 from bench.peers.load import Summary, Target, closed_loop, open_loop, poisson, summarise
 from bench.serving import ROOT, free_port, memory, running, tree
 from bench.table import RESULTS
@@ -58,7 +59,7 @@ LASTS = 4
 FEWEST = 16
 # Processors that others may keep busy when a turn begins, of all, in percent; and how long to wait for that, in seconds.
 QUIET = 10
-PATIENCE_S = 20
+QUIET_TIMEOUT_S = 20
 # A server that has not answered after so long, in seconds, does not start.
 START_UP_S = 90
 # Ours, whose versions are written down; the peers' are in contenders.py.
@@ -98,7 +99,7 @@ class Elsewhere:
         self._pool.shutdown()
 
     def __call__(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """What the function returns."""
+        """Runs the function and returns its result."""
         return self._pool.submit(function, *args, **kwargs).result()
 
 
@@ -190,7 +191,9 @@ def measure(
     # Batches of every size once, so that memory has grown and what learns has learnt.
     fire(closed_loop, target, 8, min(2, options.seconds))
     found = {
-        load: summarise(fire(closed_loop, target, int(load), options.seconds)) for load in options.loads if not load.endswith("x")
+        load: summarise(fire(closed_loop, target, int(load), options.seconds))
+        for load in options.loads
+        if not load.endswith("x")
     }
     lasting = max(options.seconds, LASTS * trial.deadline)
     offered = partial(offer, fire, target, trial, number)
@@ -203,17 +206,28 @@ def measure(
         return found
     for load in options.loads:
         if load.endswith("x"):
-            found[load] = offered(load, capacity * float(load[:-1]), lasting if load == "1.3x" else options.seconds)
+            found[load] = offered(
+                load, capacity * float(load[:-1]), lasting if load == "1.3x" else options.seconds
+            )
     if contender.ours and "1.3x" in options.loads:
         asked = f"&deadline_ms={math.ceil(trial.deadline * 1e3)}"
         found[f"1.3x{report.DEADLINE}"] = offered("1.3x", 1.3 * capacity, lasting, asked)
         if trial.case.level > 1:
-            found[f"1.5x{report.MIN_LEVEL}"] = offered("1.5x", 1.5 * capacity, lasting, f"{asked}&min_level=1")
+            found[f"1.5x{report.MIN_LEVEL}"] = offered(
+                "1.5x", 1.5 * capacity, lasting, f"{asked}&min_level=1"
+            )
     return found
 
 
 def offer(
-    fire: Elsewhere, target: Target, trial: Trial, number: int, load: str, rate: float, seconds: float, asked: str = ""
+    fire: Elsewhere,
+    target: Target,
+    trial: Trial,
+    number: int,
+    load: str,
+    rate: float,
+    seconds: float,
+    asked: str = "",
 ) -> Summary:
     """An open loop; what arrives in the first part only fills the queue and is not counted."""
     seconds = max(seconds, FEWEST / rate)
@@ -229,14 +243,16 @@ def turn(
     """One contender on one case, from start to stop, in one round.
 
     Raises:
-        Unfit: see `first_answer` and `check`; or it ended under load.
+        Unfit: it did not start, answered wrongly, or ended under load.
     """
     port = free_port()
     log = HOME / f"{name}.log"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         command = contender.command(trial.case, options.threads, port, Path(folder))
         begun = time.perf_counter()
-        with running(command, {"PYTHONPATH": ".", "RAY_TMPDIR": folder, **contender.environment}, log) as process:
+        with running(
+            command, {"PYTHONPATH": ".", "RAY_TMPDIR": folder, **contender.environment}, log
+        ) as process:
             first_answer(contender, trial, port, process)
             start_up = time.perf_counter() - begun
             same = check(contender, trial, port)
@@ -249,8 +265,8 @@ def turn(
 
 
 def quiet() -> float:
-    """Waits for others on this machine to be done, but not for ever; their share of the processors, in percent."""
-    until = time.perf_counter() + PATIENCE_S
+    """Waits up to `QUIET_TIMEOUT_S` for other work on this machine to end; returns its share of the processors, in percent."""
+    until = time.perf_counter() + QUIET_TIMEOUT_S
     while (busy := float(psutil.cpu_percent(1))) > QUIET and time.perf_counter() < until:
         pass
     return busy
@@ -275,7 +291,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             order = [(name, case) for name in ["bare", *present] for case in trials]
             shuffle(order)
             for name, case in order:
-                found: dict[str, Any] = {"contender": name, "case": case, "round": number, "busy_before": quiet()}
+                found: dict[str, Any] = {
+                    "contender": name,
+                    "case": case,
+                    "round": number,
+                    "busy_before": quiet(),
+                }
                 try:
                     found |= (
                         bare_turn(trials[case], options)
@@ -293,33 +314,57 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "not_installed": [name for name in options.contenders if not installed(name)],
         "options": {name: value for name, value in vars(options).items() if name != "install"},
         "versions": {name: packages[0] for name, packages in PEERS.items()},
-        "ours": {"commit": commit(), "python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "ours": {
+            "commit": commit(),
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
         "peers_packages": {name: [*packages, *COMMON] for name, packages in PEERS.items()},
     }
 
 
 def commit() -> str:
-    """Of this checkout, with `-dirty` where it has changes."""
+    """Commit of this checkout, with `-dirty` where it has changes."""
     command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    return (
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        or "unknown"
+    )
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     names = list(contenders(2))
     parser = argparse.ArgumentParser(
-        prog="python -m bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.peers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--install", action="store_true", help="make the peers' virtual environments, and stop")
-    parser.add_argument("--contenders", nargs="+", choices=names, default=names, metavar="NAME", help=" ".join(names))
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS), metavar="LOAD", help=" ".join(LOADS))
     parser.add_argument(
-        "--rate", nargs="+", type=float, default=[], help="requests per second of the open loops, instead of × capacity"
+        "--install",
+        nargs="*",
+        choices=PEERS,
+        help="make the virtual environments of these peers, or of all, and stop",
+    )
+    parser.add_argument(
+        "--contenders", nargs="+", choices=names, default=names, metavar="NAME", help=" ".join(names)
+    )
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument(
+        "--loads", nargs="+", choices=LOADS, default=list(LOADS), metavar="LOAD", help=" ".join(LOADS)
+    )
+    parser.add_argument(
+        "--rate",
+        nargs="+",
+        type=float,
+        default=[],
+        help="requests per second of the open loops, instead of × capacity",
     )
     parser.add_argument("--seconds", type=float, default=2, help="of one level of load, at least")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2, help="of one run of a graph; `auto` decides for itself")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="of one run of a graph; `auto` decides for itself"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the order of turns")
     options = parser.parse_args(arguments)
     closed = [load for load in options.loads if not load.endswith("x")]
@@ -335,11 +380,14 @@ def main() -> None:
         SystemExit: the run was not whole, or a contender was not fit.
     """
     options = parse()
-    if options.install:
-        install()
+    if options.install is not None:
+        install(options.install)
         return
     HOME.mkdir(parents=True, exist_ok=True)
-    whole = vars(parse([])).items() >= {k: vars(options)[k] for k in ("contenders", "cases", "loads", "rate")}.items()
+    whole = (
+        vars(parse([])).items()
+        >= {k: vars(options)[k] for k in ("contenders", "cases", "loads", "rate")}.items()
+    )
     found = run(options)
     fit = not found["not_installed"] and not any("unfit" in turn for turn in found["turns"])
     report.publish(found, RESULTS if whole and fit else HOME)

@@ -14,7 +14,7 @@ from bench.peers.common import Model, decode, feed
 
 @dataclass(frozen=True)
 class Bare:
-    """What the loop did.
+    """Result of the loop.
 
     Attributes:
         throughput: images per second.

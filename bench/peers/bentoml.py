@@ -20,7 +20,7 @@ from bench.peers.common import Model, encode
 
 
 class Arguments(BaseModel):
-    """What `bentoml serve --arg` passes."""
+    """Arguments of `bentoml serve --arg`."""
 
     graph: str
     threads: int

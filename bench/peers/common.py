@@ -1,4 +1,4 @@
-"""What every peer does with a request, so that each peer's own file holds only its project's boilerplate.
+"""Steps that every peer takes with a request, so that each peer's own file holds only its project's boilerplate.
 
     PNG (RGB) → pixels → mean and 1 / standard deviation per channel → ONNX Runtime → score > 0.5 → indexed PNG
 
@@ -24,7 +24,7 @@ BATCH_WAIT_S = 0.002
 
 
 def open_session(graph: Path | str, threads: int) -> onnxruntime.InferenceSession:
-    """As any script would, but for the number of threads, which do not spin, as in our server.
+    """Opens a session with default options but for the number of threads, which do not spin, as in our server.
 
     With ONNX Runtime's default they spin for a while after each run, on the cores that HTTP and PNG need: at L1 and
     concurrency 16, LitServe answered 237 instead of 173 per second without, MLServer 160 instead of 122.
@@ -40,7 +40,7 @@ class Model:
 
     Args:
         graph: ONNX file; its weights lie beside it.
-        threads: of one run.
+        threads: number of threads of one run.
     """
 
     def __init__(self, graph: Path | str, threads: int) -> None:
@@ -75,7 +75,9 @@ def feed(images: Sequence[NDArray[np.uint8]]) -> dict[str, NDArray[np.float32]]:
         image (N, 3, h, w), mean (N, 3, 1, 1) and inverse_std (N, 3, 1, 1), float32.
     """
     pixels = np.stack([image.transpose(2, 0, 1) for image in images])
-    mean, variance = np.moveaxis(np.array([[moments(channel) for channel in image] for image in pixels]), -1, 0)[..., None, None]
+    mean, variance = np.moveaxis(
+        np.array([[moments(channel) for channel in image] for image in pixels]), -1, 0
+    )[..., None, None]
     # A constant channel stays constant: zero after the mean is taken off.
     inverse_std = 1 / np.sqrt(np.where(variance > 0, variance, 1))
     found = {"image": pixels, "mean": mean, "inverse_std": inverse_std}

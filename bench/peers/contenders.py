@@ -1,4 +1,4 @@
-"""Who takes part, how each is installed and started, and how it is asked.
+"""Contenders: how each is installed and started, and how its requests look.
 
 | peer | a batch waits | what else was set, and why |
 |---|---|---|
@@ -26,14 +26,13 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from skimage import data
 
 from bench.peers.common import BATCH_WAIT_S
 from bench.serving import ROOT, free_port, serve_command
@@ -42,8 +41,8 @@ BUNDLE = ROOT / "bundles" / "nuclei"
 # Virtual environments of the peers, whose requirements contradict each other and ours.
 HOME = ROOT / "var" / "peers"
 
-# What `--install` installs, by name and version; none of it asks for torch. Beside the peers themselves: LitServe's forms need
-# python-multipart; MLServer's worker does not start with uvloop 0.22 and later, which make no event loop unasked.
+# What `--install` installs, by name and version; none of it requires torch. Beside the peers themselves: LitServe's forms need
+# python-multipart; MLServer's worker does not start with uvloop 0.22 and later, which make an event loop on request only.
 COMMON = ("onnxruntime==1.31.1", "numpy==2.4.6", "pillow==13.0.0")
 PEERS = {
     "litserve": ("litserve==0.2.19", "python-multipart==0.0.34"),
@@ -93,7 +92,13 @@ def form(name: str) -> Callable[[bytes], tuple[bytes, str]]:
 def inference_protocol(body: bytes) -> tuple[bytes, str]:
     """Open Inference Protocol: JSON with the file as base64."""
     text = base64.b64encode(body).decode()
-    tensor = {"name": "image", "shape": [1, 1], "datatype": "BYTES", "parameters": {"content_type": "base64"}, "data": [text]}
+    tensor = {
+        "name": "image",
+        "shape": [1, 1],
+        "datatype": "BYTES",
+        "parameters": {"content_type": "base64"},
+        "data": [text],
+    }
     return json.dumps({"inputs": [tensor]}).encode(), "application/json"
 
 
@@ -119,7 +124,7 @@ class Contender:
     Attributes:
         label: in the table.
         command: argv for (case, threads, port, an empty folder).
-        path: of the URL, for a case.
+        path: path of the URL, for a case.
         request: a PNG file as it wants it: body and content type.
         mask: the mask in its answer.
         environment: variables for its process.
@@ -147,11 +152,13 @@ def installed(name: str) -> bool:
     return name not in PEERS or python(name).exists()
 
 
-def install() -> None:
-    """Makes the peers' virtual environments with the versions above."""
-    for name, packages in PEERS.items():
+def install(names: Collection[str] = ()) -> None:
+    """Makes the virtual environments of some peers, or of all, with the versions above."""
+    for name, packages in ((name, PEERS[name]) for name in names or PEERS):
         subprocess.run([sys.executable, "-m", "venv", "--clear", HOME / name], check=True)
-        subprocess.run([python(name), "-m", "pip", "install", "--quiet", *packages, *COMMON], check=True)
+        subprocess.run(
+            [python(name), "-m", "pip", "install", "--quiet", "--quiet", *packages, *COMMON], check=True
+        )
 
 
 def script(name: str, interpreter: Path | str) -> Callable[[Case, int, int, Path], list[str]]:
@@ -159,7 +166,12 @@ def script(name: str, interpreter: Path | str) -> Callable[[Case, int, int, Path
 
     def command(case: Case, threads: int, port: int, _: Path) -> list[str]:
         given = {"--graph": case.graph, "--threads": threads, "--max-batch": case.max_batch, "--port": port}
-        return [str(interpreter), "-m", f"bench.peers.{name}", *(str(part) for pair in given.items() for part in pair)]
+        return [
+            str(interpreter),
+            "-m",
+            f"bench.peers.{name}",
+            *(str(part) for pair in given.items() for part in pair),
+        ]
 
     return command
 
@@ -168,7 +180,13 @@ def bentoml(case: Case, threads: int, port: int, _: Path) -> list[str]:
     """`bentoml serve` with the arguments of its service."""
     given = {"graph": case.graph, "threads": threads, "max_batch": case.max_batch}
     options = [part for name, value in given.items() for part in ("--arg", f"{name}={value}")]
-    command = [str(python("bentoml").parent / "bentoml"), "serve", "bench.peers.bentoml:Segment", "--working-dir", str(ROOT)]
+    command = [
+        str(python("bentoml").parent / "bentoml"),
+        "serve",
+        "bench.peers.bentoml:Segment",
+        "--working-dir",
+        str(ROOT),
+    ]
     return [*command, "--host", "127.0.0.1", "--port", str(port), "--quiet", *options]
 
 
@@ -188,13 +206,17 @@ def mlserver(case: Case, threads: int, port: int, folder: Path) -> list[str]:
 
 
 def ours(case: Case) -> str:
-    """The level is asked for with the request."""
+    """Path with the level in its query."""
     return f"/segment?mode=fast&level={case.level}"
 
 
 def settings(threads: int) -> dict[str, str]:
     """The peers' engine and precision."""
-    return {"UNETPP_RUNTIME__ENGINE": "onnxruntime", "UNETPP_RUNTIME__PRECISION": "fp32", "UNETPP_RUNTIME__THREADS": str(threads)}
+    return {
+        "UNETPP_RUNTIME__ENGINE": "onnxruntime",
+        "UNETPP_RUNTIME__PRECISION": "fp32",
+        "UNETPP_RUNTIME__THREADS": str(threads),
+    }
 
 
 def contenders(threads: int) -> dict[str, Contender]:
@@ -225,16 +247,3 @@ def contenders(threads: int) -> dict[str, Contender]:
         ),
         "torch": Contender("FastAPI + torch", script("torch_eager", sys.executable), request=form("image")),
     }  # fmt: skip
-
-
-def bodies(side: int, count: int = 8) -> list[bytes]:
-    """PNG files of different parts of a real image (scikit-image's immunohistochemistry), each turned another way."""
-    image = data.immunohistochemistry()
-    files = []
-    for index in range(count):
-        at = (len(image) - side) * index // (count - 1)
-        crop = np.rot90(image[at : at + side, at : at + side], index % 4)
-        out = io.BytesIO()
-        Image.fromarray(crop[:, ::-1] if index >= 4 else crop).save(out, "PNG")
-        files.append(out.getvalue())
-    return files

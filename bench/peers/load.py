@@ -3,7 +3,7 @@
 A closed loop keeps a number of requests under way: the next is sent when an answer comes. It finds what a server can
 do, but asks less of a slow one. An open loop sends at times that do not depend on the answers (Poisson arrivals), and
 latency counts from the time at which a request was *due*: a client that comes late to send it hides nothing. A request
-that failed has an infinite latency, so that nobody improves their percentiles by failing.
+that failed has an infinite latency, so that failing improves no percentiles.
 """
 
 import asyncio
@@ -28,13 +28,13 @@ PROMPT_S = 0.05
 
 @dataclass(frozen=True)
 class Target:
-    """Where requests go and what they carry.
+    """Destination and content of requests.
 
     Attributes:
         url: with the query.
         bodies: sent in turn.
-        content_type: of the bodies.
-        timeout_s: after which an answer is given up.
+        content_type: media type of the bodies.
+        timeout_s: longest wait for an answer, in seconds.
     """
 
     url: str
@@ -45,7 +45,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Shot:
-    """What became of one request.
+    """Outcome of one request.
 
     Attributes:
         due: seconds from the start of the loop at which it had to be sent.
@@ -78,7 +78,7 @@ class Summary:
         refusal_p50: milliseconds of 429 and 503; NaN without any.
         degraded: good answers that served less than was asked.
         missed: requests that got no good answer within the deadline.
-        prompt: of these, the ones that were refused within `PROMPT_S`.
+        prompt: missed ones that were refused within `PROMPT_S`.
         share: goodput, of the capacity that was found in the same turn; NaN without either.
         latencies: milliseconds, of all requests that were due in the window; infinite for failures.
     """
@@ -116,14 +116,16 @@ def poisson(rate: float, seconds: float, seed: str) -> list[float]:
     return sorted(uniform() * seconds for _ in range(round(rate * seconds)))
 
 
-def summarise(shots: Iterable[Shot], window: tuple[float, float] | None = None, deadline: float = math.nan) -> Summary:
+def summarise(
+    shots: Iterable[Shot], window: tuple[float, float] | None = None, deadline: float = math.nan
+) -> Summary:
     """Numbers of one level of load.
 
     Answers per second count what was completed in the window, so that neither the empty queue before it nor
     the drain after it flatters anyone; latencies and errors are of the requests that were due in it.
 
     Args:
-        shots: of one loop.
+        shots: outcomes of one loop.
         window: seconds from, to; None is from the first request to the last answer, as fits a closed loop.
         deadline: seconds after which a good answer is too late.
     """
@@ -209,7 +211,7 @@ class _Gun:
         self._target = target
 
     async def __aenter__(self) -> "_Gun":
-        # Idle connections are let go before the servers close them (uvicorn: 5 s): a race that would be nobody's error.
+        # Idle connections are closed before the servers close them (uvicorn: 5 s), because that race would count as an error.
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),
             timeout=aiohttp.ClientTimeout(total=self._target.timeout_s),

@@ -25,4 +25,6 @@ class Segment(MLModel):
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
         """Files of several requests, one run."""
         masks = self._model.answer(Base64Codec.decode_input(payload.inputs[0]))
-        return InferenceResponse(model_name=self.name, outputs=[Base64Codec.encode_output("mask", masks, use_bytes=False)])
+        return InferenceResponse(
+            model_name=self.name, outputs=[Base64Codec.encode_output("mask", masks, use_bytes=False)]
+        )

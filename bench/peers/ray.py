@@ -45,7 +45,9 @@ def main() -> None:
     serve.start(http_options={"host": "127.0.0.1", "port": given.port})
     deployment: Any = Segment  # the decorator made it one
     replica = deployment.options(ray_actor_options={"num_cpus": given.threads})
-    serve.run(replica.bind(str(given.graph.resolve()), given.threads, given.max_batch), route_prefix="/segment")
+    serve.run(
+        replica.bind(str(given.graph.resolve()), given.threads, given.max_batch), route_prefix="/segment"
+    )
     signal.sigwait({signal.SIGTERM, signal.SIGINT})
     serve.shutdown()
     ray.shutdown()

@@ -1,4 +1,4 @@
-"""What a first version often is: FastAPI, and the network in torch, eager, float32; no batching.
+"""A typical first version: FastAPI, and the network in torch, eager, float32; no batching.
 
 Followed: https://fastapi.tiangolo.com/async/ (blocking work belongs in a `def` route, which runs in the thread pool) and
 https://fastapi.tiangolo.com/tutorial/request-files/ (`UploadFile`); https://www.starlette.io/threadpool/ for the pool's size:

@@ -1,7 +1,7 @@
-"""How the network's axes lie in the caller's array. One view serves both ways, so what goes in mirrored comes back mirrored.
+"""Maps the axes of a network to the axes of the caller's array, and back.
 
-Voxels are read through a view with the network's axes, and the mask is written through the same kind of view into an
-array with the caller's: there is no inverse to get wrong.
+Voxels are read through a view that has the network's axes, and the mask is written through the same kind of view of an
+array that has the caller's axes. Both directions share one mapping, so a mirrored input comes back mirrored.
 """
 
 import itertools
@@ -9,47 +9,52 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from jaxtyping import Float32, Float64, Shaped
 from nibabel import Nifti1Header, Nifti2Header, orientations
 from numpy import ndarray
-from scipy import ndimage
 
 from server.arrays import Image, Volume
 from server.errors import InvalidParameter, Unreadable
 
-# A spacing this near to the network's is not resampled: it would only blur.
-SAME_SPACING = 0.01
+# Relative difference of two spacings below which voxels are not resampled, because that would only blur them.
+SPACING_TOLERANCE = 0.01
 
-# mm; outside of it an affine is a mistake, such as metres or micrometres without their unit.
-LEAST_SPACING, MOST_SPACING = 1e-4, 100.0
+# A spacing outside of these limits is a mistake, such as metres or micrometres without their unit.
+MIN_SPACING_MM, MAX_SPACING_MM = 1e-4, 100.0
 
-# mm per unit of length, as formats and microscopes write it, in small letters.
-MM = {
+# Length in mm of each unit that formats and microscopes write, in lower case.
+MM_PER_UNIT = {
     **dict.fromkeys(("nm", "nanometer", "nanometers"), 1e-6),
-    **dict.fromkeys(("µm", "μm", "um", "micron", "microns", "micrometer", "micrometers", "\\u00b5m", "\\u03bcm", "\\xb5m"), 1e-3),
+    **dict.fromkeys(("µm", "μm", "um", "micron", "microns", "micrometer", "micrometers"), 1e-3),
+    # µ as Java and Python escape it.
+    **dict.fromkeys(("\\u00b5m", "\\u03bcm", "\\xb5m"), 1e-3),
     **dict.fromkeys(("mm", "millimeter", "millimeters"), 1.0),
     **dict.fromkeys(("cm", "centimeter", "centimeters"), 10.0),
     **dict.fromkeys(("m", "meter", "meters"), 1e3),
     **dict.fromkeys(("inch", "inches", "in"), 25.4),
 }
 
-# By how much the axes of a rotation may miss right angles: what rounding in headers makes.
-RIGID = 1e-4
+# Deviation from right angles, as a cosine, that rounding in headers causes.
+RIGHT_ANGLE_TOLERANCE = 1e-4
 
-# Voxels by which two affines may differ and still mean the same place: what rounding in headers makes.
-SAME_PLACE = 0.1
+# Distance in voxels that rounding in headers causes between two affines of the same place.
+AFFINE_TOLERANCE_VOXELS = 0.1
+
+# Volume of the parallelepiped of the axes' unit vectors below which the axes count as linearly dependent.
+MIN_DETERMINANT = 1e-3
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The network's grid in the caller's array.
+    """Describes the network's grid in the caller's array.
 
     Attributes:
-        order: network axis k is axis order[k] of the caller's.
-        mirrored: which network axes run against the caller's.
-        size: voxels of the network's grid, along its axes.
-        native: voxels of the caller's grid along the network's axes; another size means resampling.
-        flat: the first axis counts slices for a network of two dimensions.
+        order: Axis of the caller's array per network axis.
+        mirrored: Whether each network axis runs against the caller's.
+        size: Voxels of the network's grid, along the network's axes.
+        native: Voxels of the caller's grid, along the network's axes; a difference from `size` means resampling.
+        flat: Whether the first axis counts slices for a network of two dimensions.
     """
 
     order: tuple[int, ...]
@@ -64,128 +69,150 @@ class Placement:
         return self.size != self.native
 
     def view(self, array: Shaped[ndarray, "..."], leading: int = 0) -> Shaped[ndarray, "..."]:
-        """The caller's array along the network's axes: no copy, what is written here is written there.
+        """Returns the caller's array along the network's axes, without a copy: writing to the view writes to the array.
 
         Args:
-            array: `leading` other axes, the caller's spatial axes, perhaps further axes.
-            leading: axes before the spatial ones, e.g. 1 for scores (K, X, Y, Z).
+            array: Array of `leading` other axes, then the caller's spatial axes, then any further axes.
+            leading: Number of axes before the spatial ones, e.g. 1 for scores (K, X, Y, Z).
         """
         first, last = range(leading), range(leading + len(self.order), array.ndim)
-        turned = array.transpose(*first, *(leading + axis for axis in self.order), *last)
-        steps = (slice(None, None, -1 if mirrored else 1) for mirrored in self.mirrored)
-        return turned[(*(slice(None) for _ in first), *steps)]
+        transposed = array.transpose(*first, *(leading + axis for axis in self.order), *last)
+        directions = (slice(None, None, -1 if mirrored else 1) for mirrored in self.mirrored)
+        return transposed[(*(slice(None) for _ in first), *directions)]
 
     def resample(self, voxels: Shaped[ndarray, "*native C"]) -> Shaped[ndarray, "*size C"]:
-        """A view's voxels on the network's grid, linearly; the same array where the grids agree."""
+        """Resamples a view's voxels linearly to the network's grid; returns the same array where the grids agree."""
         if not self.resampled:
             return voxels
         factors = [size / native for size, native in zip(self.size, self.native, strict=True)]
         resampled = np.empty((*self.size, voxels.shape[-1]), dtype=np.float32)
         for channel in range(voxels.shape[-1]):
-            # grid_mode: voxels are boxes and the boxes' outer faces stay in place.
-            ndimage.zoom(
-                voxels[..., channel], factors, output=resampled[..., channel], order=1, mode="nearest", grid_mode=True
-            )  # fmt: skip
+            # grid_mode treats voxels as boxes, so the outer faces of the volume stay in place.
+            scipy.ndimage.zoom(
+                voxels[..., channel],
+                factors,
+                output=resampled[..., channel],
+                order=1,
+                mode="nearest",
+                grid_mode=True,
+            )
         return resampled
 
 
 def place_image(size: tuple[int, ...]) -> Placement:
-    """An image for a network of two dimensions: as it is."""
+    """Places an image for a network of two dimensions: without any change."""
     return Placement((0, 1), (False, False), size, size)
 
 
 def place_stack(size: tuple[int, ...], affine: Float64[ndarray, "4 4"] | None, axis: str) -> Placement:
-    """A volume as slices for a network of two dimensions; columns run along the first remaining axis, as viewers show it.
+    """Places a volume as slices for a network of two dimensions.
+
+    Columns of a slice run along the first remaining axis, because viewers show slices so.
 
     Args:
-        size: (X, Y, Z).
-        affine: tells the spacing; None for a stack of pages.
-        axis: along which slices follow each other: "0", "1", "2", or "auto": the pages of a stack; an axis of one voxel, else
-            the coarsest, else the last.
+        size: (X, Y, Z) in voxels.
+        affine: (4, 4) voxel index to mm, of which the spacing is used; None for a stack of pages.
+        axis: Axis along which slices follow each other: "0", "1", "2" or "auto". "auto" takes the pages of a stack; of a
+            volume the only axis of one voxel, else the axis of the coarsest spacing, the last of several.
 
     Raises:
-        InvalidParameter: no such axis.
+        InvalidParameter: The axis does not exist.
     """
     if axis not in ("auto", "0", "1", "2"):
-        raise InvalidParameter(f"axis={axis!r:.20} does not exist; slices can follow each other along axis 0, 1, 2 or auto")
-    if axis != "auto":
-        chosen = int(axis)
-    elif affine is None:
-        chosen = 2
-    elif size.count(1) == 1:
-        chosen = size.index(1)
-    else:
-        mm = spacing(affine)
-        coarsest = max(mm)
-        chosen = max(k for k in range(3) if mm[k] > coarsest * (1 - SAME_SPACING))
-    columns, rows = (k for k in range(3) if k != chosen)
-    order = (chosen, rows, columns)
+        raise InvalidParameter(
+            f"axis={axis!r:.20} does not exist; slices can follow each other along axis 0, 1, 2 or auto",
+            parameter="axis",
+            value=axis[:20],
+            allowed=["auto", "0", "1", "2"],
+        )
+    slice_axis = _slice_axis(size, affine) if axis == "auto" else int(axis)
+    columns, rows = (k for k in range(3) if k != slice_axis)
+    order = (slice_axis, rows, columns)
     native = tuple(size[k] for k in order)
     return Placement(order, (False, False, False), native, native, flat=True)
 
 
+def _slice_axis(size: tuple[int, ...], affine: Float64[ndarray, "4 4"] | None) -> int:
+    """Returns the axis along which the slices of a volume follow each other."""
+    if affine is None:
+        return 2
+    if size.count(1) == 1:
+        return size.index(1)
+    spacing_mm = spacing(affine)
+    return max(k for k in range(3) if spacing_mm[k] > max(spacing_mm) * (1 - SPACING_TOLERANCE))
+
+
 def place_volume(
-    size: tuple[int, ...], affine: Float64[ndarray, "4 4"], orientation: str, wanted: tuple[float, ...] | None
+    size: tuple[int, ...],
+    affine: Float64[ndarray, "4 4"],
+    orientation: str,
+    network_spacing: tuple[float, ...] | None,
 ) -> Placement:
-    """A volume for a network of three dimensions.
+    """Places a volume for a network of three dimensions.
 
     Args:
-        size: (X, Y, Z).
-        affine: voxel index to mm.
-        orientation: where the network's axes point, e.g. "RAS".
-        wanted: mm per voxel along them, or None for any.
+        size: (X, Y, Z) in voxels.
+        affine: (4, 4) voxel index to mm along right, anterior, superior.
+        orientation: Directions of the network's axes, e.g. "RAS".
+        network_spacing: Spacing along the network's axes in mm; None for any.
     """
-    here = orientations.io_orientation(affine)
-    there = orientations.axcodes2ornt(tuple(orientation))
-    # Row per axis of the caller's: the network's axis, and 1 or -1.
-    transform = orientations.ornt_transform(here, there)
+    # A row per axis of the array: the network's axis, and 1 or -1.
+    transform = orientations.ornt_transform(
+        orientations.io_orientation(affine), orientations.axcodes2ornt(tuple(orientation))
+    )
     order = tuple(int(np.flatnonzero(transform[:, 0] == k)[0]) for k in range(3))
     mirrored = tuple(bool(transform[axis, 1] < 0) for axis in order)
     native = tuple(size[axis] for axis in order)
-    network = native
-    if wanted is not None:
-        mm = [spacing(affine)[axis] for axis in order]
-        ratios = [1.0 if abs(m / w - 1) <= SAME_SPACING else m / w for m, w in zip(mm, wanted, strict=True)]
-        network = tuple(max(1, round(n * ratio)) for n, ratio in zip(native, ratios, strict=True))
-    return Placement(order, mirrored, network, native)
+    if network_spacing is None:
+        return Placement(order, mirrored, native, native)
+    spacing_mm = [spacing(affine)[axis] for axis in order]
+    ratios = [here / there for here, there in zip(spacing_mm, network_spacing, strict=True)]
+    resampled = tuple(
+        n if abs(ratio - 1) <= SPACING_TOLERANCE else max(1, round(n * ratio))
+        for n, ratio in zip(native, ratios, strict=True)
+    )
+    return Placement(order, mirrored, resampled, native)
 
 
 def spacing(affine: Float64[ndarray, "4 4"]) -> tuple[float, float, float]:
-    """Mm from voxel to voxel along each axis of the array."""
+    """Returns the distance in mm from voxel to voxel along each axis of the array."""
     with np.errstate(over="ignore"):
         x, y, z = np.sqrt(np.square(affine[:3, :3]).sum(axis=0)).tolist()
     return x, y, z
 
 
 def unit_mm(source: Image | Volume) -> float | None:
-    """Mm² of a pixel, also where each page is a time, or mm³ of a voxel, where it is known."""
+    """Returns the size of one pixel in mm² (also where each page is a time) or of one voxel in mm³; None if unknown."""
     if isinstance(source, Volume) and source.affine is not None:
-        # By the determinant: the axes of a tilted gantry are not at right angles.
+        # The determinant is used because the axes of a tilted gantry are not at right angles.
         return float(abs(np.linalg.det(source.affine[:3, :3])))
     return None if source.spacing_mm is None else math.prod(source.spacing_mm)
 
 
 def nifti_header(affine: Float64[ndarray, "4 4"], size: tuple[int, ...]) -> Nifti1Header:
-    """A header that answers in NIfTI are written with, for volumes that came without one."""
+    """Builds the header of NIfTI answers to volumes that came without one."""
     header = (Nifti1Header if max(size) < 2**15 else Nifti2Header)()
     header.set_data_shape(size)
     header.set_xyzt_units("mm")
     header.set_zooms(spacing(affine))
-    if not sheared(affine):
-        # A qform knows no shear.
+    if not is_sheared(affine):
+        # A qform cannot express shear.
         header.set_qform(affine, "scanner")
     header.set_sform(affine, "scanner")
     return header
 
 
-def sheared(affine: Float64[ndarray, "4 4"]) -> bool:
-    """Whether axes of the volume are not at right angles, as a tilted gantry leaves them."""
-    turned = affine[:3, :3] / spacing(affine)
-    return not np.abs(turned.T @ turned - np.eye(3)).max() < RIGID
+def is_sheared(affine: Float64[ndarray, "4 4"]) -> bool:
+    """Returns whether the axes of a volume are not at right angles, as those of a tilted gantry."""
+    directions = affine[:3, :3] / spacing(affine)
+    return not np.abs(directions.T @ directions - np.eye(3)).max() < RIGHT_ANGLE_TOLERANCE
 
 
-def apart(size: tuple[int, ...], a: Float64[ndarray, "4 4"], b: Float64[ndarray, "4 4"]) -> float:
-    """How far two affines place the same voxel from each other at most, in their unit: at a corner of the volume."""
+def max_displacement(size: tuple[int, ...], a: Float64[ndarray, "4 4"], b: Float64[ndarray, "4 4"]) -> float:
+    """Returns the largest distance between the places of one voxel under two affines, in their unit.
+
+    Only the corners of the volume are compared, because the distance is largest at one of them.
+    """
     corners = np.array([(*corner, 1.0) for corner in itertools.product(*((0, side - 1) for side in size))])
     return float(np.linalg.norm(corners @ (a - b).T, axis=1).max())
 
@@ -194,36 +221,62 @@ def check_affine(affine: Float64[ndarray, "4 4"]) -> None:
     """Refuses an affine that places voxels nowhere.
 
     Raises:
-        Unreadable: says what is odd.
+        Unreadable: It is not finite, its spacing is absurd, or its axes are linearly dependent.
     """
     if not np.isfinite(affine).all():
-        raise Unreadable("the file's affine holds values that are not finite; repair its qform and sform")
-    steps = spacing(affine)
-    if not all(LEAST_SPACING <= step <= MOST_SPACING for step in steps):
-        shown = " × ".join(f"{step:.4g}" for step in steps)
         raise Unreadable(
-            f"the voxels are {shown} mm apart; between {LEAST_SPACING:g} and {MOST_SPACING:g} mm is read. Repair the spacing "
-            "(pixdim, sform) or its unit (xyzt_units) in the header"
+            "the file's affine holds values that are not finite; repair its qform and sform",
+            reason="affine-nonfinite",
         )
-    if abs(np.linalg.det(affine[:3, :3] / np.array(steps))) < 1e-3:
-        raise Unreadable("the file's affine is flat: two axes point the same way; repair its qform and sform")
+    spacing_mm = spacing(affine)
+    if not all(MIN_SPACING_MM <= mm <= MAX_SPACING_MM for mm in spacing_mm):
+        shown = " × ".join(f"{mm:.4g}" for mm in spacing_mm)
+        raise Unreadable(
+            f"the voxels are {shown} mm apart; between {MIN_SPACING_MM:g} and {MAX_SPACING_MM:g} mm is read. Repair the "
+            "spacing (pixdim, sform) or its unit (xyzt_units) in the header",
+            reason="spacing",
+            # Infinity is no number of JSON.
+            actual=[mm if math.isfinite(mm) else None for mm in spacing_mm],
+            limit=[MIN_SPACING_MM, MAX_SPACING_MM],
+            unit="mm",
+        )
+    if abs(np.linalg.det(affine[:3, :3] / np.array(spacing_mm))) < MIN_DETERMINANT:
+        raise Unreadable(
+            "the file's affine is flat: two axes point the same way; repair its qform and sform",
+            reason="affine-flat",
+        )
 
 
-def lerp(array: Float32[ndarray, "K *rest"], size: int, axis: int, part: slice = slice(None)) -> Float32[ndarray, "K *changed"]:
-    """Resizes one axis linearly to `size`, of which `part` is computed; on the same convention as `Placement.resample`."""
-    lower, share = (values[part] for values in between(array.shape[axis], size))
+def lerp(
+    array: Float32[ndarray, "K *rest"], size: int, axis: int, part: slice = slice(None)
+) -> Float32[ndarray, "K *changed"]:
+    """Resamples one axis linearly, on the same convention as `Placement.resample`.
+
+    Args:
+        array: (K, ...) values.
+        size: Length of the resampled axis.
+        axis: Axis to resample, at least 1.
+        part: Indices of the resampled axis that are computed.
+    """
+    lower, weight = (values[part] for values in linear_weights(array.shape[axis], size))
+    low: Float32[ndarray, "K *changed"] = np.take(array, lower, axis)
     if array.shape[axis] == size:
-        whole: Float32[ndarray, "K *changed"] = np.take(array, lower, axis)
-        return whole
+        return low
     upper = np.minimum(lower + 1, array.shape[axis] - 1)
-    share = share.reshape(-1, *(1,) * (array.ndim - 1 - axis)).astype(np.float32)
-    low = np.take(array, lower, axis)
-    resized: Float32[ndarray, "K *changed"] = low + (np.take(array, upper, axis) - low) * share
-    return resized
+    weight = weight.reshape(-1, *(1,) * (array.ndim - 1 - axis)).astype(np.float32)
+    resampled: Float32[ndarray, "K *changed"] = low + (np.take(array, upper, axis) - low) * weight
+    return resampled
 
 
-def between(source: int, target: int) -> tuple[Shaped[ndarray, " target"], Float64[ndarray, " target"]]:
-    """Where each of `target` voxels lies among `source` voxels of the same extent: the lower neighbour, and how far beyond it."""
+def linear_weights(
+    source: int, target: int
+) -> tuple[Shaped[ndarray, " target"], Float64[ndarray, " target"]]:
+    """Returns the lower neighbour of each target voxel among the source voxels, and the weight of the upper one.
+
+    Args:
+        source: Number of voxels along an axis.
+        target: Number of voxels that fill the same extent.
+    """
     position = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
     lower = position.astype(np.intp)
     return lower, position - lower

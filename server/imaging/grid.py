@@ -1,4 +1,4 @@
-"""What headers of NRRD and MetaImage say in their own ways, and the pixels or voxels behind them."""
+"""The voxel grid that an NRRD or MetaImage header describes, and the reading of its values."""
 
 import math
 from dataclasses import dataclass
@@ -10,32 +10,32 @@ from numpy import ndarray
 
 from server.arrays import Image, InputHeader, Volume
 from server.errors import TooLarge, Unreadable
-from server.imaging.decode_options import DecodeOptions, met, notes
-from server.imaging.geometry import MM, check_affine, nifti_header
-from server.imaging.streaming import KEPT, Stream, kept_as, read_values, skip
+from server.imaging.decode_options import DecodeOptions, join_notes, nonfinite_note
+from server.imaging.geometry import MM_PER_UNIT, check_affine, nifti_header
+from server.imaging.streaming import EXACT_DTYPES, Stream, decoded_dtype, read_values, skip
 
-# Values of one pixel or voxel.
-MOST_CHANNELS = 64
+# Values of one pixel or voxel; more would make a small volume take endless work.
+MAX_CHANNELS = 64
 
-# Axes of headers point left, posterior, superior; those of an affine right, anterior, superior.
-LPS = (-1.0, -1.0, 1.0)
+# Signs that turn left, posterior, superior, as these headers count, into right, anterior, superior, as an affine does.
+LPS_TO_RAS = (-1.0, -1.0, 1.0)
 
 Size: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """One image or volume, as its header describes it.
+    """Describes the one image or volume of a file.
 
     Attributes:
-        size: (X, Y) or (X, Y, Z), fastest first.
-        stored: type of a value, with its byte order.
-        affine: see `Volume`; None for an image.
-        spacing_mm: see `Image`; None for a volume.
-        channels: values of each pixel or voxel.
-        interleaved: they follow each other; else each channel is whole before the next.
-        colors: the first three are red, green and blue.
-        note: what is in doubt.
+        size: (X, Y) or (X, Y, Z) in pixels or voxels, fastest axis first.
+        stored: Type of a stored value, with its byte order.
+        affine: (4, 4) voxel index to mm along right, anterior, superior; None for an image.
+        spacing_mm: Distance from row to row and from column to column in mm, where known; None for a volume.
+        channels: Number of values of each pixel or voxel.
+        interleaved: Whether the values of a voxel follow each other; else each channel is stored whole before the next.
+        colors: Whether the first three channels are red, green and blue.
+        note: What is in doubt about the header, for the caller.
     """
 
     size: Size
@@ -49,116 +49,133 @@ class Grid:
 
     @property
     def count(self) -> int:
-        """Pixels or voxels."""
+        """Number of pixels or voxels."""
         return math.prod(self.size)
 
     @property
     def nbytes(self) -> int:
-        """Of all values as stored."""
+        """Bytes of all values as stored."""
         return self.count * self.channels * self.stored.itemsize
 
     @property
-    def _kept(self) -> "np.dtype[np.generic]":
-        return kept_as(self.stored, KEPT if self.affine is not None else ("uint8", "uint16"))
+    def _dtype(self) -> "np.dtype[np.generic]":
+        return decoded_dtype(self.stored, EXACT_DTYPES if self.affine is not None else ("uint8", "uint16"))
 
-    def input_header(self, decode_options: DecodeOptions) -> InputHeader:
-        """What `read` will give.
+    def input_header(self, options: DecodeOptions) -> InputHeader:
+        """Returns the header of what `read` returns.
 
         Raises:
-            InvalidParameter: no such channel.
+            InvalidParameter: The requested channel does not exist.
         """
-        wanted, _ = decode_options.channels(self.channels, colors=self.colors)
-        channels = len(range(self.channels)[wanted])
-        size = self.size if self.affine is not None else self.size[::-1]
-        return InputHeader(size, channels, self._kept.itemsize, self.affine, "nrrd" if self.affine is not None else "nifti")
+        selected, _ = options.select_channels(self.channels, colors=self.colors)
+        channels = len(range(self.channels)[selected])
+        if self.affine is None:
+            return InputHeader(self.size[::-1], channels, self._dtype.itemsize)
+        return InputHeader(self.size, channels, self._dtype.itemsize, self.affine, "nrrd")
 
-    def check(self, decode_options: DecodeOptions) -> None:
-        """Refuses what is over a limit, before anything is inflated.
+    def check(self, options: DecodeOptions) -> None:
+        """Refuses a grid that is over a limit, before anything is inflated.
 
         Raises:
-            TooLarge: says limit and size.
+            TooLarge: The grid has more pixels or voxels than allowed.
         """
         if self.affine is None:
-            decode_options.check_image(self.size[1], self.size[0])
+            options.check_image(self.size[1], self.size[0])
         else:
-            decode_options.check_volume(self.size)
+            options.check_volume(self.size)
 
-    def read(self, stream: Stream, decode_options: DecodeOptions) -> Image | Volume:
-        """Reads it from a stream at its first value.
+    def read(self, stream: Stream, options: DecodeOptions) -> Image | Volume:
+        """Reads the image or volume.
+
+        Args:
+            stream: Stream at the first value.
+            options: Limits and choices.
 
         Raises:
-            Unreadable: cut off, or not finite.
-            InvalidParameter: no such channel.
+            Unreadable: The stream is truncated, or holds values that are not finite.
+            InvalidParameter: The requested channel does not exist.
         """
-        self.check(decode_options)
-        wanted, guess = decode_options.channels(self.channels, colors=self.colors)
-        picked = len(range(self.channels)[wanted])
+        self.check(options)
+        selected, guess = options.select_channels(self.channels, colors=self.colors)
+        kept = len(range(self.channels)[selected])
         if self.interleaved or self.channels == 1:
-            flat, wrong = read_values(stream, self.stored, self._kept, self.count, channels=self.channels, wanted=wanted)
-            values = np.moveaxis(flat.reshape(-1).reshape((picked, *self.size), order="F"), 0, -1)
+            flat, nonfinite = read_values(
+                stream, self.stored, self._dtype, self.count, channels=self.channels, selected=selected
+            )
+            values = np.moveaxis(flat.reshape(-1).reshape((kept, *self.size), order="F"), 0, -1)
         else:
-            skip(stream, self.count * wanted.start * self.stored.itemsize, "voxels")
-            flat, wrong = read_values(stream, self.stored, self._kept, self.count * picked)
-            values = flat.reshape(-1).reshape((*self.size, picked), order="F")
-        note = notes(self.note, guess, met(wrong, values.size, decode_options.zero_nonfinite))
+            skip(stream, self.count * selected.start * self.stored.itemsize, "voxels")
+            flat, nonfinite = read_values(stream, self.stored, self._dtype, self.count * kept)
+            values = flat.reshape(-1).reshape((*self.size, kept), order="F")
+        note = join_notes(self.note, guess, nonfinite_note(nonfinite, values.size, options.zero_nonfinite))
         if self.affine is None:
             return Image(np.ascontiguousarray(values.transpose(1, 0, 2)), note, self.spacing_mm)
-        header = nifti_header(self.affine, self.size)
-        return Volume(values, self.affine, header, note, family="nrrd")
+        return Volume(values, self.affine, nifti_header(self.affine, self.size), note, family="nrrd")
 
 
-def place(
-    directions: Float64[ndarray, "3 3"], origin: Float64[ndarray, " 3"], towards: tuple[float, ...]
+def affine_from_directions(
+    directions: Float64[ndarray, "3 3"], origin: Float64[ndarray, " 3"], signs: tuple[float, ...]
 ) -> Float64[ndarray, "4 4"]:
-    """The affine of a volume.
+    """Builds the affine of a volume.
 
     Args:
-        directions: mm from voxel to voxel, a row per axis of the array.
-        origin: of the first voxel's centre, in mm.
-        towards: 1 or -1 per coordinate: whether it grows to the right, to the front and upwards.
+        directions: Steps in mm from voxel to voxel, a row per axis of the array.
+        origin: Centre of the first voxel, in mm.
+        signs: 1 or -1 per coordinate: whether it grows to the right, to the front and upwards.
 
     Raises:
-        Unreadable: see `check_affine`.
+        Unreadable: The affine places voxels nowhere.
     """
     affine = np.eye(4)
     affine[:3, :3], affine[:3, 3] = directions.T, origin
-    affine[:3] *= np.array(towards)[:, None]
+    affine[:3] *= np.array(signs)[:, None]
     check_affine(affine)
     return affine
 
 
-def flat_spacing(steps: Float64[ndarray, " 2"], *, named: bool) -> tuple[float, float] | None:
-    """Spacing of an image, row first; None where it is 1 × 1 of no named unit, which is written where nobody knows."""
-    if not np.isfinite(steps).all() or steps.min() <= 0 or (not named and (steps == 1).all()):
+def image_spacing(steps: Float64[ndarray, " 2"], *, has_unit: bool) -> tuple[float, float] | None:
+    """Returns the spacing of an image in mm, rows first; None where it is unknown.
+
+    Writers that know no spacing write 1 × 1 without a unit, so that counts as unknown.
+    """
+    if not np.isfinite(steps).all() or steps.min() <= 0 or (not has_unit and (steps == 1).all()):
         return None
     return float(steps[1]), float(steps[0])
 
 
-def in_mm(unit: str) -> float:
-    """How many mm a unit is; 1 where it is none that is known, as mm is what these formats mean."""
-    return MM.get(unit.strip().lower(), 1.0)
+def mm_per_unit(unit: str) -> float:
+    """Returns the length of a unit in mm; 1 where the unit is unknown, because these formats mean mm."""
+    return MM_PER_UNIT.get(unit.strip().lower(), 1.0)
 
 
 def check_channels(count: int) -> None:
-    """Refuses what would make a small volume endless.
+    """Refuses voxels of very many values.
 
     Raises:
-        TooLarge: says the limit.
+        TooLarge: There are more than `MAX_CHANNELS`.
     """
-    if count > MOST_CHANNELS:
-        raise TooLarge(f"each voxel has {count:,} values; {MOST_CHANNELS} are read. Save fewer channels")
+    if count > MAX_CHANNELS:
+        raise TooLarge(
+            f"each voxel has {count:,} values; {MAX_CHANNELS} are read. Save fewer channels",
+            limit=MAX_CHANNELS,
+            actual=count,
+            unit="channels",
+        )
 
 
 def check_size(size: Size) -> None:
-    """Refuses what is neither an image nor a volume.
+    """Refuses a size that is neither that of an image nor that of a volume.
 
     Raises:
-        Unreadable: says what it is.
+        Unreadable: It has another number of dimensions than two or three, or no pixels.
     """
     shown = " × ".join(map(str, size))
     if len(size) not in (2, 3):
         raise Unreadable(
-            f"the file has {shown} values: one image or one volume of three dimensions is segmented at a time; split it"
+            f"the file has {shown} values: one image or one volume of three dimensions is segmented at a time; split it",
+            reason="dimensions",
+            allowed=[2, 3],
+            actual=len(size),
         )
     if min(size) < 1:
-        raise Unreadable(f"the input is {shown}: it has no pixels")
+        raise Unreadable(f"the input is {shown}: it has no pixels", reason="no-pixels", actual=list(size))

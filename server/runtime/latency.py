@@ -1,17 +1,23 @@
 """Predicts how long work takes, from what has been observed of it and of its neighbours."""
 
-from collections import Counter
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 # How much of what is known one observation replaces, and how many times slower than it an observation may be and still be
-# believed in full, because the first run of a new size also prepares the next ones.
+# believed in full.
 SHARE = 0.1
 OUTLIER = 4.0
 
-# Observations of a key and size after which its predictions may refuse a request.
+# Observations of a size after which its predictions may refuse a request. Until then the fastest counts, because the first run
+# of a new size also prepares the next ones.
 CONFIDENT_AFTER = 3
+
+# Powers of two by which an observed size may be larger than a piece of work and still say enough of it.
+NEAR = 2
+
+# Pixels of the smallest run that tells seconds per multiply-accumulate: smaller ones mostly pay for starting.
+MIN_MAC_PIXELS = 4096
 
 
 class Prediction(NamedTuple):
@@ -32,23 +38,23 @@ UNKNOWN = Prediction(0.0, 0.0, confident=False)
 
 
 @dataclass
-class _Rates:
-    """Seconds per pixel of one key, by size; sizes of the same power of two share an entry."""
+class _Rate:
+    """Seconds per pixel of one key at one size."""
 
-    expected: dict[int, float] = field(default_factory=dict)
-    fastest: dict[int, float] = field(default_factory=dict)
-    observations: Counter[int] = field(default_factory=Counter)
+    expected: float
+    fastest: float
+    observations: int = 1
 
 
 class LatencyModel:
-    """Seconds per pixel by key and size: small tiles pay more for starting, large ones for memory.
+    """Seconds per pixel by key and size; sizes of the same power of two share an entry.
 
     A key is a model instance, or a kind of work on the processor. What was never observed is judged by the nearest size of
     its key, then by the multiply-accumulates of the graph at the rate of the other keys, and is then not confident.
     """
 
     def __init__(self) -> None:
-        self._rates: dict[Hashable, _Rates] = {}
+        self._rates: dict[Hashable, dict[int, _Rate]] = {}
         self._seconds_per_mac = 0.0
 
     def predict(self, key: Hashable, pixels: int, macs_per_pixel: float = 0.0) -> Prediction:
@@ -60,27 +66,38 @@ class LatencyModel:
             macs_per_pixel: multiply-accumulates per pixel of a graph; 0 for work that is no graph.
         """
         rates = self._rates.get(key)
-        if rates is None:
+        if not rates:
             seconds = pixels * macs_per_pixel * self._seconds_per_mac
             return Prediction(seconds, seconds, confident=False)
-        size = min(rates.expected, key=lambda known: abs(known - pixels.bit_length()))
-        # What a small piece pays for starting makes a much larger one look slow, which would be refused and never observed.
-        confident = size >= pixels.bit_length() and rates.observations[size] >= CONFIDENT_AFTER
-        return Prediction(pixels * rates.expected[size], pixels * rates.fastest[size], confident)
+        distance = {size: abs(size - pixels.bit_length()) for size in rates}
+        size = min(rates, key=lambda known: distance[known])
+        rate = rates[size]
+        # What a smaller piece pays for starting makes a larger one look slow, which would be refused and never observed.
+        confident = rate.observations >= CONFIDENT_AFTER and 0 <= size - pixels.bit_length() <= NEAR
+        return Prediction(pixels * rate.expected, pixels * rate.fastest, confident)
 
     def observe(self, key: Hashable, pixels: int, seconds: float, macs_per_pixel: float = 0.0) -> None:
         """Learns from a piece of work of `pixels` pixels that took `seconds`."""
-        rates, size, rate = self._rates.setdefault(key, _Rates()), pixels.bit_length(), seconds / pixels
+        rates, size, seen = self._rates.setdefault(key, {}), pixels.bit_length(), seconds / pixels
+        rate = rates.get(size)
         # A run below the resolution of the clock, which seems to take no time at all, is no scale for the next one.
-        before = rates.expected.get(size, 0.0)
-        rates.expected[size] = (1 - SHARE) * before + SHARE * min(rate, OUTLIER * before) if before else rate
-        rates.fastest[size] = min(rate, rates.fastest.get(size, rate))
-        rates.observations[size] += 1
-        if macs_per_pixel:
-            per_mac = rate / macs_per_pixel
-            known = self._seconds_per_mac
-            self._seconds_per_mac = per_mac if not known else (1 - SHARE) * known + SHARE * min(per_mac, OUTLIER * known)
+        if rate is None or not rate.expected:
+            rates[size] = _Rate(seen, seen)
+        else:
+            rate.observations += 1
+            rate.fastest = min(rate.fastest, seen)
+            rate.expected = (
+                rate.fastest if rate.observations <= CONFIDENT_AFTER else _follow(rate.expected, seen)
+            )
+        if macs_per_pixel and pixels >= MIN_MAC_PIXELS:
+            known, per_mac = self._seconds_per_mac, seen / macs_per_pixel
+            self._seconds_per_mac = _follow(known, per_mac) if known else per_mac
 
     def forget(self, key: Hashable) -> None:
         """Drops what is known of a key."""
         self._rates.pop(key, None)
+
+
+def _follow(known: float, seen: float) -> float:
+    """Moves what is known a little towards what was seen."""
+    return (1 - SHARE) * known + SHARE * min(seen, OUTLIER * known)

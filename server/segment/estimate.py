@@ -9,7 +9,7 @@ from server.imaging.geometry import Placement
 from server.runtime.bundle import Graph, Manifest
 from server.segment import postprocess
 from server.segment.request import SegmentParams
-from server.segment.statistics import LISTED_BYTES, MOST_LISTED
+from server.segment.statistics import LISTED_BYTES, MAX_LISTED
 from server.segment.windows import CHUNK_PIXELS, tile_grid
 
 # Bytes of the place of one window; a stack of tiny slices has more windows than pixels in one.
@@ -77,11 +77,19 @@ def estimate_work(
     copied = network * 4 * header.channels if placement.resampled else 0
     copied += network * 4 if header.channels > len(manifest.channels) else 0
     # Along the axis that orders the windows one window is open, along the others all of it.
-    sides = (t if a == grid.axis else max(s, t) for a, (s, t) in enumerate(zip(placement.size, grid.tile, strict=True)))
+    sides = (
+        t if a == grid.axis else max(s, t)
+        for a, (s, t) in enumerate(zip(placement.size, grid.tile, strict=True))
+    )
     open_channels = k + ("head_std" in needs)
     open_rows = math.prod(sides) * 4 * (2 * open_channels + 3)
-    chunks = max(CHUNK_PIXELS, tile_pixels) * 4 * (len(manifest.channels) + open_channels) * 2 + WINDOW_BYTES * windows
-    compared = math.prod(reference.size) * (reference.channels * reference.sample_bytes + 3) if reference else 0
+    chunks = (
+        max(CHUNK_PIXELS, tile_pixels) * 4 * (len(manifest.channels) + open_channels) * 2
+        + WINDOW_BYTES * windows
+    )
+    compared = (
+        math.prod(reference.size) * (reference.channels * reference.sample_bytes + 3) if reference else 0
+    )
     # The mask, its encoded form, and what finding the best class takes in passing.
     memory = pixels * (header.channels * header.sample_bytes + 2) + copied + open_rows + chunks + compared
     memory += _output_bytes(header, pixels, k, needs, formats, params)
@@ -104,10 +112,9 @@ def _output_bytes(
     # The score of each pixel's class; what is labelled and listed. Post-processing is over when the mask is encoded.
     objects = "objects" in needs
     memory += (2 if objects else 0) * pixels
-    labelled = params.model_copy(update={"instances": False, "fill_holes": False})
-    encoded = postprocess.memory_bytes(labelled, pixels, objects=objects) + encoding.memory(formats, header)
+    encoded = (postprocess.label_bytes(pixels) if objects else 0) + encoding.memory(formats, header)
     memory += max(postprocess.memory_bytes(params, pixels, objects=objects), encoded)
-    return memory + (LISTED_BYTES * min(MOST_LISTED, pixels) if "report" in needs else 0)
+    return memory + (LISTED_BYTES * min(MAX_LISTED, pixels) if "report" in needs else 0)
 
 
 def cpu_work(header: InputHeader, formats: tuple[str, ...], params: SegmentParams) -> tuple[str, str, str]:

@@ -1,49 +1,57 @@
 """The separate objects of a mask: numbered, counted and measured.
 
-Lines are the rows of an image, or run along the first axis of a volume, slice by slice: the order that pixels have in files.
+Arrays are processed in scan order: along the rows of an image, or along the first axis of a volume, slice by
+slice. That is the order of pixels in files.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Int32, Int64, Shaped, UInt8
 from numpy import ndarray
-from scipy import ndimage
 
 from server.arrays import Objects
 from server.errors import InvalidParameter
 
-# Pixels looked at in one go, as each takes some 50 bytes meanwhile.
-PART = 1_000_000
+# Pixels processed at once, because each takes 50 bytes during processing.
+CHUNK = 1_000_000
 
-# A mask of more is noise, and each takes some 150 bytes, and more in an answer.
-MOST_OBJECTS = 1_000_000
+# Objects of one mask. More of them are noise; each takes `OBJECT_BYTES`, and more in an answer.
+MAX_OBJECTS = 1_000_000
 OBJECT_BYTES = 250
 
-# While a mask is labelled: the labels, and in noise tables of them.
+# Bytes per pixel while a mask is labelled: the labels, and in noise tables of them.
 PIXEL_BYTES = 16
 
 
-def find(classes: UInt8[ndarray, "*size"], confidence: Shaped[ndarray, "*size"] | None = None) -> Objects:
-    """The connected parts of each class; what touches at a corner belongs together, as in ImageJ and OpenCV.
+def connected_components(
+    classes: UInt8[ndarray, "*size"], confidence: Shaped[ndarray, "*size"] | None = None
+) -> Objects:
+    """Labels and measures the connected parts of each class; pixels that touch at a corner are connected.
 
     Args:
-        classes: (H, W) or (X, Y, Z), class index per pixel.
-        confidence: the score of that class, as large.
+        classes: (H, W) or (X, Y, Z) class per pixel.
+        confidence: score of that class, of the same size; without it mean scores are NaN.
 
     Raises:
-        InvalidParameter: there are more than anybody could use.
+        InvalidParameter: there are more than `MAX_OBJECTS` objects.
     """
-    return measure(*number(classes), classes, confidence)
+    return measure(*label(classes), classes, confidence)
 
 
-def number(classes: UInt8[ndarray, "*size"]) -> tuple[Int32[ndarray, "*size"], int]:
-    """Numbers the connected parts of each class from 1 on, in the order of their first pixels; and how many there are."""
-    lines = scanned(classes)
-    labels, count = ndimage.label(lines, structure=_corners(lines.ndim), output=np.int32)
-    if lines.max(initial=0) > 1 and not _pure(labels, lines, count):
-        labels, count = in_scan_order(*_class_by_class(lines))
-    return scanned(labels), count
+def label(classes: UInt8[ndarray, "*size"]) -> tuple[Int32[ndarray, "*size"], int]:
+    """Numbers the connected parts of each class from 1 on, in the order of their first pixels.
+
+    Returns:
+        The labels and the number of objects.
+    """
+    lines = scan_order(classes)
+    if lines.max(initial=0) > 1:
+        labels, count = relabel_in_scan_order(*_label_each_class(lines))
+    else:
+        labels, count = scipy.ndimage.label(lines, structure=_full_connectivity(lines.ndim), output=np.int32)
+    return scan_order(labels), count
 
 
 def measure(
@@ -53,36 +61,35 @@ def measure(
     confidence: Shaped[ndarray, "*size"] | None = None,
     time_slices: int | None = None,
 ) -> Objects:
-    """All there is to know of numbered objects, in one pass.
+    """Measures numbered objects in one pass.
 
     Args:
         labels: each number from 1 to `count` at least once, in pixels of one class; 0 is background.
-        count: of the objects.
-        classes: class index per pixel.
-        confidence: the score of that class; without it mean scores are NaN.
-        time_slices: see `Volume`.
+        count: number of objects.
+        classes: class per pixel.
+        confidence: score of that class; without it mean scores are NaN.
+        time_slices: number of slices of each time of a time-lapse.
 
     Raises:
-        InvalidParameter: there are more than `MOST_OBJECTS`.
+        InvalidParameter: there are more than `MAX_OBJECTS` objects.
     """
     check_count(count)
-    lines, kinds = scanned(labels), scanned(classes).reshape(-1)
-    scores = None if confidence is None else scanned(confidence).reshape(-1)
+    lines, flat_classes = scan_order(labels), scan_order(classes).reshape(-1)
+    scores = None if confidence is None else scan_order(confidence).reshape(-1)
     *outer, length = lines.shape
     value, pixels, total = np.zeros(count, np.uint8), np.zeros(count, np.int64), np.zeros(count, np.float64)
-    low, high = np.full((lines.ndim, count), np.iinfo(np.int64).max), np.zeros((lines.ndim, count), np.int64)
-    moment = np.zeros((lines.ndim, count))
-    for part in parts(lines.size):
-        starts, lengths, numbers = runs(lines.reshape(-1)[part], part.start, length)
+    low = np.full((lines.ndim, count), np.iinfo(np.int64).max)
+    high, moment = np.zeros((lines.ndim, count), np.int64), np.zeros((lines.ndim, count))
+    for chunk in chunks(lines.size):
+        starts, lengths, numbers = runs(lines.reshape(-1)[chunk], chunk.start, length)
         if scores is not None and len(starts):
-            sums = np.add.reduceat(scores[part].astype(np.float32), starts - part.start, dtype=np.float64)
-        # Of the objects alone.
-        kept = numbers > 0
-        starts, lengths, numbers = starts[kept], lengths[kept], numbers[kept] - 1
-        value[numbers] = kinds[starts]
+            sums = np.add.reduceat(scores[chunk].astype(np.float32), starts - chunk.start, dtype=np.float64)
+        inside = numbers > 0
+        starts, lengths, numbers = starts[inside], lengths[inside], numbers[inside] - 1
+        value[numbers] = flat_classes[starts]
         np.add.at(pixels, numbers, lengths)
         if scores is not None:
-            np.add.at(total, numbers, sums[kept])
+            np.add.at(total, numbers, sums[inside])
         line, first = np.divmod(starts, length)
         for axis, index in enumerate(np.unravel_index(line, outer)):
             np.minimum.at(low[axis], numbers, index)
@@ -94,111 +101,112 @@ def measure(
     mean = np.full(count, np.nan) if scores is None else total / pixels
     axes = slice(None, None, -1 if lines.ndim == 3 else 1)
     low, high, centroid = (np.ascontiguousarray(column[axes].T) for column in (low, high, moment / pixels))
-    border = touching(low, high, labels.shape, time_slices)
+    border = touches_border(low, high, labels.shape, time_slices)
     return Objects(labels, value, pixels, centroid, low, high, mean.astype(np.float32), border, time_slices)
 
 
 def check_count(count: int) -> None:
-    """Refuses more objects than anybody could use.
+    """Refuses more than `MAX_OBJECTS` objects.
 
     Raises:
-        InvalidParameter: says the limit.
+        InvalidParameter: there are more.
     """
-    if count > MOST_OBJECTS:
+    if count > MAX_OBJECTS:
         raise InvalidParameter(
-            f"the mask falls into {count:,} objects, which is noise; {MOST_OBJECTS:,} are described at most. Drop the small ones "
-            "with min_size_px, or ask for a format without objects"
+            f"the mask has {count:,} objects and at most {MAX_OBJECTS:,} are described; remove small ones "
+            "with min_size_px, or choose a format without objects",
+            limit=MAX_OBJECTS,
+            actual=count,
+            unit="objects",
+            remedy="min_size_px",
         )
 
 
-def touching(
-    low: Int64[ndarray, "N axes"], high: Int64[ndarray, "N axes"], size: tuple[int, ...], time_slices: int | None = None
+def touches_border(
+    low: Int64[ndarray, "N axes"],
+    high: Int64[ndarray, "N axes"],
+    size: tuple[int, ...],
+    time_slices: int | None = None,
 ) -> Bool[ndarray, " N"]:
-    """Which boxes reach the border of the picture, or of their time; not that of a volume of one slice across it, which all do."""
+    """Whether each box reaches the border of the picture, or of its time.
+
+    An axis along which a volume has one slice does not count, because every box reaches both of its ends.
+    """
     if time_slices:
-        # Where they begin within their time.
+        # Slices count from the first of their time.
         shift = np.zeros_like(low)
         shift[:, -1] = low[:, -1] // time_slices * time_slices
         low, high, size = low - shift, high - shift, (*size[:-1], time_slices)
-    # Of pages that are times, each is a picture.
     planar = len(size) == 2 or time_slices == 1
-    model_info = np.array([axis < 2 if planar else side > 1 for axis, side in enumerate(size)])
-    reaches: Bool[ndarray, " N"] = (((low == 0) | (high == np.array(size))) & model_info).any(axis=1)
+    counts = np.array([axis < 2 if planar else side > 1 for axis, side in enumerate(size)])
+    reaches: Bool[ndarray, " N"] = (((low == 0) | (high == np.array(size))) & counts).any(axis=1)
     return reaches
 
 
-def scanned(array: Shaped[ndarray, "..."]) -> Shaped[ndarray, "..."]:
-    """The view whose last axis runs along the lines; its own inverse."""
+def scan_order(array: Shaped[ndarray, "..."]) -> Shaped[ndarray, "..."]:
+    """The view whose last axis runs along the lines; it is its own inverse."""
     return array.T if array.ndim == 3 else array
 
 
-def parts(size: int) -> Iterator[slice]:
-    """Of so many pixels."""
-    return (slice(start, min(start + PART, size)) for start in range(0, size, PART))
+def chunks(size: int) -> Iterator[slice]:
+    """Slices of `CHUNK` pixels that cover an array of this size."""
+    return (slice(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK))
 
 
-def in_scan_order(labels: Int32[ndarray, "*lines"], count: int) -> tuple[Int32[ndarray, "*lines"], int]:
-    """The same objects in place, numbered anew from 1 in the order of their first pixels, and how many of the numbers occur.
+def relabel_in_scan_order(
+    labels: Int32[ndarray, "*lines"], count: int
+) -> tuple[Int32[ndarray, "*lines"], int]:
+    """Numbers objects from 1 on in the order of their first pixels, in place.
 
     Args:
-        labels: scanned and contiguous.
+        labels: contiguous labels in scan order.
         count: largest number that may occur.
+
+    Returns:
+        The labels and the number of objects.
     """
     flat = labels.reshape(-1)
     first = np.full(count + 1, flat.size, dtype=np.int64)
-    for part in parts(flat.size):
-        starts, _, numbers = runs(flat[part], part.start, flat.size)
+    for chunk in chunks(flat.size):
+        starts, _, numbers = runs(flat[chunk], chunk.start, flat.size)
         np.minimum.at(first, numbers, starts)
-    left = int(np.count_nonzero(first[1:] < flat.size))
-    anew = np.zeros(count + 1, dtype=np.int32)
-    anew[1 + np.argsort(first[1:], kind="stable")[:left]] = np.arange(1, left + 1)
-    replace(labels, anew)
-    return labels, left
+    present = int(np.count_nonzero(first[1:] < flat.size))
+    table = np.zeros(count + 1, dtype=np.int32)
+    table[1 + np.argsort(first[1:], kind="stable")[:present]] = np.arange(1, present + 1)
+    map_labels(labels, table)
+    return labels, present
 
 
-def replace(labels: Int32[ndarray, "*lines"], numbers: Int32[ndarray, " most"]) -> None:
-    """Puts `numbers[label]` in place of each label, which are scanned and contiguous."""
+def map_labels(labels: Int32[ndarray, "*lines"], table: Int32[ndarray, " numbers"]) -> None:
+    """Replaces each label by `table[label]`, in place; the labels are contiguous."""
     flat = labels.reshape(-1)
-    for part in parts(flat.size):
-        flat[part] = numbers[flat[part]]
+    for chunk in chunks(flat.size):
+        flat[chunk] = table[flat[chunk]]
 
 
-def looked_up(table: Bool[ndarray, " most"], labels: Int32[ndarray, "*lines"]) -> Bool[ndarray, "*lines"]:
-    """`table[label]` of each of the labels, which are contiguous, without eight bytes for each."""
-    found = np.empty(labels.shape, dtype=np.bool_)
-    flat, into = labels.reshape(-1), found.reshape(-1)
-    for part in parts(flat.size):
-        into[part] = table[flat[part]]
-    return found
+def lookup(table: Bool[ndarray, " numbers"], labels: Int32[ndarray, "*lines"]) -> Bool[ndarray, "*lines"]:
+    """`table[label]` of each contiguous label, by chunks, because an index takes eight bytes."""
+    values = np.empty(labels.shape, dtype=np.bool_)
+    flat, flat_values = labels.reshape(-1), values.reshape(-1)
+    for chunk in chunks(flat.size):
+        flat_values[chunk] = table[flat[chunk]]
+    return values
 
 
-def _corners(axes: int) -> Bool[ndarray, "..."]:
+def _full_connectivity(axes: int) -> Bool[ndarray, "..."]:
     return np.ones((3,) * axes, dtype=np.bool_)
 
 
-def _pure(labels: Int32[ndarray, "*lines"], lines: UInt8[ndarray, "*lines"], count: int) -> bool:
-    """Whether each label has pixels of one class only."""
-    flat, kinds = labels.reshape(-1), lines.reshape(-1)
-    least, most = np.full(count + 1, 255, dtype=np.uint8), np.zeros(count + 1, dtype=np.uint8)
-    for part in parts(flat.size):
-        label, kind = flat[part], kinds[part]
-        # Within a run, and from run to run.
-        if ((kind[1:] != kind[:-1]) & (label[1:] == label[:-1])).any():
-            return False
-        starts, _, numbers = runs(label, 0, flat.size)
-        np.minimum.at(least, numbers, kind[starts])
-        np.maximum.at(most, numbers, kind[starts])
-    return bool((least[1:] == most[1:]).all())
-
-
-def _class_by_class(lines: UInt8[ndarray, "*lines"]) -> tuple[Int32[ndarray, "*lines"], int]:
-    """Labels within the box of each class: they take four bytes per pixel."""
+def _label_each_class(lines: UInt8[ndarray, "*lines"]) -> tuple[Int32[ndarray, "*lines"], int]:
+    """Labels of each class, computed within its box because they take four bytes per pixel."""
     labels, count = np.zeros(lines.shape, dtype=np.int32), 0
-    for value, box in enumerate(ndimage.find_objects(lines), start=1):
+    for value, box in enumerate(scipy.ndimage.find_objects(lines), start=1):
         if box is not None:
             inside = lines[box] == value
-            found, more = ndimage.label(inside, structure=_corners(lines.ndim), output=np.int32)
-            np.add(found, count, out=labels[box], where=inside)
+            of_class, more = scipy.ndimage.label(
+                inside, structure=_full_connectivity(lines.ndim), output=np.int32
+            )
+            np.add(of_class, count, out=labels[box], where=inside)
             count += more
     return labels, count
 
@@ -206,12 +214,12 @@ def _class_by_class(lines: UInt8[ndarray, "*lines"]) -> tuple[Int32[ndarray, "*l
 def runs(
     labels: Int32[ndarray, " part"], offset: int, length: int
 ) -> tuple[Int64[ndarray, " runs"], Int64[ndarray, " runs"], Int32[ndarray, " runs"]]:
-    """Where the runs of one label begin, how long they are and which label it is: there are far fewer than pixels.
+    """Start, length and label of each run of one label; there are far fewer of them than pixels.
 
     Args:
-        labels: of some pixels.
-        offset: of the first.
-        length: of a line, at whose end a run ends.
+        labels: labels of some pixels.
+        offset: index of the first of them.
+        length: pixels of a line, at whose end a run ends.
     """
     begins = np.empty(labels.shape, dtype=np.bool_)
     begins[:1] = True

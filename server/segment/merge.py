@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Shaped, UInt8
 from numpy import ndarray
 
-from server.imaging.geometry import between, lerp
+from server.imaging.geometry import lerp, linear_weights
 from server.segment.windows import Windows
 
 # Standard deviation of the weights as a share of the tile, and the least weight, as is usual for
@@ -70,7 +70,7 @@ class WindowMerger:
         self._sum = np.zeros((channels + (head_std is not None), rows, *padded), dtype=np.float32)
         self._weight = np.zeros((rows, *padded), dtype=np.float32)
         # Where the caller's rows lie among ours, which of them comes next, and our row before.
-        self._lower, self._share = between(self._rows, len(self._classes))
+        self._lower, self._share = linear_weights(self._rows, len(self._classes))
         self._next = 0
         self._before: Float32[ndarray, "K *across"] | None = None
 
@@ -80,7 +80,10 @@ class WindowMerger:
             top, *starts = self._rows_first(self._windows.starts[index])
             self._finish_rows_above(top)
             turned = np.moveaxis(window[:, None] if self._windows.flat else window, self._windows.axis + 1, 1)
-            place = (slice(None), *(slice(s, s + side) for s, side in zip(starts, turned.shape[2:], strict=True)))
+            place = (
+                slice(None),
+                *(slice(s, s + side) for s, side in zip(starts, turned.shape[2:], strict=True)),
+            )
             self._sum[:, *place] += turned * self._weights
             self._weight[place] += self._weights
 
@@ -108,14 +111,21 @@ class WindowMerger:
             self._weight[kept:] = 0
         self._top = top
 
-    def _write(self, total: Float32[ndarray, "K rows *across"], weight: Float32[ndarray, "rows *across"]) -> None:
+    def _write(
+        self, total: Float32[ndarray, "K rows *across"], weight: Float32[ndarray, "rows *across"]
+    ) -> None:
         if (self._rows, *self._across) != self._classes.shape:
             for row in range(len(weight)):
                 self._interpolate(self._top + row, total[:, row] / weight[row])
             return
         self._put((slice(self._top, self._top + len(weight)),), total, weight)
 
-    def _put(self, place: tuple[int | slice, ...], total: Float32[ndarray, "K *part"], weight: Float32[ndarray, "*part"]) -> None:
+    def _put(
+        self,
+        place: tuple[int | slice, ...],
+        total: Float32[ndarray, "K *part"],
+        weight: Float32[ndarray, "*part"],
+    ) -> None:
         """Writes a part of everything that is asked for.
 
         Args:
@@ -176,9 +186,9 @@ def _decide(
 @functools.lru_cache(maxsize=32)
 def importance(tile: tuple[int, ...]) -> Float32[ndarray, "*tile"]:
     """Gaussian weight of each pixel of a tile, 1 in its middle."""
-    weights: Float32[ndarray, "*tile"] = np.maximum(functools.reduce(np.multiply.outer, map(_gaussian, tile)), LEAST).astype(
-        np.float32
-    )
+    weights: Float32[ndarray, "*tile"] = np.maximum(
+        functools.reduce(np.multiply.outer, map(_gaussian, tile)), LEAST
+    ).astype(np.float32)
     weights.flags.writeable = False
     return weights
 

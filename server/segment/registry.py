@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from server.errors import InvalidParameter, UnknownModel
 from server.imaging import encode as encoding
 from server.runtime.bundle import ACCURATE, HEAD_STD, Manifest
-from server.runtime.loader import Deployment, ModelInstance
+from server.runtime.deployment import Deployment, ModelInstance
 from server.segment.request import SegmentParams
 
 
@@ -56,7 +56,7 @@ class Target:
         """
         selection = self.deployment.selection
         served = selection.auto[self.graph] if precision == "auto" else precision
-        if (self.graph, served) not in self.deployment.instances:
+        if (self.graph, served) not in selection.choices:
             allowed = ("auto", *selection.precisions(self.graph))
             raise InvalidParameter(
                 f"precision={precision!r} is not served for {self.graph} of {self.model!r}; there are: {', '.join(allowed)}",
@@ -163,7 +163,7 @@ class Registry:
         deployment = self.get(params.model if params.model is not None else self.default)
         mode = params.mode or ("accurate" if params.level is None else "fast")
         target = MODES[mode](deployment, params.level)
-        if encoding.wants(params.format, HEAD_STD):
+        if encoding.requires(params.format, HEAD_STD):
             return _with_head_std(target, params)
         target = target.at_precision(params.precision)
         return replace(target, alternatives=_shallower(target, params))
@@ -186,10 +186,16 @@ def _shallower(requested: Target, params: SegmentParams) -> tuple[Target, ...]:
             value=min_level,
             allowed=[level for level in levels if level <= requested.level],
         )
-    targets = [_fast(requested.deployment, level) for level in reversed(levels) if min_level <= level < requested.level]
+    targets = [
+        _fast(requested.deployment, level)
+        for level in reversed(levels)
+        if min_level <= level < requested.level
+    ]
     # A shallower level may not be served at the precision asked for.
     named, precisions = params.precision, requested.deployment.selection.precisions
-    return tuple(target.at_precision(named) for target in targets if named in ("auto", *precisions(target.graph)))
+    return tuple(
+        target.at_precision(named) for target in targets if named in ("auto", *precisions(target.graph))
+    )
 
 
 def _with_head_std(target: Target, params: SegmentParams) -> Target:
@@ -199,7 +205,10 @@ def _with_head_std(target: Target, params: SegmentParams) -> Target:
         InvalidParameter: a parameter does not go with it, or the bundle has no such graph.
     """
     reasons = {
-        "mode": (target.graph != ACCURATE, "needs the heads of all levels, which mode=fast does not run; use mode=accurate"),
+        "mode": (
+            target.graph != ACCURATE,
+            "needs the heads of all levels, which mode=fast does not run; use mode=accurate",
+        ),
         "min_level": (params.min_level is not None, "needs all levels; leave min_level out"),
         "precision": (params.precision not in ("auto", "fp32"), "is computed at fp32; leave precision out"),
         "model": (
@@ -210,5 +219,7 @@ def _with_head_std(target: Target, params: SegmentParams) -> Target:
     }
     for parameter, (wrong, reason) in reasons.items():
         if wrong:
-            raise InvalidParameter(f"format=uncertainty {reason}", parameter=parameter, value=getattr(params, parameter))
+            raise InvalidParameter(
+                f"format=uncertainty {reason}", parameter=parameter, value=getattr(params, parameter)
+            )
     return replace(target, instance=target.deployment.instances[HEAD_STD, "fp32"])

@@ -1,130 +1,151 @@
-"""The finished mask as the caller wants it: encoded, with a report where the format has one."""
+"""From a post-processed mask to the bytes of the answer, with a report where a format has one."""
 
 import base64
 import dataclasses
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 from jaxtyping import Float32, Shaped
 from numpy import ndarray
 
-from server.arrays import Image, Mask, Volume
+from server.arrays import Image, LabelledMask, Volume
 from server.cancel import NO_CANCEL, CancelToken
 from server.imaging import encode as encoding
 from server.imaging import geometry
-from server.imaging.encode import ENCODERS, Encoded, SegmentationResult
+from server.imaging.encode import Encoded, SegmentationResult
 from server.runtime.bundle import Manifest
 from server.segment import quality, statistics
-from server.segment.postprocess import Postprocessing
+from server.segment.postprocess import Processed
+from server.segment.request import SegmentParams
+
+# Keys of the mask in base64, which say its file type.
+MASK_KEYS = {
+    "mask.png": "mask_png",
+    "mask.tiff": "mask_tiff",
+    "mask.nii.gz": "mask_nifti",
+    "mask.seg.nrrd": "mask_nrrd",
+    "labels.png": "mask_labels_png",
+    "labels.tiff": "mask_labels_tiff",
+    "labels.nii.gz": "mask_labels_nifti",
+}
 
 
-@dataclass(frozen=True)
-class Found:
-    """A finished mask, and what is known of it.
-
-    Attributes:
-        source: the decoded input.
-        manifest: for names and colours.
-        mask: the answer, post-processed.
-        wanted: the post-processing.
-        dropped: see `Processed`.
-        largest: see `Canvas`; of use where the mask has objects.
-        overlaps: with the reference, per class value; empty without one.
-        precision: average precision of the objects per threshold of IoU; empty without a reference of instances.
-    """
-
-    source: Image | Volume
-    manifest: Manifest
-    mask: Mask
-    wanted: Postprocessing
-    dropped: dict[int, int]
-    largest: Float32[ndarray, " K"]
-    overlaps: dict[int, quality.Overlap] = field(default_factory=dict)
-    precision: dict[float, float] = field(default_factory=dict)
-
-    @property
-    def threshold(self) -> float | None:
-        """Above which a pixel was taken for foreground; None where the largest score won."""
-        if self.wanted.threshold is None and self.manifest.score_channels == 1:
-            return self.manifest.threshold
-        return self.wanted.threshold
-
-
-def compared(found: Found, reference: Shaped[ndarray, "*reference"]) -> Found:
-    """With what a reference says: a label image or volume of the mask's size; with `instances` its values are those of objects."""
-    values = [c.value for c in found.manifest.classes]
-    overlaps, precision = {}, {}
-    # Numbers of objects do not tell several classes apart.
-    if not found.wanted.instances or len(values) == 1:
-        overlaps = quality.compare(found.mask.classes, reference, values)
-    if found.wanted.instances and found.mask.objects:
-        precision = quality.average_precision(found.mask.objects.labels, reference)
-    return dataclasses.replace(found, overlaps=overlaps, precision=precision)
-
-
-def encode(
-    found: Found,
-    formats: tuple[str, ...],
-    facts: dict[str, Any],
-    seconds: dict[str, float],
+def segmentation_result(
+    source: Image | Volume,
+    manifest: Manifest,
+    params: SegmentParams,
+    processed: Processed,
+    largest_scores: Float32[ndarray, " K"],
+    reference: Shaped[ndarray, "*reference"] | None = None,
     *,
-    include_mask: bool,
-    name: str = "",
-    stop: CancelToken = NO_CANCEL,
-) -> Encoded:
-    """The answer.
+    cancel: CancelToken = NO_CANCEL,
+) -> SegmentationResult:
+    """Collects what the encoders need, and compares the mask with the reference.
 
     Args:
-        found: the mask.
-        formats: see `encoding.choose`.
-        facts: what was served, for the report.
-        seconds: per phase so far.
-        include_mask: whether the report carries the mask too, in base64.
-        name: see `SegmentRequest`.
-        stop: ends it between two formats, objects or their like.
+        source: decoded input.
+        manifest: manifest of the network, for names, colours and threshold.
+        params: request parameters.
+        processed: result of post-processing.
+        largest_scores: highest score of each channel anywhere.
+        reference: label image or volume of the mask's size; with `instances` its values are object numbers.
+        cancel: token that ends encoding.
 
     Raises:
-        InvalidParameter: there are too many objects to describe.
-        Stopped: it was.
+        InvalidParameter: the reference has another size than the mask.
     """
-    classes = found.manifest.classes
-    colors, names = {c.value: rgb(c.color) for c in classes}, {c.value: c.name for c in classes}
-    result = SegmentationResult(found.mask, colors, names, found.source, file=name, stop=stop)
-    if "report" not in encoding.needs(formats):
-        return encoding.encode(formats, result)
-    report = facts | _described(found, result.names)
-    if include_mask:
-        like = encoding.like(found.source.input_header, instances=found.wanted.instances)
-        report[f"mask_{like}"] = base64.b64encode(ENCODERS[like].encode(result)).decode()
-    report["timings_ms"] = {phase: round(spent * 1e3, 2) for phase, spent in seconds.items()}
-    return encoding.encode(formats, dataclasses.replace(result, report=report))
+    result = SegmentationResult(
+        source,
+        processed.mask,
+        {c.value: rgb(c.color) for c in manifest.classes},
+        {c.value: c.name for c in manifest.classes},
+        postprocessing=params.postprocessing,
+        threshold=_threshold(manifest, params),
+        removed=processed.removed,
+        largest_scores=largest_scores,
+        cancel=cancel,
+    )
+    return result if reference is None else _compare(result, reference, instances=params.instances)
 
 
-def _described(found: Found, names: dict[int, str]) -> dict[str, Any]:
-    """What is known of the mask, in the order in which it is read."""
-    source, objects, asked = found.source, found.mask.objects, found.wanted.asked
-    assert objects is not None  # noqa: S101 - whoever needs a report needs objects
+def encode_response(
+    result: SegmentationResult,
+    formats: tuple[str, ...],
+    served: Mapping[str, Any],
+    *,
+    filename: str = "",
+    include_mask: bool = False,
+) -> Encoded:
+    """Writes the answer.
+
+    Args:
+        result: the segmentation.
+        formats: rows of `encode.ENCODERS`.
+        served: members of the report that say what was served: model, mode, level, precision, ...
+        filename: name of the input file, for formats that repeat it; "" if unknown.
+        include_mask: whether the report carries the mask in base64.
+
+    Raises:
+        InvalidParameter: there are too many objects for a format, or their outlines are too long.
+        Cancelled: the token of the result was set.
+    """
+    result = dataclasses.replace(result, filename=filename)
+    if "report" in encoding.needs(formats):
+        report = {**served, **_description(result)}
+        if include_mask:
+            instances = "instances" in result.postprocessing
+            row = encoding.like(encoding.MASK, result.source.input_header, instances=instances)
+            report[MASK_KEYS[row]] = base64.b64encode(encoding.encode((row,), result).body).decode()
+        result = dataclasses.replace(result, report=report)
+    return encoding.encode(formats, result)
+
+
+def _threshold(manifest: Manifest, params: SegmentParams) -> float | None:
+    """The score above which a pixel is foreground; None where the class of the highest score wins."""
+    if params.threshold is None and manifest.score_channels == 1:
+        return manifest.threshold
+    return params.threshold
+
+
+def _compare(
+    result: SegmentationResult, reference: Shaped[ndarray, "*reference"], *, instances: bool
+) -> SegmentationResult:
+    """The result with its agreement with a reference."""
+    overlaps, precision = {}, {}
+    # Object numbers do not tell several classes apart.
+    if not instances or len(result.names) == 1:
+        overlaps = quality.compare(result.mask.classes, reference, list(result.names))
+    if instances and isinstance(result.mask, LabelledMask):
+        precision = quality.average_precision(result.mask.objects.labels, reference)
+    return dataclasses.replace(result, overlaps=overlaps, average_precision=precision)
+
+
+def _description(result: SegmentationResult) -> dict[str, Any]:
+    """The members of the report that describe the mask, in the order in which they are read."""
+    source, objects, names = result.source, result.objects, result.names
     unit_mm, affine = geometry.unit_mm(source), source.affine if isinstance(source, Volume) else None
-    listed = statistics.listed(objects, names, unit_mm, affine)
-    overlaps = {names[value]: {"iou": q.iou, "dice": q.dice} for value, q in found.overlaps.items()}
+    rows = statistics.object_statistics(objects, names, unit_mm, affine)
+    axes = ("height", "width") if isinstance(source, Image) else ("x", "y", "z")
     report = {
-        "size": dict(zip(("height", "width") if isinstance(source, Image) else ("x", "y", "z"), source.size, strict=True)),
+        "size": dict(zip(axes, source.size, strict=True)),
         "spacing_mm": None if affine is None else dict(zip("xyz", geometry.spacing(affine), strict=True)),
         "pixel_size_um": _pixel_size_um(source),
-        "postprocessing": asked,
-        "classes": statistics.describe(objects, names, unit_mm, found.largest, found.threshold, found.dropped),
-        "objects": listed,
-        "objects_omitted": len(objects) - len(listed),
-        "reference": overlaps,
-        "instances": _scored(found.precision),
+        "postprocessing": result.postprocessing,
+        "classes": statistics.class_statistics(
+            objects, names, unit_mm, result.largest_scores, result.threshold, result.removed
+        ),
+        "objects": rows,
+        "objects_omitted": len(objects) - len(rows),
+        "reference": {names[value]: {"iou": o.iou, "dice": o.dice} for value, o in result.overlaps.items()},
+        "instances": _average_precision(result.average_precision),
         "note": source.note,
     }
-    # These may be empty; of the others, what does not apply is left out.
+    # Members that do not apply are left out; the list of objects may be empty.
     return {name: value for name, value in report.items() if value or name == "objects"}
 
 
-def _scored(precision: dict[float, float]) -> dict[str, Any]:
-    """Average precision per threshold of IoU, and its mean."""
+def _average_precision(precision: Mapping[float, float]) -> dict[str, Any]:
+    """Average precision per IoU threshold, and its mean."""
     if not precision:
         return {}
     ap = {f"{threshold:g}": round(float(value), 4) for threshold, value in precision.items()}
@@ -132,14 +153,17 @@ def _scored(precision: dict[float, float]) -> dict[str, Any]:
 
 
 def _pixel_size_um(source: Image | Volume) -> dict[str, float]:
-    """Of an image, or of a stack, whose axes are those of a volume."""
+    """The pixel size of an image, or of a stack, whose axes have width before height."""
     spacing_mm = source.spacing_mm or ()
     if isinstance(source, Volume):
         spacing_mm = spacing_mm[1::-1] + spacing_mm[2:]
-    return {name: float(f"{mm * 1e3:.6g}") for name, mm in zip(("height", "width", "page"), spacing_mm, strict=False)}
+    return {
+        name: float(f"{mm * 1e3:.6g}")
+        for name, mm in zip(("height", "width", "page"), spacing_mm, strict=False)
+    }
 
 
 def rgb(color: str) -> tuple[int, int, int]:
-    """Three bytes of "#rrggbb"."""
+    """The three bytes of "#rrggbb"."""
     red, green, blue = bytes.fromhex(color.removeprefix("#"))
     return red, green, blue

@@ -1,89 +1,93 @@
-/** Asks for masks, and keeps what came of the input at hand. */
-import { inBackground, segment } from "./api.js";
-import { nifti, png } from "./pixels.js";
+/** Requests masks of the current input, and caches them. */
+import { segment } from "./api.js";
+import { runJob } from "./jobs.js";
+import { readNifti, readPng } from "./pixels.js";
 
-const IMAGE = ["png", "json"], DRAWN = ["overlay", "json"], VOLUME = ["nifti", "json"];
+const IMAGE = ["mask.png", "json"], OVERLAY = ["overlay", "json"], VOLUME = ["mask.nii.gz", "json"];
 
 /**
- * An answer of one level.
+ * The answer of one level.
  * @typedef {Object} Answer
  * @property {number|"accurate"} level
  * @property {number[]} size (width, height) or (x, y, z)
- * @property {Uint8Array|null} mask class values; null where the server draws `overlay`
- * @property {Uint16Array|null} objects their numbers, if asked for
- * @property {Uint8Array} bytes the mask's file
- * @property {Object} statistics format=json
- * @property {Object} facts see `Reply`
+ * @property {Uint8Array|null} mask class values; null where the server draws the overlay
+ * @property {Uint16Array|null} labels object numbers, with instances=true
+ * @property {Uint8Array} bytes encoded mask
+ * @property {Object} statistics document of format=json
+ * @property {Object} facts from the response headers
  */
 
 export class Answers {
-  #kept = new Map();
+  #cache = new Map();
   #input = null;
 
-  /** Another input, or another reference of it: nothing that was kept holds any more. */
-  begin(input) {
+  /** Sets another input, or another reference; empties the cache. */
+  setInput(input) {
     this.#input = input;
-    this.#kept.clear();
+    this.#cache.clear();
   }
 
   /**
-   * What is kept of an ask.
-   * @param {import("./api.js").Ask} ask
+   * The cached answer to a request.
+   * @param {import("./api.js").SegmentRequest} request
    * @returns {Answer|undefined}
    */
-  kept(ask) {
-    return this.#kept.get(keyOf(ask));
+  cached(request) {
+    return this.#cache.get(cacheKey(request));
   }
 
   /**
-   * The answer to an ask, kept or new.
-   * @param {import("./api.js").Ask} ask
+   * The answer to a request, cached or new.
+   * @param {import("./api.js").SegmentRequest} request
    * @param {AbortSignal} signal
-   * @param {{progress: (job: Object) => void, preview: (answer: Answer) => void, first: number}} watching of volumes and stacks; `first` is their preview's level
+   * @param {{onProgress: (job: Object) => void, onPreview: (answer: Answer) => void, previewLevel: number}} job for volumes and stacks
    * @returns {Promise<Answer>}
    */
-  async get(ask, signal, watching) {
-    const found = this.kept(ask);
-    if (found) return found;
-    const answer = await (this.#input.kind === "image" ? this.#image(this.#input, ask, signal) : this.#job(this.#input, ask, signal, watching));
+  async get(request, signal, job) {
+    const cached = this.cached(request);
+    if (cached) return cached;
+    const input = this.#input;
+    const answer = await (input.kind === "image" ? requestImage(input, request, signal) : this.#runJob(input, request, signal, job));
     signal.throwIfAborted();
-    this.#kept.set(keyOf(ask), answer);
+    this.#cache.set(cacheKey(request), answer);
     return answer;
   }
 
-  async #image(input, ask, signal) {
-    const objects = ask.options.instances, reply = await segment(input, ask, objects ? ["labels_png", ...IMAGE] : IMAGE, signal);
-    const bytes = reply.files.get("mask.png"), { size, values } = await png(bytes);
-    return { ...common(ask, reply), size, mask: values, objects: objects ? (await png(reply.files.get("labels.png"))).values : null, bytes };
-  }
-
-  /** Volumes and stacks, which may take longer than a connection lasts. */
-  async #job(input, ask, signal, watching) {
-    const read = input.drawn ? drawn : ofVolume, first = { ...ask, level: watching.first };
-    const previewed = async (reply) => {
-      const answer = await read(first, reply);
+  async #runJob(input, request, signal, { onProgress, onPreview, previewLevel }) {
+    const [formats, read] = input.serverDrawn ? [OVERLAY, readOverlay] : [VOLUME, readVolume];
+    const preview = { ...request, level: previewLevel };
+    const previewed = async (response) => {
+      const answer = await read(preview, response);
       if (signal.aborted) return;
-      // It has not been scored against a reference.
-      if (!input.reference) this.#kept.set(keyOf(first), answer);
-      watching.preview(answer);
+      // A preview is not scored, so with a reference it is no answer to cache.
+      if (!input.reference) this.#cache.set(cacheKey(preview), answer);
+      onPreview(answer);
     };
-    const wants = ask.level === watching.first || this.kept(first) ? null : previewed;
-    return read(ask, await inBackground(input, ask, input.drawn ? DRAWN : VOLUME, signal, watching.progress, wants));
+    const needsPreview = request.level !== previewLevel && !this.cached(preview);
+    return read(request, await runJob(input, request, formats, signal, onProgress, needsPreview ? previewed : null));
   }
 }
 
-const keyOf = ({ model, level, options }) => JSON.stringify([model, level, Object.entries(options).sort()]);
+const cacheKey = ({ model, level, options }) => JSON.stringify([model, level, Object.entries(options).sort()]);
 
-async function drawn(ask, reply) {
-  return { ...common(ask, reply), overlay: await createImageBitmap(new Blob([reply.files.get("overlay.png")])), bytes: null, mask: null };
+async function requestImage(input, request, signal) {
+  const instances = Boolean(request.options.instances);
+  const response = await segment(input, request, instances ? ["labels.png", ...IMAGE] : IMAGE, signal);
+  const bytes = response.files.get("mask.png"), { size, values } = await readPng(bytes);
+  const labels = instances ? (await readPng(response.files.get("labels.png"))).values : null;
+  return { ...common(request, response), size, mask: values, labels, bytes };
 }
 
-async function ofVolume(ask, reply) {
-  const bytes = reply.files.get("mask.nii.gz");
-  const { size, values } = await nifti(bytes);
-  return { ...common(ask, reply), size, mask: values, objects: null, bytes };
+async function readOverlay(request, response) {
+  const overlay = await createImageBitmap(new Blob([response.files.get("overlay.png")]));
+  return { ...common(request, response), overlay, bytes: null, mask: null };
 }
 
-function common(ask, { files, facts }) {
-  return { level: ask.level, statistics: JSON.parse(new TextDecoder().decode(files.get("statistics.json"))), facts };
+async function readVolume(request, response) {
+  const bytes = response.files.get("mask.nii.gz"), { size, values } = await readNifti(bytes);
+  return { ...common(request, response), size, mask: values, labels: null, bytes };
+}
+
+function common({ level }, { files, facts }) {
+  return { level, statistics: JSON.parse(new TextDecoder().decode(files.get("statistics.json"))), facts };
 }

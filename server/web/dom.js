@@ -1,11 +1,11 @@
-/** Elements and numbers. */
+/** Elements of the document, and numbers as text. */
 
 export const $ = (id) => document.getElementById(id);
 
 /**
- * An element.
+ * Makes an element.
  * @param {string} tag
- * @param {Object<string, any>} properties of the element, or attributes where it has none of that name
+ * @param {Object<string, any>} properties of the element; set as attributes where it has no such property
  * @param {...(Node|string|null)} children
  */
 export function h(tag, properties = {}, ...children) {
@@ -18,7 +18,7 @@ export function h(tag, properties = {}, ...children) {
   return element;
 }
 
-/** An element of a drawing, with attributes. */
+/** Makes an SVG element. */
 export function svg(tag, attributes = {}, ...children) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
@@ -26,27 +26,30 @@ export function svg(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** Milliseconds for people. */
-export function duration(ms) {
+/** Sets the width of a bar to a share in [0, 1]; by script because the page's policy forbids style attributes. */
+export function setShare(element, share) {
+  element.style.setProperty("--share", `${Math.max(0, Math.min(1, share)) * 100}%`);
+  return element;
+}
+
+/** Formats milliseconds with their unit. */
+export function formatDuration(ms) {
   if (ms >= 10000) return `${(ms / 1000).toFixed(1)} s`;
   if (ms >= 1000) return `${(ms / 1000).toFixed(2)} s`;
   return ms >= 10 ? `${Math.round(ms)} ms` : `${ms.toFixed(1)} ms`;
 }
 
-/** A count, grouped. */
-export const count = (number) => number.toLocaleString("en");
+/** Formats an integer with thousands separators. */
+export const formatCount = (number) => number.toLocaleString("en");
 
-/** A share of one, in percent. */
-export const percent = (share) => `${(share * 100).toFixed(share < 0.1 ? 2 : 1)} %`;
+/** Formats a share in [0, 1] as percent. */
+export const formatPercent = (share) => `${(share * 100).toFixed(share < 0.1 ? 2 : 1)} %`;
 
-/** What is measured, with three figures or so. */
-export const measured = (number) => (number >= 100 ? count(Math.round(number)) : String(Number(number.toPrecision(3))));
+/** Formats a measurement with about three significant digits. */
+export const formatMeasure = (number) => (number >= 100 ? formatCount(Math.round(number)) : String(Number(number.toPrecision(3))));
 
-/** An overlap in [0, 1]; only what is equal is 1. */
-export const overlap = (value) => (value === 1 ? "1" : Math.min(value, 0.999).toFixed(3));
+/** Formats an IoU or Dice in [0, 1]; only an exact 1 is shown as 1. */
+export const formatOverlap = (value) => (value === 1 ? "1" : Math.min(value, 0.999).toFixed(3));
 
-/** A share of the width, for bars: styles may not stand in the page's text, but scripts may set them. */
-export function wide(element, share) {
-  element.style.setProperty("--share", `${Math.max(0, Math.min(1, share)) * 100}%`);
-  return element;
-}
+/** Names a level: "L2", or "accurate". */
+export const levelName = (level) => (level === "accurate" ? "accurate" : `L${level}`);

@@ -1,51 +1,49 @@
-/** The slider, and under each of its stops what that level did with this input. */
-import { $, duration, h, overlap, wide } from "./dom.js";
-import { levelName } from "./result.js";
+/** The level slider, and under each of its ticks the time and quality of that level on the current input. */
+import { $, formatDuration, formatOverlap, h, levelName, setShare } from "./dom.js";
 
-/** The stops: the levels, then "accurate". */
-let stops = [];
+/** The positions of the slider: the levels of the model, then "accurate". */
+let positions = [];
 
 /**
- * Other stops; the slider goes to a level.
+ * Sets the levels of another model and selects one.
  * @param {number[]} levels
- * @param {number|"accurate"} level
- * @param {() => void} changed
+ * @param {number|"accurate"} selected
+ * @param {() => void} onSelect
  */
-export function setLevels(levels, level, changed) {
-  stops = [...levels, "accurate"];
-  const slider = $("slider");
-  slider.max = stops.length - 1;
-  $("scale").style.setProperty("--stops", stops.length);
-  $("ticks").replaceChildren(...stops.map((stop) => h("li", { onclick: () => { setLevel(stop); changed(); } },
-    h("b", {}, levelName(stop)), h("span", { className: "ms" }), h("span", { className: "iou" }), wide(h("i"), 0))));
-  setLevel(stops.includes(level) ? level : stops[0]);
+export function setLevels(levels, selected, onSelect) {
+  positions = [...levels, "accurate"];
+  $("slider").max = positions.length - 1;
+  $("scale").style.setProperty("--positions", positions.length);
+  $("ticks").replaceChildren(...positions.map((level) => h("li", { onclick: () => { selectLevel(level); onSelect(); } },
+    h("b", {}, levelName(level)), h("span", { className: "ms" }), h("span", { className: "iou" }), setShare(h("i"), 0))));
+  selectLevel(positions.includes(selected) ? selected : positions[0]);
 }
 
-export const levels = () => stops;
-export const level = () => stops[Number($("slider").value)];
+export const allLevels = () => positions;
+export const selectedLevel = () => positions[Number($("slider").value)];
 
-export function setLevel(wanted) {
-  $("slider").value = stops.indexOf(wanted);
-  named();
+export function selectLevel(level) {
+  $("slider").value = positions.indexOf(level);
+  renderSelection();
 }
 
-/** Says the level in words, and marks its stop. */
-export function named() {
-  const at = Number($("slider").value);
-  $("slider").setAttribute("aria-valuetext", levelName(stops[at]));
-  [...$("ticks").children].forEach((tick, index) => tick.classList.toggle("on", index === at));
+/** Names the selected level to assistive technology, and marks its tick. */
+export function renderSelection() {
+  const selected = Number($("slider").value);
+  $("slider").setAttribute("aria-valuetext", levelName(positions[selected]));
+  [...$("ticks").children].forEach((tick, index) => tick.classList.toggle("on", index === selected));
 }
 
 /**
- * Writes under each stop what is known of it.
- * @param {(level: number|"accurate") => {ms: number, iou: number|null}|null} known
+ * Writes time and IoU under the ticks.
+ * @param {(level: number|"accurate") => {ms: number, iou: number|null}|null} facts null where the level has no answer yet
  */
-export function renderTicks(known) {
-  const facts = stops.map(known), longest = Math.max(1e-9, ...facts.map((one) => one?.ms ?? 0));
+export function renderTicks(facts) {
+  const rows = positions.map(facts), longest = Math.max(1e-9, ...rows.map((row) => row?.ms ?? 0));
   [...$("ticks").children].forEach((tick, index) => {
-    const one = facts[index];
-    tick.querySelector(".ms").textContent = one ? duration(one.ms) : "";
-    tick.querySelector(".iou").textContent = one?.iou == null ? "" : overlap(one.iou);
-    wide(tick.querySelector("i"), one ? one.ms / longest : 0);
+    const row = rows[index];
+    tick.querySelector(".ms").textContent = row ? formatDuration(row.ms) : "";
+    tick.querySelector(".iou").textContent = row?.iou == null ? "" : formatOverlap(row.iou);
+    setShare(tick.querySelector("i"), row ? row.ms / longest : 0);
   });
 }

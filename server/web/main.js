@@ -1,288 +1,265 @@
-/** The page: what is chosen becomes a request, and its answer is shown; the last request wins. */
+/** The page: controls become requests, and answers are shown; a new request replaces the one before. */
 import { Answers } from "./answers.js";
-import { card as cardOf, key, models as listed } from "./api.js";
-import { cardNodes } from "./card.js";
-import { $ } from "./dom.js";
-import { optionFields, optionsIn, READING } from "./formats.js";
-import { completed, looked, sample } from "./inputs.js";
-import { level, levels, named, setLevel, setLevels, renderTicks } from "./levels.js";
-import { drawNetwork, lightNetwork } from "./network.js";
-import { levelName, sentence, showResult } from "./result.js";
-import * as stage from "./stage.js";
-import * as download from "./download.js";
+import { key } from "./api.js";
+import { $, levelName } from "./dom.js";
+import * as downloads from "./download.js";
+import { addPicture, loadSample, readInput } from "./inputs.js";
+import { allLevels, renderSelection, renderTicks, selectedLevel, selectLevel, setLevels } from "./levels.js";
+import * as models from "./models.js";
+import { drawNetwork, highlightNetwork } from "./network.js";
+import { changedOptions, DECODE_OPTIONS, renderOptionCount, renderOptions, resetDecodeOptions } from "./options.js";
+import { showResult, summary } from "./result.js";
+import * as viewer from "./viewer.js";
+
+const BUSY_AFTER_MS = 200;
 
 const answers = new Answers();
-let models = [], cards = new Map(), card = null, input = null, comparing = false, asking = new AbortController(), slow = 0;
-// While another input is looked at: it is segmented then, with what is chosen by that time.
-let giving = null;
+let input = null, comparing = false, controller = new AbortController(), busyTimer = 0;
+// Signal of the task that opens another input; until it is done, levels are only selected because opening ends with a request.
+let opening = null;
 
-const ask = (wanted = level()) => ({ model: card.name, level: wanted, options: optionsIn($("asked")) });
-const known = (wanted) => answers.kept(ask(wanted));
-const accurate = () => known("accurate");
+const requestFor = (level = selectedLevel()) => ({ model: models.card().name, level, options: changedOptions() });
+const cached = (level) => answers.cached(requestFor(level));
+const accurate = () => cached("accurate");
 
-/** Gives up what was asked before. */
+/** Cancels the current task; gives the signal of the next one. */
 function restart() {
-  asking.abort();
-  asking = new AbortController();
+  controller.abort();
+  controller = new AbortController();
   hideBusy();
   $("error").hidden = true;
-  return asking.signal;
+  return controller.signal;
 }
 
-/** Nobody waits any more. */
 function hideBusy() {
-  clearTimeout(slow);
-  stage.busy(null);
+  clearTimeout(busyTimer);
+  viewer.hideBusy();
 }
 
-/** Runs a step; of what goes wrong the server's words are shown, unless nobody waits for it any more. */
-async function step(work) {
+/** Runs a task in place of the current one, and shows its error. */
+async function run(task) {
   const signal = restart();
-  // What is quick shall not flicker.
-  slow = setTimeout(() => stage.busy({ level_name: input && card ? levelName(level()) : "" }), 200);
+  // Delayed because fast answers would make it flicker.
+  busyTimer = setTimeout(() => viewer.showBusy(input && models.card() ? levelName(selectedLevel()) : ""), BUSY_AFTER_MS);
   try {
-    await work(signal);
+    await task(signal);
   } catch (error) {
-    if (signal.aborted) return;
-    $("error").firstElementChild.textContent = error.message;
-    $("error").hidden = false;
-    $("door").hidden = error.status !== 401;
-    if (error.status === 401) $("key").focus();
+    if (!signal.aborted) showError(error);
   } finally {
     if (!signal.aborted) hideBusy();
   }
 }
 
-/** The answer of a level, kept or new. */
-async function got(wanted, signal) {
-  // Only then it is known whether the browser can show it, or the server has to draw.
-  await stage.ready();
+function showError(error) {
+  $("error").firstElementChild.textContent = error.message;
+  $("error").hidden = false;
+  $("key-form").hidden = error.status !== 401;
+  if (error.status === 401) $("key").focus();
+}
+
+/** The answer of a level, cached or new. */
+async function fetchAnswer(level, signal) {
+  // Showing the input decides whether the server has to draw.
+  await viewer.inputShown();
   signal.throwIfAborted();
-  return answers.get(ask(wanted), signal, {
-    first: levels()[0],
-    progress: (job) => !signal.aborted && stage.busy({ ...job, level_name: levelName(wanted) }),
-    // Of what is compared, each level shows itself when it is there.
-    preview: (answer) => (comparing ? draw() : reveal(answer, `preview at ${levelName(answer.level)}; ${levelName(wanted)} is being computed`)),
+  return answers.get(requestFor(level), signal, {
+    previewLevel: allLevels()[0],
+    onProgress: (job) => !signal.aborted && viewer.showBusy(levelName(level), job),
+    onPreview: (answer) => (comparing ? redraw() : showAnswer(answer, `preview at ${levelName(answer.level)}; ${levelName(level)} is being computed`)),
   });
 }
 
-/** Shows what the slider says; and then, to know how far it agrees, asks for `accurate`. */
+/** Shows the selected level, and requests `accurate` for the agreement with it. */
 function segment() {
   comparing = false;
-  $("all").setAttribute("aria-pressed", "false");
-  lightNetwork(level(), levels().length - 1);
-  if (!input || giving) return null;
-  return step(async (signal) => {
-    const answer = await got(level(), signal);
-    await reveal(answer);
+  $("compare-all").setAttribute("aria-pressed", "false");
+  highlightNetwork(selectedLevel(), allLevels().length - 1);
+  if (!input || opening) return null;
+  return run(async (signal) => {
+    const answer = await fetchAnswer(selectedLevel(), signal);
+    await showAnswer(answer);
     signal.throwIfAborted();
     hideBusy();
-    // A volume takes long; it is compared when somebody asks for it.
+    // Only for images because volumes take long.
     if (input.kind === "image" && !accurate()) {
-      await got("accurate", signal);
-      await reveal(answer);
+      await fetchAnswer("accurate", signal);
+      await showAnswer(answer);
     }
   });
 }
 
-/** Shows an answer as the result. */
-async function reveal(answer, remark = "") {
-  if (await stage.setAnswer(answer, accurate())) figures(answer, remark);
+async function showAnswer(answer, remark = "") {
+  if (await viewer.setAnswer(answer, accurate())) showNumbers(answer, remark);
 }
 
-function figures(answer, remark = "") {
-  const agreed = stage.agreed(answer, accurate());
-  showResult(answer, agreed, card.classes, stage.hidden(), (value, visible) => {
-    stage.toggle(value, visible);
-    draw();
+function showNumbers(answer, remark = "") {
+  const agreement = viewer.agreementWith(answer, accurate());
+  showResult(answer, agreement, models.card().classes, viewer.hiddenClasses(), (value, visible) => {
+    viewer.setClassVisible(value, visible);
+    redraw();
   });
-  told();
-  $("status").textContent = [sentence(answer, agreed), remark].filter(Boolean).join(" · ");
-  download.show(input, ask(answer.level));
+  updateTicks();
+  $("status").textContent = [summary(answer, agreement), remark].filter(Boolean).join(" · ");
+  downloads.renderCommand(input, requestFor(answer.level));
 }
 
-function told() {
-  renderTicks((wanted) => {
-    const answer = known(wanted);
+function updateTicks() {
+  renderTicks((level) => {
+    const answer = cached(level);
     if (!answer) return null;
-    const agreed = () => (wanted === "accurate" ? null : stage.agreed(answer, accurate())?.mean ?? null);
-    return { ms: answer.facts.server_ms, iou: input.reference ? answer.facts.iou : agreed() };
+    const agreement = () => (level === "accurate" ? null : viewer.agreementWith(answer, accurate())?.mean ?? null);
+    return { ms: answer.facts.server_ms, iou: input.reference ? answer.facts.iou : agreement() };
   });
-  $("means").textContent = `time on the server, ${input.reference ? "IoU with the reference" : "agreement with accurate"}`;
+  $("ticks-caption").textContent = `time on the server, ${input.reference ? "IoU with the reference" : "agreement with accurate"}`;
 }
 
-/** Draws again what is shown. */
-function draw() {
-  if (comparing) stage.setCompare(levels(), known, chosen);
-  else if (known(level())) reveal(known(level()));
+function redraw() {
+  if (comparing) viewer.showComparison(allLevels(), cached, showLevel);
+  else if (cached()) showAnswer(cached());
 }
 
-function chosen(wanted) {
-  setLevel(wanted);
+function showLevel(level) {
+  selectLevel(level);
   segment();
 }
 
 function compareAll() {
-  if (comparing || giving) return segment();
+  if (comparing || opening) return segment();
   comparing = true;
-  $("all").setAttribute("aria-pressed", "true");
-  return step(async (signal) => {
-    draw();
-    for (const wanted of ["accurate", ...levels().slice(0, -1)]) {
-      await got(wanted, signal);
-      draw();
-      told();
+  $("compare-all").setAttribute("aria-pressed", "true");
+  return run(async (signal) => {
+    redraw();
+    for (const level of ["accurate", ...allLevels().slice(0, -1)]) {
+      await fetchAnswer(level, signal);
+      redraw();
+      updateTicks();
     }
-    figures(known(level()));
+    showNumbers(cached());
   });
 }
 
-/** Another input; or the same with another reference, or read in another way. */
-function given(file, reference = null) {
-  const again = file === input?.file;
-  return step(async (signal) => {
-    giving = signal;
-    let next, name;
-    try {
-      next = await looked(file, reference);
-      signal.throwIfAborted();
-      const dims = next.kind === "volume" ? 3 : 2;
-      name = again || card.dims === dims ? card.name : best(dims);
-      const read = again ? Object.entries(optionsIn($("asked"))).filter(([option]) => READING.includes(option)) : [];
-      await completed(next, { model: name, level: cards.get(name).levels[0], options: Object.fromEntries(read) }, signal);
-      signal.throwIfAborted();
-    } finally {
-      if (giving === signal) giving = null;
-    }
-    const before = input;
+/** Reads another input, or the current one with another reference or other decode options. */
+async function readNext(file, reference, signal) {
+  await requireModels(signal);
+  const isSame = file === input?.file;
+  const next = await readInput(file, reference);
+  signal.throwIfAborted();
+  const dims = next.kind === "volume" ? 3 : 2;
+  const model = isSame || models.card().dims === dims ? models.card().name : models.defaultModel(dims);
+  const options = Object.entries(changedOptions()).filter(([name]) => isSame && DECODE_OPTIONS.includes(name));
+  await addPicture(next, { model, level: models.cardOf(model).levels[0], options: Object.fromEntries(options) }, signal);
+  signal.throwIfAborted();
+  return { next, model, isSame };
+}
+
+/** Opens an input; the page changes only after it was read without an error. */
+function openInput(file, reference = null) {
+  return run(async (signal) => {
+    opening = signal;
+    const { next, model, isSame } = await readNext(file, reference, signal).finally(() => {
+      if (opening === signal) opening = null;
+    });
+    const previousKind = input?.kind;
     [input, comparing] = [next, false];
-    answers.begin(input);
-    // Nothing has changed until here, as the file could have been a broken one.
-    if (before?.kind !== next.kind) offer(next.kind === "volume" ? 3 : 2);
-    if (name === card.name) $("model").value = name;
-    else chooseModel(name);
-    if (!again) for (const option of READING) if ($("asked").elements[option]) $("asked").elements[option].value = "";
-    if (before?.kind !== next.kind || before.tiff !== next.tiff) fields(again);
-    if (before?.kind !== next.kind) download.begin(input);
-    counted();
+    answers.setInput(input);
+    if (previousKind !== input.kind) {
+      models.renderModelList(input.kind === "volume" ? 3 : 2);
+      downloads.renderFormats(input.kind);
+    }
+    if (model === models.card().name) $("model").value = model;
+    else setModel(model);
+    if (!isSame) resetDecodeOptions();
+    renderOptionCount();
     $("file").textContent = [file.name, reference && `reference ${reference.name}`].filter(Boolean).join(" · ");
-    $("reference").disabled = $("all").disabled = false;
-    // What is still to be read is of the one before.
+    $("reference").disabled = $("compare-all").disabled = false;
     $("result").classList.add("stale");
     $("status").textContent = "";
-    told();
-    await stage.setInput(input);
-    // Who has moved the slider meanwhile has asked already.
+    updateTicks();
+    await viewer.setInput(input);
+    // A slider moved in the meantime has started a request of its own.
     signal.throwIfAborted();
     queueMicrotask(segment);
   });
 }
 
-/** The fields of the options; what was filled in may stay. */
-function fields(keep) {
-  const before = keep ? [...new FormData($("asked"))] : [];
-  $("asked").replaceChildren(...optionFields(input ?? { kind: card.dims === 3 ? "volume" : "image", tiff: false }, card));
-  for (const [name, value] of before) {
-    const field = $("asked").elements[name];
-    if (field?.type === "checkbox") field.checked = true;
-    else if (field && (!field.options || [...field.options].some((option) => option.value === value))) field.value = value;
-  }
-  counted();
+function setModel(name) {
+  models.setModel(name);
+  const { classes, levels, recommended_level: recommended } = models.card();
+  viewer.setClasses(classes);
+  setLevels(levels, recommended, segment);
+  drawNetwork(Math.max(...levels));
+  highlightNetwork(selectedLevel(), Math.max(...levels));
 }
 
-function counted() {
-  const number = Object.keys(optionsIn($("asked"))).length;
-  $("chosen").textContent = number ? `· ${number} set` : "";
+/** Loads the models once; a task that needs them may come before they are there. */
+async function requireModels(signal) {
+  if (models.card()) return;
+  await models.loadModels();
+  signal.throwIfAborted();
+  $("key-form").hidden = true;
+  const dims = models.initialDims();
+  models.renderModelList(dims);
+  setModel(models.defaultModel(dims));
 }
 
-/** The models for images (2) or volumes (3), the fitting ones first; a volume can also be segmented slice by slice. */
-const fitting = (dims) => models.filter((one) => one.dims === dims || dims === 3).sort((a, b) => b.dims - a.dims);
-
-/** The name of the model to begin with. */
-function best(dims) {
-  const all = fitting(dims), found = all.find((one) => one.default && one.dims === dims) ?? all[0];
-  if (!found) throw new Error("No model that is open here takes this kind of input.");
-  return found.name;
+function retry() {
+  if (!models.card()) return run(requireModels);
+  if (!comparing) return segment();
+  comparing = false;
+  return compareAll();
 }
 
-/** Lists them. */
-function offer(dims) {
-  const label = (one) => (one.dims < dims ? `${one.name} (slice by slice)` : one.name);
-  $("model").replaceChildren(...fitting(dims).map((one) => new Option(label(one), one.name)));
-}
-
-function chooseModel(name) {
-  card = cards.get(name);
-  $("model").value = name;
-  $("about").textContent = card.title;
-  $("card").querySelector("div").replaceChildren(...cardNodes(card));
-  stage.setClasses(card.classes);
-  setLevels(card.levels, card.recommended_level, segment);
-  drawNetwork(Math.max(...card.levels));
-  lightNetwork(level(), Math.max(...card.levels));
-  fields(true);
-}
-
-function begin() {
-  return step(async (signal) => {
-    models = await listed();
-    cards = new Map(await Promise.all(models.map(async ({ name }) => [name, await cardOf(name)])));
-    signal.throwIfAborted();
-    $("door").hidden = true;
-    const dims = models.some((one) => one.dims === 2) ? 2 : 3;
-    offer(dims);
-    chooseModel(best(dims));
-  });
-}
-
-function wire() {
-  const pick = (button, chooser, use) => {
+function connectFiles() {
+  const connectChooser = (button, chooser, open) => {
     $(button).addEventListener("click", () => $(chooser).click());
     $(chooser).addEventListener("change", () => {
-      if ($(chooser).files[0]) use($(chooser).files[0]);
+      if ($(chooser).files[0]) open($(chooser).files[0]);
       $(chooser).value = "";
     });
   };
-  pick("open", "chooser", (file) => given(file));
-  pick("reference", "reference-chooser", (file) => given(input.file, file));
+  connectChooser("open", "chooser", (file) => openInput(file));
+  connectChooser("reference", "reference-chooser", (file) => openInput(input.file, file));
   for (const button of document.querySelectorAll("[data-sample]")) {
-    button.addEventListener("click", () => step(async () => {
-      const file = await sample(button.dataset.sample);
-      queueMicrotask(() => given(file));
+    button.addEventListener("click", () => run(async () => {
+      const file = await loadSample(button.dataset.sample);
+      queueMicrotask(() => openInput(file));
     }));
   }
   addEventListener("dragover", (event) => event.preventDefault());
   addEventListener("drop", (event) => {
     event.preventDefault();
-    if (event.dataTransfer.files.length) given(...event.dataTransfer.files);
+    if (event.dataTransfer.files.length) openInput(...event.dataTransfer.files);
   });
-  addEventListener("paste", ({ clipboardData }) => clipboardData.files.length && given(...clipboardData.files));
-  $("slider").addEventListener("input", () => { named(); segment(); });
-  $("all").addEventListener("click", compareAll);
+  addEventListener("paste", ({ clipboardData }) => clipboardData.files.length && openInput(...clipboardData.files));
+}
+
+function connectControls() {
+  $("slider").addEventListener("input", () => { renderSelection(); segment(); });
+  $("compare-all").addEventListener("click", compareAll);
   $("cancel").addEventListener("click", () => { restart(); $("status").textContent = "cancelled"; });
-  $("again").addEventListener("click", () => (card ? (comparing ? ((comparing = false), compareAll()) : segment()) : begin()));
-  $("model").addEventListener("change", () => {
-    chooseModel($("model").value);
-    segment();
-  });
-  $("asked").addEventListener("submit", (event) => event.preventDefault());
-  $("asked").addEventListener("change", ({ target }) => {
-    counted();
-    // Of what the browser reads itself it shows what it can.
-    if (input && !giving && READING.includes(target.name) && (input.tiff || input.kind !== "volume")) given(input.file, input.reference);
+  $("retry").addEventListener("click", retry);
+  $("model").addEventListener("change", () => { setModel($("model").value); segment(); });
+  $("options-form").addEventListener("submit", (event) => event.preventDefault());
+  $("options-form").addEventListener("change", ({ target }) => {
+    renderOptionCount();
+    // The picture of an image or stack may change with them; NiiVue reads volumes without the server.
+    const readsAgain = DECODE_OPTIONS.includes(target.name) && (input?.tiff || input?.kind !== "volume");
+    if (input && !opening && readsAgain) openInput(input.file, input.reference);
     else segment();
   });
-  $("door").addEventListener("submit", (event) => {
+  $("key-form").addEventListener("submit", (event) => {
     event.preventDefault();
     key.set($("key").value.trim());
     $("key").value = "";
-    $("door").hidden = true;
-    if (card) segment();
-    else begin();
+    $("key-form").hidden = true;
+    if (models.card()) segment();
+    else run(requireModels);
   });
-  stage.start(draw);
-  download.start(() => ({ input, ask: ask() }), step);
 }
 
-wire();
-begin();
+renderOptions();
+connectFiles();
+connectControls();
+viewer.connectDisplay(redraw);
+downloads.connectDownloads(() => ({ input, request: requestFor() }), run);
+run(requireModels);

@@ -1,7 +1,7 @@
-/** What is computed from masks: how far two agree, and how one is painted. */
+/** Agreement of two masks, and masks as pictures. */
 
 /**
- * Agreement of two masks of one input: IoU per class value. Where neither has the class it is 1.
+ * Computes the IoU of two masks of one input per class value; 1 where neither has the class.
  * @param {Uint8Array} a
  * @param {Uint8Array} b
  * @param {number[]} classes
@@ -21,57 +21,58 @@ export function agreement(a, b, classes) {
   return { byClass, mean: [...byClass.values()].reduce((sum, iou) => sum + iou, 0) / byClass.size };
 }
 
-/** "#rrggbb" as three numbers. */
-export const rgb = (color) => [1, 3, 5].map((at) => parseInt(color.slice(at, at + 2), 16));
+/** Parses "#rrggbb" into three numbers. */
+export const rgb = (color) => [1, 3, 5].map((start) => parseInt(color.slice(start, start + 2), 16));
 
 /**
- * Colours per class value, as one number a pixel each (little-endian RGBA).
+ * Makes the colour of each class value, as a pixel of ImageData (little-endian RGBA); 0 for hidden classes.
  * @param {{value: number, color: string}[]} classes
  * @param {Set<number>} hidden
  */
 export function palette(classes, hidden) {
   const colors = new Uint32Array(256);
-  for (const { value, color } of classes) if (!hidden.has(value)) colors[value] = packed(rgb(color));
+  for (const { value, color } of classes) if (!hidden.has(value)) colors[value] = rgba(rgb(color));
   return colors;
 }
 
-const packed = ([red, green, blue]) => ((255 << 24) | (blue << 16) | (green << 8) | red) >>> 0;
+const rgba = ([red, green, blue]) => ((255 << 24) | (blue << 16) | (green << 8) | red) >>> 0;
 
-/** Objects in colours that differ from their neighbours': hues the golden angle apart, light and strong. */
-function objectColors(most) {
-  const colors = new Uint32Array(most + 1);
-  for (let id = 1; id <= most; id += 1) {
+/** Makes a colour per object number; hues are the golden angle apart so that neighbours differ. */
+function labelColors(largest) {
+  const colors = new Uint32Array(largest + 1);
+  for (let id = 1; id <= largest; id += 1) {
     const hue = (id * 137.508) % 360;
-    // As CSS defines hsl(hue 90% 60%).
-    const part = (shift) => {
+    // The definition of hsl(hue 90% 60%) in CSS.
+    const channel = (shift) => {
       const k = (shift + hue / 30) % 12;
       return Math.round(255 * (0.6 - 0.36 * Math.max(-1, Math.min(k - 3, 9 - k, 1))));
     };
-    colors[id] = packed([part(0), part(8), part(4)]);
+    colors[id] = rgba([channel(0), channel(8), channel(4)]);
   }
   return colors;
 }
 
 /**
- * A mask as two pictures: its areas, and the pixels at their edges.
- * @param {Uint8Array} classes
- * @param {Uint16Array|null} objects their numbers, where they are to be told apart
+ * Paints a mask as two pictures: its areas, and the pixels at their edges.
+ * @param {Uint8Array} mask class values
+ * @param {Uint16Array|null} labels object numbers; null where objects share the colour of their class
  * @param {number[]} size (width, height)
- * @param {Uint32Array} colors by class
+ * @param {Uint32Array} colors see `palette`
+ * @returns {{area: ImageData, edge: ImageData}}
  */
-export function painted(classes, objects, size, colors) {
+export function paintMask(mask, labels, size, colors) {
   const [width, height] = size;
   const area = new ImageData(width, height), edge = new ImageData(width, height);
   const areas = new Uint32Array(area.data.buffer), edges = new Uint32Array(edge.data.buffer);
-  const ids = objects ?? classes;
-  const byObject = objects ? objectColors(objects.reduce((most, id) => Math.max(most, id), 0)) : null;
+  const ids = labels ?? mask;
+  const byLabel = labels ? labelColors(labels.reduce((largest, id) => Math.max(largest, id), 0)) : null;
   for (let y = 0, at = 0; y < height; y += 1) {
     for (let x = 0; x < width; x += 1, at += 1) {
       const id = ids[at];
-      const color = colors[classes[at]] && (byObject ? byObject[id] : colors[classes[at]]);
+      const color = colors[mask[at]] && (byLabel ? byLabel[id] : colors[mask[at]]);
       if (!id || !color) continue;
       areas[at] = color;
-      // What goes on beyond the picture has no edge there.
+      // The border of the picture is no edge because the object may go on beyond it.
       const inside = (x === 0 || ids[at - 1] === id) && (x === width - 1 || ids[at + 1] === id)
         && (y === 0 || ids[at - width] === id) && (y === height - 1 || ids[at + width] === id);
       if (!inside) edges[at] = color;
@@ -80,13 +81,13 @@ export function painted(classes, objects, size, colors) {
   return { area, edge };
 }
 
-// Neither is a class's colour by default, and both stand out on dark and on pale tissue.
-export const MORE = [214, 39, 180], LESS = [0, 170, 255];
+// Both colours stand out on dark and on pale tissue; style.css repeats them in its key.
+const ONLY_HERE = [214, 39, 180], ONLY_ACCURATE = [0, 170, 255];
 
-/** Where two masks differ: foreground in the first alone, or another class; and in the second alone. */
-export function differences(mask, best, size) {
+/** Paints where a mask differs from the accurate one: foreground of the mask in one colour, background in the other. */
+export function paintDifferences(mask, accurate, size) {
   const area = new ImageData(...size), pixels = new Uint32Array(area.data.buffer);
-  const more = packed(MORE), less = packed(LESS);
-  for (let at = 0; at < mask.length; at += 1) if (mask[at] !== best[at]) pixels[at] = mask[at] ? more : less;
+  const here = rgba(ONLY_HERE), missing = rgba(ONLY_ACCURATE);
+  for (let at = 0; at < mask.length; at += 1) if (mask[at] !== accurate[at]) pixels[at] = mask[at] ? here : missing;
   return { area, edge: area };
 }

@@ -1,38 +1,38 @@
-/** The network as the paper draws it: which nodes a level computes, and which heads speak. */
+/** The nodes of the network as the paper draws them: those that a level computes, and the heads it uses. */
 import { $, svg } from "./dom.js";
 
 const DX = 15, DY = 15, R = 4.5, MARGIN = 7;
-const place = (row, column) => [MARGIN + (row + 2 * column) * DX * 0.75, MARGIN + 6 + row * DY];
+const position = (row, column) => [MARGIN + (row + 2 * column) * DX * 0.75, MARGIN + 6 + row * DY];
 
-/** Draws nodes X^{i,j} up to a depth. */
+/** Draws the nodes X^{i,j} with i + j <= depth. */
 export function drawNetwork(depth) {
   const drawing = $("network");
   const edges = [], nodes = [];
   for (let row = 0; row <= depth; row += 1) {
     for (let column = 0; row + column <= depth; column += 1) {
-      const [x, y] = place(row, column), reach = row + column;
-      const line = (to, needs) => edges.push(svg("line", { x1: x, y1: y, x2: to[0], y2: to[1], "data-needs": needs }));
-      if (reach < depth) {
-        line(place(row, column + 1), reach + 1);
-        line(place(row + 1, column), reach + 1);
+      const [x, y] = position(row, column), order = row + column;
+      const line = (to, needed) => edges.push(svg("line", { x1: x, y1: y, x2: to[0], y2: to[1], "data-depth": needed }));
+      if (order < depth) {
+        line(position(row, column + 1), order + 1);
+        line(position(row + 1, column), order + 1);
       }
-      if (row && reach <= depth) line(place(row - 1, column + 1), reach);
-      nodes.push(svg("circle", { cx: x, cy: y, r: R, "data-needs": reach, "data-head": row === 0 && column ? column : "" }));
+      if (row && order <= depth) line(position(row - 1, column + 1), order);
+      nodes.push(svg("circle", { cx: x, cy: y, r: R, "data-depth": order, "data-head": row === 0 && column ? column : "" }));
     }
   }
-  const [width] = place(0, depth), [, height] = place(depth, 0);
+  const [width] = position(0, depth), [, height] = position(depth, 0);
   drawing.setAttribute("viewBox", `0 0 ${width + MARGIN} ${height + MARGIN}`);
   drawing.replaceChildren(...edges, ...nodes);
 }
 
-/** Lights what a level computes; all heads speak in `accurate`. */
-export function lightNetwork(level, depth) {
-  const reach = level === "accurate" ? depth : level;
+/** Highlights the nodes that a level computes; `accurate` uses all heads. */
+export function highlightNetwork(level, depth) {
+  const served = level === "accurate" ? depth : level;
   for (const part of $("network").children) {
     const head = Number(part.dataset.head);
-    part.classList.toggle("lit", Number(part.dataset.needs) <= reach);
+    part.classList.toggle("computed", Number(part.dataset.depth) <= served);
     part.classList.toggle("head", head > 0 && (level === "accurate" || head === level));
   }
-  const nodes = ((reach + 1) * (reach + 2)) / 2, all = ((depth + 1) * (depth + 2)) / 2;
+  const nodes = ((served + 1) * (served + 2)) / 2, all = ((depth + 1) * (depth + 2)) / 2;
   $("network").setAttribute("aria-label", `${level === "accurate" ? "accurate" : `Level ${level}`} computes ${nodes} of the network's ${all} nodes`);
 }

@@ -1,21 +1,19 @@
-/** What came of a request, in numbers. */
-import { $, count, duration, h, measured, overlap, percent, wide } from "./dom.js";
+/** The columns of an answer. */
+import { $, formatCount, formatDuration, formatMeasure, formatOverlap, formatPercent, h, levelName, setShare } from "./dom.js";
 
-/** The phases that have colours of their own, in the style. */
-const PHASES = ["decode", "plan", "queue", "infer", "restore", "encode"];
+/** The phases of Server-Timing that have a colour in style.css. */
+const PHASES = ["open", "decode", "queue", "infer", "restore", "postprocess", "encode"];
 const phaseClass = (phase) => (PHASES.includes(phase) ? phase : "other");
 
-export const levelName = (level) => (level === "accurate" ? "accurate" : `L${level}`);
-
-/** A bar of the phases, as long as it took beside what took longest. */
+/** Makes a bar of the phases; the longest answer fills the width. */
 export function phaseBar(facts, longest = facts.server_ms) {
-  const parts = facts.phases.filter(({ ms }) => ms > 0).map(({ phase, ms }) => wide(h("i", { className: phaseClass(phase), title: `${phase} ${duration(ms)}` }), ms / longest));
-  return h("div", { className: "bar" }, ...parts);
+  const bars = facts.phases.filter(({ ms }) => ms > 0).map(({ phase, ms }) => setShare(h("i", { className: phaseClass(phase), title: `${phase} ${formatDuration(ms)}` }), ms / longest));
+  return h("div", { className: "bar" }, ...bars);
 }
 
-function phases(facts) {
-  const shown = facts.phases.filter(({ ms }) => ms >= 0.05);
-  const legend = shown.map(({ phase, ms }) => h("li", {}, h("i", { className: phaseClass(phase) }), `${phase} `, h("b", {}, duration(ms))));
+function phaseNodes(facts) {
+  const visible = facts.phases.filter(({ ms }) => ms >= 0.05);
+  const legend = visible.map(({ phase, ms }) => h("li", {}, h("i", { className: phaseClass(phase) }), `${phase} `, h("b", {}, formatDuration(ms))));
   return [phaseBar(facts), h("ul", {}, ...legend)];
 }
 
@@ -24,81 +22,81 @@ function figure(value, label, title = "") {
 }
 
 /**
- * Fills the panel.
+ * Shows an answer in the panel.
  * @param {import("./answers.js").Answer} answer
- * @param {{byClass: Map<number, number>, mean: number}|null} agreed with accurate; null while that is not known
+ * @param {{byClass: Map<number, number>, mean: number}|null} agreement with accurate; null while accurate is unknown
  */
-export function showResult(answer, agreed, classes, hidden, toggle) {
+export function showResult(answer, agreement, classes, hidden, onToggle) {
   const { facts, statistics } = answer;
-  const figures = [figure(duration(facts.server_ms), "on the server", `${duration(facts.trip_ms)} with the way there and back`)];
+  const figures = [figure(formatDuration(facts.server_ms), "on the server", `${formatDuration(facts.round_trip_ms)} with the transfer`)];
   if (answer.level !== "accurate" && answer.mask) {
-    figures.push(figure(agreed ? overlap(agreed.mean) : "–", "agreement with accurate", "IoU of this mask and the one of mode accurate, mean over the classes"));
+    figures.push(figure(agreement ? formatOverlap(agreement.mean) : "–", "agreement with accurate", "IoU of this mask and the one of mode accurate, mean over the classes"));
   }
   if (facts.iou !== null) {
-    figures.push(figure(overlap(facts.iou), "IoU with the reference"), figure(overlap(facts.dice), "Dice with the reference"));
+    figures.push(figure(formatOverlap(facts.iou), "IoU with the reference"), figure(formatOverlap(facts.dice), "Dice with the reference"));
   }
   if (statistics.instances) {
-    figures.push(figure(overlap(statistics.instances.mean_ap), "mean AP of objects", "average precision, mean over IoU thresholds of 0.5 to 0.95, as in the 2018 Data Science Bowl"));
+    figures.push(figure(formatOverlap(statistics.instances.mean_ap), "mean AP of objects", "average precision, mean over IoU thresholds of 0.5 to 0.95, as in the 2018 Data Science Bowl"));
   }
   $("headline").replaceChildren(...figures);
-  $("phases").replaceChildren(...phases(facts));
-  const overlaps = overlapTable(statistics, answer.level === "accurate" ? null : agreed);
-  $("classes").replaceChildren(classTable(statistics, classes, hidden, toggle), ...(overlaps ? [overlaps] : []));
-  const notes = [facts.note, statistics.note, facts.degraded && `Served at L${facts.level} because of ${facts.degraded}.`, ...statistics.classes.map((one) => one.note)];
+  $("phases").replaceChildren(...phaseNodes(facts));
+  const overlaps = overlapTable(statistics, answer.level === "accurate" ? null : agreement);
+  $("classes").replaceChildren(classTable(statistics, classes, hidden, onToggle), ...(overlaps ? [overlaps] : []));
+  const notes = [facts.note, statistics.note, facts.degraded && `Served at L${facts.level} because of ${facts.degraded}.`, ...statistics.classes.map((row) => row.note)];
   $("note").textContent = [...new Set(notes.filter(Boolean))].join(" ");
   $("note").hidden = !$("note").textContent;
-  // Who has a result wants to see it, and no longer the card.
+  // The first result closes the card to make room for itself.
   if ($("result").hidden) $("card").open = false;
   $("result").hidden = false;
   $("result").classList.remove("stale");
 }
 
-function classTable({ classes: rows }, classes, hidden, toggle) {
+function classTable({ classes: rows }, classes, hidden, onToggle) {
   const sized = [["area_mm2", "mm²"], ["volume_ml", "ml"]].filter(([name]) => rows.some((row) => row[name] !== undefined));
   const unit = rows[0]?.voxels === undefined ? "pixels" : "voxels";
-  const numbers = [
-    ["objects", (row) => count(row.objects)],
-    [unit, (row) => count(row[unit])],
-    ["share", (row) => percent(row.fraction)],
-    ...sized.map(([name, label]) => [label, (row) => measured(row[name])]),
+  const columns = [
+    ["objects", (row) => formatCount(row.objects)],
+    [unit, (row) => formatCount(row[unit])],
+    ["share", (row) => formatPercent(row.fraction)],
+    ...sized.map(([name, label]) => [label, (row) => formatMeasure(row[name])]),
     ...(rows.length === 1 ? [SCORE] : []),
   ];
-  const color = (value) => classes.find((one) => one.value === value).color;
+  const color = (value) => classes.find((entry) => entry.value === value).color;
   const swatch = (row) => {
-    const box = h("input", { type: "checkbox", checked: !hidden.has(row.value), onchange: () => toggle(row.value, box.checked) });
+    const box = h("input", { type: "checkbox", checked: !hidden.has(row.value), onchange: () => onToggle(row.value, box.checked) });
     box.style.setProperty("--color", color(row.value));
     return h("label", { title: "show or hide" }, box, ` ${row.name}`);
   };
   const touching = (row) => (row.touches_border ? h("abbr", { title: "touches the border: what lies outside is not counted" }, "⊣") : null);
-  return table(numbers, rows, swatch, (row, label) => (label === unit ? touching(row) : null));
+  return table(columns, rows, swatch, (row, label) => (label === unit ? touching(row) : null));
 }
 
 const SCORE = ["score", (row) => (row.mean_score ? row.mean_score.toFixed(2) : "–")];
 
-/** How sure and how far in agreement each of several classes is; of a single one the figures above say it. */
-function overlapTable({ classes: rows, reference }, agreed) {
-  const scored = (name) => [name === "iou" ? "IoU" : "Dice", (row) => (reference[row.name] ? overlap(reference[row.name][name]) : "–")];
-  const numbers = [
-    SCORE, ...(agreed ? [["agreement", (row) => overlap(agreed.byClass.get(row.value))]] : []),
-    ...(reference ? [scored("iou"), scored("dice")] : []),
+/** Makes a table of score, agreement and overlaps per class; null for a single class, which the figures above describe. */
+function overlapTable({ classes: rows, reference }, agreement) {
+  const column = (label, name) => [label, (row) => (reference[row.name] ? formatOverlap(reference[row.name][name]) : "–")];
+  const columns = [
+    SCORE, ...(agreement ? [["agreement", (row) => formatOverlap(agreement.byClass.get(row.value))]] : []),
+    ...(reference ? [column("IoU", "iou"), column("Dice", "dice")] : []),
   ];
-  return rows.length > 1 ? table(numbers, rows, (row) => row.name) : null;
+  return rows.length > 1 ? table(columns, rows, (row) => row.name) : null;
 }
 
-function table(numbers, rows, head, beside = () => null) {
+function table(columns, rows, head, mark = () => null) {
   return h("table", {},
-    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "class"), ...numbers.map(([label]) => h("th", { scope: "col" }, label)))),
+    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "class"), ...columns.map(([label]) => h("th", { scope: "col" }, label)))),
     h("tbody", {}, ...rows.map((row) => h("tr", {}, h("th", { scope: "row" }, head(row)),
-      ...numbers.map(([label, value]) => h("td", {}, value(row), beside(row, label)))))));
+      ...columns.map(([label, value]) => h("td", {}, value(row), mark(row, label)))))));
 }
 
-/** One sentence for those who hear the page. */
-export function sentence(answer, agreed) {
+/** Describes an answer in one line, which screen readers announce. */
+export function summary(answer, agreement) {
   const { facts, statistics } = answer;
-  const objects = statistics.classes.map((row) => `${count(row.objects)} ${row.name}`).join(", ");
-  const parts = [`${levelName(answer.level)} in ${duration(facts.server_ms)}: ${objects}`];
-  if (agreed && answer.level !== "accurate") parts.push(`agreement with accurate ${overlap(agreed.mean)}`);
-  if (facts.iou !== null) parts.push(`IoU with the reference ${overlap(facts.iou)}`);
+  const objects = statistics.classes.map((row) => `${formatCount(row.objects)} ${row.name}`).join(", ");
+  const parts = [`${levelName(answer.level)} in ${formatDuration(facts.server_ms)}: ${objects}`];
+  if (agreement && answer.level !== "accurate") parts.push(`agreement with accurate ${formatOverlap(agreement.mean)}`);
+  if (facts.iou !== null) parts.push(`IoU with the reference ${formatOverlap(facts.iou)}`);
   parts.push(`${statistics.model}, ${facts.precision} on ${statistics.engine}`);
   return parts.join(" · ");
 }

@@ -14,17 +14,16 @@ import numpy as np
 import pytest
 import uvicorn
 from PIL import Image
-from server.segment.plan import statistics
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from bench.inputs import bodies
 from bench.peers import __main__ as peers
 from bench.peers import common, report
-from bench.peers.contenders import CASES, Contender, bodies, contenders, form, inference_protocol, protocol_mask
-from bench.peers.load import Shot, Summary, Target, closed_loop, median, open_loop, percentile, poisson, summarise
-from server.imaging.encode import png
+from bench.peers.contenders import CASES, Contender, contenders, form, inference_protocol, protocol_mask
+from bench.peers.load import Shot, Summary, Target, closed_loop, median, open_loop, poisson, summarise
 
 
 def shots(*latencies: float, kind: str = "ok") -> list[Shot]:
@@ -32,99 +31,63 @@ def shots(*latencies: float, kind: str = "ok") -> list[Shot]:
     return [Shot(due, due + latency, kind) for due, latency in enumerate(latencies)]
 
 
-class TestSummarise:
-    def test_closed_loop_from_the_first_request_to_the_last_answer(self) -> None:
-        summary = summarise([Shot(0, 1, "ok"), Shot(1, 2, "ok"), Shot(2, 4, "ok")])
-        assert summary.throughput == 3 / 4
-        assert summary.p50 == 1000
-        assert math.isnan(summary.goodput)
+@pytest.mark.parametrize(
+    ("sent", "options", "expected"),
+    [
+        ([Shot(0, 1, "ok"), Shot(1, 2, "ok"), Shot(2, 4, "ok")], {}, {"throughput": 3 / 4, "p50": 1000}),
+        (shots(0.1, 0.2, 0.3), {}, {"p50": pytest.approx(200)}),
+        # Due at 0..4, answered at 2.5..6.5: two of them within 2..4.
+        (shots(2.5, 2.5, 2.5, 2.5, 2.5), {"window": (2, 4)}, {"throughput": 1, "offered": 3}),
+        (shots(0.1, 0.5, 0.1, 0.5), {"window": (0, 4), "deadline": 0.2}, {"throughput": 1, "goodput": 0.5}),
+        (
+            [*shots(0.1, 0.1), *shots(0.01, 0.03, kind="429"), *shots(9, kind="timeout")],
+            {"deadline": 1},
+            {"errors": {"429": 2, "timeout": 1}, "refusal_p50": pytest.approx(30), "offered": 5},
+        ),
+        (shots(0.1, kind="500"), {"deadline": 1}, {"throughput": 0, "goodput": 0, "p50": math.inf}),
+        ([*shots(*[0.1] * 20), *shots(0.001, kind="429")], {}, {"p50": pytest.approx(100), "p99": math.inf}),
+        (
+            [*shots(0.1, 2), *shots(0.01, 0.2, kind="429"), *shots(1, kind="504"), *shots(0.001, kind="500")],
+            {"deadline": 1},
+            {"missed": 5, "prompt": 1},
+        ),
+    ],
+    ids=["closed", "due", "window", "goodput", "errors", "only errors", "failures are infinite", "missed"],
+)
+def test_summarise_counts(sent: list[Shot], options: dict[str, object], expected: dict[str, object]) -> None:
+    summary = summarise(sent, **options)  # type: ignore[arg-type]
+    assert {name: getattr(summary, name) for name in expected} == expected
 
-    def test_latency_is_from_when_a_request_was_due(self) -> None:
-        assert summarise(shots(0.1, 0.2, 0.3)).p50 == pytest.approx(200)
 
-    def test_answers_outside_the_window_are_no_throughput(self) -> None:
-        # Due at 0..4; answered at 2.5..6.5: two of them within 2..4.
-        summary = summarise(shots(2.5, 2.5, 2.5, 2.5, 2.5), window=(2, 4))
-        assert summary.throughput == 1
-        assert summary.offered == 3
-
-    def test_goodput_counts_what_came_in_time(self) -> None:
-        summary = summarise(shots(0.1, 0.5, 0.1, 0.5), window=(0, 4), deadline=0.2)
-        assert summary.throughput == 1
-        assert summary.goodput == 0.5
-
-    def test_errors_by_kind(self) -> None:
-        summary = summarise([*shots(0.1, 0.1), *shots(0.01, 0.03, kind="429"), *shots(9, kind="timeout")], deadline=1)
-        assert summary.errors == {"429": 2, "timeout": 1}
-        assert summary.refusal_p50 == pytest.approx(30)
-        assert summary.offered == 5
-
-    def test_nothing_but_errors(self) -> None:
-        summary = summarise(shots(0.1, kind="500"), deadline=1)
-        assert summary.throughput == summary.goodput == 0
-        assert math.isinf(summary.p50)
-        assert math.isnan(summary.refusal_p50)
-
-    def test_failures_do_not_improve_percentiles(self) -> None:
-        summary = summarise([*shots(*[0.1] * 20), *shots(0.001, kind="429")])
-        assert summary.p50 == pytest.approx(100)
-        assert math.isinf(summary.p99)
-
-    def test_who_is_not_answered_in_time(self) -> None:
-        found = [*shots(0.1, 2), *shots(0.01, 0.2, kind="429"), *shots(1, kind="504"), *shots(0.001, kind="500")]
-        summary = summarise(found, deadline=1)
-        assert (summary.missed, summary.prompt) == (5, 1)
-
-    def test_rounds_as_one(self) -> None:
-        nan = math.nan
-        rounds = [
+def test_median_pools_latencies_and_sums_counts() -> None:
+    nan = math.nan
+    summary = median(
+        [
             Summary(2, 1, 5, nan, nan, {"429": 1}, missed=3, prompt=1, share=0.5),
             Summary(3, 3, 7, 9, nan, {"429": 1, "timeout": 2}, missed=2, prompt=2, share=1),
         ]
-        summary = median(rounds)
-        assert (summary.offered, summary.throughput, summary.p50, summary.p99) == (5, 2, 6, 9)
-        assert summary.errors == {"429": 2, "timeout": 2}
-        assert (summary.missed, summary.prompt, summary.share) == (5, 3, 0.75)
-        assert math.isnan(summary.goodput)
-
-    def test_rounds_pool_their_latencies(self) -> None:
-        one, two = summarise(shots(*[0.1] * 9)), summarise(shots(*[0.2] * 10, 5))
-        assert median([one, two]).p50 == pytest.approx(200)
-        assert median([one, two]).p99 == pytest.approx(5000)
-
-    @pytest.mark.parametrize(("q", "value"), [(50, 51), (99, 100)])
-    def test_percentile(self, q: float, value: float) -> None:
-        assert percentile(list(range(1, 101)), q) == pytest.approx(value)
-
-    def test_no_percentile_of_nothing(self) -> None:
-        assert math.isnan(percentile([], 50))
+    )
+    assert (summary.offered, summary.throughput, summary.p50, summary.p99) == (5, 2, 6, 9)
+    assert (summary.errors, summary.missed, summary.prompt, summary.share) == (
+        {"429": 2, "timeout": 2},
+        5,
+        3,
+        0.75,
+    )
+    pooled = median([summarise(shots(*[0.1] * 9)), summarise(shots(*[0.2] * 10, 5))])
+    assert (pooled.p50, pooled.p99) == (pytest.approx(200), pytest.approx(5000))
 
 
-class TestPoisson:
-    def test_seeded(self) -> None:
-        assert poisson(50, 10, seed="1") == poisson(50, 10, seed="1")
-        assert poisson(50, 10, seed="1") != poisson(50, 10, seed="2")
-
-    def test_rate_and_order(self) -> None:
-        arrivals = poisson(99.996, 100, seed="")
-        assert len(arrivals) == 10_000
-        assert arrivals == sorted(arrivals)
-        assert 0 < arrivals[0] < arrivals[-1] < 100
-
-    def test_gaps_are_exponential(self) -> None:
-        gaps = np.diff(poisson(10, 1000, seed=""))
-        assert gaps.std() == pytest.approx(gaps.mean(), rel=0.1)
-
-    def test_same_pattern_at_every_rate(self) -> None:
-        slow, fast = poisson(1, 100, seed=""), poisson(2, 50, seed="")
-        assert np.allclose(np.array(slow), 2 * np.array(fast))
+def test_poisson_is_seeded_sorted_and_exponential() -> None:
+    arrivals = poisson(10, 1000, seed="1")
+    assert arrivals == poisson(10, 1000, seed="1") == sorted(arrivals) != poisson(10, 1000, seed="2")
+    assert len(arrivals) == 10_000
+    gaps = np.diff(arrivals)
+    assert gaps.std() == pytest.approx(gaps.mean(), rel=0.1)
 
 
 class Behaviour:
-    """A server whose answers are known: per request, in order, a status, or None for never.
-
-    None is answered before `first` requests have come.
-    """
+    """A server with known answers: per request, in order, a status, or None for no answer; none before `first` requests have come."""
 
     def __init__(self, statuses: Sequence[int | None], first: int = 1) -> None:
         self.statuses = statuses
@@ -169,241 +132,195 @@ def target(url: str, timeout_s: float = 20) -> Target:
     return Target(url, [b"a", b"b", b"c"], "image/png", timeout_s)
 
 
-class TestLoops:
-    def test_closed_loop_keeps_its_concurrency(self) -> None:
-        behaviour = Behaviour([200], first=4)
-        with running(behaviour) as url:
-            found = closed_loop(target(url), 4, 1)
-        assert behaviour.most == 4
-        assert len(found) == len(behaviour.seen) >= 4
-        assert {shot.kind for shot in found} == {"ok"}
-        assert set(behaviour.seen) == {b"a", b"b", b"c"}
-
-    def test_open_loop_sends_whatever_has_been_answered(self) -> None:
-        # Nothing is answered before all has been sent, and still all is sent.
-        behaviour = Behaviour([200], first=20)
-        arrivals = [0.01 * index for index in range(20)]
-        with running(behaviour) as url:
-            found = open_loop(target(url), arrivals)
-        assert behaviour.most == 20
-        assert [shot.due for shot in found] == arrivals
-        assert {shot.kind for shot in found} == {"ok"}
-
-    def test_open_loop_counts_from_when_it_was_due(self) -> None:
-        # Due before the loop began: the wait for the client itself is latency too.
-        with running(Behaviour([200])) as url:
-            (shot,) = open_loop(target(url), [-5])
-        assert shot.latency >= 5
-
-    @pytest.mark.parametrize("opened", [True, False])
-    def test_every_request_is_accounted_for_by_kind(self, opened: bool) -> None:
-        behaviour = Behaviour([200, 429, 503, 500])
-        with running(behaviour) as url:
-            found = open_loop(target(url), [0.005 * k for k in range(40)]) if opened else closed_loop(target(url), 3, 1)
-        summary = summarise(found)
-        assert summary.offered == len(found) == len(behaviour.seen)
-        good = round(summary.throughput * (max(s.ended for s in found) - min(s.due for s in found)))
-        assert good + sum(summary.errors.values()) == len(found)
-        assert set(summary.errors) == {"429", "500", "503"}
-
-    def test_timeouts(self) -> None:
-        with running(Behaviour([200, None])) as url:
-            found = open_loop(target(url, timeout_s=2), [0.0, 0.1, 0.2, 0.3])
-        assert sorted(shot.kind for shot in found) == ["ok", "ok", "timeout", "timeout"]
-
-    def test_nobody_listens(self) -> None:
-        found = open_loop(target("http://127.0.0.1:9/segment"), [0.0, 0.01])
-        assert [shot.kind for shot in found] == ["connection", "connection"]
+def test_closed_loop_keeps_its_concurrency_and_counts_every_status() -> None:
+    behaviour = Behaviour([200, 429, 503, 500], first=4)
+    with running(behaviour) as url:
+        sent = closed_loop(target(url), 4, 0.5)
+    assert behaviour.most == 4
+    assert len(sent) == len(behaviour.seen) >= 4
+    assert set(behaviour.seen) >= {b"a", b"b", b"c"}
+    assert {shot.kind for shot in sent} == {"ok", "429", "503", "500"}
 
 
-class TestCheck:
-    reference = np.array([[0, 1], [1, 1]], np.uint8)
-
-    def trial(self) -> peers.Trial:
-        return peers.Trial(CASES["L1"], [b""], [self.reference], 1)
-
-    def check(self, monkeypatch: pytest.MonkeyPatch, status: int, mask: np.ndarray, tolerance: float = 0.001) -> float:
-        answer = httpx.Response(status, content=common.encode(mask))
-        monkeypatch.setattr(peers, "post", lambda *_: answer)
-        return peers.check(Contender("x", lambda *_: [], tolerance=tolerance), self.trial(), 0)
-
-    def test_right_mask(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert self.check(monkeypatch, 200, self.reference) == 1
-
-    def test_wrong_mask_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        with pytest.raises(peers.Unfit, match=r"75\.00%"):
-            self.check(monkeypatch, 200, np.array([[0, 1], [1, 0]], np.uint8))
-
-    def test_within_its_tolerance(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert self.check(monkeypatch, 200, np.array([[0, 1], [1, 0]], np.uint8), tolerance=0.25) == 0.75
-
-    def test_another_size_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        with pytest.raises(peers.Unfit, match=r" 0\.00%"):
-            self.check(monkeypatch, 200, self.reference[:1])
-
-    def test_an_error_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        with pytest.raises(peers.Unfit, match="answered 503"):
-            self.check(monkeypatch, 503, self.reference)
-
-    @pytest.mark.parametrize("name", ["ours", "bentoml", "mlserver"])
-    @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'["!"]', b"null", b'{"outputs": []}'])
-    def test_what_is_no_mask_is_refused(self, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes) -> None:
-        monkeypatch.setattr(peers, "post", lambda *_: httpx.Response(200, content=content))
-        with pytest.raises(peers.Unfit, match="no mask"):
-            peers.check(contenders(2)[name], self.trial(), 0)
-
-    def test_batches_that_mix_masks_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        masks = [np.full((2, 2), index % 2, np.uint8) for index in range(8)]
-        everybody = threading.Barrier(8, timeout=60)
-
-        def post(_: Contender, __: peers.Trial, ___: int, index: int) -> httpx.Response:
-            everybody.wait()
-            return httpx.Response(200, content=common.encode(masks[index ^ 1]))
-
-        monkeypatch.setattr(peers, "post", post)
-        with pytest.raises(peers.Unfit, match=r" 0\.00%"):
-            peers.check(Contender("x", lambda *_: []), peers.Trial(CASES["L1"], [b""] * 8, masks, 1), 0, at_once=8)
+def test_open_loop_sends_before_earlier_answers_and_counts_from_the_due_time() -> None:
+    # The first is due before the loop begins. Nothing is answered before all has been sent.
+    behaviour = Behaviour([200], first=20)
+    arrivals = [-5.0, *(0.01 * index for index in range(19))]
+    with running(behaviour) as url:
+        sent = open_loop(target(url), arrivals)
+    assert behaviour.most == 20
+    assert [shot.due for shot in sent] == arrivals
+    assert {shot.kind for shot in sent} == {"ok"}
+    assert sent[0].latency >= 5
 
 
-class TestSharedWork:
-    def test_statistics_are_the_servers(self) -> None:
-        image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
-        image[..., 1] = 7
-        feed = common.feed([image])
-        mean, inverse_std = statistics(image)
-        assert np.allclose(feed["mean"].ravel(), mean)
-        assert np.allclose(feed["inverse_std"].ravel(), inverse_std)
-        assert np.array_equal(feed["image"][0], image.transpose(2, 0, 1))
-
-    def test_the_answer_is_the_servers(self, shipped_bundle: Path) -> None:
-        from server.arrays import Mask
-
-        body = bodies(96)[0]
-        model = common.Model(shipped_bundle / "L1.onnx", threads=1)
-        (mask,) = model.run([common.decode(body)])
-        # Theirs is written by Pillow, as they would; what it shows is the same.
-        ours = png.encode(Mask(mask), {1: common.COLOR})
-        shown = [Image.open(io.BytesIO(data)) for data in (model.answer([body])[0], ours)]
-        assert np.array_equal(*map(np.asarray, shown))
-        assert np.array_equal(*(np.asarray(picture.convert("RGB")) for picture in shown))
-
-    def test_a_batch_is_its_images(self, shipped_bundle: Path) -> None:
-        model = common.Model(shipped_bundle / "L1.onnx", threads=1)
-        files = bodies(96, count=3)
-        together = [common.decode(answer) for answer in model.answer(files)]
-        alone = [common.decode(model.answer([file])[0]) for file in files]
-        assert all(np.mean(a == b) > 0.999 for a, b in zip(together, alone, strict=True))
+def test_open_loop_counts_timeouts_and_refused_connections() -> None:
+    with running(Behaviour([200, None])) as url:
+        sent = open_loop(target(url, timeout_s=1), [0.0, 0.1])
+    assert sorted(shot.kind for shot in sent) == ["ok", "timeout"]
+    assert [shot.kind for shot in open_loop(target("http://127.0.0.1:9/segment"), [0.0])] == ["connection"]
 
 
-class TestRequests:
-    def test_bodies_differ_and_have_the_size(self) -> None:
-        files = bodies(512)
-        assert len(set(files)) == 8
-        assert {Image.open(io.BytesIO(file)).size for file in files} == {(512, 512)}
-
-    def test_form(self) -> None:
-        body, content_type = form("image")(b"PNG")
-        request = httpx.Request("POST", "http://x", content=body, headers={"Content-Type": content_type})
-        assert b'name="image"' in body
-        assert request.headers["Content-Type"].endswith(f"boundary={body[2:6].decode()}")
-
-    def test_inference_protocol_both_ways(self) -> None:
-        mask = np.array([[0, 1]], np.uint8)
-        body, _ = inference_protocol(common.encode(mask))
-        assert np.array_equal(protocol_mask(body.replace(b"inputs", b"outputs")), mask)
+REFERENCE = np.array([[0, 1], [1, 1]], np.uint8)
+WRONG = np.array([[0, 1], [1, 0]], np.uint8)
 
 
-class TestOptions:
-    def test_open_loops_need_a_capacity(self, capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(SystemExit):
-            peers.parse(["--loads", "0.8x"])
-        assert "closed" in capsys.readouterr().err
-        assert peers.parse(["--loads", "0.8x", "--rate", "5"]).rate == [5]
+def check(
+    monkeypatch: pytest.MonkeyPatch, contender: Contender, *answers: httpx.Response, at_once: int = 1
+) -> float:
+    """The agreement of a contender that gives these answers, of which each should show REFERENCE."""
+    everybody = threading.Barrier(len(answers), timeout=60)
 
-    @pytest.mark.parametrize(("name", "more"), [("litserve", []), ("ours", [f"1.3x{report.DEADLINE}", f"1.5x{report.MIN_LEVEL}"])])
-    def test_deadlines_are_asked_of_ours_only(self, name: str, more: list[str]) -> None:
-        urls = []
+    def post(_: Contender, __: peers.Trial, ___: int, index: int) -> httpx.Response:
+        everybody.wait()
+        return answers[index]
 
-        class Fire(peers.Elsewhere):
-            def __call__(self, function: object, target: Target, *_: object) -> list[Shot]:  # type: ignore[override]
-                urls.append(target.url)
-                return [Shot(0, 1, "ok")]
+    monkeypatch.setattr(peers, "post", post)
+    trial = peers.Trial(CASES["L1"], [b""] * len(answers), [REFERENCE] * len(answers), 1)
+    return peers.check(contender, trial, 0, at_once)
 
-        options = peers.parse(["--loads", "1", "1.3x", "--seconds", "1"])
+
+def png(mask: np.ndarray, status: int = 200) -> httpx.Response:
+    return httpx.Response(status, content=common.encode(mask))
+
+
+def test_check_accepts_masks_within_the_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check(monkeypatch, Contender("x", lambda *_: []), png(REFERENCE)) == 1
+    assert check(monkeypatch, Contender("x", lambda *_: [], tolerance=0.25), png(WRONG)) == 0.75
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [[png(WRONG)], [png(REFERENCE[:1])], [png(REFERENCE, 503)], [png(REFERENCE)] * 7 + [png(WRONG)]],
+    ids=["wrong", "size", "status", "one of a batch"],
+)
+def test_check_refuses_wrong_answers(monkeypatch: pytest.MonkeyPatch, answers: list[httpx.Response]) -> None:
+    with pytest.raises(peers.Unfit):
+        check(monkeypatch, Contender("x", lambda *_: []), *answers, at_once=len(answers))
+
+
+@pytest.mark.parametrize("name", ["ours", "bentoml", "mlserver"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[]", b'["!"]', b"null", b'{"outputs": []}'], ids=bytes.decode
+)
+def test_check_refuses_bodies_without_a_mask(
+    monkeypatch: pytest.MonkeyPatch, name: str, content: bytes
+) -> None:
+    with pytest.raises(peers.Unfit):
+        check(monkeypatch, contenders(2)[name], httpx.Response(200, content=content))
+
+
+def test_shared_work_is_the_servers(shipped_bundle: Path) -> None:
+    """A constant channel is left as it is, and a batch gives the masks of its images."""
+    image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+    image[..., 1] = 7
+    feed = common.feed([image])
+    deviation = image.std((0, 1))
+    assert np.allclose(feed["mean"].ravel(), image.mean((0, 1)))
+    assert np.allclose(feed["inverse_std"].ravel(), 1 / np.where(deviation > 0, deviation, 1))
+    model = common.Model(shipped_bundle / "L1.onnx", threads=1)
+    files = bodies(96, count=3)
+    together = [common.decode(answer) for answer in model.answer(files)]
+    alone = [common.decode(model.answer([file])[0]) for file in files]
+    assert all(np.mean(a == b) > 0.999 for a, b in zip(together, alone, strict=True))
+
+
+def test_requests_carry_the_file() -> None:
+    files = bodies(96)
+    assert len(set(files)) == 8
+    assert {Image.open(io.BytesIO(file)).size for file in files} == {(96, 96)}
+    body, content_type = form("image")(b"PNG")
+    assert b'name="image"' in body
+    assert content_type.endswith(f"boundary={body[2:6].decode()}")
+    body, _ = inference_protocol(common.encode(REFERENCE))
+    assert np.array_equal(protocol_mask(body.replace(b"inputs", b"outputs")), REFERENCE)
+
+
+def test_options_open_loops_need_a_capacity() -> None:
+    with pytest.raises(SystemExit):
+        peers.parse(["--loads", "0.8x"])
+    assert peers.parse(["--loads", "0.8x", "--rate", "5"]).rate == [5]
+
+
+@pytest.mark.parametrize(
+    ("name", "more"), [("litserve", []), ("ours", [f"1.3x{report.DEADLINE}", f"1.5x{report.MIN_LEVEL}"])]
+)
+def test_measure_sends_deadlines_to_our_server_only(name: str, more: list[str]) -> None:
+    urls = []
+
+    class Fire(peers.Elsewhere):
+        def __call__(self, function: object, target: Target, *_: object) -> list[Shot]:  # type: ignore[override]
+            urls.append(target.url)
+            return [Shot(0, 1, "ok")]
+
+    options = peers.parse(["--loads", "1", "1.3x", "--seconds", "1"])
+    with Fire() as fire:
         trial = peers.Trial(CASES["L3"], [b""], [], 0.5)
-        with Fire() as fire:
-            assert list(peers.measure(contenders(2)[name], trial, 0, 0, options, fire)) == ["1", "1.3x", *more]
-        assert [("deadline_ms=500" in url, "min_level=1" in url) for url in urls[3:]] == [(True, False), (True, True)][: len(more)]
+        assert list(peers.measure(contenders(2)[name], trial, 0, 0, options, fire)) == ["1", "1.3x", *more]
+    flags = [("deadline_ms=500" in url, "min_level=1" in url) for url in urls[3:]]
+    assert flags == [(True, False), (True, True)][: len(more)]
 
 
-class TestReport:
-    def rows(self) -> report.Rows:
-        nan = math.nan
-        return {
-            ("bare", "L4", "1"): Summary(0, 2, 1, 1),
-            ("ours", "L4", "1"): Summary(9, 1.96, 1, 1),
-            ("auto", "L4", "1"): Summary(9, 3, 1, 1),
-            ("litserve", "L4", "1"): Summary(9, 1.8, 1, 1),
-            ("torch", "L4", "1"): Summary(9, 0.5, 1, 1),
-            ("ours", "L4", "0.8x"): Summary(9, 1.5, 1, 50),
-            ("litserve", "L4", "0.8x"): Summary(9, 1.5, 1, 40),
-            ("torch", "L4", "0.8x"): Summary(9, nan, nan, nan),
-            ("ours", "L4", f"1.3x{report.DEADLINE}"): Summary(9, 1.9, 1, 1, 1.9, {"429": 3}, 4, missed=3, prompt=3, share=0.97),
-            ("ours", "L4", f"1.5x{report.MIN_LEVEL}"): Summary(9, 1.9, 1, 1, 2.9, share=1.48),
+def rows() -> report.Rows:
+    return {
+        ("bare", "L4", "1"): Summary(0, 2, 1, 1),
+        ("ours", "L4", "1"): Summary(9, 1.96, 1, 1),
+        ("auto", "L4", "1"): Summary(9, 3, 1, 1),
+        ("litserve", "L4", "1"): Summary(9, 1.8, 1, 1),
+        ("torch", "L4", "1"): Summary(9, 0.5, 1, 1),
+        ("ours", "L4", "0.8x"): Summary(9, 1.5, 1, 50),
+        ("litserve", "L4", "0.8x"): Summary(9, 1.5, 1, 40),
+        ("torch", "L4", "0.8x"): Summary(9, math.nan, math.nan, math.nan),
+        ("ours", "L4", f"1.3x{report.DEADLINE}"): Summary(
+            9, 1.9, 1, 1, 1.9, {"429": 3, "504": 1}, 4, missed=4, prompt=3, share=0.97
+        ),
+        ("ours", "L4", f"1.5x{report.MIN_LEVEL}"): Summary(9, 1.9, 1, 1, 2.9, share=1.48),
+    }
+
+
+def test_goals_are_met_missed_or_not_measured() -> None:
+    assert [row[3] for row in report.goals(rows(), ["L4"])] == [
+        "met", *["not measured"] * 3, "met", "missed", "met", "missed", "met", "missed", "met",
+    ]  # fmt: skip
+    assert {row[3] for row in report.goals({("ours", "L1", "1"): Summary(1, 1, 1, 1)}, ["L1"])} == {
+        "not measured"
+    }
+    failing = Summary(9, 1, 1, math.inf)
+    both = report.goals({("ours", "L1", "0.8x"): failing, ("ray", "L1", "0.8x"): failing}, ["L1"])
+    assert [row[3] for row in both if row[1].startswith("p99")] == ["missed"]
+
+
+def test_gather_relates_goodput_to_the_capacity_of_its_own_turn() -> None:
+    turns = [
+        {
+            "contender": "ours",
+            "case": "L4",
+            "levels": {"1": Summary(1, best, 1, 1), "1.3x": Summary(1, 1, 1, 1, good)},
         }
+        for best, good in ((1, 1), (4, 2), (10, 6))
+    ]
+    assert report.gather(turns)["ours", "L4", "1.3x"].share == pytest.approx(0.6)
 
-    def test_goals(self) -> None:
-        verdicts = {row[1]: row[3] for row in report.goals(self.rows(), ["L4"])}
-        assert verdicts == {
-            "throughput at concurrency 1, of LitServe ≥ 1": "met",
-            **{f"throughput at concurrency {load}, of no peer ≥ 1": "not measured" for load in (4, 16, 64)},
-            "best throughput, of LitServe ≥ 1": "met",
-            "auto: best throughput, of LitServe ≥ 2": "missed",
-            "best throughput, of the bare loop ≥ 0.95": "met",
-            "p99 at 0.8 × no worse than that of LitServe": "missed",
-            "in time at 1.3 × with deadline_ms, of capacity ≥ 0.95": "met",
-            "refused within 50 ms, of those not answered in time at 1.3 × with deadline_ms ≥ 0.99": "met",
-            "in time at 1.5 × with min_level=1, of capacity ≥ 1.3": "met",
-        }
 
-    def test_goals_that_could_not_be_measured_are_said(self) -> None:
-        verdicts = [row[3] for row in report.goals({("ours", "L1", "1"): Summary(1, 1, 1, 1)}, ["L1"])]
-        assert set(verdicts) == {"not measured"}
-        assert len(verdicts) == 9
-
-    def test_late_answers_are_no_refusals(self) -> None:
-        strict = Summary(9, 1, 1, 1, 1, {"429": 3, "504": 1}, 4, missed=5, prompt=3)
-        row = report.refusal_goal("L4", strict)
-        assert row[2:] == ["0.600 of 5; median refusal 4 ms; 2 late, 504 or other", "missed"]
-
-    def test_who_fails_misses_the_latency_goal(self) -> None:
-        failing = Summary(9, 1, 1, math.inf)
-        rows = {("ours", "L4", "0.8x"): failing, ("ray", "L4", "0.8x"): failing}
-        (row,) = report.latency_goal(rows, "L4")
-        assert row[2:] == ["> deadline, > deadline ms", "missed"]
-
-    def test_shares_are_of_the_turns_own_capacity(self) -> None:
-        turns = [
-            {"contender": "ours", "case": "L4", "levels": {"1": Summary(1, best, 1, 1), "1.3x": Summary(1, 1, 1, 1, good)}}
-            for best, good in ((1, 1), (4, 2), (10, 6))
-        ]
-        assert report.gather(turns)["ours", "L4", "1.3x"].share == pytest.approx(0.6)
-
-    def test_published(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        turns = [
-            {"contender": "ours", "case": "L4", "round": 0, "start_up_s": 1.0, "peak_rss_mb": 300.0, "agreement": 1.0,
-             "levels": {load: summary for (name, _, load), summary in self.rows().items() if name == "ours"}},
-            {"contender": "ray", "case": "L4", "round": 0, "levels": {}, "unfit": "did not start"},
-        ]  # fmt: skip
-        run = {
-            "turns": turns, "deadlines_ms": {"L4": 2000.0}, "not_installed": ["bentoml"], "versions": {"ray": "ray==1"},
-            "options": {"threads": 2, "rounds": 1, "seconds": 4},
-        }  # fmt: skip
-        report.publish(run, tmp_path)
-        text = (tmp_path / "peers.md").read_text()
-        assert "not measured: did not start" in text
-        assert "not installed" in text
-        assert "3 × 429" in text
-        assert "NaN" not in (tmp_path / "peers.json").read_text()
-        assert (tmp_path / "peers.png").stat().st_size > 0
-        assert "--install" in capsys.readouterr().out
+def test_publish_writes_table_facts_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    levels = {load: summary for (name, _, load), summary in rows().items() if name == "ours"}
+    turn = {
+        "contender": "ours",
+        "case": "L4",
+        "round": 0,
+        "start_up_s": 1.0,
+        "peak_rss_mb": 300.0,
+        "agreement": 1.0,
+        "levels": levels,
+    }
+    run = {
+        "turns": [turn, {"contender": "ray", "case": "L4", "round": 0, "levels": {}, "unfit": "did not start"}],
+        "deadlines_ms": {"L4": 2000.0}, "not_installed": ["bentoml"], "versions": {"ray": "ray==1"},
+        "options": {"threads": 2, "rounds": 1, "seconds": 4},
+    }  # fmt: skip
+    report.publish(run, tmp_path)
+    text = (tmp_path / "peers.md").read_text()
+    assert all(part in text for part in ("not measured: did not start", "not installed", "3 × 429"))
+    assert "NaN" not in (tmp_path / "peers.json").read_text()
+    assert (tmp_path / "peers.png").stat().st_size > 0
+    assert "--install" in capsys.readouterr().out

@@ -1,114 +1,257 @@
-"""What tests of the client share: the shell, servers on fake engines, and both clients by one name."""
+"""A small segmentation server on loopback, written with Starlette alone, and the command line on it."""
 
-import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import contextlib
+import io
+import json
+import socket
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
+import tifffile
+import typer
+import uvicorn
+from PIL import Image as Pillow
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 from typer.testing import CliRunner, Result
 
-from client import AsyncClient, Client
-from server import cli
+from client import cli
+from server.cli_utils import report_errors
 from tests.support.files import picture_bytes
-from tests.support.server import serving
-from tests.support.service import fake_app
+
+CARD = {
+    "name": "fake",
+    "title": "A fake",
+    "sha256": "0" * 64,
+    "default": True,
+    "levels": [1, 2],
+    "classes": [{"value": 1}],
+    "serving": [
+        {
+            "graph": "accurate",
+            "precision": "fp32",
+            "engine": "onnxruntime",
+            "provider": "CPUExecutionProvider",
+        }
+    ],
+}
+HEADERS = {
+    "X-Segment-Model": "fake",
+    "X-Segment-Mode": "accurate",
+    "X-Segment-Level": "2",
+    "X-Segment-Precision": "fp32",
+    "Server-Timing": "decode;dur=1.50, infer;dur=20",
+    "X-Request-Id": "abc",
+}
 
 
-@contextmanager
-def served(**changes: Any) -> Iterator[str]:
-    """The address of a real server on fake engines."""
-    with serving(fake_app(**changes)) as own:
-        yield str(own.base_url)
-
-
-@pytest.fixture(scope="session")
-def url() -> Iterator[str]:
-    with served() as address:
-        yield address
-
-
-@pytest.fixture(params=["sync", "async"])
-def either(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """Calls `use` with a client of a kind: `either(url, use, **options)`."""
-
-    def sync(url: str, use: Callable[[Any], Any], **options: Any) -> Any:
-        with Client(url, **options) as client:
-            return use(client)
-
-    def awaited(url: str, use: Callable[[Any], Any], **options: Any) -> Any:
-        async def work() -> Any:
-            async with AsyncClient(url, **options) as client:
-                return await use(client)
-
-        return asyncio.run(work())
-
-    return sync if request.param == "sync" else awaited
-
-
-@pytest.fixture
-def no_waits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float | None]]:
-    """Tries follow each other at once; what each would have waited for: (how often tried, seconds asked)."""
-    waits: list[tuple[int, float | None]] = []
-
-    def wait_s(self: object, tried: int, asked_s: float | None) -> float:
-        waits.append((tried, asked_s))
-        return 0.0
-
-    monkeypatch.setattr("client.retry.Retries.wait_s", wait_s)
-    return waits
-
-
-def answer(**headers: str) -> httpx.Response:
-    """A small good answer."""
-    mask = picture_bytes(np.eye(4, dtype=np.uint8))
-    told = {"X-Segment-Model": "fake", "X-Segment-Mode": "fast", "X-Segment-Level": "1", "X-Segment-Precision": "fp32",
-            "Content-Type": "image/png", "Content-Disposition": 'inline; filename="mask.png"'}  # fmt: skip
-    return httpx.Response(200, headers=told | headers, content=mask)
-
-
-def problem(status: int, detail: str = "said so", **headers: str) -> httpx.Response:
+def problem(
+    status: int, code: str = "test", headers: dict[str, str] | None = None, **fields: Any
+) -> Response:
     """A problem document."""
-    document = {"type": "urn:unetpp:test", "title": "Test", "status": status, "detail": detail}
-    return httpx.Response(
-        status, json=document, headers={"X-Request-Id": "abc"} | {k.replace("_", "-"): v for k, v in headers.items()}
+    document = {
+        "type": f"urn:unetpp:{code}",
+        "title": "Test",
+        "status": status,
+        "code": code,
+        "detail": "a sentence",
+        **fields,
+    }
+    return JSONResponse(
+        document, status, {"X-Request-Id": "abc"} | (headers or {}), "application/problem+json"
     )
 
 
+def answer(files: dict[str, bytes] | None = None, **headers: str) -> Response:
+    """A successful answer: the only file, or a zip of several."""
+    files = files or {"mask.png": picture_bytes(np.eye(4, dtype=np.uint8))}
+    (name, body), media_type = next(iter(files.items())), "image/png"
+    if len(files) > 1:
+        name, body, media_type = "mask.zip", zipped(files), "application/zip"
+    disposition = {"Content-Disposition": f'inline; filename="{name}"', "Content-Type": media_type}
+    return Response(
+        body, headers=HEADERS | disposition | {key.replace("_", "-"): value for key, value in headers.items()}
+    )
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return out.getvalue()
+
+
+def segmented(data: bytes, formats: list[str]) -> dict[str, bytes]:
+    """What the fake server makes of a file: foreground is what is brighter than the mean."""
+    pages = (
+        tifffile.imread(io.BytesIO(data))
+        if data[:2] == b"II"
+        else np.asarray(Pillow.open(io.BytesIO(data)).convert("L"))
+    )
+    mask = (pages > pages.mean()).astype(np.uint8)
+    flat = mask if mask.ndim == 2 else mask[0]
+    tiff = io.BytesIO()
+    tifffile.imwrite(tiff, mask, photometric="minisblack")
+    made = {
+        "mask": ("mask.png", picture_bytes(mask)) if mask.ndim == 2 else ("mask.tiff", tiff.getvalue()),
+        "json": ("statistics.json", json.dumps({"pixels": int(mask.sum())}).encode()),
+        "overlay": ("overlay.png", picture_bytes(flat * 255)),
+        "picture": ("picture.png", picture_bytes(flat * 200)),
+    }
+    return dict(made[name] for name in formats)
+
+
+class FakeServer:
+    """The routes of a segmentation server.
+
+    Attributes:
+        requests: path and file name of each upload.
+        hold: requests with a body wait while it is not set, after the first `free` ones.
+        held: set while a request waits.
+        key: API key that is required, if any.
+        cancelled: set when a client leaves a request that is held.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, str]] = []
+        self.jobs: dict[str, Response] = {}
+        self.hold, self.held, self.cancelled = threading.Event(), threading.Event(), threading.Event()
+        self.hold.set()
+        self.key: str | None = None
+        self.free = 0
+        self.url = ""
+        routes = [
+            Route("/models", self._models),
+            Route("/models/{name}", self._models),
+            Route("/segment", self._segment, methods=["POST"]),
+            Route("/jobs", self._submit, methods=["POST"]),
+            Route("/jobs/{id}", self._job, methods=["GET", "DELETE"]),
+            Route("/jobs/{id}/events", self._events),
+            Route("/jobs/{id}/result", self._result),
+        ]
+        self.app = Starlette(routes=routes)
+
+    async def _models(self, request: Request) -> Response:
+        if self.key and request.headers.get("x-api-key") != self.key:
+            return problem(401, "unauthorized")
+        name = request.path_params.get("name")
+        return (
+            JSONResponse([CARD])
+            if name is None
+            else JSONResponse(CARD)
+            if name == "fake"
+            else problem(404, "unknown-model")
+        )
+
+    async def _segment(self, request: Request) -> Response:
+        import asyncio
+
+        if self.key and request.headers.get("x-api-key") != self.key:
+            return problem(401, "unauthorized")
+        async with request.form() as form:
+            upload = form["file"]
+            data, name, scored = await upload.read(), str(upload.filename), "reference" in form  # type: ignore[union-attr]
+        self.requests.append((request.url.path, name))
+        while not self.hold.is_set() and len(self.requests) > self.free:
+            self.held.set()
+            if await request.is_disconnected():
+                self.cancelled.set()
+            await asyncio.sleep(0.01)
+        formats = request.query_params.get("format", "mask").split(",")
+        try:
+            if data[:2] == b"PK":
+                return _archive(data, formats)
+            scores = {"X_Segment_IoU": "1.0000", "X_Segment_Dice": "1.0000"} if scored else {}
+            return answer(segmented(data, formats), **scores)
+        except OSError:
+            return problem(415, "unsupported-type")
+
+    async def _submit(self, request: Request) -> Response:
+        made = await self._segment(request)
+        if made.status_code == 200:
+            self.jobs["j1"] = made
+        return JSONResponse(document("queued"), 202) if made.status_code == 200 else made
+
+    async def _job(self, request: Request) -> Response:
+        if request.path_params["id"] not in self.jobs:
+            return problem(404, "unknown-job")
+        if request.method == "DELETE":
+            del self.jobs[request.path_params["id"]]
+            return Response(status_code=204)
+        return JSONResponse(document("done", 4))
+
+    async def _events(self, request: Request) -> Response:
+        return StreamingResponse(
+            iter([event("queued"), event("running", 2), event("done", 4)]), media_type="text/event-stream"
+        )
+
+    async def _result(self, request: Request) -> Response:
+        return self.jobs.get(request.path_params["id"]) or problem(404, "unknown-job")
+
+
+def _archive(data: bytes, formats: list[str]) -> Response:
+    files: dict[str, bytes] = {}
+    rows: list[dict[str, Any]] = []
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for name in archive.namelist():
+            try:
+                made = {
+                    f"{name[:-4]}_{file}": body
+                    for file, body in segmented(archive.read(name), formats).items()
+                }
+                rows.append({"name": name, "status": "ok", "files": [*made]})
+                files |= made
+            except OSError:
+                rows.append({"name": name, "status": "failed", "detail": "not an image"})
+    return answer(files | {"report.json": json.dumps({"images": rows}).encode()})
+
+
+def document(state: str, done: int = 0, **members: Any) -> dict[str, Any]:
+    """The document of a job."""
+    return {
+        "id": "j1",
+        "state": state,
+        "stage": "infer",
+        "windows": {"done": done, "total": 4},
+        "error": None,
+    } | members
+
+
+def event(state: str, done: int = 0, **members: Any) -> bytes:
+    """One server-sent event of a job."""
+    return f"event: progress\ndata: {json.dumps(document(state, done, **members))}\n\n".encode()
+
+
+@contextlib.contextmanager
+def running(app: Any, **options: Any) -> Iterator[str]:
+    """Serves an application on loopback and gives its address."""
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", ws="none", **options))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.005)
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = server.force_exit = True
+        thread.join(10)
+
+
 @pytest.fixture
-def fakes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """The shell's own bundles are fakes: `fakes(engine, **changes)`."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def use(*engine: Any, **changes: Any) -> None:
-        monkeypatch.setattr("server.app.open_bundles", lambda settings: fake_bundles(*engine, **changes))
-
-    use()
-    return use
-
-
-def run(*arguments: object) -> Result:
-    """As a person types it."""
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
-
-
-def done(*arguments: object) -> str:
-    """What is said by a command that succeeds."""
-    result = run(*arguments)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.stdout
-
-
-def fails(*arguments: object, code: int = 1) -> str:
-    """What is said by a command that fails, without a traceback."""
-    result = run(*arguments)
-    assert result.exit_code == code, (result.output, result.exception)
-    assert isinstance(result.exception, SystemExit)
-    assert "error: " in result.stderr
-    return result.stderr
+def fake_server() -> Iterator[FakeServer]:
+    server = FakeServer()
+    with running(server.app) as address:
+        server.url = f"http://{address}"
+        yield server
+        server.hold.set()
 
 
 @pytest.fixture
@@ -117,6 +260,18 @@ def folder(tmp_path: Path) -> Path:
     home = tmp_path / "images"
     (home / "day 2").mkdir(parents=True)
     for number, name in enumerate(["a.png", "b.png", "day 2/a.png", "day 2/ü.tif"]):
-        pixels = np.random.default_rng(number).integers(0, 256, (24, 20 + number), dtype=np.uint8)
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 7 + number), dtype=np.uint8)
         (home / name).write_bytes(picture_bytes(pixels, "TIFF" if name.endswith("tif") else "PNG"))
     return home
+
+
+app = typer.Typer(pretty_exceptions_enable=False)
+app.command()(report_errors(cli.segment))
+app.command()(report_errors(cli.compare))
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    """Runs `unetpp` with arguments and checks its exit status."""
+    result = CliRunner().invoke(app, [str(one) for one in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result

@@ -1,115 +1,131 @@
 import asyncio
-import io
+import math
 import subprocess
 import sys
-import zipfile
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from client import Client, Local, errors
-from server.settings import Settings
-from tests.client.conftest import served
-from tests.support.files import picture_bytes
+from client import Local
+from server import errors
+from server.segment.request import QoS, Response, SegmentParams, Upload
+from tests.client.conftest import zipped
+from tests.support.files import Sent, picture_bytes
 
-PIXELS = np.random.default_rng(0).integers(0, 256, (24, 20), dtype=np.uint8)
-IMAGE = picture_bytes(PIXELS)
-
-
-@pytest.fixture
-def local(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("server.app.open_bundles", lambda settings: fake_bundles())
-    with Local() as opened:
-        yield opened
+MASK = np.eye(4, dtype=np.uint8)
+TARGET = SimpleNamespace(model="fake", mode="fast", level=2, precision="fp32")
 
 
-def test_is_what_a_server_answers(local: Local) -> None:
-    with served() as url, Client(url) as client:
-        assert local.models() == client.models()
-        assert local.model("fake") == client.model("fake")
-        for asked in ({}, {"level": 1}, {"formats": ("tiff", "json")}, {"reference": PIXELS > 99, "mode": "fast"}):
-            here, there = (one.segment(PIXELS, **asked) for one in (local, client))
-            assert np.array_equal(here.mask, there.mask)
-            assert here.files.keys() == there.files.keys()
-            assert here.timings_ms.keys() == there.timings_ms.keys()
-            for name in ("model", "mode", "level", "precision", "iou", "dice", "note", "degraded"):
-                assert getattr(here, name) == getattr(there, name), name
+@dataclass
+class FakeService:
+    """A service that gives one response.
+
+    Attributes:
+        response: what it gives; raised if it is an error.
+        calls: bytes of the input and of the reference, file name, parameters and QoS of each request.
+    """
+
+    response: Any
+    calls: list[tuple[bytes, bytes | None, str, SegmentParams, QoS]] = field(default_factory=list)
+    registry: Any = field(default_factory=lambda: SimpleNamespace(default="fake", deployments={}))
+    closed: bool = False
+
+    async def segment(self, upload: Upload, params: SegmentParams, qos: QoS, on_progress: Any) -> Response:
+        reference = upload.reference.read() if upload.reference else None
+        self.calls.append((upload.file.read(), reference, upload.name, params, qos))
+        if isinstance(self.response, BaseException):
+            raise self.response
+        await asyncio.sleep(0)
+        on_progress("infer", 1, 2)
+        return self.response  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def response(
+    body: Any = None, media_type: str = "image/png", filename: str = "mask.png", **facts: Any
+) -> Response:
+    target: Any = TARGET
+    timings = {"decode": 0.001, "infer": 0.02}
+    return Response(body or picture_bytes(MASK), media_type, filename, target, target, "", timings, **facts)
+
+
+def test_segment_hands_request_to_service(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(picture_bytes(MASK))
+    service = FakeService(response())
+    begun = time.monotonic()
+    with Local(service=service) as local:
+        local.segment(path, reference=MASK, level=2, deadline_ms=5000)
+        local.segment(MASK)
+    (file, reference, name, params, qos), (_, none, unnamed, _, endless) = service.calls
+    assert (file, reference, name) == (path.read_bytes(), file and service.calls[1][0], "x.png")
+    assert (params.level, params.format, params.deadline_ms) == (2, "mask,json", 5000)
+    assert 5 <= qos.deadline - begun <= 10
+    assert (none, unnamed, endless.deadline) == (None, "", math.inf)
+    assert service.closed
+
+
+def test_segment_gives_what_the_service_answers() -> None:
+    overlap: Any = SimpleNamespace(iou=0.123456, dice=0.5)
+    with Local(service=FakeService(response(note="a note", overlaps={1: overlap}))) as local:
+        result = local.segment(MASK)
+    assert np.array_equal(result.mask, MASK)
+    assert (result.model, result.mode, result.level, result.precision) == ("fake", "fast", 2, "fp32")
+    assert (result.iou, result.dice, result.note, result.degraded) == (0.1235, 0.5, "a note", "")
+    assert result.timings_ms == {"decode": 1, "infer": 20}
+
+
+def test_segment_of_zip_reads_and_closes_temporary_file() -> None:
+    body = Sent(
+        zipped({"a_mask.png": picture_bytes(MASK), "report.json": b'{"images": [{"name": "a.png"}]}'})
+    )
+    with Local(service=FakeService(response(body, "application/zip", "mask.zip"))) as local:
+        result = local.segment(b"PK")
+    assert list(result.files) == ["a_mask.png", "report.json"]
+    assert result.images == [{"name": "a.png"}]
+    assert body.closed
+
+
+def test_segment_calls_progress_in_the_calling_thread() -> None:
+    with Local(service=FakeService(response())) as local:
+        seen: list[Any] = []
+        local.segment(MASK, progress=lambda *step: seen.append((step, local.models())))
+    assert seen == [(("infer", 1, 2), [])]
+
+
+def test_errors_are_those_of_the_service() -> None:
+    with Local(service=FakeService(errors.TooLarge("words", limit=1))) as local:
+        with pytest.raises(errors.TooLarge):
+            local.segment(MASK)
+        with pytest.raises(errors.InvalidParameter):
+            local.segment(MASK, level="x")
 
 
 @pytest.mark.parametrize(
-    "asked",
-    [{"level": 9}, {"levle": 1}, {"level": "x"}, {"precision": "fp8"}, {"model": "lungs"}, {"formats": "gif"}, {"formats": "nifti"},
-     {"include_mask": "perhaps"}, {"deadline_ms": -1}],
-)  # fmt: skip
-def test_refuses_what_a_server_refuses(local: Local, asked: dict[str, Any]) -> None:
-    with served() as url, Client(url) as client:
-        found = []
-        for one in (local, client):
-            with pytest.raises(errors.SegmentError) as caught:
-                one.segment(IMAGE, **asked)
-            found.append((type(caught.value), caught.value.status, caught.value.type))
-    assert found[0] == found[1]
-
-
-def test_says_what_a_server_logs(tmp_path: Path) -> None:
-    with pytest.raises(errors.Failed, match="no bundle there"):
-        Local(tmp_path)
-    with pytest.raises(errors.NotFound, match="UNETPP_DEFAULT_MODEL"):
-        Local(
-            settings=Settings(
-                bundles=Path("bundles/nuclei"), default_model="lungs", runtime={"precision": "fp32", "engine": "onnxruntime"}
-            )
-        )
-
-
-def test_progress(local: Local) -> None:
-    seen: list[tuple[str, int, int]] = []
-    local.segment(np.zeros((200, 200), np.uint8), progress=lambda *step: seen.append(step))
-    assert seen[0][0] == "decode"
-    assert seen[-1][1] == seen[-1][2] > 1
-
-
-def test_inside_of_a_running_loop(local: Local) -> None:
-    """As in a notebook."""
-
-    async def cell() -> Any:
-        return local.segment(IMAGE)
-
-    assert asyncio.run(cell()).model == "fake"
-
-
-def test_needs_no_httpx_and_no_torch() -> None:
-    code = "import sys\nfor name in ('httpx', 'torch'): sys.modules[name] = None\nfrom client import Local, Result, SegmentError\nimport client.cli"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert ran.returncode == 0, ran.stderr
-
-
-def test_a_client_needs_no_server() -> None:
-    code = (
-        "import sys\nfor name in ('server', 'onnxruntime', 'torch', 'fastapi'): sys.modules[name] = None\n"
-        "from client import AsyncClient, Client\nimport client.remote, client.batch, client.compare"
+    ("code", "absent"),
+    [
+        ("import client.cli", "httpx numpy rich scipy torch server.app starlette"),
+        (
+            "from client import AsyncClient, Client; import client.remote",
+            "onnxruntime scipy torch starlette server.app server.imaging",
+        ),
+        (
+            "from client import Local; import client.batch, client.report, client.display",
+            "httpx torch rich starlette server.app",
+        ),
+    ],
+    ids=["cli", "http", "local"],
+)
+def test_import_brings_only_what_is_needed(code: str, absent: str) -> None:
+    code += f"\nimport sys\nprint(*(name for name in {absent.split()} if name in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert ran.returncode == 0, ran.stderr
-
-
-def test_a_zip_of_images(local: Local) -> None:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as held:
-        held.writestr("a/x.png", IMAGE)
-        held.writestr("b/x.png", IMAGE)
-    with served() as url, Client(url) as client:
-        here, there = (one.segment(out.getvalue(), formats="mask") for one in (local, client))
-    assert list(here.files) == list(there.files) == ["a/x_mask.png", "b/x_mask.png", "report.json"]
-    assert here.files["a/x_mask.png"] == there.files["b/x_mask.png"]
-    for one in (here, there):
-        assert [(row["name"], row["status"]) for row in one.images] == [("a/x.png", "ok"), ("b/x.png", "ok")]
-        assert one.array("a/x_mask.png").shape == one.array(one.images[1]["files"][0]).shape
-        # What was asked for is there, but not once.
-        with pytest.raises(LookupError, match=r"a zip of images has a file for each.*\.array\(.a/x_mask\.png"):
-            _ = one.mask
-        with pytest.raises(LookupError, match="has a file for each"):
-            _ = one.statistics
-    assert local.segment(IMAGE).images == []
+    assert done.stdout.split() == []

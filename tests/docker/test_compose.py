@@ -1,4 +1,4 @@
-"""The files of Compose keep what they promise: nothing beyond loopback, nothing writable, nothing unpinned."""
+"""The Compose files: ports on loopback only, read-only containers, pinned images, storage that outlives containers."""
 
 import json
 import re
@@ -8,66 +8,43 @@ import subprocess
 import pytest
 
 from server.serving import CLOSING_S
-from server.settings import HttpSettings, Settings
+from server.settings import HttpSettings, Settings, unknown_variables
 from tests.conftest import ROOT
-from tests.docker.conftest import compose
+from tests.docker.conftest import COMPOSE_FILES, compose
 
 SERVICES = compose()["services"]
-each = pytest.mark.parametrize("name", SERVICES)
+READ_ONLY = ("./docker/", "${BUNDLES:-./bundles}:")
 
 
-@each
-def test_ports_are_open_on_loopback_only(name: str) -> None:
-    assert all(port.startswith("127.0.0.1:") for port in SERVICES[name]["ports"])
-
-
-@each
-def test_service_can_write_only_where_it_must(name: str) -> None:
+@pytest.mark.parametrize("name", SERVICES)
+def test_service_is_confined(name: str) -> None:
     service = SERVICES[name]
+    assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+    assert re.search(r":v?\d+\.\d+\.\d+(-\w+)?$", service["image"])
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
-    assert "privileged" not in service
-    assert "network_mode" not in service
     assert service["restart"] == "unless-stopped"
+    assert not {"privileged", "network_mode"} & service.keys()
     for volume in service["volumes"]:
         source = volume.split(":")[0]
-        assert source in compose()["volumes"] or (
-            volume.startswith(("./docker/", "${BUNDLES:-./bundles}:")) and volume.endswith(":ro,z")
-        )
+        assert source in compose()["volumes"] or (volume.startswith(READ_ONLY) and volume.endswith(":ro,z"))
+        assert not source.startswith("./") or (ROOT / source).is_dir()
 
 
-@each
-def test_image_has_a_full_version(name: str) -> None:
-    assert re.search(r":v?\d+\.\d+\.\d+(-\w+)?$", SERVICES[name]["image"])
-
-
-def test_the_ops_port_is_not_published() -> None:
+def test_server_mounts_bundles_and_keeps_jobs_and_tuning() -> None:
+    """The folder of all bundles is mounted: a mounted single bundle would stay the old one when the host renames it."""
+    assert SERVICES["server"]["volumes"] == [
+        "${BUNDLES:-./bundles}:/bundles:ro,z", "work:/var/lib/unetpp", "tuning:/var/lib/unetpp/tuning",
+    ]  # fmt: skip
     assert SERVICES["server"]["ports"] == ["127.0.0.1:8000:8000"]
+    assert set(compose()["volumes"]) == {"work", "tuning", "metrics", "grafana"}
 
 
-def test_a_reload_finds_what_the_host_has_renamed() -> None:
-    """The folder of all bundles is mounted, where the image has its own: a bundle's own folder would stay the one it was."""
-    assert "${BUNDLES:-./bundles}:/bundles:ro,z" in SERVICES["server"]["volumes"]
-    for name in ("serve", "serve-gpu"):
-        assert "UNETPP_BUNDLES=/bundles " in (ROOT / "docker" / f"{name}.Dockerfile").read_text()
-    assert (ROOT / "bundles" / "nuclei" / "manifest.json").is_file()
-
-
-@pytest.mark.parametrize("name", ["docker-compose.yml", "docker-compose.cpu.yml", "docker-compose.keys.yml"])
-def test_says_which_compose_reads_it(name: str) -> None:
-    """`!reset` and `!override` need it."""
-    assert "Docker Compose 2.24.4 or newer" in (ROOT / name).read_text()
-
-
-def test_server_may_finish_what_it_does() -> None:
+def test_server_may_finish_before_it_is_killed() -> None:
     http = HttpSettings()
     grace_s = int(SERVICES["server"]["stop_grace_period"].removesuffix("s"))
     assert grace_s > http.drain_s + http.stop_s + CLOSING_S
-
-
-def test_all_jobs_and_series_outlive_their_containers() -> None:
-    assert set(compose()["volumes"]) == {"work", "metrics", "grafana"}
 
 
 def test_gpu_is_reserved_and_must_work() -> None:
@@ -76,7 +53,7 @@ def test_gpu_is_reserved_and_must_work() -> None:
     assert SERVICES["server"]["environment"]["UNETPP_RUNTIME__PROVIDER"] == "cuda"
 
 
-def test_cpu_override_takes_the_gpu_away_and_nothing_else() -> None:
+def test_cpu_override_removes_the_gpu_and_nothing_else() -> None:
     override = compose("docker-compose.cpu.yml")["services"]
     assert override.keys() == {"server"}
     assert override["server"].keys() == {"image", "build", "environment", "deploy"}
@@ -84,51 +61,58 @@ def test_cpu_override_takes_the_gpu_away_and_nothing_else() -> None:
     assert override["server"]["environment"] == {"UNETPP_RUNTIME__PROVIDER": "cpu"}
 
 
-def test_only_with_keys_can_others_be_let_in() -> None:
+def test_keys_override_publishes_the_port_only_with_keys() -> None:
     server = compose("docker-compose.keys.yml")["services"]["server"]
     assert server["ports"] == ["${PUBLISH:-127.0.0.1}:8000:8000"]
-    assert server["environment"]["UNETPP_AUTH__INSECURE"] == "false"
-    assert server["environment"]["UNETPP_AUTH__KEYS_FILE"].startswith("/run/keys/")
+    assert server["environment"] == {
+        "UNETPP_AUTH__INSECURE": "false",
+        "UNETPP_AUTH__KEYS_FILE": "/run/keys/keys",
+    }
 
 
-@pytest.mark.parametrize("file", ["docker-compose.yml", "docker-compose.cpu.yml", "docker-compose.keys.yml"])
+@pytest.mark.parametrize("file", COMPOSE_FILES)
 def test_variables_are_settings(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from server.settings import unknown_variables
-
     for name, value in compose(file)["services"]["server"]["environment"].items():
         monkeypatch.setenv(name, str(value))
     assert unknown_variables() == []
     Settings()
+    # `!reset` and `!override` need it.
+    assert "Docker Compose 2.24.4 or newer" in (ROOT / file).read_text()
 
 
-@pytest.mark.parametrize("overrides", [[], ["cpu"], ["keys"], ["cpu", "keys"]])
-def test_compose_itself_reads_it(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    if not shutil.which("docker") or subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode:
+@pytest.mark.parametrize("overrides", [[], ["cpu"], ["keys"], ["cpu", "keys"]], ids="+".join)
+def test_docker_compose_merges_the_files(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if (
+        not shutil.which("docker")
+        or subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode
+    ):
         pytest.skip("needs docker compose")
-    files = [f"--file={ROOT}/docker-compose.yml", *(f"--file={ROOT}/docker-compose.{name}.yml" for name in overrides)]
+    files = [
+        f"--file={ROOT}/docker-compose.yml",
+        *(f"--file={ROOT}/docker-compose.{name}.yml" for name in overrides),
+    ]
     monkeypatch.setenv("KEYS_FOLDER", "/keys")
     monkeypatch.setenv("PUBLISH", "0.0.0.0")  # noqa: S104
-    done = subprocess.run(["docker", "compose", *files, "config", "--format=json"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["docker", "compose", *files, "config", "--format=json"], capture_output=True, text=True, check=True
+    )
     services = json.loads(done.stdout)["services"]
-    open_to = {port.get("host_ip") for service in services.values() for port in service["ports"]}
-    assert open_to == ({"127.0.0.1", "0.0.0.0"} if "keys" in overrides else {"127.0.0.1"})  # noqa: S104
+    addresses = {port.get("host_ip") for service in services.values() for port in service["ports"]}
+    assert addresses == ({"127.0.0.1", "0.0.0.0"} if "keys" in overrides else {"127.0.0.1"})  # noqa: S104
     server = services["server"]
     assert ("deploy" in server) == ("cpu" not in overrides)
     assert server["image"].endswith("-cpu") == ("cpu" in overrides)
     assert server["environment"]["UNETPP_AUTH__INSECURE"] == ("false" if "keys" in overrides else "true")
-    mounted = {volume["target"]: volume for volume in server["volumes"]}
-    assert mounted.keys() == {"/bundles", "/var/lib/unetpp"} | ({"/run/keys"} if "keys" in overrides else set())
-    assert all(volume.get("read_only") for target, volume in mounted.items() if target != "/var/lib/unetpp")
+    writable = {volume["target"] for volume in server["volumes"] if not volume.get("read_only")}
+    assert writable == {"/var/lib/unetpp", "/var/lib/unetpp/tuning"}
 
 
-def test_what_is_mounted_exists() -> None:
-    mounted = [volume.split(":")[0] for service in SERVICES.values() for volume in service["volumes"] if volume.startswith("./")]
-    assert mounted
-    assert [path for path in mounted if not (ROOT / path).is_dir()] == []
-
-
-def test_grafana_tells_nobody() -> None:
+def test_grafana_sends_nothing_to_the_internet() -> None:
     environment = SERVICES["grafana"]["environment"]
-    for name in ("GF_ANALYTICS_REPORTING_ENABLED", "GF_ANALYTICS_CHECK_FOR_UPDATES", "GF_ANALYTICS_CHECK_FOR_PLUGIN_UPDATES"):
+    for name in (
+        "GF_ANALYTICS_REPORTING_ENABLED",
+        "GF_ANALYTICS_CHECK_FOR_UPDATES",
+        "GF_ANALYTICS_CHECK_FOR_PLUGIN_UPDATES",
+    ):
         assert environment[name] == "false"
     assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"

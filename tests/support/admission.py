@@ -11,8 +11,9 @@ import numpy as np
 from server.arrays import InputHeader, Tiles
 from server.metrics import Metrics
 from server.runtime.engines import Engine
+from server.runtime.flow import Flow
 from server.runtime.latency import LatencyModel, Prediction
-from server.runtime.scheduler import Flow, Scheduler
+from server.runtime.scheduler import Scheduler
 from server.segment.admission import Admission, Ticket
 from server.segment.registry import Registry, Target
 from server.segment.request import Priority, QoS, SegmentParams

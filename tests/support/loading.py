@@ -11,9 +11,10 @@ import pytest
 from server.arrays import Tiles
 from server.runtime import engines
 from server.runtime.bundle import read_bundle
+from server.runtime.deployment import Deployment
 from server.runtime.device import DeviceThread
 from server.runtime.engines import EngineRow
-from server.runtime.loader import Deployment, Loader
+from server.runtime.loader import Loader
 from server.runtime.machine import Machine
 from server.settings import BatchingSettings, RuntimeSettings
 from tests.support.bundles import rewrite_hashes, write_nonsense_bundle

@@ -9,9 +9,10 @@ import numpy as np
 
 from server.arrays import Tiles
 from server.metrics import Metrics
+from server.runtime.deployment import ModelInstance
+from server.runtime.flow import Flow, InferenceResult, Priority
 from server.runtime.latency import LatencyModel, Prediction
-from server.runtime.loader import ModelInstance
-from server.runtime.scheduler import Flow, InferenceResult, Priority, Scheduler
+from server.runtime.scheduler import Scheduler
 from server.runtime.selection import Candidate, Choice
 from tests.support.service import FakeDevice, FakeEngine, FixedLatency, ManualClock, manifest
 

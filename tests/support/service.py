@@ -14,8 +14,8 @@ import numpy as np
 
 from server.arrays import Tiles
 from server.runtime.bundle import Bundle, Manifest
+from server.runtime.deployment import Deployment
 from server.runtime.latency import LatencyModel, Prediction
-from server.runtime.loader import Deployment
 from server.runtime.machine import Machine
 from server.settings import Settings
 from tests.support.files import Sent
@@ -176,13 +176,17 @@ def calibrated(rows: Sequence[tuple[Any, ...]], recommended: int = 2) -> dict[st
 
 def bright(tiles: Tiles) -> np.ndarray:
     """Scores that are a function of each pixel alone: 1 where it lies above the image's mean."""
-    return (tiles.pixels.astype(np.float32).mean(axis=1, keepdims=True) > tiles.mean[:, :1]).astype(np.float32)
+    return (tiles.pixels.astype(np.float32).mean(axis=1, keepdims=True) > tiles.mean[:, :1]).astype(
+        np.float32
+    )
 
 
 def fake_deployment(run: Callable[[Tiles], np.ndarray] = bright, **changes: Any) -> Deployment:
     """A deployment whose every graph runs on one open fake engine at fp32; `changes` are of the manifest."""
     settings = Settings()
-    deployment = Deployment(Bundle(Path("/nowhere"), manifest(**changes)), MACHINE, settings.runtime, settings.batching)
+    deployment = Deployment(
+        Bundle(Path("/nowhere"), manifest(**changes)), MACHINE, settings.runtime, settings.batching
+    )
     engine = FakeEngine(run)
     for instance in deployment.instances.values():
         instance.engine = engine
@@ -211,7 +215,7 @@ def fake_service(
     **settings: Any,
 ) -> Any:
     """A service on one fake deployment."""
-    from server.app import open_service
+    from server.service import open_service
 
     deployment = fake_deployment(run, **(changes or {}))
     return open_service(quiet_settings(**settings), {deployment.name: deployment}, device, latency)
@@ -225,7 +229,8 @@ def fake_app(
     **settings: Any,
 ) -> Any:
     """The application on one fake deployment."""
-    from server.app import create_app, open_service
+    from server.app import create_app
+    from server.service import open_service
 
     deployment = fake_deployment(run, **(changes or {}))
     chosen = quiet_settings(**settings)
@@ -249,5 +254,10 @@ async def segment(service: Any, data: bytes, reference: bytes | None = None, **o
     from server.segment.request import QoS, SegmentParams, Upload, ignore_progress
 
     qos, on_progress = options.pop("qos", QoS()), options.pop("on_progress", ignore_progress)
-    upload = Upload(Sent(data), Sent(reference) if reference else None, options.pop("name", ""), options.pop("accept", None))
+    upload = Upload(
+        Sent(data),
+        Sent(reference) if reference else None,
+        options.pop("name", ""),
+        options.pop("accept", None),
+    )
     return await service.segment(upload, SegmentParams(**options), qos, on_progress)

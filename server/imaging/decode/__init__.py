@@ -1,4 +1,4 @@
-"""Bytes to `Image` or `Volume`. One row per input format; the bytes decide, not the name or the declared type."""
+"""Decodes bytes to `Image` or `Volume`. One row per input format; the bytes decide, not the name or the declared type."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,95 +11,124 @@ from server.imaging.decode_options import DecodeOptions
 
 T = TypeVar("T")
 
+# Bytes by which a format is recognised.
+PREFIX_BYTES = 16
+
 
 @dataclass(frozen=True)
 class Decoder:
-    """One row of the table.
+    """Decodes one family of formats; a row of the table.
 
     Attributes:
-        formats: as a person calls them.
-        recognises: whether the first 16 bytes look like it.
-        size: open file to its extent as `decode` will find it, from the header alone; may raise anything on broken input.
-        decode: open file to Image or Volume; may raise anything on broken input.
+        formats: Names of the formats.
+        sniff: Function of the first bytes that returns whether the file looks like one of them.
+        read_header: Function that returns the header of what `decode` returns, without decoding pixels; may raise any
+            exception on broken input.
+        decode: Function that returns the decoded image or volume; may raise any exception on broken input.
     """
 
     formats: str
-    recognises: Callable[[bytes], bool]
-    size: Callable[[BinaryIO, DecodeOptions], InputHeader]
+    sniff: Callable[[bytes], bool]
+    read_header: Callable[[BinaryIO, DecodeOptions], InputHeader]
     decode: Callable[[BinaryIO, DecodeOptions], Image | Volume]
 
 
 DECODERS: dict[str, Decoder] = {
-    "raster": Decoder("PNG, JPEG, BMP, WebP", raster.recognises, raster.size, raster.decode),
-    "tiff": Decoder("TIFF", tiff.recognises, tiff.size, tiff.decode),
-    "nifti": Decoder("NIfTI", nifti.recognises, nifti.size, nifti.decode),
-    "nrrd": Decoder("NRRD", nrrd.recognises, nrrd.size, nrrd.decode),
-    "metaimage": Decoder("MetaImage", metaimage.recognises, metaimage.size, metaimage.decode),
+    "raster": Decoder("PNG, JPEG, BMP, WebP", raster.sniff, raster.read_header, raster.decode),
+    "tiff": Decoder("TIFF", tiff.sniff, tiff.read_header, tiff.decode),
+    "nifti": Decoder("NIfTI", nifti.sniff, nifti.read_header, nifti.decode),
+    "nrrd": Decoder("NRRD", nrrd.sniff, nrrd.read_header, nrrd.decode),
+    "metaimage": Decoder("MetaImage", metaimage.sniff, metaimage.read_header, metaimage.decode),
 }
 
 
-def measure(file: BinaryIO, decode_options: DecodeOptions) -> InputHeader:
-    """What the header of a file says. Volumes of any size are measured: their limit is a matter of cost, see `segment`.
+def read_header(file: BinaryIO, options: DecodeOptions) -> InputHeader:
+    """Reads what is known of a file before its pixels are decoded, and leaves the file at its start.
 
-    Raises:
-        Unreadable, UnsupportedType: as `decode`.
-        TooLarge: an image over the limit.
-    """
-    input_header = _guarded(file, decode_options, lambda row: row.size(file, decode_options))
-    if input_header.kind == "image":
-        decode_options.check_image(*input_header.size)
-    file.seek(0)
-    return input_header
-
-
-def is_quick(file: BinaryIO, most: int) -> bool:
-    """Whether the header of a file is read in no time, whoever made it; leaves the file at its start.
+    Volumes of any size are accepted here, because their limit depends on what the request costs.
 
     Args:
-        file: open at its start, seekable.
-        most: bytes of such a file.
+        file: File, open at its start, seekable.
+        options: Limits and choices.
+
+    Raises:
+        Unreadable: The file is empty, truncated or broken.
+        UnsupportedType: The format is not in the table.
+        TooLarge: An image is over the limit.
+        InvalidParameter: The file has no such axes or channel.
     """
-    data = file.read(most + 1)
+    header = _dispatch(file, options, lambda decoder: decoder.read_header(file, options))
+    if header.kind == "image":
+        options.check_image(*header.size)
     file.seek(0)
-    return len(data) <= most and raster.is_plain_png(data)
+    return header
 
 
-def decode(file: BinaryIO, decode_options: DecodeOptions) -> Image | Volume:
+def is_quick(file: BinaryIO, max_bytes: int) -> bool:
+    """Returns whether the header of a file is read in no time even if it is hostile; leaves the file at its start.
+
+    Args:
+        file: File, open at its start, seekable.
+        max_bytes: Size of the largest file for which this is so.
+    """
+    data = file.read(max_bytes + 1)
+    file.seek(0)
+    return len(data) <= max_bytes and raster.is_plain_png(data)
+
+
+def decode(file: BinaryIO, options: DecodeOptions) -> Image | Volume:
     """Decodes an image, a volume or a stack.
 
     Args:
-        file: open at its start, seekable.
-        decode_options: limits, checked before pixels are decoded, and choices.
+        file: File, open at its start, seekable.
+        options: Limits, checked before pixels are decoded, and choices.
 
     Raises:
-        Unreadable: empty, truncated or broken, or values that are not finite.
-        UnsupportedType: not a format of the table.
-        TooLarge: over a limit.
-        InvalidParameter: axes or a channel that the file does not have.
+        Unreadable: The file is empty, truncated or broken, or holds values that are not finite.
+        UnsupportedType: The format is not in the table.
+        TooLarge: The file is over a limit.
+        InvalidParameter: The file has no such axes or channel.
     """
-    return _guarded(file, decode_options, lambda row: row.decode(file, decode_options))
+    return _dispatch(file, options, lambda decoder: decoder.decode(file, options))
 
 
-def _guarded(file: BinaryIO, decode_options: DecodeOptions, work: Callable[[Decoder], T]) -> T:
-    """`work` with the row that recognises the file; whatever a decoder raises becomes a sentence."""
-    head = file.read(16)
+def _dispatch(file: BinaryIO, options: DecodeOptions, function: Callable[[Decoder], T]) -> T:
+    """Calls a function with the decoder of the file, and turns whatever it raises into a domain error."""
+    prefix = file.read(PREFIX_BYTES)
     file.seek(0)
-    if not head:
-        raise Unreadable("the file is empty (0 bytes); send the image itself as the body, or as multipart field 'file'")
-    row = next((row for row in DECODERS.values() if row.recognises(head)), None)
-    if row is None:
-        known = ", ".join(row.formats for row in DECODERS.values())
-        raise UnsupportedType(f"not a format that this server reads; it reads {known}")
-    if decode_options.axes and row is not DECODERS["tiff"]:
-        raise InvalidParameter(f"axes is for TIFF; the axes of {row.formats} are known")
+    if not prefix:
+        raise Unreadable(
+            "the file is empty (0 bytes); send the image itself as the body, or as multipart field 'file'",
+            reason="empty",
+        )
+    decoder = next((decoder for decoder in DECODERS.values() if decoder.sniff(prefix)), None)
+    if decoder is None:
+        formats = ", ".join(decoder.formats for decoder in DECODERS.values())
+        raise UnsupportedType(
+            f"not a format that this server reads; it reads {formats}", allowed=formats.split(", ")
+        )
+    if options.axes and decoder is not DECODERS["tiff"]:
+        raise InvalidParameter(
+            f"axes is for TIFF; the axes of {decoder.formats} are known",
+            parameter="axes",
+            value=options.axes[:20],
+            format=decoder.formats,
+        )
     try:
-        return work(row)
+        return function(decoder)
     except UnetppError:
         raise
     except MemoryError as error:
-        raise Unreadable(f"the {row.formats} file asks for more memory than there is") from error
-    except Exception as error:  # decoders raise every kind of exception on hostile bytes
         raise Unreadable(
-            f"the file starts like {row.formats} but cannot be decoded (truncated or damaged?); "
-            "open it in a viewer and save it again"
+            f"the {decoder.formats} file asks for more memory than there is",
+            reason="memory",
+            format=decoder.formats,
+        ) from error
+    # Decoders raise every kind of exception on hostile bytes.
+    except Exception as error:
+        raise Unreadable(
+            f"the file starts like {decoder.formats} but cannot be decoded (truncated or damaged?); "
+            "open it in a viewer and save it again",
+            reason="damaged",
+            format=decoder.formats,
         ) from error

@@ -1,7 +1,7 @@
 """MetaImage in one file (.mha), as ITK writes it: raw or zlib.
 
-Its header is a dozen lines of `Key = Value`, read here: SimpleITK (53 MB) reads from paths alone, opens whatever file
-ElementDataFile names, and inflates without a limit.
+The header is a dozen lines of `Key = Value`, which are parsed here, because SimpleITK (53 MB) reads from paths alone, opens
+any file that ElementDataFile names, and inflates without a limit.
 """
 
 import contextlib
@@ -15,157 +15,244 @@ from numpy import ndarray
 from server.arrays import Image, InputHeader, Volume
 from server.errors import TooLarge, Unreadable
 from server.imaging.decode_options import DecodeOptions
-from server.imaging.grid import LPS, Grid, check_channels, check_size, flat_spacing, place
-from server.imaging.streaming import GZIP, Stream, ungzipped, unzlibbed
+from server.imaging.grid import (
+    LPS_TO_RAS,
+    Grid,
+    affine_from_directions,
+    check_channels,
+    check_size,
+    image_spacing,
+)
+from server.imaging.streaming import GZIP_MAGIC, Stream, open_gzip, open_zlib
 
-# Bytes of a header; ITK keeps all of DICOM's tags in it, if asked to.
-MOST_HEADER = 1024 * 1024
-# Of a line that is of use.
-MOST_LINE = 4096
+FORMAT = "MetaImage"
 
-TYPES = {
-    "MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4", "MET_UINT": "u4",
-    "MET_LONG": "i4", "MET_ULONG": "u4", "MET_LONG_LONG": "i8", "MET_ULONG_LONG": "u8", "MET_FLOAT": "f4", "MET_DOUBLE": "f8",
-}  # fmt: skip
+# Bytes of a header, in which ITK may keep all tags of a DICOM file.
+MAX_HEADER = 1024 * 1024
+# Bytes of the value of a field in `FIELDS`.
+MAX_VALUE = 4096
 
-# Further names that a field is known by.
+DTYPES = {
+    "MET_CHAR": "i1",
+    "MET_UCHAR": "u1",
+    "MET_SHORT": "i2",
+    "MET_USHORT": "u2",
+    "MET_INT": "i4",
+    "MET_UINT": "u4",
+    "MET_LONG": "i4",
+    "MET_ULONG": "u4",
+    "MET_LONG_LONG": "i8",
+    "MET_ULONG_LONG": "u8",
+    "MET_FLOAT": "f4",
+    "MET_DOUBLE": "f8",
+}
+
+# Other names of fields.
 ALIASES = {
-    "Position": "Offset", "Origin": "Offset", "Orientation": "TransformMatrix", "Rotation": "TransformMatrix",
+    "Position": "Offset",
+    "Origin": "Offset",
+    "Orientation": "TransformMatrix",
+    "Rotation": "TransformMatrix",
     "ElementByteOrderMSB": "BinaryDataByteOrderMSB",
-}  # fmt: skip
-FIELDS = (
-    "ObjectType", "NDims", "DimSize", "ElementType", "ElementNumberOfChannels", "ElementSpacing", "ElementSize", "TransformMatrix",
-    "Offset", "BinaryData", "BinaryDataByteOrderMSB", "CompressedData", "HeaderSize", "ElementDataFile",
-)  # fmt: skip
+}
+# Fields that are used.
+FIELDS = {
+    "ObjectType",
+    "NDims",
+    "DimSize",
+    "ElementType",
+    "ElementNumberOfChannels",
+    "ElementSpacing",
+    "ElementSize",
+    "TransformMatrix",
+    "Offset",
+    "BinaryData",
+    "BinaryDataByteOrderMSB",
+    "CompressedData",
+    "HeaderSize",
+    "ElementDataFile",
+}
 
 
-def recognises(head: bytes) -> bool:
-    """The first field, which is one of these."""
-    return head.startswith((b"ObjectType =", b"ObjectType=", b"NDims =", b"NDims=", b"Comment ="))
+def sniff(prefix: bytes) -> bool:
+    """Returns whether a file begins with one of the fields that come first in MetaImage."""
+    return prefix.startswith((b"ObjectType =", b"ObjectType=", b"NDims =", b"NDims=", b"Comment ="))
 
 
-def size(file: BinaryIO, decode_options: DecodeOptions) -> InputHeader:
-    """Shape and place, from the header alone."""
-    return _grid(_fields(file)).input_header(decode_options)
+def read_header(file: BinaryIO, options: DecodeOptions) -> InputHeader:
+    """Reads shape and place from the header alone."""
+    return _grid(_read_fields(file)).input_header(options)
 
 
-def decode(file: BinaryIO, decode_options: DecodeOptions) -> Image | Volume:
-    """Reads the one image or volume."""
-    fields = _fields(file)
+def decode(file: BinaryIO, options: DecodeOptions) -> Image | Volume:
+    """Decodes the one image or volume."""
+    fields = _read_fields(file)
     grid = _grid(fields)
-    grid.check(decode_options)
-    with _values(file, fields) as stream:
-        found = grid.read(stream, decode_options)
-        # At the end of a zlib stream lies its checksum, which is compared on reading it.
+    grid.check(options)
+    with _open_values(file, fields) as stream:
+        decoded = grid.read(stream, options)
+        # Reading on makes the zlib stream compare its checksum, which lies at its end.
         stream.read(1)
-    return found
+    return decoded
 
 
-def _fields(file: BinaryIO) -> dict[str, str]:
-    """The header's fields that are of use; the file is left at the first value.
+def _read_fields(file: BinaryIO) -> dict[str, str]:
+    """Reads the header's fields that are used, and leaves the file at the first value.
 
     Raises:
-        Unreadable: the values are elsewhere, or a field comes twice.
-        TooLarge: it is endless.
+        Unreadable: The values lie in another file, or a field comes twice.
+        TooLarge: The header has no end within `MAX_HEADER` bytes.
     """
-    head = file.read(MOST_HEADER)
+    prefix = file.read(MAX_HEADER)
     fields: dict[str, str] = {}
-    at = 0
+    start = 0
     while "ElementDataFile" not in fields:
-        end = head.find(b"\n", at)
+        end = prefix.find(b"\n", start)
         if end < 0:
-            if len(head) == MOST_HEADER:
-                raise TooLarge(f"the MetaImage header has more than {MOST_HEADER:,} bytes; remove its comments")
-            end = len(head)
-        key, _, value = head[at:end].partition(b"=")
-        if at >= len(head):
-            raise Unreadable("the MetaImage header does not say where its values are (ElementDataFile); send the file again, whole")
-        at = end + 1
-        name = key.strip().decode("latin-1")
-        name = ALIASES.get(name, name)
-        if name in FIELDS:
-            if name in fields or len(value) > MOST_LINE:
-                raise Unreadable(f"the MetaImage header's {name} comes twice, or is too long; save the file again")
-            fields[name] = value.strip().decode("latin-1")
+            if len(prefix) == MAX_HEADER:
+                raise TooLarge(
+                    f"the MetaImage header has more than {MAX_HEADER:,} bytes; remove its comments",
+                    limit=MAX_HEADER,
+                    unit="bytes",
+                    format=FORMAT,
+                )
+            end = len(prefix)
+        if start >= len(prefix):
+            raise _broken(
+                "the MetaImage header does not say where its values are (ElementDataFile); send the file again, whole",
+                "ElementDataFile",
+                reason="missing-field",
+            )
+        _parse_line(prefix[start:end], fields)
+        start = end + 1
     if fields["ElementDataFile"].upper() != "LOCAL":
-        raise Unreadable("this is a detached header (.mhd), and its voxels lie in another file; save it as one .mha file")
-    file.seek(at)
+        raise _broken(
+            "this is a detached header (.mhd), and its voxels lie in another file; save it as one .mha file",
+            "ElementDataFile",
+            reason="detached-header",
+        )
+    file.seek(start)
     return fields
+
+
+def _parse_line(line: bytes, fields: dict[str, str]) -> None:
+    key, _, value = line.partition(b"=")
+    name = key.strip().decode("latin-1")
+    name = ALIASES.get(name, name)
+    if name in FIELDS:
+        if name in fields or len(value) > MAX_VALUE:
+            raise _broken(
+                f"the MetaImage header's {name} comes twice, or is too long; save the file again", name
+            )
+        fields[name] = value.strip().decode("latin-1")
+
+
+def _broken(detail: str, field: str, reason: str = "header") -> Unreadable:
+    """Returns the error that names a field of the header."""
+    return Unreadable(detail, reason=reason, format=FORMAT, field=field)
 
 
 def _grid(fields: dict[str, str]) -> Grid:
     if fields.get("ObjectType", "Image") != "Image":
-        raise Unreadable("the MetaImage file holds no image")
+        raise _broken("the MetaImage file holds no image", "ObjectType")
     if missing := [name for name in ("DimSize", "ElementType") if name not in fields]:
-        raise Unreadable(f"the MetaImage header does not say its {', '.join(missing)}; save the file again")
+        raise _broken(
+            f"the MetaImage header does not say its {', '.join(missing)}; save the file again",
+            missing[0],
+            reason="missing-field",
+        )
     sizes = [int(length) for length in fields["DimSize"].split()]
     if len(sizes) != int(fields.get("NDims", len(sizes))):
-        raise Unreadable(f"the MetaImage header says NDims {fields['NDims']:.10} and {len(sizes)} sizes; save the file again")
+        raise _broken(
+            f"the MetaImage header says NDims {fields['NDims']:.10} and {len(sizes)} sizes; save the file again",
+            "NDims",
+        )
     while len(sizes) > 3 and sizes[-1] == 1:
         sizes.pop()
     check_size(tuple(sizes))
     channels = int(fields.get("ElementNumberOfChannels", 1))
     if channels < 1:
-        raise Unreadable(f"the MetaImage header says that each voxel has {channels} values")
+        raise _broken(
+            f"the MetaImage header says that each voxel has {channels} values", "ElementNumberOfChannels"
+        )
     check_channels(channels)
-    stored = _stored(fields)
-    affine, steps = _place(fields, len(sizes))
-    # ITK does not tell colours from vectors; bytes are colours.
+    stored = _stored_dtype(fields)
+    affine, spacing_mm = _place(fields, len(sizes))
+    # Bytes count as colours because ITK does not tell colours from vectors.
     colors = channels in (3, 4) and stored.itemsize == 1
-    return Grid(tuple(sizes), stored, affine, steps, channels, colors=colors)
+    return Grid(tuple(sizes), stored, affine, spacing_mm, channels, colors=colors)
 
 
-def _stored(fields: dict[str, str]) -> "np.dtype[np.generic]":
-    kind = fields["ElementType"].removesuffix("_ARRAY")
-    if kind not in TYPES:
-        raise Unreadable(f"MetaImage values of type {kind!r:.30} are not read; save real numbers")
-    return np.dtype(TYPES[kind]).newbyteorder(">" if _true(fields, "BinaryDataByteOrderMSB") else "<")
+def _stored_dtype(fields: dict[str, str]) -> "np.dtype[np.generic]":
+    name = fields["ElementType"].removesuffix("_ARRAY")
+    if name not in DTYPES:
+        raise Unreadable(
+            f"MetaImage values of type {name!r:.30} are not read; save real numbers",
+            reason="sample-type",
+            format=FORMAT,
+            field="ElementType",
+            value=name[:30],
+            allowed=list(DTYPES),
+        )
+    return np.dtype(DTYPES[name]).newbyteorder(">" if _is_true(fields, "BinaryDataByteOrderMSB") else "<")
 
 
-def _place(fields: dict[str, str], dims: int) -> tuple[Float64[ndarray, "4 4"] | None, tuple[float, float] | None]:
-    """Affine of a volume or spacing of an image."""
-    # Of a file of four dimensions the first three.
-    whole = len(fields["DimSize"].split())
-    ones = " ".join(["1"] * whole)
-    steps = _numbers(fields.get("ElementSpacing", fields.get("ElementSize", ones)), whole)[:dims]
+def _place(
+    fields: dict[str, str], dims: int
+) -> tuple[Float64[ndarray, "4 4"] | None, tuple[float, float] | None]:
+    """Returns the affine of a volume, or the spacing of an image."""
+    # A file of four dimensions has as many numbers per field, of which the first three are used.
+    stored_dims = len(fields["DimSize"].split())
+    ones, zeros = " ".join(["1"] * stored_dims), " ".join(["0"] * stored_dims)
+    spacing_name = "ElementSpacing" if "ElementSpacing" in fields else "ElementSize"
+    steps = _parse_numbers(fields, spacing_name, stored_dims, ones)[:dims]
     if dims == 2:
-        return None, flat_spacing(steps, named=False)
-    turned = _numbers(fields.get("TransformMatrix", " ".join(map(str, np.eye(whole).ravel()))), whole**2).reshape(whole, whole)
-    origin = _numbers(fields.get("Offset", " ".join(["0"] * whole)), whole)
-    # Each row is where an axis of the array points to.
-    return place(turned[:dims, :dims] * steps[:, None], origin[:dims], LPS), None
+        return None, image_spacing(steps, has_unit=False)
+    identity = " ".join(map(str, np.eye(stored_dims).ravel()))
+    matrix = _parse_numbers(fields, "TransformMatrix", stored_dims**2, identity).reshape(
+        stored_dims, stored_dims
+    )
+    origin = _parse_numbers(fields, "Offset", stored_dims, zeros)
+    # Each row is the direction of an axis of the array.
+    return affine_from_directions(matrix[:dims, :dims] * steps[:, None], origin[:dims], LPS_TO_RAS), None
 
 
-def _numbers(text: str, count: int) -> Float64[ndarray, " n"]:
-    numbers = np.array([float(part) for part in text.split()], dtype=np.float64)
+def _parse_numbers(fields: dict[str, str], name: str, count: int, default: str) -> Float64[ndarray, " n"]:
+    numbers = np.array([float(part) for part in fields.get(name, default).split()], dtype=np.float64)
     if len(numbers) != count:
-        raise Unreadable(f"the MetaImage header has {len(numbers)} numbers where {count} belong; save the file again")
+        raise _broken(
+            f"the MetaImage header has {len(numbers)} numbers where {count} belong; save the file again", name
+        )
     return numbers
 
 
-def _true(fields: dict[str, str], name: str) -> bool:
+def _is_true(fields: dict[str, str], name: str) -> bool:
     return fields.get(name, "False").lower() in ("true", "1")
 
 
 @contextlib.contextmanager
-def _values(file: BinaryIO, fields: dict[str, str]) -> Iterator[Stream]:
-    """The stream at its first value.
+def _open_values(file: BinaryIO, fields: dict[str, str]) -> Iterator[Stream]:
+    """Opens the stream of the values.
 
     Raises:
-        Unreadable: in a form that is not read.
+        Unreadable: The values are stored as text, or behind a second header.
     """
-    if not _true(fields, "BinaryData") and "BinaryData" in fields:
-        raise Unreadable("the MetaImage file holds its values as text; save them as binary")
+    if not _is_true(fields, "BinaryData") and "BinaryData" in fields:
+        raise _broken(
+            "the MetaImage file holds its values as text; save them as binary", "BinaryData", "encoding"
+        )
     if fields.get("HeaderSize", "0") != "0":
-        raise Unreadable("the MetaImage file has a second header (HeaderSize); save it again, without")
-    if not _true(fields, "CompressedData"):
+        raise _broken(
+            "the MetaImage file has a second header (HeaderSize); save it again, without", "HeaderSize"
+        )
+    if not _is_true(fields, "CompressedData"):
         yield file
         return
     start = file.tell()
-    magic = file.read(2)
+    magic = file.read(len(GZIP_MAGIC))
     file.seek(start)
-    if magic == GZIP:
-        with ungzipped(file) as stream:
+    if magic == GZIP_MAGIC:
+        with open_gzip(file) as stream:
             yield stream
     else:
-        yield unzlibbed(file)
+        yield open_zlib(file)

@@ -15,189 +15,264 @@ from numpy import ndarray
 
 from server.arrays import InputHeader, Volume
 from server.errors import TooLarge, Unreadable
-from server.imaging.decode_options import DecodeOptions, met, notes
-from server.imaging.geometry import SAME_PLACE, apart, check_affine, spacing
-from server.imaging.streaming import GZIP, KEPT, Stream, exactly, kept_as, read_values, ungzipped
+from server.imaging.decode_options import DecodeOptions, join_notes, nonfinite_note
+from server.imaging.geometry import AFFINE_TOLERANCE_VOXELS, check_affine, max_displacement, spacing
+from server.imaging.streaming import (
+    EXACT_DTYPES,
+    GZIP_MAGIC,
+    Stream,
+    decoded_dtype,
+    open_gzip,
+    read_exactly,
+    read_values,
+)
 
-# The first field of the header is its own length.
+FORMAT = "NIfTI"
+
+# Header by its first field, which is its own length.
 HEADERS: dict[bytes, type[Any]] = {
-    b"\x5c\x01\0\0": nib.Nifti1Header, b"\0\0\x01\x5c": nib.Nifti1Header,
-    b"\x1c\x02\0\0": nib.Nifti2Header, b"\0\0\x02\x1c": nib.Nifti2Header,
-}  # fmt: skip
-# Where the voxels begin at the latest: extensions are text, and what lies before the voxels is read whole.
-MOST_BEFORE_VOXELS = 16 * 1024 * 1024
-# Each costs microseconds and a few hundred bytes, whatever it holds.
-MOST_EXTENSIONS = 1000
-UNITS = {"meter": 1e3, "micron": 1e-3}
+    b"\x5c\x01\0\0": nib.Nifti1Header,
+    b"\0\0\x01\x5c": nib.Nifti1Header,
+    b"\x1c\x02\0\0": nib.Nifti2Header,
+    b"\0\0\x02\x1c": nib.Nifti2Header,
+}
+# Bytes before the voxels, which are read whole; extensions are text and much shorter.
+MAX_VOXEL_OFFSET = 16 * 1024 * 1024
+# Each extension costs microseconds and a few hundred bytes, however short it is.
+MAX_EXTENSIONS = 1000
+XYZT_UNITS_MM = {"meter": 1e3, "micron": 1e-3}
 
-# Its findings about odd headers reach the caller as our own sentences.
+# nibabel logs what is odd about a header. The caller is told so in notes and errors, and the log is the operator's.
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
 
 
-def recognises(head: bytes) -> bool:
-    """A NIfTI header's length, or gzip, in which only NIfTI is looked for."""
-    return head[:4] in HEADERS or head[:2] == GZIP
+def sniff(prefix: bytes) -> bool:
+    """Returns whether a file begins with the length of a NIfTI header, or is gzip, in which only NIfTI is looked for."""
+    return prefix[:4] in HEADERS or prefix[:2] == GZIP_MAGIC
 
 
-def size(file: BinaryIO, decode_options: DecodeOptions) -> InputHeader:
-    """Shape and place, from the header alone."""
+def read_header(file: BinaryIO, options: DecodeOptions) -> InputHeader:
+    """Reads shape and place from the header alone."""
     with _inflated(file) as stream:
-        header = _header(stream)
-    decode_options.channels(1)
-    kept = _kept(header)
-    return InputHeader(_size(header), 1, kept.itemsize, _affine(header))
+        file_header = _read_file_header(stream)
+    options.select_channels(1)
+    dtype = _dtype(file_header)
+    return InputHeader(_size(file_header), 1, dtype.itemsize, _affine(file_header))
 
 
-def decode(file: BinaryIO, decode_options: DecodeOptions) -> Volume:
-    """Reads the one volume; scl_slope and scl_inter are applied, and each value is checked.
+def decode(file: BinaryIO, options: DecodeOptions) -> Volume:
+    """Decodes the one volume; scl_slope and scl_inter are applied, and each value is checked.
 
     A gzip stream is never inflated further than its header promises voxels.
     """
     with _inflated(file) as stream:
-        header = _header(stream)
-        shape = _size(header)
-        decode_options.check_volume(shape)
-        stored = header.get_data_dtype()
-        values, wrong = read_values(stream, stored, _kept(header), math.prod(shape), _scaling(header))
-        # At the end of a gzip stream lies its checksum, which is compared on reading it.
+        file_header = _read_file_header(stream)
+        size = _size(file_header)
+        options.check_volume(size)
+        stored, dtype = file_header.get_data_dtype(), _dtype(file_header)
+        values, nonfinite = read_values(stream, stored, dtype, math.prod(size), scaling=_scaling(file_header))
+        # Reading on makes the gzip stream compare its checksum, which lies at its end.
         stream.read(1)
-    note = met(wrong, values.size, decode_options.zero_nonfinite)
-    voxels = values.reshape(shape, order="F")[..., None]
-    return Volume(voxels, _affine(header), header, notes(note, _doubts(header, shape)))
+    note = nonfinite_note(nonfinite, values.size, options.zero_nonfinite)
+    voxels = values.reshape(size, order="F")[..., None]
+    return Volume(
+        voxels, _affine(file_header), file_header, join_notes(note, _affine_note(file_header, size))
+    )
 
 
 @contextlib.contextmanager
 def _inflated(file: BinaryIO) -> Iterator[Stream]:
-    """The plain stream of a file, which stays open."""
-    magic = file.read(2)
+    """Opens the plain contents of a file, which stays open."""
+    magic = file.read(len(GZIP_MAGIC))
     file.seek(0)
-    if magic != GZIP:
+    if magic != GZIP_MAGIC:
         yield file
         return
-    with ungzipped(file) as stream:
+    with open_gzip(file) as stream:
         yield stream
 
 
-def _header(stream: Stream) -> Any:
-    """The header with its extensions; the stream is left at the first voxel.
+def _broken(detail: str, reason: str = "header", **fields: Any) -> Unreadable:
+    return Unreadable(detail, reason=reason, format=FORMAT, **fields)
+
+
+def _read_file_header(stream: Stream) -> Any:
+    """Reads the header with its extensions, and leaves the stream at the first voxel.
 
     Raises:
-        Unreadable: not a single NIfTI file, or cut off.
-        TooLarge: endless extensions.
+        Unreadable: The file is not a single NIfTI file, or is truncated.
+        TooLarge: The extensions are too long or too many.
     """
-    start = exactly(stream, 4, "header")
-    kind = HEADERS.get(start)
-    if kind is None:
-        raise Unreadable("a gzip file without a NIfTI header in it; send .nii.gz, or an image as it is")
-    length = int(kind.template_dtype.itemsize)
-    start += exactly(stream, length - 4, "header")
-    magic = start[344:348] if kind is nib.Nifti1Header else start[4:8]
-    if magic in (b"ni1\0", b"ni2\0"):
-        raise Unreadable("this is the .hdr half of a .hdr/.img pair, without its voxels; save it as one .nii or .nii.gz file")
-    if magic not in (b"n+1\0", b"n+2\0"):
-        raise Unreadable("the header is not NIfTI (ANALYZE 7.5?), which says nothing about orientation; save it as .nii")
-    bare = kind(start, check=False)
-    if not np.isfinite(bare["vox_offset"]):
-        raise Unreadable(f"the header says that voxels begin at byte {bare['vox_offset']}")
-    offset = int(bare["vox_offset"]) or length + 4
-    if offset > MOST_BEFORE_VOXELS:
-        raise TooLarge(f"the voxels begin after {offset:,} bytes of header; {MOST_BEFORE_VOXELS:,} are read. Remove its extensions")
-    if offset < length:
-        raise Unreadable(f"the header says that voxels begin at byte {offset}, inside of itself")
-    start += exactly(stream, offset - length, "header")
-    _check_extensions(start[length:], "little" if bare.endianness == "<" else "big")
+    prefix = read_exactly(stream, 4, "header")
+    header_type = HEADERS.get(prefix)
+    if header_type is None:
+        raise _broken(
+            "a gzip file without a NIfTI header in it; send .nii.gz, or an image as it is",
+            "gzip-without-nifti",
+        )
+    length = int(header_type.template_dtype.itemsize)
+    prefix += read_exactly(stream, length - 4, "header")
+    _check_magic(prefix[344:348] if header_type is nib.Nifti1Header else prefix[4:8])
+    unchecked = header_type(prefix, check=False)
+    offset = _voxel_offset(unchecked["vox_offset"], length)
+    prefix += read_exactly(stream, offset - length, "header")
+    _check_extensions(prefix[length:], "little" if unchecked.endianness == "<" else "big")
     try:
-        return kind.from_fileobj(io.BytesIO(start))
+        return header_type.from_fileobj(io.BytesIO(prefix))
     except HeaderDataError as error:
-        raise Unreadable(f"the header is not sound: {error}; repair it, or save the file again") from error
+        raise _broken(f"the header is not sound: {error}; repair it, or save the file again") from error
+
+
+def _check_magic(magic: bytes) -> None:
+    if magic in (b"ni1\0", b"ni2\0"):
+        raise _broken(
+            "this is the .hdr half of a .hdr/.img pair, without its voxels; save it as one .nii or .nii.gz file",
+            "detached-header",
+        )
+    if magic not in (b"n+1\0", b"n+2\0"):
+        raise _broken(
+            "the header is not NIfTI (ANALYZE 7.5?), which says nothing about orientation; save it as .nii",
+            "analyze",
+        )
+
+
+def _voxel_offset(vox_offset: Any, length: int) -> int:
+    """Returns the byte at which voxels begin.
+
+    Args:
+        vox_offset: Value of the header's field, of any type of numpy; 0 means behind the header.
+        length: Bytes of the header.
+    """
+    if not np.isfinite(vox_offset):
+        raise _broken(f"the header says that voxels begin at byte {vox_offset}", field="vox_offset")
+    offset = int(vox_offset) or length + 4
+    if offset > MAX_VOXEL_OFFSET:
+        raise TooLarge(
+            f"the voxels begin after {offset:,} bytes of header; {MAX_VOXEL_OFFSET:,} are read. Remove its extensions",
+            limit=MAX_VOXEL_OFFSET,
+            actual=offset,
+            unit="bytes",
+            format=FORMAT,
+            field="vox_offset",
+        )
+    if offset < length:
+        raise _broken(
+            f"the header says that voxels begin at byte {offset}, inside of itself",
+            field="vox_offset",
+            limit=length,
+            actual=offset,
+            unit="bytes",
+        )
+    return offset
 
 
 def _check_extensions(block: bytes, order: Literal["little", "big"]) -> None:
-    """Counts the extensions before any is read; `block` is what lies between header and voxels.
+    """Counts the extensions before nibabel reads them.
+
+    Args:
+        block: Bytes between the header and the voxels.
+        order: Byte order of the header.
 
     Raises:
-        TooLarge: very many.
+        TooLarge: There are more than `MAX_EXTENSIONS`.
     """
-    at, count = 4, 0
-    while at + 8 <= len(block) and block[0]:
-        # Of 8 bytes at least, or it is damaged, which its reading will tell.
-        at += max(8, int.from_bytes(block[at : at + 4], order))
+    position, count = 4, 0
+    while position + 8 <= len(block) and block[0]:
+        # An extension of fewer than 8 bytes is damaged, which nibabel reports when it reads it.
+        position += max(8, int.from_bytes(block[position : position + 4], order))
         count += 1
-        if count > MOST_EXTENSIONS:
-            raise TooLarge(f"the header has more than {MOST_EXTENSIONS:,} extensions; remove them")
+        if count > MAX_EXTENSIONS:
+            raise TooLarge(
+                f"the header has more than {MAX_EXTENSIONS:,} extensions; remove them",
+                limit=MAX_EXTENSIONS,
+                unit="extensions",
+                format=FORMAT,
+            )
 
 
-def _size(header: Any) -> tuple[int, int, int]:
-    """(X, Y, Z).
+def _size(file_header: Any) -> tuple[int, int, int]:
+    """Returns (X, Y, Z).
 
     Raises:
-        Unreadable: not one volume of real numbers.
+        Unreadable: The file does not hold one volume of real numbers.
     """
-    shape = tuple(int(length) for length in header.get_data_shape())
+    shape = tuple(int(length) for length in file_header.get_data_shape())
     shown = " × ".join(map(str, shape))
     if not shape or min(shape) < 1:
-        raise Unreadable(f"the volume is {shown or 'without axes'}: it has no voxels")
+        raise _broken(
+            f"the volume is {shown or 'without axes'}: it has no voxels", "no-pixels", actual=list(shape)
+        )
     if len(shape) < 2 or any(length > 1 for length in shape[3:]):
-        raise Unreadable(f"the file has {shown} values: one volume of three dimensions is segmented at a time; split it")
-    kind = header.get_data_dtype()
-    if kind.names or kind.kind == "c":
-        raise Unreadable(f"the voxels are {'colours' if kind.names else 'complex numbers'}; send one real number per voxel")
+        raise _broken(
+            f"the file has {shown} values: one volume of three dimensions is segmented at a time; split it",
+            "dimensions",
+            actual=list(shape),
+        )
+    stored = file_header.get_data_dtype()
+    if stored.names or stored.kind == "c":
+        raise _broken(
+            f"the voxels are {'colours' if stored.names else 'complex numbers'}; send one real number per voxel",
+            "sample-type",
+            value="colours" if stored.names else "complex",
+        )
     x, y, z = (*shape[:3], 1)[:3]
     return x, y, z
 
 
-def _affine(header: Any) -> Float64[ndarray, "4 4"]:
-    """Voxel index to mm: the sform, else the qform, else the spacing alone.
+def _affine(file_header: Any) -> Float64[ndarray, "4 4"]:
+    """Returns voxel index to mm: from the sform, else the qform, else the spacing alone.
 
     Raises:
-        Unreadable: it places voxels nowhere.
+        Unreadable: The affine places voxels nowhere.
     """
     try:
-        affine = np.array(header.get_best_affine(), dtype=np.float64)
+        affine = np.array(file_header.get_best_affine(), dtype=np.float64)
     except (ValueError, HeaderDataError) as error:
-        raise Unreadable(f"the file's qform is no rotation ({error}); repair its qform and sform") from error
-    affine[:3] *= _unit(header)
+        raise _broken(
+            f"the file's qform is no rotation ({error}); repair its qform and sform", field="quatern_b"
+        ) from error
+    affine[:3] *= _unit_mm(file_header)
     check_affine(affine)
     return affine
 
 
-def _unit(header: Any) -> float:
-    """How many mm one unit of the header is."""
+def _unit_mm(file_header: Any) -> float:
+    """Returns the length of the header's unit in mm."""
     try:
-        return UNITS.get(header.get_xyzt_units()[0], 1.0)
+        return XYZT_UNITS_MM.get(file_header.get_xyzt_units()[0], 1.0)
     except KeyError:
         return 1.0
 
 
-def _doubts(header: Any, shape: tuple[int, ...]) -> str:
-    """Where the header leaves the place in doubt: what was taken."""
-    sform = header.get_sform(coded=True)
+def _affine_note(file_header: Any, size: tuple[int, ...]) -> str:
+    """Returns which affine was used, where the header leaves that in doubt."""
+    sform, sform_code = file_header.get_sform(coded=True)
     try:
-        qform = header.get_qform(coded=True)
+        qform, qform_code = file_header.get_qform(coded=True)
     except (ValueError, HeaderDataError):
         return "the qform is no rotation; the sform was used"
-    if not sform[1] and not qform[1]:
+    if not sform_code and not qform_code:
         return "the header gives no orientation; axes were taken as left, anterior, superior"
-    if not sform[1] or not qform[1]:
+    if not sform_code or not qform_code:
         return ""
-    distance = apart(shape, sform[0], qform[0])
-    if not np.isfinite(distance):
+    displacement = max_displacement(size, sform, qform)
+    if not np.isfinite(displacement):
         return "the qform holds values that are not finite; the sform was used"
-    if distance > SAME_PLACE * min(spacing(sform[0])):
-        return f"sform and qform lie up to {distance * _unit(header):.2g} mm apart; the sform was used"
+    if displacement > AFFINE_TOLERANCE_VOXELS * min(spacing(sform)):
+        mm = displacement * _unit_mm(file_header)
+        return f"sform and qform lie up to {mm:.2g} mm apart; the sform was used"
     return ""
 
 
-def _scaling(header: Any) -> tuple[float, float]:
-    """Slope and intercept; (1, 0) where the header has none."""
-    slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
+def _scaling(file_header: Any) -> tuple[float, float]:
+    """Returns slope and intercept; (1, 0) where the header has none."""
+    slope, intercept = float(file_header["scl_slope"]), float(file_header["scl_inter"])
     if slope == 0 or not np.isfinite(slope):
         return 1.0, 0.0
-    return slope, inter if np.isfinite(inter) else 0.0
+    return slope, intercept if np.isfinite(intercept) else 0.0
 
 
-def _kept(header: Any) -> "np.dtype[np.generic]":
-    """The type that values are kept in."""
-    stored = header.get_data_dtype()
-    plain = _scaling(header) == (1.0, 0.0)
-    return kept_as(stored, KEPT if plain else ())
+def _dtype(file_header: Any) -> "np.dtype[np.generic]":
+    """Returns the type of decoded values, which is float32 where they are scaled."""
+    unscaled = _scaling(file_header) == (1.0, 0.0)
+    return decoded_dtype(file_header.get_data_dtype(), EXACT_DTYPES if unscaled else ())

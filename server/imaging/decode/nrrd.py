@@ -1,161 +1,138 @@
 """NRRD in one file: raw, gzip and bzip2.
 
-The header is pynrrd's to parse, as far as it is of use here. The voxels are not: it inflates without a limit, and opens whatever
-file a header names.
+The voxels are read here because pynrrd, which parses the header, inflates without a limit and opens any file that a header
+names.
 """
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-import nrrd
 import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
 from server.arrays import Image, InputHeader, Volume
-from server.errors import TooLarge, Unreadable
-from server.imaging.decode_options import DecodeOptions, notes
-from server.imaging.geometry import MM
-from server.imaging.grid import LPS, Grid, check_channels, check_size, flat_spacing, in_mm, place
-from server.imaging.streaming import Stream, skip, unbzipped, ungzipped
+from server.errors import TooLarge
+from server.imaging.decode_options import DecodeOptions, join_notes
+from server.imaging.geometry import MM_PER_UNIT
+from server.imaging.grid import (
+    LPS_TO_RAS,
+    Grid,
+    affine_from_directions,
+    check_channels,
+    check_size,
+    image_spacing,
+    mm_per_unit,
+)
+from server.imaging.nrrd_header import FORMAT, MAX_HEADER, broken, read_fields
+from server.imaging.streaming import Stream, open_bzip2, open_gzip, skip
 
-# Bytes of a header, comments and the segments of Slicer included; and of what lies between it and the voxels.
-MOST_HEADER = 1024 * 1024
-MOST_SKIPPED = 16 * 1024 * 1024
-# Of a line that is of use.
-MOST_LINE = 4096
-
-FIELDS = (
-    "dimension", "sizes", "type", "encoding", "endian", "space", "space directions", "space origin", "space units", "spacings",
-    "units", "kinds", "line skip", "lineskip", "byte skip", "byteskip", "data file", "datafile",
-)  # fmt: skip
-
-# By their names in C and with a width.
-TYPES = {
+# Bytes or lines between the header and the voxels.
+MAX_SKIP = 16 * 1024 * 1024
+# Names of each type: in C, and with a width.
+TYPE_NAMES = {
     "i1": ("signed char", "int8", "int8_t"),
     "u1": ("uchar", "unsigned char", "uint8", "uint8_t"),
     "i2": ("short", "short int", "signed short", "signed short int", "int16", "int16_t"),
     "u2": ("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"),
     "i4": ("int", "signed int", "int32", "int32_t"),
     "u4": ("uint", "unsigned int", "uint32", "uint32_t"),
-    "i8": ("longlong", "long long", "long long int", "signed long long", "signed long long int", "int64", "int64_t"),
+    "i8": (
+        "longlong",
+        "long long",
+        "long long int",
+        "signed long long",
+        "signed long long int",
+        "int64",
+        "int64_t",
+    ),
     "u8": ("ulonglong", "unsigned long long", "unsigned long long int", "uint64", "uint64_t"),
     "f4": ("float",),
     "f8": ("double",),
 }
-CODES = {name: code for code, names in TYPES.items() for name in names}
+DTYPES = {name: dtype for dtype, names in TYPE_NAMES.items() for name in names}
 
-# Whether coordinates grow to the right, to the front and upwards.
+# Signs that turn the coordinates of a space into right, anterior, superior.
 SPACES = {
     **dict.fromkeys(("right-anterior-superior", "ras"), (1.0, 1.0, 1.0)),
     **dict.fromkeys(("left-anterior-superior", "las"), (-1.0, 1.0, 1.0)),
-    **dict.fromkeys(("left-posterior-superior", "lps"), LPS),
+    **dict.fromkeys(("left-posterior-superior", "lps"), LPS_TO_RAS),
 }
-# Kinds of axes: places, colours, and further volumes.
-PLACES = ("domain", "space", "none", "???")
-COLORS = ("rgb-color", "rgba-color", "3-color", "4-color")
-SERIES = ("list", "time")
+# Kinds of axes: spatial ones, colours, and series of volumes.
+SPATIAL_KINDS = ("domain", "space", "none", "???")
+COLOR_KINDS = ("rgb-color", "rgba-color", "3-color", "4-color")
+SERIES_KINDS = ("list", "time")
 
 ENDIANS = ("little", "big")
 
 
-def recognises(head: bytes) -> bool:
-    """The magic of all versions."""
-    return head.startswith(b"NRRD000")
+def sniff(prefix: bytes) -> bool:
+    """Returns whether a file begins with the magic of any version of NRRD."""
+    return prefix.startswith(b"NRRD000")
 
 
-def size(file: BinaryIO, decode_options: DecodeOptions) -> InputHeader:
-    """Shape and place, from the header alone."""
-    return _grid(_fields(file), decode_options).input_header(decode_options)
+def read_header(file: BinaryIO, options: DecodeOptions) -> InputHeader:
+    """Reads shape and place from the header alone."""
+    return _grid(read_fields(file), options).input_header(options)
 
 
-def decode(file: BinaryIO, decode_options: DecodeOptions) -> Image | Volume:
-    """Reads the one image or volume; space directions become the affine, whatever space they are given in."""
-    fields = _fields(file)
-    grid = _grid(fields, decode_options)
-    grid.check(decode_options)
-    with _values(file, fields, grid) as stream:
-        found = grid.read(stream, decode_options)
-        # At the end of a gzip stream lies its checksum, which is compared on reading it.
+def decode(file: BinaryIO, options: DecodeOptions) -> Image | Volume:
+    """Decodes the one image or volume; space directions become the affine, whatever space they are given in."""
+    fields = read_fields(file)
+    grid = _grid(fields, options)
+    grid.check(options)
+    with _open_values(file, fields, grid) as stream:
+        decoded = grid.read(stream, options)
+        # Reading on makes the gzip stream compare its checksum, which lies at its end.
         stream.read(1)
-    return found
+    return decoded
 
 
-def _fields(file: BinaryIO) -> dict[str, Any]:
-    """The header's fields that are of use; the file is left at the first byte behind it.
-
-    Raises:
-        Unreadable: it has no end, or the voxels are elsewhere.
-        TooLarge: it is endless.
-    """
-    head = file.read(MOST_HEADER)
-    lines: list[str] = []
-    at = 0
-    while at < len(head):
-        end = head.find(b"\n", at)
-        end = len(head) if end < 0 else end
-        line = head[at:end].rstrip()
-        at = end + 1
-        if not line:
-            break
-        name, colon, value = line.partition(b":")
-        useful = not lines or (colon and not value.startswith(b"=") and _text(name).strip().lower() in FIELDS)
-        if useful and len(line) > MOST_LINE:
-            raise Unreadable(f"a line of the NRRD header has {len(line):,} bytes; {MOST_LINE:,} are read")
-        if useful:
-            # Names in small letters, as pynrrd knows them.
-            lines.append(_text(line) if not lines else f"{_text(name).strip().lower()}: {_text(value).strip()}")
-    else:
-        if at > MOST_HEADER - 1:
-            raise TooLarge(f"the NRRD header has more than {MOST_HEADER:,} bytes; remove its comments")
-    with np.errstate(all="ignore"):
-        fields: dict[str, Any] = nrrd.read_header(lines)
-    if "data file" in fields or "datafile" in fields:
-        raise Unreadable("this is a detached header (.nhdr), and its voxels lie in another file; save it as one .nrrd file")
-    if missing := [name for name in ("dimension", "sizes", "type", "encoding") if name not in fields]:
-        raise Unreadable(f"the NRRD header does not say its {', '.join(missing)}; save the file again")
-    file.seek(at)
-    return fields
-
-
-def _text(line: bytes) -> str:
-    """Teem writes bytes as they come; µ is one of two."""
-    try:
-        return line.decode()
-    except UnicodeDecodeError:
-        return line.decode("latin-1")
-
-
-def _grid(fields: dict[str, Any], decode_options: DecodeOptions) -> Grid:
+def _grid(fields: dict[str, Any], options: DecodeOptions) -> Grid:
     sizes = [int(length) for length in fields["sizes"]]
     if len(sizes) != fields["dimension"] or not sizes or min(sizes) < 1:
-        raise Unreadable(f"the NRRD header says dimension {fields['dimension']} and sizes {sizes}")
-    places, extra = _axes(fields, sizes)
-    shape = tuple(sizes[axis] for axis in places)
-    check_size(shape)
+        raise broken(f"the NRRD header says dimension {fields['dimension']} and sizes {sizes}", "sizes")
+    spatial, extra = _axes(fields, sizes)
+    size = tuple(sizes[axis] for axis in spatial)
+    check_size(size)
     channels, kind = (sizes[extra], _kinds(fields, sizes)[extra]) if extra is not None else (1, "")
-    if kind in SERIES and decode_options.channel is None:
-        raise Unreadable(
-            f"the file holds {channels} volumes (an axis of kind {kind}), as Slicer writes segments that overlap; save one, or choose "
-            "one with channel="
+    if kind in SERIES_KINDS and options.channel is None:
+        raise broken(
+            f"the file holds {channels} volumes (an axis of kind {kind}), as Slicer writes segments that overlap; save "
+            "one, or choose one with channel=",
+            "kinds",
+            "several-volumes",
+            limit=1,
+            actual=channels,
+            parameter="channel",
         )
     check_channels(channels)
-    affine, steps, note = _place(fields, places)
-    stored = _stored(fields)
-    # SimpleITK, which does not tell colours from vectors, calls both vectors; bytes are colours.
-    colors = kind in COLORS or (kind == "vector" and channels in (3, 4) and stored.itemsize == 1)
-    return Grid(shape, stored, affine, steps, channels, extra == 0, colors, note)
+    affine, spacing_mm, note = _place(fields, spatial)
+    stored = _stored_dtype(fields)
+    # Vectors of bytes count as colours because SimpleITK, which does not tell them apart, calls both vectors.
+    colors = kind in COLOR_KINDS or (kind == "vector" and channels in (3, 4) and stored.itemsize == 1)
+    return Grid(size, stored, affine, spacing_mm, channels, extra == 0, colors, note)
 
 
-def _stored(fields: dict[str, Any]) -> "np.dtype[np.generic]":
-    kind = fields["type"].lower()
-    if kind not in CODES:
-        raise Unreadable(f"NRRD values of type {kind!r:.40} are not read; save real numbers")
-    stored = np.dtype(CODES[kind])
+def _stored_dtype(fields: dict[str, Any]) -> "np.dtype[np.generic]":
+    name = fields["type"].lower()
+    if name not in DTYPES:
+        raise broken(
+            f"NRRD values of type {name!r:.40} are not read; save real numbers",
+            "type",
+            "sample-type",
+            value=name[:40],
+            allowed=list(DTYPES),
+        )
+    stored = np.dtype(DTYPES[name])
     endian = fields.get("endian", "little" if stored.itemsize == 1 else "").lower()
     if endian not in ENDIANS:
-        raise Unreadable("the NRRD header does not say whether its values are little or big endian; save the file again")
+        raise broken(
+            "the NRRD header does not say whether its values are little or big endian; save the file again",
+            "endian",
+            allowed=list(ENDIANS),
+        )
     return stored.newbyteorder("<" if endian == "little" else ">")
 
 
@@ -164,87 +141,139 @@ def _kinds(fields: dict[str, Any], sizes: list[int]) -> list[str]:
 
 
 def _axes(fields: dict[str, Any], sizes: list[int]) -> tuple[list[int], int | None]:
-    """The axes of space, and that of channels or series if there is one.
+    """Returns the spatial axes, and the axis of channels or of a series if there is one.
 
     Raises:
-        Unreadable: several, or in the middle.
+        Unreadable: There are several other axes, or one between the spatial axes.
     """
     directions, kinds = fields.get("space directions"), _kinds(fields, sizes)
     if len(kinds) != len(sizes) or (directions is not None and len(directions) != len(sizes)):
-        raise Unreadable("the NRRD header describes another number of axes than it has; save the file again")
+        raise broken(
+            "the NRRD header describes another number of axes than it has; save the file again",
+            "kinds" if len(kinds) != len(sizes) else "space directions",
+        )
     if directions is not None:
-        places = [axis for axis, row in enumerate(directions) if not np.isnan(row).any()]
+        spatial = [axis for axis, row in enumerate(directions) if not np.isnan(row).any()]
     else:
-        places = [axis for axis, kind in enumerate(kinds) if kind in PLACES]
-    others = [axis for axis in range(len(sizes)) if axis not in places and sizes[axis] > 1]
+        spatial = [axis for axis, kind in enumerate(kinds) if kind in SPATIAL_KINDS]
+    others = [axis for axis in range(len(sizes)) if axis not in spatial and sizes[axis] > 1]
     if len(others) > 1 or (others and others[0] not in (0, len(sizes) - 1)):
         shown = " × ".join(map(str, sizes))
-        raise Unreadable(
-            f"the file has {shown} values: one image or volume is segmented at a time, with channels first or last; split it"
+        raise broken(
+            f"the file has {shown} values: one image or volume is segmented at a time, with channels first or last; "
+            "split it",
+            "sizes",
+            "dimensions",
+            actual=sizes,
         )
-    return places, others[0] if others else None
+    return spatial, others[0] if others else None
 
 
-def _place(fields: dict[str, Any], places: list[int]) -> tuple[Float64[ndarray, "4 4"] | None, tuple[float, float] | None, str]:
-    """Affine of a volume or spacing of an image, and what is in doubt."""
-    directions, note = fields.get("space directions"), ""
-    if directions is not None:
-        units = fields.get("space units", [])
-        scale = np.array([in_mm(units[k]) if k < len(units) else 1.0 for k in range(directions.shape[1])])
-        rows = np.asarray(directions, dtype=np.float64)[places] * scale
-        origin = np.asarray(fields.get("space origin", np.zeros(len(scale))), dtype=np.float64)
-        if origin.shape != scale.shape or len(scale) < len(places):
-            raise Unreadable("the NRRD header gives space directions and space origin of different dimensions; save the file again")
-        origin = origin * scale
-    else:
-        units = fields.get("units", [])
-        scale = np.array([in_mm(units[axis]) if axis < len(units) else 1.0 for axis in places])
-        steps = np.asarray(fields.get("spacings", np.ones(max(places) + 1)), dtype=np.float64)[places]
-        if not np.isfinite(steps).all():
-            note, steps = "the header gives no spacing; voxels were taken as 1 mm apart", np.ones(len(places))
-        rows, origin = np.diag(steps * scale), np.zeros(len(places))
-    if len(places) == 2:
+def _place(
+    fields: dict[str, Any], spatial: list[int]
+) -> tuple[Float64[ndarray, "4 4"] | None, tuple[float, float] | None, str]:
+    """Returns the affine of a volume or the spacing of an image, and what is in doubt."""
+    by_directions = "space directions" in fields
+    steps, origin, note = _directions(fields, spatial) if by_directions else _spacings(fields, spatial)
+    if len(spatial) == 2:
+        units = fields.get("space units" if by_directions else "units", [])
+        has_unit = any(unit.strip().lower() in MM_PER_UNIT for unit in units)
         with np.errstate(over="ignore"):
-            return None, flat_spacing(np.linalg.norm(rows, axis=1), named=any(unit.strip().lower() in MM for unit in units)), ""
-    towards = SPACES.get(fields.get("space", "").lower())
-    if rows.shape != (3, 3):
-        raise Unreadable("the NRRD header places a volume in a space of more than three dimensions; save the file again")
-    # As ITK takes it, and with it Slicer.
-    doubt = "" if towards else "the header names no anatomical space; axes were taken as left, posterior, superior"
-    return place(rows, origin, towards or LPS), None, notes(note, doubt)
+            return None, image_spacing(np.linalg.norm(steps, axis=1), has_unit=has_unit), ""
+    if steps.shape != (3, 3):
+        raise broken(
+            "the NRRD header places a volume in a space of more than three dimensions; save the file again",
+            "space",
+        )
+    signs = SPACES.get(fields.get("space", "").lower())
+    # ITK takes these axes where the space is unknown, and so does Slicer.
+    doubt = (
+        "" if signs else "the header names no anatomical space; axes were taken as left, posterior, superior"
+    )
+    return affine_from_directions(steps, origin, signs or LPS_TO_RAS), None, join_notes(note, doubt)
+
+
+def _directions(
+    fields: dict[str, Any], spatial: list[int]
+) -> tuple[Float64[ndarray, "axes dims"], Float64[ndarray, " dims"], str]:
+    """Returns the steps of spatial axes and the origin in mm, as "space directions" and "space origin" say."""
+    directions, units = fields["space directions"], fields.get("space units", [])
+    dims = directions.shape[1]
+    scale = np.array([mm_per_unit(units[k]) if k < len(units) else 1.0 for k in range(dims)])
+    steps = np.asarray(directions, dtype=np.float64)[spatial] * scale
+    origin = np.asarray(fields.get("space origin", np.zeros(dims)), dtype=np.float64)
+    if origin.shape != scale.shape or dims < len(spatial):
+        raise broken(
+            "the NRRD header gives space directions and space origin of different dimensions; save the file again",
+            "space origin",
+        )
+    return steps, origin * scale, ""
+
+
+def _spacings(
+    fields: dict[str, Any], spatial: list[int]
+) -> tuple[Float64[ndarray, "axes axes"], Float64[ndarray, " axes"], str]:
+    """Returns the steps of spatial axes and the origin in mm, as "spacings" says, and what is in doubt."""
+    units, note = fields.get("units", []), ""
+    scale = np.array([mm_per_unit(units[axis]) if axis < len(units) else 1.0 for axis in spatial])
+    steps = np.asarray(fields.get("spacings", np.ones(max(spatial) + 1)), dtype=np.float64)[spatial]
+    if not np.isfinite(steps).all():
+        note, steps = "the header gives no spacing; voxels were taken as 1 mm apart", np.ones(len(spatial))
+    return np.diag(steps * scale), np.zeros(len(spatial)), note
 
 
 @contextlib.contextmanager
-def _values(file: BinaryIO, fields: dict[str, Any], grid: Grid) -> Iterator[Stream]:
-    """The stream at its first value.
+def _open_values(file: BinaryIO, fields: dict[str, Any], grid: Grid) -> Iterator[Stream]:
+    """Opens the stream of the values.
 
     Raises:
-        Unreadable: another encoding, or it begins nowhere.
-        TooLarge: it begins very late.
+        Unreadable: The encoding is not supported, or a skip is negative.
+        TooLarge: A skip is longer than `MAX_SKIP`.
     """
-    encoding, lines, skipped = fields["encoding"].lower(), _number(fields, "line skip"), _number(fields, "byte skip")
-    if lines < 0 or skipped < -1 or (skipped == -1 and encoding != "raw"):
-        raise Unreadable("the NRRD header's line skip or byte skip leads nowhere; save the file again, with neither")
-    if max(lines, skipped) > MOST_SKIPPED:
-        raise TooLarge(f"the voxels begin after {max(lines, skipped):,} bytes or lines; {MOST_SKIPPED:,} are read. Save it again")
+    encoding = fields["encoding"].lower()
+    lines, skipped = _skip_count(fields, "line skip"), _skip_count(fields, "byte skip")
+    _check_skips(encoding, lines, skipped)
     for _ in range(lines):
-        if not file.readline(MOST_HEADER):
+        if not file.readline(MAX_HEADER):
             break
     if encoding == "raw":
+        # A skip of -1 means that the values lie at the end of the file.
         file.seek(*(-grid.nbytes, 2) if skipped < 0 else (skipped, 1))
         yield file
     elif encoding in ("gzip", "gz"):
-        with ungzipped(file) as stream:
+        with open_gzip(file) as stream:
             skip(stream, skipped, "voxels")
             yield stream
     elif encoding in ("bzip2", "bz2"):
-        stream = unbzipped(file)
+        stream = open_bzip2(file)
         skip(stream, skipped, "voxels")
         yield stream
     else:
-        raise Unreadable(f"NRRD encoding {encoding!r:.20} is not read; save it as raw or gzip")
+        raise broken(
+            f"NRRD encoding {encoding!r:.20} is not read; save it as raw or gzip",
+            "encoding",
+            "encoding",
+            value=encoding[:20],
+            allowed=["raw", "gzip", "bzip2"],
+        )
 
 
-def _number(fields: dict[str, Any], name: str) -> int:
-    """Either spelling."""
+def _check_skips(encoding: str, lines: int, skipped: int) -> None:
+    if lines < 0 or skipped < -1 or (skipped == -1 and encoding != "raw"):
+        raise broken(
+            "the NRRD header's line skip or byte skip leads nowhere; save the file again, with neither",
+            "line skip" if lines < 0 else "byte skip",
+        )
+    if max(lines, skipped) > MAX_SKIP:
+        raise TooLarge(
+            f"the voxels begin after {max(lines, skipped):,} bytes or lines; {MAX_SKIP:,} are read. Save it again",
+            limit=MAX_SKIP,
+            actual=max(lines, skipped),
+            unit="bytes or lines",
+            format=FORMAT,
+        )
+
+
+def _skip_count(fields: dict[str, Any], name: str) -> int:
+    """Returns a count whose name is written with or without a space."""
     return int(fields.get(name, fields.get(name.replace(" ", ""), 0)))

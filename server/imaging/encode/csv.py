@@ -1,4 +1,4 @@
-"""A row per object, for spreadsheets and data frames."""
+"""Objects as CSV for spreadsheets and data frames."""
 
 import csv
 import io
@@ -9,22 +9,21 @@ from jaxtyping import Shaped
 from nibabel.affines import apply_affine
 from numpy import ndarray
 
-from server.arrays import Image, Mask, Objects, Volume
+from server.arrays import Image, Objects, Volume
 from server.imaging import geometry
 
-# At the head of a text they make a spreadsheet compute it.
+# Characters that make a spreadsheet compute a cell that starts with them.
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
-def encode(mask: Mask, names: dict[int, str], source: Image | Volume | None) -> bytes:
-    """RFC 4180 in UTF-8; the heading is there without objects too.
+def encode(objects: Objects, names: dict[int, str], source: Image | Volume) -> bytes:
+    """Writes a heading and a row per object: RFC 4180 in UTF-8.
 
-    Columns: id, class, name; pixels, area_mm2 or voxels, volume_mm3, volume_ml; centroid and box along the axes of the caller's
-    array, boxes half-open; of a volume the centroid in mm along right, anterior, superior; mean_score, touches_border. What needs
-    the spacing is missing where that is not known.
+    Columns: id, class, name; pixels, area_mm2 or voxels, volume_mm3, volume_ml; centroid and half-open box
+    along the axes of the input; for a volume the centroid in mm towards right, anterior, superior; mean_score,
+    touches_border. Columns that need the spacing are missing where that is unknown.
     """
-    assert mask.objects is not None  # noqa: S101 - the table asks for them
-    columns = _columns(mask.objects, names, source)
+    columns = _columns(objects, names, source)
     out = io.StringIO()
     writer = csv.writer(out)
     writer.writerow(columns)
@@ -32,7 +31,7 @@ def encode(mask: Mask, names: dict[int, str], source: Image | Volume | None) -> 
     return out.getvalue().encode()
 
 
-def _columns(objects: Objects, names: dict[int, str], source: Image | Volume | None) -> dict[str, Iterable[Any]]:
+def _columns(objects: Objects, names: dict[int, str], source: Image | Volume) -> dict[str, Iterable[Any]]:
     texts = {value: _safe(name) for value, name in names.items()}
     values = objects.value.tolist()
     columns: dict[str, Iterable[Any]] = {
@@ -46,15 +45,19 @@ def _columns(objects: Objects, names: dict[int, str], source: Image | Volume | N
     columns |= _along("centroid_{}", axes, objects.centroid)
     columns |= _along("box_low_{}", axes, objects.low) | _along("box_high_{}", axes, objects.high)
     if isinstance(source, Volume) and source.affine is not None:
-        columns |= _along("centroid_{}_mm", ("right", "anterior", "superior"), apply_affine(source.affine, objects.centroid))
+        columns |= _along(
+            "centroid_{}_mm", ("right", "anterior", "superior"), apply_affine(source.affine, objects.centroid)
+        )
     columns["mean_score"] = _numbers(objects.mean_score)
-    columns["touches_border"] = ["true" if touches else "false" for touches in objects.touches_border.tolist()]
+    columns["touches_border"] = [
+        "true" if touches else "false" for touches in objects.touches_border.tolist()
+    ]
     return columns
 
 
-def _sizes(objects: Objects, source: Image | Volume | None) -> dict[str, Iterable[Any]]:
-    """In mm² or mm³, where that is known."""
-    unit = geometry.unit_mm(source) if source else None
+def _sizes(objects: Objects, source: Image | Volume) -> dict[str, Iterable[Any]]:
+    """Area in mm² or volume in mm³ and ml, where the spacing is known."""
+    unit = geometry.unit_mm(source)
     if unit is None:
         return {}
     if objects.planar:
@@ -67,12 +70,12 @@ def _along(heading: str, axes: Iterable[str], values: Shaped[ndarray, "N axes"])
 
 
 def _numbers(values: Shaped[ndarray, " N"]) -> list[Any]:
-    """Whole numbers as they are, others with seven digits; empty for what is not known."""
+    """Integers unchanged, others with seven digits; empty for NaN."""
     if values.dtype.kind != "f":
         return list(values.tolist())
     return ["" if value != value else f"{value:.7g}" for value in values.tolist()]  # noqa: PLR0124 - NaN alone is not itself
 
 
 def _safe(name: str) -> str:
-    """A name that no spreadsheet takes for a formula."""
+    """The name, quoted where a spreadsheet would take it for a formula."""
     return f"'{name}" if name.startswith(FORMULA) else name

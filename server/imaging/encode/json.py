@@ -1,10 +1,11 @@
-"""Statistics and, by choice, the mask in base64: as the input, see `encode.like`."""
+"""The report as JSON."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from msgspec import json
 
 
-def encode(report: dict[str, Any]) -> bytes:
-    """UTF-8 JSON; a list of 30,000 objects takes a tenth of the standard library's time."""
+def encode(report: Mapping[str, Any]) -> bytes:
+    """Writes UTF-8 JSON; msgspec takes a tenth of the standard library's time for 30,000 objects."""
     return json.encode(report)

@@ -11,20 +11,20 @@ from PIL import Image as Pillow
 from server.arrays import Volume
 from server.imaging.geometry import place_volume, spacing
 
-# Slices in a row; rows of a stack, whose slices all lie in one plane.
+# Slices in a row, and rows of the picture of a stack.
 COLUMNS, ROWS = 4, 3
-# Pixels of a panel's longer side, which makes a picture of 1,944 at most; and between panels.
+# Pixels of the longer side of a panel, which makes a picture of at most 1,944, and pixels between panels.
 SIDE, GAP = 480, 8
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One slice as it is seen.
+    """One slice as it is shown.
 
     Attributes:
-        pixels: (H, W, C), of the source.
-        classes: (H, W).
-        size: width and height in the picture, by the distances in mm.
+        pixels: (H, W, C) pixels of the source.
+        classes: (H, W) class per pixel.
+        size: width and height in the picture in pixels, in proportion to mm.
     """
 
     pixels: Shaped[ndarray, "H W C"]
@@ -38,15 +38,16 @@ class Panel:
 
 
 def panels(source: Volume, classes: UInt8[ndarray, "X Y Z"]) -> list[list[Panel]]:
-    """Rows of slices, spread evenly over where the mask is, or over everything where it is nowhere.
+    """Rows of slices, spread evenly over those that hold some of the mask, or over all if it is empty.
 
-    Of a volume axial, coronal and sagittal ones as radiologists hang them: the patient's right, and in sagittal ones the front, to
-    the left, the head or the front up. Of a stack its pages, as they are. What is one voxel thick is shown from its one side.
+    A volume has a row each of axial, coronal and sagittal slices in radiological convention: the patient's
+    right is on the left, in sagittal slices the front; head or front is up. A volume that is one voxel thick
+    has a row of that one plane. A stack has its pages.
     """
     if source.affine is None:
         pages = _slices(source.voxels, classes, 2, COLUMNS * ROWS, (1.0, 1.0, 0.0))
         return [pages[first : first + COLUMNS] for first in range(0, len(pages), COLUMNS)]
-    # Seen along axes towards right, anterior, superior; and then against them, as pictures begin at the top left.
+    # The view along right, anterior, superior is reversed, because pictures begin at the top left.
     placement = place_volume(source.size, source.affine, "RAS", None)
     steps = spacing(source.affine)
     mm = (steps[placement.order[0]], steps[placement.order[1]], steps[placement.order[2]])
@@ -56,12 +57,19 @@ def panels(source: Volume, classes: UInt8[ndarray, "X Y Z"]) -> list[list[Panel]
 
 
 def _slices(
-    voxels: Shaped[ndarray, "X Y Z C"], classes: UInt8[ndarray, "X Y Z"], axis: int, count: int, mm: tuple[float, float, float]
+    voxels: Shaped[ndarray, "X Y Z C"],
+    classes: UInt8[ndarray, "X Y Z"],
+    axis: int,
+    count: int,
+    mm: tuple[float, float, float],
 ) -> list[Panel]:
     across, down = (k for k in range(3) if k != axis)
-    # All slices of a volume in one scale.
+    # One scale for all slices of a volume.
     scale = SIDE / max(side * step for side, step in zip(classes.shape, mm, strict=True))
-    size = (max(1, round(classes.shape[across] * mm[across] * scale)), max(1, round(classes.shape[down] * mm[down] * scale)))
+    size = (
+        max(1, round(classes.shape[across] * mm[across] * scale)),
+        max(1, round(classes.shape[down] * mm[down] * scale)),
+    )
     return [
         Panel(np.moveaxis(voxels, axis, 0)[at].swapaxes(0, 1), np.moveaxis(classes, axis, 0)[at].T, size)
         for at in _spread(classes.max(axis=(across, down)) > 0, count)
@@ -69,7 +77,7 @@ def _slices(
 
 
 def _spread(filled: Shaped[ndarray, " slices"], count: int) -> Iterator[int]:
-    """Indices of at most `count` slices: the middles of equal parts."""
+    """Indices of at most `count` slices: the middles of equal parts of the range that is filled."""
     within = np.flatnonzero(filled) if filled.any() else np.arange(len(filled))
     low, high = int(within[0]), int(within[-1]) + 1
     count = min(count, high - low)

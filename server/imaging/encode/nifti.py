@@ -1,4 +1,4 @@
-"""Masks, objects and scores as .nii.gz on the caller's own grid: a copy of the file's header with another data type, never one built anew."""
+"""Masks, objects and scores as .nii.gz with a copy of the input's header, as a new one loses fields."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -8,39 +8,43 @@ from xml.etree import ElementTree
 import nibabel as nib
 import numpy as np
 from isal import igzip
-from jaxtyping import Shaped
+from jaxtyping import Float16, Shaped, UInt8
 from numpy import ndarray
 
-from server.arrays import Mask, Volume
+from server.arrays import Objects, Volume
 from server.imaging.encode.rounding import eight_bits
 
-# Caret's label table (Connectome Workbench reads it, and TotalSegmentator writes it).
+# Extension code of Caret's label table, which Connectome Workbench reads and TotalSegmentator writes.
 CARET = 30
-# Of the file's extensions comments alone are kept: others (DICOM, AFNI) describe the source's values, or the patient.
+# Extension code of comments. Other extensions (DICOM, AFNI) are dropped because they describe the values of
+# the source, or the patient.
 COMMENT = 6
 
-# Fast, and masks are still small.
+# The fastest level, because masks are small at any.
 COMPRESSION = 1
 
 # Voxels written at a time.
 BLOCK = 4 * 1024 * 1024
 
 
-def encode(volume: Volume, mask: Mask, colors: dict[int, tuple[int, int, int]], names: dict[int, str]) -> bytes:
-    """Values are classes, `intent_code` 1002 says so; names and colours go along."""
-    return write(volume, [mask.classes], np.uint8, intent="label", table=_label_table(colors, names))
+def encode(
+    volume: Volume,
+    classes: UInt8[ndarray, "X Y Z"],
+    colors: dict[int, tuple[int, int, int]],
+    names: dict[int, str],
+) -> bytes:
+    """Writes the classes as uint8 with `intent_code` 1002 (label) and a table of names and colours."""
+    return write(volume, [classes], np.uint8, intent="label", table=_label_table(colors, names))
 
 
-def labels(volume: Volume, mask: Mask) -> bytes:
-    """Values are the numbers of the objects, int32."""
-    assert mask.objects is not None  # noqa: S101 - the table asks for them
-    return write(volume, [mask.objects.labels], np.int32, intent="label")
+def labels(volume: Volume, objects: Objects) -> bytes:
+    """Writes the object numbers as int32 with `intent_code` 1002 (label)."""
+    return write(volume, [objects.labels], np.int32, intent="label")
 
 
-def scores(volume: Volume, mask: Mask) -> bytes:
-    """A fourth axis of score channels, however few; uint8, whose slope makes 255 of them 1."""
-    assert mask.scores is not None  # noqa: S101 - the table asks for them
-    return write(volume, list(mask.scores), np.uint8, slope=1 / 255, stacked=True)
+def scores(volume: Volume, probabilities: Float16[ndarray, "K X Y Z"]) -> bytes:
+    """Writes a fourth axis of score channels, also for one; uint8 with a slope that makes 255 mean 1."""
+    return write(volume, list(probabilities), np.uint8, slope=1 / 255, stacked=True)
 
 
 def write(
@@ -53,34 +57,35 @@ def write(
     intent: str = "none",
     table: bytes = b"",
 ) -> bytes:
-    """Both affine codes, units and shape stay as the source has them.
+    """Writes values with the affines, units and shape of the source.
 
     Args:
-        volume: the source.
-        parts: one array of values, or one per entry of the fourth axis; of float16 what is between 0 and 255 times `slope`.
-        dtype: what they are stored as.
-        slope: what 1 of that means.
+        volume: source of the header.
+        parts: one array of values, or one per entry of the fourth axis; float16 values lie between 0 and
+            255 * `slope`.
+        dtype: type of the stored values.
+        slope: factor from stored to real values.
         stacked: whether there is a fourth axis.
-        intent: as nibabel calls it.
-        table: names and colours, see `CARET`.
+        intent: name that nibabel gives the intent.
+        table: label table in the format of `CARET`.
     """
-    header = volume.header.copy()
+    header = volume.file_header.copy()
     header.set_data_dtype(dtype)
     header.set_slope_inter(slope, 0)
     header.set_intent(intent)
     if stacked:
         header.set_data_shape((*volume.size, len(parts)))
         header["pixdim"][4] = 1
-    # They were the window of the source's intensities, in which labels would be black.
+    # Zero, because labels would be black in the display window of the source.
     header["cal_min"] = header["cal_max"] = 0
     tables = [nib.nifti1.Nifti1Extension(CARET, table)] if table else []
     header.extensions[:] = [*(e for e in header.extensions if e.get_code() == COMMENT), *tables]
-    # Zero lets nibabel compute it, with the extensions.
+    # Zero, because nibabel then computes the offset behind the extensions.
     header["vox_offset"] = 0
     start = io.BytesIO()
     header.write_to(start)
     out = io.BytesIO()
-    # A fixed time: the same mask is the same bytes.
+    # A fixed time, because the same mask must give the same bytes.
     with igzip.IGzipFile(fileobj=out, mode="wb", compresslevel=COMPRESSION, mtime=0) as stream:  # type: ignore[no-untyped-call]
         stream.write(start.getvalue().ljust(header.get_data_offset(), b"\0"))  # type: ignore[no-untyped-call]
         for part in parts:
@@ -91,7 +96,7 @@ def write(
 
 
 def _blocks(values: Shaped[ndarray, "X Y Z"]) -> Iterator[Shaped[ndarray, " block"]]:
-    """Voxels in the order of the file, a few at a time."""
+    """Voxels in the order of the file, `BLOCK` at a time."""
     flat = values.ravel(order="F")
     return (flat[first : first + BLOCK] for first in range(0, flat.size, BLOCK))
 
@@ -100,10 +105,14 @@ def _label_table(colors: dict[int, tuple[int, int, int]], names: dict[int, str])
     root = ElementTree.Element("CaretExtension")
     information = ElementTree.SubElement(root, "VolumeInformation", Index="0")
     table = ElementTree.SubElement(information, "LabelTable")
-    rows = {0: ("background", (0, 0, 0), "0")} | {value: (name, colors[value], "1") for value, name in names.items()}
+    rows = {0: ("background", (0, 0, 0), "0")} | {
+        value: (name, colors[value], "1") for value, name in names.items()
+    }
     for value, (name, color, alpha) in rows.items():
         red, green, blue = (f"{part / 255:.6g}" for part in color)
-        label = ElementTree.SubElement(table, "Label", Key=str(value), Red=red, Green=green, Blue=blue, Alpha=alpha)
+        label = ElementTree.SubElement(
+            table, "Label", Key=str(value), Red=red, Green=green, Blue=blue, Alpha=alpha
+        )
         label.text = name
     ElementTree.SubElement(information, "VolumeType").text = "Label"
     return cast("bytes", ElementTree.tostring(root, encoding="UTF-8", xml_declaration=True))

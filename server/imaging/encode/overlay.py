@@ -1,4 +1,4 @@
-"""The mask over what was sent, and what was sent alone, for eyes."""
+"""The mask over its input, and the input alone, as pictures to look at."""
 
 import io
 from typing import Any, TypeAlias
@@ -8,45 +8,60 @@ from jaxtyping import Bool, Shaped, UInt8
 from numpy import ndarray
 from PIL import Image as Pillow
 
-from server.arrays import Image, Mask, Volume
+from server.arrays import Image, Volume
 from server.imaging.encode import mosaic, png
 
-# How much of a class's colour covers it, and its border, of 255.
+# Opacity of a class's colour inside it and on its border, of 255.
 TINT, OPAQUE = np.uint8(89), np.uint8(255)
-# Pixels that set black and white, for 16-bit and float images.
+# Percentiles of the pixels that are shown as black and white, for 16-bit and float images.
 DISPLAY_PERCENTILES = (0.5, 99.5)
-# Pixels that they are found from.
+# Pixels that the percentiles are computed from.
 SAMPLE = 1_000_000
 JPEG_QUALITY = 90
 
 Window: TypeAlias = tuple[Any, Any]
 
 
-def encode(source: Image | Volume, mask: Mask, colors: dict[int, tuple[int, int, int]]) -> bytes:
-    """RGB PNG: classes tinted, their borders opaque; of a volume or stack a mosaic of slices."""
-    return png.write(draw(source, mask, colors))
+def encode(
+    source: Image | Volume, classes: UInt8[ndarray, "*size"], colors: dict[int, tuple[int, int, int]]
+) -> bytes:
+    """Writes the overlay as RGB PNG."""
+    return png.write(draw(source, classes, colors))
 
 
-def jpeg(source: Image | Volume, mask: Mask, colors: dict[int, tuple[int, int, int]]) -> bytes:
-    """The same as JPEG: much smaller, and sooner there."""
+def jpeg(
+    source: Image | Volume, classes: UInt8[ndarray, "*size"], colors: dict[int, tuple[int, int, int]]
+) -> bytes:
+    """Writes the overlay as JPEG, which is much smaller and faster."""
     out = io.BytesIO()
-    Pillow.fromarray(draw(source, mask, colors)).save(out, "JPEG", quality=JPEG_QUALITY, subsampling="4:2:0")
+    Pillow.fromarray(draw(source, classes, colors)).save(
+        out, "JPEG", quality=JPEG_QUALITY, subsampling="4:2:0"
+    )
     return out.getvalue()
 
 
 def picture(image: Image) -> bytes:
-    """The image as a screen shows it: RGB PNG of eight bits."""
+    """Writes the image with the contrast of a screen, as RGB PNG of eight bits."""
     return png.write(displayed(image.pixels))
 
 
-def draw(source: Image | Volume, mask: Mask, colors: dict[int, tuple[int, int, int]]) -> UInt8[ndarray, "H W 3"]:
-    """The picture of `encode`."""
+def draw(
+    source: Image | Volume, classes: UInt8[ndarray, "*size"], colors: dict[int, tuple[int, int, int]]
+) -> UInt8[ndarray, "H W 3"]:
+    """Classes tinted, their borders opaque; for a volume or stack a mosaic of slices."""
     if isinstance(source, Image):
-        return blend(displayed(source.pixels), mask.classes, colors)
+        return blend(displayed(source.pixels), classes, colors)
     window = contrast(source.voxels)
     rows = [
-        [blend(panel.scaled(displayed(panel.pixels, window)), panel.scaled(panel.classes, smooth=False), colors) for panel in row]
-        for row in mosaic.panels(source, mask.classes)
+        [
+            blend(
+                panel.scaled(displayed(panel.pixels, window)),
+                panel.scaled(panel.classes, smooth=False),
+                colors,
+            )
+            for panel in row
+        ]
+        for row in mosaic.panels(source, classes)
     ]
     return mosaic.arrange(rows)
 
@@ -65,12 +80,12 @@ def blend(
                 part.paste(color, mask=Pillow.fromarray(inside * cover))
         out[rows] = np.asarray(part)
 
-    png.in_strips(len(classes), classes.shape[1], strip)
+    png.map_strips(len(classes), classes.shape[1], strip)
     return out
 
 
 def _borders(classes: UInt8[ndarray, "H W"]) -> Bool[ndarray, "H W"]:
-    """Pixels with a neighbour of another class above, below, left or right, or none."""
+    """Pixels beside a pixel of another class, and those on the border of the picture."""
     border: Bool[ndarray, "H W"] = np.ones(classes.shape, dtype=bool)
     inner = classes[1:-1, 1:-1]
     border[1:-1, 1:-1] = (inner != classes[:-2, 1:-1]) | (inner != classes[2:, 1:-1])
@@ -79,7 +94,7 @@ def _borders(classes: UInt8[ndarray, "H W"]) -> Bool[ndarray, "H W"]:
 
 
 def contrast(pixels: Shaped[ndarray, "..."]) -> Window | None:
-    """The values that a screen shows as black and white; None for 8 bits, which it shows as they are."""
+    """The values that are shown as black and white; None for 8 bits, which are shown unchanged."""
     if pixels.dtype == np.uint8:
         return None
     flat = pixels.reshape(-1) if pixels.flags.c_contiguous else pixels.ravel(order="K")
@@ -91,16 +106,20 @@ def displayed(pixels: Shaped[ndarray, "H W C"], window: Window | None = None) ->
     """8-bit RGB for a screen.
 
     Args:
-        pixels: grey, or red, green and blue; of other numbers of channels the first.
-        window: see `contrast`, which finds it if need be.
+        pixels: grey, or red, green and blue; from any other number of channels the first is taken.
+        window: values that are shown as black and white; None computes them by `contrast`.
     """
     pixels = pixels if pixels.shape[-1] == 3 else pixels[..., :1]
     window = window or contrast(pixels)
     if window is None and pixels.shape[-1] == 3:
         return np.ascontiguousarray(pixels)
     out = np.empty((*pixels.shape[:2], 3), dtype=np.uint8)
-    # Once for each value there is, or else pixel by pixel.
-    table = _stretched(np.arange(65536, dtype=np.uint16), window) if window and pixels.dtype == np.uint16 else None
+    # A table for 16-bit pixels, because there are fewer values than pixels.
+    table = (
+        _stretched(np.arange(65536, dtype=np.uint16), window)
+        if window and pixels.dtype == np.uint16
+        else None
+    )
 
     def strip(rows: slice) -> None:
         for block in png.blocks(rows):
@@ -109,7 +128,7 @@ def displayed(pixels: Shaped[ndarray, "H W C"], window: Window | None = None) ->
                 part = _stretched(part, window) if table is None else table[part]
             out[block] = part
 
-    png.in_strips(len(pixels), pixels.shape[1], strip)
+    png.map_strips(len(pixels), pixels.shape[1], strip)
     return out
 
 

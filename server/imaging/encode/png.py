@@ -1,8 +1,8 @@
-"""PNG: classes with a palette of their colours, or in one bit; numbers of objects.
+"""PNG: classes with a palette of their colours, or in one bit; object numbers; 16-bit grey.
 
-The container is written here, around a stream that isal compresses: Pillow takes three times as long for a mask, ten times for a
-photograph, and cannot be told to do less (`python -m bench.encoders`). Large pictures are compressed in strips by a few threads; NumPy,
-isal and Pillow let others work meanwhile.
+The container is written here, around a stream that isal compresses, because Pillow takes three times as long
+for a mask and ten times for a photograph (`python -m bench.encoders`). Large pictures are compressed in
+strips by a few threads; NumPy, isal and Pillow release the interpreter lock meanwhile.
 """
 
 import io
@@ -13,61 +13,71 @@ from typing import TypeVar
 
 import numpy as np
 from isal import isal_zlib
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Float16, Shaped, UInt8
 from numpy import ndarray
-from PIL import Image as Pillow
 
-from server.arrays import Mask
+from server.arrays import Objects
 from server.errors import InvalidParameter
+from server.imaging.encode.rounding import sixteen_bits
 
 T = TypeVar("T")
 
-# Rows worked on at once by encoders that compute in more than 8 bits.
+# Rows processed at once, because intermediate arrays have more than 8 bits per pixel.
 ROWS = 64
 
-# Rows of a strip that a thread works on, and pixels from which on that is worth it: a thread takes some 50 microseconds to start.
+# Rows of the strip of one thread, and pixels from which threads are worth their 50 microseconds of start.
 STRIP, LARGE = 256, 1024 * 1024
 THREADS = 4
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, RGB, INDEXED = 0, 2, 3
-# Each byte as its difference from the one above it.
+# Filter type 2 of the specification: each byte is stored as its difference from the one above.
 UP = 2
-MOST_LABELS = 65_535
-# Fast, and masks are still small.
+# Largest number that 16 bits hold.
+MAX_LABELS = 65_535
+# The fastest level, because masks are small at any.
 COMPRESSION = 1
-# Of zlib: the two bytes that it begins with, an empty last block, and what Adler-32 is counted modulo.
+# Header of a zlib stream, its empty last block, and the modulus of Adler-32.
 ZLIB, LAST, ADLER = b"\x78\x01", b"\x03\x00", 65_521
 
 
-def encode(mask: Mask, colors: dict[int, tuple[int, int, int]]) -> bytes:
-    """Background is black; reading the indices gives the classes back."""
-    return write(mask.classes, palette(colors))
+def encode(classes: UInt8[ndarray, "H W"], colors: dict[int, tuple[int, int, int]]) -> bytes:
+    """Writes an indexed PNG: the indices are the classes, background is black."""
+    return write(classes, palette(colors))
 
 
-def one_bit(mask: Mask) -> bytes:
-    """White where there is any class, else black."""
-    packed = np.packbits(mask.classes > 0, axis=1)
-    return _file(packed, mask.classes.shape[1], 1, GREY)
+def one_bit(classes: UInt8[ndarray, "H W"]) -> bytes:
+    """Writes a PNG of one bit per pixel: white where there is any class."""
+    return _file(np.packbits(classes > 0, axis=1), classes.shape[1], 1, GREY)
 
 
-def labels(mask: Mask) -> bytes:
-    """Numbers of the objects as 16-bit grey.
+def labels(objects: Objects) -> bytes:
+    """Writes the object numbers as 16-bit grey.
 
     Raises:
-        InvalidParameter: there are more than that holds.
+        InvalidParameter: there are more objects than 16 bits can number.
     """
-    assert mask.objects is not None  # noqa: S101 - the table asks for them
-    if len(mask.objects) > MOST_LABELS:
+    if len(objects) > MAX_LABELS:
         raise InvalidParameter(
-            f"the mask has {len(mask.objects):,} objects, and a PNG of 16 bits tells {MOST_LABELS:,} apart; ask for labels_tiff, or "
-            "drop the small ones with min_size_px"
+            f"the mask has {len(objects):,} objects and a 16-bit PNG can number {MAX_LABELS:,}; use "
+            "format=labels.tiff, or remove small objects with min_size_px",
+            parameter="format",
+            value="labels.png",
+            limit=MAX_LABELS,
+            actual=len(objects),
+            unit="objects",
+            remedy="labels.tiff",
         )
-    return write(mask.objects.labels.astype(np.uint16))
+    return write(objects.labels.astype(np.uint16))
+
+
+def scores(probabilities: Float16[ndarray, "K H W"]) -> bytes:
+    """Writes the foreground probability as 16-bit grey, 65535 is 1: of several channels 1 - background."""
+    return write(sixteen_bits(probabilities[0], complement=len(probabilities) > 1))
 
 
 def palette(colors: dict[int, tuple[int, int, int]]) -> bytes:
-    """768 bytes: RGB per index."""
+    """The 768 bytes of a palette: RGB per index."""
     table = bytearray(768)
     for value, color in colors.items():
         table[3 * value : 3 * value + 3] = bytes(color)
@@ -75,39 +85,36 @@ def palette(colors: dict[int, tuple[int, int, int]]) -> bytes:
 
 
 def blocks(rows: slice) -> Iterator[slice]:
-    """Rows of a picture, a few at a time: what is computed from them stays small."""
+    """Slices of `ROWS` rows that cover the given rows."""
     return (slice(top, min(top + ROWS, rows.stop)) for top in range(rows.start, rows.stop, ROWS))
 
 
-def in_strips(height: int, width: int, work: Callable[[slice], T]) -> list[T]:
-    """`work` for the rows of each strip of a picture, from top to bottom; a few at a time, where the picture is large."""
+def map_strips(height: int, width: int, function: Callable[[slice], T]) -> list[T]:
+    """Results of `function` for the rows of each strip, in order; in parallel where the picture is large."""
     if height * width < LARGE:
-        return [work(slice(0, height))]
+        return [function(slice(0, height))]
     strips = [slice(top, min(top + STRIP, height)) for top in range(0, height, STRIP)]
     with ThreadPoolExecutor(THREADS, thread_name_prefix="strip") as threads:
-        return list(threads.map(work, strips))
+        return list(threads.map(function, strips))
 
 
 def write(pixels: Shaped[ndarray, "..."], colors: bytes = b"") -> bytes:
-    """A picture as PNG.
+    """Writes a picture as PNG.
 
     Args:
         pixels: (H, W) uint8 or uint16, grey; or (H, W, 3) uint8, RGB.
-        colors: makes a uint8 picture an indexed one, see `palette`.
+        colors: palette that makes a uint8 picture an indexed one.
     """
-    kind = INDEXED if colors else RGB if pixels.ndim == 3 else GREY
-    return _file(pixels, pixels.shape[1], 8 * pixels.itemsize, kind, colors)
+    color_type = INDEXED if colors else RGB if pixels.ndim == 3 else GREY
+    return _file(pixels, pixels.shape[1], 8 * pixels.itemsize, color_type, colors)
 
 
-def save(picture: Pillow.Image) -> bytes:
-    """A picture of Pillow's as PNG."""
-    return write(np.asarray(picture))
-
-
-def _file(pixels: Shaped[ndarray, "..."], width: int, bits: int, kind: int, colors: bytes = b"") -> bytes:
+def _file(
+    pixels: Shaped[ndarray, "..."], width: int, bits: int, color_type: int, colors: bytes = b""
+) -> bytes:
     out = io.BytesIO()
     out.write(SIGNATURE)
-    out.write(_chunk(b"IHDR", struct.pack(">IIBBBBB", width, len(pixels), bits, kind, 0, 0, 0)))
+    out.write(_chunk(b"IHDR", struct.pack(">IIBBBBB", width, len(pixels), bits, color_type, 0, 0, 0)))
     if colors:
         out.write(_chunk(b"PLTE", colors))
     for part in _compressed(pixels):
@@ -117,47 +124,53 @@ def _file(pixels: Shaped[ndarray, "..."], width: int, bits: int, kind: int, colo
 
 
 def _chunk(name: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", isal_zlib.crc32(body, isal_zlib.crc32(name)))
+    return (
+        struct.pack(">I", len(body))
+        + name
+        + body
+        + struct.pack(">I", isal_zlib.crc32(body, isal_zlib.crc32(name)))
+    )
 
 
 def _compressed(pixels: Shaped[ndarray, "H *rest"]) -> Iterator[bytes]:
-    """The rows, filtered, as parts of one zlib stream."""
+    """The filtered rows as parts of one zlib stream."""
     yield ZLIB
-    check = 1
-    for packed, sum_of, size in in_strips(len(pixels), pixels.shape[1], lambda rows: _strip(pixels, rows)):
-        yield packed
-        check = _joined(check, sum_of, size)
-    # Nothing more, and what all of it adds up to.
-    yield LAST + struct.pack(">I", check)
+    checksum = 1
+    for body, strip_checksum, size in map_strips(
+        len(pixels), pixels.shape[1], lambda rows: _strip(pixels, rows)
+    ):
+        yield body
+        checksum = _adler32_combine(checksum, strip_checksum, size)
+    yield LAST + struct.pack(">I", checksum)
 
 
 def _strip(pixels: Shaped[ndarray, "H *rest"], rows: slice) -> tuple[bytes, int, int]:
-    """Some rows, compressed by themselves up to a whole byte; their Adler-32, and how many bytes they were."""
+    """Some rows, deflated and flushed to a whole byte; their Adler-32 and their size in bytes."""
     stream = isal_zlib.compressobj(COMPRESSION, wbits=-isal_zlib.MAX_WBITS)
-    packed, check, size = [], 1, 0
+    body, checksum, size = [], 1, 0
     for block in blocks(rows):
         top = block.start == 0
-        plain = _bytes(pixels[block if top else slice(block.start - 1, block.stop)])
+        plain = _big_endian(pixels[block if top else slice(block.start - 1, block.stop)])
         filtered = np.empty((block.stop - block.start, 1 + plain.shape[1]), dtype=np.uint8)
         filtered[:, 0] = UP
-        # Above the top row lies nothing.
+        # The row above the first counts as zeros.
         filtered[:1, 1:] = plain[:1]
         np.subtract(plain[1:], plain[:-1], out=filtered[top:, 1:])
-        packed.append(stream.compress(filtered))
-        check, size = isal_zlib.adler32(filtered, check), size + filtered.size
-    packed.append(stream.flush(isal_zlib.Z_FULL_FLUSH))
-    return b"".join(packed), check, size
+        body.append(stream.compress(filtered))
+        checksum, size = isal_zlib.adler32(filtered, checksum), size + filtered.size
+    body.append(stream.flush(isal_zlib.Z_FULL_FLUSH))
+    return b"".join(body), checksum, size
 
 
-def _joined(first: int, second: int, size: int) -> int:
-    """The Adler-32 of two pieces, of theirs and the size of the second."""
+def _adler32_combine(first: int, second: int, size: int) -> int:
+    """The Adler-32 of two parts, from theirs and the size of the second."""
     low = (first & 0xFFFF) + (second & 0xFFFF) - 1
     high = (first >> 16) + (second >> 16) + size * ((first & 0xFFFF) - 1)
     return (high % ADLER) << 16 | low % ADLER
 
 
-def _bytes(rows: Shaped[ndarray, "H *rest"]) -> UInt8[ndarray, "H bytes"]:
-    """As PNG has them: the high byte first."""
+def _big_endian(rows: Shaped[ndarray, "H *rest"]) -> UInt8[ndarray, "H bytes"]:
+    """The bytes of each row in the order of PNG, the high byte first."""
     swapped: UInt8[ndarray, "H bytes"] = (
         np.ascontiguousarray(rows, rows.dtype.newbyteorder(">")).view(np.uint8).reshape(len(rows), -1)
     )

@@ -72,7 +72,9 @@ async def test_check_runs_a_small_tile_for_all_who_ask_at_the_same_time(scene: S
     assert scene.deployment.instances["L1", "fp32"].last_success > 0
 
 
-async def test_check_runs_nothing_after_a_recent_success(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_check_runs_nothing_after_a_recent_success(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(health_probe, "PROBE_EVERY_S", 1000)
     await segment(scene.service, IMAGE)
     before = len(scene.batches)
@@ -81,7 +83,9 @@ async def test_check_runs_nothing_after_a_recent_success(scene: Scene, monkeypat
     assert len(scene.batches) == before
 
 
-async def test_check_runs_no_tile_soon_after_another(scene: Scene, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_check_runs_no_tile_soon_after_another(
+    scene: Scene, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(health_probe, "PROBE_RETRY_S", 1000)
     engine.fails = True
     for _ in range(5):
@@ -119,7 +123,9 @@ class TestFaults:
         await scene.probe.check()
         scene.probe.check_device()
 
-    async def test_a_single_failure_is_no_reason_to_restart(self, scene: Scene, engine: Engine, fault: str) -> None:
+    async def test_a_single_failure_is_no_reason_to_restart(
+        self, scene: Scene, engine: Engine, fault: str
+    ) -> None:
         for _ in range(MAX_FAILURES + 1):
             self.start(scene, engine, fault)
             with pytest.raises(NotReady):
@@ -129,7 +135,9 @@ class TestFaults:
             await scene.probe.check()
             scene.probe.check_device()
 
-    async def test_check_device_starts_test_tiles_and_waits_for_none(self, scene: Scene, engine: Engine, fault: str) -> None:
+    async def test_check_device_starts_test_tiles_and_waits_for_none(
+        self, scene: Scene, engine: Engine, fault: str
+    ) -> None:
         self.start(scene, engine, fault)
         with pytest.raises(NotReady):  # noqa: PT012 - in the end
             for _ in range(MAX_FAILURES + 1):
@@ -172,9 +180,13 @@ async def test_probe_takes_the_cheapest_open_graph_and_opens_none(scene: Scene) 
     assert scene.deployment.instances["L1", "fp32"].engine is None
 
 
-async def test_log_takes_a_test_tile_for_no_request(scene: Scene, engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+async def test_log_takes_a_test_tile_for_no_request(
+    scene: Scene, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
     seen: list[str] = []
-    logging.getLogger("server.monitoring.health_probe").addFilter(lambda _: seen.append(REQUEST_ID.get()) or True)  # type: ignore[func-returns-value]
+    logging.getLogger("server.monitoring.health_probe").addFilter(
+        lambda _: seen.append(REQUEST_ID.get()) or True
+    )  # type: ignore[func-returns-value]
     engine.fails = True
     REQUEST_ID.set("of the request")
     with pytest.raises(NotReady):
@@ -183,7 +195,7 @@ async def test_log_takes_a_test_tile_for_no_request(scene: Scene, engine: Engine
 
 
 def test_model_info_describes_routes_engines_and_calibration(shipped_bundle: Any, tmp_path: Any) -> None:
-    from server.runtime.loader import read_deployment
+    from server.runtime.deployment import read_deployment
     from server.settings import BatchingSettings, RuntimeSettings
 
     deployment = read_deployment(shipped_bundle, RuntimeSettings(tuning_folder=tmp_path), BatchingSettings())

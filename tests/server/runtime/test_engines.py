@@ -50,15 +50,14 @@ def test_engines_always_offer_the_processor(name: str) -> None:
     assert "fp32" in row.precisions("cpu")
 
 
-@pytest.mark.parametrize("kind", ["shipped_bundle", "tiny_bundle"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 @pytest.mark.parametrize("graph", ["L1", "accurate"])
-def test_run_all_engines_agree(kind: str, dtype: type, graph: str, request: pytest.FixtureRequest) -> None:
+def test_run_all_engines_agree(shipped_bundle: Path, dtype: type, graph: str) -> None:
     largest = 1 if dtype == np.float32 else np.iinfo(dtype).max
     pixels = (np.random.default_rng(0).random((2, 3, 32, 48)) * largest).astype(dtype)
     mean = pixels.mean(axis=(2, 3), keepdims=True, dtype=np.float32)
     tiles = Tiles(pixels, mean, 1 / pixels.std(axis=(2, 3), keepdims=True, dtype=np.float32))
-    answers = {name: opened(request.getfixturevalue(kind), graph, name).run(tiles) for name in ENGINES}
+    answers = {name: opened(shipped_bundle, graph, name).run(tiles) for name in ENGINES}
     for scores in answers.values():
         assert (scores.shape, scores.dtype) == ((2, 1, 32, 48), np.float32)
         assert 0 <= scores.min() <= scores.max() <= 1
@@ -207,7 +206,9 @@ print(resident_mb() - before)
 
 def test_onnxruntime_gives_the_memory_of_large_runs_back(shipped_bundle: Path) -> None:
     """In a process of its own: one that has run other tests has memory to spare, and grows less."""
-    done = subprocess.run([sys.executable, "-c", LARGE_RUNS, str(shipped_bundle)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE_RUNS, str(shipped_bundle)], capture_output=True, text=True, check=True
+    )
     grown, left = map(float, done.stdout.split())
     assert grown > 30
     assert left < grown / 2

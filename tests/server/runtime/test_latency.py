@@ -27,7 +27,9 @@ def test_predict_is_confident_after_enough_runs() -> None:
 
 
 @pytest.mark.parametrize(("pixels", "confident"), [(256, True), (100, True), (600, False), (10**6, False)])
-def test_predict_small_pieces_say_nothing_of_larger_ones_with_confidence(pixels: int, confident: bool) -> None:
+def test_predict_small_pieces_say_nothing_of_larger_ones_with_confidence(
+    pixels: int, confident: bool
+) -> None:
     assert observed(*[(300, 0.02)] * 9).predict("L1", pixels).confident is confident
 
 
@@ -36,14 +38,16 @@ def test_predict_each_size_has_its_own_rate() -> None:
     assert (model.predict("L1", 256).seconds, model.predict("L1", 65536).seconds) == (1.0, 2.0)
 
 
-@pytest.mark.parametrize(("pixels", "rate"), [(1, 1 / 256), (300, 1 / 256), (30_000, 2 / 65536), (10**6, 2 / 65536)])
+@pytest.mark.parametrize(
+    ("pixels", "rate"), [(1, 1 / 256), (300, 1 / 256), (30_000, 2 / 65536), (10**6, 2 / 65536)]
+)
 def test_predict_unseen_size_uses_the_rate_of_the_nearest(pixels: int, rate: float) -> None:
     assert observed((256, 1.0), (65536, 2.0)).predict("L1", pixels).seconds == pytest.approx(pixels * rate)
 
 
 def test_predict_unseen_graph_uses_the_macs_of_its_neighbours_without_confidence() -> None:
-    model = observed(*[(1000, 2.0)] * 5, macs=10.0)
-    assert model.predict("L4", 500, 40.0) == (pytest.approx(4.0), pytest.approx(4.0), False)
+    model = observed(*[(10_000, 2.0)] * 5, macs=10.0)
+    assert model.predict("L4", 5000, 40.0) == (pytest.approx(4.0), pytest.approx(4.0), False)
 
 
 def test_predict_work_beside_the_device_says_nothing_of_a_graph() -> None:
@@ -64,9 +68,9 @@ def test_observe_one_run_of_an_hour_is_not_believed() -> None:
 
 
 def test_observe_run_below_the_resolution_of_the_clock_is_replaced_by_the_next() -> None:
-    model = observed((100, 0.0), (100, 1.0), macs=10.0)
-    assert model.predict("L1", 100).seconds > 0
-    assert model.predict("L2", 100, 10.0).seconds > 0
+    model = observed((10_000, 0.0), (10_000, 1.0), macs=10.0)
+    assert model.predict("L1", 10_000).seconds > 0
+    assert model.predict("L2", 10_000, 10.0).seconds > 0
 
 
 def test_forget_drops_the_key_alone() -> None:
@@ -87,3 +91,13 @@ def test_predict_stays_within_what_was_observed(runs: list[tuple[int, float]], p
     low, high = pixels * min(rates) * 0.999, pixels * max(rates) * 1.001
     assert low <= fastest_s <= seconds * 1.001
     assert seconds <= high
+
+
+def test_predict_far_from_anything_observed_is_not_confident() -> None:
+    model = observed(*[(4096, 0.001)] * 10)
+    confident = [model.predict("L1", 2**power).confident for power in range(8, 15)]
+    assert confident == [False, False, True, True, True, False, False]
+
+
+def test_predict_first_run_of_a_size_that_also_prepares_is_forgotten_by_the_second() -> None:
+    assert observed((4096, 1.0), (4096, 0.01)).predict("L1", 4096).seconds == pytest.approx(0.01)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.errors import DeadlinePassed, InferenceFailed, NotReady
+from server.runtime.flow import InferenceResult, Priority
 from server.runtime.latency import LatencyModel
-from server.runtime.scheduler import InferenceResult, Priority
 from tests.support.scheduling import SIDE, Result, Scene, busy, numbers
 
 
@@ -104,6 +104,19 @@ async def test_run_batch_is_formed_when_the_device_is_free() -> None:
     await asyncio.gather(first, stays, comes)
     assert scene.batches == [[0], [2, 3]]
     assert leaves.cancelled()
+
+
+@pytest.mark.parametrize("rounds", range(5))
+async def test_run_caller_who_leaves_just_before_its_batch_is_formed_is_not_run(rounds: int) -> None:
+    scene = Scene()
+    scene.device.hold()
+    task = scene.submit(scene.flow(), 1)
+    for _ in range(rounds):
+        await asyncio.sleep(0)
+    task.cancel()
+    scene.device.release()
+    assert numbers(await scene.submit(scene.flow(), 2)) == [2]
+    assert scene.order in ([2], [1, 2])
 
 
 class TestFailures:

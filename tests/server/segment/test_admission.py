@@ -22,7 +22,8 @@ from server.errors import (
     UnsupportedType,
 )
 from server.runtime.latency import CONFIDENT_AFTER, LatencyModel
-from server.segment.admission import SAFETY, deadline
+from server.segment.admission import SAFETY
+from server.segment.deadline import deadline
 from server.segment.estimate import cpu_work
 from server.segment.request import Priority, QoS
 from tests.support.admission import IMAGE, LARGE, STACK, Scene
@@ -61,7 +62,7 @@ class TestHumblePredictions:
                 scene.latency.observe(instance.key, 64 * 64, tile_s * factor, instance.graph.macs_per_pixel)
         _, parsed = scene.resolve(**params)
         for _ in range(observations):
-            scene.latency.observe(cpu_work(IMAGE, ("png",), parsed), 64 * 64, 1e-3 * factor)
+            scene.latency.observe(cpu_work(IMAGE, ("mask.png",), parsed), 64 * 64, 1e-3 * factor)
         for header in headers * 2:
             qos = QoS(120.0, time.monotonic() + 60 if dated else math.inf)
             try:
@@ -110,7 +111,7 @@ class TestHumblePredictions:
         instance, (_, params) = scene.deployment.instances["accurate", "fp32"], scene.resolve()
         for _ in range(9):
             scene.latency.observe(instance.key, 16 * 16, 0.02, 4.0)
-            scene.latency.observe(cpu_work(IMAGE, ("png",), params), 16 * 16, 0.02)
+            scene.latency.observe(cpu_work(IMAGE, ("mask.png",), params), 16 * 16, 0.02)
         assert await scene.admit(InputHeader((3000, 3000)), 10.0)
 
 
@@ -276,7 +277,7 @@ class TestMemoryAndQueue:
         target, params = scene.resolve()
         async with scene.admission.admit((IMAGE, None), target, params, QoS()) as ticket:
             assert not scene.scheduler.is_idle
-            assert (ticket.formats, ticket.flow.expected, ticket.flow.arriving) == (("png",), 1, True)
+            assert (ticket.formats, ticket.flow.expected, ticket.flow.arriving) == (("mask.png",), 1, True)
             second = asyncio.create_task(scene.admit())
             for other in (
                 scene.admit(STACK),

@@ -46,12 +46,12 @@ class TestEstimate:
     @pytest.mark.parametrize(
         ("params", "formats", "work"),
         [
-            ({}, ("png",), "mask"),
-            ({"threshold": 0.4}, ("tiff",), "mask"),
+            ({}, ("mask.png",), "mask"),
+            ({"threshold": 0.4}, ("mask.tiff",), "mask"),
             ({}, ("json",), "objects"),
-            ({"fill_holes": True}, ("png",), "objects"),
-            ({"keep_largest": True}, ("png",), "objects"),
-            ({}, ("png", "coco"), "outlines"),
+            ({"fill_holes": True}, ("mask.png",), "objects"),
+            ({"keep_largest": True}, ("mask.png",), "objects"),
+            ({}, ("mask.png", "coco"), "outlines"),
             ({"instances": True}, ("geojson",), "instances"),
         ],
     )

@@ -6,14 +6,21 @@ import pytest
 from server.errors import InvalidParameter, UnknownModel
 from server.imaging.encode import ENCODERS
 from server.runtime.bundle import Bundle
-from server.runtime.loader import Deployment
+from server.runtime.deployment import Deployment
 from server.runtime.machine import Machine
 from server.segment.registry import MODES, Registry, Target
 from server.segment.request import SegmentParams
 from server.settings import BatchingSettings, RuntimeSettings
 from tests.support.service import calibrated, manifest
 
-HEAD_STD = {"name": "head_std", "level": 4, "divisor": 16, "parameters": 1, "macs_per_pixel": 4, "files": {"fp32": "std.onnx"}}
+HEAD_STD = {
+    "name": "head_std",
+    "level": 4,
+    "divisor": 16,
+    "parameters": 1,
+    "macs_per_pixel": 4,
+    "files": {"fp32": "std.onnx"},
+}
 # A format that shows the standard deviation over the heads.
 UNCERTAINTY = next(name for name, row in ENCODERS.items() if "head_std" in row.needs)
 # L3 alone may be served at bf16 too, which is what `auto` means there.
@@ -51,7 +58,9 @@ def fields(changes: dict[str, Any] | None = None, **params: Any) -> dict[str, An
         ({"level": 3, "precision": "bf16"}, "fast", 3, "L3", "bf16"),
     ],
 )
-def test_resolve_mode_level_and_precision(params: dict[str, Any], mode: str, level: int, graph: str, precision: str) -> None:
+def test_resolve_mode_level_and_precision(
+    params: dict[str, Any], mode: str, level: int, graph: str, precision: str
+) -> None:
     target = resolve(**params)
     assert (target.mode, target.level, target.graph, target.precision) == (mode, level, graph, precision)
     assert (target.model, target.instance.graph.name, target.alternatives) == ("fake", graph, ())
@@ -71,7 +80,11 @@ def test_resolve_accurate_takes_no_level() -> None:
 
 
 def test_resolve_precision_that_is_not_served_is_refused() -> None:
-    assert fields(level=1, precision="bf16") == {"parameter": "precision", "value": "bf16", "allowed": ["auto", "fp32"]}
+    assert fields(level=1, precision="bf16") == {
+        "parameter": "precision",
+        "value": "bf16",
+        "allowed": ["auto", "fp32"],
+    }
 
 
 def test_resolve_model_that_does_not_exist_is_refused() -> None:
@@ -91,7 +104,9 @@ class TestAlternatives:
             ({"level": 4, "min_level": 1, "precision": "fp32"}, ["L3", "L2", "L1"]),
         ],
     )
-    def test_alternatives_are_shallower_deepest_first(self, params: dict[str, Any], graphs: list[str]) -> None:
+    def test_alternatives_are_shallower_deepest_first(
+        self, params: dict[str, Any], graphs: list[str]
+    ) -> None:
         target = resolve(**params)
         assert [one.graph for one in target.alternatives] == graphs
         assert {one.mode for one in target.alternatives} <= {"fast"}
@@ -101,23 +116,45 @@ class TestAlternatives:
         (only,) = resolve({"calibration": calibrated(rows[:-1])}, min_level=1, precision="bf16").alternatives
         assert (only.graph, only.precision) == ("L3", "bf16")
 
-    @pytest.mark.parametrize(("params", "allowed"), [({"min_level": 5}, [1, 2, 3, 4]), ({"level": 2, "min_level": 3}, [1, 2])])
-    def test_min_level_that_does_not_exist_or_is_deeper_is_refused(self, params: dict[str, Any], allowed: list[int]) -> None:
-        assert fields(**params) == {"parameter": "min_level", "value": params["min_level"], "allowed": allowed}
+    @pytest.mark.parametrize(
+        ("params", "allowed"), [({"min_level": 5}, [1, 2, 3, 4]), ({"level": 2, "min_level": 3}, [1, 2])]
+    )
+    def test_min_level_that_does_not_exist_or_is_deeper_is_refused(
+        self, params: dict[str, Any], allowed: list[int]
+    ) -> None:
+        assert fields(**params) == {
+            "parameter": "min_level",
+            "value": params["min_level"],
+            "allowed": allowed,
+        }
 
 
 class TestHeadStd:
     @pytest.mark.parametrize("precision", ["auto", "fp32"])
-    @pytest.mark.parametrize("format_", [UNCERTAINTY, f"mask,{UNCERTAINTY}"], ids=["alone", "beside the mask"])
+    @pytest.mark.parametrize(
+        "format_", [UNCERTAINTY, f"mask,{UNCERTAINTY}"], ids=["alone", "beside the mask"]
+    )
     def test_uncertainty_runs_head_std(self, precision: str, format_: str) -> None:
         target = resolve({"head_std": HEAD_STD}, format=format_, precision=precision)
-        assert (target.mode, target.level, target.graph, target.precision) == ("accurate", 4, "head_std", "fp32")
+        assert (target.mode, target.level, target.graph, target.precision) == (
+            "accurate",
+            4,
+            "head_std",
+            "fp32",
+        )
 
     @pytest.mark.parametrize(
         ("params", "parameter"),
-        [({"level": 4}, "mode"), ({"mode": "fast"}, "mode"), ({"min_level": 2}, "min_level"), ({"precision": "bf16"}, "precision")],
+        [
+            ({"level": 4}, "mode"),
+            ({"mode": "fast"}, "mode"),
+            ({"min_level": 2}, "min_level"),
+            ({"precision": "bf16"}, "precision"),
+        ],
     )
-    def test_uncertainty_does_not_go_with_some_parameters(self, params: dict[str, Any], parameter: str) -> None:
+    def test_uncertainty_does_not_go_with_some_parameters(
+        self, params: dict[str, Any], parameter: str
+    ) -> None:
         assert fields({"head_std": HEAD_STD}, format=UNCERTAINTY, **params)["parameter"] == parameter
 
     def test_uncertainty_of_a_bundle_without_the_graph_is_refused(self) -> None:
@@ -132,7 +169,10 @@ class TestRegistry:
 
     def test_resolve_names_the_model(self) -> None:
         registry = Registry({name: deployment(name) for name in ("fake", "other")}, "fake")
-        assert (registry.resolve(SegmentParams(model="other")).model, registry.resolve(SegmentParams()).model) == ("other", "fake")
+        assert (
+            registry.resolve(SegmentParams(model="other")).model,
+            registry.resolve(SegmentParams()).model,
+        ) == ("other", "fake")
         assert registry.resolve_accurate(registry.get("other")).graph == "accurate"
 
     def test_swap_serves_others_from_now_on_and_leaves_targets_alone(self) -> None:

@@ -26,7 +26,11 @@ def blobs(size: tuple[int, ...], channels: int = 0) -> np.ndarray:
     return np.repeat(pixels[..., None], channels, axis=-1) if channels else pixels
 
 
-SMALL, COLOUR, WIDE = picture_bytes(blobs((64, 72))), picture_bytes(blobs((60, 90), 3), "TIFF"), picture_bytes(blobs((40, 530)))
+SMALL, COLOUR, WIDE = (
+    picture_bytes(blobs((64, 72))),
+    picture_bytes(blobs((60, 90), 3), "TIFF"),
+    picture_bytes(blobs((40, 530))),
+)
 PAGES, VOLUME = pages_bytes(blobs((5, 48, 40))), nifti_bytes(blobs((26, 34, 30)), np.diag([-1.0, 1, 1.1, 1]))
 VOLUMES = {"model": "hippocampus"}
 
@@ -63,7 +67,9 @@ async def bodies(service: Any, *, at_once: bool) -> list[bytes]:
 
 
 @pytest.mark.long
-async def test_twenty_requests_give_the_same_bytes_from_two_services_one_by_one_and_at_once(tmp_path: Path) -> None:
+async def test_twenty_requests_give_the_same_bytes_from_two_services_one_by_one_and_at_once(
+    tmp_path: Path,
+) -> None:
     settings = quiet_settings(bundles=ROOT / "bundles", runtime={"tuning_folder": tmp_path})
     answers = []
     for at_once in (False, True):

@@ -1,5 +1,3 @@
-from itertools import pairwise
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,162 +6,141 @@ from scipy import ndimage
 
 from server.cancel import Cancelled, CancelToken
 from server.segment import watershed
-from server.segment.labels import number
+from server.segment.labels import label
 from server.segment.watershed import split
 from tests.server.segment.masks import disc, masks
 from tests.support.memory import memory_stays_below
 
 
-def instances_of(classes: np.ndarray, spacing: tuple[float, ...] | None = None) -> tuple[np.ndarray, int]:
-    labels, count = number(classes)
-    count = split(labels, count, spacing or (1.0,) * classes.ndim)
+def instances_of(
+    classes: np.ndarray, spacing: tuple[float, ...] | None = None, max_boxes: int = watershed.MAX_BOXES
+) -> tuple[np.ndarray, int]:
+    labels, count = label(classes)
+    count = split(labels, count, spacing or (1.0,) * classes.ndim, max_boxes=max_boxes)
     return labels, count
 
 
-@settings(max_examples=150, deadline=None)
-@given(masks(most_side=24))
-def test_parts_refine_objects_and_never_join_them(classes: np.ndarray) -> None:
-    whole, _ = number(classes)
-    labels, count = instances_of(classes)
+@settings(max_examples=60, deadline=None)
+@given(masks(most_side=24), st.sampled_from([watershed.MAX_BOXES, 0]))
+def test_split_refines_objects_one_by_one_and_all_at_once(classes: np.ndarray, max_boxes: int) -> None:
+    whole, objects = label(classes)
+    labels, count = instances_of(classes, max_boxes=max_boxes)
     assert np.array_equal(labels > 0, classes > 0)
     assert sorted(set(labels.ravel().tolist()) - {0}) == list(range(1, count + 1))
     for value in range(1, count + 1):
         inside = labels == value
-        # Of one object, of one class, and in one piece.
-        assert len(set(whole[inside].tolist())) == 1
-        assert len(set(classes[inside].tolist())) == 1
+        assert len(set(whole[inside].tolist())) == len(set(classes[inside].tolist())) == 1
         assert ndimage.label(inside, np.ones((3,) * classes.ndim))[1] == 1
     # The first part keeps the number.
-    for value in range(1, whole.max(initial=0) + 1):
-        assert (labels[whole == value] == value).any()
-
-
-@settings(max_examples=50, deadline=None)
-@given(masks(axes=(2,), most_side=24))
-def test_the_same_twice_and_mirrored_as_many(classes: np.ndarray) -> None:
-    labels, count = instances_of(classes)
-    again, same = instances_of(classes)
-    assert same == count
-    assert np.array_equal(labels, again)
+    assert all((labels[whole == value] == value).any() for value in range(1, objects + 1))
+    assert np.array_equal(instances_of(classes, max_boxes=max_boxes)[0], labels)
 
 
 @pytest.mark.parametrize("radius", [4, 8, 20, 60])
-def test_two_discs_that_touch_are_two(radius: int) -> None:
-    """Of any size: the criterion is relative."""
+def test_split_separates_two_discs_of_any_size(radius: int) -> None:
     middle, apart = 2 * radius, round(1.7 * radius)
-    touching = disc((4 * radius, 6 * radius), ((middle, middle), radius), ((middle, middle + apart), radius))
-    labels, count = instances_of(touching)
+    discs = ((middle, middle), radius), ((middle, middle + apart), radius)
+    labels, count = instances_of(disc((4 * radius, 6 * radius), *discs))
     assert count == 2
     sizes = np.bincount(labels.ravel())[1:]
     assert abs(int(sizes[0]) - int(sizes[1])) < 0.1 * sizes.sum()
     assert labels[middle, middle] != labels[middle, middle + apart]
 
 
-def test_a_row_of_discs() -> None:
-    middles = [(20.0, 15.0 + 17 * k) for k in range(6)]
-    labels, count = instances_of(disc((40, 120), *((middle, 10.0) for middle in middles)))
-    assert count == 6
-    found = [labels[20, int(x)] for _, x in middles]
-    assert all(a != b for a, b in pairwise(found))
+def test_split_separates_a_row_of_discs() -> None:
+    labels, count = instances_of(disc((40, 120), *(((20.0, 15.0 + 17 * k), 10.0) for k in range(6))))
+    assert count == len({labels[20, 15 + 17 * k] for k in range(6)}) == 6
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 40), (30, 30), (5, 100)])
-def test_what_is_convex_stays_whole(size: tuple[int, int]) -> None:
-    classes = np.zeros((60, 110), dtype=np.uint8)
-    classes[3 : 3 + size[0], 4 : 4 + size[1]] = 1
+def ellipse(radii: tuple[int, int], angle: float) -> np.ndarray:
+    index = np.indices((80, 80)) - 40
+    along = np.cos(angle) * index[0] + np.sin(angle) * index[1]
+    across = np.cos(angle) * index[1] - np.sin(angle) * index[0]
+    return ((along / radii[0]) ** 2 + (across / radii[1]) ** 2 <= 1).astype(np.uint8)
+
+
+def perforated() -> np.ndarray:
+    """A distance to each of its holes would have peaks around them."""
+    ball = disc((70, 70), ((35, 35), 30))
+    ball[20:50:6, 20:50:6] = 0
+    return ball
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        *(np.pad(np.ones(size, dtype=np.uint8), 3) for size in ((1, 1), (1, 40), (30, 30), (5, 100))),
+        *(ellipse(radii, k * np.pi / 12) for radii in ((15, 9), (20, 6), (30, 30)) for k in range(0, 12, 2)),
+        perforated(),
+    ],
+    ids=lambda classes: "x".join(map(str, classes.shape)),
+)
+def test_split_leaves_one_object_whole(classes: np.ndarray) -> None:
     assert instances_of(classes)[1] == 1
 
 
-@pytest.mark.parametrize("radii", [(15, 9), (20, 6), (30, 30)])
-def test_an_ellipse_stays_whole_however_it_lies(radii: tuple[int, int]) -> None:
-    index = np.indices((80, 80)) - 40
-    for angle in np.linspace(0, np.pi, 13):
-        along = np.cos(angle) * index[0] + np.sin(angle) * index[1]
-        across = np.cos(angle) * index[1] - np.sin(angle) * index[0]
-        ellipse = (along / radii[0]) ** 2 + (across / radii[1]) ** 2 <= 1
-        assert instances_of(ellipse.astype(np.uint8))[1] == 1
-
-
-def test_no_time_is_spent_on_what_is_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(instances, "_divide", lambda *_: pytest.fail("looked at"))
-    assert instances_of(disc((60, 60), ((20, 20), 9), ((40, 45), 12)))[1] == 2
-
-
-def stripes(side: int, apart: int = 16) -> np.ndarray:
-    """Diagonal lines: the box of each is about everything."""
-    return (np.subtract.outer(np.arange(side), np.arange(side)) % apart < 6).astype(np.uint8)
+def stripes(side: int) -> np.ndarray:
+    """Diagonal lines, each with a box of about everything."""
+    return (np.subtract.outer(np.arange(side), np.arange(side)) % 16 < 6).astype(np.uint8)
 
 
 def rings(side: int) -> np.ndarray:
-    away = np.hypot(*np.indices((side, side)) - side / 2)
-    return (away % 8 < 4).astype(np.uint8)
+    return (np.hypot(*np.indices((side, side)) - side / 2) % 8 < 4).astype(np.uint8)
 
 
 def sheets(side: int) -> np.ndarray:
     return np.asfortranarray(np.indices((side,) * 3).sum(axis=0) % 8 < 3).astype(np.uint8, order="A")
 
 
-@pytest.mark.parametrize("classes", [stripes(300), stripes(600), rings(400), sheets(60)], ids=["small", "large", "rings", "volume"])
-def test_work_goes_with_the_pixels_however_large_the_boxes_are(classes: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked_at = []
-    uphill = watershed._uphill
-    monkeypatch.setattr(instances, "_uphill", lambda height, lines: (looked_at.append(height.size), uphill(height, lines))[1])
-    labels, count = instances_of(classes)
-    assert sum(looked_at) <= (watershed.MOST_BOXES + 1) * classes.size
+@pytest.mark.parametrize(
+    "classes", [stripes(400), rings(200), sheets(50)], ids=["stripes", "rings", "sheets"]
+)
+def test_split_of_large_boxes_takes_bounded_memory(classes: np.ndarray) -> None:
+    labels, count = label(classes)
+    with memory_stays_below(classes.size * watershed.BOX_BYTES / 1e6 + 5):
+        count = split(labels, count, (1.0,) * classes.ndim)
     assert np.array_equal(labels > 0, classes > 0)
     assert sorted(set(labels.ravel().tolist()) - {0}) == list(range(1, count + 1))
 
 
-@settings(max_examples=100, deadline=None)
-@given(masks(most_side=24))
-def test_all_at_once_keeps_objects_apart_too(classes: np.ndarray) -> None:
-    whole, _ = number(classes)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(instances, "MOST_BOXES", 0)
-        labels, count = instances_of(classes)
-    assert np.array_equal(labels > 0, classes > 0)
-    for value in range(1, count + 1):
-        inside = labels == value
-        assert len(set(whole[inside].tolist())) == 1
-        assert ndimage.label(inside, np.ones((3,) * classes.ndim))[1] == 1
+@pytest.mark.parametrize("size", [(1000, 1000), (100, 100, 100)])
+def test_split_of_one_large_object_takes_bounded_memory(size: tuple[int, ...]) -> None:
+    smooth = ndimage.gaussian_filter(np.random.default_rng(0).random(size), 3)
+    classes = (smooth > 0.497).astype(np.uint8)
+    labels, count = label(classes)
+    with memory_stays_below(classes.size * watershed.BOX_BYTES / 1e6 + 5):
+        assert split(labels, count, (1.0,) * len(size)) > 50
 
 
-def test_all_at_once_finds_what_one_by_one_finds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of objects that do not lie within a few pixels of each other."""
+def test_split_all_at_once_gives_what_one_by_one_gives() -> None:
+    """Of objects that are more than a few pixels apart."""
     pairs = [((y, x + dx), 10.0) for y in range(20, 150, 40) for x in range(20, 150, 60) for dx in (0, 17)]
     one_by_one, count = instances_of(disc((160, 180), *pairs))
-    monkeypatch.setattr(instances, "MOST_BOXES", 0)
-    at_once, same = instances_of(disc((160, 180), *pairs))
+    at_once, same = instances_of(disc((160, 180), *pairs), max_boxes=0)
     assert count == same == len(pairs)
-    assert np.array_equal(one_by_one > 0, at_once > 0)
     assert all(len(set(at_once[one_by_one == value].tolist())) == 1 for value in range(1, count + 1))
 
 
-def test_a_stop_ends_it_after_the_object(monkeypatch: pytest.MonkeyPatch) -> None:
-    stop, looked_at = CancelToken(), []
-    divide = watershed._divide
+def test_split_cancelled_ends_before_the_next_object() -> None:
+    class AfterSome(CancelToken):
+        checks = 0
 
-    def one(*args: object) -> int:
-        looked_at.append(args)
-        stop.set()
-        return divide(*args)
+        def check(self) -> None:
+            self.checks += 1
+            if self.checks > 3:
+                self.set()
+            super().check()
 
-    monkeypatch.setattr(instances, "_divide", one)
-    labels, count = number(disc((60, 200), *(((20, x + dx), 10) for x in (20, 80, 140) for dx in (0, 17))))
+    labels, count = label(disc((60, 200), *(((20, x + dx), 10) for x in (20, 80, 140) for dx in (0, 17))))
+    before = labels.copy()
     with pytest.raises(Cancelled):
-        split(labels, count, (1.0, 1.0), stop)
-    assert len(looked_at) == 1
-
-
-def test_holes_are_no_edge() -> None:
-    """A distance measured to each hole would have peaks around them."""
-    ball = disc((70, 70), ((35, 35), 30))
-    ball[20:50:6, 20:50:6] = 0
-    assert instances_of(ball)[1] == 1
+        split(labels, count, (1.0, 1.0), AfterSome())
+    # The first is divided, the others are not.
+    assert np.unique(before[labels != before]).tolist() == [1]
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.0, 1.0, 4.0), (0.25, 0.25, 1.0)])
-def test_balls_in_a_volume_of_any_spacing(spacing: tuple[float, ...]) -> None:
+def test_split_separates_balls_of_any_spacing(spacing: tuple[float, ...]) -> None:
     """Two balls of 8 units that touch along x, as voxels of this spacing show them."""
     unit = min(spacing)
     size = tuple(round(side * unit / step) for side, step in zip((50, 36, 36), spacing, strict=True))
@@ -173,42 +150,12 @@ def test_balls_in_a_volume_of_any_spacing(spacing: tuple[float, ...]) -> None:
         classes[np.linalg.norm(index - np.array(middle).reshape(3, 1, 1, 1), axis=0) <= 8.5] = 1
     labels, count = instances_of(classes, spacing)
     assert count == 2
-    cut = np.argwhere(np.diff(labels[:, size[1] // 2, size[2] // 2].astype(int)) != 0)
-    assert len(cut) == 3
+    assert np.count_nonzero(np.diff(labels[:, size[1] // 2, size[2] // 2].astype(int))) == 3
 
 
-def test_classes_that_touch_are_split_each_for_itself() -> None:
+def test_split_of_classes_that_touch_is_each_for_itself() -> None:
     classes = disc((40, 80), ((20, 20), 10), ((20, 37), 10))
     classes[21:] *= 2
     labels, count = instances_of(classes)
     assert count == 4
     assert all(len(set(classes[labels == value].tolist())) == 1 for value in range(1, 5))
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(3, 200), st.integers(0, 99))
-def test_moments_are_those_of_numpy(side: int, seed: int) -> None:
-    classes = (np.random.default_rng(seed).random((9, side)) < 0.6).astype(np.uint8)
-    labels, count = number(classes)
-    pixels, sums, products = watershed._moments(labels, count)
-    for value in range(1, count + 1):
-        at = np.argwhere(labels == value).astype(float)
-        assert pixels[value - 1] == len(at)
-        assert np.allclose(sums[value - 1], at.sum(axis=0))
-        assert np.allclose(products[value - 1], at.T @ at)
-
-
-@pytest.mark.parametrize("size", [(1500, 1500), (130, 130, 130)])
-def test_memory_of_one_large_object(size: tuple[int, ...]) -> None:
-    rng = np.random.default_rng(0)
-    classes = (ndimage.gaussian_filter(rng.random(size), 3) > 0.497).astype(np.uint8)
-    labels, count = number(classes)
-    with memory_stays_below(classes.size * watershed.BOX_BYTES / 1e6 + 5):
-        assert split(labels, count, (1.0,) * len(size)) > 100
-
-
-@pytest.mark.parametrize("classes", [stripes(1000), sheets(100)], ids=["image", "volume"])
-def test_memory_of_many_at_once(classes: np.ndarray) -> None:
-    labels, count = number(classes)
-    with memory_stays_below(classes.size * watershed.BOX_BYTES / 1e6 + 5):
-        split(labels, count, (1.0,) * classes.ndim)

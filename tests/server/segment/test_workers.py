@@ -39,9 +39,13 @@ async def entered(slow: Slow) -> None:
     assert await asyncio.to_thread(slow.entered.wait, 30)
 
 
-@pytest.mark.parametrize(("pool", "thread"), [("inline", "MainThread"), ("image", "worker"), ("volume", "volume")])
+@pytest.mark.parametrize(
+    ("pool", "thread"), [("inline", "MainThread"), ("image", "worker"), ("volume", "volume")]
+)
 async def test_run_in_the_threads_of_its_pool(workers: Workers, pool: Pool, thread: str) -> None:
-    assert (await workers.task(pool).run("decode", lambda: threading.current_thread().name)).startswith(thread)
+    assert (await workers.task(pool).run("decode", lambda: threading.current_thread().name)).startswith(
+        thread
+    )
 
 
 @pytest.mark.parametrize("pool", ["inline", "image"])

@@ -1,0 +1,137 @@
+"""Do restarts, replicas and a busy machine give the same bytes? Twenty requests to four starts of the server.
+
+    python -m bench.same_answer
+
+The starts: twice on a quiet machine, once while eight busy loops run on its cores, and two replicas at once whose requests
+arrive all together. Prints one row per request, and exits with 1 where a byte differs.
+"""
+
+import contextlib
+import hashlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+
+from bench.table import markdown
+
+ROOT = Path(__file__).parents[1]
+SAMPLES = ROOT / "server" / "web" / "samples"
+CELLS, VOLUME = SAMPLES / "cells.png", SAMPLES / "hippocampus.nii.gz"
+BUSY_LOOPS = 8
+
+REQUESTS: tuple[tuple[Path, str], ...] = (
+    *((CELLS, f"mode=fast&level={level}") for level in (1, 2, 3, 4)),
+    (CELLS, ""),
+    (CELLS, "mode=fast"),
+    (CELLS, "precision=fp32"),
+    (CELLS, "level=3&precision=fp32"),
+    (CELLS, "format=npz"),
+    (CELLS, "level=2&format=npz"),
+    (CELLS, "format=uncertainty_png"),
+    (CELLS, "format=json&instances=true"),
+    (CELLS, "format=mask,csv,geojson"),
+    (CELLS, "format=overlay"),
+    *((VOLUME, f"model=hippocampus&level={level}") for level in (1, 2, 4)),
+    (VOLUME, "model=hippocampus"),
+    (VOLUME, "model=hippocampus&format=npz"),
+    (VOLUME, "model=hippocampus&format=json&precision=fp32"),
+)
+
+
+@contextlib.contextmanager
+def server() -> Iterator[str]:
+    """Starts `unetpp serve` on a free port, waits until it is ready, and stops it in the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        own = {
+            "UNETPP_HTTP__PORT": f"{port}",
+            "UNETPP_JOBS__FOLDER": folder,
+            "UNETPP_BUNDLES": f"{ROOT / 'bundles'}",
+        }
+        own["UNETPP_RUNTIME__TUNING_FOLDER"] = f"{folder}/tuning"
+        command = [sys.executable, "-m", "server.cli", "serve"]
+        process = subprocess.Popen(
+            command, env={**os.environ, **own}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            for _ in range(600):
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(f"{url}/health/ready").status_code == 200:
+                        break
+                time.sleep(0.2)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+@contextlib.contextmanager
+def busy_loops(count: int) -> Iterator[None]:
+    """Keeps the cores busy with other work for the block."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+
+
+def ask(url: str, request: tuple[Path, str]) -> str:
+    """SHA-256 of the answer to a request."""
+    file, query = request
+    answer = httpx.post(f"{url}/segment?{query}", content=file.read_bytes(), timeout=600)
+    answer.raise_for_status()
+    return hashlib.sha256(answer.content).hexdigest()
+
+
+def all_in_turn(url: str) -> list[str]:
+    """The answers to all requests, one after the other."""
+    return [ask(url, request) for request in REQUESTS]
+
+
+def all_at_once(url: str) -> list[str]:
+    """The answers to all requests, sent together, so that they share batches."""
+    with ThreadPoolExecutor(len(REQUESTS)) as threads:
+        return list(threads.map(lambda request: ask(url, request), REQUESTS))
+
+
+def main() -> None:
+    """Asks, compares, prints."""
+    columns: dict[str, list[str]] = {}
+    with server() as url:
+        columns["start"] = all_in_turn(url)
+    with server() as url:
+        columns["restart"] = all_in_turn(url)
+    with busy_loops(BUSY_LOOPS), server() as url:
+        columns[f"{BUSY_LOOPS} busy loops"] = all_in_turn(url)
+    with server() as first, server() as second:
+        columns["replica, at once"], columns["replica 2, at once"] = all_at_once(first), all_at_once(second)
+    rows = []
+    for number, (file, query) in enumerate(REQUESTS):
+        digests = [column[number] for column in columns.values()]
+        rows.append(
+            [
+                file.name,
+                query or "(none)",
+                *(digest[:12] for digest in digests),
+                "yes" if len(set(digests)) == 1 else "NO",
+            ]
+        )
+    print(markdown(["file", "query", *columns, "same"], rows))
+    if any(row[-1] != "yes" for row in rows):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

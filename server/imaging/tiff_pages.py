@@ -1,0 +1,189 @@
+"""Chooses the pages and samples of a TIFF that are decoded, from its tags alone."""
+
+import contextlib
+import dataclasses
+import operator
+from dataclasses import dataclass
+
+import numpy as np
+import tifffile
+from jaxtyping import Int64
+from numpy import ndarray
+
+from server.errors import TooLarge, Unreadable
+from server.imaging import microscopy
+from server.imaging.decode_options import DecodeOptions, join_notes
+from server.imaging.page_axes import PageAxes, PageShape, unknown_axes, with_axes
+
+# Pages of a stack; the tags of each are read before its first pixel.
+MAX_PAGES = 10_000
+
+# Strips or tiles of an image or a whole stack; each costs some 200 bytes and microseconds before its first pixel.
+MAX_SEGMENTS = 1_000_000
+
+# Characters of the descriptions of all pages, because one is read with each page's tags.
+MAX_DESCRIPTIONS = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class PageSelection:
+    """Describes what is decoded.
+
+    Attributes:
+        slices: Index of each slice: that of its page; where a page holds several planes, page × planes + plane.
+        samples: Samples of a pixel to keep, where a page holds one plane.
+        channels: Number of decoded channels.
+        spacing_mm: Distance in mm from pixel to pixel along those of X, Y and Z for which it is known.
+        note: What is in doubt, for the caller.
+        time_slices: Slices of each time of a time-lapse; else None.
+        planes: Planes of a page, each of which tifffile wrote as a sample; else 1.
+    """
+
+    slices: list[int]
+    samples: slice
+    channels: int
+    spacing_mm: dict[str, float]
+    note: str
+    time_slices: int | None
+    planes: int
+
+    def locate(self, index: int) -> tuple[int, slice]:
+        """Returns the page of a slice, and its samples there."""
+        page, plane = divmod(index, self.planes)
+        return page, self.samples if self.planes == 1 else slice(plane, plane + 1)
+
+
+def select_pages(tiff: "tifffile.TiffFile", options: DecodeOptions) -> PageSelection:
+    """Selects pages and samples.
+
+    Raises:
+        TooLarge: There are too many pages, strips or characters of description.
+        Unreadable: The description tells of pages that are missing.
+        InvalidParameter: The requested axes or channel do not fit the file.
+    """
+    _check_page_count(tiff)
+    first = tiff.pages.first
+    samples, planes = operator.index(first.samplesperpixel), 1
+    if samples > 1 and first.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
+        planes = microscopy.planes_per_page(first.description, len(tiff.pages), samples, options.axes)
+    count = len(tiff.pages) * planes
+    shape = operator.index(first.imagelength), operator.index(first.imagewidth), samples // planes
+    described = _page_axes(first, count, shape, options.axes)
+    channel_axis = described.letters.find("C")
+    page_channels = described.pages.shape[channel_axis] if channel_axis >= 0 else 1
+    if page_channels > 1:
+        # Where the pages are channels, all samples of a page are kept: they are its colours.
+        selected, channels, _ = _select_samples(first, dataclasses.replace(options, channel=None), planes)
+        page_channel, guess = options.select_channels(page_channels)
+    else:
+        selected, channels, guess = _select_samples(first, options, planes)
+        page_channel = slice(0, 1)
+    pages, times, depth = _order_pages(described, page_channel.start)
+    note = _time_note(times, depth)
+    slices = [int(index) for index in pages.ravel()]
+    if not _have_one_shape(tiff, sorted({index // planes for index in slices})):
+        slices, note = slices[:1], f"only the first of {count} pages was read"
+    time_slices = depth if times > 1 and len(slices) > 1 else None
+    note = join_notes(described.note, guess, note)
+    return PageSelection(slices, selected, channels, described.spacing_mm, note, time_slices, planes)
+
+
+def _check_page_count(tiff: "tifffile.TiffFile") -> None:
+    with contextlib.suppress(IndexError):
+        # Indexing seeks only this far, while len() would walk through millions of pages.
+        tiff.pages[MAX_PAGES]
+        raise TooLarge(
+            f"the TIFF has more than {MAX_PAGES:,} pages, which is the limit. Split it",
+            limit=MAX_PAGES,
+            unit="pages",
+        )
+
+
+def _page_axes(first: "tifffile.TiffPage", count: int, shape: PageShape, axes: str) -> PageAxes:
+    """Returns the axes of the pages: those of the caller, else those of the description."""
+    resolution = _resolution(first, "XResolution"), _resolution(first, "YResolution")
+    if not axes:
+        return microscopy.describe(first.description, count, shape, resolution)
+    # The caller's axes must work for a file whose description is wrong, because they are the remedy.
+    described = unknown_axes(count)
+    with contextlib.suppress(Unreadable):
+        described = microscopy.describe(first.description, count, shape, resolution)
+    return with_axes(described, axes, count, shape)
+
+
+def _resolution(page: "tifffile.TiffPage", name: str) -> float:
+    """Returns the pixels per unit of a tag; 0 where the tag does not say."""
+    tag = page.tags.get(name)
+    try:
+        numerator, denominator = tag.value
+        return float(numerator) / float(denominator)
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError):
+        return 0.0
+
+
+def _select_samples(page: "tifffile.TiffPage", options: DecodeOptions, planes: int) -> tuple[slice, int, str]:
+    """Returns the samples of a pixel to keep, the number of values they become, and a note where that is a guess."""
+    if planes > 1:
+        count, colors = 1, False
+    elif page.photometric == tifffile.PHOTOMETRIC.PALETTE:
+        count, colors = (1, False) if options.labels else (3, True)
+    else:
+        # Of two samples the second is alpha unless the tags say otherwise.
+        alpha = page.samplesperpixel == 2 and page.extrasamples != (0,)
+        count = 1 if alpha else operator.index(page.samplesperpixel)
+        colors = page.photometric == tifffile.PHOTOMETRIC.RGB
+    selected, note = options.select_channels(count, colors=colors)
+    return selected, len(range(count)[selected]), note
+
+
+def _order_pages(described: PageAxes, channel: int) -> tuple[Int64[ndarray, "..."], int, int]:
+    """Returns the pages of a channel in the order times, slices; the number of times; the slices of each."""
+    pages, letters = described.pages, described.letters
+    if "C" in letters:
+        pages = np.asarray(pages.take(channel, letters.index("C")))
+        letters = letters.replace("C", "")
+    times, depth = (pages.shape[letters.index(letter)] if letter in letters else 1 for letter in "TZ")
+    return pages.T if letters == "ZT" else pages, times, depth
+
+
+def _time_note(times: int, depth: int) -> str:
+    if times == 1:
+        return ""
+    each = f"{times} times of {depth} slices" if depth > 1 else f"{times} times"
+    return (
+        f"{each} follow each other as {times * depth} pages, and objects do not go on from time to time; "
+        "axes= says otherwise"
+    )
+
+
+def _have_one_shape(tiff: "tifffile.TiffFile", selected: list[int]) -> bool:
+    """Returns whether size, samples and type of these pages are those of the first page of the file.
+
+    Raises:
+        TooLarge: Their tags list too many strips, or too long descriptions.
+    """
+    first, segments, characters = tiff.pages.first, 0, 0
+    for number, index in enumerate(selected):
+        page = tiff.pages[index]
+        # tifffile itself groups pages of one hash to a series.
+        if page.hash != first.hash:
+            return False
+        # Both are counted here because pages may share them, so that a short file asks for endless work.
+        segments += len(page.dataoffsets)
+        characters += len(page.description)
+        if len(selected) > 1 and segments > MAX_SEGMENTS:
+            raise TooLarge(
+                f"the TIFF's first {number + 1:,} pages have {segments:,} strips or tiles; the limit is "
+                f"{MAX_SEGMENTS:,}. Save it with larger ones",
+                limit=MAX_SEGMENTS,
+                actual=segments,
+                unit="strips or tiles",
+            )
+        if characters > MAX_DESCRIPTIONS:
+            raise TooLarge(
+                f"the descriptions of the TIFF's pages have more than {MAX_DESCRIPTIONS:,} characters; remove them",
+                limit=MAX_DESCRIPTIONS,
+                actual=characters,
+                unit="characters",
+            )
+    return True

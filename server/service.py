@@ -1,0 +1,48 @@
+"""Makes the service that both doors of this package stand on: the HTTP application and the client that works in-process."""
+
+from collections.abc import Mapping
+
+from server.errors import UnknownModel
+from server.metrics import Metrics
+from server.runtime.deployment import Deployment, read_deployments
+from server.runtime.device import DeviceRunner
+from server.runtime.latency import LatencyModel
+from server.segment.registry import Registry
+from server.segment.service import SegmentationService
+from server.settings import Settings
+
+
+def open_service(
+    settings: Settings,
+    deployments: Mapping[str, Deployment] | None = None,
+    device: DeviceRunner | None = None,
+    latency: LatencyModel | None = None,
+) -> SegmentationService:
+    """Makes the service over every bundle of the settings; graphs are opened at first use, or by `service.open()`.
+
+    Args:
+        settings: where the bundles are, and how they are to run.
+        deployments: read already; else they are read from `settings.bundles`.
+        device: runs the graphs; a thread of its own if not given.
+        latency: predicts work; empty if not given.
+
+    Raises:
+        BundleDamaged, EngineUnavailable: names the bundle and the reason.
+        UnknownModel: the configured default model is not among the bundles.
+    """
+    if deployments is None:
+        deployments = read_deployments(settings.bundles, settings.runtime, settings.batching)
+    default = settings.default_model
+    if default not in deployments:
+        if "default_model" in settings.model_fields_set:
+            raise UnknownModel(
+                f"UNETPP_DEFAULT_MODEL={default} is not among the bundles: {', '.join(deployments)}",
+                setting="UNETPP_DEFAULT_MODEL",
+                value=default,
+                allowed=list(deployments),
+            )
+        default = next(iter(deployments))
+    registry = Registry(deployments, default)
+    return SegmentationService(
+        registry, settings.runtime, settings.batching, settings.limits, Metrics(), device, latency
+    )
