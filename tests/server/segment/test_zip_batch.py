@@ -1,15 +1,8 @@
 import asyncio
-import contextlib
-import gc
-import io
 import json
 import math
-import random
-import struct
 import time
-import warnings
 import zipfile
-import zlib
 from typing import Any
 
 import numpy as np
@@ -21,7 +14,6 @@ from server.errors import (
     DeadlinePassed,
     DeadlineTooShort,
     InferenceFailed,
-    InvalidParameter,
     Overloaded,
     TooLarge,
     Unreadable,
@@ -30,56 +22,10 @@ from server.errors import (
 from server.runtime.flow import Flow
 from server.runtime.latency import Prediction
 from server.segment.estimate import Estimate
-from server.segment.request import QoS, Response, SegmentParams, Upload
+from server.segment.request import QoS, SegmentParams, Upload
+from tests.server.segment.zips import SMALL, Files, answered, packed, picture, unpacked
 from tests.support.files import Sent, mask_of, nifti_bytes, pages_bytes, picture_bytes, volume_of
-from tests.support.memory import memory_stays_below
-from tests.support.service import FakeDevice, FixedLatency, bright, engine_of, opened_service, segment
-
-Files = dict[str, bytes] | list[tuple[str, bytes]]
-Row = dict[str, Any]
-
-
-def packed(files: Files, method: int = zipfile.ZIP_DEFLATED) -> bytes:
-    """A zip."""
-    out = io.BytesIO()
-    with warnings.catch_warnings(), zipfile.ZipFile(out, "w", method) as made:
-        warnings.simplefilter("ignore")  # of two files of one name
-        for name, body in files.items() if isinstance(files, dict) else files:
-            made.writestr(name, body)
-    return out.getvalue()
-
-
-def picture(value: int = 0, side: int = 16) -> bytes:
-    """Bright on its right half, and never the same twice."""
-    pixels = np.full((side, side), value, dtype=np.uint8)
-    pixels[:, side // 2 :] = 200
-    return picture_bytes(pixels)
-
-
-def unpacked(response: Response) -> tuple[dict[str, bytes], list[Row]]:
-    """The files of the answer, and the rows of its report."""
-    assert not isinstance(response.body, bytes)
-    with zipfile.ZipFile(io.BytesIO(response.body.read())) as made:
-        assert made.testzip() is None
-        files = {name: made.read(name) for name in made.namelist()}
-    response.close()
-    return files, json.loads(files.pop("report.json"))["images"]
-
-
-async def answered(
-    files: Files | bytes,
-    reference: bytes | None = None,
-    *,
-    run: Any = bright,
-    limits: dict[str, Any] | None = None,
-    **options: Any,
-) -> tuple[dict[str, bytes], list[Row]]:
-    data = files if isinstance(files, bytes) else packed(files)
-    with opened_service(run, limits=limits or {}) as service:
-        return unpacked(await segment(service, data, reference, **options))
-
-
-SMALL = {"max_body_mb": 1, "max_zip_mb": 100}
+from tests.support.service import FakeDevice, FixedLatency, engine_of, opened_service, segment
 
 
 class TestAnswers:
@@ -478,26 +424,3 @@ class TestEstimates:
     ) -> None:
         with pytest.raises(error):
             await self.estimate(files if isinstance(files, bytes) else packed(files), **limits)
-
-
-async def test_damaged_zips_are_only_ever_refused() -> None:
-    """Bytes changed, cut out and cut off, with one service."""
-    good = (
-        packed({"a.png": picture(), "b/c.png": picture(2), "d.txt": b"hello"}),
-        packed({"a.png": picture()}, zipfile.ZIP_STORED),
-    )
-    with opened_service(device=FakeDevice()) as service:
-        for number in range(300):
-            draw = random.Random(number)  # noqa: S311 - no secret
-            data = bytearray(draw.choice(good))
-            for _ in range(draw.randint(1, 4)):
-                at = draw.randrange(4, len(data))
-                if draw.random() < 0.7:
-                    data[at] = draw.randrange(256)
-                elif draw.random() < 0.5:
-                    del data[at : at + draw.randrange(20)]
-                else:
-                    del data[max(30, at) :]
-            with contextlib.suppress(CallerError):
-                response = await segment(service, bytes(data))
-                response.close()
