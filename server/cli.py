@@ -159,7 +159,8 @@ def models(
     from rich.console import Console
     from rich.table import Table
 
-    from server.runtime.bundle import find_bundles, read_bundle
+    from server.runtime.bundle import read_bundle
+    from server.runtime.deployment import find_bundles
 
     for folder in find_bundles(read_settings(bundles).bundles):
         manifest = read_bundle(folder).manifest
@@ -199,7 +200,8 @@ def tune(
     the same kind, or into the bundle's folder `tuning/`. Without a result the server goes by a fixed rule. On a busy machine nothing
     is stored, and the exit code is 1.
     """
-    from server.runtime.bundle import find_bundles, read_bundle
+    from server.runtime.bundle import read_bundle
+    from server.runtime.deployment import find_bundles
     from server.runtime.tune import tune as measure
     from server.runtime.tuning import store_tuning
 

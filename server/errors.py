@@ -224,3 +224,8 @@ def all_codes() -> dict[str, type[UnetppError]]:
         rows[error.code] = error
         queue = [child for child in error.__subclasses__() if child.__module__ == __name__] + queue
     return rows
+
+
+def shutting_down() -> NotReady:
+    """The error of work that a server which shuts down does not begin, or not finish."""
+    return NotReady("the server is shutting down; try again in a moment")

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -318,13 +319,18 @@ def read_bundle(folder: Path) -> Bundle:
         sentences = "; ".join(f"{field}: {message}".removeprefix(": ") for field, message in wrong)
         text = f"{path}: not a manifest that this version can read: {sentences}"
         raise BundleDamaged(text, file=MANIFEST, parameter=wrong[0][0] or None) from error
-    _check_files(folder, manifest)
+    check_files(folder, manifest)
     return Bundle(folder, manifest, hashlib.sha256(written).hexdigest())
 
 
-def _check_files(folder: Path, manifest: Manifest) -> None:
-    for name, entry in manifest.files.items():
-        file = folder / name
+def check_files(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    """Compares files of a bundle with the manifest: all of them, or those named.
+
+    Raises:
+        BundleDamaged: names the file.
+    """
+    for name in manifest.files if names is None else names:
+        file, entry = folder / name, manifest.files[name]
         if not file.is_file():
             raise BundleDamaged(f"{file}: missing; copy the bundle again", file=name)
         if file.resolve().parent != folder.resolve():
@@ -337,18 +343,3 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             raise BundleDamaged(
                 f"{file}: takes weights from an address in memory; export it again", file=name
             )
-
-
-def find_bundles(root: Path) -> list[Path]:
-    """Folders under `root` (or `root` itself) that hold a manifest, by name.
-
-    Raises:
-        BundleDamaged: there is none.
-    """
-    if (root / MANIFEST).is_file():
-        return [root]
-    found = sorted(path.parent for path in root.glob(f"*/{MANIFEST}")) if root.is_dir() else []
-    if not found:
-        text = f"{root}: no bundle there; set UNETPP_BUNDLES to a bundle or to a folder of bundles"
-        raise BundleDamaged(text, setting="UNETPP_BUNDLES")
-    return found

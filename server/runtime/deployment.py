@@ -2,12 +2,12 @@
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from server.errors import BundleDamaged
-from server.runtime.bundle import MANIFEST, Bundle, Graph, Manifest, find_bundles, read_bundle, sha256
+from server.runtime.bundle import ACCURATE, MANIFEST, Bundle, Graph, Manifest, read_bundle, sha256
 from server.runtime.engines import Engine
 from server.runtime.machine import Machine, read_machine
 from server.runtime.selection import Candidate, Choice, Selection, select
@@ -30,7 +30,9 @@ class ModelInstance:
         choice: engine, provider, precision and batch limit.
         path: ONNX file.
         max_batch: tiles in one run at most.
+        bundle_sha256: hash of the bundle's manifest.
         engine: the open engine, or None.
+        failure: why it can never be opened, once that is known.
         last_success: time of `time.monotonic` of the last good run.
         last_failure: time of the last bad run.
         last_use: time of the last run or opening.
@@ -41,7 +43,9 @@ class ModelInstance:
     choice: Choice
     path: Path
     max_batch: int
+    bundle_sha256: str = ""
     engine: Engine | None = None
+    failure: BundleDamaged | None = None
     last_success: float = -math.inf
     last_failure: float = -math.inf
     last_use: float = -math.inf
@@ -52,9 +56,10 @@ class ModelInstance:
         return f"{self.graph.name} {self.choice.candidate.precision}"
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        """Model, graph and precision, under which the latency model keeps what it has observed."""
-        return self.model, self.graph.name, self.choice.candidate.precision
+    def key(self) -> tuple[str, ...]:
+        """What the latency model keeps its observations under: model, graph, precision, engine and bundle."""
+        candidate = self.choice.candidate
+        return self.model, self.graph.name, candidate.precision, candidate.engine, self.bundle_sha256
 
     @property
     def memory_bytes(self) -> int:
@@ -80,8 +85,7 @@ class Deployment:
         name: of the bundle.
         bundle: see Args.
         tuning: see Args.
-        selection: what serves each graph.
-        instances: by (graph, precision).
+        retired: whether it has been replaced; its graphs are then no longer kept open.
 
     Raises:
         EngineUnavailable: a graph cannot be served by anything on this machine.
@@ -101,9 +105,30 @@ class Deployment:
         self._machine = machine
         self._runtime = runtime
         self._batching = batching
-        self._excluded: set[Candidate] = set()
-        self.instances: dict[tuple[str, str], ModelInstance] = {}
-        self._select()
+        self.retired = False
+        self._excluded: set[tuple[str, Candidate]] = set()
+        self._working_providers: set[str] = set()
+        # One attribute, replaced at once, because the event loop reads while the loader's thread excludes.
+        self._serving: tuple[Selection, dict[tuple[str, str], ModelInstance]] = self._select({})
+
+    @property
+    def selection(self) -> Selection:
+        """What serves each graph."""
+        return self._serving[0]
+
+    @property
+    def instances(self) -> dict[tuple[str, str], ModelInstance]:
+        """Model instances by (graph, precision)."""
+        return self._serving[1]
+
+    def find(self, graph: str, precision: str) -> ModelInstance | None:
+        """The instance that serves a graph at a precision, or at "auto"; None where it is not served."""
+        return self.find_auto(graph) if precision == "auto" else self.instances.get((graph, precision))
+
+    def find_auto(self, graph: str) -> ModelInstance:
+        """The instance that serves a graph at `precision=auto`."""
+        selection, instances = self._serving
+        return instances[graph, selection.auto[graph]]
 
     @property
     def manifest(self) -> Manifest:
@@ -123,54 +148,85 @@ class Deployment:
     @property
     def recommended(self) -> ModelInstance:
         """The instance of the recommended level at `auto`, which is opened before the server is ready."""
-        graph = f"L{self.manifest.recommended_level}"
-        return self.instances[graph, self.selection.auto[graph]]
+        return self.of_auto[0]
 
     @property
     def of_auto(self) -> list[ModelInstance]:
         """The instances that `precision=auto` serves, most useful first: recommended, accurate, then the levels."""
-        names = [
-            f"L{self.manifest.recommended_level}",
-            "accurate",
-            *(f"L{level}" for level in self.manifest.levels),
-        ]
-        return [self.instances[graph, self.selection.auto[graph]] for graph in dict.fromkeys(names)]
+        levels = (f"L{level}" for level in (self.manifest.recommended_level, *self.manifest.levels))
+        recommended, *others = dict.fromkeys(levels)
+        return [self.find_auto(graph) for graph in (recommended, ACCURATE, *others)]
 
     @property
     def precisions(self) -> tuple[str, ...]:
         """Precisions that a request may name for at least one graph."""
-        every = (self.selection.precisions(graph.name) for graph in self.manifest.graphs)
+        selection = self.selection
+        every = (selection.precisions(graph.name) for graph in self.manifest.graphs)
         return tuple(dict.fromkeys(precision for row in every for precision in row))
 
-    def exclude(self, candidates: Iterable[Candidate]) -> None:
-        """Serves the bundle without candidates that proved broken on this machine.
+    def exclude(self, instance: ModelInstance) -> None:
+        """Serves the graph of an instance without its candidate, which proved broken on this machine.
+
+        Raises:
+            EngineUnavailable: nothing is left for the graph.
+        """
+        self._excluded.add((instance.graph.name, instance.choice.candidate))
+        self._serving = self._select(self.instances)
+
+    def exclude_provider(self, provider: str) -> bool:
+        """Serves the bundle without a provider; returns whether that was done.
+
+        A provider that has opened a graph before is kept, because its failure may pass, and without it the same requests
+        would be answered with other bytes.
 
         Raises:
             EngineUnavailable: nothing is left for a graph.
         """
-        self._excluded.update(candidates)
-        self._select()
+        if provider in self._working_providers:
+            return False
+        for (graph, _), choice in self.selection.choices.items():
+            if choice.candidate.provider == provider:
+                self._excluded.add((graph, choice.candidate))
+        self._serving = self._select(self.instances)
+        return True
 
-    def _select(self) -> None:
+    def note_opened(self, instance: ModelInstance) -> None:
+        """Remembers that the provider of an instance works."""
+        self._working_providers.add(instance.choice.candidate.provider)
+
+    def _select(
+        self, before: Mapping[tuple[str, str], ModelInstance]
+    ) -> tuple[Selection, dict[tuple[str, str], ModelInstance]]:
         selection = select(
             self.manifest, self._machine, self._runtime, self._batching, self.tuning, self._excluded
         )
         instances = {}
         for (graph, precision), choice in selection.choices.items():
-            before = self.instances.get((graph, precision))
+            kept = before.get((graph, precision))
             instances[graph, precision] = (
-                before if before and before.choice == choice else self._instance(graph, choice)
+                kept if kept and kept.choice == choice else self._instance(graph, choice)
             )
-        # Each replaced at once, and what is looked up in the other is there in between: the event loop reads while the
-        # loader's thread excludes.
-        self.instances = self.instances | instances
-        self.selection: Selection = selection
-        self.instances = instances
+        return selection, instances
 
     def _instance(self, graph: str, choice: Choice) -> ModelInstance:
         row = self.manifest.graph(graph)
         path = self.bundle.path(graph, choice.candidate.precision)
-        return ModelInstance(self.name, row, choice, path, self._batching.max_batch)
+        return ModelInstance(self.name, row, choice, path, self._batching.max_batch, self.bundle.sha256)
+
+
+def find_bundles(root: Path) -> list[Path]:
+    """Folders under `root` (or `root` itself) that hold a manifest, by name.
+
+    Raises:
+        BundleDamaged: there is none.
+    """
+    if (root / MANIFEST).is_file():
+        return [root]
+    found = sorted(path.parent for path in root.glob(f"*/{MANIFEST}")) if root.is_dir() else []
+    if not found:
+        text = f"{root}: no bundle there; set UNETPP_BUNDLES to a bundle or to a folder of bundles"
+        raise BundleDamaged(text, setting="UNETPP_BUNDLES")
+    return found
 
 
 def read_deployment(folder: Path, runtime: RuntimeSettings, batching: BatchingSettings) -> Deployment:
@@ -182,7 +238,7 @@ def read_deployment(folder: Path, runtime: RuntimeSettings, batching: BatchingSe
     """
     bundle = read_bundle(folder)
     machine = _machine(runtime.engine, runtime.provider)
-    tuning = find_tuning(bundle, machine, runtime.tuning_folder)
+    tuning = find_tuning(bundle, machine, runtime.tuning_folder, runtime.threads)
     return Deployment(bundle, machine, runtime, batching, tuning)
 
 

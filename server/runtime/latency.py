@@ -13,6 +13,10 @@ OUTLIER = 4.0
 # of a new size also prepares the next ones.
 CONFIDENT_AFTER = 3
 
+# Factor by which each refusal shrinks the rate that it rests on. Rates that were learned while the machine was ten times slower
+# refuse 22 requests, of which each is answered within milliseconds.
+DOUBT = 0.9
+
 # Powers of two by which an observed size may be larger than a piece of work and still say enough of it.
 NEAR = 2
 
@@ -39,11 +43,12 @@ UNKNOWN = Prediction(0.0, 0.0, confident=False)
 
 @dataclass
 class _Rate:
-    """Seconds per pixel of one key at one size."""
+    """Seconds per pixel of one key at one size; `doubt` shrinks the fastest one until the next observation."""
 
     expected: float
     fastest: float
     observations: int = 1
+    doubt: float = 1.0
 
 
 class LatencyModel:
@@ -74,7 +79,7 @@ class LatencyModel:
         rate = rates[size]
         # What a smaller piece pays for starting makes a larger one look slow, which would be refused and never observed.
         confident = rate.observations >= CONFIDENT_AFTER and 0 <= size - pixels.bit_length() <= NEAR
-        return Prediction(pixels * rate.expected, pixels * rate.fastest, confident)
+        return Prediction(pixels * rate.expected, pixels * rate.fastest * rate.doubt, confident)
 
     def observe(self, key: Hashable, pixels: int, seconds: float, macs_per_pixel: float = 0.0) -> None:
         """Learns from a piece of work of `pixels` pixels that took `seconds`."""
@@ -85,7 +90,9 @@ class LatencyModel:
             rates[size] = _Rate(seen, seen)
         else:
             rate.observations += 1
-            rate.fastest = min(rate.fastest, seen)
+            # What was doubted is replaced by the next observation.
+            rate.fastest = min(rate.fastest, seen) if rate.doubt == 1 else seen
+            rate.doubt = 1.0
             rate.expected = (
                 rate.fastest if rate.observations <= CONFIDENT_AFTER else _follow(rate.expected, seen)
             )
@@ -93,9 +100,12 @@ class LatencyModel:
             known, per_mac = self._seconds_per_mac, seen / macs_per_pixel
             self._seconds_per_mac = _follow(known, per_mac) if known else per_mac
 
-    def forget(self, key: Hashable) -> None:
-        """Drops what is known of a key."""
-        self._rates.pop(key, None)
+    def doubt(self, key: Hashable, pixels: int) -> None:
+        """Trusts the fastest rate a little less, because work was refused that would have shown whether it still holds."""
+        rates = self._rates.get(key)
+        if rates:
+            size = min(rates, key=lambda known: abs(known - pixels.bit_length()))
+            rates[size].doubt *= DOUBT
 
 
 def _follow(known: float, seen: float) -> float:

@@ -9,13 +9,12 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from server.errors import BundleDamaged, EngineUnavailable, NotReady, UnetppError
+from server.errors import BundleDamaged, EngineUnavailable, NotReady, UnetppError, shutting_down
 from server.runtime import golden, memory
+from server.runtime.bundle import GOLDEN, WEIGHTS, check_files
 from server.runtime.deployment import Deployment, ModelInstance
 from server.runtime.device import DeviceRunner
 from server.runtime.engines import ENGINES, Engine
-from server.runtime.machine import count_cores
-from server.runtime.selection import Candidate
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ class Loader:
     )
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _opening: dict[ModelInstance, Future[Engine]] = field(default_factory=dict)
-    _open: list[ModelInstance] = field(default_factory=list)
+    _open: dict[ModelInstance, Deployment] = field(default_factory=dict)
     _closed: bool = False
 
     def open_recommended(self, deployment: Deployment) -> None:
@@ -78,7 +77,7 @@ class Loader:
             (deployment, one) for deployment in deployments for one in deployment.of_auto
         ]:
             fits = self._used_bytes() + instance.memory_bytes <= self.memory_bytes
-            if instance.engine is None and instance not in tried and fits:
+            if not deployment.retired and instance.engine is None and instance not in tried and fits:
                 tried.add(instance)
                 with contextlib.suppress(NotReady):
                     self.submit(deployment, instance).add_done_callback(opened)
@@ -101,7 +100,7 @@ class Loader:
             return await asyncio.shield(asyncio.wrap_future(future))
         except asyncio.CancelledError:
             if future.cancelled():
-                raise _shutting_down() from None
+                raise shutting_down() from None
             raise
 
     def submit(self, deployment: Deployment, instance: ModelInstance) -> "Future[Engine]":
@@ -112,7 +111,9 @@ class Loader:
                 done.set_result(engine)
                 return done
             if self._closed:
-                raise _shutting_down()
+                raise shutting_down()
+            if instance.failure is not None:
+                raise instance.failure
             if instance not in self._opening:
                 self._opening[instance] = self._executor.submit(self._open_instance, deployment, instance)
             return self._opening[instance]
@@ -124,7 +125,8 @@ class Loader:
     def forget(self, deployment: Deployment) -> None:
         """Keeps nothing of a deployment that has been replaced; requests that still run on it hold what they need."""
         with self._lock:
-            self._open = [one for one in self._open if deployment.instances.get(one.key[1:]) is not one]
+            deployment.retired = True
+            self._open = {one: owner for one, owner in self._open.items() if owner is not deployment}
 
     def close(self) -> None:
         """Waits for the graph that is being opened; the others are not opened any more."""
@@ -136,23 +138,26 @@ class Loader:
         try:
             self._make_room(instance)
             started = time.perf_counter()
-            engine = open_engine(deployment, instance)
-            self._check_golden(deployment, instance, engine)
+            _check_unchanged(deployment, instance)
+            try:
+                engine = open_engine(deployment, instance)
+                if self._closed:
+                    raise shutting_down()
+                self._check_golden(deployment, instance, engine)
+            except BundleDamaged as error:
+                instance.failure = error
+                raise
             with self._lock:
                 instance.engine, instance.last_use = engine, time.monotonic()
                 instance.last_success = instance.last_use
-                self._open.append(instance)
+                if not deployment.retired:
+                    self._open[instance] = deployment
+            deployment.note_opened(instance)
             # Compiling leaves hundreds of MB in the C library's free lists.
             memory.malloc_trim()
-            candidate = instance.choice.candidate
-            log.info(
-                "opened %s %s: %s on %s in %.1f s",
-                instance.model,
-                instance.name,
-                candidate.engine,
-                candidate.provider,
-                time.perf_counter() - started,
-            )
+            candidate, seconds = instance.choice.candidate, time.perf_counter() - started
+            where = (instance.model, instance.name, candidate.engine, candidate.provider)
+            log.info("opened %s %s: %s on %s in %.1f s", *where, seconds)
             return engine
         finally:
             with self._lock:
@@ -163,57 +168,65 @@ class Loader:
 
         Raises:
             BundleDamaged: the scores at fp32 differ.
+            EngineUnavailable: the engine cannot run the graph, or computes a reduced precision badly.
         """
         candidate = instance.choice.candidate
+        where = {"engine": candidate.engine, "provider": candidate.provider}
         for tiles, expected in golden.pairs_of(deployment.bundle, instance.graph.name):
             try:
                 difference = golden.mean_difference(self.device.run_blocking(engine.run, tiles), expected)
             except UnetppError:
                 raise
-            except Exception as error:  # noqa: BLE001 - every runtime raises its own
-                self._give_up(deployment, candidate, f"{instance.path}: cannot be run: {error}", error)
-                return
+            except Exception as error:
+                problem = f"{candidate.engine} on {candidate.provider} cannot run {instance.path}: {error}"
+                _fall_back(deployment, candidate.provider, problem)
+                raise EngineUnavailable(problem, **where) from error
             limit = golden.TOLERANCE[candidate.precision]
             if difference <= limit:
                 continue
             problem = (
-                f"{instance.path}: {candidate.engine} on {candidate.provider} at {candidate.precision} differs from the golden "
-                f"scores by {difference:.2g} on average (limit {limit:g})"
+                f"{instance.path}: {candidate.engine} on {candidate.provider} at {candidate.precision} differs from the "
+                f"golden scores by {difference:.2g} on average (limit {limit:g})"
             )
-            if candidate.precision == "fp32":
+            if candidate.precision == "fp32" and candidate.provider == "cpu":
                 raise BundleDamaged(problem, file=instance.path.name, limit=limit, actual=difference)
             # The files are sound, because their hashes match; this machine computes the precision badly.
-            self._give_up(deployment, candidate, problem)
-
-    def _give_up(
-        self, deployment: Deployment, candidate: Candidate, problem: str, cause: Exception | None = None
-    ) -> None:
-        """Excludes a candidate where the operator left the choice to the server.
-
-        Raises:
-            EngineUnavailable: always, so that nobody waits for this instance.
-        """
-        failure = EngineUnavailable(problem, engine=candidate.engine, provider=candidate.provider)
-        if candidate.provider == "cpu" or not deployment.provider_is_fixed:
-            log.error("NOT SERVED: %s", problem)
-            deployment.exclude([candidate])
-        raise failure from cause
+            if candidate.provider == "cpu" or not deployment.provider_is_fixed:
+                log.error("NOT SERVED: %s", problem)
+                deployment.exclude(instance)
+            raise EngineUnavailable(problem, **where)
 
     def _make_room(self, instance: ModelInstance) -> None:
         """Closes the least recently used graphs until the new one fits."""
-        while self._open and self._used_bytes() + instance.memory_bytes > self.memory_bytes:
-            with self._lock:
+        with self._lock:
+            while self._open and self._used_bytes() + instance.memory_bytes > self.memory_bytes:
                 oldest = min(self._open, key=lambda one: one.last_use)
-                self._open.remove(oldest)
+                del self._open[oldest]
                 oldest.engine = None
-            log.info("closed %s %s, because others need its memory", oldest.model, oldest.name)
+                log.info("closed %s %s, because others need its memory", oldest.model, oldest.name)
 
     def _used_bytes(self) -> int:
-        return sum(one.memory_bytes for one in self._open)
+        return sum(one.memory_bytes for one in tuple(self._open))
 
 
-def _shutting_down() -> NotReady:
-    return NotReady("the server is shutting down; try again in a moment")
+def _check_unchanged(deployment: Deployment, instance: ModelInstance) -> None:
+    """Checks the hashes of what is about to be opened, because a folder may be replaced while it is served.
+
+    Raises:
+        BundleDamaged: a file is not the one that was read when the deployment was made.
+    """
+    try:
+        names = (instance.path.name, WEIGHTS, GOLDEN)
+        check_files(deployment.bundle.folder, deployment.manifest, names)
+    except BundleDamaged as error:
+        text = f"{error}; if the bundle was replaced, reload the server"
+        raise BundleDamaged(text, **error.fields) from error
+
+
+def _fall_back(deployment: Deployment, provider: str, problem: str) -> None:
+    """Leaves a GPU that has never worked for the CPU, where the operator left the choice to the server."""
+    if not deployment.provider_is_fixed and provider != "cpu" and deployment.exclude_provider(provider):
+        log.warning("FALLING BACK to the CPU: %s", problem)
 
 
 def open_engine(deployment: Deployment, instance: ModelInstance) -> Engine:
@@ -225,21 +238,12 @@ def open_engine(deployment: Deployment, instance: ModelInstance) -> Engine:
     """
     candidate = instance.choice.candidate
     try:
-        return ENGINES[candidate.engine].open(
-            instance.path, candidate.precision, candidate.provider, deployment.threads or count_cores()
-        )
+        opener = ENGINES[candidate.engine].open
+        return opener(instance.path, candidate.precision, candidate.provider, deployment.threads)
     except Exception as error:
         if candidate.provider == "cpu" and not isinstance(error, UnetppError):
-            raise BundleDamaged(
-                f"{instance.path}: {candidate.engine} cannot open it: {error}", file=instance.path.name
-            ) from error
+            text = f"{instance.path}: {candidate.engine} cannot open it: {error}"
+            raise BundleDamaged(text, file=instance.path.name) from error
         problem = f"{candidate.engine} on {candidate.provider} cannot run {instance.path}: {error}"
-        if deployment.provider_is_fixed or candidate.provider == "cpu":
-            raise EngineUnavailable(problem, engine=candidate.engine, provider=candidate.provider) from error
-        log.warning("FALLING BACK to the CPU: %s", problem)
-        deployment.exclude(
-            choice.candidate
-            for choice in deployment.selection.choices.values()
-            if choice.candidate.provider == candidate.provider
-        )
+        _fall_back(deployment, candidate.provider, problem)
         raise EngineUnavailable(problem, engine=candidate.engine, provider=candidate.provider) from error

@@ -40,6 +40,7 @@ class Machine:
         cores: cores that this process may use.
         engines: precisions that run natively, by engine and then by provider; only installed engines.
         versions: package version per engine.
+        gpus: names of the GPUs and their driver; empty where no GPU provider is installed.
     """
 
     processor: str
@@ -47,6 +48,7 @@ class Machine:
     cores: int
     engines: Mapping[str, Mapping[str, tuple[str, ...]]]
     versions: Mapping[str, str]
+    gpus: tuple[str, ...] = ()
 
     @property
     def has_fast_int8(self) -> bool:
@@ -84,7 +86,9 @@ def read_machine(engine: str = "auto", provider: str = "auto") -> Machine:
             )
     processor, features = read_processor()
     versions = {name: package_version(ENGINES[name].module) for name in engines}
-    return Machine(processor, features, count_cores(), engines, versions)
+    has_gpu_provider = any(name != "cpu" for row in engines.values() for name in row)
+    gpus = _read_gpus() if has_gpu_provider else ()
+    return Machine(processor, features, count_cores(), engines, versions, gpus)
 
 
 def count_cores(quota: Path = CGROUP_QUOTA) -> int:
@@ -117,3 +121,19 @@ def package_version(module: str) -> str:
         except PackageNotFoundError:
             continue
     return "unknown"
+
+
+def _read_gpus() -> tuple[str, ...]:
+    """Names of the GPUs and the version of their driver, as NVML gives them; empty where there is none."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+            names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
+            return (*names, str(pynvml.nvmlSystemGetDriverVersion())) if names else ()
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception:  # noqa: BLE001 - without the package or the driver there is no GPU to name
+        return ()

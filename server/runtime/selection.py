@@ -8,13 +8,13 @@
    calibrated one in `PRECISION_ORDER` that the processor runs natively.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from server.errors import EngineUnavailable
 from server.runtime.bundle import GRAPH_PRECISIONS, HEAD_STD, Manifest
 from server.runtime.machine import Machine
-from server.runtime.tuning import Tuning
+from server.runtime.tuning import Tuning, TuningRow
 from server.settings import BatchingSettings, RuntimeSettings
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
@@ -101,7 +101,7 @@ def select(
     settings: RuntimeSettings,
     batching: BatchingSettings,
     tuning: Tuning | None = None,
-    excluded: Collection[Candidate] = (),
+    excluded: Collection[tuple[str, Candidate]] = (),
 ) -> Selection:
     """Applies the rule.
 
@@ -111,19 +111,22 @@ def select(
         settings: precision that `auto` means.
         batching: limit of pixels in one run.
         tuning: measurements that belong to this bundle on this machine.
-        excluded: candidates that proved broken on this machine when they were opened.
+        excluded: (graph, candidate) that proved broken on this machine when they were opened.
 
     Raises:
         EngineUnavailable: a graph cannot be served by anything here, or not at the configured precision.
     """
-    candidates = list(_candidates(manifest, machine, excluded))
+    every = _candidates(manifest, machine)
     choices: dict[tuple[str, str], Choice] = {}
     auto, reason = {}, {}
     for graph in (one.name for one in manifest.all_graphs):
+        working = [candidate for candidate in every if (graph, candidate) not in excluded]
+        # GPUs where one of them works, else the CPU.
+        preferred = [candidate for candidate in working if candidate.provider != "cpu"] or working
         for precision in PRECISIONS:
             able = [
                 c
-                for c in candidates
+                for c in preferred
                 if c.precision == precision and is_enabled(manifest, graph, precision, c.engine)
             ]
             if able:
@@ -148,22 +151,19 @@ def select(
     return Selection(choices, auto, reason)
 
 
-def _candidates(manifest: Manifest, machine: Machine, excluded: Collection[Candidate]) -> Iterator[Candidate]:
-    """Every candidate of the preferred kind of device: GPUs where there is one that is not excluded, else the CPU."""
-    every = [
+def _candidates(manifest: Manifest, machine: Machine) -> list[Candidate]:
+    """Every candidate of this machine that the bundle has a graph file for."""
+    return [
         Candidate(engine, provider, precision)
         for engine, providers in machine.engines.items()
         for provider, precisions in providers.items()
         for precision in precisions
         if GRAPH_PRECISIONS[precision] in manifest.graph_precisions
     ]
-    every = [candidate for candidate in every if candidate not in excluded]
-    gpu = [candidate for candidate in every if candidate.provider != "cpu"]
-    return iter(gpu or every)
 
 
 def _rank_engine(candidate: Candidate, graph: str, tuning: Tuning | None) -> tuple[float, int]:
-    row = tuning.row(graph, candidate.precision, candidate.engine) if tuning else None
+    row = _tuned(candidate, graph, tuning)
     return row.milliseconds if row else float("inf"), ENGINE_ORDER.index(candidate.engine)
 
 
@@ -179,12 +179,8 @@ def _auto(
     if configured in served:
         return configured, "settings"
     safe = [p for p, c in served.items() if p == "fp32" or within_tolerance(manifest, graph, p, c.engine)]
-    timed = {}
-    for precision in safe if tuning else ():
-        candidate = served[precision]
-        row = tuning.row(graph, precision, candidate.engine) if tuning else None
-        if row:
-            timed[precision] = row.milliseconds
+    rows = {precision: _tuned(served[precision], graph, tuning) for precision in safe}
+    timed = {precision: row.milliseconds for precision, row in rows.items() if row}
     if timed:
         return min(timed, key=lambda precision: timed[precision]), "tuning"
     provider = next(iter(served.values())).provider
@@ -194,14 +190,19 @@ def _auto(
 
 
 def _batch_pixels(candidate: Candidate, graph: str, batching: BatchingSettings, tuning: Tuning | None) -> int:
-    row = tuning.row(graph, candidate.precision, candidate.engine) if tuning else None
-    if row:
+    if row := _tuned(candidate, graph, tuning):
         return min(row.batch_pixels, batching.max_batch_pixels)
     return (
         min(CPU_BATCH_PIXELS, batching.max_batch_pixels)
         if candidate.provider == "cpu"
         else batching.max_batch_pixels
     )
+
+
+def _tuned(candidate: Candidate, graph: str, tuning: Tuning | None) -> TuningRow | None:
+    if tuning is None:
+        return None
+    return tuning.row(graph, candidate.precision, candidate.engine, candidate.provider)
 
 
 def _nothing_serves(manifest: Manifest, machine: Machine, graph: str) -> str:

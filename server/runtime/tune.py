@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from server.errors import TuningTooNoisy
+from server.errors import EngineUnavailable, TuningTooNoisy
 from server.runtime import golden
-from server.runtime.bundle import HEAD_STD, read_bundle
+from server.runtime.bundle import read_bundle
 from server.runtime.deployment import Deployment
 from server.runtime.device import DeviceThread
 from server.runtime.engines import Engine
 from server.runtime.loader import open_engine
 from server.runtime.machine import read_machine
-from server.runtime.selection import is_enabled
+from server.runtime.selection import Candidate, is_enabled
 from server.runtime.tuning import Tuning, TuningKey, TuningRow
 from server.settings import BatchingSettings, RuntimeSettings
 
@@ -37,11 +37,10 @@ NOISE = 0.15
 
 @dataclass
 class _Timed:
-    """One candidate and its times in milliseconds."""
+    """One candidate for a graph, and its times in milliseconds."""
 
     graph: str
-    precision: str
-    engine_name: str
+    candidate: Candidate
     engine: Engine
     times: list[float] = field(default_factory=list)
 
@@ -57,7 +56,7 @@ def tune(
     runtime: RuntimeSettings,
     batching: BatchingSettings,
     limit_s: float,
-    advance: Callable[[str], None] = lambda line: None,
+    advance: Callable[[str], None] = lambda graph: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Tuning:
     """Measures every enabled candidate of every graph of a bundle.
@@ -67,7 +66,7 @@ def tune(
         runtime: engine and provider to restrict the candidates to; a precision named there does not.
         batching: limits of a batch.
         limit_s: seconds after which no further round begins.
-        advance: called with a line for each graph.
+        advance: called with the name of each graph that has been measured.
         clock: seconds that never go back.
 
     Raises:
@@ -97,16 +96,19 @@ def tune(
             advance(graph)
     finally:
         device.close()
-    key = TuningKey.of(bundle, read_machine(runtime.engine, runtime.provider))
+    key = TuningKey.of(bundle, read_machine(runtime.engine, runtime.provider), runtime.threads)
     return Tuning(key=key, rows=tuple(rows))
 
 
 def _open(deployment: Deployment, graph: str) -> Iterator[_Timed]:
-    """Opens a graph at each precision that may serve it."""
-    for (name, precision), instance in deployment.instances.items():
-        engine = instance.choice.candidate.engine
-        if name == graph and name != HEAD_STD and is_enabled(deployment.manifest, graph, precision, engine):
-            yield _Timed(graph, precision, engine, open_engine(deployment, instance))
+    """Opens a graph at each precision that may serve it; a candidate that cannot be opened is left out, as in serving."""
+    for (name, precision), instance in list(deployment.instances.items()):
+        candidate = instance.choice.candidate
+        if name == graph and is_enabled(deployment.manifest, graph, precision, candidate.engine):
+            try:
+                yield _Timed(graph, candidate, open_engine(deployment, instance))
+            except EngineUnavailable as error:
+                log.warning("not measured: %s", error)
 
 
 def _measure(
@@ -147,13 +149,14 @@ def _measure(
     largest = max(1, min(batching.max_batch, batching.max_batch_pixels // pixels))
     return [
         TuningRow(
-            graph=candidate.graph,
-            precision=candidate.precision,
-            engine=candidate.engine_name,
-            milliseconds=round(min(candidate.times), 4),
-            batch_pixels=pixels * tune_batch_size(candidate.engine, dims, channels, largest, device, clock),
+            graph=timed.graph,
+            precision=timed.candidate.precision,
+            engine=timed.candidate.engine,
+            provider=timed.candidate.provider,
+            milliseconds=round(min(timed.times), 4),
+            batch_pixels=pixels * tune_batch_size(timed.engine, dims, channels, largest, device, clock),
         )
-        for candidate in candidates
+        for timed in candidates
     ]
 
 

@@ -31,6 +31,8 @@ class TuningKey(_Part):
         cores: cores of the process.
         engines: version per engine.
         providers: execution providers, sorted.
+        gpus: names and driver of the GPUs; empty on a CPU.
+        threads: threads of one graph run.
     """
 
     bundle: str
@@ -39,9 +41,11 @@ class TuningKey(_Part):
     cores: int
     engines: dict[str, str]
     providers: tuple[str, ...]
+    gpus: tuple[str, ...]
+    threads: int
 
     @classmethod
-    def of(cls, bundle: Bundle, machine: Machine) -> "TuningKey":
+    def of(cls, bundle: Bundle, machine: Machine, threads: int = 0) -> "TuningKey":
         """The key of a bundle on a machine."""
         providers = sorted({provider for row in machine.engines.values() for provider in row})
         return cls(
@@ -51,6 +55,8 @@ class TuningKey(_Part):
             cores=machine.cores,
             engines=dict(sorted(machine.versions.items())),
             providers=tuple(providers),
+            gpus=machine.gpus,
+            threads=threads or machine.cores,
         )
 
     @property
@@ -68,6 +74,7 @@ class TuningRow(_Part):
         graph: name in the manifest.
         precision: fp32, bf16, fp16 or int8.
         engine: key of `ENGINES`.
+        provider: execution provider.
         milliseconds: minimum time of one tile.
         batch_pixels: pixels of the largest batch that was worth its delay.
     """
@@ -75,6 +82,7 @@ class TuningRow(_Part):
     graph: str
     precision: str
     engine: str
+    provider: str
     milliseconds: float = Field(gt=0)
     batch_pixels: int = Field(ge=1)
 
@@ -92,18 +100,19 @@ class Tuning(_Part):
     created: float = Field(default_factory=time.time)
     rows: tuple[TuningRow, ...]
 
-    def row(self, graph: str, precision: str, engine: str) -> TuningRow | None:
-        """The point measured for a graph at a precision on an engine."""
-        wanted = (graph, precision, engine)
-        return next((row for row in self.rows if (row.graph, row.precision, row.engine) == wanted), None)
+    def row(self, graph: str, precision: str, engine: str, provider: str) -> TuningRow | None:
+        """The point measured for a graph at a precision on an engine and provider."""
+        point = (graph, precision, engine, provider)
+        rows = (row for row in self.rows if (row.graph, row.precision, row.engine, row.provider) == point)
+        return next(rows, None)
 
 
-def find_tuning(bundle: Bundle, machine: Machine, folder: Path) -> Tuning | None:
+def find_tuning(bundle: Bundle, machine: Machine, folder: Path, threads: int = 0) -> Tuning | None:
     """Reads the tuning that fits, from the cache folder or else from the bundle's own folder; None where there is none.
 
     A file that cannot be read, or whose key differs, is ignored with a warning: a start never fails because of a tuning.
     """
-    key = TuningKey.of(bundle, machine)
+    key = TuningKey.of(bundle, machine, threads)
     name = key.file_name
     for path in (folder / name, bundle.folder / BUNDLE_FOLDER / name):
         try:

@@ -120,6 +120,10 @@ class Admission:
             Overloaded: with the wait for others it takes too long.
             DeadlinePassed: the deadline has passed.
         """
+        if estimate.fastest_s > qos.budget_s:
+            # A refused request is not run, so that without this a rate that no longer holds would refuse for ever.
+            for key, pixels in estimate.observed:
+                self._latency.doubt(key, pixels)
         if estimate.fastest_s > qos.timeout_s:
             raise TooLarge(
                 f"this would take {estimate} here, and POST /segment works for at most {qos.timeout_s:g} s; send the same request to "
@@ -218,14 +222,16 @@ class Admission:
         header, reference = headers
         graph = target.instance.graph
         work = estimate_work(header, reference, placement, target.manifest, graph, formats, params)
-        device = self._latency.predict(target.instance.key, work.tile_pixels, graph.macs_per_pixel)
-        cpu = self._latency.predict(cpu_work(header, formats, params), work.pixels)
+        observed = (target.instance.key, work.tile_pixels), (cpu_work(header, formats, params), work.pixels)
+        device = self._latency.predict(*observed[0], graph.macs_per_pixel)
+        cpu = self._latency.predict(*observed[1])
         known = device.confident and cpu.confident
         estimate = replace(
             work,
             device_s=work.windows * device.seconds,
             cpu_s=cpu.seconds,
             fastest_s=work.windows * device.fastest_s + cpu.fastest_s if known else 0.0,
+            observed=observed,
         )
         self._check_limits(estimate, header)
         return estimate
@@ -238,7 +244,7 @@ class Admission:
         limit_mb = self._limits.max_memory_mb
         if estimate.memory_bytes > limit_mb * 1e6:
             raise TooLarge(
-                f"this would take {estimate} of memory; the limit is {limit_mb:,} MB. Crop the input, ask for fewer formats, of which "
+                f"this would take {estimate}; the limit is {limit_mb:,} MB. Crop the input, ask for fewer formats, of which "
                 "the mask takes least, or raise UNETPP_LIMITS__MAX_MEMORY_MB on the server",
                 limit=limit_mb,
                 actual=round(estimate.memory_bytes / 1e6),
@@ -285,8 +291,14 @@ class Admission:
         return candidates[-1]
 
     def _predict_s(self, estimate: Estimate) -> float:
-        """Predicted time until the answer: the queue, and the work as far as it is known."""
+        """Predicted time until the answer: the queue, and the work as far as it is known.
+
+        On an idle server the work counts at the fastest rate, because what was learned while it was busy would otherwise
+        degrade requests that never get the chance to show that they are fast again.
+        """
         own = estimate.seconds if estimate.fastest_s else 0.0
+        if self._scheduler.is_idle:
+            own = estimate.fastest_s
         return self._scheduler.predict_wait_s(estimate.device_s) + own
 
     def _refuse_late(self, estimate: Estimate, qos: QoS) -> None:

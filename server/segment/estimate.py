@@ -1,6 +1,7 @@
 """What a request will take, told from its header alone."""
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 from server.arrays import InputHeader
@@ -29,6 +30,7 @@ class Estimate:
         device_s: predicted device time; 0 where nothing is known.
         cpu_s: predicted time beside the device: decoding, merging, post-processing and encoding; 0 where nothing is known.
         fastest_s: both at the best rates ever observed; 0 unless enough was observed to refuse a request because of it.
+        observed: keys and sizes of the latency model that the times rest on.
     """
 
     pixels: int
@@ -39,6 +41,7 @@ class Estimate:
     device_s: float = 0.0
     cpu_s: float = 0.0
     fastest_s: float = 0.0
+    observed: tuple[tuple[Hashable, int], ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -46,7 +49,8 @@ class Estimate:
         return self.device_s + self.cpu_s
 
     def __str__(self) -> str:
-        return f"about {self.seconds:,.0f} s and {self.memory_bytes / 1e6:,.0f} MB"
+        seconds = f"about {self.seconds:,.0f} s and " if self.fastest_s else ""
+        return f"{seconds}{self.memory_bytes / 1e6:,.0f} MB of memory"
 
 
 def estimate_work(

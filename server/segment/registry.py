@@ -54,22 +54,21 @@ class Target:
         Raises:
             InvalidParameter: lists the precisions at which the graph is served.
         """
-        selection = self.deployment.selection
-        served = selection.auto[self.graph] if precision == "auto" else precision
-        if (self.graph, served) not in selection.choices:
-            allowed = ("auto", *selection.precisions(self.graph))
+        instance = self.deployment.find(self.graph, precision)
+        if instance is None:
+            allowed = ("auto", *self.deployment.selection.precisions(self.graph))
             raise InvalidParameter(
                 f"precision={precision!r} is not served for {self.graph} of {self.model!r}; there are: {', '.join(allowed)}",
                 parameter="precision",
                 value=precision,
                 allowed=list(allowed),
             )
-        return replace(self, instance=self.deployment.instances[self.graph, served])
+        return replace(self, instance=instance)
 
 
 def _target(deployment: Deployment, mode: str, graph: str) -> Target:
     """A graph at `precision=auto`."""
-    instance = deployment.instances[graph, deployment.selection.auto[graph]]
+    instance = deployment.find_auto(graph)
     return Target(deployment, mode, instance.graph.level, instance)
 
 

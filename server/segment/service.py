@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 from server.arrays import Image, InputHeader, Mask, Volume
+from server.errors import EngineUnavailable
 from server.imaging import encode as encoding
 from server.imaging import geometry
 from server.imaging.decode import is_quick
@@ -123,26 +124,39 @@ class SegmentationService:
             CallerError, TryAgain, ServerFault: `server.errors` draws the tree.
         """
         requested = target or self.registry.resolve(params)
-        if is_zip(upload.file):
-            return await zip_batch.segment(self, upload, params, qos, on_progress, requested)
+        async with deadline(qos):
+            if is_zip(upload.file):
+                return await zip_batch.segment(self, upload, params, qos, on_progress, requested)
+            try:
+                return await self._segment_one(upload, params, qos, on_progress, requested)
+            except EngineUnavailable:
+                # The first to open a graph may find that this machine cannot run it; another candidate then serves it.
+                again = requested.at_precision(params.precision)
+                if again.instance is requested.instance:
+                    raise
+                for file in filter(None, (upload.file, upload.reference)):
+                    file.seek(0)
+                return await self._segment_one(upload, params, qos, on_progress, again)
+
+    async def _segment_one(
+        self, upload: Upload, params: SegmentParams, qos: QoS, on_progress: OnProgress, requested: Target
+    ) -> Response:
         options = decode_options(params, self.limits)
         worker = self.workers.task(_pool(upload))
-        async with deadline(qos):
-            headers = await worker.run("decode", read_headers, upload, options)
-            async with self.admission.admit(headers, requested, params, qos, upload.accept) as ticket:
-                worker.admitted(ticket.memory_wait_s, _threads(worker, headers[0], ticket, params))
-                engine = await worker.wait(
-                    "open", self.loader.ensure_open(ticket.target.deployment, ticket.target.instance)
-                )
-                on_progress("decode", 0, ticket.estimate.windows)
-                source, reference = await worker.run("decode", decode_upload, upload, params, options)
-                window = await worker.run("decode", _window, source, ticket, params)
-                mask = await infer(window, ticket.flow, engine, self.scheduler, worker, on_progress)
-                on_progress("encode", ticket.estimate.windows, ticket.estimate.windows)
-                result = await worker.run(
-                    "postprocess", finish_mask, window, mask, reference, ticket, params, worker
-                )
-                encoded = await worker.run("encode", encode_result, result, ticket, params, upload.name)
+        headers = await worker.run("decode", read_headers, upload, options)
+        async with self.admission.admit(headers, requested, params, qos, upload.accept) as ticket:
+            worker.admitted(ticket.memory_wait_s, _threads(worker, headers[0], ticket, params))
+            target = ticket.target
+            engine = await worker.wait("open", self.loader.ensure_open(target.deployment, target.instance))
+            on_progress("decode", 0, ticket.estimate.windows)
+            source, reference = await worker.run("decode", decode_upload, upload, params, options)
+            window = await worker.run("decode", _window, source, ticket, params)
+            mask = await infer(window, ticket.flow, engine, self.scheduler, worker, on_progress)
+            on_progress("encode", ticket.estimate.windows, ticket.estimate.windows)
+            result = await worker.run(
+                "postprocess", finish_mask, window, mask, reference, ticket, params, worker
+            )
+            encoded = await worker.run("encode", encode_result, result, ticket, params, upload.name)
         response = respond(encoded, result, ticket, params, worker.timings)
         self._complete(headers[0], ticket, params, response)
         self.on_completed(ticket, source, mask, params)

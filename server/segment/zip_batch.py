@@ -6,11 +6,11 @@ import math
 import tempfile
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from server.errors import CallerError, InvalidParameter, TooLarge, Unreadable, UnsupportedType
-from server.segment.deadline import deadline
 from server.segment.estimate import Estimate, times
 from server.segment.registry import Target
 from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upload
@@ -40,17 +40,7 @@ async def estimate(service: "SegmentationService", upload: Upload, params: Segme
     finally:
         zips.close()
         upload.file.seek(0)
-    every = times(one, len(entries))
-    return Estimate(
-        every.pixels,
-        len(entries),
-        every.tile_pixels,
-        every.padding,
-        every.memory_bytes,
-        every.device_s,
-        every.cpu_s,
-        every.fastest_s,
-    )
+    return replace(times(one, len(entries)), windows=len(entries))
 
 
 async def segment(
@@ -74,10 +64,9 @@ async def segment(
             )
     zips = ZipFiles(upload.file, service.limits)
     try:
-        async with deadline(qos):
-            if qos.budget_s < math.inf:
-                service.admission.check_time(await estimate(service, upload, params), qos)
-            return await _ZipBatch(service, params, qos, on_progress, target, upload).run(zips)
+        if qos.budget_s < math.inf:
+            service.admission.check_time(await estimate(service, upload, params), qos)
+        return await _ZipBatch(service, params, qos, on_progress, target, upload).run(zips)
     except BaseException:
         zips.close()
         raise
@@ -101,7 +90,7 @@ async def _estimate_first(
             file = cast("BinaryIO", spooled)
             try:
                 await worker.run("decode", zips.extract, entry, file)
-                _refuse_dicom(file)
+                _check_image(file)
                 return await service.estimate(Upload(file), params)
             except (ZipTooLarge, _DicomInZip):
                 raise
@@ -232,9 +221,7 @@ class _ZipBatch:
             file = cast("BinaryIO", spooled)
             async with self._files:
                 await worker.run("decode", zips.extract, entry, file)
-            _refuse_dicom(file)
-            if is_zip(file):
-                raise UnsupportedType("a zip in a zip is not read; pack the images themselves")
+            _check_image(file)
             # Time is for all images together: one alone would be refused because of the others.
             upload, qos = (
                 Upload(file, name=entry.name, accept=self._upload.accept),
@@ -270,12 +257,15 @@ class _DicomInZip(UnsupportedType):
     """A DICOM file in a zip, which makes the whole zip one volume rather than many images."""
 
 
-def _refuse_dicom(file: BinaryIO) -> None:
-    """Refuses a zip of DICOM files.
+def _check_image(file: BinaryIO) -> None:
+    """Refuses what cannot be one image of many.
 
     Raises:
-        _DicomInZip: the file is one.
+        UnsupportedType: the file is a zip itself.
+        _DicomInZip: the file is DICOM.
     """
+    if is_zip(file):
+        raise UnsupportedType("a zip in a zip is not read; pack the images themselves")
     head = file.read(132)
     file.seek(0)
     if head[128:] == b"DICM":

@@ -19,7 +19,8 @@ from server import errors, listening
 from server.api.auth import Keys, make
 from server.errors import UnetppError
 from server.jobs.store import Store
-from server.runtime.bundle import find_bundles, read_bundle
+from server.runtime.bundle import read_bundle
+from server.runtime.deployment import find_bundles
 from server.runtime.machine import read_machine
 from server.service import open_service
 from server.settings import JobsSettings, Settings

@@ -8,8 +8,8 @@ import onnx
 import pytest
 
 from server.errors import BundleDamaged
-from server.runtime.bundle import Manifest, find_bundles, read_bundle
-from server.runtime.deployment import read_deployment
+from server.runtime.bundle import Manifest, read_bundle
+from server.runtime.deployment import find_bundles, read_deployment
 from server.runtime.engines import ENGINES, Engine
 from server.runtime.loader import open_engine
 from server.settings import BatchingSettings, RuntimeSettings
