@@ -53,10 +53,16 @@ def server() -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        own = {"UNETPP_HTTP__PORT": f"{port}", "UNETPP_JOBS__FOLDER": folder, "UNETPP_BUNDLES": f"{ROOT / 'bundles'}"}
+        own = {
+            "UNETPP_HTTP__PORT": f"{port}",
+            "UNETPP_JOBS__FOLDER": folder,
+            "UNETPP_BUNDLES": f"{ROOT / 'bundles'}",
+        }
         own["UNETPP_RUNTIME__TUNING_FOLDER"] = f"{folder}/tuning"
         command = [sys.executable, "-m", "server.cli", "serve"]
-        process = subprocess.Popen(command, env={**os.environ, **own}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # noqa: TID251
+        process = subprocess.Popen(
+            command, env={**os.environ, **own}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
         try:
             url = f"http://127.0.0.1:{port}"
             for _ in range(600):
@@ -114,7 +120,14 @@ def main() -> None:
     rows = []
     for number, (file, query) in enumerate(REQUESTS):
         digests = [column[number] for column in columns.values()]
-        rows.append([file.name, query or "(none)", *(digest[:12] for digest in digests), "yes" if len(set(digests)) == 1 else "NO"])
+        rows.append(
+            [
+                file.name,
+                query or "(none)",
+                *(digest[:12] for digest in digests),
+                "yes" if len(set(digests)) == 1 else "NO",
+            ]
+        )
     print(markdown(["file", "query", *columns, "same"], rows))
     if any(row[-1] != "yes" for row in rows):
         raise SystemExit(1)

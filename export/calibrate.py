@@ -1,4 +1,4 @@
-"""What each level and precision is worth: IoU, Dice and latency on labelled data, into the manifest."""
+"""Measures IoU, Dice and latency of each level and precision on labelled data, and writes them into the manifest."""
 
 import itertools
 import platform
@@ -15,7 +15,16 @@ from export.data import Labelled, labelled
 from export.pack import write_manifest
 from export.verify import runnable
 from model.reading import DataError
-from server.runtime.bundle import Bundle, Calibration, CalibrationRow, Graph, Manifest, Measured, Recommended, read_bundle
+from server.runtime.bundle import (
+    Bundle,
+    Calibration,
+    CalibrationRow,
+    Graph,
+    Manifest,
+    Measured,
+    Recommended,
+    read_bundle,
+)
 from server.runtime.engines import ENGINES, Engine
 from server.runtime.golden import noise
 from server.runtime.machine import count_cores
@@ -35,7 +44,7 @@ def calibrate(
     held_out: bool,
     precisions: Collection[str] = (),
     advance: Callable[[CalibrationRow], None] = lambda row: None,
-    show: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Measured:
     """Measures every graph at every precision on every engine and writes the table into the manifest.
 
@@ -46,7 +55,7 @@ def calibrate(
         held_out: write the table as the held-out result, which decides nothing.
         precisions: measure only these anew and keep the other rows of the table; none means all.
         advance: called with each row.
-        show: called after each image of each row: how many are done, and how many there are in all.
+        on_progress: called after each image of each row, with the number of images done and in all.
 
     Raises:
         DataError: the data cannot be read, or rows to keep were measured on other data or another machine.
@@ -54,17 +63,25 @@ def calibrate(
     manifest = bundle.manifest
     images = list(labelled(data, split, manifest))
     facts = {"data": f"{data.name}, {split} split", "images": len(images), "machine": machine()}
-    rows = _kept(manifest.held_out if held_out else manifest.calibration, facts, precisions) if precisions else []
+    rows = (
+        _kept(manifest.held_out if held_out else manifest.calibration, facts, precisions)
+        if precisions
+        else []
+    )
     pairs = [pair for pair in runnable(bundle) if not precisions or pair[1] in precisions]
     measured_once = {"fp32"} & {precision for _, precision in pairs}
     total = len(manifest.graphs) * (len(measured_once) + sum(p != "fp32" for _, p in pairs)) * len(images)
     scored = itertools.count(1)
     for graph in manifest.graphs:
         for precision, engines in _engines(bundle, graph, pairs):
-            timed = sorted(((_latency(engine, manifest), engine) for engine in engines), key=lambda pair: pair[0])
-            # At fp32 `verify` proves that all engines agree to 1e-4: the fastest speaks for them.
+            timed = sorted(
+                ((_latency(engine, manifest), engine) for engine in engines), key=lambda pair: pair[0]
+            )
+            # At fp32 only the fastest is scored, because `verify` proves that all engines agree to 1e-4.
             for latency, engine in timed[:1] if precision == "fp32" else timed:
-                iou, mean_iou, dice, *by_class = _quality(engine, manifest, graph, images, lambda: show(next(scored), total))
+                iou, mean_iou, dice, *by_class = _quality(
+                    engine, manifest, graph, images, lambda: on_progress(next(scored), total)
+                )
                 row = CalibrationRow(
                     graph=graph.name, precision=precision, engine=engine.name, iou=iou, mean_iou=mean_iou, dice=dice,
                     class_dice=tuple(by_class) if len(by_class) > 1 else (), latency_ms=round(latency * 1e3, 3),
@@ -76,14 +93,20 @@ def calibrate(
     measured = Measured.model_validate({**facts, "rows": tuple(rows)})
     update: dict[str, object] = {"held_out": measured}
     if not held_out:
-        update = {"calibration": Calibration.model_validate({**dict(measured), "recommended": recommend(manifest, measured)})}
+        update = {
+            "calibration": Calibration.model_validate(
+                {**dict(measured), "recommended": recommend(manifest, measured)}
+            )
+        }
     write_manifest(bundle.folder, manifest.model_copy(update=update))
     read_bundle(bundle.folder)
     return measured
 
 
-def _kept(before: Measured | None, facts: dict[str, object], precisions: Collection[str]) -> list[CalibrationRow]:
-    """Rows of the other precisions, where there are some and they may stand beside new ones."""
+def _kept(
+    before: Measured | None, facts: dict[str, object], precisions: Collection[str]
+) -> list[CalibrationRow]:
+    """Returns the rows of the other precisions, if they are of the same data and machine."""
     if before is None:
         return []
     if before.model_dump(include=set(facts)) != facts:
@@ -92,13 +115,13 @@ def _kept(before: Measured | None, facts: dict[str, object], precisions: Collect
 
 
 def recommend(manifest: Manifest, measured: Measured) -> Recommended:
-    """The shallowest level whose fastest faithful row stays within the tolerance of the best row of the table."""
+    """Returns the shallowest level whose fastest row within tolerance of its own fp32 is also within tolerance of the best row."""
     best = max((r for r in measured.rows if r.precision == "fp32"), key=lambda r: r.iou)
     for level in manifest.levels:
         rows = [r for r in measured.rows if r.graph == f"L{level}"]
         reference = next(r for r in rows if r.precision == "fp32")
-        faithful = [r for r in rows if r.iou >= reference.iou - IOU_TOLERANCE]
-        row = min(faithful, key=lambda r: r.latency_ms)
+        enabled = [r for r in rows if r.iou >= reference.iou - IOU_TOLERANCE]
+        row = min(enabled, key=lambda r: r.latency_ms)
         if row.iou >= best.iou - IOU_TOLERANCE:
             place = "the shallowest level within"
             break
@@ -111,8 +134,10 @@ def recommend(manifest: Manifest, measured: Measured) -> Recommended:
     return Recommended(level=level, precision=row.precision, why=why)
 
 
-def mean_overlap(classes: UInt8[ndarray, "*size"], label: UInt8[ndarray, "*size"], values: list[int]) -> list[float]:
-    """Foreground IoU, IoU with the background averaged in, foreground Dice, and Dice per class, of one image."""
+def mean_overlap(
+    classes: UInt8[ndarray, "*size"], label: UInt8[ndarray, "*size"], values: list[int]
+) -> list[float]:
+    """Returns foreground IoU, IoU averaged with the background, foreground Dice, and Dice per class, of one image."""
     foreground = [overlap(classes == value, label == value) for value in values]
     background = overlap(classes == 0, label == 0)
     iou = float(np.mean([o.iou for o in foreground]))
@@ -121,21 +146,27 @@ def mean_overlap(classes: UInt8[ndarray, "*size"], label: UInt8[ndarray, "*size"
 
 
 def machine() -> str:
-    """Processor and cores, for the table's caption."""
+    """Returns the processor and its cores, for the table's caption."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        lines = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        lines = [
+            line.split(":", 1)[1].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         name = f"{lines[0]}, {len(lines)} cores" if lines else name
     return name
 
 
 def _engines(bundle: Bundle, graph: Graph, pairs: list[tuple[str, str]]) -> list[tuple[str, list[Engine]]]:
-    """Opened engines per precision, of (engine, precision) pairs."""
-    found: dict[str, list[Engine]] = {}
+    """Opens the engines of (engine, precision) pairs, by precision."""
+    opened: dict[str, list[Engine]] = {}
     for engine, precision in pairs:
-        found.setdefault(precision, []).append(ENGINES[engine].open(bundle.path(graph.name, precision), precision, "cpu", count_cores()))
-    return list(found.items())
+        opened.setdefault(precision, []).append(
+            ENGINES[engine].open(bundle.path(graph.name, precision), precision, "cpu", count_cores())
+        )
+    return list(opened.items())
 
 
 def _latency(engine: Engine, manifest: Manifest) -> float:
@@ -143,16 +174,20 @@ def _latency(engine: Engine, manifest: Manifest) -> float:
     engine.run(tiles)
     times = []
     for _ in range(LATENCY_RUNS):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         engine.run(tiles)
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - started)
     return statistics.median(times)
 
 
-def _quality(engine: Engine, manifest: Manifest, graph: Graph, images: list[Labelled], advance: Callable[[], None]) -> list[float]:
+def _quality(
+    engine: Engine, manifest: Manifest, graph: Graph, images: list[Labelled], advance: Callable[[], None]
+) -> list[float]:
     values = [c.value for c in manifest.classes]
     scores = []
     for item in images:
-        scores.append(mean_overlap(infer_offline(item.image, manifest, graph, engine).classes, item.label, values))
+        scores.append(
+            mean_overlap(infer_offline(item.image, manifest, graph, engine).classes, item.label, values)
+        )
         advance()
     return [round(float(np.mean(column)), 5) for column in zip(*scores, strict=True)]

@@ -1,22 +1,23 @@
 """`unetpp export`, `verify` and `calibrate`."""
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from model.cli import fail
+from server.cli_utils import fail, progress
 
 BUNDLE = typer.Argument(exists=True, file_okay=False, help="Folder of the bundle, e.g. bundles/nuclei.")
-DATA = typer.Option(exists=True, file_okay=False, help="Folder with images/, labels/ and index.csv (columns id, split).")
+DATA = typer.Option(
+    exists=True, file_okay=False, help="Folder with images/, labels/ and index.csv (columns id, split)."
+)
 
 
 @contextmanager
-def _spoken() -> Iterator[None]:
-    """Errors meant for a person, without a traceback."""
+def _errors_as_lines() -> Iterator[None]:
+    """Prints errors meant for a person without a traceback, and exits with 1."""
     from export.pack import ExportError
     from export.verify import VerifyError
     from model.checkpoint import CheckpointError
@@ -28,49 +29,53 @@ def _spoken() -> Iterator[None]:
         fail(str(error))
 
 
-@contextmanager
-def _progress(description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """A progress bar on a terminal, nothing elsewhere; yields rich's `update` of its one task."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        yield functools.partial(bar.update, bar.add_task(description, total=total))
-
-
 def export(
-    checkpoint: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="best.safetensors of a training run.")],
-    card: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="TOML card, e.g. export/cards/nuclei.toml.")],
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the bundle; a bundle there is replaced.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="best.safetensors of a training run.")
+    ],
+    card: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="TOML card, e.g. export/cards/nuclei.toml.")
+    ],
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder of the bundle; a bundle there is replaced.")
+    ],
     data: Annotated[Path | None, DATA] = None,
 ) -> None:
     """Export a checkpoint as a bundle: every level and the averaged network; with --data also in int8."""
     from export.pack import export as run
     from export.pack import read_card
 
-    with _spoken(), _progress("exporting", _graph_files(checkpoint, int8=data is not None)) as update:
-        bundle = run(checkpoint, read_card(card), out, data, lambda file: update(advance=1, description=f"wrote {file}"))
+    with _errors_as_lines(), progress("exporting", _graph_files(checkpoint, int8=data is not None)) as update:
+        bundle = run(
+            checkpoint,
+            read_card(card),
+            out,
+            data,
+            lambda file: update(advance=1, description=f"wrote {file}"),
+        )
     size = sum(entry.bytes for entry in bundle.manifest.files.values())
     typer.echo(f"{out}: {len(bundle.manifest.files)} files, {size / 1e6:.1f} MB\nnext: unetpp verify {out}")
 
 
 def _graph_files(checkpoint: Path, *, int8: bool) -> int | None:
-    """ONNX files that the export of a checkpoint writes; None where it will be refused."""
+    """Counts the ONNX files that the export of a checkpoint writes; None where it will be refused."""
     from model.checkpoint import load
     from model.network import UNetPlusPlus
 
     network, _ = load(checkpoint)
-    # A graph per head and `accurate`, in fp32 and fp16; and the spread of several heads.
-    return (len(network.heads) + 1) * (2 + int8) + (len(network.heads) > 1) if isinstance(network, UNetPlusPlus) else None
+    # A graph per head and `accurate`, in fp32, fp16 and perhaps int8; and the standard deviation of several heads.
+    return (
+        (len(network.heads) + 1) * (2 + int8) + (len(network.heads) > 1)
+        if isinstance(network, UNetPlusPlus)
+        else None
+    )
 
 
 def add_uncertainty(bundle: Annotated[Path, BUNDLE]) -> None:
-    """Add the graph behind formats uncertainty_* to a bundle exported without it; all else in it stays."""
+    """Add the graph behind format=uncertainty to a bundle that was exported without it; nothing else changes."""
     from export.pack import add_uncertainty as run
 
-    with _spoken():
+    with _errors_as_lines():
         entry = run(bundle).manifest.files["head_std.onnx"]
     typer.echo(f"{bundle}/head_std.onnx: {entry.bytes / 1e3:.1f} kB\nnext: unetpp verify {bundle}")
 
@@ -88,11 +93,18 @@ def verify(bundle: Annotated[Path, BUNDLE]) -> None:
     console = Console()
 
     def add(v: Verdict) -> None:
-        table.add_row(v.graph, v.precision, v.engine, f"{v.max_abs:.2e}", f"{v.agreement:.5f}", "ok" if v.passed else "FAILED")
+        table.add_row(
+            v.graph,
+            v.precision,
+            v.engine,
+            f"{v.max_abs:.2e}",
+            f"{v.agreement:.5f}",
+            "ok" if v.passed else "FAILED",
+        )
         update(advance=1)
 
     try:
-        with _spoken(), _progress("comparing with torch") as update:
+        with _errors_as_lines(), progress("comparing with torch") as update:
             opened = read_bundle(bundle)
             update(total=combinations(opened))
             run(opened, add)
@@ -104,9 +116,12 @@ def calibrate(
     bundle: Annotated[Path, BUNDLE],
     data: Annotated[Path, DATA],
     split: Annotated[str, typer.Option(help="Split of index.csv to measure on.")] = "val",
-    held_out: Annotated[bool, typer.Option("--held-out", help="Record as the held-out result, which decides nothing.")] = False,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Record as the held-out result, which decides nothing.")
+    ] = False,
     precision: Annotated[
-        list[str] | None, typer.Option(help="Measure only this one anew and keep the other rows; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Measure only this one anew and keep the other rows; may be repeated."),
     ] = None,
 ) -> None:
     """Measure IoU, Dice and latency of every level and precision, and recommend a level."""
@@ -120,19 +135,37 @@ def calibrate(
     console = Console()
 
     def add(r: CalibrationRow) -> None:
-        table.add_row(r.graph, r.precision, r.engine, f"{r.iou:.4f}", f"{r.mean_iou:.4f}", f"{r.dice:.4f}", f"{r.latency_ms:.1f}")
+        table.add_row(
+            r.graph,
+            r.precision,
+            r.engine,
+            f"{r.iou:.4f}",
+            f"{r.mean_iou:.4f}",
+            f"{r.dice:.4f}",
+            f"{r.latency_ms:.1f}",
+        )
         update(description=f"measured {r.graph} at {r.precision} on {r.engine}")
 
     def show(done: int, total: int) -> None:
         update(completed=done, total=total)
 
     try:
-        with _spoken(), _progress("measuring images") as update:
-            run(read_bundle(bundle), data, split, held_out=held_out, precisions=precision or (), advance=add, show=show)
+        with _errors_as_lines(), progress("measuring images") as update:
+            run(
+                read_bundle(bundle),
+                data,
+                split,
+                held_out=held_out,
+                precisions=precision or (),
+                advance=add,
+                on_progress=show,
+            )
     finally:
-        # It takes minutes: whoever interrupts it gets what is there.
+        # Printed even after an interruption, because measuring takes minutes.
         if table.row_count:
             console.print(table)
     manifest = read_bundle(bundle).manifest
     if manifest.calibration and not held_out:
-        typer.echo(f"recommended: level {manifest.calibration.recommended.level}: {manifest.calibration.recommended.why}")
+        typer.echo(
+            f"recommended: level {manifest.calibration.recommended.level}: {manifest.calibration.recommended.why}"
+        )

@@ -17,8 +17,8 @@ from server.runtime.bundle import Graph, Manifest
 from server.segment.preprocess import place
 from server.segment.sliding_window import make_sliding_window
 
-# Pixels or voxels: whoever calibrates has chosen the files.
-MOST = 1_000_000_000
+# Pixels or voxels of a file; large, because the operator has chosen the files.
+MAX_PIXELS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,25 @@ class Labelled:
 
 
 def labelled(root: Path, split: str, manifest: Manifest) -> Iterator[Labelled]:
-    """The images or volumes of a split, one at a time.
+    """Yields the images or volumes of a split.
 
     Raises:
-        DataError: names missing files, those that cannot be read or do not fit, or the split has no rows.
+        DataError: names a file that is missing, unreadable or of another size; or the split has no rows.
     """
     for sample in samples(root, split, manifest.dims):
         image = _decoded(sample.image)
-        label = read_label(sample.label, manifest.score_channels) if manifest.dims == 2 else _voxels(sample, manifest)
+        label = (
+            read_label(sample.label, manifest.score_channels)
+            if manifest.dims == 2
+            else _voxels(sample, manifest)
+        )
         if label.shape != image.size:
             raise DataError(f"{sample.id}: image is {image.size}, label is {label.shape}")
         yield Labelled(sample.id, image, label)
 
 
 def samples(root: Path, split: str, dims: int) -> list[Sample]:
-    """Rows of a split.
+    """Returns the rows of a split.
 
     Raises:
         DataError: there are none.
@@ -57,14 +61,14 @@ def samples(root: Path, split: str, dims: int) -> list[Sample]:
 
 
 def calibration_tiles(root: Path, manifest: Manifest, graph: Graph, count: int, seed: int = 0) -> list[Tiles]:
-    """The middle windows of randomly chosen training images or volumes.
+    """Cuts the middle windows of randomly chosen training images or volumes.
 
     Args:
         root: data folder.
-        manifest: for channels, window and normalisation.
-        graph: for the divisor.
-        count: images drawn.
-        seed: of the draw.
+        manifest: channels, window and normalisation.
+        graph: the graph, which sets the divisor.
+        count: number of images.
+        seed: seed of the choice.
     """
     rows = samples(root, "train", manifest.dims)
     chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
@@ -72,7 +76,7 @@ def calibration_tiles(root: Path, manifest: Manifest, graph: Graph, count: int, 
     for index in chosen:
         source = _decoded(rows[index].image)
         window = make_sliding_window(source, place(source.input_header, manifest, "auto"), manifest, graph)
-        # The one in the middle, because at the corner of a large volume lies air.
+        # The middle one, because the corners of a large volume are air.
         middle = len(window.windows) // 2
         tiles.append(window.cut(range(middle, middle + 1)))
     return tiles
@@ -81,13 +85,13 @@ def calibration_tiles(root: Path, manifest: Manifest, graph: Graph, count: int, 
 def _decoded(path: Path, *, labels: bool = False) -> Image | Volume:
     try:
         with path.open("rb") as file:
-            return decode(file, DecodeOptions(MOST, MOST, labels=labels))
+            return decode(file, DecodeOptions(MAX_PIXELS, MAX_PIXELS, labels=labels))
     except UnetppError as error:
         raise DataError(f"{path.parent.name}/{path.name}: {error}") from error
 
 
 def _voxels(sample: Sample, manifest: Manifest) -> UInt8[ndarray, "*size"]:
-    """A label volume in the voxels of its file, as the answer will be."""
+    """Reads a label volume in the voxels of its file, like a response."""
     if apart := misplaced(sample):
         raise DataError(apart)
     values = _decoded(sample.label, labels=True).values[..., 0]
@@ -95,5 +99,7 @@ def _voxels(sample: Sample, manifest: Manifest) -> UInt8[ndarray, "*size"]:
         return (values > 0).astype(np.uint8)
     label = values.astype(np.uint8)
     if (label != values).any() or label.max(initial=0) > len(manifest.classes):
-        raise DataError(f"labels/{sample.label.name}: values other than the classes 0 to {len(manifest.classes)}")
+        raise DataError(
+            f"labels/{sample.label.name}: values other than the classes 0 to {len(manifest.classes)}"
+        )
     return label

@@ -1,4 +1,4 @@
-"""Golden pairs: synthetic inputs and torch's answers, against which every engine is checked."""
+"""Golden pairs: synthetic inputs and the scores of torch, against which every engine is checked."""
 
 from pathlib import Path
 
@@ -18,17 +18,17 @@ CASES: dict[int, dict[str, tuple[int, ...]]] = {
     3: {"cube": (1, 32, 32, 32), "long": (2, 16, 48, 16)},
 }
 
-# Discs or balls: how likely one begins at a pixel, and how far it reaches.
+# Discs or balls: probability that one begins at a pixel, and its radius.
 CELLS = {2: (12 / 64**2, 5), 3: (12 / 32**3, 4)}
 
 
 def synthetic_cells(size: tuple[int, ...], channels: int, seed: int) -> UInt8[ndarray, "*size C"]:
-    """Bright blurred discs (or balls) on a noisy ground: structured like microscopy, belonging to nobody."""
+    """Draws bright blurred discs or balls on a noisy ground, structured like microscopy."""
     random = np.random.default_rng(seed)
     dims = len(size)
-    likely, reach = CELLS[dims]
-    seeds = random.random(size) < likely
-    discs = ndimage.binary_dilation(seeds, ndimage.generate_binary_structure(dims, 1), iterations=reach)
+    probability, radius = CELLS[dims]
+    seeds = random.random(size) < probability
+    discs = ndimage.binary_dilation(seeds, ndimage.generate_binary_structure(dims, 1), iterations=radius)
     picture = ndimage.gaussian_filter(discs.astype(np.float32), 1.5) * 150 + 30
     picture = picture[..., None] * random.uniform(0.6, 1.0, channels) + random.normal(0, 6, (*size, channels))
     pixels: UInt8[ndarray, "*size C"] = np.clip(picture, 0, 255).astype(np.uint8)
@@ -36,7 +36,7 @@ def synthetic_cells(size: tuple[int, ...], channels: int, seed: int) -> UInt8[nd
 
 
 def tiles_of(images: list[UInt8[ndarray, "*size C"]]) -> Tiles:
-    """Images or volumes of one size as tiles with their own statistics."""
+    """Makes tiles from images or volumes of one size, each with its own statistics."""
     parts = []
     for image in images:
         shape = (1, -1, *(1,) * (image.ndim - 1))
@@ -46,7 +46,7 @@ def tiles_of(images: list[UInt8[ndarray, "*size C"]]) -> Tiles:
 
 
 def torch_scores(graph: ServedGraph, tiles: Tiles) -> Scores:
-    """What torch answers, in float32."""
+    """Computes the scores in torch, in float32."""
     with torch.no_grad():
         pixels = torch.from_numpy(tiles.pixels.astype(np.float32))
         scores: Float32[ndarray, "N K *tile"] = graph(
@@ -60,7 +60,11 @@ def write_golden(path: Path, graphs: dict[str, ServedGraph], channels: int, dims
     arrays: dict[str, np.ndarray] = {}
     for case, (count, *size) in CASES[dims].items():
         tiles = tiles_of([synthetic_cells(tuple(size), channels, seed) for seed in range(count)])
-        arrays |= {f"image/{case}": tiles.pixels, f"mean/{case}": tiles.mean, f"inverse_std/{case}": tiles.inverse_std}
+        arrays |= {
+            f"image/{case}": tiles.pixels,
+            f"mean/{case}": tiles.mean,
+            f"inverse_std/{case}": tiles.inverse_std,
+        }
         for name, graph in graphs.items():
             arrays[f"scores/{name}/{case}"] = torch_scores(graph, tiles)
     # Through a file object: NumPy would append a suffix to a path of another name.

@@ -11,24 +11,26 @@ from model.network import UNetPlusPlus
 
 
 class ServedGraph(nn.Module):
-    """What one ONNX file computes.
+    """The computation of one ONNX file.
 
     The network runs in the dtype of its weights; normalisation and activation always in float32.
 
     Args:
         network: pruned to a level (one head), or whole (all heads, averaged).
         activation: sigmoid for one class, softmax for several.
-        spread: give the spread of the heads too, as a last channel.
+        head_std: also returns the standard deviation over the heads, as a last channel.
     """
 
-    def __init__(self, network: UNetPlusPlus, activation: Literal["sigmoid", "softmax"], *, head_std: bool = False) -> None:
+    def __init__(
+        self, network: UNetPlusPlus, activation: Literal["sigmoid", "softmax"], *, head_std: bool = False
+    ) -> None:
         super().__init__()
         self.network = network
         self.activation = activation
         self.head_std = head_std
 
     def forward(self, image: Tensor, mean: Tensor, inverse_std: Tensor) -> Tensor:
-        """Mean of the heads' probabilities.
+        """Computes the mean of the heads' probabilities.
 
         Args:
             image: (N, C, h, w[, d]) float32 raw values.
@@ -36,7 +38,7 @@ class ServedGraph(nn.Module):
             inverse_std: (N, C, 1, 1[, 1]) float32.
 
         Returns:
-            (N, K, h, w[, d]) float32 in [0, 1]; with the spread (N, K + 1, h, w[, d]).
+            (N, K, h, w[, d]) float32 in [0, 1]; with head_std (N, K + 1, h, w[, d]).
         """
         x = (image - mean) * inverse_std
         dtype = next(self.network.parameters()).dtype
@@ -46,11 +48,15 @@ class ServedGraph(nn.Module):
         for score in scores[1:]:
             total = total + score
         mean_score = total / len(scores) if len(scores) > 1 else total
-        return torch.cat([mean_score, self._spread(scores, mean_score)], dim=1) if self.head_std else mean_score
+        return (
+            torch.cat([mean_score, self._head_std(scores, mean_score)], dim=1)
+            if self.head_std
+            else mean_score
+        )
 
     @staticmethod
-    def _spread(scores: list[Tensor], mean_score: Tensor) -> Tensor:
-        """Standard deviation over the heads of the foreground probability, in [0, 0.5]."""
+    def _head_std(scores: list[Tensor], mean_score: Tensor) -> Tensor:
+        """Computes the standard deviation of the foreground probability over the heads, in [0, 0.5]."""
         # With several classes the first is the background, and 1 - background deviates as much as the background.
         variance = (scores[0][:, :1] - mean_score[:, :1]) ** 2
         for score in scores[1:]:
@@ -62,10 +68,10 @@ class ServedGraph(nn.Module):
 
 
 def fold_batch_norm(network: UNetPlusPlus) -> UNetPlusPlus:
-    """The same function without batch normalisation: folded into the convolutions before it.
+    """Folds batch normalisation into the convolutions before it, which keeps the function.
 
-    All engines then run identical arithmetic, and the weights file needs no running statistics.
-    Networks with instance normalisation or none are returned as they are.
+    All engines then run the same arithmetic, and the weights file needs no running statistics.
+    Networks with another normalisation, or none, are returned as they are.
     """
     if network.config.norm != "batch":
         return network
@@ -84,7 +90,7 @@ def fold_batch_norm(network: UNetPlusPlus) -> UNetPlusPlus:
 
 
 def round_to_fp16(network: UNetPlusPlus) -> UNetPlusPlus:
-    """The network with every parameter rounded to float16 and kept as float32: what the weights file holds."""
+    """Rounds every parameter to float16, in place and kept as float32, because that is what the weights file holds."""
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(parameter.half().float())
@@ -92,6 +98,6 @@ def round_to_fp16(network: UNetPlusPlus) -> UNetPlusPlus:
 
 
 def level_networks(network: UNetPlusPlus) -> dict[str, tuple[int, UNetPlusPlus]]:
-    """(level, network) per graph name: L1..Ln pruned, and "accurate", the whole network."""
+    """Returns (level, network) per graph name: L1..Ln pruned, and "accurate", the whole network."""
     graphs = {f"L{level}": (level, network.prune(level)) for level in network.config.heads}
     return graphs | {"accurate": (network.config.depth, network)}

@@ -24,7 +24,7 @@ PREFIX = "network."
 
 
 def to_onnx(graph: ServedGraph) -> onnx.ModelProto:
-    """The graph in ONNX with weights inside; batch and spatial axes are dynamic."""
+    """Exports a graph to ONNX with its weights inside; batch and spatial axes are dynamic."""
     config = graph.network.config
     size = [2 ** (config.depth + 1)] * config.dims
     ones = [1] * config.dims
@@ -35,7 +35,7 @@ def to_onnx(graph: ServedGraph) -> onnx.ModelProto:
     )
     axes = dict(zip(range(2, 2 + config.dims), ("height", "width", "depth"), strict=False))
     shapes = {"image": {0: "tiles", **axes}, "mean": {0: "tiles"}, "inverse_std": {0: "tiles"}}
-    # The exporter tells its own story about packages that are not needed here.
+    # Because the exporter reports packages that are not needed here.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -49,12 +49,13 @@ def to_onnx(graph: ServedGraph) -> onnx.ModelProto:
             dynamic_shapes=shapes,
             verbose=False,
         )
-    assert program is not None  # noqa: S101 - narrows the type
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned no program")
     return _clean(program.model_proto)
 
 
 def _clean(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Without stack traces and shapes of the exporter: they hold paths and grow the file."""
+    """Removes the exporter's stack traces and shapes, because they hold paths and grow the file."""
     del proto.metadata_props[:]
     del proto.graph.metadata_props[:]
     del proto.graph.value_info[:]
@@ -68,7 +69,7 @@ def _clean(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def offsets(weights: Path) -> dict[str, tuple[int, int]]:
-    """(offset, length) in bytes of each tensor, from the start of a safetensors file."""
+    """Returns (offset, length) in bytes of each tensor, from the start of a safetensors file."""
     with weights.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -81,10 +82,10 @@ def offsets(weights: Path) -> dict[str, tuple[int, int]]:
 
 
 def point_at_weights(proto: onnx.ModelProto, weights: Path) -> onnx.ModelProto:
-    """The same graph with its parameters in the weights file.
+    """Moves the parameters of a graph into the weights file.
 
     Args:
-        proto: from `to_onnx` or quantised from it; parameters are named after the network's.
+        proto: graph of `to_onnx`, or quantised from one; parameters have the names of the network's.
         weights: safetensors file with every parameter in float16.
 
     Raises:
@@ -97,11 +98,17 @@ def point_at_weights(proto: onnx.ModelProto, weights: Path) -> onnx.ModelProto:
         name = tensor.name.removeprefix(PREFIX)
         if name not in places:
             if len(tensor.raw_data) > 16_384:
-                raise ValueError(f"initialiser {tensor.name} of {len(tensor.raw_data)} bytes is not in the weights file")
+                raise ValueError(
+                    f"initialiser {tensor.name} of {len(tensor.raw_data)} bytes is not in the weights file"
+                )
             continue
         if tensor.data_type == TensorProto.FLOAT:
             stored = f"{tensor.name}.fp16"
-            casts.append(helper.make_node("Cast", [stored], [tensor.name], name=f"{tensor.name}.cast", to=TensorProto.FLOAT))
+            casts.append(
+                helper.make_node(
+                    "Cast", [stored], [tensor.name], name=f"{tensor.name}.cast", to=TensorProto.FLOAT
+                )
+            )
             renamed[tensor.name] = stored
         _make_external(tensor, renamed.get(tensor.name, tensor.name), *places[name])
     nodes = [*casts, *proto.graph.node]

@@ -1,4 +1,4 @@
-"""Writes a bundle: weights, graphs, golden pairs and manifest; last step: reads it back as the server will."""
+"""Writes a bundle: weights, graphs, golden pairs and manifest; then reads it back as the server does."""
 
 import copy
 import datetime
@@ -15,7 +15,7 @@ from export.data import calibration_tiles
 from export.golden import write_golden
 from export.graph import ServedGraph, fold_batch_norm, level_networks, round_to_fp16
 from export.lower import point_at_weights
-from export.precision import GRAPH_PRECISIONS, fp32
+from export.precision import GRAPH_PRECISIONS, Source, fp32
 from model import checkpoint
 from model.config import UNetPlusPlusConfig
 from model.cost import macs, parameters
@@ -36,7 +36,7 @@ from server.runtime.bundle import (
     sha256,
 )
 
-# Training images whose first windows set the activation ranges of int8.
+# Training images whose middle windows set the activation ranges of int8.
 INT8_IMAGES = 48
 
 
@@ -45,7 +45,7 @@ class ExportError(ValueError):
 
 
 class Card(BaseModel):
-    """What a person says about a network (a TOML file); see `Manifest` for the meanings."""
+    """Description of a network by a person, in TOML; the fields are those of `Manifest`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -64,7 +64,7 @@ def read_card(path: Path) -> Card:
     """Reads a card.
 
     Raises:
-        ExportError: says which field is wrong.
+        ExportError: names the wrong field.
     """
     try:
         return Card.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
@@ -72,7 +72,9 @@ def read_card(path: Path) -> Card:
         raise ExportError(f"{path}: not a valid card: {error}") from error
 
 
-def export(source: Path, card: Card, out: Path, data: Path | None, advance: Callable[[str], None] = lambda step: None) -> Bundle:
+def export(
+    source: Path, card: Card, out: Path, data: Path | None, advance: Callable[[str], None] = lambda step: None
+) -> Bundle:
     """Exports a checkpoint as a bundle: `out` is complete or as it was.
 
     Only a kill in the moment between the two renames leaves no `out`; the old bundle then lies whole beside it,
@@ -80,7 +82,7 @@ def export(source: Path, card: Card, out: Path, data: Path | None, advance: Call
 
     Args:
         source: checkpoint from `unetpp train`.
-        card: what a person says about it.
+        card: description of the network.
         out: folder of the bundle; an existing bundle there is replaced.
         data: folder whose training split sets int8's ranges; without it there are no int8 graphs.
         advance: called with the name of each finished step.
@@ -100,7 +102,9 @@ def export(source: Path, card: Card, out: Path, data: Path | None, advance: Call
     activation: Literal["sigmoid", "softmax"] = "sigmoid" if config.classes == 1 else "softmax"
     levels = level_networks(network)
     served = {name: ServedGraph(pruned, activation).eval() for name, (_, pruned) in levels.items()}
-    precisions: tuple[Literal["fp32", "fp16", "int8"], ...] = ("fp32", "fp16", "int8") if data else ("fp32", "fp16")
+    precisions: tuple[Literal["fp32", "fp16", "int8"], ...] = (
+        ("fp32", "fp16", "int8") if data else ("fp32", "fp16")
+    )
     graphs = tuple(_describe(name, level, pruned, precisions) for name, (level, pruned) in levels.items())
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -111,8 +115,9 @@ def export(source: Path, card: Card, out: Path, data: Path | None, advance: Call
         manifest = _manifest(card, config, _spacing(notes), activation, graphs)
         for graph in graphs:
             tiles = calibration_tiles(data, manifest, graph, INT8_IMAGES) if data else []
+            origin = Source(served[graph.name], tiles)
             for precision, file in graph.files.items():
-                proto = GRAPH_PRECISIONS[precision](served[graph.name], tiles)
+                proto = GRAPH_PRECISIONS[precision](origin)
                 onnx.save(point_at_weights(proto, folder / WEIGHTS), folder / file)
                 advance(file)
         if len(config.heads) > 1:
@@ -126,24 +131,26 @@ def export(source: Path, card: Card, out: Path, data: Path | None, advance: Call
 
 
 def with_head_std(folder: Path, manifest: Manifest, network: UNetPlusPlus) -> Manifest:
-    """Writes the graph of the heads' spread, which has no golden scores of its own: they follow from those of the levels.
+    """Writes the graph `head_std`, whose golden scores follow from those of the levels.
 
     Args:
         folder: of the bundle, whose weights are the network's.
-        manifest: that the graph is to be entered in.
-        network: whole, as its weights file holds it.
+        manifest: manifest without the graph.
+        network: the whole network, as in its weights file.
 
     Returns:
-        The manifest with the graph, the size and hash of whose file are still to be written.
+        The manifest with the graph; size and hash of its file are still to be written.
 
     Raises:
         ExportError: the network has one head.
     """
     if len(network.config.heads) < 2:
-        raise ExportError(f"{manifest.name} has one head, whose spread is 0 everywhere; it was trained without deep supervision")
+        raise ExportError(
+            f"{manifest.name} has one head, so that heads cannot differ; it was trained without deep supervision"
+        )
     described = _describe(HEAD_STD, network.config.depth, network, ("fp32",))
     file = described.files["fp32"]
-    proto = fp32(ServedGraph(network, manifest.activation, head_std=True).eval(), [])
+    proto = fp32(Source(ServedGraph(network, manifest.activation, head_std=True).eval()))
     with checkpoint.atomic(folder / file) as temporary:
         onnx.save(point_at_weights(proto, folder / WEIGHTS), temporary)
     files = {**manifest.files, file: FileEntry(sha256="0" * 64, bytes=0)}
@@ -151,7 +158,7 @@ def with_head_std(folder: Path, manifest: Manifest, network: UNetPlusPlus) -> Ma
 
 
 def add_uncertainty(folder: Path) -> Bundle:
-    """Gives a bundle that was exported without it the graph of the heads' spread; every other file and number stays as it is.
+    """Adds the graph `head_std` to a bundle that was exported without it; nothing else changes.
 
     Raises:
         ExportError: the network has one head, or is no UNet++.
@@ -186,11 +193,17 @@ def _check_fit(config: UNetPlusPlusConfig, card: Card) -> None:
         ExportError: says what differs.
     """
     if len(card.channels) != config.in_channels:
-        raise ExportError(f"the card names {len(card.channels)} channels, the network takes {config.in_channels}")
+        raise ExportError(
+            f"the card names {len(card.channels)} channels, the network takes {config.in_channels}"
+        )
     if len(card.classes) != max(config.classes - 1, 1):
-        raise ExportError(f"the card names {len(card.classes)} foreground classes, the network has {max(config.classes - 1, 1)}")
+        raise ExportError(
+            f"the card names {len(card.classes)} foreground classes, the network has {max(config.classes - 1, 1)}"
+        )
     if [c.value for c in card.classes] != list(range(1, len(card.classes) + 1)):
-        raise ExportError(f"the values of the card's classes must be 1, 2, ...: got {[c.value for c in card.classes]}")
+        raise ExportError(
+            f"the values of the card's classes must be 1, 2, ...: got {[c.value for c in card.classes]}"
+        )
 
 
 def _spacing(notes: dict[str, Any]) -> tuple[float, float, float] | None:
@@ -237,7 +250,10 @@ def write_manifest(folder: Path, manifest: Manifest, *, as_read: bool = False) -
         manifest: to be written.
         as_read: leave out what is at its default because the manifest that was read, perhaps of an earlier version, did not say it.
     """
-    files = {name: FileEntry(sha256=sha256(folder / name), bytes=(folder / name).stat().st_size) for name in sorted(manifest.files)}
+    files = {
+        name: FileEntry(sha256=sha256(folder / name), bytes=(folder / name).stat().st_size)
+        for name in sorted(manifest.files)
+    }
     final = manifest.model_copy(update={"files": files})
     Manifest.model_validate(final.model_dump())
     with checkpoint.atomic(folder / MANIFEST) as temporary:
@@ -253,7 +269,9 @@ def _files(graphs: tuple[Graph, ...]) -> list[str]:
     return [WEIGHTS, GOLDEN, *(file for graph in graphs for file in graph.files.values())]
 
 
-def _describe(name: str, level: int, network: UNetPlusPlus, precisions: Sequence[Literal["fp32", "fp16", "int8"]]) -> Graph:
+def _describe(
+    name: str, level: int, network: UNetPlusPlus, precisions: Sequence[Literal["fp32", "fp16", "int8"]]
+) -> Graph:
     config = network.config
     side = 2 ** (config.depth + 3)
     size = [side] * config.dims

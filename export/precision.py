@@ -1,66 +1,86 @@
-"""A graph at each precision; one function each, from the float32 `ServedGraph`."""
+"""One function per precision, which makes the ONNX graph from the float32 `ServedGraph`."""
 
 import copy
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import onnx
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from export.graph import ServedGraph
 from export.lower import PREFIX, to_onnx
 from server.arrays import Tiles
 
-# Quantised with their neighbours; everything else (normalisation, sigmoid, averaging) stays in float32.
+# Operators that are quantised; all others (normalisation, sigmoid, averaging) stay in float32.
 INT8_OPERATORS = ["Conv", "ConvTranspose", "MaxPool", "Concat", "Relu"]
 
 
-def fp32(graph: ServedGraph, tiles: list[Tiles]) -> onnx.ModelProto:
+@dataclass(frozen=True)
+class Source:
+    """What all precisions of a graph are made from.
+
+    Attributes:
+        graph: the float32 graph.
+        tiles: training tiles that set the ranges of int8 activations.
+    """
+
+    graph: ServedGraph
+    tiles: list[Tiles] = field(default_factory=list)
+
+    @cached_property
+    def exported(self) -> onnx.ModelProto:
+        """The graph in ONNX; exported once, because that takes seconds."""
+        return to_onnx(self.graph)
+
+
+def fp32(source: Source) -> onnx.ModelProto:
     """Computes in float32."""
-    del tiles
-    return to_onnx(graph)
+    return copy.deepcopy(source.exported)
 
 
-def fp16(graph: ServedGraph, tiles: list[Tiles]) -> onnx.ModelProto:
-    """Convolutions in float16; normalisation and activation in float32."""
-    del tiles
-    half = ServedGraph(copy.deepcopy(graph.network).half(), graph.activation)
-    return to_onnx(half)
+def fp16(source: Source) -> onnx.ModelProto:
+    """Computes convolutions in float16, normalisation and activation in float32."""
+    return to_onnx(ServedGraph(copy.deepcopy(source.graph.network).half(), source.graph.activation))
 
 
-def int8(graph: ServedGraph, tiles: list[Tiles]) -> onnx.ModelProto:
-    """Static quantisation in QDQ form: int8 weights per channel, uint8 activations per tensor.
+def int8(source: Source) -> onnx.ModelProto:
+    """Quantises statically in QDQ form: int8 weights per channel, uint8 activations per tensor.
 
     The weights stay floating point in the graph and are quantised by a QuantizeLinear that the engines
     fold, so that they too come from the one weights file. Two kinds of convolutions stay in float32, both
     cheap: the very first, because normalised images range too widely for 256 steps (quantising its input
     cost 4 points of IoU on dim nuclei beside bright ones), and the heads, because they decide the mask.
-
-    Args:
-        graph: to quantise.
-        tiles: training tiles that set the ranges of the activations.
     """
     with tempfile.TemporaryDirectory() as folder:
-        source, prepared, target = (Path(folder) / name for name in ("source.onnx", "prepared.onnx", "int8.onnx"))
-        onnx.save(to_onnx(graph), source)
-        quant_pre_process(source, prepared, skip_optimization=True, skip_symbolic_shape=True)
-        in_float = [
-            node.name for node in onnx.load(prepared).graph.node
-            if any(name.startswith((f"{PREFIX}heads.", f"{PREFIX}nodes.0_0.0.")) for name in node.input)
-        ]  # fmt: skip
+        original, prepared, target = (
+            Path(folder) / name for name in ("fp32.onnx", "prepared.onnx", "int8.onnx")
+        )
+        onnx.save(source.exported, original)
+        quant_pre_process(original, prepared, skip_optimization=True, skip_symbolic_shape=True)
+        in_float = (f"{PREFIX}heads.", f"{PREFIX}nodes.0_0.0.")
+        nodes = onnx.load(prepared).graph.node
+        excluded = [node.name for node in nodes if any(name.startswith(in_float) for name in node.input)]
         quantize_static(
             prepared,
             target,
-            _Reader(tiles),
+            _Reader(source.tiles),
             quant_format=QuantFormat.QDQ,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             per_channel=True,
             calibrate_method=CalibrationMethod.MinMax,
             op_types_to_quantize=INT8_OPERATORS,
-            nodes_to_exclude=in_float,
+            nodes_to_exclude=excluded,
             extra_options={"AddQDQPairToWeight": True, "CalibMovingAverage": True},
         )
         proto = onnx.load(target)
@@ -78,4 +98,4 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
         return next(self._feeds, None)
 
 
-GRAPH_PRECISIONS: dict[str, Callable[[ServedGraph, list[Tiles]], onnx.ModelProto]] = {"fp32": fp32, "fp16": fp16, "int8": int8}
+GRAPH_PRECISIONS: dict[str, Callable[[Source], onnx.ModelProto]] = {"fp32": fp32, "fp16": fp16, "int8": int8}

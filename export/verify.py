@@ -1,11 +1,11 @@
-"""Proof that a bundle answers as torch does: on the server's own engines, per level and precision."""
+"""Proof that a bundle computes what torch computes: on the server's own engines, per level and precision."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 
 from export.golden import synthetic_cells, tiles_of, torch_scores
 from export.graph import ServedGraph, level_networks
@@ -17,9 +17,9 @@ from server.runtime.bundle import GRAPH_PRECISIONS, HEAD_STD, WEIGHTS, Bundle
 from server.runtime.engines import ENGINES
 from server.runtime.golden import head_std_pairs, noise, read_pairs
 
-# fp32 must equal torch up to rounding; the others must decide the same class for nearly every pixel.
+# fp32 must equal torch except for rounding; the others must give the same class for nearly every pixel.
 FP32_MAX_ABS = 1e-4
-LEAST_AGREEMENT = {"bf16": 0.98, "fp16": 0.995, "int8": 0.97}
+MIN_AGREEMENT = {"bf16": 0.98, "fp16": 0.995, "int8": 0.97}
 
 # ONNX's own operators, under both of its names.
 DOMAINS = {"", "ai.onnx"}
@@ -32,12 +32,20 @@ SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
 
 
 class VerifyError(ValueError):
-    """A graph does not answer as torch does; names each."""
+    """A graph differs from torch, or must not be served; the text names each."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One graph on one engine at one precision, over all inputs."""
+    """Comparison of one graph on one engine at one precision with torch, over all inputs.
+
+    Attributes:
+        graph: name in the manifest.
+        precision: fp32, bf16, fp16 or int8.
+        engine: key of `ENGINES`.
+        max_abs: largest absolute difference of a score.
+        agreement: share of pixels with the same class.
+    """
 
     graph: str
     precision: str
@@ -50,7 +58,7 @@ class Verdict:
         """Whether the rule of its precision holds."""
         if self.precision == "fp32":
             return self.max_abs <= FP32_MAX_ABS
-        return self.agreement >= LEAST_AGREEMENT[self.precision]
+        return self.agreement >= MIN_AGREEMENT[self.precision]
 
 
 def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: None) -> list[Verdict]:
@@ -63,10 +71,11 @@ def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: 
         advance: called with each verdict.
 
     Raises:
-        VerifyError: names every graph that fails, or that holds nodes of other levels, or whose golden pair is not torch's.
+        VerifyError: names every graph that differs, holds nodes of other levels or foreign parts, or has a wrong golden pair.
     """
     network, _ = checkpoint.load(bundle.folder / WEIGHTS)
-    assert isinstance(network, UNetPlusPlus)  # noqa: S101 - narrows the type
+    if not isinstance(network, UNetPlusPlus):
+        raise VerifyError(f"{WEIGHTS} holds a {type(network).__name__}; only UNet++ can be verified")
     manifest = bundle.manifest
     verdicts, wrong = [], []
     networks = {name: pruned for name, (_, pruned) in level_networks(network).items()} | (
@@ -76,16 +85,27 @@ def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: 
     for name, pruned in networks.items():
         wrong += wrong_nodes(bundle, name, pruned)
         graph = ServedGraph(pruned, manifest.activation, head_std=name == HEAD_STD).eval()
-        golden = head_std_pairs(known) if name == HEAD_STD else [(tiles, scores) for g, tiles, scores in known if g == name]
+        golden = (
+            head_std_pairs(known)
+            if name == HEAD_STD
+            else [(tiles, scores) for g, tiles, scores in known if g == name]
+        )
         inputs = _inputs(len(manifest.channels), manifest.dims) + [tiles for tiles, _ in golden]
         expected = [torch_scores(graph, tiles) for tiles in inputs]
-        if not golden or largest_difference([scores for _, scores in golden], expected[-len(golden) :]) > FP32_MAX_ABS:
+        if (
+            not golden
+            or largest_difference([scores for _, scores in golden], expected[-len(golden) :]) > FP32_MAX_ABS
+        ):
             wrong.append(f"{bundle.golden.name}: the scores of {name} are not those of the weights")
         for engine, precision in _runnable_at(bundle, name):
             answers = _answers(bundle, name, engine, precision, inputs)
             difference = largest_difference(answers, expected)
             k = manifest.score_channels
-            same = agreement([scores[:, :k] for scores in answers], [scores[:, :k] for scores in expected], manifest.threshold)
+            same = agreement(
+                [scores[:, :k] for scores in answers],
+                [scores[:, :k] for scores in expected],
+                manifest.threshold,
+            )
             verdict = Verdict(name, precision, engine, difference, same)
             verdicts.append(verdict)
             advance(verdict)
@@ -100,7 +120,7 @@ def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: 
 
 
 def runnable(bundle: Bundle) -> list[tuple[str, str]]:
-    """(engine, precision) that can run on this CPU, slow ones included: ONNX Runtime emulates fp16 here."""
+    """Returns the (engine, precision) pairs that run on this CPU, slow ones included: ONNX Runtime emulates fp16."""
     pairs = []
     for name, row in ENGINES.items():
         if not row.installed:
@@ -111,17 +131,21 @@ def runnable(bundle: Bundle) -> list[tuple[str, str]]:
 
 
 def _runnable_at(bundle: Bundle, name: str) -> list[tuple[str, str]]:
-    """Of those, the ones that a graph is served at."""
-    return [(engine, precision) for engine, precision in runnable(bundle) if name != HEAD_STD or precision == "fp32"]
+    """Returns the pairs at which a graph is served."""
+    return [
+        (engine, precision)
+        for engine, precision in runnable(bundle)
+        if name != HEAD_STD or precision == "fp32"
+    ]
 
 
 def combinations(bundle: Bundle) -> int:
-    """How many verdicts `verify` gives."""
+    """Counts the verdicts that `verify` gives."""
     return sum(len(_runnable_at(bundle, graph.name)) for graph in bundle.manifest.all_graphs)
 
 
 def largest_difference(answers: list[Scores], expected: list[Scores]) -> float:
-    """Over all pixels; infinite where a shape differs or a score is not a number."""
+    """Returns the largest difference of a score; infinite where a shape differs or a score is not a number."""
     if [a.shape for a in answers] != [e.shape for e in expected]:
         return float("inf")
     difference = float(np.max([np.abs(a - e).max() for a, e in zip(answers, expected, strict=True)]))
@@ -129,7 +153,7 @@ def largest_difference(answers: list[Scores], expected: list[Scores]) -> float:
 
 
 def agreement(answers: list[Scores], expected: list[Scores], threshold: float) -> float:
-    """Share of pixels whose class is the same."""
+    """Returns the share of pixels whose class is the same."""
     same = total = 0
     for a, e in zip(answers, expected, strict=True):
         equal = (a > threshold) == (e > threshold) if a.shape[1] == 1 else a.argmax(1) == e.argmax(1)
@@ -139,8 +163,8 @@ def agreement(answers: list[Scores], expected: list[Scores], threshold: float) -
 
 
 def wrong_nodes(bundle: Bundle, name: str, pruned: UNetPlusPlus) -> list[str]:
-    """Graph files that cannot be read, or whose convolutions are not exactly those of the pruned network."""
-    wanted = {f"{PREFIX}{p}" for p in pruned.state_dict()}
+    """Lists graph files that cannot be read, have foreign parts, or do not hold exactly the nodes of the pruned network."""
+    expected = {f"{PREFIX}{p}" for p in pruned.state_dict()}
     wrong = []
     for precision, file in bundle.manifest.graph(name).files.items():
         try:
@@ -149,33 +173,49 @@ def wrong_nodes(bundle: Bundle, name: str, pruned: UNetPlusPlus) -> list[str]:
             wrong.append(f"{file}: not an ONNX file ({error})")
             continue
         wrong += [f"{file}: {problem}" for problem in foreign_parts(proto)]
-        # int8 stores biases as integers next to the graph: there the weights tell.
-        found = {t.name.removesuffix(".fp16") for t in proto.graph.initializer if t.name.startswith(PREFIX)}
-        found = {n for n in found if n in wanted or ("." in n and not n.endswith(("_scale", "_zero_point", "_quantized")))}
-        missing = {n for n in wanted - found if precision != "int8" or n.endswith(".weight")}
-        if missing or found - wanted:
-            wrong.append(f"{file}: missing {sorted(missing)[:3]}, of other levels {sorted(found - wanted)[:3]}")
+        names = {t.name.removesuffix(".fp16") for t in proto.graph.initializer if t.name.startswith(PREFIX)}
+        names = {
+            n
+            for n in names
+            if n in expected or ("." in n and not n.endswith(("_scale", "_zero_point", "_quantized")))
+        }
+        # int8 stores biases as integers, under other names; the weights are enough to tell.
+        missing = {n for n in expected - names if precision != "int8" or n.endswith(".weight")}
+        if missing or names - expected:
+            wrong.append(
+                f"{file}: missing {sorted(missing)[:3]}, of other levels {sorted(names - expected)[:3]}"
+            )
     return wrong
 
 
 def foreign_parts(proto: onnx.ModelProto) -> list[str]:
-    """What reaches beyond ONNX's own operators and the bundle's weights file; engines refuse to open it."""
-    problems = [f"brings functions of its own: {function.name}" for function in proto.functions]
-    nodes = list(_nodes(proto.graph))
-    domains = {node.domain for node in nodes} | {opset.domain for opset in proto.opset_import}
-    problems += [f"asks for operators of {domain!r}" for domain in sorted(domains - DOMAINS)]
-    tensors = [*proto.graph.initializer, *(a.t for node in nodes for a in node.attribute if a.HasField("t"))]
-    locations = {e.value for tensor in tensors for e in tensor.external_data if e.key == "location"}
-    return problems + [f"has tensors in {location!r}" for location in sorted(locations - {WEIGHTS})]
+    """Lists what reaches beyond ONNX's own operators and the bundle's weights file: code of others, or other files.
+
+    Engines refuse most of it when they open the graph; a bundle that passes here has none of it.
+    """
+    messages = list(_messages(proto))
+    domains = {m.domain for m in messages if isinstance(m, onnx.NodeProto | onnx.OperatorSetIdProto)}
+    tensors = [m for m in messages if isinstance(m, onnx.TensorProto)]
+    locations = {
+        entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"
+    }
+    return [
+        *(f"has a function of its own: {function.name!r:.70}" for function in proto.functions),
+        *(["has training information"] if proto.training_info else []),
+        *(f"has operators of the domain {domain!r:.70}" for domain in sorted(domains - DOMAINS)),
+        *(f"has tensors in the file {location!r:.70}" for location in sorted(locations - {WEIGHTS})),
+    ]
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Yields the nodes of a graph and of the graphs nested in it."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _nodes(inner)
+def _messages(root: Message) -> Iterator[Message]:
+    """Yields a protobuf message and all messages in it: no field can be forgotten, and nesting cannot exhaust the stack."""
+    queue = [root]
+    while queue:
+        message = queue.pop()
+        yield message
+        for field, value in message.ListFields():
+            if field.message_type is not None:
+                queue += [value] if isinstance(value, Message) else value
 
 
 def _answers(bundle: Bundle, name: str, engine: str, precision: str, inputs: list[Tiles]) -> list[Scores]:
@@ -188,5 +228,7 @@ def _answers(bundle: Bundle, name: str, engine: str, precision: str, inputs: lis
 
 def _inputs(channels: int, dims: int) -> list[Tiles]:
     sizes = [(count, tuple(size)) for count, *size in SIZES[dims]]
-    cells = [tiles_of([synthetic_cells(size, channels, seed) for seed in range(count)]) for count, size in sizes]
+    cells = [
+        tiles_of([synthetic_cells(size, channels, seed) for seed in range(count)]) for count, size in sizes
+    ]
     return cells + [noise(count, channels, list(size)) for count, size in sizes[:2]]

@@ -31,7 +31,9 @@ class UNet(nn.Module):
         )
         ups = [Up(config, widths[i + 1], widths[i]) for i in range(config.depth)]
         self.ups = nn.ModuleList(ups)
-        self.decoder = nn.ModuleList(Node(config, widths[i] + up.out_channels, widths[i]) for i, up in enumerate(ups))
+        self.decoder = nn.ModuleList(
+            Node(config, widths[i] + up.out_channels, widths[i]) for i, up in enumerate(ups)
+        )
         self.heads = nn.ModuleDict({str(config.depth): head(config)})
 
     def forward(self, image: Tensor) -> list[Tensor]:

@@ -13,18 +13,29 @@ def fail(text: str) -> NoReturn:
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="TOML recipe, e.g. model/recipes/nuclei.toml.")],
-    data: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder with images/, labels/, index.csv (id, split).")],
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the run; a run found there goes on where it stopped.")],
+    recipe: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="TOML recipe, e.g. model/recipes/nuclei.toml.")
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(
+            exists=True, file_okay=False, help="Folder with images/, labels/, index.csv (id, split)."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(file_okay=False, help="Folder of the run; a run found there goes on where it stopped."),
+    ],
     override: Annotated[
-        list[str] | None, typer.Option("--set", help="Override, e.g. --set optimisation.epochs=10 --set architecture=unet.")
+        list[str] | None,
+        typer.Option("--set", help="Override, e.g. --set optimisation.epochs=10 --set architecture=unet."),
     ] = None,
 ) -> None:
     """Train a UNet++ (or a U-Net the same way), deep supervision on all heads; resumable."""
     from rich.console import Console
 
     from model.reading import DataError
-    from model.train import RecipeError, read_recipe
+    from model.recipe import RecipeError, read_recipe
     from model.train import train as run
 
     try:

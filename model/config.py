@@ -44,7 +44,9 @@ class UNetPlusPlusConfig(BaseModel):
     @model_validator(mode="after")
     def _check_widths(self) -> "UNetPlusPlusConfig":
         if not 2 <= len(self.widths) <= 6 or min(self.widths) < 1:
-            raise ValueError(f"widths must list 2 to 6 positive numbers, one per row (depth 1 to 5): got {list(self.widths)}")
+            raise ValueError(
+                f"widths must list 2 to 6 positive numbers, one per row (depth 1 to 5): got {list(self.widths)}"
+            )
         return self
 
     @property

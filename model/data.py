@@ -92,7 +92,9 @@ class Split:
         wrong = []
         for sample in self.samples:
             try:
-                image = read_image(sample.image, channels) if dims == 2 else read_volume(sample.image, spacing)
+                image = (
+                    read_image(sample.image, channels) if dims == 2 else read_volume(sample.image, spacing)
+                )
                 label = read_label(sample.label, classes, spacing)
                 apart = misplaced(sample) if dims == 3 else ""
             except DataError as error:
@@ -105,13 +107,17 @@ class Split:
         if wrong:
             raise DataError(report(f"{len(wrong)} samples of the split {name!r} cannot be used", wrong))
         if not any(label.any() for label in self.labels):
-            raise DataError(f"no label of the split {name!r} has any foreground: are these the right label maps?")
+            raise DataError(
+                f"no label of the split {name!r} has any foreground: are these the right label maps?"
+            )
 
     def __len__(self) -> int:
         return len(self.samples)
 
 
-def _problem(sample: Sample, image: NDArray[np.float32], label: NDArray[np.uint8], channels: int, classes: int) -> str:
+def _problem(
+    sample: Sample, image: NDArray[np.float32], label: NDArray[np.uint8], channels: int, classes: int
+) -> str:
     """Why a sample cannot be used; empty if it can."""
     if image.shape[0] != channels:
         return f"{sample.image.name}: {image.shape[0]} channels, the network takes {channels}"
@@ -195,7 +201,9 @@ class Tiles(Dataset[tuple[Tensor, Tensor]]):
         random = np.random.default_rng([self._seed, self._epoch, item])
         which = int(random.choice(len(self._split), p=self._weights))
         self._augment.set_random_state(seed=int(random.integers(2**31)))
-        [sample] = self._augment({"image": self._split.images[which], "label": self._split.labels[which][None]})
+        [sample] = self._augment(
+            {"image": self._split.images[which], "label": self._split.labels[which][None]}
+        )
         image = torch.as_tensor(sample["image"]).as_subclass(Tensor).float()
         label = torch.as_tensor(sample["label"]).as_subclass(Tensor)[0].to(torch.uint8)
         return image.contiguous(), label
@@ -205,7 +213,9 @@ def _weights(split: Split, balance: str | None) -> NDArray[np.float64]:
     if balance is None:
         return np.full(len(split), 1 / len(split))
     if balance not in split.samples[0].attributes:
-        raise DataError(f"data.balance: index.csv has no column {balance!r}; it has {', '.join(split.samples[0].attributes)}")
+        raise DataError(
+            f"data.balance: index.csv has no column {balance!r}; it has {', '.join(split.samples[0].attributes)}"
+        )
     values = [sample.attributes[balance] for sample in split.samples]
     counts = Counter(values)
     weights = np.array([counts[value] ** -0.5 for value in values])

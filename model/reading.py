@@ -49,7 +49,9 @@ def read_array(path: Path, *, intensities: bool = False) -> NDArray[np.generic]:
             return np.asarray(tifffile.imread(path))
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
-            return np.asarray(upright.convert(CONVERTED.get(upright.mode, upright.mode)) if intensities else upright)
+            return np.asarray(
+                upright.convert(CONVERTED.get(upright.mode, upright.mode)) if intensities else upright
+            )
     except Exception as error:  # decoders raise every kind of exception on damaged files
         raise DataError(f"{path.parent.name}/{path.name}: cannot be read ({error})") from error
 
@@ -109,12 +111,18 @@ def _voxels(path: Path, spacing: tuple[float, float, float] | None, mode: str) -
     try:
         volume = nib.as_closest_canonical(nib.load(path))
         if volume.get_data_dtype().kind not in "iuf":
-            raise TypeError(f"voxels of type {volume.header.get_value_label('datatype')}, not one real number each")
+            raise TypeError(
+                f"voxels of type {volume.header.get_value_label('datatype')}, not one real number each"
+            )
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below
             voxels = np.asarray(volume.dataobj, dtype=np.float32)
     except Exception as error:  # nibabel raises every kind of exception on damaged files
         raise DataError(f"{name}: cannot be read ({error})") from error
-    voxels = voxels.reshape(voxels.shape[:3]) if voxels.ndim > 3 and voxels.shape[3:] == (1,) * (voxels.ndim - 3) else voxels
+    voxels = (
+        voxels.reshape(voxels.shape[:3])
+        if voxels.ndim > 3 and voxels.shape[3:] == (1,) * (voxels.ndim - 3)
+        else voxels
+    )
     if voxels.ndim != 3 or not voxels.size:
         raise DataError(f"{name}: an array of shape {voxels.shape} is no volume")
     # Before resampling, which may step over the voxel.
@@ -124,7 +132,9 @@ def _voxels(path: Path, spacing: tuple[float, float, float] | None, mode: str) -
         return voxels
     try:
         # By extent: the outer faces of the volume stay in place, as in serving.
-        resampled = Spacing(spacing, mode=mode, scale_extent=True)(MetaTensor(voxels[None], affine=_in_mm(volume)))
+        resampled = Spacing(spacing, mode=mode, scale_extent=True)(
+            MetaTensor(voxels[None], affine=_in_mm(volume))
+        )
     except Exception as error:  # as many kinds, where the header's geometry is damaged
         raise DataError(f"{name}: cannot be resampled to {list(spacing)} mm ({error})") from error
     array: NDArray[np.float32] = np.asarray(resampled)[0]
@@ -138,7 +148,9 @@ def _in_mm(volume: Any) -> NDArray[np.float64]:
     return affine
 
 
-def read_label(path: Path, classes: int, spacing: tuple[float, float, float] | None = None) -> NDArray[np.uint8]:
+def read_label(
+    path: Path, classes: int, spacing: tuple[float, float, float] | None = None
+) -> NDArray[np.uint8]:
     """(H, W[, D]) class per pixel; for one class every value above 0 is foreground (instance maps too).
 
     Args:
@@ -149,11 +161,19 @@ def read_label(path: Path, classes: int, spacing: tuple[float, float, float] | N
     Raises:
         DataError: the file cannot be read, or holds no class indices.
     """
-    label: NDArray[Any] = _voxels(path, spacing, "nearest") if path.name.endswith(SUFFIXES[3]) else read_array(path)
+    label: NDArray[Any] = (
+        _voxels(path, spacing, "nearest") if path.name.endswith(SUFFIXES[3]) else read_array(path)
+    )
     if classes > 1 and not 0 <= label.min(initial=0) <= label.max(initial=0) <= 255:
-        raise DataError(f"{path.parent.name}/{path.name}: values from {label.min()} to {label.max()} are no class indices")
-    if label.dtype.kind == "f" and (np.isnan(label).any() or (classes > 1 and (label != np.round(label)).any())):
-        raise DataError(f"{path.parent.name}/{path.name}: values that are no whole numbers are no class indices")
+        raise DataError(
+            f"{path.parent.name}/{path.name}: values from {label.min()} to {label.max()} are no class indices"
+        )
+    if label.dtype.kind == "f" and (
+        np.isnan(label).any() or (classes > 1 and (label != np.round(label)).any())
+    ):
+        raise DataError(
+            f"{path.parent.name}/{path.name}: values that are no whole numbers are no class indices"
+        )
     return (label > 0).astype(np.uint8) if classes == 1 else label.astype(np.uint8)
 
 
@@ -169,7 +189,9 @@ def read_index(root: Path, dims: int = 2) -> dict[str, list[Sample]]:
     """
     index = root / "index.csv"
     if not index.is_file():
-        raise DataError(f"{index}: not found. A data folder holds images/, labels/ and index.csv (columns id, split).")
+        raise DataError(
+            f"{index}: not found. A data folder holds images/, labels/ and index.csv (columns id, split)."
+        )
     try:
         # As spreadsheets save it, with a byte order mark, or without.
         with index.open(newline="", encoding="utf-8-sig") as file:
@@ -184,7 +206,9 @@ def read_index(root: Path, dims: int = 2) -> dict[str, list[Sample]]:
     missing = []
     for row in rows:
         files = [_find(root / folder, row["id"], SUFFIXES[dims]) for folder in ("images", "labels")]
-        missing += [f"{folder}/{row['id']}.*" for folder, f in zip(("images", "labels"), files, strict=True) if not f]
+        missing += [
+            f"{folder}/{row['id']}.*" for folder, f in zip(("images", "labels"), files, strict=True) if not f
+        ]
         if files[0] and files[1]:
             splits.setdefault(row["split"], []).append(Sample(row["id"], files[0], files[1], row))
     if missing:

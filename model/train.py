@@ -8,16 +8,13 @@ Killed at any moment, it goes on from the last finished epoch exactly as if noth
 import csv
 import json
 import math
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
@@ -29,87 +26,13 @@ from model import checkpoint
 from model.baselines import ARCHITECTURES, UNet
 from model.config import UNetPlusPlusConfig
 from model.cost import parameters
-from model.data import DataConfig, Split, Tiles, pad_to
+from model.data import Split, Tiles, pad_to
 from model.losses import deep_supervision_loss
 from model.reading import DataError, read_index
+from model.recipe import OptimisationConfig, RecipeError, TrainConfig
 
 # Two dimensions or three: convolutions on CPUs and tensor cores are faster this way round.
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
-
-
-class OptimisationConfig(BaseModel):
-    """How the network is trained. Adam with learning rate 3e-4 as in the paper.
-
-    Attributes:
-        batch: tiles per step.
-        epochs: at most this many; an epoch is `tiles_per_image` tiles per training image.
-        learning_rate: of Adam.
-        weight_decay: decoupled (AdamW) where above 0.
-        schedule: constant as in the paper, or one cycle: linear warm-up over the first tenth, then cosine to 0.
-        patience: epochs without a better validation Dice before the run stops.
-        precision: bf16 (autocast) or fp32.
-        seed: of the initial weights and of every draw.
-        workers: loader processes.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    batch: int = Field(default=12, ge=1)
-    epochs: int = Field(default=60, ge=1)
-    learning_rate: float = Field(default=3e-4, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    schedule: Literal["constant", "one-cycle"] = "constant"
-    patience: int = Field(default=15, ge=1)
-    precision: Literal["bf16", "fp32"] = "bf16"
-    seed: int = Field(default=0, ge=0)
-    workers: int = Field(default=1, ge=0)
-
-
-class TrainConfig(BaseModel):
-    """A training recipe: architecture, network, data and optimisation (a TOML file)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    architecture: Literal["unetpp", "unet"] = "unetpp"
-    network: UNetPlusPlusConfig = UNetPlusPlusConfig()
-    data: DataConfig = DataConfig()
-    optimisation: OptimisationConfig = OptimisationConfig()
-
-
-class RecipeError(ValueError):
-    """The recipe or an override is wrong, or does not belong to the run being resumed."""
-
-
-def read_recipe(path: Path, overrides: list[str]) -> TrainConfig:
-    """Reads a TOML recipe and applies `section.key=value` overrides (values in TOML syntax, or plain text).
-
-    Raises:
-        RecipeError: says which key is wrong and why.
-    """
-    try:
-        recipe: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"{path}: {error}") from error
-    for override in overrides:
-        name, separator, text = override.partition("=")
-        if not separator:
-            raise RecipeError(f"override {override!r}: expected section.key=value, e.g. optimisation.epochs=10")
-        try:
-            value = tomllib.loads(f"v = {text}")["v"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        *sections, key = name.split(".")
-        table = recipe
-        for depth, section in enumerate(sections, start=1):
-            table = table.setdefault(section, {})
-            if not isinstance(table, dict):
-                raise RecipeError(f"override {override!r}: {'.'.join(sections[:depth])} is no section")
-        table[key] = value
-    try:
-        return TrainConfig.model_validate(recipe)
-    except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise RecipeError(f"{path}: the recipe is not valid\n" + "\n".join(lines)) from error
 
 
 @dataclass
@@ -148,7 +71,9 @@ def train(recipe: TrainConfig, data: Path, out: Path, console: Console | None = 
     training = Split("train", splits.get("train", []), channels, classes, dims=dims, spacing=spacing)
     validation = Split("val", splits.get("val", []), channels, classes, dims=dims, spacing=spacing)
     if options.batch > len(training) * recipe.data.tiles_per_image:
-        raise DataError(f"a batch of {options.batch} tiles is more than one epoch holds; lower optimisation.batch")
+        raise DataError(
+            f"a batch of {options.batch} tiles is more than one epoch holds; lower optimisation.batch"
+        )
 
     torch.manual_seed(options.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -156,7 +81,9 @@ def train(recipe: TrainConfig, data: Path, out: Path, console: Console | None = 
     network.to(device).to(memory_format=CHANNELS_LAST[dims])  # type: ignore[call-overload]
     if dims == 3 and device.type == "cpu":
         _deepest_in_fp32(network, recipe.network.depth)
-    optimiser = torch.optim.AdamW(network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
+    optimiser = torch.optim.AdamW(
+        network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+    )
     tiles = Tiles(training, recipe.data, options.seed, dims)
     out.mkdir(parents=True, exist_ok=True)
     state = _resume(out, recipe, network, optimiser)
@@ -227,11 +154,17 @@ def _check_tile(recipe: TrainConfig) -> None:
     if network.dims == 3 and network.in_channels != 1:
         raise RecipeError(f"network.in_channels: volumes have one channel, the network {network.in_channels}")
     if wrong := [side for side in tile if side < divisor or side % divisor]:
-        raise RecipeError(f"data.tile: {wrong[0]} is not a multiple of {divisor}, which a network of depth {network.depth} needs")
+        raise RecipeError(
+            f"data.tile: {wrong[0]} is not a multiple of {divisor}, which a network of depth {network.depth} needs"
+        )
     if recipe.data.rotate90 and tile[0] != tile[1]:
-        raise RecipeError(f"data.rotate90: no quarter turns where the first two sides of data.tile differ, {tile[0]} and {tile[1]}")
+        raise RecipeError(
+            f"data.rotate90: no quarter turns where the first two sides of data.tile differ, {tile[0]} and {tile[1]}"
+        )
     if wrong := [axis for axis in recipe.data.flip if not 0 <= axis < network.dims]:
-        raise RecipeError(f"data.flip: there is no axis {wrong[0]} in {network.dims} dimensions; axes count from 0")
+        raise RecipeError(
+            f"data.flip: there is no axis {wrong[0]} in {network.dims} dimensions; axes count from 0"
+        )
 
 
 def learning_rate(options: OptimisationConfig, step: int, steps: int) -> float:
@@ -241,7 +174,9 @@ def learning_rate(options: OptimisationConfig, step: int, steps: int) -> float:
     warm_up = max(steps // 10, 1)
     if step < warm_up:
         return options.learning_rate * (step + 1) / warm_up
-    return options.learning_rate * 0.5 * (1 + float(np.cos(np.pi * (step - warm_up) / max(steps - warm_up, 1))))
+    return (
+        options.learning_rate * 0.5 * (1 + float(np.cos(np.pi * (step - warm_up) / max(steps - warm_up, 1))))
+    )
 
 
 @torch.no_grad()
@@ -286,20 +221,28 @@ def _dice(mask: Tensor, truth: Tensor, foreground_classes: int) -> float:
 
 def _check_finite(loss: float, epoch: int) -> None:
     if not math.isfinite(loss):
-        raise RecipeError(f"the loss is no longer finite in epoch {epoch}; lower optimisation.learning_rate and start anew")
+        raise RecipeError(
+            f"the loss is no longer finite in epoch {epoch}; lower optimisation.learning_rate and start anew"
+        )
 
 
 def _autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-def _save_state(out: Path, recipe: TrainConfig, network: nn.Module, optimiser: torch.optim.Optimizer, state: State) -> None:
+def _save_state(
+    out: Path, recipe: TrainConfig, network: nn.Module, optimiser: torch.optim.Optimizer, state: State
+) -> None:
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
     for index, moments in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in moments.items()}
     metadata = {"recipe": recipe.model_dump_json(), "state": json.dumps(vars(state))}
     with checkpoint.atomic(out / "last.safetensors") as temporary:
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata)
+        save_file(
+            {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()},
+            temporary,
+            metadata,
+        )
 
 
 def _resume(out: Path, recipe: TrainConfig, network: nn.Module, optimiser: torch.optim.Optimizer) -> State:
@@ -310,12 +253,21 @@ def _resume(out: Path, recipe: TrainConfig, network: nn.Module, optimiser: torch
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found, state = TrainConfig.model_validate_json(metadata["recipe"]), State(**json.loads(metadata["state"]))
+        found, state = (
+            TrainConfig.model_validate_json(metadata["recipe"]),
+            State(**json.loads(metadata["state"])),
+        )
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise RecipeError(f"{path}: no run can be resumed from it ({error!r}); choose another --out to start anew") from error
+        raise RecipeError(
+            f"{path}: no run can be resumed from it ({error!r}); choose another --out to start anew"
+        ) from error
     if _without_length(found) != _without_length(recipe):
-        raise RecipeError(f"{out} holds a run of another recipe (see recipe.json there); choose another --out to start anew")
-    network.load_state_dict({n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")})
+        raise RecipeError(
+            f"{out} holds a run of another recipe (see recipe.json there); choose another --out to start anew"
+        )
+    network.load_state_dict(
+        {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
+    )
     weights = list(network.parameters())
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

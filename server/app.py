@@ -28,10 +28,10 @@ from server.monitoring import model_info
 from server.monitoring.health_probe import HealthProbe
 from server.monitoring.shadow_evaluation import ShadowEvaluation
 from server.reload import Reload
-from server.runtime.loader import Deployment, read_deployments
+from server.runtime.deployment import Deployment, read_deployments
 from server.segment.service import SegmentationService
 from server.service import open_service
-from server.serving import Operations, OpsServer, Server
+from server.serving import CLOSING_S, Operations, OpsServer, Server
 from server.settings import Settings
 
 WEB = Path(__file__).parent / "web"
@@ -39,11 +39,19 @@ WEB = Path(__file__).parent / "web"
 # Connections of the ops port, beside those of the other one; and seconds that a scrape may take that runs in the end.
 OPS_CONNECTIONS, OPS_STOP_S = 64, 1
 
+# Seconds that an idle connection stays open, because proxies expect more than 60.
+KEEP_ALIVE_S = 65
+
 # For the documentation; `auth` is what asks for a key.
-KEY_SCHEMES = [Depends(HTTPBearer(auto_error=False)), Depends(APIKeyHeader(name="X-API-Key", auto_error=False))]
+KEY_SCHEMES = [
+    Depends(HTTPBearer(auto_error=False)),
+    Depends(APIKeyHeader(name="X-API-Key", auto_error=False)),
+]
 
 
-def create_app(settings: Settings, service: SegmentationService | None = None, store: Store | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, service: SegmentationService | None = None, store: Store | None = None
+) -> FastAPI:
     """Makes the application.
 
     Args:
@@ -54,11 +62,19 @@ def create_app(settings: Settings, service: SegmentationService | None = None, s
     if service is None:
         service = open_service(settings)
         service.open()
-    metrics, stopping, tracing = service.metrics, Stopping(), traces.start()
-    runner = Runner(settings.jobs, settings.http.max_in_flight, service, metrics, params.headers, problems.explain, store)
+    metrics, stopping, tracing = service.metrics, Stopping(), traces.start(settings.log.trace_parent)
+    runner = Runner(
+        settings.jobs,
+        settings.http.max_in_flight,
+        service,
+        metrics,
+        params.headers,
+        problems.job_document_of,
+        store,
+    )
     shadow = ShadowEvaluation(settings.quality, service, metrics)
     probe = HealthProbe(service)
-    metrics.expect(model_info.describe(service.registry.deployments))
+    metrics.register_models(model_info.describe(service.registry.deployments))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -67,7 +83,8 @@ def create_app(settings: Settings, service: SegmentationService | None = None, s
             async with shadow, runner:
                 yield
         finally:
-            await asyncio.to_thread(service.close)
+            # Not in a thread, because it settles futures of this loop.
+            service.close()
             if tracing:
                 await asyncio.to_thread(tracing.close)
 
@@ -83,19 +100,23 @@ def create_app(settings: Settings, service: SegmentationService | None = None, s
     operating = health.router(probe, runner, metrics, stopping)
     has_ops_port = settings.http.ops_port is not None
     guard = functools.partial(
-        _guard, settings=settings, stopping=stopping, keys=keys, refuse=metrics.refuse, traced=tracing
+        _guard, settings=settings, stopping=stopping, keys=keys, refuse=metrics.count_refusal, traced=tracing
     )
     static = auth.STATIC | page.paths()
     guard(app, free=static if has_ops_port else static | auth.HEALTH)
     reload = Reload(functools.partial(_read_again, settings), service, stopping.check)
-    app.state.operations = Operations(stopping, functools.partial(_drain, runner, shadow), reload, operating, guard)
+    app.state.operations = Operations(
+        stopping, functools.partial(_drain, runner, shadow), reload, operating, guard
+    )
     for routes in (
         segment.router(service, settings.http.max_in_flight, settings.limits.max_wait_s),
         jobs.router(runner),
         models.router(service),
     ):
         app.include_router(
-            routes, dependencies=KEY_SCHEMES if keys else [], responses={401: {"model": Problem}} if keys else {}
+            routes,
+            dependencies=KEY_SCHEMES if keys else [],
+            responses={401: {"model": Problem}} if keys else {},
         )
     if not has_ops_port:
         app.include_router(operating)
@@ -115,14 +136,20 @@ def create_ops_app(app: FastAPI) -> FastAPI:
     return ops
 
 
-def make_server(settings: Settings, app: FastAPI, sockets: list[socket], ops_sockets: list[socket]) -> Server:
+def make_server(
+    settings: Settings,
+    app: FastAPI,
+    sockets: list[socket],
+    ops_sockets: list[socket],
+    closing_s: float = CLOSING_S,
+) -> Server:
     """Makes the server of an application on bound sockets; without sockets for it there is no ops port."""
     http = settings.http
     ops = None
     if ops_sockets:
         ops = OpsServer(_config(settings, create_ops_app(app), OPS_CONNECTIONS, OPS_STOP_S), ops_sockets)
     config = _config(settings, app, http.max_connections, http.stop_s)
-    return Server(config, app.state.operations, http.drain_s, sockets, ops)
+    return Server(config, app.state.operations, http.drain_s, sockets, ops, closing_s)
 
 
 def _read_again(settings: Settings, before: Mapping[str, Deployment]) -> dict[str, Deployment]:
@@ -153,14 +180,14 @@ def _guard(
         BodyLimit,
         max_bytes=limits.max_body_mb * 1024 * 1024,
         idle_s=limits.idle_upload_s,
-        pace_bytes_s=limits.min_pace_kb_s * 1024,
-        refuse=refuse,
+        min_bytes_per_s=limits.min_pace_kb_s * 1024,
+        count_refusal=refuse,
     )
     app.add_middleware(auth.SameOriginMiddleware)
     if keys:
         refused = functools.partial(refuse, "unauthorized")
-        app.add_middleware(auth.APIKeyMiddleware, keys=keys, free=free, refused=refused)
-    app.add_middleware(HeadLimit, refuse=refuse)
+        app.add_middleware(auth.APIKeyMiddleware, keys=keys, free=free, count_refusal=refused)
+    app.add_middleware(HeadLimit, count_refusal=refuse)
     app.add_middleware(DrainMiddleware, stopping=stopping)
     app.add_middleware(AccessLogMiddleware, traces=traced, static=auth.STATIC)
     app.add_middleware(RequestId)
@@ -169,14 +196,16 @@ def _guard(
 
 def _config(settings: Settings, app: FastAPI, max_connections: int, stop_s: int) -> uvicorn.Config:
     http, limits = settings.http, settings.limits
-    patience = ConnectionLimits(max_connections, limits.head_s, limits.idle_upload_s, limits.min_pace_kb_s * 1024)
+    connection_limits = ConnectionLimits(
+        max_connections, limits.head_s, limits.idle_upload_s, limits.min_pace_kb_s * 1024
+    )
     return uvicorn.Config(
         app,
         # On h11, because httptools does not bound a head that it waits for (`HeadLimit` has the rest).
-        http=functools.partial(Connection, patience=patience),  # type: ignore[arg-type]  # called like the class
+        http=functools.partial(Connection, limits=connection_limits),  # type: ignore[arg-type]  # called like the class
         # A socket upgraded to another protocol would be past every door.
         ws="none",
-        timeout_keep_alive=http.keep_alive_s,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=stop_s,
         access_log=False,
         log_config=None,

@@ -1,29 +1,29 @@
-"""How a thread learns that nobody wants its result any more."""
+"""Cancellation of work that runs in a thread."""
 
 
 class Cancelled(Exception):
-    """Ends work whose result nobody wants; whoever began the work has left."""
+    """Ends work whose result is not needed any more."""
 
 
 class CancelToken:
-    """Asked between pieces of work of a second or so; set by whoever waits for it."""
+    """A flag that work in a thread checks between pieces of about a second."""
 
     def __init__(self) -> None:
         self._set = False
 
     def set(self) -> None:
-        """The work is to end."""
+        """Asks the work to end."""
         self._set = True
 
     def check(self) -> None:
-        """Ends the work, if it is to.
+        """Ends the work if that was asked for.
 
         Raises:
-            Stopped: it is.
+            Cancelled: `set` was called.
         """
         if self._set:
             raise Cancelled
 
 
-# Of work that goes on to its end.
+# Token of work that always runs to its end.
 NO_CANCEL = CancelToken()

@@ -1,7 +1,8 @@
-"""What commands have in common, here and in other packages: how errors are said, and where settings come from."""
+"""Helpers of all commands, here and in other packages: how errors are printed, and where settings come from."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,14 +11,15 @@ import typer
 from server.errors import UnetppError
 
 # Which extra brings a module that a subcommand may miss.
-EXTRAS = {
-    "torch": "train", "monai": "train", "safetensors": "train", "matplotlib": "train", "onnx": "train", "onnxscript": "train",
-    "onnxruntime": "cpu", "openvino": "cpu", "httpx": "client",
-}  # fmt: skip
+EXTRAS = dict.fromkeys(("torch", "monai", "safetensors", "matplotlib", "onnx", "onnxscript"), "train") | {
+    "onnxruntime": "cpu",
+    "openvino": "cpu",
+    "httpx": "client",
+}
 
 
 def report_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Turns errors meant for a person into one line and exit code 1, and names a missing extra."""
+    """Decorates a command: errors meant for a person become one line and exit code 1; a missing extra is named."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -43,22 +45,51 @@ def fail(text: str) -> NoReturn:
     raise typer.Exit(1)
 
 
-def read_settings(bundles: Path | None = None, host: str | None = None, port: int | None = None, insecure: bool = False) -> Any:
-    """Settings from the environment, with the command line's on top."""
+@contextlib.contextmanager
+def progress(description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """Shows a progress bar on a terminal, and nothing elsewhere; yields rich's `update` of its one task."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        yield functools.partial(bar.update, bar.add_task(description, total=total))
+
+
+def read_settings(
+    bundles: Path | None = None, host: str | None = None, port: int | None = None, insecure: bool = False
+) -> Any:
+    """Reads the settings from the environment; what the command line names wins.
+
+    Exits with 1 where a variable with our prefix is no setting, or a value is not valid.
+    """
     from pydantic import ValidationError
-    from pydantic_settings import SettingsError
 
     from server.settings import Settings, unknown_variables
 
+    if unknown := unknown_variables():
+        fail(
+            f"settings in the environment that are not read: {'; '.join(unknown)}; the README lists those that exist"
+        )
     try:
         settings = Settings()
-    except SettingsError as error:
-        fail(f"the settings in the environment are not valid: {error}")
     except ValidationError as error:
         lines = [f"UNETPP_{'__'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()]
         fail("the settings in the environment are not valid: " + "; ".join(lines))
-    if unknown := unknown_variables():
-        fail(f"unknown settings in the environment: {', '.join(unknown)}; the README lists those that exist")
     http = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     update: dict[str, Any] = {"http": settings.http.model_copy(update=http)}
     if bundles is not None:

@@ -1,35 +1,35 @@
-"""Everything that can go wrong, free of HTTP; `api/problems.py` maps it to statuses once.
+"""All errors, free of HTTP; `api/problems.py` maps them to statuses in one table.
 
 UnetppError
 ├── CallerError               the caller can fix it
-│   ├── Unreadable            the file is of a known kind but broken
-│   ├── UnsupportedType       not a kind of file that is read here
-│   ├── TooLarge              over a limit; says the limit and the size
-│   ├── HeadTooLarge          headers or the path, and their number
-│   ├── UploadStalled         the body stopped coming, or trickles
-│   ├── Unauthorized          no API key, or none that is known
-│   ├── OtherSite             a browser sends it for a page of another site
-│   ├── UnknownFormat         no such output format
+│   ├── Unreadable            a file of a known format that cannot be decoded
+│   ├── UnsupportedType       a format that is not read here
+│   ├── TooLarge              over a limit
+│   │   └── HeadTooLarge      path, query and headers over a limit
+│   ├── UploadStalled         a body that stopped coming, or comes too slowly
+│   ├── Unauthorized          no API key, or an unknown one
+│   ├── OtherSite             a browser's request for a page of another site
+│   ├── UnknownFormat         an output format that does not exist
 │   ├── InvalidParameter      mode, level, precision, reference, ...
-│   ├── DeadlineTooShort      even an idle server could not meet it
-│   ├── UnknownModel          no such bundle is open
-│   ├── UnknownJob            never accepted, deleted or expired
-│   ├── ReloadFailed          the operator's bundles cannot be opened; the old ones are served
-│   └── NotFinished           the job has no result (yet)
-├── TryAgain                  the caller can try again later
-│   ├── ReloadRunning         another reload is not done
+│   ├── DeadlineTooShort      a deadline that even an idle server would miss
+│   ├── UnknownModel          a bundle that is not served
+│   ├── UnknownJob            a job that was never accepted, was deleted or has expired
+│   ├── ReloadFailed          bundles on disk that cannot be served; the old ones are
+│   └── NotFinished           a job without a result, or without one yet
+├── TryAgain                  the same request may succeed later
+│   ├── ReloadRunning         another reload is running
 │   ├── Overloaded            too many requests at once
-│   ├── DeadlinePassed        the request's time was up before its answer was there
-│   ├── NotReady              starting or shutting down
+│   ├── DeadlinePassed        the request's time was up before its response was ready
+│   ├── NotReady              the server is starting or stopping
 │   ├── StoreFull             no disk space for jobs and results
-│   └── Interrupted           a job that the server never got to finish
-└── ServerFault               we, or the operator, must fix it
-    ├── BundleDamaged         refuse to start; names the file
-    ├── Misconfigured         settings with which the server must not or cannot listen
-    ├── EngineUnavailable     a configured engine or provider cannot run here
+│   └── Interrupted           a job that was started several times and never ended
+└── ServerFault               the operator, or we, must fix it
+    ├── BundleDamaged         a bundle that fails a check; names the file
+    ├── Misconfigured         settings that exclude each other, or that this machine cannot follow
+    ├── EngineUnavailable     an engine or provider that does not run here
     ├── TuningTooNoisy        measurements that differ too much to be stored
-    ├── InferenceFailed       details are logged, never sent
-    └── StoreBroken           the folder of the jobs is in use, damaged or not writable
+    ├── InferenceFailed       an engine that failed while serving; its text is logged, not sent
+    └── StoreBroken           a jobs folder that is in use, damaged or not writable
 """
 
 import re
@@ -41,22 +41,24 @@ class UnetppError(Exception):
 
     Args:
         detail: one or two sentences for a person: what is wrong, the value and the limit, the remedy.
-        fields: the same facts for a program. They become members of the problem document, and tests assert them. The usual names are
-            `parameter`, `value`, `allowed` (what exists), `limit`, `actual`, `unit`, `setting` (that raises the limit) and `remedy`.
+        fields: the same facts for a program; None values are left out. They become members of the problem document, and tests assert
+            them. The usual names are `parameter`, `value`, `allowed` (values that exist), `limit`, `actual`, `unit`, `setting`
+            (the one that raises the limit) and `remedy`. The docstring of each class lists the fields it may have.
 
     Attributes:
-        code: the class name in lower case with dashes, e.g. "too-large".
-        fields: see above.
-        refusal: label under which the metrics count a request that it turns away; "" where none counts it.
+        code: class name in lower case with dashes, e.g. "too-large".
+        fields: fields that have a value.
+        refusal: value of the label `reason` under which `unetpp_refusals` counts it; "" where it is not counted.
     """
 
     code: ClassVar[str] = "unetpp-error"
     refusal = ""
 
     def __init_subclass__(cls) -> None:
-        """Derives the code from the name."""
+        """Derives the code from the name; a private class keeps the code of its base."""
         super().__init_subclass__()
-        cls.code = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__.lstrip("_")).lower()
+        if not cls.__name__.startswith("_"):
+            cls.code = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__).lower()
 
     def __init__(self, detail: str, **fields: Any) -> None:
         super().__init__(detail)
@@ -68,64 +70,66 @@ class CallerError(UnetppError):
 
 
 class Unreadable(CallerError):
-    """A file of a known kind that cannot be decoded."""
+    """A file of a known format cannot be decoded. Fields: format, value, limit."""
 
 
 class UnsupportedType(CallerError):
-    """Not a kind of file that this server reads."""
+    """The file has a format that is not read here. Fields: value, allowed."""
 
 
 class TooLarge(CallerError):
-    """Over a limit."""
+    """A size is over a limit. Fields: parameter, limit, actual, unit, setting, remedy."""
 
     refusal = "too_large"
 
 
 class HeadTooLarge(TooLarge):
-    """The path with its query and the headers are too long, or too many."""
+    """Path, query and headers are too long or too many. Fields: limit, actual, unit."""
 
 
 class UploadStalled(CallerError):
-    """The body stopped coming, or trickles."""
+    """The body stopped coming, or comes too slowly. Fields: limit, unit."""
 
 
 class Unauthorized(CallerError):
-    """No API key, or none that is known."""
+    """The request has no API key, or an unknown one."""
 
 
 class OtherSite(CallerError):
-    """A browser sends it for a page of another site."""
+    """A browser sends the request for a page of another site."""
 
 
 class UnknownFormat(CallerError):
-    """No such output format."""
+    """The output format does not exist, or not for this input. Fields: parameter, value, allowed."""
 
 
 class InvalidParameter(CallerError):
-    """A parameter of the request is wrong."""
+    """A parameter of the request is wrong. Fields: parameter, value, allowed, limit."""
 
 
 class DeadlineTooShort(CallerError):
-    """The work alone takes longer than the caller has time for."""
+    """The work alone takes longer than the deadline allows. Fields: limit, actual, unit, remedy."""
 
 
 class UnknownModel(CallerError):
-    """No such bundle is open."""
+    """The bundle is not served. Fields: parameter or setting, value, allowed."""
 
 
 class UnknownJob(CallerError):
-    """Never accepted, deleted or expired."""
+    """The job was never accepted, was deleted or has expired. Fields: value."""
 
 
 class ReloadFailed(CallerError):
-    """The bundles on disk cannot be opened, and whoever operates the server is told why; what was open still is."""
+    """The bundles on disk cannot be served, and the operator is told why; the old ones are served on. Fields: those of the cause."""
 
 
 class NotFinished(CallerError):
     """The job has no result, or none yet.
 
-    Attributes:
-        retry_after_s: when asking again makes sense; None if never.
+    Args:
+        detail: sentence for a person.
+        retry_after_s: seconds after which to ask again; None where there will be no result.
+        fields: state.
     """
 
     def __init__(self, detail: str, retry_after_s: int | None = None, **fields: Any) -> None:
@@ -136,8 +140,10 @@ class NotFinished(CallerError):
 class TryAgain(UnetppError):
     """The same request may succeed later.
 
-    Attributes:
-        retry_after_s: seconds to wait first.
+    Args:
+        detail: sentence for a person.
+        retry_after_s: seconds to wait first, for the header Retry-After.
+        fields: facts for a program.
     """
 
     def __init__(self, detail: str, retry_after_s: int = 1, **fields: Any) -> None:
@@ -146,11 +152,18 @@ class TryAgain(UnetppError):
 
 
 class ReloadRunning(TryAgain):
-    """Another reload is not done."""
+    """Another reload is running."""
 
 
 class Overloaded(TryAgain):
-    """Too many requests at once."""
+    """Too many requests came at once.
+
+    Args:
+        detail: sentence for a person.
+        retry_after_s: seconds to wait first.
+        refusal: label of the metrics: "wait", "in_flight", "memory" or "uploads".
+        fields: limit, actual, unit, setting, remedy.
+    """
 
     def __init__(self, detail: str, retry_after_s: int = 1, refusal: str = "wait", **fields: Any) -> None:
         super().__init__(detail, retry_after_s, **fields)
@@ -158,46 +171,56 @@ class Overloaded(TryAgain):
 
 
 class DeadlinePassed(TryAgain):
-    """The caller's time was up before the answer was there."""
+    """The request's time was up before its response was ready. Fields: limit, unit, remedy."""
 
 
 class NotReady(TryAgain):
-    """Starting or shutting down."""
+    """The server is starting or stopping, or its device does not answer."""
 
     refusal = "stopping"
 
 
 class StoreFull(TryAgain):
-    """No disk space for jobs and results."""
+    """There is no disk space for jobs and results. Fields: limit, actual, unit, setting."""
 
 
 class Interrupted(TryAgain):
-    """A job that was started again and again and never got to its end."""
+    """A job was started several times and never ended. Fields: limit, actual."""
 
 
 class ServerFault(UnetppError):
-    """We or the operator must fix it."""
+    """The operator, or we, must fix it. Callers are told nothing but that."""
 
 
 class BundleDamaged(ServerFault):
-    """A bundle cannot be read, fails its hashes or its golden pairs."""
+    """A bundle cannot be read, or fails its hashes or golden pairs. Fields: file, name, limit, actual."""
 
 
 class Misconfigured(ServerFault):
-    """Settings with which the server must not or cannot listen; names the setting."""
+    """Settings exclude each other, or this machine cannot follow them. Fields: setting, value, remedy."""
 
 
 class EngineUnavailable(ServerFault):
-    """A configured engine or provider cannot run on this machine."""
+    """An engine or provider does not run here. Fields: engine, provider, precision, graph, allowed."""
 
 
 class TuningTooNoisy(ServerFault):
-    """Measurements differ too much between rounds to be stored."""
+    """Measurements differ too much between rounds to be stored. Fields: limit, actual, graph."""
 
 
 class InferenceFailed(ServerFault):
-    """An engine raised while running a batch."""
+    """An engine failed while serving."""
 
 
 class StoreBroken(ServerFault):
-    """The folder of the jobs is in use, damaged or not writable."""
+    """The jobs folder is in use, damaged or not writable. Fields: setting, value."""
+
+
+def all_codes() -> dict[str, type[UnetppError]]:
+    """Returns every error by code, in the order of the tree: what a manual must explain."""
+    rows, queue = {}, [UnetppError]
+    while queue:
+        error = queue.pop(0)
+        rows[error.code] = error
+        queue = [child for child in error.__subclasses__() if child.__module__ == __name__] + queue
+    return rows

@@ -1,92 +1,149 @@
-"""Which addresses the server listens on, whether it may, and with which certificate: settled before minutes of warming up."""
+"""Addresses and certificate of the server: checked before any bundle is opened, so that a mistake is reported at once."""
 
 import contextlib
 import errno
 import ipaddress
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from server.errors import Misconfigured
 from server.settings import HttpSettings, Settings
 
+HOST, OPS_HOST = "UNETPP_HTTP__HOST", "UNETPP_HTTP__OPS_HOST"
+
+Address = tuple[int, tuple[Any, ...]]
+
 
 @contextlib.contextmanager
 def bound(settings: Settings) -> Iterator[tuple[list[socket.socket], list[socket.socket]]]:
-    """The sockets of the port for all and of the ops port, none where there is none; closed in the end.
+    """Binds the sockets of the public port and of the ops port (none if it has no port), and closes them at the end.
 
-    They are bound, so that nobody else gets the ports, and do not listen yet, so that callers are refused and do not wait.
+    They are bound, so that no other program takes the ports, and do not listen yet, so that clients are refused instead of waiting.
 
     Raises:
-        Misconfigured: a port is taken, an address not ours, or one beyond loopback is open to all without that being asked for.
+        Misconfigured: a port is taken, an address is not one of this machine, or one beyond loopback would be open to all.
     """
-    http, guarded = settings.http, settings.auth.keys_file is not None or settings.auth.insecure
+    http = settings.http
+    is_guarded = settings.auth.keys_file is not None or settings.auth.insecure
     check_certificate(http)
     if http.ops_port == http.port:
-        raise Misconfigured("UNETPP_HTTP__PORT and UNETPP_HTTP__OPS_PORT must differ")
-    with contextlib.ExitStack() as opened:
-        main = _bind(http.host, http.port, "HTTP__HOST", guarded, opened)
-        ops = [] if http.ops_port is None else _bind(http.ops_host, http.ops_port, "HTTP__OPS_HOST", guarded, opened)
-        yield main, ops
+        raise Misconfigured(
+            f"UNETPP_HTTP__PORT and UNETPP_HTTP__OPS_PORT are both {http.port}; they must differ",
+            setting="UNETPP_HTTP__OPS_PORT",
+            value=http.ops_port,
+        )
+    with contextlib.ExitStack() as stack:
+        sockets = bind(http.host, http.port, HOST, is_guarded, stack)
+        ops_sockets = (
+            [] if http.ops_port is None else bind(http.ops_host, http.ops_port, OPS_HOST, is_guarded, stack)
+        )
+        yield sockets, ops_sockets
 
 
 def check_certificate(http: HttpSettings) -> None:
-    """Loads certificate and key, if there are.
+    """Loads the certificate and its key, if there are any.
 
     Raises:
-        Misconfigured: one without the other, or they cannot be used.
+        Misconfigured: one is set without the other, or they cannot be used.
     """
-    if http.tls_cert is None and http.tls_key is None:
+    cert, key = http.tls_cert, http.tls_key
+    if cert is None and key is None:
         return
-    if http.tls_cert is None or http.tls_key is None:
-        raise Misconfigured("UNETPP_HTTP__TLS_CERT and UNETPP_HTTP__TLS_KEY come together; set both, or none")
-    for path in (http.tls_cert, http.tls_key):
+    if cert is None or key is None:
+        missing = "UNETPP_HTTP__TLS_CERT" if cert is None else "UNETPP_HTTP__TLS_KEY"
+        raise Misconfigured(
+            f"{missing} is not set; set UNETPP_HTTP__TLS_CERT and UNETPP_HTTP__TLS_KEY, or neither",
+            setting=missing,
+        )
+    for setting, path in (("UNETPP_HTTP__TLS_CERT", cert), ("UNETPP_HTTP__TLS_KEY", key)):
         if not path.is_file():
-            raise Misconfigured(f"there is no file {path}; see UNETPP_HTTP__TLS_CERT and UNETPP_HTTP__TLS_KEY")
+            raise Misconfigured(f"{setting}={path} is not a file", setting=setting, value=str(path))
     try:
-        # Without a word as password OpenSSL would ask the terminal for one.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(http.tls_cert, http.tls_key, password=" ")  # noqa: S106 - of no key
+        # Without a password OpenSSL would ask the terminal for one.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=" ")  # noqa: S106 - of no key
     except OSError as error:
         raise Misconfigured(
-            f"the certificate {http.tls_cert} and the key {http.tls_key} cannot be used: both must be PEM, readable, belong to each "
-            f"other, and the key have no passphrase ({error.strerror or type(error).__name__})"
+            f"the certificate {cert} and the key {key} cannot be used: both must be PEM and readable, belong to each other, and the "
+            f"key must have no passphrase ({error.strerror or type(error).__name__})",
+            setting="UNETPP_HTTP__TLS_CERT",
+            value=str(cert),
         ) from error
 
 
-def _bind(host: str, port: int, setting: str, guarded: bool, opened: contextlib.ExitStack) -> list[socket.socket]:
-    """A socket for each address of a name."""
+def bind(
+    host: str,
+    port: int,
+    setting: str,
+    is_guarded: bool,
+    stack: contextlib.ExitStack,
+    resolve: Callable[[str, int], list[Address]] | None = None,
+) -> list[socket.socket]:
+    """Binds a socket for each address of a host name.
+
+    Args:
+        host: name or address; "" means all addresses.
+        port: TCP port.
+        setting: name of the setting that holds the host.
+        is_guarded: whether keys are needed, or the operator accepts that they are not.
+        stack: closes the sockets.
+        resolve: returns the addresses of a host; the system's resolver if not given.
+
+    Raises:
+        Misconfigured: names the setting.
+    """
     try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = (resolve or _resolve)(host, port)
     except OSError as error:
-        raise Misconfigured(f"UNETPP_{setting}={host} is no address of this machine: {error.strerror}") from error
-    addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
-    if not guarded and not all(_is_loopback(str(address[0])) for _, address in addresses):
+        raise _not_here(setting, host, f": {error.strerror}") from error
+    if not is_guarded and not all(_is_loopback(str(address[0])) for _, address in addresses):
         raise Misconfigured(
-            f"UNETPP_{setting}={host} is reached from other machines, and nobody needs a key: make keys (unetpp key NAME) and set "
-            "UNETPP_AUTH__KEYS_FILE, or say --insecure (UNETPP_AUTH__INSECURE=true) if whoever reaches the port may use it"
+            f"{setting}={host} is reached from other machines, and no key is needed; make keys (unetpp key NAME) and set "
+            "UNETPP_AUTH__KEYS_FILE, or start with --insecure (UNETPP_AUTH__INSECURE=true) if everyone who reaches the port may "
+            "use it",
+            setting=setting,
+            value=host,
+            remedy="UNETPP_AUTH__KEYS_FILE",
         )
     sockets = []
     for family, address in addresses:
         try:
-            sockets.append(opened.enter_context(_bind_one(family, address)))
+            sockets.append(stack.enter_context(_bind_one(family, address)))
         except OSError as error:
             # A name may have an IPv6 address where the machine has no IPv6.
             if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and len(addresses) > 1:
                 continue
-            why = "is taken by another program" if error.errno == errno.EADDRINUSE else f"cannot be had: {error.strerror}"
-            raise Misconfigured(f"port {port} of {host or 'all addresses'} {why}; choose another one") from error
+            is_taken = error.errno == errno.EADDRINUSE
+            reason = "is taken by another program" if is_taken else f"cannot be bound: {error.strerror}"
+            raise Misconfigured(
+                f"port {port} of {host or 'all addresses'} {reason}; choose another one",
+                setting=setting.replace("HOST", "PORT"),
+                value=port,
+            ) from error
     if not sockets:
-        raise Misconfigured(f"UNETPP_{setting}={host} is no address of this machine")
+        raise _not_here(setting, host)
     return sockets
 
 
-def _bind_one(family: int, address: tuple[object, ...]) -> socket.socket:
+def _not_here(setting: str, host: str, reason: str = "") -> Misconfigured:
+    return Misconfigured(
+        f"{setting}={host} is not an address of this machine{reason}", setting=setting, value=host
+    )
+
+
+def _resolve(host: str, port: int) -> list[Address]:
+    rows = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return list(dict.fromkeys((family, address) for family, _, _, _, address in rows))
+
+
+def _bind_one(family: int, address: tuple[Any, ...]) -> socket.socket:
     made = socket.socket(family, socket.SOCK_STREAM)
     try:
-        # A port whose last server has just ended is free.
+        # So that the port of a server that has just ended is free.
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            # IPv4 has a socket of its own.
+            # Because IPv4 has a socket of its own.
             made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         made.bind(address)
     except BaseException:

@@ -1,7 +1,7 @@
-"""What the log says, and what it never says: nothing of what callers send.
+"""Logging to stderr, without any of what callers send.
 
-Texts of exceptions from code that reads inputs may quote names, headers of medical files, or values; so do the loggers of the
-libraries that decode. Of those exceptions the log has the kind and the lines of code, and of those loggers nothing.
+Texts of exceptions from code that reads inputs may quote names, headers of medical files or values, and so may the loggers of the
+libraries that decode. Of those exceptions the log has the class and the lines of code; those loggers are left out.
 """
 
 import json
@@ -18,49 +18,68 @@ from server.errors import ServerFault, TryAgain
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 
-# Whose lines are of use to whoever operates the server. Others, e.g. nibabel and tifffile, tell of the files that they read.
-HEARD = ("server", "uvicorn", "asyncio", "openvino", "onnxruntime", "opentelemetry")
+# Loggers whose lines are written. Others, e.g. nibabel and tifffile, quote the files that they read.
+LOGGERS = ("server", "uvicorn", "asyncio", "openvino", "onnxruntime", "opentelemetry")
 
-# Jobs belong to whoever knows their ids, which are in the names of their files: what is left is enough to find them.
+# The id of a job, which is in the names of its files, gives access to its result; its first 8 digits are enough to find it.
 JOB_ID = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{24}\b")
 
-# Exceptions raised here speak of bundles, engines, the disk and the server itself.
-SPEAKING = ("server.runtime", "server.jobs", "server.reload", "server.app", "server.serving", "server.cli", "server.logs")
+# Modules whose exceptions are written with their text, because it is about bundles, engines, the disk and the server itself.
+TRUSTED = (
+    "server.runtime",
+    "server.jobs",
+    "server.reload",
+    "server.app",
+    "server.serving",
+    "server.cli",
+    "server.logs",
+)
 
 
 def setup(form: Literal["text", "json"]) -> None:
-    """INFO and above as single lines on stderr."""
+    """Writes INFO and above to stderr, as text or as one JSON object per line."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Json() if form == "json" else Text())
-    handler.addFilter(Heard())
-    handler.addFilter(Once())
+    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    handler.addFilter(LoggerFilter())
+    handler.addFilter(DuplicateFilter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("openvino").setLevel(logging.WARNING)
-    # They would go to stderr as they are; as lines of a logger that is not heard they go nowhere.
+    # Warnings would go to stderr as they are; as records of a logger that is left out they are not written.
     logging.captureWarnings(True)
 
 
-class Text(logging.Formatter):
-    """For terminals."""
+class TextFormatter(logging.Formatter):
+    """Formats records for terminals."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, and a traceback below it."""
+        """Returns the line, with a traceback below it."""
         line = f"{self.formatTime(record)} {record.levelname} {_message(record)}"
         return "\n".join([line, *_exception(record)])
 
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 - the base's name
-        """To the millisecond."""
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 - name of the base class
+        """Returns the local time, to the millisecond."""
         del datefmt
-        return f"{datetime.fromtimestamp(record.created).astimezone():%Y-%m-%d %H:%M:%S},{int(record.msecs):03d}"
+        return (
+            f"{datetime.fromtimestamp(record.created).astimezone():%Y-%m-%d %H:%M:%S},{int(record.msecs):03d}"
+        )
 
 
-class Json(logging.Formatter):
-    """For collectors: one object per line."""
+class JsonFormatter(logging.Formatter):
+    """Formats records for collectors, one JSON object per line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The fields that every line has, the request's where there is one, and those that the line brings as `fields`."""
-        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        line = {"time": time, "level": record.levelname.lower(), "logger": record.name, "message": _message(record)}
+        """Returns the object: time, level, logger, message, the request's id, and the record's own `fields`."""
+        time = (
+            datetime.fromtimestamp(record.created, UTC)
+            .isoformat(timespec="milliseconds")
+            .replace("+00:00", "Z")
+        )
+        line = {
+            "time": time,
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": _message(record),
+        }
         if request_id := REQUEST_ID.get():
             line["request_id"] = request_id
         line |= getattr(record, "fields", {})
@@ -69,33 +88,33 @@ class Json(logging.Formatter):
         return json.dumps(line)
 
 
-class Heard(logging.Filter):
-    """Leaves out the loggers that nobody should hear."""
+class LoggerFilter(logging.Filter):
+    """Passes records of `LOGGERS` only."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether it is one of `HEARD`, or below it."""
-        return record.name.partition(".")[0] in HEARD
+        """Whether the logger is one of `LOGGERS`, or below one."""
+        return record.name.partition(".")[0] in LOGGERS
 
 
-class Once(logging.Filter):
-    """Leaves out what uvicorn says of an exception that the handler of unexpected errors has logged: it marks those that pass."""
+class DuplicateFilter(logging.Filter):
+    """Drops uvicorn's record of an exception that the handler of unexpected errors has logged already."""
 
     MARK = "unetpp_logged"
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether it is new."""
+        """Whether the exception has not been logged yet; marks it."""
         error = record.exc_info[1] if record.exc_info else None
         if error is None:
             return True
         again = record.name == "uvicorn.error" and hasattr(error, self.MARK)
-        # On the exception itself, so that it goes when that does.
+        # On the exception itself, because nothing else lives as long as it does.
         setattr(error, self.MARK, True)
         return not again
 
 
 def _message(record: logging.LogRecord) -> str:
     text = record.getMessage()
-    # asyncio's other lines show tasks with their exceptions' texts.
+    # asyncio's further lines show tasks with the texts of their exceptions.
     return text.partition("\n")[0] if record.name == "asyncio" else text
 
 
@@ -105,19 +124,25 @@ def _exception(record: logging.LogRecord) -> Iterator[str]:
 
 
 def describe(error: BaseException) -> str:
-    """Tracebacks of an exception and what led to it, that last, without texts that may quote what was sent."""
+    """Returns tracebacks of an exception and then of its causes, without texts that may quote what was sent."""
     parts: list[str] = []
-    left: BaseException | None = error
-    while left is not None and len(parts) < 10:
-        frames = "".join(traceback.format_tb(left.__traceback__))
-        parts.append(f"Traceback (most recent call last):\n{frames}{type(left).__name__}: {_text(left)}")
-        left = left.__cause__ or (None if left.__suppress_context__ else left.__context__)
+    current: BaseException | None = error
+    while current is not None and len(parts) < 10:
+        frames = "".join(traceback.format_tb(current.__traceback__))
+        parts.append(
+            f"Traceback (most recent call last):\n{frames}{type(current).__name__}: {_text(current)}"
+        )
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
     return "\n\nafter\n\n".join(parts)
 
 
 def _text(error: BaseException) -> str:
-    own = [name for frame, _ in traceback.walk_tb(error.__traceback__) if (name := _module(frame)).startswith("server.")]
-    if isinstance(error, ServerFault | TryAgain) or (own and own[-1].startswith(SPEAKING)):
+    ours = [
+        name
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if (name := _module(frame)).startswith("server.")
+    ]
+    if isinstance(error, ServerFault | TryAgain) or (ours and ours[-1].startswith(TRUSTED)):
         return JOB_ID.sub(r"\1…", str(error))
     return "(its text is left out, as it may quote what was sent)"
 

@@ -1,4 +1,4 @@
-"""What Prometheus sees of NVIDIA GPUs: as NVML tells when it is asked, and nothing where there is no GPU or no NVML."""
+"""Prometheus metrics of NVIDIA GPUs, read from NVML at each scrape; absent where there is no GPU or no NVML."""
 
 import asyncio
 import contextlib
@@ -9,21 +9,21 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-# A driver that has lost its device may never answer; a scrape does without it then.
-PATIENCE_S = 1.0
+# Seconds that a scrape waits for NVML, because a driver that has lost its device may never answer.
+TIMEOUT_S = 1.0
 
 TEXTS = {
-    "unetpp_gpu_memory_used_bytes": "Memory of the GPU in use, by whatever process.",
+    "unetpp_gpu_memory_used_bytes": "Memory of the GPU that is in use, by all processes.",
     "unetpp_gpu_memory_total_bytes": "Memory of the GPU.",
-    "unetpp_gpu_utilization_ratio": "Share of the last moments in which the GPU was at work, for whatever process.",
+    "unetpp_gpu_utilization_ratio": "Share of the last sample period of NVML in which a kernel ran on the GPU, of any process.",
 }
 
 
 def _nvml() -> Any:
-    """The library, ready for use.
+    """Loads and initialises the library.
 
     Raises:
-        ImportError, pynvml.NVMLError: it is not there, or finds no driver.
+        ImportError, pynvml.NVMLError: the library is not installed, or finds no driver.
     """
     import pynvml
 
@@ -32,57 +32,62 @@ def _nvml() -> Any:
 
 
 class Gpus(Collector):
-    """Gauges per GPU, by its index in NVML.
+    """Gauges per GPU, labelled with its index in NVML.
 
     Args:
-        registry: where they are shown.
-        load: gives the library, or raises.
+        registry: registry that shows the gauges.
+        load: returns the library, or raises.
+        timeout_s: seconds that `refresh` waits.
     """
 
-    def __init__(self, registry: CollectorRegistry, load: Callable[[], Any] = _nvml) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, load: Callable[[], Any] = _nvml, timeout_s: float = TIMEOUT_S
+    ) -> None:
         self._load = load
+        self._timeout_s = timeout_s
         self._library: Any = None
         self._absent = False
         self._reading: asyncio.Future[list[tuple[str, str, float]]] | None = None
-        self._shown: list[tuple[str, str, float]] = []
+        self._values: list[tuple[str, str, float]] = []
         registry.register(self)
 
-    async def look(self) -> None:
-        """Asks NVML, in a thread; if it does not answer soon, nothing is shown until it does."""
+    async def refresh(self) -> None:
+        """Reads NVML in a thread; where it does not answer in time, no gauge is shown until it does."""
         if self._absent:
             return
         if self._reading is None:
             self._reading = asyncio.get_running_loop().run_in_executor(None, self._read)
-        decode_options = self._reading
-        await asyncio.wait([decode_options], timeout=PATIENCE_S)
-        self._shown = []
-        if decode_options.done():
-            self._reading, self._shown = None, decode_options.result()
+        await asyncio.wait([self._reading], timeout=self._timeout_s)
+        self._values = []
+        if self._reading.done():
+            self._values = self._reading.result()
+            self._reading = None
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """What was read last, for the registry."""
+        """Yields the gauges as they were last read; called by the registry."""
         for name, text in TEXTS.items():
             family = GaugeMetricFamily(name, text, labels=["gpu"])
-            for shown, gpu, value in self._shown:
-                if shown == name:
+            for metric, gpu, value in self._values:
+                if metric == name:
                     family.add_metric([gpu], value)
             if family.samples:
                 yield family
 
     def _read(self) -> list[tuple[str, str, float]]:
-        """(Name, GPU, value) of all that can be read; parts of a GPU (MIG) know their memory but no utilisation."""
+        """Returns (name, GPU, value) of all that can be read; parts of a GPU (MIG) know their memory but no utilisation."""
         try:
             nvml = self._library = self._library or self._load()
-        except Exception:  # noqa: BLE001 - a machine without it is none of our business
+        except Exception:  # noqa: BLE001 - a machine without GPUs is no error, however the library says it
             self._absent = True
             return []
-        found: list[tuple[str, str, float]] = []
+        values: list[tuple[str, str, float]] = []
         with contextlib.suppress(Exception):
             for index in range(nvml.nvmlDeviceGetCount()):
                 with contextlib.suppress(Exception):
                     handle = nvml.nvmlDeviceGetHandleByIndex(index)
                     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-                    found.append(("unetpp_gpu_memory_used_bytes", f"{index}", memory.used))
-                    found.append(("unetpp_gpu_memory_total_bytes", f"{index}", memory.total))
-                    found.append(("unetpp_gpu_utilization_ratio", f"{index}", nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100))
-        return found
+                    values.append(("unetpp_gpu_memory_used_bytes", f"{index}", memory.used))
+                    values.append(("unetpp_gpu_memory_total_bytes", f"{index}", memory.total))
+                    utilization = nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+                    values.append(("unetpp_gpu_utilization_ratio", f"{index}", utilization))
+        return values

@@ -1,8 +1,8 @@
-"""What Prometheus sees of quality, in three kinds that are never mixed.
+"""Prometheus metrics of quality, in three kinds that are never mixed.
 
-calibrated  what the manifest says that a level reached on labelled data, before it served anybody
-reference   masks as served against the references that came with their requests: true, of callers who have references
-agreement   fast masks as served against our own accurate ones: of all callers, and no accuracy, as both may be wrong
+calibrated  IoU and Dice that a level reached on labelled data when the bundle was made, from the manifest
+reference   masks as served against the references that came with their requests: accuracy, for callers who have references
+agreement   fast masks as served against our own accurate ones: for all callers, and no accuracy, because both may be wrong
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,34 +10,34 @@ from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-# Where levels differ, i.e. close to 1.
+# Dense close to 1, because levels differ there.
 BUCKETS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 1.0)
 
-# A model, the mode and the level as served.
+# Model, served mode and served level.
 Place = tuple[str, str, str]
 
 
 class Compared(Protocol):
-    """How well two masks agree on one class."""
+    """Overlap of two masks on one class."""
 
     @property
     def iou(self) -> float:
-        """In [0, 1]."""
+        """Intersection over union, in [0, 1]."""
 
     @property
     def dice(self) -> float:
-        """In [0, 1]."""
+        """Dice coefficient, in [0, 1]."""
 
     @property
     def empty(self) -> bool:
-        """Neither has a pixel of it."""
+        """Whether neither mask has a pixel of the class."""
 
 
 class Rows:
-    """A gauge that has a value for each row of labels that there is now.
+    """A gauge whose rows of label values are replaced as a whole.
 
     Args:
-        gauge: shows them.
+        gauge: the gauge.
     """
 
     def __init__(self, gauge: Gauge) -> None:
@@ -45,7 +45,7 @@ class Rows:
         self._shown: set[tuple[str, ...]] = set()
 
     def show(self, values: Mapping[tuple[str, ...], float]) -> None:
-        """From now on, and no others: what was there and stays is there at every moment, as a scrape may be written meanwhile."""
+        """Shows these rows and no others. Rows that stay are never absent, because a scrape may be rendered at the same time."""
         for labels, value in values.items():
             self._gauge.labels(*labels).set(value)
         for labels in self._shown - values.keys():
@@ -54,7 +54,7 @@ class Rows:
 
 
 class Calibrated:
-    """Gauges of what manifests say."""
+    """Gauges of the calibration in manifests."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         labels = ("model", "mode", "level", "precision", "engine")
@@ -67,7 +67,7 @@ class Calibrated:
         self._rows = [Rows(Gauge(name, text, labels, registry=registry)) for name, text in texts.items()]
 
     def show(self, points: Mapping[tuple[str, ...], tuple[float, float, float]]) -> None:
-        """(IoU, Dice, seconds) of all measured points there are now, by place, precision and engine."""
+        """Shows (IoU, Dice, seconds) of all calibrated points, by place, precision and engine."""
         for index, rows in enumerate(self._rows):
             rows.show({labels: measured[index] for labels, measured in points.items()})
 
@@ -76,42 +76,52 @@ class Overlaps:
     """IoU and Dice of one kind, per class.
 
     Args:
-        registry: where they are shown.
+        registry: registry of the histograms and the counter.
         kind: "reference" or "agreement".
-        text: what is compared with what.
-        outcomes: that a comparison may have.
+        text: the two masks that are compared, for the help texts.
+        outcomes: values of the label `outcome`.
     """
 
     def __init__(self, registry: CollectorRegistry, kind: str, text: str, outcomes: tuple[str, ...]) -> None:
         labels = ("model", "mode", "level", "class")
-        empty = "Where both are empty of a class it is not observed."
-        self._iou = Histogram(f"unetpp_{kind}_iou", f"IoU per class: {text}. {empty}", labels, buckets=BUCKETS, registry=registry)
+        empty = "A class that neither has is not observed."
+        self._iou = Histogram(
+            f"unetpp_{kind}_iou",
+            f"IoU per class: {text}. {empty}",
+            labels,
+            buckets=BUCKETS,
+            registry=registry,
+        )
         self._dice = Histogram(
-            f"unetpp_{kind}_dice", f"Dice per class: {text}. {empty}", labels, buckets=BUCKETS, registry=registry
+            f"unetpp_{kind}_dice",
+            f"Dice per class: {text}. {empty}",
+            labels,
+            buckets=BUCKETS,
+            registry=registry,
         )
         self._samples = Counter(
             f"unetpp_{kind}_samples",
-            f"Masks by what came of comparing {text}; both_empty: neither has a pixel of any class, so nothing is observed.",
+            f"Masks by outcome of comparing {text}; both_empty: neither has a pixel of any class, so that none is observed.",
             ("outcome",),
             registry=registry,
         )
         for outcome in outcomes:
             self._samples.labels(outcome)
 
-    def expect(self, place: Place, classes: Iterable[str]) -> None:
-        """Creates the children."""
+    def create_series(self, place: Place, classes: Iterable[str]) -> None:
+        """Creates the series of a place, empty."""
         for name in classes:
             self._iou.labels(*place, name)
             self._dice.labels(*place, name)
 
-    def observe(self, place: Place, found: Mapping[str, Compared]) -> None:
-        """One mask, by the names of its classes."""
-        seen = {name: overlap for name, overlap in found.items() if not overlap.empty}
-        for name, overlap in seen.items():
+    def observe(self, place: Place, overlaps: Mapping[str, Compared]) -> None:
+        """Observes one mask: an overlap by class name."""
+        observed = {name: overlap for name, overlap in overlaps.items() if not overlap.empty}
+        for name, overlap in observed.items():
             self._iou.labels(*place, name).observe(overlap.iou)
             self._dice.labels(*place, name).observe(overlap.dice)
-        self.count("compared" if seen else "both_empty")
+        self.count("compared" if observed else "both_empty")
 
     def count(self, outcome: str) -> None:
-        """One mask more with this outcome; the histograms do not see it."""
+        """Counts one mask with an outcome, without observing it."""
         self._samples.labels(outcome).inc()

@@ -1,4 +1,4 @@
-"""Looks at the bundles again while serving: what is new or changed is opened beside the old, then all is swapped at once."""
+"""Reload of the bundles while serving: new and changed ones are opened beside the old, then all are swapped at once."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from server.errors import NotReady, ReloadFailed, ReloadRunning, UnetppError
 from server.monitoring import model_info
 from server.runtime import memory
-from server.runtime.loader import Deployment
+from server.runtime.deployment import Deployment
 from server.segment.service import SegmentationService
 
 log = logging.getLogger(__name__)
@@ -20,11 +20,11 @@ Deployments = Mapping[str, Deployment]
 
 
 class Reload:
-    """One reload at a time. All methods belong to the event loop's thread.
+    """Reloads the bundles of a service, one reload at a time. All methods must be called on the event loop's thread.
 
     Args:
-        read: given the deployments that are served, returns those that are to be served; unchanged ones are kept. Runs in a thread.
-        service: serves them.
+        read: maps the served deployments to those to serve, keeping unchanged ones; runs in a thread.
+        service: service whose registry is swapped.
         check: raises `NotReady` once the server stops.
     """
 
@@ -36,42 +36,44 @@ class Reload:
     ) -> None:
         self._read = read
         self._check = check
-        self._once_more = False
+        self._again = False
         self._service = service
         self._running: asyncio.Task[list[str]] | None = None
         self._closing: set[asyncio.Task[None]] = set()
 
     async def __call__(self) -> list[str]:
-        """Reloads, whether or not whoever asks stays until it is done.
+        """Reloads. A caller that leaves does not cancel it.
 
         Returns:
-            What has changed, a line per bundle.
+            A line for each bundle that changed.
 
         Raises:
-            ReloadRunning: another one is not done.
+            ReloadRunning: another reload is running.
             NotReady: the server is stopping.
-            ReloadFailed: says why; all is served as before.
+            ReloadFailed: gives the reason; everything is served as before.
         """
         return await asyncio.shield(self.begin())
 
     def begin(self) -> asyncio.Task[list[str]]:
-        """The same for those who do not wait; the log says how it went.
+        """Starts a reload without waiting for it; its outcome is logged.
 
         Raises:
-            ReloadRunning: another one is not done.
+            ReloadRunning: another reload is running.
             NotReady: the server is stopping.
         """
         self._check()
         if self._running:
-            raise ReloadRunning("a reload is running, which may have looked at the bundles already; ask again when it is done")
+            raise ReloadRunning(
+                "another reload is running and may have read the bundles already; try again when it is done"
+            )
         self._running = asyncio.create_task(self._reload())
         self._running.add_done_callback(self._ended, context=contextvars.Context())
         return self._running
 
-    def soon(self) -> None:
-        """For signals, who cannot be told to ask again: one that runs may have looked at the bundles already, so another follows."""
+    def request(self) -> None:
+        """Reloads now, or once more after the reload that runs, which may have read the bundles already: for signals."""
         if self._running:
-            self._once_more = True
+            self._again = True
             log.info("a reload is running; another one follows")
             return
         try:
@@ -82,11 +84,16 @@ class Reload:
     def _ended(self, task: asyncio.Task[list[str]]) -> None:
         self._running = None
         if not task.cancelled():
-            # Told already.
+            # Read, because asyncio logs exceptions that nobody reads.
             task.exception()
-        if self._once_more:
-            self._once_more = False
-            self.soon()
+        if self._again:
+            self._again = False
+            self.request()
+
+    async def wait(self) -> None:
+        """Waits until no reload runs, and the memory of every replaced bundle is returned."""
+        while waiting := {*self._closing, *filter(None, [self._running])}:
+            await asyncio.wait(waiting)
 
     async def _reload(self) -> list[str]:
         started = time.monotonic()
@@ -95,26 +102,28 @@ class Reload:
             before = self._service.registry.deployments
             after = await asyncio.to_thread(self._open, before)
             self._service.registry.swap(after)
-        except Exception as error:  # noqa: BLE001 - whatever it is, what is served stays
+        except Exception as error:  # noqa: BLE001 - whatever it is, the old bundles are served
             failure = _failure(error)
-        # Outside of the handler, so that what the error refers to, engines among it, is gone by now.
+        # Outside of the handler, because engines that the error refers to are only freed there.
         if failure:
-            self._service.metrics.reloaded(False)
+            self._service.metrics.count_reload(False)
             await asyncio.to_thread(memory.malloc_trim)
             raise failure
-        self._service.metrics.reloaded(True)
-        self._service.metrics.expect(model_info.describe(after))
+        self._service.metrics.count_reload(True)
+        self._service.metrics.register_models(model_info.describe(after))
         changes = _changes(before, after)
-        gone = [deployment for name, deployment in before.items() if after.get(name) is not deployment]
+        replaced = [deployment for name, deployment in before.items() if after.get(name) is not deployment]
         del before
-        while gone:
-            self._close(gone.pop())
+        while replaced:
+            self._close(replaced.pop())
         self._service.open_in_background()
-        log.info("reloaded in %.1f s: %s", time.monotonic() - started, "; ".join(changes) or "nothing has changed")
+        log.info(
+            "reloaded in %.1f s: %s", time.monotonic() - started, "; ".join(changes) or "nothing has changed"
+        )
         return changes
 
     def _open(self, before: Deployments) -> Deployments:
-        """Reads the bundles, and opens the recommended graph of each that is new, so that no request waits for a swap."""
+        """Reads the bundles, and opens the recommended graph of each new one, so that no request waits for it."""
         after = self._read(before)
         for name, deployment in after.items():
             if before.get(name) is not deployment:
@@ -122,24 +131,24 @@ class Reload:
         return after
 
     def _close(self, deployment: Deployment) -> None:
-        """Returns the memory of a deployment after the last request on it."""
+        """Returns the memory of a replaced deployment to the system after the last request on it."""
         self._service.loader.forget(deployment)
-        loop, left, name = asyncio.get_running_loop(), asyncio.Event(), deployment.name
-        weakref.finalize(deployment, _set, loop, left).atexit = False
-        task = asyncio.create_task(_trim(name, left))
+        loop, freed, name = asyncio.get_running_loop(), asyncio.Event(), deployment.name
+        weakref.finalize(deployment, _set, loop, freed).atexit = False
+        task = asyncio.create_task(_trim(name, freed))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
 
 def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-    """Sets an event of a loop from any thread; the loop may be closed."""
+    """Sets an event from any thread; the loop may be closed."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(event.set)
 
 
-async def _trim(name: str, left: asyncio.Event) -> None:
+async def _trim(name: str, freed: asyncio.Event) -> None:
     """Returns freed memory to the system once the last request has left."""
-    await left.wait()
+    await freed.wait()
     await asyncio.to_thread(memory.malloc_trim)
     log.info("%s: the last request on its replaced bundle has ended, and its memory is returned", name)
 
@@ -147,21 +156,22 @@ async def _trim(name: str, left: asyncio.Event) -> None:
 def _failure(error: Exception) -> ReloadFailed:
     if isinstance(error, UnetppError | OSError):
         log.error("reload failed, all is served as before: %s", error)
-        return ReloadFailed(f"all is served as before, as the bundles cannot be reloaded: {error}")
+        fields = error.fields if isinstance(error, UnetppError) else {}
+        return ReloadFailed(f"the bundles cannot be reloaded, and all is served as before: {error}", **fields)
     log.error("reload failed, all is served as before", exc_info=error)
-    return ReloadFailed("all is served as before, as reloading failed unexpectedly; the log says how")
+    return ReloadFailed("reloading failed unexpectedly, and all is served as before; the log has the details")
 
 
 def _changes(before: Deployments, after: Deployments) -> list[str]:
-    """A line for each bundle that is not what it was."""
-    found = []
+    """Returns a line for each bundle that is new, has changed or is gone."""
+    changes = []
     for name in sorted(before.keys() | after.keys()):
         if name not in after:
-            found.append(f"{name} is gone")
+            changes.append(f"{name} is gone")
         elif after[name] is not before.get(name):
             levels = ", ".join(map(str, after[name].manifest.levels))
-            found.append(
+            changes.append(
                 f"{name} {'has changed' if name in before else 'is new'} "
                 f"(levels {levels}, precisions {', '.join(after[name].precisions)})"
             )
-    return found
+    return changes

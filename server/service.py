@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 from server.errors import UnknownModel
 from server.metrics import Metrics
+from server.runtime.deployment import Deployment, read_deployments
 from server.runtime.device import DeviceRunner
 from server.runtime.latency import LatencyModel
-from server.runtime.loader import Deployment, read_deployments
 from server.segment.registry import Registry
 from server.segment.service import SegmentationService
 from server.settings import Settings

@@ -1,4 +1,4 @@
-"""Serving an application: it listens, reloads at SIGHUP and stops in steps, with an ops port beside it."""
+"""The uvicorn servers of the public port and the ops port: they reload at SIGHUP and stop in steps."""
 
 import asyncio
 import faulthandler
@@ -21,20 +21,20 @@ from server.reload import Reload
 
 log = logging.getLogger(__name__)
 
-# What closing may take beyond the time of open requests: the batch that runs, and the store.
+# Seconds that closing may take after the last request: the batch that runs must end, and the store must close.
 CLOSING_S = 10
 
 
 @dataclass(frozen=True)
 class Operations:
-    """What operating an application needs of it.
+    """The parts of an application that its servers operate.
 
     Attributes:
-        stopping: whether it was asked to stop.
-        drain: ends what no request waits for.
-        reload: looks at the bundles again.
-        routes: health and metrics.
-        guard: adds what stands before the routes of any port: guard(app, free=paths that need no key).
+        stopping: state of the shutdown.
+        drain: ends work that no request waits for.
+        reload: reads the bundles again.
+        routes: routes of health and metrics.
+        guard: adds the middleware to an application: guard(app, free=paths that need no key).
     """
 
     stopping: Stopping
@@ -45,11 +45,11 @@ class Operations:
 
 
 class OpsServer(uvicorn.Server):
-    """A second port in the loop of the main `Server`, which alone hears of signals and decides when this one opens and closes.
+    """The ops port, in the event loop of the main `Server`, which alone receives signals and opens and closes this one.
 
     Args:
-        config: of the ops port's application.
-        sockets: bound.
+        config: configuration with the ops application.
+        sockets: bound sockets.
     """
 
     def __init__(self, config: uvicorn.Config, sockets: list[socket]) -> None:
@@ -57,32 +57,35 @@ class OpsServer(uvicorn.Server):
         self.sockets = sockets
 
     async def open(self) -> None:
-        """Listens."""
+        """Starts to listen."""
         self.config.load()
         self.lifespan = self.config.lifespan_class(self.config)
         await self.startup(self.sockets)
 
     async def close(self) -> None:
-        """Lets scrapes that run finish."""
+        """Lets running scrapes finish, and closes the sockets."""
         await self.shutdown(self.sockets)
 
 
 class Server(uvicorn.Server):
-    """Reloads at SIGHUP. Stops in steps, and with exit status 0, unlike uvicorn's own, which ends itself by the signal.
+    """The public port. It reloads at SIGHUP, stops in steps, and then exits with status 0.
 
-    1. A signal: not ready, and each answer closes its connection. After SIGTERM it listens on for `drain_s`, until those who send
-       requests have noticed; whoever pressed Ctrl-C does not wait for that. Jobs are worked on, as they may come to their end.
-    2. It listens no more. Jobs that run are put back, so that their watchers are let go; open requests have their time
-       (`timeout_graceful_shutdown`), after which they get 503.
-    3. Lifespan ends, which waits for the batch that runs.
-    4. The ops port closes: until now it said that the server is not ready, and gave its metrics.
+    uvicorn's own server ends itself by the signal instead.
+
+    1. After the signal the server is not ready, and each response closes its connection. After SIGTERM it listens on for `drain_s`,
+       until load balancers have noticed; after Ctrl-C it does not. Jobs run on, because they may still end.
+    2. It stops listening. Running jobs are put back in the queue, so that clients that follow them are released. Open requests may
+       finish for `timeout_graceful_shutdown`, and then get 503.
+    3. The lifespan ends, which waits for the batch that runs.
+    4. The ops port closes. Until then it reports that the server is not ready, and serves metrics.
 
     Args:
-        config: of an application.
-        operations: of the same.
-        drain_s: see above.
-        sockets: bound; else those that the configuration says.
-        ops: the ops port, if any.
+        config: configuration with the application.
+        operations: parts of the same application.
+        drain_s: seconds of step 1 after SIGTERM.
+        sockets: bound sockets; those of the configuration if not given.
+        ops: the ops port, if there is one.
+        closing_s: seconds that steps 3 and 4 may take before the process is ended.
     """
 
     def __init__(
@@ -92,33 +95,37 @@ class Server(uvicorn.Server):
         drain_s: float = 0.0,
         sockets: list[socket] | None = None,
         ops: OpsServer | None = None,
+        closing_s: float = CLOSING_S,
     ) -> None:
         super().__init__(config)
         self._operations = operations
         self._drain_s = drain_s
         self._sockets = sockets
         self.ops = ops
+        self._closing_s = closing_s
         self._listens_until = 0.0
 
     def run(self, sockets: list[socket] | None = None) -> None:
-        """Serves until it is asked to stop."""
+        """Serves until a signal stops it."""
         try:
             super().run(sockets or self._sockets)
         finally:
             faulthandler.cancel_dump_traceback_later()
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
-        """Called by uvicorn: the ops port opens when it can truly say that the server is ready.
+        """Starts to listen; called by uvicorn. The ops port opens last, because it reports that the server is ready.
 
         Raises:
-            Misconfigured: another program has taken a port since it was bound.
+            Misconfigured: another program listens on a port since it was bound.
         """
         try:
             for bound in [*(sockets or []), *(self.ops.sockets if self.ops else [])]:
-                # uvloop, which does it once more, says nothing where it fails.
+                # Because uvloop, which listens once more, ignores failures.
                 bound.listen(self.config.backlog)
         except OSError as error:
-            raise Misconfigured(f"the server cannot listen: {error.strerror}; choose other ports") from error
+            raise Misconfigured(
+                f"the server cannot listen: {error.strerror}; choose other ports", setting="UNETPP_HTTP__PORT"
+            ) from error
         await super().startup(sockets)
         if self.ops is not None:
             await self.ops.open()
@@ -126,33 +133,36 @@ class Server(uvicorn.Server):
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called in the main thread, between any two of its steps: flags only, no locks."""
+        """Begins to stop. Python calls it between any two bytecodes of the main thread, so that it only sets flags."""
         del frame
         if self.should_exit:
-            # Whoever asks twice wants no more waiting, and has the state of a kill -9: jobs survive that, and files without
-            # a name go with the process.
+            # A second signal is for those who do not want to wait. It leaves the state of a kill -9, which jobs survive; files
+            # without a name go with the process.
             os._exit(128 + sig)
         self.should_exit = True
         self._operations.stopping.begun = True
         drain_s = self._drain_s if sig == signal.SIGTERM else 0.0
         self._listens_until = time.monotonic() + drain_s
-        if (patience_s := self.config.timeout_graceful_shutdown) is not None:
-            # A thread whose device never returns would keep the process; this says where it is and ends both.
-            faulthandler.dump_traceback_later(drain_s + patience_s + CLOSING_S, exit=True)
+        if (stop_s := self.config.timeout_graceful_shutdown) is not None:
+            # A thread whose device never returns would keep the process alive; this logs where it hangs, and ends both.
+            faulthandler.dump_traceback_later(drain_s + stop_s + self._closing_s, exit=True)
         asyncio.get_running_loop().call_soon_threadsafe(
-            log.info, "%s: not ready any more, listening for %g s, then finishing", signal.Signals(sig).name, drain_s
+            log.info,
+            "%s: not ready any more, listening for %g s, then finishing",
+            signal.Signals(sig).name,
+            drain_s,
         )
 
     def _reload(self) -> None:
         if not self.should_exit:
-            self._operations.reload.soon()
+            self._operations.reload.request()
 
     async def on_tick(self, counter: int) -> bool:
-        """Called by uvicorn ten times a second: whether to listen no more."""
+        """Whether to stop listening; called by uvicorn ten times a second."""
         return await super().on_tick(counter) and time.monotonic() >= self._listens_until
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
-        """Called by uvicorn then."""
+        """Runs steps 2 to 4; called by uvicorn."""
         self._operations.stopping.begun = True
         self._operations.drain()
         await super().shutdown(sockets)

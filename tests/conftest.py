@@ -6,7 +6,9 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 
 # Shapes and dtypes in annotations are checked, in tests only; before anything of ours is imported.
-install_import_hook(["server.segment", "server.imaging", "server.arrays", "export.golden"], "beartype.beartype")
+install_import_hook(
+    ["server.segment", "server.imaging", "server.arrays", "export.golden"], "beartype.beartype"
+)
 
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402

@@ -1,4 +1,4 @@
-"""A line in the log, and a trace, for each request that is done. Pure ASGI, as in `limits`."""
+"""Log line and trace of each finished request. Pure ASGI, so that disconnects stay visible."""
 
 import logging
 import time
@@ -11,23 +11,27 @@ from server.api.traces import Traces
 
 log = logging.getLogger(__name__)
 
-# Of what a status means where the route does not say so itself; see `Metrics.requests`.
-OUTCOME_OF = {429: "refused", 499: "cancelled", 503: "refused", 504: "late"}
+# The outcome that a status means, where the status class does not say it; see `Metrics.requests`.
+OUTCOMES = {429: "refused", 499: "cancelled", 503: "refused", 504: "late"}
 
-# Callers may invent others.
+# Other methods are logged as _OTHER, because callers may invent names. OpenTelemetry's semantic conventions say so.
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
-# Asked every few seconds, and of no interest while all is well.
-QUIET = ("/health/live", "/health/ready", "/metrics")
+# Polled every few seconds, and of no interest while all is well.
+POLLED = ("/health/live", "/health/ready", "/metrics")
+
+# Status of a request whose client left before there was a response, as nginx counts it.
+CLIENT_CLOSED_REQUEST = 499
 
 
 class AccessLogMiddleware:
-    """Logs which route was asked and how that went: no path, query or name, which callers write as they like.
+    """Logs the route and the outcome of each request, but no path, query or file name, which callers choose.
 
     Args:
-        app: the application behind it, in which a route may leave `facts` for the line, and its `phases`, in the request's state.
-        traces: where requests are traced.
-        static: paths that callers have not made up.
+        app: application behind it. Its routes may leave two dictionaries in the request's state: `attributes`, which are
+            added to the line, and `timings`, seconds per phase, which become spans.
+        traces: receives the requests; None where nothing is traced.
+        static: paths that are logged as they are, because callers have not made them up.
     """
 
     def __init__(self, app: ASGIApp, traces: Traces | None = None, static: Collection[str] = ()) -> None:
@@ -40,44 +44,61 @@ class AccessLogMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun = time.perf_counter()
-        # Who leaves before there is an answer gets none.
-        status, bytes_in = 499, 0
+        started = time.perf_counter()
+        status, body_size = CLIENT_CLOSED_REQUEST, 0
 
-        async def model_info() -> Message:
-            nonlocal bytes_in
+        async def receive_counted() -> Message:
+            nonlocal body_size
             message = await receive()
-            bytes_in += len(message.get("body", b""))
+            body_size += len(message.get("body", b""))
             return message
 
-        async def noted(message: Message) -> None:
+        async def send_observed(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self._app(scope, model_info, noted)
+            await self._app(scope, receive_counted, send_observed)
         except Exception:
             status = 500
             raise
         finally:
-            self._tell(scope, status, bytes_in, time.perf_counter() - begun)
+            self._finish(scope, status, body_size, time.perf_counter() - started)
 
-    def _tell(self, scope: Scope, status: int, bytes_in: int, seconds: float) -> None:
+    def _finish(self, scope: Scope, status: int, body_size: int, duration_s: float) -> None:
+        """Logs the request and hands it to the traces."""
         state = scope.get("state", {})
-        # The template, e.g. /jobs/{id}; those that are no route of FastAPI's have none.
-        route = getattr(scope.get("route"), "path", scope["path"] if scope["path"] in self._static else "none")
-        if route in QUIET and status < 400:
+        # The template, e.g. /jobs/{id}; only routes of FastAPI have one.
+        route = getattr(scope.get("route"), "path", scope["path"] if scope["path"] in self._static else "")
+        if route in POLLED and status < 400:
             return
-        method = scope["method"] if scope["method"] in METHODS else "other"
-        outcome = OUTCOME_OF.get(status) or ("ok" if status < 400 else "client_error" if status < 500 else "error")
-        fields: dict[str, Any] = {
-            "method": method, "route": route, "status": status, "outcome": outcome, "seconds": round(seconds, 6), "bytes_in": bytes_in,
-            **state.get("facts", {}),
-        }  # fmt: skip
-        log.info("%s %s %d in %.1f ms", method, route, status, seconds * 1e3, extra={"fields": fields})
+        method = scope["method"] if scope["method"] in METHODS else "_OTHER"
+        attributes: dict[str, Any] = {
+            "http.request.method": method,
+            "http.route": route,
+            "http.response.status_code": status,
+            "http.request.body.size": body_size,
+            "unetpp.outcome": _outcome(status),
+            **state.get("attributes", {}),
+        }
+        if not route:
+            del attributes["http.route"]
+        name = f"{method} {route}" if route else method
+        fields = attributes | {"http.server.request.duration": round(duration_s, 6)}
+        log.info("%s %d in %.1f ms", name, status, duration_s * 1e3, extra={"fields": fields})
         if self._traces:
-            traceparent = next((value for name, value in scope["headers"] if name == b"traceparent"), b"").decode("latin-1")
-            named = fields | {"request_id": state.get("request_id", "")}
-            self._traces.add(f"{method} {route}", traceparent, time.time_ns(), seconds, named, state.get("phases", {}))
+            headers = scope["headers"]
+            traceparent = next((value for key, value in headers if key == b"traceparent"), b"").decode(
+                "latin-1"
+            )
+            attributes["unetpp.request_id"] = state.get("request_id", "")
+            self._traces.add(
+                name, traceparent, time.time_ns(), duration_s, attributes, state.get("timings", {})
+            )
+
+
+def _outcome(status: int) -> str:
+    """Outcome of a request whose route does not say it."""
+    return OUTCOMES.get(status) or ("ok" if status < 400 else "client_error" if status < 500 else "error")

@@ -1,6 +1,6 @@
-"""API keys: who may ask is found out before a body is read. Pure ASGI, as in `limits`.
+"""API keys, checked before a body is read. Pure ASGI, so that disconnects stay visible.
 
-A key has 256 random bits, so nobody guesses one, and a plain SHA-256 of it is as good in the file as a slow hash.
+A key has 256 random bits and cannot be guessed, so a plain SHA-256 of it is as safe in the file as a slow hash.
 """
 
 import hashlib
@@ -20,72 +20,87 @@ from server.errors import Misconfigured, OtherSite, Unauthorized
 
 log = logging.getLogger(__name__)
 
-# What says nothing of anybody's images: for orchestrators and Prometheus, and for whoever has yet to enter a key.
+# Paths that need no key because they say nothing of anybody's images: for orchestrators and Prometheus, and for people who
+# have yet to enter a key.
 HEALTH = frozenset({"/health/live", "/health/ready", "/metrics"})
 STATIC = frozenset({"/docs", "/openapi.json"})
 
-# For tools that look for keys that were published by mistake.
+# Lets scanners of published code recognise a key.
 PREFIX = "unetpp_"
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 ENTRY = re.compile(rf"({NAME.pattern}):([0-9a-f]{{64}})")
 
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
-# How often the file is looked at, and how long it may be.
-EVERY_S = 1.0
-MOST_BYTES = 1024 * 1024
+# Seconds between two looks at the file, and its longest length.
+CHECK_INTERVAL_S = 1.0
+MAX_FILE_BYTES = 1024 * 1024
 
 
 def make(name: str) -> tuple[str, str]:
-    """A new key, and the line of the file by which it is known.
+    """Makes a new key.
+
+    Args:
+        name: name of its holder, for the operator.
+
+    Returns:
+        The key, and the line of the keys file by which the server knows it.
 
     Raises:
-        Misconfigured: a name that could not stand in the file.
+        Misconfigured: the name cannot stand in the file.
     """
     if not NAME.fullmatch(name):
-        raise Misconfigured(f"{name!r:.80} cannot name a key; take up to 64 letters, digits, dots, dashes and underscores")
+        raise Misconfigured(
+            f"{name!r:.80} cannot name a key; take up to 64 letters, digits, dots, dashes and underscores",
+            parameter="name",
+            value=name[:64],
+        )
     key = PREFIX + secrets.token_urlsafe(32)
     return key, f"{name}:{hashlib.sha256(key.encode()).hexdigest()}"
 
 
 class Keys:
-    """The keys of a file, which is read again when it has changed.
+    """The API keys of a file, which is read again when it has changed.
 
     Args:
-        path: lines of `make`, empty ones, and comments that begin with #.
+        path: file of lines by `make`; empty lines and comments that begin with # are skipped.
+        check_interval_s: seconds between two looks at the file.
 
     Raises:
-        Misconfigured: the file is not there, broken or empty.
+        Misconfigured: the file does not exist, is broken or has no keys.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, check_interval_s: float = CHECK_INTERVAL_S) -> None:
         self._path = path
-        self._looked_at = time.monotonic()
+        self._check_interval_s = check_interval_s
+        self._checked_at = time.monotonic()
         self._version = self._stat()
         self._hashes = self._read()
         if not self._hashes:
-            raise Misconfigured(f"the keys file {path} holds no keys; add the line that `unetpp key NAME` prints")
+            raise self._broken(
+                f"the keys file {path} holds no keys; add the line that `unetpp key NAME` prints"
+            )
 
-    def known(self, key: str) -> bool:
-        """Whether it is one of them; takes equally long for every key."""
-        self._look()
-        given = hashlib.sha256(key.encode("latin-1", "replace")).hexdigest()
-        # `any` would stop at the first.
-        return sum(hmac.compare_digest(given, entry) for entry in self._hashes) > 0
+    def __contains__(self, key: str) -> bool:
+        """Whether the key is in the file; takes equally long for every key."""
+        self._reload()
+        digest = hashlib.sha256(key.encode("latin-1", "replace")).hexdigest()
+        # `any` would stop at the first match, and the time of the answer would tell where in the file it stands.
+        return sum(hmac.compare_digest(digest, entry) for entry in self._hashes) > 0
 
-    def _look(self) -> None:
-        """Reads the file again if it has changed; one that is broken or gone changes nothing."""
-        if time.monotonic() < self._looked_at + EVERY_S:
+    def _reload(self) -> None:
+        """Reads the file again if it has changed; a file that is broken or gone changes nothing."""
+        if time.monotonic() < self._checked_at + self._check_interval_s:
             return
-        self._looked_at = time.monotonic()
+        self._checked_at = time.monotonic()
         try:
             if (version := self._stat()) == self._version:
                 return
-            # Also of a broken file: it is said once.
+            # Set for a broken file, too, so that it is logged once.
             self._version = version
             self._hashes = self._read()
         except Misconfigured as error:
-            log.error("%s; the keys of before still hold", error)
+            log.error("%s; the previous keys stay valid", error)
         else:
             log.info("read the keys file again: %d keys", len(self._hashes))
 
@@ -93,71 +108,81 @@ class Keys:
         try:
             stat = self._path.stat()
         except OSError:
-            # Reading it says why.
+            # Reading the file raises the reason.
             return (0, 0, 0)
         return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
     def _read(self) -> list[str]:
         try:
             with self._path.open("rb") as file:
-                data = file.read(MOST_BYTES + 1)
+                data = file.read(MAX_FILE_BYTES + 1)
         except OSError as error:
-            raise Misconfigured(f"the keys file {self._path} cannot be read: {error.strerror}") from error
-        if len(data) > MOST_BYTES:
-            raise Misconfigured(f"the keys file {self._path} is longer than {MOST_BYTES:,} bytes")
+            raise self._broken(f"the keys file {self._path} cannot be read: {error.strerror}") from error
+        if len(data) > MAX_FILE_BYTES:
+            raise self._broken(f"the keys file {self._path} is longer than {MAX_FILE_BYTES:,} bytes")
         hashes = []
         for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
             if not (text := line.strip()) or text.startswith("#"):
                 continue
             if not (entry := ENTRY.fullmatch(text)):
-                # Never the line itself: it may hold a key by mistake.
-                raise Misconfigured(
-                    f"line {number} of the keys file {self._path} is not `name:sha256`, as `unetpp key NAME` prints it"
+                # The line itself is never shown, because it may hold a key by mistake.
+                raise self._broken(
+                    f"line {number} of the keys file {self._path} is not `name:sha256`, as `unetpp key NAME` prints it",
+                    number,
                 )
             hashes.append(entry[2])
         return hashes
 
+    def _broken(self, detail: str, line: int | None = None) -> Misconfigured:
+        return Misconfigured(detail, setting="UNETPP_AUTH__KEYS_FILE", value=str(self._path), line=line)
+
 
 class APIKeyMiddleware:
-    """Answers 401 to whoever brings no known key, whether the path exists or not.
+    """Answers 401 to requests without a valid key, whether the path exists or not.
 
     Args:
-        app: the application behind it.
-        keys: those that are known.
-        free: paths that need none.
-        refused: called for each refusal.
+        app: application behind it.
+        keys: valid keys.
+        free: paths that need no key.
+        count_refusal: called for each refusal.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, free: frozenset[str], refused: Callable[[], None]) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Keys, free: frozenset[str], count_refusal: Callable[[], None]
+    ) -> None:
         self._app = app
         self._keys = keys
         self._free = free
-        self._refused = refused
+        self._count_refusal = count_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
         if scope["type"] == "lifespan" or scope["path"] in self._free:
             await self._app(scope, receive, send)
             return
-        key = _given(Headers(scope=scope))
-        if key and self._keys.known(key):
+        key = _presented_key(Headers(scope=scope))
+        if key and key in self._keys:
             await self._app(scope, receive, send)
             return
-        self._refused()
-        what = "this API key is not known here" if key else "this needs an API key"
-        response = problems.of(
-            Unauthorized(
-                f"{what}; send one as `Authorization: Bearer KEY` or `X-API-Key: KEY` (the operator makes them: unetpp key NAME)"
-            )
+        self._count_refusal()
+        problem = "this API key is not valid here" if key else "this needs an API key"
+        error = Unauthorized(
+            f"{problem}; send one as `Authorization: Bearer KEY` or `X-API-Key: KEY` (the operator makes them: unetpp key NAME)",
+            allowed=["Authorization: Bearer KEY", "X-API-Key: KEY"],
         )
+        response = problems.response_of(error)
         response.headers["WWW-Authenticate"] = 'Bearer realm="unetpp"'
         await response(scope, receive, send)
 
 
 class SameOriginMiddleware:
-    """Refuses what a browser sends for a page of another site, which could not read the answer, but have work done without a key.
+    """Refuses writes that a browser sends for a page of another site.
 
-    Reading is left alone: links from elsewhere to the page shall work.
+    Such a page could not read the response, but would have work done without a key. Reading is left alone, so that links
+    from elsewhere to the page work.
+
+    Args:
+        app: application behind it.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -166,33 +191,33 @@ class SameOriginMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
         writes = scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS")
-        if writes and _is_foreign(Headers(scope=scope)):
+        if writes and _is_cross_site(Headers(scope=scope)):
             error = OtherSite(
-                "pages of other sites may not use this server; send it from a program. A proxy in front must pass on the Host header"
+                "pages of other sites may not use this server; send the request from a program. A proxy in front must pass on "
+                "the Host header"
             )
-            await problems.of(error)(scope, receive, send)
+            await problems.response_of(error)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
 
-def _is_foreign(headers: Headers) -> bool:
-    """Whether a browser sends it for another site's page. Programs send neither header."""
-    # Said only over HTTPS and on localhost, and also right behind a proxy that changes Host.
+def _is_cross_site(headers: Headers) -> bool:
+    """Whether a browser sends the request for a page of another site. Programs send neither header."""
+    # Browsers send this header only over HTTPS and on localhost; it is right behind a proxy that changes Host, too.
     if site := headers.get("sec-fetch-site"):
         return site not in ("same-origin", "none")
-    origins = headers.getlist("origin")
-    return any(not _same_host(origin, headers.get("host", "")) for origin in origins)
+    return any(not _same_host(origin, headers.get("host", "")) for origin in headers.getlist("origin"))
 
 
 def _same_host(origin: str, host: str) -> bool:
-    """Whether an origin, `scheme://host[:port]` or null, is the one of a Host header; a scheme's own port may be left out."""
-    scheme, _, place = origin.lower().partition("://")
+    """Whether an origin, `scheme://host[:port]` or null, is that of a Host header; a scheme's default port may be left out."""
+    scheme, _, authority = origin.lower().partition("://")
     port = DEFAULT_PORTS.get(scheme, "")
-    return bool(port and place) and place.removesuffix(port) == host.lower().removesuffix(port)
+    return bool(port and authority) and authority.removesuffix(port) == host.lower().removesuffix(port)
 
 
-def _given(headers: Headers) -> str:
-    """The key of a request. X-API-Key comes first, as proxies may need Authorization for themselves."""
+def _presented_key(headers: Headers) -> str:
+    """The key of a request. X-API-Key comes first, because proxies may need Authorization for themselves."""
     if key := headers.get("x-api-key"):
         return key
     scheme, _, key = headers.get("authorization", "").partition(" ")

@@ -1,6 +1,7 @@
-"""What a connection may take, below HTTP: time for a request's head, time for an answer to be read, turns, and a place at all.
+"""Limits of one connection, below HTTP: time for the head of a request, time to read a response, turns, and their number.
 
-uvicorn itself waits for ever for the rest of a head, for a body that it no longer needs, and for a client that does not read.
+uvicorn itself waits without limit for the rest of a head, for a body that it no longer needs, and for a client that does not
+read.
 """
 
 import asyncio
@@ -15,63 +16,63 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.api import problems
-from server.api.bounded_parser import LEAST_CHUNK_BYTES, BoundedParser, Flow
+from server.api.bounded_parser import MIN_CHUNK_BYTES, BoundedFlowControl, BoundedParser
 
 log = logging.getLogger(__name__)
 
-# Between two lines of the log about connections that were turned away.
-SAID_EVERY_S = 60.0
+# Seconds between two log lines about connections that were closed.
+WARN_INTERVAL_S = 60.0
 
 
 @dataclass
 class ConnectionLimits:
-    """What all connections of a port share.
+    """Limits that all connections of a port share.
 
     Attributes:
-        most: open connections.
-        head_s: for a whole head, from the connection or its next first byte on.
-        idle_s: for what must go on: an answer being read, the rest of a body that nobody needs.
-        pace_bytes_s: at least which an answer must be read.
-        said_at: when the log last said that there were too many, in seconds of `time.monotonic`.
+        max_connections: open connections.
+        head_s: seconds for a whole head, from the connection or the first byte of the next request on.
+        idle_s: seconds over which a response must be read at `min_bytes_per_s`, and for the rest of an unwanted body.
+        min_bytes_per_s: rate at which a response must be read.
+        warned_at: time of `time.monotonic` of the last log line about too many connections.
     """
 
-    most: int
+    max_connections: int
     head_s: float
     idle_s: float
-    pace_bytes_s: float
-    said_at: float = field(default=-SAID_EVERY_S)
+    min_bytes_per_s: float
+    warned_at: float = field(default=-WARN_INTERVAL_S)
 
 
 class Connection(H11Protocol):
-    """uvicorn's HTTP/1.1 protocol, which lets nobody wait for ever.
+    """uvicorn's HTTP/1.1 protocol, with time limits.
 
     Args:
-        patience: see there.
-        given: what uvicorn gives.
+        limits: shared by the connections of the port.
+        options: arguments of uvicorn's protocol.
     """
 
-    def __init__(self, *, patience: ConnectionLimits, **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(self, *, limits: ConnectionLimits, **options: Any) -> None:
+        super().__init__(**options)
         self.conn = self._parser = BoundedParser(self._watch_reading_soon)
-        self._patience = patience
+        self._limits = limits
         self._turn: asyncio.Handle | None = None
-        self._head: asyncio.TimerHandle | None = None
-        self._leftover: asyncio.TimerHandle | None = None
-        self._reading: asyncio.Handle | None = None
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._body_timer: asyncio.TimerHandle | None = None
+        self._read_timer: asyncio.Handle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
-        """Called by the event loop, as are the following."""
+        """Called by the event loop for a new connection."""
         super().connection_made(transport)
-        self.flow = self._flow = Flow(transport)
-        if len(self.connections) > self._patience.most:
-            self._say_crowded()
-            # Without an answer: whoever is over the limit must not hold a file open while it reads one.
+        self.flow = self._flow = BoundedFlowControl(transport)
+        if len(self.connections) > self._limits.max_connections:
+            self._warn_crowded()
+            # Without a response, because a client over the limit must not hold a file open while it reads one.
             transport.abort()
             return
         self._watch_head()
 
     def handle_events(self) -> None:
-        """Called by uvicorn for new bytes, and for those that waited for an answer; what is too much waits for the next turn."""
+        """Called by uvicorn for new bytes, and after a response; events over the limit wait for the next turn."""
         if self._turn is None:
             self._turn = self.loop.call_soon(self._next_turn)
         super().handle_events()
@@ -80,58 +81,65 @@ class Connection(H11Protocol):
         self._watch_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The end."""
-        for handle in (self._turn, self._head, self._leftover, self._reading):
+        """Called by the event loop when the connection has ended."""
+        for handle in (self._turn, self._head_timer, self._body_timer, self._read_timer):
             if handle is not None:
                 handle.cancel()
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
-        """Called by uvicorn when an answer is written; the request's body may still be arriving, and is thrown away."""
+        """Called by uvicorn when a response is written; the rest of the request's body is discarded as it arrives."""
+        if self.conn.their_state is h11.SEND_BODY:
+            if self._body_timer is not None:
+                self._body_timer.cancel()
+            idle_s, request = self._limits.idle_s, self._parser.requests
+            self._body_timer = self.loop.call_later(idle_s, self._check_body, request)
         super().on_response_complete()
-        if self.conn.their_state is h11.SEND_BODY and self._leftover is None:
-            self._leftover = self.loop.call_later(self._patience.idle_s, self.transport.abort)
         self._watch_head()
 
     def send_400_response(self, msg: str) -> None:
         """Called by uvicorn for bytes that are not HTTP, also in the middle of a body."""
         del msg
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            # An answer is under way or done: nothing can be said any more.
+            # A response is under way or done, so that no other one can be sent.
             self.transport.close()
             return
         status = HTTPStatus.BAD_REQUEST
         detail = "this is not an HTTP/1.1 request, or its head is longer than 16 KiB; send fewer or shorter headers"
         if self._parser.tiny_chunks:
-            detail = f"the body comes in chunks of less than {LEAST_CHUNK_BYTES} bytes; send larger ones, or a Content-Length"
+            detail = f"the body comes in chunks of less than {MIN_CHUNK_BYTES} bytes; send larger ones, or a Content-Length"
         body = json.dumps(problems.document(status, "bad-request", detail)).encode()
-        headers = [("content-type", problems.MEDIA_TYPE), ("content-length", str(len(body))), ("connection", "close")]
-        for event in (
-            h11.Response(status_code=status, headers=headers, reason=status.phrase.encode()), h11.Data(data=body), h11.EndOfMessage(),
-        ):  # fmt: skip
+        headers = [
+            ("content-type", problems.MEDIA_TYPE),
+            ("content-length", str(len(body))),
+            ("connection", "close"),
+        ]
+        response = h11.Response(status_code=status, headers=headers, reason=status.phrase.encode())
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Called by uvicorn, which would let strangers fill the log: the request is answered as if it asked for no other protocol."""
+        """Called by uvicorn for an Upgrade header, which is ignored: a warning for each would let clients fill the log."""
 
     def _watch_head(self) -> None:
-        """Starts the clock where a head is awaited, and stops it where one has come; bytes alone do not."""
+        """Starts the timer where a head is awaited, and stops it once a whole one has arrived."""
         if self.conn.their_state is not h11.IDLE:
-            if self._head is not None:
-                self._head.cancel()
-                self._head = None
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+                self._head_timer = None
             return
-        if self._leftover is not None:
-            # That body has ended.
-            self._leftover.cancel()
-            self._leftover = None
-        # Between two requests uvicorn's own clock runs until the next first byte.
-        if self._head is None and self.timeout_keep_alive_task is None:
-            self._head = self.loop.call_later(self._patience.head_s, self.transport.abort)
+        # Between two requests uvicorn's own timer runs until the first byte of the next one.
+        if self._head_timer is None and self.timeout_keep_alive_task is None:
+            self._head_timer = self.loop.call_later(self._limits.head_s, self.transport.abort)
+
+    def _check_body(self, request: int) -> None:
+        """Aborts if the unwanted body of a request still arrives; later requests on the connection have begun otherwise."""
+        if self._parser.requests == request and self.conn.their_state is h11.SEND_BODY:
+            self.transport.abort()
 
     def _next_turn(self) -> None:
-        """Goes on with what was held."""
+        """Handles the events that were held."""
         self._turn = None
         held = self._parser.held
         self._parser.new_turn()
@@ -141,19 +149,19 @@ class Connection(H11Protocol):
                 self._flow.release()
 
     def _watch_reading_soon(self) -> None:
-        """Called for each piece of an answer, just before it is written."""
-        if self._reading is None:
-            self._reading = self.loop.call_soon(self._watch_reading)
+        """Called for each piece of a response, just before it is written."""
+        if self._read_timer is None:
+            self._read_timer = self.loop.call_soon(self._watch_reading)
 
     def _watch_reading(self) -> None:
-        """Looks again after a while whether the client has read enough of what is waiting now; also where the connection closes after it."""
+        """Sets the timer by which the client must have read enough of the bytes that wait now, also before a close."""
         waiting = self.transport.get_write_buffer_size()
         if not waiting:
-            self._reading = None
+            self._read_timer = None
             return
-        enough = min(waiting, int(self._patience.idle_s * self._patience.pace_bytes_s))
+        enough = min(waiting, int(self._limits.idle_s * self._limits.min_bytes_per_s))
         due = self._parser.written - waiting + enough
-        self._reading = self.loop.call_later(self._patience.idle_s, self._check_reading, due)
+        self._read_timer = self.loop.call_later(self._limits.idle_s, self._check_reading, due)
 
     def _check_reading(self, due: int) -> None:
         waiting = self.transport.get_write_buffer_size()
@@ -162,8 +170,11 @@ class Connection(H11Protocol):
         else:
             self._watch_reading()
 
-    def _say_crowded(self) -> None:
+    def _warn_crowded(self) -> None:
         now = time.monotonic()
-        if now >= self._patience.said_at + SAID_EVERY_S:
-            self._patience.said_at = now
-            log.warning("%d connections are open, which is the limit; further ones are closed at once", self._patience.most)
+        if now >= self._limits.warned_at + WARN_INTERVAL_S:
+            self._limits.warned_at = now
+            log.warning(
+                "%d connections are open, which is the limit; further ones are closed at once",
+                self._limits.max_connections,
+            )

@@ -1,4 +1,4 @@
-"""What the routes that segment have in common: their query, their body, and the headers of their answers."""
+"""What the routes that segment have in common: query, body, deadline, and the headers of their responses."""
 
 import math
 import time
@@ -14,13 +14,32 @@ from server.segment.request import QoS, Response, SegmentParams
 
 DEADLINE = "X-Deadline-Ms"
 
+# Characters of a value that an error message repeats.
+MAX_SHOWN = 40
+
+DEADLINE_PARAMETER: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": DEADLINE,
+            "in": "header",
+            "required": False,
+            "schema": {"type": "number", "exclusiveMinimum": 0},
+            "description": "the same as deadline_ms; give one of them",
+        }
+    ]
+}
+
 BINARY = {"type": "string", "format": "binary"}
 REQUEST_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
             "multipart/form-data": {
-                "schema": {"type": "object", "required": ["file"], "properties": {"file": BINARY, "reference": BINARY}}
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {"file": BINARY, "reference": BINARY},
+                }
             },
             "image/*": {"schema": BINARY},
             "application/gzip": {"schema": BINARY},
@@ -36,49 +55,57 @@ def check_query(params: SegmentParams, request: Request) -> None:
 
     Raises:
         InvalidParameter: a parameter is given twice, of which all but the last would be ignored.
-        UnknownFormat: the format asked for, or what Accept allows, does not exist.
+        UnknownFormat: the requested format, or what Accept allows, does not exist.
     """
     for name, count in Counter(name for name, _ in request.query_params.multi_items()).items():
         if count > 1:
-            raise InvalidParameter(f"{name} is given {count} times; give it once", parameter=name, actual=count, limit=1)
-    # What the body holds may leave less to choose from.
+            raise InvalidParameter(
+                f"{name} is given {count} times; give it once", parameter=name, actual=count, limit=1
+            )
+    # The kind of the input may leave less to choose from.
     encode.choose(params.format, request.headers.get("accept"), instances=params.instances)
 
 
 def read_qos(params: SegmentParams, request: Request, timeout_s: float) -> QoS:
-    """Until when the answer is of use, by the query or the header.
+    """Reads the deadline from the query or the header.
 
     Args:
-        params: of the request.
-        request: for its header X-Deadline-Ms.
+        params: parameters of the request.
+        request: request, for its header X-Deadline-Ms.
         timeout_s: seconds that the server works for a request at most.
 
     Raises:
-        InvalidParameter: the deadline is no time, or given in both.
+        InvalidParameter: the deadline is not a positive number, or is given twice.
     """
-    values = request.headers.getlist(DEADLINE) + ([] if params.deadline_ms is None else [str(params.deadline_ms)])
+    values = request.headers.getlist(DEADLINE) + (
+        [] if params.deadline_ms is None else [str(params.deadline_ms)]
+    )
     if not values:
         return QoS(timeout_s)
     if len(values) > 1:
         raise InvalidParameter(
-            f"the deadline is given twice; give deadline_ms or {DEADLINE}, once", parameter="deadline_ms", actual=len(values)
+            f"the deadline is given {len(values)} times; give deadline_ms or {DEADLINE}, once",
+            parameter="deadline_ms",
+            actual=len(values),
+            limit=1,
         )
     try:
         milliseconds = float(values[0])
     except ValueError:
         milliseconds = math.nan
     if not 0 < milliseconds < math.inf:
+        value = values[0][:MAX_SHOWN]
         raise InvalidParameter(
-            f"the deadline {values[0]!r:.40} is not a positive number of milliseconds",
+            f"the deadline {value!r} is not a positive number of milliseconds",
             parameter="deadline_ms",
-            value=values[0][:40],
+            value=value,
         )
     started = time.monotonic()
     return QoS(timeout_s, started + milliseconds / 1000, started=started)
 
 
 def headers(response: Response) -> dict[str, str]:
-    """The headers of an answer."""
+    """The headers of a response."""
     target, requested = response.target, response.requested
     values = {
         "Content-Type": response.media_type,
@@ -89,7 +116,9 @@ def headers(response: Response) -> dict[str, str]:
         "X-Segment-Level-Requested": str(requested.level),
         "X-Segment-Precision": target.precision,
         "Content-Disposition": f'inline; filename="{response.filename}"',
-        "Server-Timing": ", ".join(f"{phase};dur={seconds * 1e3:.2f}" for phase, seconds in response.timings.items()),
+        "Server-Timing": ", ".join(
+            f"{phase};dur={seconds * 1e3:.2f}" for phase, seconds in response.timings.items()
+        ),
     }
     if response.overlaps:
         values["X-Segment-IoU"] = f"{response.mean_iou:.4f}"
@@ -103,5 +132,5 @@ def headers(response: Response) -> dict[str, str]:
 
 
 def describe_postprocessing(postprocessing: Mapping[str, Any]) -> str:
-    """What was done with the mask, in its order, as a line: "threshold=0.4; fill_holes"."""
+    """The post-processing steps in their order, as one line: "threshold=0.4; fill_holes"."""
     return "; ".join(name if value is True else f"{name}={value:g}" for name, value in postprocessing.items())

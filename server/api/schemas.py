@@ -1,17 +1,17 @@
-"""What the API returns as JSON, for the documentation."""
+"""The JSON documents of the API, from which its documentation is generated."""
 
 from datetime import UTC, datetime
 from typing import Literal, overload
 
 from pydantic import BaseModel, ConfigDict
 
-from server.jobs.active import View
+from server.jobs.active import JobStatus
 from server.runtime.bundle import HEAD_STD, Calibration, Class, Comparison, Graph, Manifest, Measured
-from server.runtime.loader import Deployment
+from server.runtime.deployment import Deployment
 
 
 class Serving(BaseModel):
-    """Which engine serves a graph at a precision, and whether `precision=auto` picks it."""
+    """The engine that serves a graph at a precision; `auto` says whether `precision=auto` picks it, `selected_by` why."""
 
     graph: str
     precision: str
@@ -22,7 +22,7 @@ class Serving(BaseModel):
 
 
 class ModelSummary(BaseModel):
-    """One line of the list of models."""
+    """A model in the list of models."""
 
     name: str
     title: str
@@ -35,7 +35,7 @@ class ModelSummary(BaseModel):
 
 
 class ModelCard(ModelSummary):
-    """Everything about one model; `sha256` is of its manifest, which has those of all its files."""
+    """Everything about one model; `sha256` is the hash of its manifest, which holds the hashes of all its files."""
 
     sha256: str
     description: str
@@ -55,7 +55,7 @@ class ModelCard(ModelSummary):
 
 
 class Problem(BaseModel):
-    """RFC 9457 problem document: `detail` says what is wrong and what to do; further members give the same facts to programs."""
+    """Problem document (RFC 9457): `detail` says what is wrong and what to do; further members give the same facts to programs."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -67,7 +67,7 @@ class Problem(BaseModel):
 
 
 class Windows(BaseModel):
-    """How far the network is."""
+    """Windows that the network has done, and all of them."""
 
     done: int
     total: int
@@ -94,42 +94,42 @@ class JobDocument(BaseModel):
     error: Problem | None
 
 
-def job_document(view: View) -> JobDocument:
-    """What the owner of a job is told."""
-    job, ticket = view.job, view.job.ticket
-    here = f"/jobs/{job.id}"
+def job_document(status: JobStatus) -> JobDocument:
+    """The document of a job for its owner."""
+    job, spec = status.job, status.job.spec
+    url = f"/jobs/{job.id}"
     return JobDocument(
         id=job.id,
         state=job.state,
-        stage=view.stage,
-        windows=Windows(done=view.done, total=view.total),
-        queue_position=view.position,
-        eta_s=None if view.eta_s is None else round(view.eta_s, 1),
+        stage=status.stage,
+        windows=Windows(done=status.done, total=status.total),
+        queue_position=status.position,
+        eta_s=None if status.eta_s is None else round(status.eta_s, 1),
         created=_utc(job.created),
         started=_utc(job.started),
         finished=_utc(job.finished),
-        expires=_utc(view.expires),
-        model=ticket.model,
-        mode=ticket.mode,
-        level=ticket.level,
-        precision=ticket.precision,
+        expires=_utc(status.expires),
+        model=spec.model,
+        mode=spec.mode,
+        level=spec.level,
+        precision=spec.precision,
         links={
-            "self": here,
-            "events": f"{here}/events",
-            "result": f"{here}/result" if job.result else None,
-            "preview": f"{here}/preview" if job.preview else None,
+            "self": url,
+            "events": f"{url}/events",
+            "result": f"{url}/result" if job.result else None,
+            "preview": f"{url}/preview" if job.preview else None,
         },
         error=Problem(**job.problem) if job.problem else None,
     )
 
 
 def summary(deployment: Deployment, default: str) -> ModelSummary:
-    """The line of an open bundle."""
+    """The summary of a deployment."""
     return ModelSummary(**_summary(deployment.manifest, deployment, default))
 
 
 def card(deployment: Deployment, default: str) -> ModelCard:
-    """The card of an open bundle."""
+    """The model card of a deployment."""
     manifest, selection = deployment.manifest, deployment.selection
     serving = tuple(
         Serving(

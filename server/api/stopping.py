@@ -1,4 +1,4 @@
-"""What callers see of a server that stops: it is not ready, and it lets their connections go. Pure ASGI, as in `limits`."""
+"""What callers see of a server that stops: it is not ready, and it closes their connections. Pure ASGI."""
 
 import asyncio
 import logging
@@ -15,30 +15,36 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Stopping:
-    """Whether the server was asked to stop; what it goes on with until then is `server.serving.Server`'s business."""
+    """Whether the server was asked to stop. `server.serving.Server` does the stopping.
+
+    Attributes:
+        begun: True from the first signal on.
+    """
 
     begun: bool = False
 
     def check(self) -> None:
-        """For readiness.
+        """Checks readiness.
 
         Raises:
-            NotReady: send requests elsewhere.
+            NotReady: the server is stopping.
         """
         if self.begun:
-            raise NotReady("the server is stopping; it answers what still arrives, but send further requests to another one")
+            raise NotReady(
+                "the server is stopping; it still answers requests that arrive, but send further ones to another server"
+            )
 
 
 class DrainMiddleware:
-    """Closes the connection with each answer of a server that stops, and answers for requests that are cut off.
+    """Closes the connection with each response of a stopping server, and answers requests that are cut off.
 
-    Clients and proxies that keep connections alive would otherwise send their next request into the moment in which
-    theirs is closed, and would have to guess whether it was worked on. An answer that does not wait for the whole body, e.g. 429,
-    leaves this to the next one: closing while bytes arrive resets the connection, and the answer would be lost.
+    Clients and proxies that keep connections alive would otherwise send their next request into the moment in which the
+    connection is closed, and would have to guess whether it was worked on. A response that does not wait for the whole body,
+    e.g. 429, leaves the connection open, because closing while bytes arrive resets it, and the response would be lost.
 
     Args:
-        app: the application behind it.
-        stopping: whether this is the case.
+        app: application behind it.
+        stopping: whether the server stops.
     """
 
     def __init__(self, app: ASGIApp, stopping: Stopping) -> None:
@@ -47,36 +53,38 @@ class DrainMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
-        await (self._answer if scope["type"] == "http" else self._app)(scope, receive, send)
+        await (self._respond if scope["type"] == "http" else self._app)(scope, receive, send)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        arriving = _has_body(scope)
-        answered = False
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body_arrives = _has_body(scope)
+        started = False
 
-        async def followed() -> Message:
-            nonlocal arriving
+        async def receive_observed() -> Message:
+            nonlocal body_arrives
             message = await receive()
-            arriving = message.get("more_body", False)
+            body_arrives = message.get("more_body", False)
             return message
 
-        async def last(message: Message) -> None:
-            nonlocal answered
+        async def send_closing(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
-                answered = True
-                if self._stopping.begun and not arriving:
+                started = True
+                if self._stopping.begun and not body_arrives:
                     MutableHeaders(scope=message)["Connection"] = "close"
             await send(message)
 
         try:
-            await self._app(scope, followed, last)
+            await self._app(scope, receive_observed, send_closing)
         except asyncio.CancelledError:
-            # Only uvicorn cancels requests, and only when their time is up; it would say 500.
+            # Only uvicorn cancels requests, when their time to finish is up; it would answer with 500.
             if not self._stopping.begun:
                 raise
-            log.warning("a request was cut off, as the server stops")
-            if not answered:
-                await problems.of(NotReady("the server had to stop before this was done; send it again"))(scope, receive, last)
+            log.warning("a request was cut off, because the server stops")
+            if not started:
+                error = NotReady("the server had to stop before this request was done; send it again")
+                await problems.response_of(error)(scope, receive, send_closing)
 
 
 def _has_body(scope: Scope) -> bool:
-    return any(name in (b"content-length", b"transfer-encoding") and value != b"0" for name, value in scope["headers"])
+    headers = scope["headers"]
+    return any(name in (b"content-length", b"transfer-encoding") and value != b"0" for name, value in headers)

@@ -1,9 +1,9 @@
-"""Traces by OpenTelemetry: a span for each request, and one for each of its phases."""
+"""OpenTelemetry traces: a span for each request, and one for each of its phases."""
 
 import logging
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from server import __version__
 from server.settings import otlp_endpoint_is_set
@@ -13,77 +13,90 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A collector that does not answer must not hold up the end of the server.
-CLOSING_S = 3
+# Seconds that the export of the last spans may take, because a collector that does not answer must not hold up the stop.
+CLOSE_TIMEOUT_S = 3
+
+Parent = Literal["caller", "root"]
 
 
 class Traces:
-    """Gives finished requests to a provider.
+    """Creates the spans of finished requests.
 
     Args:
-        provider: exports their spans.
+        provider: exports the spans.
+        parent: "caller" makes the span of the caller's `traceparent` the parent, whose sampling flag then counts; "root"
+            starts a trace of its own for each request, with a link to the caller's span.
     """
 
-    def __init__(self, provider: "TracerProvider") -> None:
+    def __init__(self, provider: "TracerProvider", parent: Parent = "caller") -> None:
         from opentelemetry.context import Context
         from opentelemetry.trace import SpanKind, Status, StatusCode
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         self._provider = provider
+        self._parent = parent
         self._tracer = provider.get_tracer("unetpp", __version__)
         self._extract = TraceContextTextMapPropagator().extract
         self._root = Context()
-        self._kind, self._failed = SpanKind.SERVER, Status(StatusCode.ERROR)
+        self._kind, self._error = SpanKind.SERVER, Status(StatusCode.ERROR)
 
     def add(
-        self, name: str, traceparent: str, ended_ns: int, seconds: float, fields: Mapping[str, Any], phases: Mapping[str, float]
+        self,
+        name: str,
+        traceparent: str,
+        ended_ns: int,
+        duration_s: float,
+        attributes: Mapping[str, Any],
+        timings: Mapping[str, float],
     ) -> None:
-        """One request, once it is done.
+        """Creates the spans of one finished request.
 
         Args:
             name: method and route.
-            traceparent: as the caller's header has it. It is linked to, and no parent: its flag would have the say on what is traced.
-            ended_ns: when that was, in nanoseconds since 1970.
-            seconds: it took.
-            fields: those of its line in the log.
-            phases: seconds of each. Those of large inputs overlap; they are shown one after the other, ending when the request does.
+            traceparent: header of the caller (W3C Trace Context), or "".
+            ended_ns: end of the request, in nanoseconds since 1970.
+            duration_s: duration of the request, in seconds.
+            attributes: attributes of its span, by names of the semantic conventions.
+            timings: seconds per phase. Phases of large inputs overlap; they are shown one after the other, and the last one
+                ends with the request.
         """
         from opentelemetry import trace
 
-        # Without `tracestate`, in which callers may write what they like.
-        caller = trace.get_current_span(self._extract({"traceparent": traceparent}, self._root)).get_span_context()
-        links = [trace.Link(caller)] if caller.is_valid else []
-        begun_ns = ended_ns - int(seconds * 1e9)
-        attributes = {NAMES.get(field, f"unetpp.{field}"): value for field, value in fields.items() if field != "seconds"}
-        span = self._tracer.start_span(name, self._root, self._kind, attributes, links, start_time=begun_ns)
-        inside = trace.set_span_in_context(span)
-        at_ns = max(begun_ns, ended_ns - int(sum(phases.values()) * 1e9))
-        for phase, taken in phases.items():
+        # Without `tracestate`, because callers may write anything into it.
+        context = self._extract({"traceparent": traceparent}, self._root)
+        caller = trace.get_current_span(context).get_span_context()
+        as_root = self._parent == "root"
+        links = [trace.Link(caller)] if as_root and caller.is_valid else []
+        started_ns = ended_ns - int(duration_s * 1e9)
+        parent = self._root if as_root else context
+        span = self._tracer.start_span(
+            name, parent, self._kind, dict(attributes), links, start_time=started_ns
+        )
+        inside = trace.set_span_in_context(span, self._root)
+        at_ns = max(started_ns, ended_ns - int(sum(timings.values()) * 1e9))
+        for phase, seconds in timings.items():
             child = self._tracer.start_span(phase, inside, start_time=at_ns)
-            at_ns = min(ended_ns, at_ns + int(taken * 1e9))
+            at_ns = min(ended_ns, at_ns + int(seconds * 1e9))
             child.end(at_ns)
-        if fields["status"] >= 500:
-            span.set_status(self._failed)
+        status = attributes["http.response.status_code"]
+        if status >= 500:
+            span.set_attribute("error.type", f"{status}")
+            span.set_status(self._error)
         span.end(ended_ns)
 
     def close(self) -> None:
-        """Exports what is left; blocks for `CLOSING_S` at most."""
+        """Exports what is left; blocks for `CLOSE_TIMEOUT_S` at most."""
         closing = threading.Thread(target=self._provider.shutdown, daemon=True)
         closing.start()
-        closing.join(CLOSING_S)
+        closing.join(CLOSE_TIMEOUT_S)
 
 
-# By OpenTelemetry's semantic conventions.
-NAMES = {
-    "method": "http.request.method",
-    "route": "http.route",
-    "status": "http.response.status_code",
-    "bytes_in": "http.request.body.size",
-}
+def start(parent: Parent = "caller") -> Traces | None:
+    """Starts tracing as the standard OTEL_* variables say.
 
-
-def start() -> Traces | None:
-    """As the standard OTEL_* variables say; None where they name no collector, or, with a warning, where OpenTelemetry is not installed."""
+    Returns:
+        None where they name no collector, and, with a warning, where OpenTelemetry is not installed.
+    """
     if not otlp_endpoint_is_set():
         return None
     try:
@@ -92,10 +105,12 @@ def start() -> Traces | None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ModuleNotFoundError:
-        log.warning("a collector for traces is set, but OpenTelemetry is not installed: nothing is traced; pip install '.[otel]'")
+        log.warning(
+            "a collector for traces is set, but OpenTelemetry is not installed: nothing is traced; pip install '.[otel]'"
+        )
         return None
-    # Ours only where the operator has no names of his own.
+    # These names apply only where the operator has set none.
     own = Resource({"service.name": "unetpp", "service.version": __version__})
     provider = TracerProvider(resource=own.merge(OTELResourceDetector().detect()), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    return Traces(provider)
+    return Traces(provider, parent)

@@ -17,36 +17,55 @@ from server.segment.request import Upload
 # Larger bodies wait on disk, not in memory.
 SPOOL_BYTES = 4 * 1024 * 1024
 
-# What tools call a body of unknown kind; curl's --data-binary says form-urlencoded.
+# Types of a body of unknown kind; curl's --data-binary says form-urlencoded.
 UNKNOWN = ("", "application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded")
-# What tools call NIfTI, for which no type is registered.
+# Types that programs give to NIfTI, for which none is registered, and to NRRD and MetaImage.
 VOLUMES = (
-    "application/gzip", "application/x-gzip", "application/x-nifti", "application/nifti", "application/x-nrrd", "application/nrrd",
+    "application/gzip",
+    "application/x-gzip",
+    "application/x-nifti",
+    "application/nifti",
+    "application/x-nrrd",
+    "application/nrrd",
     "application/x-metaimage",
-)  # fmt: skip
-# And several images.
+)
 ZIPS = ("application/zip", "application/x-zip-compressed")
+# Types that an error message suggests.
+SUGGESTED = (
+    "image/png",
+    "image/tiff",
+    "image/jpeg",
+    "image/bmp",
+    "image/webp",
+    "application/gzip",
+    "application/x-nrrd",
+    "application/x-metaimage",
+    "application/zip",
+    "application/octet-stream",
+)
 
-# Of a form's files, each of which may be as large as a body; and of its other fields, none of which is right.
-MOST = 2
+FILES = ("file", "reference")
+# Files of a form, each of which may be as large as a body; and its other fields, none of which is valid.
+MAX_PARTS = len(FILES)
 MAX_NAME = 500
-FIELDS = "The fields are file and reference, one of each; mode, level and the other parameters belong in the URL"
+FIELDS = (
+    "The fields are file and reference, one of each; mode, level and the other parameters belong in the URL"
+)
 
 
 @contextlib.asynccontextmanager
 async def receive(request: Request) -> AsyncIterator[Upload]:
-    """Reads the body; the files live as long as the block.
+    """Reads the body; its files live as long as the block.
 
     Raises:
-        UnsupportedType: the declared Content-Type is not an image.
-        InvalidParameter: no `file`, several, or an unknown field.
-        Unreadable: broken or incomplete multipart.
-        TooLarge: from the body limit, while streaming.
+        UnsupportedType: the declared Content-Type is not of an image, a volume or a zip.
+        InvalidParameter: the form has no `file`, several, or an unknown field.
+        Unreadable: the form is broken or incomplete.
+        TooLarge: the body is over the limit, which is found while it streams in.
     """
-    accept = request.headers.get("accept")
-    declared = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    declared = _media_type(request.headers.get("content-type"))
     if declared == "multipart/form-data":
-        async with _multipart(request) as upload:
+        async with _receive_form(request) as upload:
             yield upload
         return
     _check_type(declared)
@@ -57,62 +76,100 @@ async def receive(request: Request) -> AsyncIterator[Upload]:
             if received <= SPOOL_BYTES:
                 file.write(chunk)
             else:
-                # On disk from here: waiting for it must not stop the event loop.
+                # The file is on disk from here on, and waiting for the disk must not stop the event loop.
                 await asyncio.to_thread(file.write, chunk)
         file.seek(0)
-        yield Upload(cast("BinaryIO", file), accept=accept)
+        yield Upload(cast("BinaryIO", file), accept=request.headers.get("accept"))
 
 
 @contextlib.asynccontextmanager
-async def _multipart(request: Request) -> AsyncIterator[Upload]:
+async def _receive_form(request: Request) -> AsyncIterator[Upload]:
     try:
-        form = await _WholeForm(request).parse()
+        form = await _CompleteForm(request).parse()
     except MultiPartException as error:
-        raise Unreadable(f"the multipart body cannot be read: {error.message} {FIELDS}") from error
+        raise Unreadable(
+            f"the multipart body cannot be read: {error.message} {FIELDS}", allowed=[*FILES]
+        ) from error
     try:
-        fields: dict[str, UploadFile] = {}
+        files: dict[str, UploadFile] = {}
         for name, value in form.multi_items():
-            if name not in ("file", "reference"):
-                raise InvalidParameter(f"unknown multipart field {name!r}. {FIELDS}")
-            if not isinstance(value, UploadFile):
-                raise InvalidParameter(f"multipart field {name!r} is text, not a file; with curl write -F {name}=@image.png")
-            if name in fields:
-                raise InvalidParameter(f"two files named {name!r} in one request; send one image per request")
-            _check_type((value.content_type or "").split(";")[0].strip().lower())
-            fields[name] = value
-        if "file" not in fields:
-            raise InvalidParameter("no file in the request; with curl write -F file=@image.png")
-        reference = fields.get("reference")
-        # Without the folders of whoever sent it.
-        name = re.split(r"[\\/]", fields["file"].filename or "")[-1][:MAX_NAME]
-        yield Upload(fields["file"].file, reference.file if reference else None, name, request.headers.get("accept"))
+            files[name] = _check_part(name, value, files)
+        if "file" not in files:
+            raise InvalidParameter(
+                "no file in the request; with curl write -F file=@image.png", parameter="file"
+            )
+        reference = files.get("reference")
+        # Without the folders of the caller's machine.
+        name = re.split(r"[\\/]", files["file"].filename or "")[-1][:MAX_NAME]
+        yield Upload(
+            files["file"].file, reference.file if reference else None, name, request.headers.get("accept")
+        )
     finally:
         await form.close()
 
 
-class _WholeForm(MultiPartParser):
-    """Starlette's parser, which alone would drop a file that is cut off in silence."""
+def _check_part(name: str, value: UploadFile | str, before: dict[str, UploadFile]) -> UploadFile:
+    """Checks one part of a form.
+
+    Raises:
+        InvalidParameter: its name is unknown or was there before, or it is no file.
+        UnsupportedType: it is declared as something else than an image, a volume or a zip.
+    """
+    if name not in FILES:
+        raise InvalidParameter(
+            f"unknown multipart field {name!r:.80}. {FIELDS}", parameter=name[:80], allowed=[*FILES]
+        )
+    if not isinstance(value, UploadFile):
+        raise InvalidParameter(
+            f"multipart field {name!r} is text, not a file; with curl write -F {name}=@image.png",
+            parameter=name,
+        )
+    if name in before:
+        raise InvalidParameter(
+            f"two files named {name!r} in one request; send one image per request",
+            parameter=name,
+            actual=2,
+            limit=1,
+        )
+    _check_type(_media_type(value.content_type))
+    return value
+
+
+class _CompleteForm(MultiPartParser):
+    """Starlette's parser, which alone would silently drop a file that is cut off."""
 
     def __init__(self, request: Request) -> None:
         self._ended = False
-        super().__init__(request.headers, self._to_its_end(request.stream()), max_files=MOST, max_fields=MOST)
+        super().__init__(
+            request.headers, self._until_end(request.stream()), max_files=MAX_PARTS, max_fields=MAX_PARTS
+        )
 
     def on_end(self) -> None:
-        """The closing boundary was read."""
+        """Called at the closing boundary."""
         self._ended = True
 
-    async def _to_its_end(self, stream: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    async def _until_end(self, stream: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
         async for chunk in stream:
             yield chunk
         if not self._ended:
-            # Raised here, inside of `parse`, which then closes its files.
-            raise Unreadable("the multipart body ends early; send it again, whole")
+            # Raised inside of `parse`, which then closes its files.
+            raise Unreadable("the multipart body ends early; send all of it again")
+
+
+def _media_type(content_type: str | None) -> str:
+    return (content_type or "").split(";")[0].strip().lower()
 
 
 def _check_type(declared: str) -> None:
+    """Refuses a declared type that is certainly wrong.
+
+    Raises:
+        UnsupportedType: it is not of an image, a volume or a zip.
+    """
     if declared not in (*UNKNOWN, *VOLUMES, *ZIPS) and not declared.startswith("image/"):
         raise UnsupportedType(
-            f"Content-Type {declared!r} is neither an image nor a volume nor a zip of them; send image/png, image/tiff, image/jpeg, image/bmp, "
-            "image/webp, application/gzip (.nii.gz), application/x-nrrd (.nrrd), application/x-metaimage (.mha), application/zip (of images) "
-            "or application/octet-stream"
+            f"Content-Type {declared!r:.80} is not of an image, a volume or a zip of images; send {', '.join(SUGGESTED)}",
+            parameter="Content-Type",
+            value=declared[:80],
+            allowed=[*SUGGESTED],
         )

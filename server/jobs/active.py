@@ -1,8 +1,8 @@
-"""The jobs that are not finished, and how far they are: kept in memory, for those who watch."""
+"""The jobs that are not finished, and their progress: kept in memory, for those who watch."""
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -11,29 +11,28 @@ from server.metrics import Metrics
 
 T = TypeVar("T")
 
-# After so many windows their measured pace is trusted more than the estimate.
-PACED_WINDOWS = 2
+Clock = Callable[[], float]
 
-# Tests replace it.
-now = time.monotonic
+# Windows after which the measured pace is trusted more than the estimate.
+PACE_WINDOWS = 2
 
 
-class Stopped(Exception):
-    """What a job was at was cancelled."""
+class JobCancelled(Exception):
+    """The work of a job was cancelled."""
 
 
 @dataclass(frozen=True)
-class View:
-    """A job as its owner may see it now.
+class JobStatus:
+    """A job as its owner sees it now.
 
     Attributes:
-        job: its row.
+        job: row of the job.
         stage: preview, decode, infer or encode; None unless it runs.
-        done: windows done of the asked-for level, or of the preview while that runs.
+        done: windows that are done, of the preview while that runs.
         total: windows in all.
-        position: 0 runs, 1 is next; None when finished.
-        eta_s: until the result is there; None when finished.
-        expires: when a finished job is forgotten, in seconds since 1970.
+        position: place in the queue; 0 runs, 1 is next; None when finished.
+        eta_s: seconds until the result is there; None when finished.
+        expires: time at which a finished job is removed, in seconds since 1970.
     """
 
     job: Job
@@ -50,154 +49,169 @@ class ActiveJob:
     """A job that is not finished.
 
     Attributes:
-        position: 0 runs, 1 is next.
-        ahead_s: the estimates of all that wait before it.
-        changed: set, and replaced, with each change.
+        job: row of the job.
+        clock: seconds that only go forward.
+        running: True once a worker has taken it.
+        cancelled: True once it was deleted.
+        position: place in the queue; 0 runs, 1 is next.
+        ahead_s: estimated seconds of all that wait before it.
+        stage: preview, decode, infer or encode; None unless it runs.
+        done: windows that are done.
+        total: windows in all.
+        started: clock time of the start.
+        first_window: clock time and windows done at the first call of the stage infer.
+        task: work that can be cancelled; None between two of them.
+        changed: event that is set, and replaced, with each change.
     """
 
     job: Job
-    taken: bool = False
-    stop: bool = False
+    clock: Clock = time.monotonic
+    running: bool = False
+    cancelled: bool = False
     position: int = 0
     ahead_s: float = 0.0
     stage: str | None = None
     done: int = 0
     total: int = 0
-    begun: float = 0.0
-    paced: tuple[float, int] | None = None
+    started: float = 0.0
+    first_window: tuple[float, int] | None = None
     task: asyncio.Task[Any] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def notify(self) -> None:
-        """Wakes the watchers, who then wait for the next event: leaving costs them nothing."""
+        """Wakes the watchers, who then wait for the next event."""
         self.changed.set()
         self.changed = asyncio.Event()
 
-    def begin(self, taken: bool) -> None:
-        """Starts over, as a running or as a waiting job."""
-        self.taken, self.stage, self.done, self.total = taken, None, 0, self.job.ticket.windows
-        self.begun, self.paced = now(), None
+    def restart(self, *, running: bool) -> None:
+        """Resets the progress, as a running or as a waiting job."""
+        self.running, self.stage, self.done, self.total = running, None, 0, self.job.spec.windows
+        self.started, self.first_window = self.clock(), None
 
-    async def stoppable(self, work: Coroutine[Any, Any, T]) -> T:
-        """Work that may end at any point, as it writes nothing.
+    async def cancellable(self, work: Coroutine[Any, Any, T]) -> T:
+        """Awaits work that may end at any point, because it writes nothing.
 
         Raises:
-            Stopped: it was cancelled, by `cancel` or from within; but not if whoever waits here was.
+            JobCancelled: the work was cancelled, by `cancel` or from within. If the waiting task is cancelled, it raises
+                CancelledError instead.
         """
-        if self.stop:
+        if self.cancelled:
             work.close()
-            raise Stopped
+            raise JobCancelled
         self.task = asyncio.create_task(work)
         try:
             return cast("T", await self.task)
         except asyncio.CancelledError:
             if (worker := asyncio.current_task()) and worker.cancelling():
                 raise
-            raise Stopped from None
+            raise JobCancelled from None
         finally:
             self.task = None
 
     def cancel(self) -> None:
-        """Ends what is stoppable, now and later."""
-        self.stop = True
+        """Ends cancellable work, now and later."""
+        self.cancelled = True
         if self.task:
             self.task.cancel()
 
-    def progress(self, stage: str, done: int, total: int) -> None:
-        """Called by the segmenter."""
-        if stage == "infer" and self.paced is None:
-            self.paced = (now(), done)
+    def on_progress(self, stage: str, done: int, total: int) -> None:
+        """Called by the service with the progress of the result."""
+        if stage == "infer" and self.first_window is None:
+            self.first_window = (self.clock(), done)
         self.stage, self.done, self.total = stage, done, total
         self.notify()
 
     def on_preview_progress(self, _: str, done: int, total: int) -> None:
-        """The same for the preview, whose stages are of no interest."""
+        """Called by the service with the progress of the preview, whose stages are not shown."""
         self.stage, self.done, self.total = "preview", done, total
         self.notify()
 
     def eta_s(self) -> float:
         """Seconds of work left in this job."""
-        if not self.taken:
-            return self.job.ticket.seconds
-        if self.paced and self.done >= self.paced[1] + PACED_WINDOWS:
-            since, first = self.paced
-            return (now() - since) / (self.done - first) * (self.total - self.done)
-        return max(0.0, self.job.ticket.seconds - (now() - self.begun))
+        if not self.running:
+            return self.job.spec.seconds
+        if self.first_window and self.done >= self.first_window[1] + PACE_WINDOWS:
+            since, first = self.first_window
+            return (self.clock() - since) / (self.done - first) * (self.total - self.done)
+        return max(0.0, self.job.spec.seconds - (self.clock() - self.started))
 
 
-class Queue:
-    """Jobs in their order.
+class JobQueue:
+    """The active jobs in their order.
 
     Args:
-        concurrency: how many run at once.
+        concurrency: jobs that run at once.
         metrics: shows how many wait and run.
+        clock: seconds that only go forward.
 
     Attributes:
-        waiting: how many have not begun.
+        waiting: jobs that have not started.
     """
 
-    def __init__(self, concurrency: int, metrics: Metrics) -> None:
+    def __init__(self, concurrency: int, metrics: Metrics, clock: Clock) -> None:
         self._concurrency = concurrency
         self._metrics = metrics
-        self._live: dict[str, ActiveJob] = {}
+        self._clock = clock
+        self._active: dict[str, ActiveJob] = {}
         self._running: list[ActiveJob] = []
         self.waiting = 0
 
     def get(self, id_: str) -> ActiveJob | None:
         """A job, unless it is finished."""
-        return self._live.get(id_)
+        return self._active.get(id_)
 
     def add(self, job: Job) -> ActiveJob:
-        """The last in the queue."""
-        live = self._live[job.id] = ActiveJob(job, total=job.ticket.windows)
-        self._moved()
-        return live
+        """Appends a job to the queue."""
+        active = self._active[job.id] = ActiveJob(job, self._clock, total=job.spec.windows)
+        self._update_positions()
+        return active
 
     def take(self) -> ActiveJob | None:
-        """The first that waits, which runs from now on."""
-        live = next((live for live in self._live.values() if not live.taken), None)
-        if live:
-            live.begin(taken=True)
-            self._moved()
-        return live
+        """Starts the first job that waits; None if none waits."""
+        active = next((active for active in self._active.values() if not active.running), None)
+        if active:
+            active.restart(running=True)
+            self._update_positions()
+        return active
 
-    def put_back(self, live: ActiveJob) -> None:
-        """It waits again, at its old place."""
-        live.begin(taken=False)
-        self._moved()
+    def put_back(self, active: ActiveJob) -> None:
+        """Lets a job wait again, at its old place."""
+        active.restart(running=False)
+        self._update_positions()
 
-    def end(self, live: ActiveJob, job: Job) -> None:
-        """It is finished; its worker and whoever deletes it may both say so."""
-        if self._live.pop(job.id, None):
+    def finish(self, active: ActiveJob, job: Job) -> None:
+        """Removes a finished job. Its worker and the caller that deletes it may both call this."""
+        if self._active.pop(job.id, None):
             self._metrics.jobs.labels(job.state).inc()
-            live.notify()
-            self._moved()
+            active.notify()
+            self._update_positions()
 
     def notify(self) -> None:
         """Wakes all watchers."""
-        for live in self._live.values():
-            live.notify()
+        for active in self._active.values():
+            active.notify()
 
-    def view(self, live: ActiveJob) -> View:
-        """A job as it stands."""
-        if live.taken:
-            return View(live.job, live.stage, live.done, live.total, 0, live.eta_s(), None)
-        before_s = live.ahead_s + sum(other.eta_s() for other in self._running)
-        return View(live.job, None, 0, live.total, live.position, live.eta_s() + before_s / self._concurrency, None)
+    def status(self, active: ActiveJob) -> JobStatus:
+        """The status of a job now."""
+        if active.running:
+            return JobStatus(active.job, active.stage, active.done, active.total, 0, active.eta_s(), None)
+        before_s = active.ahead_s + sum(other.eta_s() for other in self._running)
+        eta_s = active.eta_s() + before_s / self._concurrency
+        return JobStatus(active.job, None, 0, active.total, active.position, eta_s, None)
 
-    def _moved(self) -> None:
-        """Counts places once for all, as each of many watchers will ask; wakes those whose place is another."""
-        self._running = [live for live in self._live.values() if live.taken]
+    def _update_positions(self) -> None:
+        """Counts the positions once for all watchers, and wakes those of jobs whose position has changed."""
+        self._running = [active for active in self._active.values() if active.running]
         self.waiting, ahead_s = 0, 0.0
-        for live in self._live.values():
-            before = live.position
-            if live.taken:
-                live.position = 0
+        for active in self._active.values():
+            before = active.position
+            if active.running:
+                active.position = 0
             else:
                 self.waiting += 1
-                live.position, live.ahead_s = self.waiting, ahead_s
-                ahead_s += live.eta_s()
-            if live.position != before:
-                live.notify()
+                active.position, active.ahead_s = self.waiting, ahead_s
+                ahead_s += active.eta_s()
+            if active.position != before:
+                active.notify()
         self._metrics.jobs_queued.set(self.waiting)
         self._metrics.jobs_running.set(len(self._running))

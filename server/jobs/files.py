@@ -17,7 +17,7 @@ from server.settings import JobsSettings
 
 log = logging.getLogger(__name__)
 
-# Nothing else in the folder is ours to remove, whatever folder the operator has named.
+# Only folders of this form are removed, because the operator may name a folder with other contents.
 ID = re.compile("[0-9a-f]{32}")
 
 COPY_BYTES = 1024 * 1024
@@ -25,13 +25,13 @@ RETRY_FULL_S = 60
 
 
 class Files:
-    """The jobs' folders, and how much lies in them. Calls may come from any thread.
+    """The folders of the jobs, and the bytes in them. Calls may come from any thread.
 
     Args:
         settings: folder and quota.
 
     Attributes:
-        used_bytes: size of them all.
+        used_bytes: bytes of all files.
     """
 
     def __init__(self, settings: JobsSettings) -> None:
@@ -40,35 +40,35 @@ class Files:
         self._sums = threading.Lock()  # of the three below: never held while waiting for the disk
         self._sizes: dict[str, int] = {}
         self.used_bytes = 0
-        self._claimed = 0
+        self._reserved = 0
 
     def path(self, id_: str, name: str) -> Path:
-        """Where a job's file lies."""
+        """The path of a job's file."""
         return self._folder / id_ / name
 
     def ids(self) -> list[str]:
-        """Whose folders there are."""
+        """The ids of all folders."""
         return [path.name for path in self._folder.iterdir() if ID.fullmatch(path.name) and path.is_dir()]
 
-    def inputs(self, id_: str, opened: contextlib.ExitStack) -> tuple[BinaryIO, BinaryIO | None]:
-        """A job's input and reference, which `opened` closes.
+    def inputs(self, id_: str, stack: contextlib.ExitStack) -> tuple[BinaryIO, BinaryIO | None]:
+        """Opens a job's input and reference, which `stack` closes.
 
         Raises:
             FileNotFoundError: the input is gone, and will not come back.
-            StoreFull, StoreBroken: what may pass.
+            StoreFull, StoreBroken: the disk fails, perhaps for a while.
         """
-        path, beside = self.path(id_, "input"), self.path(id_, "reference")
-        # Whoever cancels the job may remove them at any moment.
+        path, reference = self.path(id_, "input"), self.path(id_, "reference")
+        # Cancelling the job may remove them at any moment.
         with self.disk(), contextlib.suppress(FileNotFoundError):
-            file = opened.enter_context(path.open("rb"))
-            return file, opened.enter_context(beside.open("rb")) if beside.exists() else None
+            file = stack.enter_context(path.open("rb"))
+            return file, stack.enter_context(reference.open("rb")) if reference.exists() else None
         raise FileNotFoundError(f"the input of job {short_id(id_)} is gone")
 
     def write(self, id_: str, name: str, source: BinaryIO) -> None:
-        """A file that is there, whole, when this returns. Whatever the quota: that is for what comes in.
+        """Writes a file, which is whole and on the disk when this returns. The quota does not count here, only for uploads.
 
         Raises:
-            StoreFull, StoreBroken: nothing is there.
+            StoreFull, StoreBroken: nothing was written.
         """
         path = self.path(id_, name)
         part = path.with_name(f"{name}.part")
@@ -89,70 +89,88 @@ class Files:
                 _sync(folder)
         self._account(id_)
 
-    def keep_only(self, id_: str, useful: Collection[str]) -> None:
-        """Removes all other files of a job. Never raises: its row is what counts, and the next start of the server tries again."""
+    def keep_only(self, id_: str, names: Collection[str]) -> None:
+        """Removes all other files of a job. Never raises, because the row is what counts and the next start tries again."""
         folder = self._folder / id_
         try:
-            for path in folder.iterdir() if useful else ():
-                if path.name not in useful:
+            for path in folder.iterdir() if names else ():
+                if path.name not in names:
                     path.unlink()
-            if not useful:
+            if not names:
                 shutil.rmtree(folder)
         except FileNotFoundError:
             pass
         except OSError:
-            log.exception("files of job %s could not be removed; the next start of the server tries again", short_id(id_))
+            log.exception(
+                "files of job %s could not be removed; the next start of the server tries again",
+                short_id(id_),
+            )
         self._account(id_)
 
     def discard(self, id_: str) -> None:
-        """Removes a job's folder. Never raises either."""
+        """Removes a job's folder. Never raises."""
         self.keep_only(id_, ())
 
     @contextlib.contextmanager
     def reserve(self) -> Iterator[Callable[[int], None]]:
-        """Room for what is still arriving; the function it gives takes so many bytes more.
+        """Reserves room for an upload; the yielded function adds bytes.
 
         Raises:
-            StoreFull: from that function, over the quota; or the disk is full, wherever the block writes.
+            StoreFull: the quota is exceeded, raised by that function; or the disk is full, wherever the block writes.
         """
-        claimed = 0
+        reserved = 0
 
-        def claim(size: int) -> None:
-            nonlocal claimed
-            settings = self._settings
+        def add(size: int) -> None:
+            nonlocal reserved
+            limit_mb = self._settings.max_disk_mb
             with self._sums:
-                if self.used_bytes + self._claimed + size > settings.max_disk_mb * 1024 * 1024:
+                actual = self.used_bytes + self._reserved + size
+                if actual > limit_mb * 1024 * 1024:
                     raise StoreFull(
-                        f"the disk space for jobs is used up ({settings.max_disk_mb:,} MiB); finished jobs make room after "
-                        f"{settings.keep_results_h:g} hours, or when they are deleted; or raise UNETPP_JOBS__MAX_DISK_MB",
+                        f"the disk space for jobs is used up ({limit_mb:,} MiB); finished jobs make room after "
+                        f"{self._settings.keep_results_h:g} hours, or when they are deleted; or raise "
+                        "UNETPP_JOBS__MAX_DISK_MB",
                         retry_after_s=RETRY_FULL_S,
+                        limit=limit_mb * 1024 * 1024,
+                        actual=actual,
+                        unit="bytes",
+                        setting="UNETPP_JOBS__MAX_DISK_MB",
                     )
-                self._claimed += size
-            claimed += size
+                self._reserved += size
+            reserved += size
 
         try:
             with self.disk():
-                yield claim
+                yield add
         finally:
             with self._sums:
-                self._claimed -= claimed
+                self._reserved -= reserved
 
     @contextlib.contextmanager
     def disk(self) -> Iterator[None]:
-        """What the disk and the database raise, in our words."""
+        """Translates errors of the disk and the database.
+
+        Raises:
+            StoreFull: the disk is full.
+            StoreBroken: the folder or the database cannot be used.
+        """
         try:
             yield
         except (OSError, sqlite3.Error) as error:
             code = error.errno if isinstance(error, OSError) else getattr(error, "sqlite_errorname", None)
             if code in (errno.ENOSPC, errno.EDQUOT, "SQLITE_FULL"):
-                raise StoreFull("the disk of the server is full; try again later", retry_after_s=RETRY_FULL_S) from error
+                raise StoreFull(
+                    "the disk of the server is full; try again later", retry_after_s=RETRY_FULL_S
+                ) from error
             raise StoreBroken(
                 f"the jobs folder {self._folder} cannot be used ({error}); make it writable, or move it away if it is damaged, or "
-                "name another with UNETPP_JOBS__FOLDER"
+                "name another with UNETPP_JOBS__FOLDER",
+                setting="UNETPP_JOBS__FOLDER",
+                value=str(self._folder),
             ) from error
 
     def _account(self, id_: str) -> None:
-        """Never raises: what cannot be seen counts nothing."""
+        """Counts the bytes of a job anew. Never raises; files that cannot be seen count nothing."""
         size = 0
         with contextlib.suppress(OSError):
             size = sum(path.stat().st_size for path in (self._folder / id_).iterdir())
@@ -163,7 +181,7 @@ class Files:
 
 
 def short_id(id_: str) -> str:
-    """What the log may say of an id: whoever has all of it has the job."""
+    """The part of an id that may be logged, because all of it gives access to the job."""
     return id_[:8]
 
 

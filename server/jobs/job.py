@@ -1,4 +1,4 @@
-"""A job as it is kept: what was asked, how far it came, and what there is to fetch."""
+"""A job as it is kept: what was requested, how far it is, and what there is to fetch."""
 
 import json
 import sqlite3
@@ -9,15 +9,18 @@ FINISHED = ("done", "failed", "cancelled")
 
 
 @dataclass(frozen=True)
-class Ticket:
-    """What was accepted.
+class JobSpec:
+    """What was accepted. It is kept as JSON, so that fields may be added but not renamed.
 
     Attributes:
-        request: the fields of the `SegmentRequest`.
-        preview: whether a quick look comes first.
-        model: of the route that the request was resolved to, as are mode, level and precision.
-        windows: of the asked-for level.
-        seconds: the whole job's estimate.
+        request: fields of `SegmentParams`, and `name` and `accept` of the `Upload`.
+        preview: True if a mask of level 1 comes first.
+        model: name of the model that the request resolved to.
+        mode: mode of the resolved request.
+        level: level of the resolved request.
+        precision: precision of the resolved request.
+        windows: windows at that level.
+        seconds: estimated seconds of the whole job.
     """
 
     request: dict[str, Any]
@@ -32,19 +35,26 @@ class Ticket:
 
 @dataclass(frozen=True)
 class Job:
-    """One row. Times are seconds since 1970.
+    """One row of the table. Times are seconds since 1970.
 
     Attributes:
-        attempts: how many lives of the server began with it and did not end in good order.
-        preview: headers of the answer that serves the kept file; as of `result`.
-        problem: why it failed.
+        id: 32 hexadecimal digits, which only the owner knows.
+        state: queued, running, done, failed or cancelled.
+        attempts: runs of the server that began with the job and did not end in good order.
+        created: time of acceptance.
+        spec: what was accepted.
+        started: time of the last start; None while it waits.
+        finished: time of the end; None before.
+        preview: headers of the response that serves the preview; None without one.
+        result: headers of the response that serves the result; None without one.
+        problem: problem document of a failed job.
     """
 
     id: str
     state: str
     attempts: int
     created: float
-    ticket: Ticket
+    spec: JobSpec
     started: float | None = None
     finished: float | None = None
     preview: dict[str, str] | None = None
@@ -52,10 +62,17 @@ class Job:
     problem: dict[str, Any] | None = None
 
 
-def read(row: sqlite3.Row) -> Job:
-    """A row of the table."""
-    preview, result, problem = (row[name] and json.loads(row[name]) for name in ("preview", "result", "problem"))
+def job_from_row(row: sqlite3.Row) -> Job:
+    """Makes a job of a row of the table."""
+    preview, result, problem = (
+        row[name] and json.loads(row[name]) for name in ("preview", "result", "problem")
+    )
+    if problem:
+        # Problem documents of the previous version have no code; their type ends with it.
+        problem.setdefault("code", problem["type"].rpartition(":")[2])
+    # The column is called ticket since the first version of the table.
+    spec = JobSpec(**json.loads(row["ticket"]))
+    times = row["started"], row["finished"]
     return Job(
-        row["id"], row["state"], row["attempts"], row["created"], Ticket(**json.loads(row["ticket"])), row["started"], row["finished"],
-        preview, result, problem,
-    )  # fmt: skip
+        row["id"], row["state"], row["attempts"], row["created"], spec, *times, preview, result, problem
+    )

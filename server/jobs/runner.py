@@ -1,22 +1,24 @@
-"""Runs accepted jobs in order, and tells how far they are. All methods belong to the event loop's thread."""
+"""Runs accepted jobs in order, and tells their progress. All methods belong to the event loop's thread."""
 
 import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from server.errors import CallerError, InvalidParameter, NotReady, Overloaded, StoreBroken, StoreFull, TryAgain
-from server.imaging import encode as encoding
-from server.jobs.active import ActiveJob, Queue, View
+from server.errors import InvalidParameter, NotReady, Overloaded, TryAgain
+from server.jobs.active import Clock, JobQueue, JobStatus
+from server.jobs.executor import JobExecutor, preview_params
 from server.jobs.files import short_id
-from server.jobs.job import Job, Ticket
+from server.jobs.job import Job, JobSpec
 from server.jobs.store import Store
 from server.metrics import Metrics
-from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upload
+from server.segment.request import Response, SegmentParams, Upload
 from server.segment.service import SegmentationService
 from server.segment.zip_files import is_zip
 from server.settings import JobsSettings
@@ -25,32 +27,43 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SWEEP_S = 60
+# Threads for the calls of requests, beside one for each worker, so that a slow disk holds up nothing but jobs.
+REQUEST_THREADS = 4
 
-# Watchers hear of a job at most so often, and at least so often, which also keeps proxies from closing the connection.
-LEAST_S = 0.25
-MOST_S = 15
+# Seconds after which a client that found the queue full may try again.
+RETRY_QUEUE_S = 30
 
-# When the store itself fails, e.g. because its disk is full or went away.
-BROKEN_S = 10
 
-# For callers' questions, beside those that keep what the workers made: a slow disk shall hold up nothing but jobs.
-THREADS = 4
+@dataclass(frozen=True)
+class Intervals:
+    """Seconds between recurring steps.
 
-FIELDS = SegmentParams.model_fields
+    Attributes:
+        sweep_s: between two removals of expired jobs.
+        min_watch_s: shortest time between two events of a watched job.
+        max_watch_s: longest time between two events, because proxies close a silent connection.
+        disk_retry_s: between two tries while the disk fails, e.g. because it is full or was unmounted.
+    """
+
+    sweep_s: float = 60
+    min_watch_s: float = 0.25
+    max_watch_s: float = 15
+    disk_retry_s: float = 10
 
 
 class Runner:
-    """The queue of jobs; use as `async with`, which in the end puts running jobs back and closes the store.
+    """Runs the queue of jobs; use as `async with`. Leaving it puts running jobs back and closes the store.
 
     Args:
-        settings: of the store, and how many jobs run at once.
+        settings: folder and limits of the store, and the number of jobs that run at once.
         max_uploads: bodies that arrive at once.
         service: does the work.
         metrics: counts outcomes.
-        describe: the headers of an answer, to be kept with the result.
-        explain: the problem document of whatever ended a job.
-        store: already open; else it is opened on entering.
+        response_headers: gives the headers of a response, to be kept with the result.
+        problem_document: gives the problem document of the error that ended a job.
+        store: open store; None opens one on entering.
+        intervals: seconds between recurring steps.
+        clock: seconds that only go forward, for progress.
     """
 
     def __init__(
@@ -59,54 +72,68 @@ class Runner:
         max_uploads: int,
         service: SegmentationService,
         metrics: Metrics,
-        describe: Callable[[Response], dict[str, str]],
-        explain: Callable[[Exception], dict[str, Any]],
+        response_headers: Callable[[Response], dict[str, str]],
+        problem_document: Callable[[Exception], dict[str, Any]],
         store: Store | None = None,
+        intervals: Intervals = Intervals(),
+        clock: Clock = time.monotonic,
     ) -> None:
         self._settings = settings
         self._max_uploads = max_uploads
         self._service = service
         self._metrics = metrics
-        self._describe = describe
-        self._explain = explain
-        self._given = store
-        self._opened: Store | None = None
+        self._response_headers = response_headers
+        self._problem_document = problem_document
+        self._given_store = store
+        self._open_store: Store | None = None
+        self._intervals = intervals
+        self._clock = clock
         self._uploads = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._reset()
 
     def _reset(self) -> None:
-        self._pool = ThreadPoolExecutor(self._settings.concurrency + THREADS, thread_name_prefix="jobs")
-        self._queue = Queue(self._settings.concurrency, self._metrics)
+        self._pool = ThreadPoolExecutor(
+            self._settings.concurrency + REQUEST_THREADS, thread_name_prefix="jobs"
+        )
+        self._queue = JobQueue(self._settings.concurrency, self._metrics, self._clock)
         self._arrived = asyncio.Event()
         self._closing = False
 
     async def __aenter__(self) -> Self:
-        """Opens the store; what was accepted before is taken up again.
+        """Opens the store; unfinished jobs are taken up again.
 
         Raises:
-            StoreBroken: see `Store`.
+            StoreBroken: the folder is in use, cannot be written, or was written by another version.
         """
         self._reset()
-        self._opened = self._given or await self._off_loop(Store, self._settings)
+        self._open_store = self._given_store or await self._run_in_thread(Store, self._settings)
         files = self._store.files
-        self._metrics.follow(self._metrics.jobs_disk_bytes, lambda: files.used_bytes)
-        for job in await self._off_loop(self._store.waiting):
+        self._metrics.set_function(self._metrics.jobs_disk_bytes, lambda: files.used_bytes)
+        for job in await self._run_in_thread(self._store.waiting):
             self._queue.add(job)
-        work = [self._work() for _ in range(self._settings.concurrency)]
-        self._tasks = [asyncio.create_task(coroutine) for coroutine in (*work, self._sweep())]
+        executor = JobExecutor(
+            self._service,
+            self._store,
+            self._run_in_thread,
+            self._response_headers,
+            self._problem_document,
+            self._intervals.disk_retry_s,
+        )
+        workers = [self._work(executor) for _ in range(self._settings.concurrency)]
+        self._tasks = [asyncio.create_task(coroutine) for coroutine in (*workers, self._sweep())]
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Running jobs are stopped and wait again; nothing is written after this."""
+        """Stops running jobs, which wait again; nothing is written after this."""
         self.drain()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        store, self._opened = self._store, None
-        await self._off_loop(store.close)
+        store, self._open_store = self._store, None
+        await self._run_in_thread(store.close)
         self._pool.shutdown(wait=False)
 
     def drain(self) -> None:
-        """Stops what runs and lets the watchers go; the first step of closing, for whoever waits for them."""
+        """Stops running jobs and ends the streams of watchers; the first step of closing."""
         if self._closing:
             return
         self._closing = True
@@ -115,46 +142,61 @@ class Runner:
         self._queue.notify()
 
     def check(self) -> None:
-        """Whether jobs are worked on.
+        """Checks that jobs are worked on.
 
         Raises:
-            NotReady: no longer.
+            NotReady: they are not.
         """
         if any(task.done() for task in self._tasks):
-            raise NotReady("jobs are no longer worked on here; the server is stopping, or its log says why it should be restarted")
+            raise NotReady(
+                "jobs are no longer worked on here; the server is stopping, or its log says why it should be restarted"
+            )
 
     @contextlib.contextmanager
     def reserve(self, params: SegmentParams) -> Iterator[Callable[[int], None]]:
-        """A place for a body that streams in; the function it gives is told the bytes of each piece.
+        """Reserves a place for a body that streams in; the yielded function is called with the bytes of each piece.
 
         Raises:
-            UnknownModel, InvalidParameter: no body could make this request a good one.
+            UnknownModel, InvalidParameter: the request is wrong, whatever its body is.
             Overloaded: too many jobs wait, or too many bodies arrive.
-            StoreFull: from that function, over the disk quota.
+            StoreFull: the disk quota is exceeded, raised by the yielded function.
         """
         self._service.registry.resolve(params)
         try:
             if (waiting := self._queue.waiting) >= self._settings.max_queued:
-                raise Overloaded(f"{waiting} jobs are waiting, which is the limit; try again when some are done", retry_after_s=30)
+                raise Overloaded(
+                    f"{waiting} jobs are waiting, which is the limit; try again when some are done",
+                    RETRY_QUEUE_S,
+                    limit=self._settings.max_queued,
+                    actual=waiting,
+                    unit="jobs",
+                    setting="UNETPP_JOBS__MAX_QUEUED",
+                )
             if self._uploads >= self._max_uploads:
-                text = f"{self._uploads} uploads are arriving, which is the limit; try again in a moment"
-                raise Overloaded(text, refusal="uploads")
+                raise Overloaded(
+                    f"{self._uploads} uploads are arriving, which is the limit; try again in a moment",
+                    refusal="uploads",
+                    limit=self._max_uploads,
+                    actual=self._uploads,
+                    unit="uploads",
+                    setting="UNETPP_HTTP__MAX_IN_FLIGHT",
+                )
             self._uploads += 1
             try:
-                with self._store.files.reserve() as claim:
-                    yield claim
+                with self._store.files.reserve() as add_bytes:
+                    yield add_bytes
             finally:
                 self._uploads -= 1
         except TryAgain:
             self._metrics.jobs.labels("refused").inc()
             raise
 
-    async def submit(self, upload: Upload, params: SegmentParams, *, preview: bool) -> View:
-        """Accepts a job, unless it could never be done; when this returns, not even a kill can lose it.
+    async def submit(self, upload: Upload, params: SegmentParams, *, preview: bool) -> JobStatus:
+        """Accepts a job, unless it could never be done; when this returns, not even `kill -9` can lose it.
 
         Raises:
-            CallerError: what is wrong with it.
-            StoreFull, StoreBroken: it was not kept.
+            CallerError: the request is wrong.
+            StoreFull, StoreBroken: the job was not kept.
         """
         target = self._service.registry.resolve(params)
         if is_zip(upload.file) and (upload.reference or preview):
@@ -166,166 +208,115 @@ class Runner:
         estimate = await self._service.estimate(upload, params)
         seconds = estimate.seconds
         if preview:
-            seconds += (await self._service.estimate(upload, _preview_params(params))).seconds
-        # As it is accepted, whatever the default or the recommended level is when it runs.
+            seconds += (await self._service.estimate(upload, preview_params(params))).seconds
+        # The target as it is now, whatever the default or the recommended level is when the job runs.
         level = None if target.mode == "accurate" else target.level
         request = params.model_dump() | {"model": target.model, "mode": target.mode, "level": level}
         request |= {"name": upload.name, "accept": upload.accept}
-        ticket = Ticket(
-            request, preview, target.model, target.mode, target.level, target.precision, estimate.windows, seconds
+        spec = JobSpec(
+            request,
+            preview,
+            target.model,
+            target.mode,
+            target.level,
+            target.precision,
+            estimate.windows,
+            seconds,
         )
-        live = self._queue.add(await self._off_loop(self._store.accept, ticket, upload.file, upload.reference))
+        job = await self._run_in_thread(self._store.accept, spec, upload.file, upload.reference)
+        active = self._queue.add(job)
         self._arrived.set()
-        return self._queue.view(live)
+        return self._queue.status(active)
 
-    async def get(self, id_: str) -> View:
-        """A job now.
+    async def get(self, id_: str) -> JobStatus:
+        """The status of a job now.
 
         Raises:
-            UnknownJob: never accepted, deleted or expired.
+            UnknownJob: it was never accepted, was deleted or has expired.
         """
-        if live := self._queue.get(id_):
-            return self._queue.view(live)
-        job = await self._off_loop(self._store.get, id_)
-        windows = job.ticket.windows
-        return View(job, None, windows if job.state == "done" else 0, windows, None, None, self._store.expires(job))
+        if active := self._queue.get(id_):
+            return self._queue.status(active)
+        job = await self._run_in_thread(self._store.get, id_)
+        windows = job.spec.windows
+        done = windows if job.state == "done" else 0
+        return JobStatus(job, None, done, windows, None, None, self._store.expires(job))
 
-    async def watch(self, id_: str) -> AsyncIterator[View]:
-        """A job now, and whenever it has changed, until it is finished or the server stops."""
+    async def watch(self, id_: str) -> AsyncIterator[JobStatus]:
+        """Yields the status of a job now, and after each change, until it is finished or the server stops."""
         while not self._closing:
-            live = self._queue.get(id_)
-            # Taken before anything is awaited, so that no change falls between looking and waiting.
-            changed = live.changed if live else None
+            active = self._queue.get(id_)
+            # Taken before anything is awaited, so that no change is missed in between.
+            changed = active.changed if active else None
             yield await self.get(id_)
             if not changed:
                 return
-            await asyncio.sleep(LEAST_S)
+            await asyncio.sleep(self._intervals.min_watch_s)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(MOST_S):
+                async with asyncio.timeout(self._intervals.max_watch_s):
                     await changed.wait()
 
-    async def find(self, job: Job, name: str) -> tuple[Path, os.stat_result] | None:
-        """A result or preview, if it is still there."""
+    async def stat(self, job: Job, name: str) -> tuple[Path, os.stat_result] | None:
+        """The path and size of a result or preview; None if it is gone."""
         path = self._store.files.path(job.id, name)
         try:
-            return path, await self._off_loop(path.stat)
+            return path, await self._run_in_thread(path.stat)
         except FileNotFoundError:
             return None
 
     async def delete(self, id_: str) -> None:
-        """Cancels a waiting or running job, forgets a finished one.
+        """Cancels a waiting or running job, and removes a finished one.
 
         Raises:
-            UnknownJob: never accepted, deleted or expired.
+            UnknownJob: it was never accepted, was deleted or has expired.
             StoreFull, StoreBroken, NotReady: nothing has happened to it.
         """
-        live = self._queue.get(id_)
-        job = await self._off_loop(self._store.cancel, id_) if live else None
+        active = self._queue.get(id_)
+        job = await self._run_in_thread(self._store.cancel, id_) if active else None
         if job is None or job.state != "cancelled":
-            # It had come to its end, or did so first.
-            await self._off_loop(self._store.remove, id_)
-        if live and job:
-            live.cancel()
-            self._queue.end(live, job)
+            # It was finished, or finished before it could be cancelled.
+            await self._run_in_thread(self._store.remove, id_)
+        if active and job:
+            active.cancel()
+            self._queue.finish(active, job)
 
     @property
     def _store(self) -> Store:
-        if self._opened is None:
+        if self._open_store is None:
             raise NotReady("the server is starting or stopping; try again in a moment")
-        return self._opened
+        return self._open_store
 
-    async def _off_loop(self, call: Callable[..., T], *arguments: object) -> T:
-        """A call in a thread, for whose end even the cancelled wait: nothing goes on behind their backs."""
+    async def _run_in_thread(self, call: Callable[..., T], *arguments: object) -> T:
+        """Runs a call in a thread. A cancelled caller waits for its end, too, so that nothing goes on unseen."""
         future = asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
         try:
             return await asyncio.shield(future)
         finally:
             await asyncio.wait([future])
 
-    async def _retry_until_disk_ok(self, live: ActiveJob, call: Callable[..., T], *arguments: object) -> T:
-        """Repeats a call until the disk allows it: the job, and the work that is in it, can wait."""
-        while True:
-            try:
-                return await self._off_loop(call, *arguments)
-            except (StoreBroken, StoreFull):
-                log.exception("job %s waits for its disk", short_id(live.job.id))
-            await live.stoppable(asyncio.sleep(BROKEN_S))
-
     async def _sweep(self) -> None:
+        """Removes expired jobs now and then."""
         while True:
-            await asyncio.sleep(SWEEP_S)
+            await asyncio.sleep(self._intervals.sweep_s)
             try:
-                await self._off_loop(self._store.sweep)
+                await self._run_in_thread(self._store.sweep)
             except Exception:
                 log.exception("expired jobs could not be removed")
 
-    async def _work(self) -> None:
+    async def _work(self, executor: JobExecutor) -> None:
+        """Runs one job after the other."""
         while True:
             self._arrived.clear()
-            live = self._queue.take()
-            if live is None:
+            active = self._queue.take()
+            if active is None:
                 await self._arrived.wait()
                 continue
             try:
-                self._queue.end(live, await self._attempt(live))
+                self._queue.finish(active, await executor.run(active))
             except Exception:
-                if live.stop:
-                    continue  # deleted: nothing of it is left
-                log.exception("the end of job %s could not be kept; it will run again", short_id(live.job.id))
-                await asyncio.sleep(BROKEN_S)
-                self._queue.put_back(live)
-
-    async def _attempt(self, live: ActiveJob) -> Job:
-        """One run, whose every outcome is kept."""
-        try:
-            return await self._run(live)
-        except Exception as error:
-            if live.stop:
-                raise
-            job = await self._retry_until_disk_ok(live, self._store.fail, live.job.id, self._explain(error))
-            # Its files may be gone as it was cancelled, of which its worker has not heard yet: that is no failure.
-            if job.state == "failed":
-                _tell(job, error)
-            return job
-
-    async def _run(self, live: ActiveJob) -> Job:
-        """The preview, if one was asked for and is not there from an earlier run, and then the asked-for level."""
-        id_, ticket = live.job.id, live.job.ticket
-        live.job = await self._retry_until_disk_ok(live, self._store.start, id_)
-        live.notify()
-        params = SegmentParams.parse({name: ticket.request.get(name, field.default) for name, field in FIELDS.items()})
-        if ticket.preview and live.job.preview is None:
-            response = await self._respond(live, _preview_params(params), live.on_preview_progress, scored=False)
-            with contextlib.closing(response):
-                try:
-                    live.job = await self._off_loop(self._store.keep_preview, id_, response.body, self._describe(response))
-                except (StoreBroken, StoreFull):
-                    log.exception("job %s goes on without its preview", short_id(id_))
-            live.progress("decode", 0, ticket.windows)
-        response = await self._respond(live, params, live.progress, scored=True)
-        with contextlib.closing(response):
-            return await self._retry_until_disk_ok(live, self._store.finish, id_, response.body, self._describe(response))
-
-    async def _respond(
-        self, live: ActiveJob, params: SegmentParams, on_progress: OnProgress, *, scored: bool
-    ) -> Response:
-        ticket = live.job.ticket
-        with contextlib.ExitStack() as opened:
-            file, reference = await self._retry_until_disk_ok(live, self._store.files.inputs, live.job.id, opened)
-            name, accept = ticket.request.get("name", ""), ticket.request.get("accept")
-            upload = Upload(file, reference if scored else None, name, accept)
-            return await live.stoppable(self._service.segment(upload, params, QoS(priority="batch"), on_progress))
-
-
-def _tell(job: Job, error: Exception) -> None:
-    """What ended a job, for whoever operates the server: callers' own mistakes are none of their business."""
-    if isinstance(error, TryAgain):
-        log.warning("job %s failed: %s", short_id(job.id), error)
-    elif not isinstance(error, CallerError):
-        log.error("job %s failed", short_id(job.id), exc_info=error)
-
-
-def _preview_params(params: SegmentParams) -> SegmentParams:
-    """The parameters of the preview: level 1, without formats that need all heads."""
-    without_heads = encoding.without(params.format, "head_std")
-    return params.model_copy(update={"mode": "fast", "level": 1, "min_level": None, "format": without_heads})
+                if active.cancelled:
+                    continue  # it was deleted, so nothing of it is left
+                log.exception(
+                    "the end of job %s could not be kept; it will run again", short_id(active.job.id)
+                )
+                await asyncio.sleep(self._intervals.disk_retry_s)
+                self._queue.put_back(active)

@@ -1,6 +1,6 @@
 """Jobs on disk: one SQLite table and one folder per job, made so that `kill -9` loses nothing that was accepted.
 
-Files come first, then the row that speaks of them; what no row speaks of is removed on opening.
+Files are written before the row that refers to them, and files without a row are removed on opening.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from server.errors import Interrupted, NotReady, StoreBroken, UnknownJob
 from server.jobs.files import Files
-from server.jobs.job import Job, Ticket, read
+from server.jobs.job import Job, JobSpec, job_from_row
 from server.settings import JobsSettings
 
 VERSION = 2
@@ -40,7 +40,7 @@ PRAGMA user_version = {VERSION};
 COMMIT;
 """
 
-# The files of a job that are of use in each state; all others are removed when it gets there.
+# The files of a job that are needed in each state; all others are removed when it gets there.
 FILES = {
     "queued": {"input", "reference", "preview"},
     "running": {"input", "reference", "preview"},
@@ -53,17 +53,17 @@ FILES = {
 class Store:
     """The jobs of one folder, which it keeps locked. Calls are synchronous and may come from any thread.
 
-    A finished job never changes: `start`, `finish`, `fail` and `cancel` then give it as it is.
+    A finished job never changes: `start`, `finish`, `fail` and `cancel` then return it as it is.
 
     Args:
         settings: folder, retention and limits.
         clock: seconds since 1970.
 
     Attributes:
-        files: of the jobs.
+        files: files of the jobs.
 
     Raises:
-        StoreBroken: the folder is in use, cannot be written, or was left by another version.
+        StoreBroken: the folder is in use, cannot be written, or was written by another version.
     """
 
     def __init__(self, settings: JobsSettings, clock: Callable[[], float] = time.time) -> None:
@@ -74,35 +74,36 @@ class Store:
         self._changing = threading.Lock()  # held from the first file to the row, so that a job has one end
         self._querying = threading.Lock()
         self._closed = False
-        with contextlib.ExitStack() as opened, self.files.disk():
+        with contextlib.ExitStack() as stack, self.files.disk():
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            opened.enter_context(self._locked())
-            self._db = opened.enter_context(contextlib.closing(self._connect()))
+            stack.enter_context(self._locked())
+            self._db = stack.enter_context(contextlib.closing(self._connect()))
             self._recover()
-            self._opened = opened.pop_all()
+            self._resources = stack.pop_all()
 
     def close(self) -> None:
-        """Puts back what runs, which does not count as an attempt, and lets another server have the folder."""
+        """Puts running jobs back, which does not count as an attempt, and releases the folder."""
         with self._changing, self._querying, self.files.disk():
             if not self._closed:
                 self._closed = True
-                with self._opened:
-                    self._db.execute("UPDATE jobs SET state = 'queued', started = NULL, attempts = attempts - 1 "
-                                     "WHERE state = 'running'")  # fmt: skip
+                with self._resources:
+                    self._db.execute(
+                        "UPDATE jobs SET state = 'queued', started = NULL, attempts = attempts - 1 WHERE state = 'running'"
+                    )
 
-    def accept(self, ticket: Ticket, file: BinaryIO, reference: BinaryIO | None) -> Job:
-        """Takes a job; when this returns it is on the disk, whole.
+    def accept(self, spec: JobSpec, file: BinaryIO, reference: BinaryIO | None) -> Job:
+        """Keeps a new job; when this returns, all of it is on the disk.
 
         Raises:
             StoreFull, StoreBroken: nothing was kept.
         """
-        job = Job(uuid.uuid4().hex, "queued", 0, self._clock(), ticket)
+        job = Job(uuid.uuid4().hex, "queued", 0, self._clock(), spec)
         try:
             self.files.write(job.id, "input", file)
             if reference:
                 self.files.write(job.id, "reference", reference)
-            self._query("INSERT INTO jobs (id, state, created, ticket) VALUES (?, ?, ?, ?)",
-                        job.id, job.state, job.created, json.dumps(asdict(ticket)))  # fmt: skip
+            row = job.id, job.state, job.created, json.dumps(asdict(spec))
+            self._query("INSERT INTO jobs (id, state, created, ticket) VALUES (?, ?, ?, ?)", *row)
         except BaseException:
             self.files.discard(job.id)
             raise
@@ -112,47 +113,56 @@ class Store:
         """A job.
 
         Raises:
-            UnknownJob: never accepted, deleted or expired.
+            UnknownJob: it was never accepted, was deleted or has expired.
         """
-        found = self._query("SELECT * FROM jobs WHERE id = ?", id_)
-        if not found or ((expires := self.expires(found[0])) is not None and expires <= self._clock()):
+        jobs = self._query("SELECT * FROM jobs WHERE id = ?", id_)
+        if not jobs or ((expires := self.expires(jobs[0])) is not None and expires <= self._clock()):
             raise UnknownJob(
                 f"there is no job {id_!r:.60}: it was never accepted, was deleted or has expired; "
-                f"results are kept for {self._settings.keep_results_h:g} hours after a job has finished"
+                f"results are kept for {self._settings.keep_results_h:g} hours after a job has finished",
+                parameter="id",
+                value=id_[:60],
+                limit=self._settings.keep_results_h,
+                unit="hours",
             )
-        return found[0]
+        return jobs[0]
 
     def expires(self, job: Job) -> float | None:
-        """When a finished job is forgotten."""
+        """The time at which a finished job is removed, in seconds since 1970."""
         return None if job.finished is None else job.finished + self._settings.keep_results_h * 3600
 
     def waiting(self) -> list[Job]:
-        """Accepted and not finished, in order of acceptance, but those that crashes ended last: they may have caused them."""
+        """Unfinished jobs in order of acceptance, except that those ended by a crash come last, because they may have caused it."""
         return self._query("SELECT * FROM jobs WHERE finished IS NULL ORDER BY attempts, number")
 
     def start(self, id_: str) -> Job:
-        """Marks it as running, and counts an attempt unless it runs already.
+        """Marks a job as running, and counts an attempt unless it runs already.
 
         Raises:
-            Interrupted: it was started too often already.
+            Interrupted: the job was started too often already.
         """
         with self._changing:
             job = self.get(id_)
             if job.state == "queued" and job.attempts >= self._settings.max_attempts:
                 raise Interrupted(
                     f"this job was started {job.attempts} times and the server stopped each time before it was done, so it was "
-                    "given up; send a smaller input or ask whoever runs the server to look into its log"
+                    "given up; send a smaller input, or ask the operator to look into the server's log",
+                    limit=self._settings.max_attempts,
+                    actual=job.attempts,
+                    unit="attempts",
+                    setting="UNETPP_JOBS__MAX_ATTEMPTS",
                 )
-            return self._change(id_, "state = 'running', attempts = attempts + (state = 'queued'), started = ?", self._clock())
+            changes = "state = 'running', attempts = attempts + (state = 'queued'), started = ?"
+            return self._change(id_, changes, self._clock())
 
     def keep_preview(self, id_: str, body: bytes | BinaryIO, headers: dict[str, str]) -> Job:
-        """Keeps the quick look."""
+        """Keeps the preview."""
         with self._changing:
             self._keep(id_, "preview", body)
             return self._change(id_, "preview = ?", json.dumps(headers))
 
     def finish(self, id_: str, body: bytes | BinaryIO, headers: dict[str, str]) -> Job:
-        """Keeps the result, then says so, then removes the input."""
+        """Keeps the result, then updates the row, then removes the input."""
         with self._changing:
             self._keep(id_, "result", body)
             return self._end(id_, "state = 'done', result = ?", json.dumps(headers))
@@ -163,25 +173,25 @@ class Store:
             return self._end(id_, "state = 'failed', preview = NULL, problem = ?", json.dumps(problem))
 
     def cancel(self, id_: str) -> Job:
-        """Removes all files; the row stays until it expires."""
+        """Removes all files of a job; its row stays until it expires."""
         with self._changing:
             return self._end(id_, "state = 'cancelled', preview = NULL")
 
     def remove(self, id_: str) -> None:
-        """Forgets a job.
+        """Removes a job and its files.
 
         Raises:
-            UnknownJob: there is nothing to forget.
+            UnknownJob: there is no such job.
         """
         with self._changing:
-            self._forget(self.get(id_))
+            self._remove(self.get(id_))
 
     def sweep(self) -> None:
-        """Removes what has expired."""
+        """Removes expired jobs."""
         latest = self._clock() - self._settings.keep_results_h * 3600
         for job in self._query("SELECT * FROM jobs WHERE finished <= ?", latest):
             with self._changing:
-                self._forget(job)
+                self._remove(job)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -191,13 +201,15 @@ class Store:
             except BlockingIOError as error:
                 raise StoreBroken(
                     f"another server uses the jobs folder {self._folder}; stop it, or give this one its own folder with "
-                    "UNETPP_JOBS__FOLDER"
+                    "UNETPP_JOBS__FOLDER",
+                    setting="UNETPP_JOBS__FOLDER",
+                    value=str(self._folder),
                 ) from error
             yield
 
     def _connect(self) -> sqlite3.Connection:
         path = self._folder / "jobs.sqlite"
-        # Ids are the only secret; SQLite's own other files take after this one.
+        # Ids are the only secret. SQLite gives its other files the mode of this one.
         path.touch(mode=0o600)
         path.chmod(0o600)
         db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
@@ -211,7 +223,10 @@ class Store:
             elif version != VERSION:
                 raise StoreBroken(
                     f"the jobs folder {self._folder} was written by another version of this server (format {version}, this one "
-                    f"reads {VERSION}); use that version, or give this one its own folder with UNETPP_JOBS__FOLDER"
+                    f"reads {VERSION}); use that version, or give this one its own folder with UNETPP_JOBS__FOLDER",
+                    setting="UNETPP_JOBS__FOLDER",
+                    actual=version,
+                    allowed=[VERSION],
                 )
             damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
             if damage != "ok":
@@ -222,14 +237,15 @@ class Store:
         return db
 
     def _recover(self) -> None:
-        """After a kill: what ran waits again, and what was half written or half removed goes."""
+        """Repairs the state after a kill: running jobs wait again, and files that were half written or removed are deleted."""
         self._query("UPDATE jobs SET state = 'queued', started = NULL WHERE state = 'running'")
         jobs = {job.id: job for job in self._query("SELECT * FROM jobs")}
         for id_ in self.files.ids():
             self.files.keep_only(id_, FILES[jobs[id_].state] if id_ in jobs else set())
 
     def _change(self, id_: str, changes: str, *values: object) -> Job:
-        self._query(f"UPDATE jobs SET {changes} WHERE id = ? AND finished IS NULL", *values, id_)  # noqa: S608 - our own words
+        # The changes are constants of this file.
+        self._query(f"UPDATE jobs SET {changes} WHERE id = ? AND finished IS NULL", *values, id_)  # noqa: S608
         return self.get(id_)
 
     def _end(self, id_: str, changes: str, *values: object) -> Job:
@@ -237,8 +253,8 @@ class Store:
         self.files.keep_only(job.id, FILES[job.state])
         return job
 
-    def _forget(self, job: Job) -> None:
-        """The row first, so that no row is ever without its files."""
+    def _remove(self, job: Job) -> None:
+        """Removes the row before the files, so that no row is ever without its files."""
         self._query("DELETE FROM jobs WHERE id = ?", job.id)
         self.files.discard(job.id)
 
@@ -250,4 +266,4 @@ class Store:
         with self._querying, self.files.disk():
             if self._closed:
                 raise NotReady("the server is shutting down; try again in a moment")
-            return [read(row) for row in self._db.execute(statement, values).fetchall()]
+            return [job_from_row(row) for row in self._db.execute(statement, values).fetchall()]

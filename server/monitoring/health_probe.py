@@ -8,8 +8,8 @@ import time
 
 from server.errors import NotReady
 from server.runtime import golden
-from server.runtime.loader import Deployment, ModelInstance
-from server.runtime.scheduler import Flow
+from server.runtime.deployment import Deployment, ModelInstance
+from server.runtime.flow import Flow
 from server.segment.service import SegmentationService
 
 log = logging.getLogger(__name__)
@@ -30,10 +30,22 @@ class HealthProbe:
 
     Args:
         service: whose device is probed.
+        fresh_s: seconds for which a success counts.
+        timeout_s: seconds that a test tile may take.
+        retry_s: seconds after a test tile in which no other one is run.
     """
 
-    def __init__(self, service: SegmentationService) -> None:
+    def __init__(
+        self,
+        service: SegmentationService,
+        fresh_s: float = PROBE_EVERY_S,
+        timeout_s: float = PROBE_TIMEOUT_S,
+        retry_s: float = PROBE_RETRY_S,
+    ) -> None:
         self._service = service
+        self._fresh_s = fresh_s
+        self._timeout_s = timeout_s
+        self._retry_s = retry_s
         self._running: asyncio.Task[None] | None = None
         self._ended = -math.inf
         # Times of the test tiles that failed since the last success of any run.
@@ -67,7 +79,9 @@ class HealthProbe:
         self._start()
         self._failures = [failed for failed in self._failures if failed > self._last_success]
         if len(self._failures) >= MAX_FAILURES:
-            raise NotReady(f"{len(self._failures)} test tiles in a row have failed; the server should be restarted")
+            raise NotReady(
+                f"{len(self._failures)} test tiles in a row have failed; the server should be restarted"
+            )
 
     @property
     def _deployment(self) -> Deployment:
@@ -86,8 +100,8 @@ class HealthProbe:
 
     def _start(self) -> None:
         now = time.monotonic()
-        fresh = self._last_success >= now - PROBE_EVERY_S and self._last_success > self._last_failure
-        if not self._running and not fresh and now - self._ended >= PROBE_RETRY_S:
+        fresh = self._last_success >= now - self._fresh_s and self._last_success > self._last_failure
+        if not self._running and not fresh and now - self._ended >= self._retry_s:
             # In a context of its own: the log should not name whoever asked first.
             self._running = asyncio.create_task(self._probe(), context=contextvars.Context())
 
@@ -95,12 +109,14 @@ class HealthProbe:
         """Runs one test tile for all who ask at the same time."""
         name = self._deployment.name
         try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S):
+            async with asyncio.timeout(self._timeout_s):
                 await self._run_test_tile()
         except Exception as error:
             self._failures.append(time.monotonic())
             first = error if len(self._failures) == 1 else None
-            log.error("model %r does not answer a test tile, %d in a row", name, len(self._failures), exc_info=first)
+            log.error(
+                "model %r does not answer a test tile, %d in a row", name, len(self._failures), exc_info=first
+            )
         else:
             self._failures.clear()
         finally:

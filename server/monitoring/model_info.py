@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from server.metrics import ModelInfo
-from server.runtime.loader import Deployment
+from server.runtime.deployment import Deployment
 
 
 def describe(deployments: Mapping[str, Deployment]) -> list[ModelInfo]:
@@ -33,5 +33,7 @@ def _describe(name: str, deployment: Deployment) -> ModelInfo:
             )
             for (graph, precision), choice in selection.choices.items()
         ),
-        calibrated=tuple((row.graph, row.precision, row.engine, row.iou, row.dice, row.latency_ms / 1e3) for row in rows),
+        calibrated=tuple(
+            (row.graph, row.precision, row.engine, row.iou, row.dice, row.latency_ms / 1e3) for row in rows
+        ),
     )

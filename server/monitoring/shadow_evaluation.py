@@ -98,7 +98,12 @@ class ShadowEvaluation:
     def offer(self, ticket: Ticket, source: Image | Volume, mask: Mask, params: SegmentParams) -> None:
         """Takes an answer as a sample, if it is drawn and no other is in flight."""
         # What a caller does with a mask tells nothing of its level.
-        if ticket.target.mode != "fast" or params.postprocessing or self._closed or self._draw() >= self._share:
+        if (
+            ticket.target.mode != "fast"
+            or params.postprocessing
+            or self._closed
+            or self._draw() >= self._share
+        ):
             return
         if self._running or mask.classes.size > MAX_PIXELS:
             self._metrics.count("skipped")
@@ -125,7 +130,10 @@ class ShadowEvaluation:
         except Exception as error:  # noqa: BLE001 - whatever it is, nobody waits for it
             self._metrics.count("failed")
             log.warning(
-                "an answer of %s at level %d could not be computed again: %s", target.model, target.level, type(error).__name__
+                "an answer of %s at level %d could not be computed again: %s",
+                target.model,
+                target.level,
+                type(error).__name__,
             )
         else:
             self._metrics.observe((target.model, target.mode, f"{target.level}"), overlaps)

@@ -223,7 +223,9 @@ class Manifest(_Part):
             self.graph(ACCURATE).level,
             ["fp32"],
         ):
-            raise ValueError(f"head_std must be named {HEAD_STD!r}, have the level of {ACCURATE!r}, and be in fp32 alone")
+            raise ValueError(
+                f"head_std must be named {HEAD_STD!r}, have the level of {ACCURATE!r}, and be in fp32 alone"
+            )
         return self
 
     @model_validator(mode="after")
@@ -307,15 +309,15 @@ def read_bundle(folder: Path) -> Bundle:
         written = path.read_bytes()
         manifest = Manifest.model_validate_json(written)
     except FileNotFoundError as error:
-        raise BundleDamaged(f"{path}: not found; a bundle is a folder that `unetpp export` wrote", file=MANIFEST) from error
+        text = f"{path}: not found; a bundle is a folder that `unetpp export` wrote"
+        raise BundleDamaged(text, file=MANIFEST) from error
     except OSError as error:
         raise BundleDamaged(f"{path}: cannot be read: {error.strerror}", file=MANIFEST) from error
     except ValidationError as error:
         wrong = [(".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors()]
         sentences = "; ".join(f"{field}: {message}".removeprefix(": ") for field, message in wrong)
-        raise BundleDamaged(
-            f"{path}: not a manifest that this version can read: {sentences}", file=MANIFEST, parameter=wrong[0][0] or None
-        ) from error
+        text = f"{path}: not a manifest that this version can read: {sentences}"
+        raise BundleDamaged(text, file=MANIFEST, parameter=wrong[0][0] or None) from error
     _check_files(folder, manifest)
     return Bundle(folder, manifest, hashlib.sha256(written).hexdigest())
 
@@ -324,15 +326,17 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         file = folder / name
         if not file.is_file():
-            raise BundleDamaged(f"{file}: missing; copy the bundle again, or export it anew", file=name)
+            raise BundleDamaged(f"{file}: missing; copy the bundle again", file=name)
         if file.resolve().parent != folder.resolve():
             raise BundleDamaged(f"{file}: leads out of the bundle", file=name)
         if file.stat().st_size != entry.bytes or sha256(file) != entry.sha256:
             raise BundleDamaged(
-                f"{file}: size or SHA-256 differs from the manifest; copy the bundle again, or export it anew", file=name
+                f"{file}: size or SHA-256 differs from the manifest; copy it again", file=name
             )
         if file.suffix == ".onnx" and MEMORY_ADDRESS in file.read_bytes():
-            raise BundleDamaged(f"{file}: takes weights from an address in memory; export the bundle anew", file=name)
+            raise BundleDamaged(
+                f"{file}: takes weights from an address in memory; export it again", file=name
+            )
 
 
 def find_bundles(root: Path) -> list[Path]:
@@ -345,7 +349,6 @@ def find_bundles(root: Path) -> list[Path]:
         return [root]
     found = sorted(path.parent for path in root.glob(f"*/{MANIFEST}")) if root.is_dir() else []
     if not found:
-        raise BundleDamaged(
-            f"{root}: no bundle there; set UNETPP_BUNDLES to a bundle or to a folder of bundles", setting="UNETPP_BUNDLES"
-        )
+        text = f"{root}: no bundle there; set UNETPP_BUNDLES to a bundle or to a folder of bundles"
+        raise BundleDamaged(text, setting="UNETPP_BUNDLES")
     return found

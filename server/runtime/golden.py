@@ -23,7 +23,9 @@ def read_pairs(file: Path) -> Iterator[tuple[str, Tiles, Shaped[ndarray, "N K *t
     with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
         for key in sorted(name for name in arrays.files if name.startswith("scores/")):
             _, graph, case = key.split("/")
-            pixels, mean, inverse_std = (arrays[f"{part}/{case}"] for part in ("image", "mean", "inverse_std"))
+            pixels, mean, inverse_std = (
+                arrays[f"{part}/{case}"] for part in ("image", "mean", "inverse_std")
+            )
             yield graph, Tiles(pixels, mean, inverse_std), arrays[key]
 
 
@@ -51,7 +53,11 @@ def pairs_of(bundle: Bundle, graph: str) -> list[Pair]:
         every = list(read_pairs(bundle.golden))
     except Exception as error:  # zipfile and zlib raise their own
         raise BundleDamaged(f"{bundle.golden}: cannot be read: {error}", file=bundle.golden.name) from error
-    pairs = head_std_pairs(every) if graph == HEAD_STD else [(tiles, scores) for name, tiles, scores in every if name == graph]
+    pairs = (
+        head_std_pairs(every)
+        if graph == HEAD_STD
+        else [(tiles, scores) for name, tiles, scores in every if name == graph]
+    )
     if not pairs:
         raise BundleDamaged(f"{bundle.golden}: has no pair for {graph}", file=bundle.golden.name, graph=graph)
     return pairs

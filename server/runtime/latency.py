@@ -13,8 +13,7 @@ OUTLIER = 4.0
 # of a new size also prepares the next ones.
 CONFIDENT_AFTER = 3
 
-# Powers of two by which a size may differ from an observed one for that to say enough of it. A tile of 4 pixels takes about as
-# long as one of 400, and says nothing of one of 40,000.
+# Powers of two by which an observed size may be larger than a piece of work and still say enough of it.
 NEAR = 2
 
 # Pixels of the smallest run that tells seconds per multiply-accumulate: smaller ones mostly pay for starting.
@@ -73,7 +72,8 @@ class LatencyModel:
         distance = {size: abs(size - pixels.bit_length()) for size in rates}
         size = min(rates, key=lambda known: distance[known])
         rate = rates[size]
-        confident = rate.observations >= CONFIDENT_AFTER and distance[size] <= NEAR
+        # What a smaller piece pays for starting makes a larger one look slow, which would be refused and never observed.
+        confident = rate.observations >= CONFIDENT_AFTER and 0 <= size - pixels.bit_length() <= NEAR
         return Prediction(pixels * rate.expected, pixels * rate.fastest, confident)
 
     def observe(self, key: Hashable, pixels: int, seconds: float, macs_per_pixel: float = 0.0) -> None:
@@ -86,7 +86,9 @@ class LatencyModel:
         else:
             rate.observations += 1
             rate.fastest = min(rate.fastest, seen)
-            rate.expected = rate.fastest if rate.observations <= CONFIDENT_AFTER else _follow(rate.expected, seen)
+            rate.expected = (
+                rate.fastest if rate.observations <= CONFIDENT_AFTER else _follow(rate.expected, seen)
+            )
         if macs_per_pixel and pixels >= MIN_MAC_PIXELS:
             known, per_mac = self._seconds_per_mac, seen / macs_per_pixel
             self._seconds_per_mac = _follow(known, per_mac) if known else per_mac

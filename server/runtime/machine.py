@@ -18,7 +18,16 @@ CPUINFO = Path("/proc/cpuinfo")
 # Instructions that multiply and add 8-bit integers. Without one of them int8 is slower than fp32.
 INT8_FEATURES = frozenset({"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"})
 # Features that change which kernels an engine picks, and with them the last bits of a score.
-RELEVANT_FEATURES = INT8_FEATURES | {"avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "sve", "bf16"}
+RELEVANT_FEATURES = INT8_FEATURES | {
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_tile",
+    "sve",
+    "bf16",
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,8 @@ def read_machine(engine: str = "auto", provider: str = "auto") -> Machine:
         if not row.installed:
             if engine == name:
                 raise EngineUnavailable(
-                    f"engine {name!r} is not installed; install it with: pip install {row.module}", engine=name
+                    f"engine {name!r} is not installed; install it with: pip install {row.module}",
+                    engine=name,
                 )
             continue
         engines[name] = {one: row.precisions(one) for one in row.providers(provider)}

@@ -1,4 +1,4 @@
-"""ONNX Runtime's execution providers: what each one needs, and the precisions it is good for."""
+"""ONNX Runtime's execution providers: their options and the precisions that run natively on them."""
 
 import tempfile
 from dataclasses import dataclass, field
@@ -13,11 +13,11 @@ class Provider:
     """One row of the table.
 
     Attributes:
-        execution_provider: ONNX Runtime's name.
-        precisions: that run natively there, so that `auto` may pick them.
-        options: provider options, each with its reason below.
-        by_precision: further ones for graphs of a precision.
-        in_auto: whether `auto` tries it; otherwise only who names it gets it.
+        execution_provider: name in ONNX Runtime.
+        precisions: precisions that run natively there, which `auto` may pick.
+        options: provider options, each with its reason in the table.
+        by_precision: further options for graphs of a precision.
+        in_auto: whether provider=auto tries it; if not, it must be named.
     """
 
     execution_provider: str
@@ -27,7 +27,7 @@ class Provider:
     in_auto: bool = True
 
     def options_for(self, precision: str) -> dict[str, Any]:
-        """Options of a session that runs a graph of this precision."""
+        """Returns the options of a session that runs a graph of this precision."""
         return self.options | self.by_precision.get(precision, {})
 
 
@@ -39,16 +39,16 @@ PROVIDERS: dict[str, Provider] = {
     "tensorrt": Provider(
         "TensorrtExecutionProvider",
         ("fp32", "fp16", "int8"),
-        # Building engines takes minutes: keep them between starts.
+        # Because building engines takes minutes, they are kept between starts.
         {
             "trt_engine_cache_enable": True,
             "trt_engine_cache_path": TENSORRT_CACHE,
             "trt_timing_cache_enable": True,
             "trt_timing_cache_path": TENSORRT_CACHE,
         },
-        # Without these it computes in fp32, whatever the graph says.
+        # Without these TensorRT computes in fp32, whatever the types in the graph.
         by_precision={"fp16": {"trt_fp16_enable": True}, "int8": {"trt_int8_enable": True}},
-        # Every new tile size waits for an engine of its own.
+        # Because every new tile size waits for an engine of its own.
         in_auto=False,
     ),
     "cuda": Provider(
@@ -68,24 +68,24 @@ PROVIDERS: dict[str, Provider] = {
 }
 
 
-def choose(wanted: str, available: list[str]) -> list[str]:
-    """Providers to try, best first.
+def choose(name: str, available: list[str]) -> list[str]:
+    """Returns the providers to try, best first.
 
     Args:
-        wanted: "auto" or a key of the table.
-        available: ONNX Runtime's names, from `onnxruntime.get_available_providers()`.
+        name: "auto" or a key of the table.
+        available: names in ONNX Runtime, from `onnxruntime.get_available_providers()`.
 
     Raises:
         EngineUnavailable: the named provider is not in this build of ONNX Runtime.
     """
-    here = [name for name, row in PROVIDERS.items() if row.execution_provider in available]
-    if wanted == "auto":
-        return [name for name in here if PROVIDERS[name].in_auto]
-    if wanted not in here:
+    installed = [key for key, row in PROVIDERS.items() if row.execution_provider in available]
+    if name == "auto":
+        return [key for key in installed if PROVIDERS[key].in_auto]
+    if name not in installed:
         raise EngineUnavailable(
-            f"provider {wanted!r} is not in this installation of ONNX Runtime (it has: {', '.join(here)}). "
-            "For a GPU install the extra with: pip install '.[gpu]' in the project's folder",
-            provider=wanted,
-            allowed=here,
+            f"provider {name!r} is not in this installation of ONNX Runtime, which has {', '.join(installed)}; for a GPU install "
+            "the extra with: pip install '.[gpu]' in the project's folder",
+            provider=name,
+            allowed=installed,
         )
-    return [wanted]
+    return [name]

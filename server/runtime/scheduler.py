@@ -18,110 +18,14 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Literal
 
-import numpy as np
-from jaxtyping import Float32
-from numpy import ndarray
-
-from server.arrays import Scores, Tiles
-from server.errors import DeadlinePassed, InferenceFailed, NotReady, UnetppError
+from server.arrays import Tiles
+from server.errors import DeadlinePassed, InferenceFailed, NotReady
 from server.metrics import Metrics
 from server.runtime.device import DeviceRunner
 from server.runtime.engines import Engine
-from server.runtime.latency import UNKNOWN, LatencyModel, Prediction
-from server.runtime.loader import ModelInstance
-
-# A single test tile of the health probe goes before everything else.
-Priority = Literal["probe", "interactive", "batch"]
-RANK: dict[Priority, int] = {"probe": 0, "interactive": 1, "batch": 2}
-
-
-@dataclass(frozen=True)
-class InferenceResult:
-    """Scores of the tiles that were submitted together, in their order.
-
-    Attributes:
-        scores: (K, h, w[, d]) float32 per tile.
-        submitted: time of the scheduler's clock at which the tiles were submitted.
-        started: time at which the first batch with one of them began.
-        ended: time at which the last of them was done.
-    """
-
-    scores: list[Float32[ndarray, "K *tile"]]
-    submitted: float
-    started: float
-    ended: float
-
-
-@dataclass(eq=False)
-class Flow:
-    """The tiles of one admitted request.
-
-    Attributes:
-        instance: model instance that runs them.
-        priority: see `RANK`.
-        deadline: time of `time.monotonic` after which the answer is of no use.
-        expected: tiles that the request will submit.
-        tile: seconds that each should take.
-        arriving: whether its first tiles will be there soon, so that a batch may wait for them.
-        submitted: tiles submitted so far.
-        executed: tiles whose run has begun.
-        virtual_time: device time charged so far, in seconds.
-    """
-
-    instance: ModelInstance
-    priority: Priority = "interactive"
-    deadline: float = math.inf
-    expected: int = 0
-    tile: Prediction = UNKNOWN
-    arriving: bool = False
-    submitted: int = 0
-    executed: int = 0
-    virtual_time: float = 0.0
-
-    @property
-    def remaining_s(self) -> float:
-        """Predicted device time of the tiles that have not been run; 0 where the prediction is a guess."""
-        # An image that lies on its side (EXIF) may turn out to have other windows than its header promised.
-        return max(0, self.expected - self.executed) * self.tile.seconds if self.tile.confident else 0.0
-
-
-@dataclass(eq=False)
-class _PendingTiles:
-    """Tiles that one request submitted together, and the future of their scores."""
-
-    flow: Flow
-    engine: Engine
-    tiles: Tiles
-    done: asyncio.Future[None]
-    submitted: float
-    taken: int = 0
-    started: float = 0.0
-    scores: dict[int, Float32[ndarray, "K *tile"]] = field(default_factory=dict)
-
-    @property
-    def batch_key(self) -> tuple[Engine, tuple[int, ...]]:
-        """What may share a run: engine, channels and size. A layer that looks at a whole tile must not see another size."""
-        return self.engine, self.tiles.pixels.shape[1:]
-
-    @property
-    def waiting(self) -> int:
-        """Tiles that no batch has taken."""
-        return len(self.tiles) - self.taken
-
-    def resolve(self, error: UnetppError | None = None) -> None:
-        """Settles the future once; a request that was cancelled meanwhile is not told."""
-        if self.done.done():
-            return
-        if error:
-            self.done.set_exception(error)
-        else:
-            self.done.set_result(None)
-
-
-_Batch = list[tuple[_PendingTiles, int]]
+from server.runtime.flow import RANK, Batch, Flow, InferenceResult, PendingTiles, execute
+from server.runtime.latency import LatencyModel
 
 
 class Scheduler:
@@ -149,7 +53,7 @@ class Scheduler:
         self._max_wait_s = max_wait_s
         self._clock = clock
         self._admitted: set[Flow] = set()
-        self._pending: dict[Flow, deque[_PendingTiles]] = {}
+        self._pending: dict[Flow, deque[PendingTiles]] = {}
         # Virtual time of the last turn by priority: a new flow starts there, and cannot claim turns of the past.
         self._virtual_time = dict.fromkeys(RANK, 0.0)
         # Ties go to the flow that was not served for longest.
@@ -164,10 +68,14 @@ class Scheduler:
         self._waited = False
         self._closed = False
         for priority in ("interactive", "batch"):
-            metrics.follow(metrics.queue_tiles.labels(priority), functools.partial(self._count_waiting, priority))
-            metrics.follow(metrics.queue_oldest_s.labels(priority), functools.partial(self._oldest_s, priority))
-        metrics.follow(metrics.backlog_s, lambda: self.predict_wait_s(math.inf))
-        metrics.follow(metrics.predicted_wait_s, self.predict_wait_s)
+            metrics.set_function(
+                metrics.queue_tiles.labels(priority), functools.partial(self._count_waiting, priority)
+            )
+            metrics.set_function(
+                metrics.queue_oldest_s.labels(priority), functools.partial(self._oldest_s, priority)
+            )
+        metrics.set_function(metrics.backlog_s, lambda: self.predict_wait_s(math.inf))
+        metrics.set_function(metrics.predicted_wait_s, self.predict_wait_s)
 
     @property
     def is_idle(self) -> bool:
@@ -210,7 +118,7 @@ class Scheduler:
         """
         if self._closed:
             raise _shutting_down()
-        pending = _PendingTiles(flow, engine, tiles, asyncio.get_running_loop().create_future(), self._clock())
+        pending = PendingTiles(flow, engine, tiles, asyncio.get_running_loop().create_future(), self._clock())
         if flow not in self._pending:
             self._pending[flow] = deque()
             self._last_turn[flow] = next(self._turn)
@@ -237,7 +145,7 @@ class Scheduler:
         self._pending.clear()
         self._last_turn.clear()
 
-    def _every(self) -> Iterator[_PendingTiles]:
+    def _every(self) -> Iterator[PendingTiles]:
         """Submissions that wait, whole or in part, and are still wanted."""
         return (one for one in itertools.chain.from_iterable(self._pending.values()) if not one.done.done())
 
@@ -247,7 +155,9 @@ class Scheduler:
     def _oldest_s(self, priority: str) -> float:
         """Seconds that the oldest waiting tile has waited."""
         now = self._clock()
-        return max((now - one.submitted for one in self._every() if one.flow.priority == priority), default=0.0)
+        return max(
+            (now - one.submitted for one in self._every() if one.flow.priority == priority), default=0.0
+        )
 
     def _wake(self) -> None:
         """Schedules a look at the queue; all that changes in one round of the loop is looked at together."""
@@ -261,7 +171,9 @@ class Scheduler:
         if self._running or not (flow := self._next_flow()):
             return
         if not self._waited and self._should_wait(self._pending[flow][0]):
-            self._timer = self._timer or asyncio.get_running_loop().call_later(self._max_wait_s, self._stop_waiting)
+            self._timer = self._timer or asyncio.get_running_loop().call_later(
+                self._max_wait_s, self._stop_waiting
+            )
             return
         if self._timer:
             self._timer.cancel()
@@ -277,15 +189,20 @@ class Scheduler:
         self._timer, self._waited = None, True
         self._wake()
 
-    def _should_wait(self, first: _PendingTiles) -> bool:
+    def _should_wait(self, first: PendingTiles) -> bool:
         """Whether a batch has room, its tiles alone are queued, and a request for the same instance is being decoded."""
         instance = first.flow.instance
         limit = instance.batch_limit(first.tiles.pixels.shape[2:])
-        coming = any(flow.instance is instance and flow.arriving and not flow.submitted for flow in self._admitted)
+        coming = any(
+            flow.instance is instance and flow.arriving and not flow.submitted for flow in self._admitted
+        )
         if limit == 1 or not self._max_wait_s or not coming:
             return False
         every = list(self._every())
-        return all(one.batch_key == first.batch_key for one in every) and sum(one.waiting for one in every) < limit
+        return (
+            all(one.batch_key == first.batch_key for one in every)
+            and sum(one.waiting for one in every) < limit
+        )
 
     async def _run_batch(self) -> None:
         """Runs one batch; every outcome settles its futures."""
@@ -293,13 +210,13 @@ class Scheduler:
         if not (flow := self._next_flow()):
             return
         instance, pixels = flow.instance, math.prod(self._pending[flow][0].tiles.pixels.shape[2:])
-        predicted = self._latency.predict(instance.key, pixels, instance.graph.macs_per_pixel)
-        tile_s = predicted.seconds
-        batch = self._form_batch(flow, tile_s)
+        tile = self._latency.predict(instance.key, pixels, instance.graph.macs_per_pixel)
+        batch = self._form_batch(flow, tile.seconds)
         members = dict.fromkeys(pending for pending, _ in batch)
-        self._busy_until = self._clock() + len(batch) * tile_s * predicted.confident
+        if tile.confident:
+            self._busy_until = self._clock() + len(batch) * tile.seconds
         try:
-            scores, seconds = await self._device.run(_execute, batch, self._clock)
+            scores, seconds = await self._device.run(execute, batch, self._clock)
         except Exception as error:  # noqa: BLE001 - whatever the engine raises must reach its requests
             instance.last_failure = self._clock()
             for pending in members:
@@ -331,27 +248,34 @@ class Scheduler:
                 del self._pending[flow], self._last_turn[flow]
         return min(self._pending, key=self._rank, default=None)
 
-    def _expire(self, pending: _PendingTiles) -> bool:
+    def _expire(self, pending: PendingTiles) -> bool:
         """Settles tiles whose deadline has passed, and returns whether it has."""
         if self._clock() <= pending.flow.deadline:
             return False
-        pending.resolve(DeadlinePassed("the deadline passed before this request's turn; nothing more of it is run"))
+        pending.resolve(
+            DeadlinePassed("the deadline passed before this request's turn; nothing more of it is run")
+        )
         return True
 
     def _rank(self, flow: Flow) -> tuple[int, float, int]:
         return RANK[flow.priority], flow.virtual_time, self._last_turn[flow]
 
-    def _form_batch(self, first: Flow, tile_s: float) -> _Batch:
+    def _form_batch(self, first: Flow, tile_s: float) -> Batch:
         """Takes a tile of the flow whose turn it is, and tiles with its batch key from all flows in turn.
 
         Each is charged with what a tile is now predicted to take: by what was known when they were admitted, requests that came
         before the first observation would have the device for nothing.
         """
-        key, limit = self._pending[first][0].batch_key, first.instance.batch_limit(self._pending[first][0].tiles.pixels.shape[2:])
+        key, limit = (
+            self._pending[first][0].batch_key,
+            first.instance.batch_limit(self._pending[first][0].tiles.pixels.shape[2:]),
+        )
         self._virtual_time[first.priority] = first.virtual_time
-        sharing = [(self._rank(flow), flow) for flow, queue in self._pending.items() if queue[0].batch_key == key]
+        sharing = [
+            (self._rank(flow), flow) for flow, queue in self._pending.items() if queue[0].batch_key == key
+        ]
         heapq.heapify(sharing)
-        batch: _Batch = []
+        batch: Batch = []
         while sharing and len(batch) < limit:
             _, flow = heapq.heappop(sharing)
             queue = self._pending[flow]
@@ -369,21 +293,3 @@ class Scheduler:
 
 def _shutting_down() -> NotReady:
     return NotReady("the server is shutting down; try again in a moment")
-
-
-def _execute(batch: _Batch, clock: Callable[[], float]) -> tuple[Scores, float]:
-    """Runs a batch in the device's thread, where tiles are stacked too because that copies pixels.
-
-    Returns:
-        (N, K, h, w[, d]) scores, and the seconds that they took.
-    """
-    now = clock()
-    for pending, _ in batch:
-        pending.started = pending.started or now
-    scores = batch[0][0].engine.run(Tiles.stack([pending.tiles.one(index) for pending, index in batch]))
-    if len(scores) != len(batch):
-        raise ValueError(f"the engine returned {len(scores)} results for {len(batch)} tiles")
-    if not np.isfinite(scores).all():
-        # Compared with any threshold they would silently be background.
-        raise ValueError("the engine returned scores that are not numbers")
-    return scores, clock() - now

@@ -77,7 +77,9 @@ class Selection:
         return tuple(precision for precision in PRECISIONS if (graph, precision) in self.choices)
 
 
-def within_tolerance(manifest: Manifest, graph: str, precision: str, engine: str | None = None) -> bool | None:
+def within_tolerance(
+    manifest: Manifest, graph: str, precision: str, engine: str | None = None
+) -> bool | None:
     """Whether the calibrated IoU is within the tolerance of fp32; None where it was not measured."""
     calibration = manifest.calibration
     row = calibration.row(graph, precision, engine) if calibration else None
@@ -119,19 +121,29 @@ def select(
     auto, reason = {}, {}
     for graph in (one.name for one in manifest.all_graphs):
         for precision in PRECISIONS:
-            able = [c for c in candidates if c.precision == precision and is_enabled(manifest, graph, precision, c.engine)]
+            able = [
+                c
+                for c in candidates
+                if c.precision == precision and is_enabled(manifest, graph, precision, c.engine)
+            ]
             if able:
                 best = min(able, key=lambda c: _rank_engine(c, graph, tuning))
                 choices[graph, precision] = Choice(best, _batch_pixels(best, graph, batching, tuning))
-        served = {precision: choice.candidate for (name, precision), choice in choices.items() if name == graph}
+        served = {
+            precision: choice.candidate for (name, precision), choice in choices.items() if name == graph
+        }
         if not served:
-            raise EngineUnavailable(_nothing_serves(manifest, machine, graph), graph=graph, engines=[*machine.engines])
+            raise EngineUnavailable(
+                _nothing_serves(manifest, machine, graph), graph=graph, engines=[*machine.engines]
+            )
         auto[graph], reason[graph] = _auto(manifest, machine, graph, served, settings.precision, tuning)
     named = settings.precision
     if named != "auto" and not any(precision == named for _, precision in choices):
         there = sorted({precision for _, precision in choices})
         raise EngineUnavailable(
-            f"precision {named!r} cannot be served here; possible: {', '.join(there)}", precision=named, allowed=there
+            f"precision {named!r} cannot be served here; possible: {', '.join(there)}",
+            precision=named,
+            allowed=there,
         )
     return Selection(choices, auto, reason)
 
@@ -185,7 +197,11 @@ def _batch_pixels(candidate: Candidate, graph: str, batching: BatchingSettings, 
     row = tuning.row(graph, candidate.precision, candidate.engine) if tuning else None
     if row:
         return min(row.batch_pixels, batching.max_batch_pixels)
-    return min(CPU_BATCH_PIXELS, batching.max_batch_pixels) if candidate.provider == "cpu" else batching.max_batch_pixels
+    return (
+        min(CPU_BATCH_PIXELS, batching.max_batch_pixels)
+        if candidate.provider == "cpu"
+        else batching.max_batch_pixels
+    )
 
 
 def _nothing_serves(manifest: Manifest, machine: Machine, graph: str) -> str:

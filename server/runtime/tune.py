@@ -11,9 +11,10 @@ from pathlib import Path
 from server.errors import TuningTooNoisy
 from server.runtime import golden
 from server.runtime.bundle import HEAD_STD, read_bundle
+from server.runtime.deployment import Deployment
 from server.runtime.device import DeviceThread
 from server.runtime.engines import Engine
-from server.runtime.loader import Deployment, open_engine
+from server.runtime.loader import open_engine
 from server.runtime.machine import read_machine
 from server.runtime.selection import is_enabled
 from server.runtime.tuning import Tuning, TuningKey, TuningRow
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 TILE_SIDE = {2: 128, 3: 32}
 
 # Rounds over all candidates in turn, so that whatever else runs slows all alike; the minimum counts.
-MIN_ROUNDS, MAX_ROUNDS = 5, 15
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
 
 # A batch is doubled for as long as a tile becomes so much faster; more would only delay the next request.
 WORTHWHILE = 0.95
@@ -75,7 +76,10 @@ def tune(
     """
     bundle = read_bundle(folder)
     # For each engine alone, because a selection has one engine per precision.
-    machines = [read_machine(name, runtime.provider) for name in read_machine(runtime.engine, runtime.provider).engines]
+    machines = [
+        read_machine(name, runtime.provider)
+        for name in read_machine(runtime.engine, runtime.provider).engines
+    ]
     device = DeviceThread()
     rows: list[TuningRow] = []
     stop_at = clock() + limit_s
@@ -83,7 +87,9 @@ def tune(
         for graph in (one.name for one in bundle.manifest.graphs):
             candidates = []
             for machine in machines:
-                deployment = Deployment(bundle, machine, runtime.model_copy(update={"precision": "auto"}), batching)
+                deployment = Deployment(
+                    bundle, machine, runtime.model_copy(update={"precision": "auto"}), batching
+                )
                 candidates += list(_open(deployment, graph))
             if candidates:
                 channels = len(bundle.manifest.channels)
@@ -174,5 +180,3 @@ def _time(clock: Callable[[], float], call: Callable[..., object], *args: object
     started = clock()
     call(*args)
     return clock() - started
-
-

@@ -17,8 +17,9 @@ from server.imaging import encode as encoding
 from server.imaging.decode_options import DecodeOptions
 from server.imaging.geometry import Placement
 from server.metrics import Metrics
+from server.runtime.flow import Flow
 from server.runtime.latency import LatencyModel
-from server.runtime.scheduler import Flow, Scheduler
+from server.runtime.scheduler import Scheduler
 from server.segment import postprocess, quality
 from server.segment.estimate import Estimate, cpu_work, estimate_work
 from server.segment.memory_budget import MemoryBudget
@@ -71,7 +72,9 @@ class Admission:
         metrics: counts pixels and windows.
     """
 
-    def __init__(self, scheduler: Scheduler, latency: LatencyModel, limits: LimitsSettings, metrics: Metrics) -> None:
+    def __init__(
+        self, scheduler: Scheduler, latency: LatencyModel, limits: LimitsSettings, metrics: Metrics
+    ) -> None:
         self._scheduler = scheduler
         self._latency = latency
         self._limits = limits
@@ -94,7 +97,11 @@ class Admission:
         self._refuse_late(Estimate(0, 0, 0, 0, 0), qos)
 
     def estimate(
-        self, headers: tuple[InputHeader, InputHeader | None], target: Target, params: SegmentParams, accept: str | None = None
+        self,
+        headers: tuple[InputHeader, InputHeader | None],
+        target: Target,
+        params: SegmentParams,
+        accept: str | None = None,
     ) -> Estimate:
         """Estimates a request, and checks everything that its headers tell.
 
@@ -152,20 +159,26 @@ class Admission:
         formats, placement = self._check(headers, requested, params, accept)
         target, estimate = self._choose(headers, placement, formats, requested, params, qos)
         started = time.perf_counter()
-        degraded = ("deadline" if qos.remaining_s < qos.timeout_s else "load") if target is not requested else ""
+        degraded = (
+            ("deadline" if qos.remaining_s < qos.timeout_s else "load") if target is not requested else ""
+        )
         instance, graph = target.instance, target.instance.graph
         tile = self._latency.predict(instance.key, estimate.tile_pixels, graph.macs_per_pixel)
         flow = Flow(instance, qos.priority, qos.deadline, estimate.windows, tile)
         try:
             with self._scheduler.join(flow):
                 async with self._hold(self._budgets[headers[0].kind == "image", qos.priority], estimate, qos):
-                    self._metrics.pixels.labels("input").inc(estimate.windows * estimate.tile_pixels - estimate.padding)
+                    self._metrics.pixels.labels("input").inc(
+                        estimate.windows * estimate.tile_pixels - estimate.padding
+                    )
                     self._metrics.pixels.labels("padding").inc(estimate.padding)
                     flow.arriving = qos.priority == "interactive"
                     waited_s = time.perf_counter() - started
                     yield Ticket(requested, target, degraded, formats, placement, estimate, flow, waited_s)
         except BaseException as error:
-            self._metrics.dropped.labels(_drop_reason(error, flow)).inc(max(0, estimate.windows - flow.executed))
+            self._metrics.dropped.labels(_drop_reason(error, flow)).inc(
+                max(0, estimate.windows - flow.executed)
+            )
             raise
 
     def observe_cpu(self, header: InputHeader, ticket: Ticket, params: SegmentParams, seconds: float) -> None:
@@ -173,7 +186,11 @@ class Admission:
         self._latency.observe(cpu_work(header, ticket.formats, params), ticket.estimate.pixels, seconds)
 
     def _check(
-        self, headers: tuple[InputHeader, InputHeader | None], target: Target, params: SegmentParams, accept: str | None
+        self,
+        headers: tuple[InputHeader, InputHeader | None],
+        target: Target,
+        params: SegmentParams,
+        accept: str | None,
     ) -> tuple[tuple[str, ...], Placement]:
         """Output formats and placement, which are the same for every level."""
         header, reference = headers
@@ -215,7 +232,9 @@ class Admission:
 
     def _check_limits(self, estimate: Estimate, header: InputHeader) -> None:
         if header.kind != "image":
-            DecodeOptions(0, self._limits.max_voxels).check_volume(header.size, f"Here it would take {estimate}. ")
+            DecodeOptions(0, self._limits.max_voxels).check_volume(
+                header.size, f"Here it would take {estimate}. "
+            )
         limit_mb = self._limits.max_memory_mb
         if estimate.memory_bytes > limit_mb * 1e6:
             raise TooLarge(
@@ -249,7 +268,12 @@ class Admission:
             # It may be just over a limit by its padding.
             with contextlib.suppress(TooLarge):
                 candidates.append((target, self._estimate(headers, placement, formats, target, params)))
-        kind = requested.model, requested.graph, estimate.pixels.bit_length(), math.frexp(max(qos.remaining_s, 1e-9))[1]
+        kind = (
+            requested.model,
+            requested.graph,
+            estimate.pixels.bit_length(),
+            math.frexp(max(qos.remaining_s, 1e-9))[1],
+        )
         ceiling = requested.level if self._scheduler.is_idle else self._ceilings.get(kind, requested.level)
         for target, work in candidates:
             share = 1.0 if target.level <= max(ceiling, candidates[-1][0].level) else RETURN
@@ -288,7 +312,7 @@ class Admission:
         Raises:
             Overloaded: others kept it for too long.
         """
-        spare_s = qos.timeout_s - estimate.device_s
+        spare_s = max(0.0, qos.timeout_s - (estimate.device_s if estimate.fastest_s else 0.0))
         async with contextlib.AsyncExitStack() as held:
             try:
                 async with asyncio.timeout(None if spare_s == math.inf else spare_s):
@@ -298,30 +322,9 @@ class Admission:
                     f"other inputs held the memory for {spare_s:.0f} s, which leaves no time for this one; retry later, or use "
                     "POST /jobs",
                     refusal="memory",
-                    setting="UNETPP_LIMITS__PIXELS_IN_FLIGHT",
                     remedy="POST /jobs",
                 ) from error
             yield
-
-
-@contextlib.asynccontextmanager
-async def deadline(qos: QoS) -> AsyncIterator[None]:
-    """Ends the block at the deadline of a request.
-
-    Raises:
-        DeadlinePassed: it came before the end of the block.
-    """
-    late = "the deadline passed before the answer was there; what was left of the work is not done"
-    try:
-        async with asyncio.timeout(None if qos.deadline == math.inf else qos.deadline - time.monotonic()) as limit:
-            yield
-    except TimeoutError as error:
-        if not limit.expired():
-            raise
-        raise DeadlinePassed(late) from error
-    # Work on the event loop itself is not interrupted.
-    if time.monotonic() > qos.deadline:
-        raise DeadlinePassed(late)
 
 
 def _drop_reason(error: BaseException, flow: Flow) -> str:

@@ -77,11 +77,19 @@ def estimate_work(
     copied = network * 4 * header.channels if placement.resampled else 0
     copied += network * 4 if header.channels > len(manifest.channels) else 0
     # Along the axis that orders the windows one window is open, along the others all of it.
-    sides = (t if a == grid.axis else max(s, t) for a, (s, t) in enumerate(zip(placement.size, grid.tile, strict=True)))
+    sides = (
+        t if a == grid.axis else max(s, t)
+        for a, (s, t) in enumerate(zip(placement.size, grid.tile, strict=True))
+    )
     open_channels = k + ("head_std" in needs)
     open_rows = math.prod(sides) * 4 * (2 * open_channels + 3)
-    chunks = max(CHUNK_PIXELS, tile_pixels) * 4 * (len(manifest.channels) + open_channels) * 2 + WINDOW_BYTES * windows
-    compared = math.prod(reference.size) * (reference.channels * reference.sample_bytes + 3) if reference else 0
+    chunks = (
+        max(CHUNK_PIXELS, tile_pixels) * 4 * (len(manifest.channels) + open_channels) * 2
+        + WINDOW_BYTES * windows
+    )
+    compared = (
+        math.prod(reference.size) * (reference.channels * reference.sample_bytes + 3) if reference else 0
+    )
     # The mask, its encoded form, and what finding the best class takes in passing.
     memory = pixels * (header.channels * header.sample_bytes + 2) + copied + open_rows + chunks + compared
     memory += _output_bytes(header, pixels, k, needs, formats, params)

@@ -203,7 +203,9 @@ def _label_each_class(lines: UInt8[ndarray, "*lines"]) -> tuple[Int32[ndarray, "
     for value, box in enumerate(scipy.ndimage.find_objects(lines), start=1):
         if box is not None:
             inside = lines[box] == value
-            of_class, more = scipy.ndimage.label(inside, structure=_full_connectivity(lines.ndim), output=np.int32)
+            of_class, more = scipy.ndimage.label(
+                inside, structure=_full_connectivity(lines.ndim), output=np.int32
+            )
             np.add(of_class, count, out=labels[box], where=inside)
             count += more
     return labels, count

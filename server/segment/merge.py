@@ -80,7 +80,10 @@ class WindowMerger:
             top, *starts = self._rows_first(self._windows.starts[index])
             self._finish_rows_above(top)
             turned = np.moveaxis(window[:, None] if self._windows.flat else window, self._windows.axis + 1, 1)
-            place = (slice(None), *(slice(s, s + side) for s, side in zip(starts, turned.shape[2:], strict=True)))
+            place = (
+                slice(None),
+                *(slice(s, s + side) for s, side in zip(starts, turned.shape[2:], strict=True)),
+            )
             self._sum[:, *place] += turned * self._weights
             self._weight[place] += self._weights
 
@@ -108,14 +111,21 @@ class WindowMerger:
             self._weight[kept:] = 0
         self._top = top
 
-    def _write(self, total: Float32[ndarray, "K rows *across"], weight: Float32[ndarray, "rows *across"]) -> None:
+    def _write(
+        self, total: Float32[ndarray, "K rows *across"], weight: Float32[ndarray, "rows *across"]
+    ) -> None:
         if (self._rows, *self._across) != self._classes.shape:
             for row in range(len(weight)):
                 self._interpolate(self._top + row, total[:, row] / weight[row])
             return
         self._put((slice(self._top, self._top + len(weight)),), total, weight)
 
-    def _put(self, place: tuple[int | slice, ...], total: Float32[ndarray, "K *part"], weight: Float32[ndarray, "*part"]) -> None:
+    def _put(
+        self,
+        place: tuple[int | slice, ...],
+        total: Float32[ndarray, "K *part"],
+        weight: Float32[ndarray, "*part"],
+    ) -> None:
         """Writes a part of everything that is asked for.
 
         Args:
@@ -176,9 +186,9 @@ def _decide(
 @functools.lru_cache(maxsize=32)
 def importance(tile: tuple[int, ...]) -> Float32[ndarray, "*tile"]:
     """Gaussian weight of each pixel of a tile, 1 in its middle."""
-    weights: Float32[ndarray, "*tile"] = np.maximum(functools.reduce(np.multiply.outer, map(_gaussian, tile)), LEAST).astype(
-        np.float32
-    )
+    weights: Float32[ndarray, "*tile"] = np.maximum(
+        functools.reduce(np.multiply.outer, map(_gaussian, tile)), LEAST
+    ).astype(np.float32)
     weights.flags.writeable = False
     return weights
 

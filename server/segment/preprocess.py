@@ -65,7 +65,9 @@ def decode_upload(
     return source, _decode_reference(upload, source, options)
 
 
-def _decode_reference(upload: Upload, source: Image | Volume, options: DecodeOptions) -> Image | Volume | None:
+def _decode_reference(
+    upload: Upload, source: Image | Volume, options: DecodeOptions
+) -> Image | Volume | None:
     """Decodes the reference, whose labels must lie on the grid of the input; None without one.
 
     Raises:
@@ -174,7 +176,9 @@ def place(header: InputHeader, manifest: Manifest, axis: str) -> Placement:
     if manifest.dims == 2:
         if header.kind == "image":
             if axis != "auto":
-                raise InvalidParameter("axis is for volumes and stacks; the input is one image", parameter="axis", value=axis)
+                raise InvalidParameter(
+                    "axis is for volumes and stacks; the input is one image", parameter="axis", value=axis
+                )
             return geometry.place_image(header.size)
         return geometry.place_stack(header.size, header.affine, axis)
     if header.affine is None:
@@ -187,7 +191,9 @@ def place(header: InputHeader, manifest: Manifest, axis: str) -> Placement:
         )
     if axis != "auto":
         raise InvalidParameter(
-            f"axis is for models that work slice by slice; {manifest.name!r} takes whole volumes", parameter="axis", value=axis
+            f"axis is for models that work slice by slice; {manifest.name!r} takes whole volumes",
+            parameter="axis",
+            value=axis,
         )
     return geometry.place_volume(header.size, header.affine, manifest.orientation or "RAS", manifest.spacing)
 
@@ -209,17 +215,24 @@ def with_channels(pixels: Shaped[ndarray, "*size have"], channels: int) -> Shape
         grey: Shaped[ndarray, "*size 1"] = pixels.mean(axis=-1, keepdims=True, dtype=np.float32)
         return grey
     raise InvalidParameter(
-        f"the image has {have} channels, the model takes {channels}", parameter="channel", actual=have, limit=channels
+        f"the image has {have} channels, the model takes {channels}",
+        parameter="channel",
+        actual=have,
+        limit=channels,
     )
 
 
-def image_statistics(pixels: Shaped[ndarray, "*size C"]) -> tuple[Float64[ndarray, " C"], Float64[ndarray, " C"]]:
+def image_statistics(
+    pixels: Shaped[ndarray, "*size C"],
+) -> tuple[Float64[ndarray, " C"], Float64[ndarray, " C"]]:
     """Mean and inverse standard deviation per channel of the whole input, in bounded memory."""
     channels = pixels.shape[-1]
     if pixels.strides[-1] == 0:
         # A grey image repeated by `with_channels`: one channel tells all.
         pixels = pixels[..., :1]
-    mean, variance = _moments_of_bytes(pixels) if pixels.dtype == np.uint8 and pixels.ndim == 3 else _moments(pixels)
+    mean, variance = (
+        _moments_of_bytes(pixels) if pixels.dtype == np.uint8 and pixels.ndim == 3 else _moments(pixels)
+    )
     # Rounding leaves a constant channel with a variance of a few ulps; it must not be blown up to noise.
     constant = variance <= np.square(1e-6 * np.maximum(np.abs(mean), 1e-30))
     inverse_std = np.where(constant, 1.0, 1.0 / np.sqrt(np.where(constant, 1.0, variance)))
@@ -228,7 +241,11 @@ def image_statistics(pixels: Shaped[ndarray, "*size C"]) -> tuple[Float64[ndarra
 
 def _moments(pixels: Shaped[ndarray, "*size C"]) -> tuple[Float64[ndarray, " C"], Float64[ndarray, " C"]]:
     """Mean and variance per channel, block by block."""
-    axes, count, none = tuple(range(pixels.ndim - 1)), math.prod(pixels.shape[:-1]), np.zeros(pixels.shape[-1])
+    axes, count, none = (
+        tuple(range(pixels.ndim - 1)),
+        math.prod(pixels.shape[:-1]),
+        np.zeros(pixels.shape[-1]),
+    )
     mean = sum((block.sum(axis=axes, dtype=np.float64) for block in _blocks(pixels)), none) / count
     squares = (np.square(block.astype(np.float64) - mean).sum(axis=axes) for block in _blocks(pixels))
     return mean, sum(squares, none) / count
@@ -239,17 +256,23 @@ def _blocks(pixels: Shaped[ndarray, "*size C"]) -> Iterator[Shaped[ndarray, "...
     if math.prod(pixels.shape[:-1]) <= STATISTICS_PIXELS:
         yield pixels
         return
-    axis = max((k for k in range(pixels.ndim - 1) if pixels.shape[k] > 1), key=lambda k: abs(pixels.strides[k]))
+    axis = max(
+        (k for k in range(pixels.ndim - 1) if pixels.shape[k] > 1), key=lambda k: abs(pixels.strides[k])
+    )
     for half in np.array_split(pixels, 2, axis):
         yield from _blocks(half)
 
 
-def _moments_of_bytes(pixels: UInt8[ndarray, "H W C"]) -> tuple[Float64[ndarray, " C"], Float64[ndarray, " C"]]:
+def _moments_of_bytes(
+    pixels: UInt8[ndarray, "H W C"],
+) -> tuple[Float64[ndarray, " C"], Float64[ndarray, " C"]]:
     """The same from histograms: exact, and faster (Pillow counts in C, without a float per pixel)."""
     values = np.arange(256, dtype=np.float64)
     moments = []
     for channel in range(pixels.shape[2]):
-        histogram = np.array(Pillow.fromarray(np.ascontiguousarray(pixels[..., channel])).histogram(), dtype=np.float64)
+        histogram = np.array(
+            Pillow.fromarray(np.ascontiguousarray(pixels[..., channel])).histogram(), dtype=np.float64
+        )
         mean = histogram @ values / histogram.sum()
         moments.append((mean, histogram @ np.square(values - mean) / histogram.sum()))
     means, variances = np.array(moments).T

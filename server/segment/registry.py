@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from server.errors import InvalidParameter, UnknownModel
 from server.imaging import encode as encoding
 from server.runtime.bundle import ACCURATE, HEAD_STD, Manifest
-from server.runtime.loader import Deployment, ModelInstance
+from server.runtime.deployment import Deployment, ModelInstance
 from server.segment.request import SegmentParams
 
 
@@ -186,10 +186,16 @@ def _shallower(requested: Target, params: SegmentParams) -> tuple[Target, ...]:
             value=min_level,
             allowed=[level for level in levels if level <= requested.level],
         )
-    targets = [_fast(requested.deployment, level) for level in reversed(levels) if min_level <= level < requested.level]
+    targets = [
+        _fast(requested.deployment, level)
+        for level in reversed(levels)
+        if min_level <= level < requested.level
+    ]
     # A shallower level may not be served at the precision asked for.
     named, precisions = params.precision, requested.deployment.selection.precisions
-    return tuple(target.at_precision(named) for target in targets if named in ("auto", *precisions(target.graph)))
+    return tuple(
+        target.at_precision(named) for target in targets if named in ("auto", *precisions(target.graph))
+    )
 
 
 def _with_head_std(target: Target, params: SegmentParams) -> Target:
@@ -199,7 +205,10 @@ def _with_head_std(target: Target, params: SegmentParams) -> Target:
         InvalidParameter: a parameter does not go with it, or the bundle has no such graph.
     """
     reasons = {
-        "mode": (target.graph != ACCURATE, "needs the heads of all levels, which mode=fast does not run; use mode=accurate"),
+        "mode": (
+            target.graph != ACCURATE,
+            "needs the heads of all levels, which mode=fast does not run; use mode=accurate",
+        ),
         "min_level": (params.min_level is not None, "needs all levels; leave min_level out"),
         "precision": (params.precision not in ("auto", "fp32"), "is computed at fp32; leave precision out"),
         "model": (
@@ -210,5 +219,7 @@ def _with_head_std(target: Target, params: SegmentParams) -> Target:
     }
     for parameter, (wrong, reason) in reasons.items():
         if wrong:
-            raise InvalidParameter(f"format=uncertainty {reason}", parameter=parameter, value=getattr(params, parameter))
+            raise InvalidParameter(
+                f"format=uncertainty {reason}", parameter=parameter, value=getattr(params, parameter)
+            )
     return replace(target, instance=target.deployment.instances[HEAD_STD, "fp32"])

@@ -35,7 +35,15 @@ def ignore_progress(stage: str, done: int, total: int) -> None:
 MAX_OBJECT_SIZE = 1e15
 
 # The post-processing steps in the order in which they are applied.
-POSTPROCESSING = ("threshold", "fill_holes", "instances", "min_size_px", "min_size_mm2", "min_size_mm3", "keep_largest")
+POSTPROCESSING = (
+    "threshold",
+    "fill_holes",
+    "instances",
+    "min_size_px",
+    "min_size_mm2",
+    "min_size_mm3",
+    "keep_largest",
+)
 MIN_SIZES = ("min_size_px", "min_size_mm2", "min_size_mm3")
 
 
@@ -45,7 +53,9 @@ class SegmentParams(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     mode: Mode | None = Field(None, description="accurate (default): mean of all heads; fast: one level")
-    level: int | None = Field(None, ge=1, le=5, description="depth of the network, 1 (fastest) to 4 (deepest); implies mode=fast")
+    level: int | None = Field(
+        None, ge=1, le=5, description="depth of the network, 1 (fastest) to 4 (deepest); implies mode=fast"
+    )
     model: str | None = Field(None, max_length=63, description="bundle name; GET /models lists them")
     precision: Precision = Field("auto", description="auto: the fastest within 0.5 points of IoU of fp32")
     format: str | None = Field(
@@ -54,7 +64,9 @@ class SegmentParams(BaseModel):
         description="mask, labels, scores, uncertainty: as the input, or as a suffix says (labels.tiff); json, csv, geojson, coco, "
         "overlay, ...; several by comma: a zip of them; else by Accept, else the mask",
     )
-    include_mask: bool = Field(False, description="with format=json: the mask in base64, under a name that says its file type")
+    include_mask: bool = Field(
+        False, description="with format=json: the mask in base64, under a name that says its file type"
+    )
     threshold: float | None = Field(
         None,
         ge=0,
@@ -62,7 +74,9 @@ class SegmentParams(BaseModel):
         description="0 to 1: foreground is what scores above it; of several classes the best; else as the model card says",
     )
     fill_holes: bool = Field(False, description="holes that an object encloses become part of it")
-    instances: bool = Field(False, description="touching objects of one class are split; the mask is then their numbers")
+    instances: bool = Field(
+        False, description="touching objects of one class are split; the mask is then their numbers"
+    )
     min_size_px: int | None = Field(
         None, ge=0, le=int(MAX_OBJECT_SIZE), description="objects of fewer pixels (voxels) are removed"
     )
@@ -73,7 +87,10 @@ class SegmentParams(BaseModel):
         description="images, and pages that are times: objects of a smaller area are removed; the pixel size must be known",
     )
     min_size_mm3: float | None = Field(
-        None, ge=0, le=MAX_OBJECT_SIZE, description="volumes and stacks: objects of a smaller volume are removed"
+        None,
+        ge=0,
+        le=MAX_OBJECT_SIZE,
+        description="volumes and stacks: objects of a smaller volume are removed",
     )
     keep_largest: bool = Field(False, description="of each class only the largest object is kept")
     pixel_size_um: str | None = Field(
@@ -84,12 +101,18 @@ class SegmentParams(BaseModel):
     axis: Literal["auto", "0", "1", "2"] = Field(
         "auto", description="slices of a volume for a model of images: auto (coarsest spacing), 0, 1, 2"
     )
-    nonfinite: Literal["refuse", "zero"] = Field("refuse", description="values that are NaN or infinite: refuse, or zero")
+    nonfinite: Literal["refuse", "zero"] = Field(
+        "refuse", description="values that are NaN or infinite: refuse, or zero"
+    )
     axes: str = Field(
-        "", max_length=20, description="of a TIFF, slowest first, as ZYX, TCYX, YXS; replaces its OME or ImageJ metadata"
+        "",
+        max_length=20,
+        description="of a TIFF, slowest first, as ZYX, TCYX, YXS; replaces its OME or ImageJ metadata",
     )
     channel: int | None = Field(
-        None, ge=0, description="0, 1, ...: of an input with several channels this one alone; else colours, or the first"
+        None,
+        ge=0,
+        description="0, 1, ...: of an input with several channels this one alone; else colours, or the first",
     )
     deadline_ms: float | None = Field(
         None,
@@ -146,7 +169,9 @@ def invalid_parameter(problems: Sequence[Any], model: type[BaseModel] = SegmentP
     for problem in problems:
         *_, name = problem["loc"] or ("",)
         if problem["type"] == "extra_forbidden":
-            sentences.append(f"unknown parameter {str(name)[:60]!r}; there are: {', '.join(model.model_fields)}")
+            sentences.append(
+                f"unknown parameter {str(name)[:60]!r}; there are: {', '.join(model.model_fields)}"
+            )
         elif not problem["loc"] or name == "query":
             sentences.append(problem["msg"].removeprefix("Value error, "))
         else:

@@ -13,7 +13,8 @@ from server.runtime.latency import LatencyModel
 from server.runtime.loader import Loader
 from server.runtime.scheduler import Scheduler
 from server.segment import zip_batch
-from server.segment.admission import Admission, Ticket, deadline
+from server.segment.admission import Admission, Ticket
+from server.segment.deadline import deadline
 from server.segment.estimate import Estimate, cpu_work
 from server.segment.preprocess import decode_options, decode_upload, read_headers
 from server.segment.registry import Registry, Target
@@ -75,6 +76,7 @@ class SegmentationService:
         self._device = device or DeviceThread()
         latency = latency or LatencyModel()
         self.loader = Loader(self._device, runtime.graph_memory_mb * 1_000_000)
+        metrics.set_function(metrics.instances_open, self.loader.count_open)
         self.scheduler = Scheduler(self._device, latency, metrics, batching.max_wait_ms / 1000)
         self.admission = Admission(self.scheduler, latency, limits, metrics)
         self.workers = Workers()
@@ -129,20 +131,26 @@ class SegmentationService:
             headers = await worker.run("decode", read_headers, upload, options)
             async with self.admission.admit(headers, requested, params, qos, upload.accept) as ticket:
                 worker.admitted(ticket.memory_wait_s, _threads(worker, headers[0], ticket, params))
-                engine = await worker.wait("open", self.loader.ensure_open(ticket.target.deployment, ticket.target.instance))
+                engine = await worker.wait(
+                    "open", self.loader.ensure_open(ticket.target.deployment, ticket.target.instance)
+                )
                 on_progress("decode", 0, ticket.estimate.windows)
                 source, reference = await worker.run("decode", decode_upload, upload, params, options)
                 window = await worker.run("decode", _window, source, ticket, params)
                 mask = await infer(window, ticket.flow, engine, self.scheduler, worker, on_progress)
                 on_progress("encode", ticket.estimate.windows, ticket.estimate.windows)
-                result = await worker.run("postprocess", finish_mask, window, mask, reference, ticket, params, worker)
+                result = await worker.run(
+                    "postprocess", finish_mask, window, mask, reference, ticket, params, worker
+                )
                 encoded = await worker.run("encode", encode_result, result, ticket, params, upload.name)
         response = respond(encoded, result, ticket, params, worker.timings)
         self._complete(headers[0], ticket, params, response)
         self.on_completed(ticket, source, mask, params)
         return response
 
-    async def infer_decoded(self, source: Image | Volume, target: Target, params: SegmentParams, qos: QoS) -> Mask:
+    async def infer_decoded(
+        self, source: Image | Volume, target: Target, params: SegmentParams, qos: QoS
+    ) -> Mask:
         """Segments an input that is decoded already; the mask is as the scores decide it.
 
         Raises:
@@ -168,7 +176,9 @@ class SegmentationService:
         headers = await self.workers.task().run("decode", read_headers, upload, options)
         return self.admission.estimate(headers, target, params, upload.accept)
 
-    def _complete(self, header: InputHeader, ticket: Ticket, params: SegmentParams, response: Response) -> None:
+    def _complete(
+        self, header: InputHeader, ticket: Ticket, params: SegmentParams, response: Response
+    ) -> None:
         """Teaches the latency model and counts what the response tells of quality."""
         beside_s = sum(seconds for phase, seconds in response.timings.items() if phase in CPU_PHASES)
         self.admission.observe_cpu(header, ticket, params, beside_s)

@@ -15,7 +15,8 @@ from server.arrays import Image, Mask, Tiles, Volume
 from server.imaging.geometry import Placement
 from server.runtime.bundle import HEAD_STD, Graph, Manifest
 from server.runtime.engines import Engine
-from server.runtime.scheduler import Flow, InferenceResult, Scheduler
+from server.runtime.flow import Flow, InferenceResult
+from server.runtime.scheduler import Scheduler
 from server.segment.merge import WindowMerger
 from server.segment.preprocess import image_statistics, place, with_channels
 from server.segment.request import OnProgress, ignore_progress
@@ -48,7 +49,9 @@ class SlidingWindow:
     def cut(self, chunk: range) -> Tiles:
         """Cuts the windows of one chunk: tiles (N, C, h, w[, d]) in the input's dtype."""
         tiles = np.stack([self._window(self.windows.starts[index]) for index in chunk])
-        return Tiles(tiles, np.repeat(self.mean, len(chunk), axis=0), np.repeat(self.inverse_std, len(chunk), axis=0))
+        return Tiles(
+            tiles, np.repeat(self.mean, len(chunk), axis=0), np.repeat(self.inverse_std, len(chunk), axis=0)
+        )
 
     def merge(self, chunk: range, result: InferenceResult) -> None:
         """Blends the scores of one chunk into the mask; chunks come in order, each once."""
@@ -93,7 +96,9 @@ def make_sliding_window(
     mean, inverse_std = image_statistics(pixels) if zscore else (np.zeros(channels), np.ones(channels))
     ones = (1, channels, *(1,) * manifest.dims)
     classes = np.empty(source.size, dtype=np.uint8, order="C" if isinstance(source, Image) else "F")
-    scores = np.empty((manifest.score_channels, *source.size), dtype=np.float16) if "scores" in needs else None
+    scores = (
+        np.empty((manifest.score_channels, *source.size), dtype=np.float16) if "scores" in needs else None
+    )
     head_std = np.empty_like(classes, dtype=np.float16) if graph.name == HEAD_STD else None
     confidence = np.empty_like(classes, dtype=np.float16) if "objects" in needs else None
     if threshold is None and manifest.score_channels == 1:

@@ -191,7 +191,9 @@ def _height(
 ) -> Float32[ndarray, "*box"]:
     """Smoothed distance to the edge of the filled pixels, -1 where not inside; the box ends at an edge."""
     padded = np.pad(filled, 1)
-    nearest = scipy.ndimage.distance_transform_edt(padded, spacing, return_distances=False, return_indices=True)
+    nearest = scipy.ndimage.distance_transform_edt(
+        padded, spacing, return_distances=False, return_indices=True
+    )
     squares = np.zeros(padded.shape, dtype=np.float32)
     for axis, step in enumerate(spacing):
         shape = [-1 if k == axis else 1 for k in range(inside.ndim)]

@@ -100,7 +100,10 @@ def tile_grid(size: tuple[int, ...], manifest: Manifest, graph: Graph, *, flat: 
     # Volumes come in few sizes, and one step more of each of three axes is dear. Where a network looks at all of a tile, or
     # nobody knows whether it does, tiles are as the network needs them, whatever else is served.
     if manifest.dims == 2 and manifest.norm in ("none", "batch"):
-        axes = [(min(window, round_side(tile)), n) for (tile, n), window in zip(axes, manifest.window.size, strict=True)]
+        axes = [
+            (min(window, round_side(tile)), n)
+            for (tile, n), window in zip(axes, manifest.window.size, strict=True)
+        ]
     if flat:
         axes.insert(0, (1, size[0]))
     axis = 0 if flat else size.index(max(size))

@@ -10,7 +10,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from server.errors import CallerError, InvalidParameter, TooLarge, Unreadable, UnsupportedType
-from server.segment.admission import deadline
+from server.segment.deadline import deadline
 from server.segment.estimate import Estimate, times
 from server.segment.registry import Target
 from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upload
@@ -42,7 +42,14 @@ async def estimate(service: "SegmentationService", upload: Upload, params: Segme
         upload.file.seek(0)
     every = times(one, len(entries))
     return Estimate(
-        every.pixels, len(entries), every.tile_pixels, every.padding, every.memory_bytes, every.device_s, every.cpu_s, every.fastest_s
+        every.pixels,
+        len(entries),
+        every.tile_pixels,
+        every.padding,
+        every.memory_bytes,
+        every.device_s,
+        every.cpu_s,
+        every.fastest_s,
     )
 
 
@@ -62,7 +69,8 @@ async def segment(
     for parameter, given in (("reference", upload.reference), ("min_level", params.min_level)):
         if given is not None:
             raise InvalidParameter(
-                f"{parameter} is for one image, and the input is a zip; send each image by itself to use it", parameter=parameter
+                f"{parameter} is for one image, and the input is a zip; send each image by itself to use it",
+                parameter=parameter,
             )
     zips = ZipFiles(upload.file, service.limits)
     try:
@@ -76,7 +84,11 @@ async def segment(
 
 
 async def _estimate_first(
-    service: "SegmentationService", zips: ZipFiles, entries: list[Entry], params: SegmentParams, worker: Worker
+    service: "SegmentationService",
+    zips: ZipFiles,
+    entries: list[Entry],
+    params: SegmentParams,
+    worker: Worker,
 ) -> Estimate:
     """The estimate of the first image that can be read.
 
@@ -102,7 +114,9 @@ def _no_image(first: str, errors: list[CallerError]) -> CallerError:
     """The error of a zip without an image that could be segmented; what is wrong with the first is true of most."""
     kind = UnsupportedType if all(isinstance(error, UnsupportedType) for error in errors) else Unreadable
     return kind(
-        f"none of the zip's {len(errors)} files could be segmented; {first!r:.80}: {errors[0]}", actual=len(errors), file=first[:80]
+        f"none of the zip's {len(errors)} files could be segmented; {first!r:.80}: {errors[0]}",
+        actual=len(errors),
+        file=first[:80],
     )
 
 
@@ -143,7 +157,14 @@ class _ZipBatch:
         note = f"{failed} of {len(self._rows)} files could not be segmented; see {REPORT}" if failed else ""
         body = cast("BinaryIO", zips.out)
         return Response(
-            body, "application/zip", "masks.zip", self._target, self._target, "", dict(self._timings), note=note
+            body,
+            "application/zip",
+            "masks.zip",
+            self._target,
+            self._target,
+            "",
+            dict(self._timings),
+            note=note,
         )
 
     async def _in_time(self, work: Any, total: int) -> None:
@@ -215,7 +236,10 @@ class _ZipBatch:
             if is_zip(file):
                 raise UnsupportedType("a zip in a zip is not read; pack the images themselves")
             # Time is for all images together: one alone would be refused because of the others.
-            upload, qos = Upload(file, name=entry.name, accept=self._upload.accept), QoS(priority=self._qos.priority)
+            upload, qos = (
+                Upload(file, name=entry.name, accept=self._upload.accept),
+                QoS(priority=self._qos.priority),
+            )
             response = await self._service.segment(upload, self._params, qos, target=self._target)
         async with self._files:
             files = await worker.run("encode", zips.add, entry, _answer_files(response))

@@ -63,7 +63,11 @@ class BoundedFile:
         """
         data = self._file.read(LIST_BYTES + 1 if size < 0 else min(size, LIST_BYTES + 1))
         if len(data) > LIST_BYTES:
-            raise TooLarge(f"the zip's list of files has more than {LIST_BYTES:,} bytes; send fewer images, with shorter names")
+            raise TooLarge(
+                f"the zip's list of files has more than {LIST_BYTES:,} bytes; send fewer images, with shorter names",
+                limit=LIST_BYTES,
+                unit="bytes",
+            )
         return data
 
 
@@ -105,23 +109,32 @@ class ZipFiles:
         try:
             self._zip = zipfile.ZipFile(cast("BinaryIO", BoundedFile(self._file)))
         except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, ValueError, OSError) as error:
-            raise Unreadable("the zip's list of files cannot be read (truncated or damaged?); pack it again") from error
+            raise Unreadable(
+                "the zip's list of files cannot be read (truncated or damaged?); pack it again"
+            ) from error
         infos = [(info, _plain(info.filename)) for info in self._zip.infolist()]
         infos = [(info, name) for info, name in infos if not name.endswith("/") and not _is_hidden(name)]
         if not infos:
             raise Unreadable("the zip holds no files; pack the images themselves")
         if len(infos) > self._limits.max_zip_images:
             raise TooLarge(
-                f"the zip holds {len(infos):,} files; the limit is {self._limits.max_zip_images:,}. Send it in parts, or raise "
-                "UNETPP_LIMITS__MAX_ZIP_IMAGES on the server"
+                f"the zip holds {len(infos):,} files; the limit is {self._limits.max_zip_images:,}. Send it in parts",
+                limit=self._limits.max_zip_images,
+                actual=len(infos),
+                unit="files",
             )
         if twice := [name for name, times in Counter(name for _, name in infos).items() if times > 1]:
-            raise Unreadable(f"the zip holds two files named {twice[0]!r:.80}; give each its own name")
+            raise Unreadable(
+                f"the zip holds two files named {twice[0]!r:.80}; give each its own name", file=twice[0][:80]
+            )
         places = sorted((info.header_offset, info.compress_size) for info, _ in infos)
         if any(start + size > after for (start, size), (after, _) in itertools.pairwise(places)):
             raise Unreadable("files of the zip lie over each other, as no packer writes them; pack it again")
         stems = _apart([_stem(name) for _, name in infos])
-        return [Entry(info, name, stem, _problem(info, name)) for (info, name), stem in zip(infos, stems, strict=True)]
+        return [
+            Entry(info, name, stem, _problem(info, name))
+            for (info, name), stem in zip(infos, stems, strict=True)
+        ]
 
     def extract(self, entry: Entry, target: BinaryIO) -> None:
         """Inflates an image.
@@ -140,7 +153,10 @@ class ZipFiles:
             if target.tell() > most:
                 raise TooLarge(
                     f"the file has more than {self._limits.max_body_mb:,} MiB, which is the limit; UNETPP_LIMITS__MAX_BODY_MB on the "
-                    "server raises it"
+                    "server raises it",
+                    limit=self._limits.max_body_mb,
+                    unit="MiB",
+                    setting="UNETPP_LIMITS__MAX_BODY_MB",
                 )
             if self._left < 0:
                 raise self._full("files")
@@ -151,7 +167,15 @@ class ZipFiles:
             with self._zip.open(info) as source:
                 while piece := source.read(COPY_BYTES):
                     yield piece
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            NotImplementedError,
+            RuntimeError,
+            ValueError,
+            OSError,
+        ) as error:
             raise Unreadable("the file cannot be unpacked (damaged?); pack the zip again") from error
 
     def add(self, entry: Entry, files: Mapping[str, bytes]) -> list[str]:
@@ -186,8 +210,9 @@ class ZipFiles:
 
     def _full(self, what: str) -> "ZipTooLarge":
         return ZipTooLarge(
-            f"all {what} of the zip together have more than {self._limits.max_zip_mb:,} MiB, which is the limit. Send it in parts, or "
-            "raise UNETPP_LIMITS__MAX_ZIP_MB on the server"
+            f"all {what} of the zip together have more than {self._limits.max_zip_mb:,} MiB, which is the limit. Send it in parts",
+            limit=self._limits.max_zip_mb,
+            unit="MiB",
         )
 
 
@@ -224,7 +249,9 @@ def _apart(stems: Sequence[str]) -> list[str]:
     for stem, folded in zip(stems, alone, strict=True):
         name = stem
         if folded in seen:
-            name = next(name for number in numbers[folded] if _folded(name := f"{stem}_{number}") not in taken)
+            name = next(
+                name for number in numbers[folded] if _folded(name := f"{stem}_{number}") not in taken
+            )
             taken.add(_folded(name))
         seen.add(folded)
         apart.append(name)
@@ -238,7 +265,12 @@ def _folded(name: str) -> str:
 
 def _problem(info: zipfile.ZipInfo, name: str) -> str:
     """Why a file is not read, before any of it is; the names of its answers would be as bad."""
-    if not name.isprintable() or len(name) > MAX_NAME or name[1:2] == ":" or not all(p and p != ".." for p in name.split("/")):
+    if (
+        not name.isprintable()
+        or len(name) > MAX_NAME
+        or name[1:2] == ":"
+        or not all(p and p != ".." for p in name.split("/"))
+    ):
         return "its name leads out of the zip, or is none; pack it under a plain one"
     if info.flag_bits & ENCRYPTED:
         return "the file is encrypted; pack it without a password"

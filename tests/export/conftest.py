@@ -15,6 +15,9 @@ from model.config import UNetPlusPlusConfig
 from model.network import UNetPlusPlus
 from server.runtime.bundle import Bundle, Window, read_bundle
 
+# The threads of OpenMP spin while they wait, which takes most of the time where tests share the cores.
+torch.set_num_threads(1)
+
 CARDS = Path(__file__).parents[2] / "export" / "cards"
 
 
@@ -36,7 +39,9 @@ def discs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for n, (height, width) in enumerate(sizes):
             y, x = np.mgrid[:height, :width]
             disc = (y - height / 2) ** 2 + (x - width / 2) ** 2 < (10 + n) ** 2
-            picture = np.clip(60 + 120 * disc[..., None] + random.normal(0, 10, (height, width, 3)), 0, 255).astype(np.uint8)
+            picture = np.clip(
+                60 + 120 * disc[..., None] + random.normal(0, 10, (height, width, 3)), 0, 255
+            ).astype(np.uint8)
             Image.fromarray(picture).save(root / "images" / f"{split}{n}.png")
             Image.fromarray((disc * 255).astype(np.uint8)).save(root / "labels" / f"{split}{n}.png")
             rows.append(f"{split}{n},{split}")
@@ -58,9 +63,13 @@ def balls(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ball = (x - 12) ** 2 + (y - 10) ** 2 + (z - 8) ** 2 < 36
             label = ball * np.where(y > 10, 1, 2)
             voxels = 100 + 300 * ball + random.normal(0, 20, ball.shape)
-            turn = nib.orientations.ornt_transform(nib.io_orientation(np.eye(4)), nib.orientations.axcodes2ornt(codes))
+            turn = nib.orientations.ornt_transform(
+                nib.io_orientation(np.eye(4)), nib.orientations.axcodes2ornt(codes)
+            )
             for folder, array in (("images", voxels.astype(np.int16)), ("labels", label.astype(np.uint8))):
-                nib.Nifti1Image(array, np.eye(4)).as_reoriented(turn).to_filename(root / folder / f"{split}{n}.nii.gz")
+                nib.Nifti1Image(array, np.eye(4)).as_reoriented(turn).to_filename(
+                    root / folder / f"{split}{n}.nii.gz"
+                )
             rows.append(f"{split}{n},{split}")
     (root / "index.csv").write_text("\n".join(rows) + "\n")
     return root
@@ -69,7 +78,9 @@ def balls(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lively(**fields: object) -> UNetPlusPlus:
     """A network whose every tensor differs from every other (the exporter merges those that are alike)."""
     torch.manual_seed(0)
-    network = UNetPlusPlus(UNetPlusPlusConfig.model_validate({"in_channels": 3, "widths": (4, 6, 8)} | fields)).eval()
+    network = UNetPlusPlus(
+        UNetPlusPlusConfig.model_validate({"in_channels": 3, "widths": (4, 6, 8)} | fields)
+    ).eval()
     for name, tensor in network.state_dict().items():
         if name.endswith("running_var"):
             tensor.uniform_(0.5, 1.5)
@@ -101,7 +112,9 @@ def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_kept(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path, card: Card, discs: Path) -> Path:
+def small_kept(
+    tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path, card: Card, discs: Path
+) -> Path:
     """Its bundle in fp32, fp16 and int8; do not write there."""
     out = tmp_path_factory.mktemp("bundles") / "small"
     export(small_checkpoint, card, out, discs)
@@ -113,7 +126,9 @@ def volume_kept(tmp_path_factory: pytest.TempPathFactory, balls: Path) -> Path:
     """A bundle of depth 2 for volumes, of three exclusive classes, in fp32, fp16 and int8; do not write there."""
     folder = tmp_path_factory.mktemp("bundles")
     network = lively(dims=3, in_channels=1, classes=3, widths=(3, 4, 5), norm="batch")
-    checkpoint.save(network, folder / "volume.safetensors", {"recipe": {"data": {"spacing": [1.0, 1.0, 1.0]}}})
+    checkpoint.save(
+        network, folder / "volume.safetensors", {"recipe": {"data": {"spacing": [1.0, 1.0, 1.0]}}}
+    )
     card = read_card(CARDS / "hippocampus.toml").model_copy(
         update={"name": "volume", "window": Window(size=(16, 16, 16), overlap=0.5)}
     )

@@ -1,4 +1,4 @@
-"""The table and the recommendation: against independent arithmetic, and tables made by hand."""
+"""The table against independent arithmetic, and the recommendation on tables made by hand."""
 
 import shutil
 
@@ -25,16 +25,16 @@ def few_runs(monkeypatch):
 def calibrated(small_kept, discs, tmp_path_factory):
     """A bundle that was measured once."""
     folder = shutil.copytree(small_kept, tmp_path_factory.mktemp("calibrated") / "small")
-    told = []
+    advanced = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate_module, "LATENCY_RUNS", 1)
         patch.setattr(calibrate_module, "LATENCY_SIDE", {2: 32, 3: 32})
-        measured = calibrate(read_bundle(folder), discs, "val", held_out=False, advance=told.append)
-    return folder, measured, told
+        measured = calibrate(read_bundle(folder), discs, "val", held_out=False, advance=advanced.append)
+    return folder, measured, advanced
 
 
 def test_a_row_for_every_graph_precision_and_engine(calibrated):
-    folder, measured, told = calibrated
+    folder, measured, advanced = calibrated
     bundle = read_bundle(folder)
     pairs = runnable(bundle)
     assert {("onnxruntime", "fp32"), ("onnxruntime", "fp16"), ("onnxruntime", "int8")} <= set(pairs)
@@ -42,18 +42,22 @@ def test_a_row_for_every_graph_precision_and_engine(calibrated):
         rows = [r for r in measured.rows if r.graph == graph]
         # At fp32 the fastest engine speaks for all.
         assert [r.precision for r in rows].count("fp32") == 1
-        assert sorted((r.engine, r.precision) for r in rows if r.precision != "fp32") == sorted(p for p in pairs if p[1] != "fp32")
-    assert set(told) == set(measured.rows)
-    assert len(told) == len(measured.rows)
+        assert sorted((r.engine, r.precision) for r in rows if r.precision != "fp32") == sorted(
+            p for p in pairs if p[1] != "fp32"
+        )
+    assert set(advanced) == set(measured.rows)
+    assert len(advanced) == len(measured.rows)
     assert all((r.engine, r.precision) in runnable(bundle) for r in measured.rows)
     assert all(r.latency_ms > 0 for r in measured.rows)
 
 
 def test_one_precision_anew_keeps_the_other_rows(calibrated, discs, tmp_path):
     folder = shutil.copytree(calibrated[0], tmp_path / "small")
-    told = []
-    again = calibrate(read_bundle(folder), discs, "val", held_out=False, precisions=["int8"], advance=told.append)
-    assert {row.precision for row in told} == {"int8"}
+    advanced = []
+    again = calibrate(
+        read_bundle(folder), discs, "val", held_out=False, precisions=["int8"], advance=advanced.append
+    )
+    assert {row.precision for row in advanced} == {"int8"}
     others = [row for row in calibrated[1].rows if row.precision != "int8"]
     assert [row for row in again.rows if row.precision != "int8"] == others
     assert len(again.rows) == len(calibrated[1].rows)
@@ -94,23 +98,27 @@ def test_one_row_computed_independently(calibrated, discs, graph):
             "mean": mean.reshape(1, 3, 1, 1),
             "inverse_std": (1 / std).reshape(1, 3, 1, 1),
         }
-        found = session.run(None, feed)[0][0, 0, :height, :width] > 0.5
-        iou = (found & truth).sum() / (found | truth).sum()
-        background = (~found & ~truth).sum() / (~found | ~truth).sum()
+        mask = session.run(None, feed)[0][0, 0, :height, :width] > 0.5
+        iou = (mask & truth).sum() / (mask | truth).sum()
+        background = (~mask & ~truth).sum() / (~mask | ~truth).sum()
         ious.append(iou)
         means.append((iou + background) / 2)
-        dices.append(2 * (found & truth).sum() / (found.sum() + truth.sum()))
+        dices.append(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
     # The network was not trained: the numbers are poor, but they must not be trivial.
     assert 0 < np.mean(ious) < 1
     row = measured.row(graph, "fp32")
-    assert (row.iou, row.mean_iou, row.dice) == pytest.approx((np.mean(ious), np.mean(means), np.mean(dices)), abs=2e-3)
+    assert (row.iou, row.mean_iou, row.dice) == pytest.approx(
+        (np.mean(ious), np.mean(means), np.mean(dices)), abs=2e-3
+    )
 
 
 def test_every_image_of_every_row_is_shown(small_bundle, discs, monkeypatch):
     pairs = [("onnxruntime", "fp32"), ("openvino", "fp32"), ("onnxruntime", "int8"), ("openvino", "int8")]
     monkeypatch.setattr(calibrate_module, "runnable", lambda bundle: pairs)
     shown = []
-    calibrate(small_bundle, discs, "val", held_out=True, show=lambda done, total: shown.append((done, total)))
+    calibrate(
+        small_bundle, discs, "val", held_out=True, on_progress=lambda done, total: shown.append((done, total))
+    )
     total = 3 * 3 * 2  # graphs, rows of each (one of them for fp32), images
     assert shown == [(done, total) for done in range(1, total + 1)]
 
@@ -131,7 +139,9 @@ def test_calibrating_again_keeps_the_held_out_table_and_changes_no_scores(small_
     held_out = calibrate(small_bundle, discs, "train", held_out=True)
     first = calibrate(read_bundle(small_bundle.folder), discs, "val", held_out=False)
     second = calibrate(read_bundle(small_bundle.folder), discs, "val", held_out=False)
-    assert [(r.graph, r.iou, r.mean_iou, r.dice) for r in first.rows] == [(r.graph, r.iou, r.mean_iou, r.dice) for r in second.rows]
+    assert [(r.graph, r.iou, r.mean_iou, r.dice) for r in first.rows] == [
+        (r.graph, r.iou, r.mean_iou, r.dice) for r in second.rows
+    ]
     assert read_bundle(small_bundle.folder).manifest.held_out == held_out
 
 
@@ -146,106 +156,58 @@ def test_bad_data_leaves_the_manifest_alone(small_bundle, discs, tmp_path):
     assert (small_bundle.folder / "manifest.json").read_bytes() == before
 
 
-# --- scores by hand ---
-
-
-def test_overlap_by_hand():
-    found = np.array([[1, 1, 0, 0]], np.uint8)
-    truth = np.array([[0, 1, 1, 0]], np.uint8)
+@pytest.mark.parametrize(("mask", "truth", "values", "expected"), [
     # Foreground: 1 of 3 pixels; background: 1 of 3; Dice 2 * 1 / 4.
-    assert mean_overlap(found, truth, [1]) == pytest.approx([1 / 3, 1 / 3, 1 / 2, 1 / 2])
-
-
-def test_both_empty_counts_one():
-    empty = np.zeros((4, 4), np.uint8)
-    assert mean_overlap(empty, empty, [1]) == [1, 1, 1, 1]
-    full = np.ones((4, 4), np.uint8)
-    assert mean_overlap(full, empty, [1]) == [0, 0, 0, 0]
-    assert mean_overlap(full, full, [1]) == [1, 1, 1, 1]
-
-
-def test_several_classes_by_hand():
-    found = np.array([[1, 1, 2, 0]], np.uint8)
-    truth = np.array([[1, 2, 2, 0]], np.uint8)
+    ([1, 1, 0, 0], [0, 1, 1, 0], [1], [1 / 3, 1 / 3, 1 / 2, 1 / 2]),
+    # Both empty counts one.
+    ([0, 0], [0, 0], [1], [1, 1, 1, 1]), ([1, 1], [0, 0], [1], [0, 0, 0, 0]), ([1, 1], [1, 1], [1], [1, 1, 1, 1]),
     # IoU of class 1: 1/2, of class 2: 1/2, of class 3, in neither: 1; background 1.
-    assert mean_overlap(found, truth, [1, 2, 3]) == pytest.approx([2 / 3, 3 / 4, (2 / 3 + 2 / 3 + 1) / 3, 2 / 3, 2 / 3, 1])
-
-
-# --- the recommendation ---
-
-
-def table(**ious):
-    """Rows from e.g. L1_fp32=(iou, ms) or L1_int8_openvino=(iou, ms)."""
-    rows = []
-    for key, (iou, latency) in ious.items():
-        graph, precision, engine = (*key.split("_"), "any")[:3]
-        rows.append(
-            CalibrationRow(graph=graph, precision=precision, engine=engine, iou=iou, mean_iou=iou, dice=iou, latency_ms=latency)
-        )
-    return Measured(data="made by hand", images=1, machine="none", rows=tuple(rows))
-
-
-@pytest.fixture
-def recommended(small_kept):
-    manifest = read_bundle(small_kept).manifest
-
-    def of(**ious):
-        found = recommend(manifest, table(**ious))
-        return found.level, found.precision, found.why
-
-    return of
-
-
-def test_the_shallowest_that_is_good_enough(recommended):
-    level, precision, why = recommended(L1_fp32=(0.796, 2), L2_fp32=(0.8, 6), accurate_fp32=(0.7999, 7))
-    assert (level, precision) == (1, "fp32")
-    assert why == (
-        "the shallowest level within 0.5 points of the best IoU (L2 at fp32: 0.8000); at fp32 it has 0.7960 and takes 2.0 ms against 6.0 ms"
+    ([1, 1, 2, 0], [1, 2, 2, 0], [1, 2, 3], [2 / 3, 3 / 4, (2 / 3 + 2 / 3 + 1) / 3, 2 / 3, 2 / 3, 1]),
+])  # fmt: skip
+def test_mean_overlap_by_hand(mask, truth, values, expected):
+    assert mean_overlap(np.array([mask], np.uint8), np.array([truth], np.uint8), values) == pytest.approx(
+        expected
     )
-    assert recommended(L1_fp32=(0.794, 2), L2_fp32=(0.8, 6), accurate_fp32=(0.7999, 7))[0] == 2
 
 
-def test_accurate_worse_than_l2(recommended):
-    # The best row is L2, and L1 is judged against it.
-    level, _, why = recommended(L1_fp32=(0.76, 2), L2_fp32=(0.8, 6), accurate_fp32=(0.765, 7))
-    assert level == 2
-    assert "L2 at fp32: 0.8000" in why
+REST = {"L2_fp32": (0.8, 6), "accurate_fp32": (0.8, 7)}
 
 
-def test_accurate_far_better_than_every_level(recommended):
-    level, _, why = recommended(L1_fp32=(0.7, 2), L2_fp32=(0.75, 6), accurate_fp32=(0.8, 7))
-    assert level == 2
-    # It must not claim what is not so.
-    assert why.startswith("the deepest level, as none is within 0.5 points of the best IoU (accurate at fp32: 0.8000)")
-
-
-def test_int8_that_is_faithful_and_faster(recommended):
-    found = recommended(L1_fp32=(0.799, 4), L1_int8=(0.797, 1), L2_fp32=(0.8, 6), L2_int8=(0.8, 2), accurate_fp32=(0.8, 7))
-    assert found[:2] == (1, "int8")
-
-
-def test_int8_that_loses_too_much(recommended):
-    found = recommended(L1_fp32=(0.799, 4), L1_int8=(0.79, 1), L2_fp32=(0.8, 6), L2_int8=(0.8, 2), accurate_fp32=(0.8, 7))
-    assert found[:2] == (1, "fp32")
-
-
-def test_int8_that_is_slower_is_not_picked(recommended):
-    found = recommended(L1_fp32=(0.799, 1), L1_int8=(0.799, 4), L2_fp32=(0.8, 6), accurate_fp32=(0.8, 7))
-    assert found[:2] == (1, "fp32")
-
-
-def test_a_level_is_judged_at_the_precision_that_would_be_served(recommended):
+@pytest.mark.parametrize(("rows", "level", "precision"), [
+    # The shallowest that is good enough.
+    ({"L1_fp32": (0.796, 2)} | REST, 1, "fp32"), ({"L1_fp32": (0.794, 2)} | REST, 2, "fp32"),
+    # The best row is L2, and L1 is judged against it; or none is good enough, and the deepest is taken.
+    ({"L1_fp32": (0.76, 2), "L2_fp32": (0.8, 6), "accurate_fp32": (0.765, 7)}, 2, "fp32"),
+    ({"L1_fp32": (0.7, 2), "L2_fp32": (0.75, 6), "accurate_fp32": (0.8, 7)}, 2, "fp32"),
+    # int8 that is within tolerance and faster; that loses too much; that is slower.
+    ({"L1_fp32": (0.799, 4), "L1_int8": (0.797, 1)} | REST, 1, "int8"),
+    ({"L1_fp32": (0.799, 4), "L1_int8": (0.79, 1)} | REST, 1, "fp32"),
+    ({"L1_fp32": (0.799, 1), "L1_int8": (0.799, 4)} | REST, 1, "fp32"),
     # L1 at fp32 is within half a point of the best, but its int8, which `auto` would serve, is not.
-    found = recommended(L1_fp32=(0.797, 4), L1_int8=(0.793, 1), L2_fp32=(0.8, 6), L2_int8=(0.799, 2), accurate_fp32=(0.8, 7))
-    assert found[:2] == (2, "int8")
-
-
-def test_of_several_engines_the_fastest_that_is_faithful(recommended):
-    rest = {"L1_fp32": (0.799, 4), "L2_fp32": (0.8, 6), "accurate_fp32": (0.8, 7)}
-    level, precision, why = recommended(**rest, L1_int8_a=(0.7, 1), L1_int8_b=(0.798, 2), L1_int8_c=(0.799, 3))
-    assert (level, precision) == (1, "int8")
-    assert "at int8 it has 0.7980 and takes 2.0 ms" in why
-    assert recommended(**rest, L1_int8_a=(0.7, 1), L1_int8_b=(0.7, 2))[:2] == (1, "fp32")
+    ({"L1_fp32": (0.797, 4), "L1_int8": (0.793, 1), "L2_int8": (0.799, 2)} | REST, 2, "int8"),
+    # Of several engines the fastest within tolerance.
+    ({"L1_fp32": (0.799, 4), "L1_int8_a": (0.7, 1), "L1_int8_b": (0.798, 2), "L1_int8_c": (0.799, 3)} | REST, 1, "int8"),
+    ({"L1_fp32": (0.799, 4), "L1_int8_a": (0.7, 1), "L1_int8_b": (0.7, 2)} | REST, 1, "fp32"),
+])  # fmt: skip
+def test_recommend_goes_by_the_table(small_kept, rows, level, precision):
+    table = []
+    for key, (iou, latency) in rows.items():
+        graph, at, engine = (*key.split("_"), "any")[:3]
+        row = {"graph": graph, "precision": at, "engine": engine, "iou": iou, "mean_iou": iou, "dice": iou}
+        table.append(CalibrationRow(**row, latency_ms=latency))
+    measured = Measured(data="made by hand", images=1, machine="none", rows=tuple(table))
+    recommended = recommend(read_bundle(small_kept).manifest, measured)
+    assert (recommended.level, recommended.precision) == (level, precision)
+    # The reason must not claim what is not so.
+    best = max(iou for key, (iou, _) in rows.items() if "fp32" in key)
+    (iou,) = {
+        iou
+        for key, (iou, _) in rows.items()
+        if key.startswith(f"L{level}_") and f"{iou:.4f} and takes" in recommended.why
+    }
+    assert recommended.why.startswith(
+        "the shallowest level within" if iou >= best - 0.005 else "the deepest level"
+    )
 
 
 def test_volumes_of_several_classes_have_a_dice_for_each(volume_kept, balls, tmp_path):

@@ -1,9 +1,10 @@
-"""`unetpp export`, `verify`, `calibrate` as a person types them."""
+"""`unetpp export`, `verify`, `calibrate` and `add-uncertainty` as a person types them."""
 
 import contextlib
 import functools
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from rich.progress import Progress
@@ -17,102 +18,95 @@ from export.pack import write_manifest
 from server.cli import app
 from server.runtime.bundle import read_bundle
 
-CARD = str(pack.Path(pack.__file__).parent / "cards" / "nuclei.toml")
+CARD = Path(pack.__file__).parent / "cards" / "nuclei.toml"
 
 
 def unetpp(*arguments):
     return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200"})
 
 
-def report_errors(result, *words):
-    """Exit code 1 and one error for a person, no traceback."""
+def passed(*arguments):
+    """The output of a command that ends well."""
+    result = unetpp(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def failed(*arguments):
+    """The output of a command that ends with exit code 1 and an error for a person."""
+    result = unetpp(*arguments)
     assert result.exit_code == 1, result.output
     assert "error: " in result.stderr
     assert "Traceback" not in result.output
-    for word in words:
-        assert word in result.stderr
+    return result.output
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(verify_module, "runnable", lambda bundle: [("onnxruntime", "fp32")])
-    monkeypatch.setattr(calibrate_module, "runnable", lambda bundle: [("onnxruntime", "fp32")])
+    for module in (verify_module, calibrate_module):
+        monkeypatch.setattr(module, "runnable", lambda bundle: [("onnxruntime", "fp32")])
     monkeypatch.setattr(calibrate_module, "LATENCY_RUNS", 1)
     monkeypatch.setattr(calibrate_module, "LATENCY_SIDE", {2: 32, 3: 32})
 
 
-@pytest.mark.parametrize("command", ["export", "verify", "calibrate", "add-uncertainty"])
-def test_help(command):
-    result = unetpp(command, "--help")
-    assert result.exit_code == 0
-    assert command in result.output
-
-
-def test_export(small_checkpoint, tmp_path, monkeypatch):
+@pytest.fixture
+def empty_graphs(monkeypatch):
     proto = pack.onnx.helper.make_model(pack.onnx.helper.make_graph([], "empty", [], []))
-    monkeypatch.setattr(pack, "GRAPH_PRECISIONS", dict.fromkeys(("fp32", "fp16"), lambda graph, tiles: proto))
-    result = unetpp("export", small_checkpoint, "--card", CARD, "--out", tmp_path / "out")
-    assert result.exit_code == 0, result.output
-    assert f"{tmp_path / 'out'}: 9 files" in result.output
-    assert f"next: unetpp verify {tmp_path / 'out'}" in result.output
-    assert read_bundle(tmp_path / "out").manifest.name == "nuclei"
-
-
-def test_export_says_what_is_wrong(small_checkpoint, tmp_path):
-    (tmp_path / "bad.safetensors").write_bytes(b"bad")
-    report_errors(unetpp("export", tmp_path / "bad.safetensors", "--card", CARD, "--out", tmp_path / "out"), "bad.safetensors")
-    (tmp_path / "precious").mkdir()
-    report_errors(unetpp("export", small_checkpoint, "--card", CARD, "--out", tmp_path / "precious"), "is not a bundle")
-    (tmp_path / "card.toml").write_text("name = 1")
-    report_errors(
-        unetpp("export", small_checkpoint, "--card", tmp_path / "card.toml", "--out", tmp_path / "out"),
-        "card.toml: not a valid card",
+    monkeypatch.setattr(
+        pack, "GRAPH_PRECISIONS", dict.fromkeys(("fp32", "fp16", "int8"), lambda source: proto)
     )
-    (tmp_path / "data").mkdir()
-    report_errors(
-        unetpp("export", small_checkpoint, "--card", CARD, "--out", tmp_path / "out", "--data", tmp_path / "data"), "index.csv"
+    monkeypatch.setattr(pack, "fp32", lambda source: proto)
+
+
+@pytest.mark.usefixtures("empty_graphs")
+def test_export_says_what_it_wrote_and_what_is_next(small_checkpoint, tmp_path):
+    out = tmp_path / "out"
+    output = passed("export", small_checkpoint, "--card", CARD, "--out", out)
+    assert f"{out}: 9 files" in output
+    assert f"next: unetpp verify {out}" in output
+    assert read_bundle(out).manifest.name == "nuclei"
+
+
+def test_export_names_what_is_wrong(small_checkpoint, tmp_path):
+    out, bad, card, data, precious = (
+        tmp_path / name for name in ("out", "bad", "card.toml", "data", "precious")
     )
-    assert not (tmp_path / "out").exists()
+    bad.write_bytes(b"bad")
+    card.write_text("name = 1")
+    data.mkdir()
+    precious.mkdir()
+    assert "bad" in failed("export", bad, "--card", CARD, "--out", out)
+    assert "precious" in failed("export", small_checkpoint, "--card", CARD, "--out", precious)
+    assert "card.toml" in failed("export", small_checkpoint, "--card", card, "--out", out)
+    assert "index.csv" in failed("export", small_checkpoint, "--card", CARD, "--out", out, "--data", data)
+    assert not out.exists()
 
 
-@pytest.mark.usefixtures("quick")
-def test_verify(small_bundle):
-    result = unetpp("verify", small_bundle.folder)
-    assert result.exit_code == 0, result.output
-    for word in ("L1", "L2", "accurate", "onnxruntime", "ok"):
-        assert word in result.output
-    assert "FAILED" not in result.output
-
-
-@pytest.mark.usefixtures("quick")
-def test_verify_fails(small_bundle):
+def test_verify_prints_the_table_also_where_it_fails(small_bundle):
+    output = passed("verify", small_bundle.folder)
+    assert all(word in output for word in ("L1", "L2", "accurate", "onnxruntime", "ok"))
+    assert "FAILED" not in output
     shutil.copy(small_bundle.folder / "L2.onnx", small_bundle.folder / "L1.onnx")
     # First the hash tells, then, with the hash mended, the comparison.
-    report_errors(unetpp("verify", small_bundle.folder), "L1.onnx", "SHA-256")
+    assert "SHA-256" in failed("verify", small_bundle.folder)
     write_manifest(small_bundle.folder, small_bundle.manifest)
-    result = unetpp("verify", small_bundle.folder)
-    report_errors(result, "L1 at fp32 on onnxruntime")
-    # The table is shown all the same.
-    assert "FAILED" in result.output
+    output = failed("verify", small_bundle.folder)
+    assert "L1 at fp32 on onnxruntime" in output
+    assert "FAILED" in output
 
 
-@pytest.mark.usefixtures("quick")
-def test_calibrate(small_bundle, discs):
-    result = unetpp("calibrate", small_bundle.folder, "--data", discs)
-    assert result.exit_code == 0, result.output
-    assert "recommended: level" in result.output
+def test_calibrate_recommends_and_held_out_does_not(small_bundle, discs):
+    assert "recommended: level" in passed("calibrate", small_bundle.folder, "--data", discs)
     calibration = read_bundle(small_bundle.folder).manifest.calibration
     assert [r.graph for r in calibration.rows] == ["L1", "L2", "accurate"]
-    result = unetpp("calibrate", small_bundle.folder, "--data", discs, "--split", "train", "--held-out")
-    assert result.exit_code == 0, result.output
-    assert "recommended" not in result.output
+    output = passed("calibrate", small_bundle.folder, "--data", discs, "--split", "train", "--held-out")
+    assert "recommended" not in output
     manifest = read_bundle(small_bundle.folder).manifest
     assert manifest.calibration == calibration
     assert manifest.held_out.data == "discs, train split"
 
 
-@pytest.mark.usefixtures("quick")
-def test_calibrate_interrupted(small_bundle, discs, monkeypatch):
+def test_calibrate_interrupted_shows_what_was_measured_and_writes_nothing(small_bundle, discs, monkeypatch):
     quality = calibrate_module._quality
 
     def interrupted(engine, manifest, graph, *rest):
@@ -123,17 +117,20 @@ def test_calibrate_interrupted(small_bundle, discs, monkeypatch):
     monkeypatch.setattr(calibrate_module, "_quality", interrupted)
     result = unetpp("calibrate", small_bundle.folder, "--data", discs)
     assert result.exit_code != 0
-    # What was measured is shown; nothing is written.
     assert "L1" in result.output
-    assert "onnxruntime" in result.output
     assert read_bundle(small_bundle.folder).manifest.calibration is None
 
 
-@pytest.mark.usefixtures("quick")
-def test_bars_end_where_they_should(small_checkpoint, small_bundle, discs, tmp_path, monkeypatch):
-    """What is counted beforehand is what is then done."""
-    proto = pack.onnx.helper.make_model(pack.onnx.helper.make_graph([], "empty", [], []))
-    monkeypatch.setattr(pack, "GRAPH_PRECISIONS", dict.fromkeys(("fp32", "fp16", "int8"), lambda graph, tiles: proto))
+def test_calibrate_names_what_is_wrong(small_bundle, discs, tmp_path):
+    assert "nowhere" in failed("calibrate", small_bundle.folder, "--data", discs, "--split", "nowhere")
+    assert "manifest.json" in failed("calibrate", tmp_path, "--data", discs)
+    data = shutil.copytree(discs, tmp_path / "data")
+    (data / "labels" / "val1.png").write_bytes(b"")
+    assert "labels/val1.png" in failed("calibrate", small_bundle.folder, "--data", data)
+
+
+@pytest.mark.usefixtures("empty_graphs")
+def test_progress_bars_end_at_their_total(small_checkpoint, small_bundle, discs, tmp_path, monkeypatch):
     pairs = [("onnxruntime", "fp32"), ("openvino", "fp32"), ("onnxruntime", "fp16")]
     for module in (verify_module, calibrate_module):
         monkeypatch.setattr(module, "runnable", lambda bundle: pairs)
@@ -146,29 +143,18 @@ def test_bars_end_where_they_should(small_checkpoint, small_bundle, discs, tmp_p
         bars.append(bar.tasks[0])
         yield functools.partial(bar.update, task)
 
-    monkeypatch.setattr(export_cli, "_progress", progress)
-    assert unetpp("export", small_checkpoint, "--card", CARD, "--out", tmp_path / "out", "--data", discs).exit_code == 0
-    assert unetpp("verify", small_bundle.folder).exit_code == 0
-    assert unetpp("calibrate", small_bundle.folder, "--data", discs).exit_code == 0
-    # Three graphs: files of three precisions; pairs; both with the spread at fp32; and rows (two, as fp32 has one) of two images.
+    monkeypatch.setattr(export_cli, "progress", progress)
+    passed("export", small_checkpoint, "--card", CARD, "--out", tmp_path / "out", "--data", discs)
+    passed("verify", small_bundle.folder)
+    passed("calibrate", small_bundle.folder, "--data", discs)
+    # Three graphs: files of three precisions; pairs; both with head_std at fp32; and rows (two, as fp32 has one) of two images.
     assert [(bar.completed, bar.total) for bar in bars] == [(10, 10), (11, 11), (12, 12)]
 
 
-def test_calibrate_says_what_is_wrong(small_bundle, discs, tmp_path):
-    report_errors(unetpp("calibrate", small_bundle.folder, "--data", discs, "--split", "nowhere"), "no rows with split 'nowhere'")
-    report_errors(unetpp("calibrate", tmp_path, "--data", discs), "manifest.json: not found")
-    data = shutil.copytree(discs, tmp_path / "data")
-    (data / "labels" / "val1.png").write_bytes(b"")
-    report_errors(unetpp("calibrate", small_bundle.folder, "--data", data), "labels/val1.png")
-
-
-@pytest.mark.usefixtures("quick")
-def test_add_spread(small_bundle):
+def test_add_uncertainty_says_what_is_next(small_bundle):
     document = json.loads((small_bundle.folder / "manifest.json").read_text())
     del document["head_std"], document["files"]["head_std.onnx"]
     (small_bundle.folder / "manifest.json").write_text(json.dumps(document))
-    result = unetpp("add-uncertainty", small_bundle.folder)
-    assert result.exit_code == 0, result.output
-    assert "next: unetpp verify" in result.output
+    assert "next: unetpp verify" in passed("add-uncertainty", small_bundle.folder)
     assert read_bundle(small_bundle.folder).manifest.head_std
-    report_errors(unetpp("add-uncertainty", small_bundle.folder.parent), "manifest.json: not found")
+    assert "manifest.json" in failed("add-uncertainty", small_bundle.folder.parent)

@@ -1,10 +1,9 @@
-"""int8 and fp16: on the same weights file, and only where they should be."""
+"""int8 and fp16: on the same weights file, and only in the layers that are meant."""
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
-from server.runtime.opening import golden_tiles
 
 from export.lower import PREFIX
 from export.verify import wrong_nodes
@@ -12,6 +11,7 @@ from model import checkpoint
 from server.arrays import Tiles
 from server.runtime.bundle import WEIGHTS, read_bundle
 from server.runtime.engines import ENGINES
+from server.runtime.golden import read_pairs
 
 
 def graph_of(folder, file):
@@ -27,14 +27,18 @@ def test_int8_weights_come_from_the_weights_file(small_kept, name):
     weights = {f"{PREFIX}{n}.fp16" for n in pruned.state_dict() if n.endswith(".weight")}
     external = {t.name for t in graph.initializer if t.external_data}
     assert weights <= external
-    assert all({e.key: e.value for e in t.external_data}["location"] == WEIGHTS for t in graph.initializer if t.external_data)
+    assert all(
+        {e.key: e.value for e in t.external_data}["location"] == WEIGHTS
+        for t in graph.initializer
+        if t.external_data
+    )
     # What is stored beside them are scales, zero points and integer biases: no second copy of a weight.
     inline = [t for t in graph.initializer if not t.external_data]
     assert all(np.prod(t.dims) <= 16 for t in inline)
     assert wrong_nodes(bundle, name, pruned) == []
 
 
-def test_int8_is_quantised_but_for_the_first_convolution_and_the_heads(small_kept):
+def test_int8_quantises_all_but_the_first_convolution_and_the_heads(small_kept):
     graph = graph_of(small_kept, "accurate.int8.onnx")
     made_by = {output: node for node in graph.node for output in node.output}
     convolutions = [node for node in graph.node if node.op_type in ("Conv", "ConvTranspose")]
@@ -56,7 +60,7 @@ def test_int8_is_quantised_but_for_the_first_convolution_and_the_heads(small_kep
             assert (np.prod(scale.dims) > 1) == weight
 
 
-def test_fp16_computes_convolutions_in_half_and_answers_in_float(small_kept):
+def test_fp16_has_half_weights_and_float_inputs_and_scores(small_kept):
     graph = graph_of(small_kept, "L2.fp16.onnx")
     assert all(t.data_type == TensorProto.FLOAT16 for t in graph.initializer if t.external_data)
     assert {v.type.tensor_type.elem_type for v in [*graph.input, *graph.output]} == {TensorProto.FLOAT}
@@ -71,12 +75,12 @@ def test_fp32_casts_every_weight(small_kept):
 
 
 @pytest.mark.parametrize("engine", sorted(ENGINES))
-def test_int8_decides_nearly_as_fp32_on_cells(small_kept, engine):
+def test_int8_nearly_equals_fp32_on_cells(small_kept, engine):
     if not ENGINES[engine].installed:
         pytest.skip(f"{engine} is not installed")
     bundle = read_bundle(small_kept)
     opened = {p: ENGINES[engine].open(bundle.path("accurate", p), p, "cpu", 1) for p in ("fp32", "int8")}
-    for graph, tiles, _ in golden_tiles(bundle.golden):
+    for graph, tiles, _ in read_pairs(bundle.golden):
         if graph == "accurate":
             exact, coarse = opened["fp32"].run(tiles), opened["int8"].run(tiles)
             assert np.abs(exact - coarse).mean() < 0.05
@@ -85,16 +89,21 @@ def test_int8_decides_nearly_as_fp32_on_cells(small_kept, engine):
             assert ((exact > 0.5) == (coarse > 0.5)).mean() > 0.9
 
 
-def test_export_leaves_nothing_in_the_working_folder(tmp_path, monkeypatch, make_network):
+def test_int8_leaves_nothing_in_the_working_folder(tmp_path, monkeypatch, make_network):
     from export.graph import ServedGraph
-    from export.precision import int8
+    from export.precision import Source, int8
 
     monkeypatch.chdir(tmp_path)
     network = make_network(widths=(4, 6), deep_supervision=False)
     ones = np.ones((1, 3, 1, 1), np.float32)
-    tiles = [Tiles(np.random.default_rng(n).standard_normal((1, 3, 16, 16), dtype=np.float32), ones * 0, ones) for n in range(2)]
-    proto = int8(ServedGraph(network, "sigmoid").eval(), tiles)
+    tiles = [
+        Tiles(np.random.default_rng(n).standard_normal((1, 3, 16, 16), dtype=np.float32), ones * 0, ones)
+        for n in range(2)
+    ]
+    proto = int8(Source(ServedGraph(network, "sigmoid").eval(), tiles))
     assert list(tmp_path.iterdir()) == []
     assert not proto.graph.value_info
     # Sizes stay dynamic after calibration on tiles of one size.
-    assert not [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim if d.dim_value not in (0, 3)]
+    assert not [
+        d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim if d.dim_value not in (0, 3)
+    ]

@@ -5,7 +5,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+# The threads of OpenMP spin while they wait, which takes most of the time where tests share the cores.
+torch.set_num_threads(1)
 
 
 def write_discs(root: Path, splits: dict[str, int], side: int = 32) -> Path:
@@ -52,8 +56,12 @@ def write_balls(root: Path, splits: dict[str, int]) -> Path:
             ball = ((grid - centre) ** 2).sum(0) < 36
             label = np.where(grid[1] > centre[1], 1, 2) * ball
             picture = 60 + 120 * ball + random.normal(0, 8, ball.shape)
-            nib.save(nib.Nifti1Image(picture.astype(np.float32), np.eye(4)), root / "images" / f"{split}{n}.nii.gz")
-            nib.save(nib.Nifti1Image(label.astype(np.uint8), np.eye(4)), root / "labels" / f"{split}{n}.nii.gz")
+            nib.save(
+                nib.Nifti1Image(picture.astype(np.float32), np.eye(4)), root / "images" / f"{split}{n}.nii.gz"
+            )
+            nib.save(
+                nib.Nifti1Image(label.astype(np.uint8), np.eye(4)), root / "labels" / f"{split}{n}.nii.gz"
+            )
             rows.append(f"{split}{n},{split}")
     (root / "index.csv").write_text("\n".join(rows) + "\n")
     return root

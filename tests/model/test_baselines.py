@@ -26,7 +26,11 @@ def test_wide_unet():
 @pytest.mark.parametrize("up", ["transposed", "linear", "nearest"])
 @pytest.mark.parametrize("down", ["maxpool", "strided"])
 def test_forward_shape_and_head_count(dims, up, down):
-    network = UNet(UNetPlusPlusConfig(dims=dims, in_channels=2, classes=3, widths=(3, 4, 5), up=up, down=down, up_conv=False))
+    network = UNet(
+        UNetPlusPlusConfig(
+            dims=dims, in_channels=2, classes=3, widths=(3, 4, 5), up=up, down=down, up_conv=False
+        )
+    )
     size = (8, 12, 4)[:dims]
     heads = network(torch.randn(2, 2, *size))
     assert [h.shape for h in heads] == [(2, 3, *size)]

@@ -37,7 +37,9 @@ configs = st.builds(
     up_conv=st.booleans(),
     deep_supervision=st.booleans(),
 )
-notes = st.dictionaries(st.text(), st.none() | st.integers() | st.floats(allow_nan=False) | st.text() | st.lists(st.booleans()))
+notes = st.dictionaries(
+    st.text(), st.none() | st.integers() | st.floats(allow_nan=False) | st.text() | st.lists(st.booleans())
+)
 
 
 @settings(deadline=None, max_examples=30)
@@ -152,7 +154,9 @@ def test_missing_file_and_folder(tmp_path):
     refused(tmp_path, "not a readable safetensors file")
 
 
-@pytest.mark.parametrize("content", [b"", b"abc", b"\x00" * 100, b"\x08" + b"\x00" * 7 + b"not json", b"\xff" * 64])
+@pytest.mark.parametrize(
+    "content", [b"", b"abc", b"\x00" * 100, b"\x08" + b"\x00" * 7 + b"not json", b"\xff" * 64]
+)
 def test_not_safetensors(tmp_path, content):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
@@ -188,7 +192,11 @@ def test_foreign_safetensors(tmp_path, metadata):
 
 def rewritten(network, path, tensors=None, **metadata):
     base = checkpoint.metadata_of(network) | metadata
-    save_file(network.state_dict() if tensors is None else tensors, path, {k: v for k, v in base.items() if v is not None})
+    save_file(
+        network.state_dict() if tensors is None else tensors,
+        path,
+        {k: v for k, v in base.items() if v is not None},
+    )
     return path
 
 
@@ -196,7 +204,10 @@ def test_tensors_that_do_not_fit(network, tmp_path):
     state = network.state_dict()
     path = tmp_path / "a.safetensors"
     name = "nodes.0_0.0.weight"
-    refused(rewritten(network, path, {k: v for k, v in state.items() if k != name}), f"do not fit.*[\\s\\S]*{name}")
+    refused(
+        rewritten(network, path, {k: v for k, v in state.items() if k != name}),
+        f"do not fit.*[\\s\\S]*{name}",
+    )
     refused(rewritten(network, path, state | {name: torch.zeros(1, 2, 3, 4)}), f"do not fit[\\s\\S]*{name}")
     refused(rewritten(network, path, state | {"extra": torch.zeros(1)}), "do not fit[\\s\\S]*extra")
 

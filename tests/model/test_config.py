@@ -21,7 +21,8 @@ def test_widths_that_make_no_network_are_refused(widths):
 
 
 @pytest.mark.parametrize(
-    "field", [{"dims": 1}, {"dims": 4}, {"in_channels": 0}, {"classes": 0}, {"norm": "layer"}, {"wdths": (1, 2)}]
+    "field",
+    [{"dims": 1}, {"dims": 4}, {"in_channels": 0}, {"classes": 0}, {"norm": "layer"}, {"wdths": (1, 2)}],
 )
 def test_unknown_values_and_keys_are_refused(field):
     with pytest.raises(ValidationError):

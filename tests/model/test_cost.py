@@ -28,7 +28,9 @@ def test_macs_of_the_papers_network(side, levels, accurate):
     assert macs(network, 1, (side, side)) == accurate
 
 
-@pytest.mark.parametrize(("side", "expected"), [(96, 4_188_930_048), (224, 22_806_396_928), (512, 119_151_788_032)])
+@pytest.mark.parametrize(
+    ("side", "expected"), [(96, 4_188_930_048), (224, 22_806_396_928), (512, 119_151_788_032)]
+)
 def test_macs_with_three_channels(side, expected):
     assert macs(on_meta(in_channels=3).prune(4), 3, (side, side)) == expected
 

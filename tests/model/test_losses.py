@@ -78,7 +78,9 @@ def test_deep_supervision_is_the_mean_of_the_heads():
     labels = torch.randint(0, 2, (2, 4, 4))
     expected = sum(head_loss(h, labels).item() for h in heads) / 3
     assert deep_supervision_loss(heads, labels).item() == pytest.approx(expected, abs=1e-6)
-    assert deep_supervision_loss(heads[:1], labels).item() == pytest.approx(head_loss(heads[0], labels).item())
+    assert deep_supervision_loss(heads[:1], labels).item() == pytest.approx(
+        head_loss(heads[0], labels).item()
+    )
 
 
 @pytest.mark.parametrize("classes", [1, 3])
@@ -86,9 +88,13 @@ def test_deep_supervision_is_the_mean_of_the_heads():
 def test_the_gradient_reaches_every_head_and_every_node(dims, classes):
     torch.manual_seed(0)
     # A smooth activation: with ReLU a tiny channel may be dead by chance.
-    network = UNetPlusPlus(UNetPlusPlusConfig(dims=dims, classes=classes, widths=(3, 4, 5), activation="silu"))
+    network = UNetPlusPlus(
+        UNetPlusPlusConfig(dims=dims, classes=classes, widths=(3, 4, 5), activation="silu")
+    )
     size = [8] * dims
-    deep_supervision_loss(network(torch.randn(2, 1, *size)), torch.randint(0, max(classes, 2), (2, *size))).backward()
+    deep_supervision_loss(
+        network(torch.randn(2, 1, *size)), torch.randint(0, max(classes, 2), (2, *size))
+    ).backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
@@ -100,7 +106,9 @@ def test_half_precision_logits_are_judged_in_float32():
     for dtype in (torch.float16, torch.bfloat16):
         loss = head_loss(torch.full((1, 1, 70, 1000), 9.0, dtype=dtype), labels)
         assert loss.dtype == torch.float32
-        assert loss.item() == pytest.approx(head_loss(torch.full((1, 1, 70, 1000), 9.0), labels).item(), abs=1e-6)
+        assert loss.item() == pytest.approx(
+            head_loss(torch.full((1, 1, 70, 1000), 9.0), labels).item(), abs=1e-6
+        )
 
 
 def test_a_perfect_answer_costs_nothing_and_a_better_one_less():

@@ -58,7 +58,12 @@ def test_parameter_counts_are_the_papers(dims, counts, all_heads):
 
 def test_parameter_counts_with_three_channels():
     network = on_meta(in_channels=3)
-    assert [parameters(network.prune(level)) for level in (1, 2, 3, 4)] == [101_537, 511_681, 2_205_537, 9_042_177]
+    assert [parameters(network.prune(level)) for level in (1, 2, 3, 4)] == [
+        101_537,
+        511_681,
+        2_205_537,
+        9_042_177,
+    ]
     assert parameters(network) == 9_042_276
 
 
@@ -80,14 +85,18 @@ def test_forward_is_equation_1(depth):
     def h(i, j, incoming):
         for k in (0, 2):
             name = f"nodes.{i}_{j}.{k}"
-            incoming = F.relu(F.conv2d(incoming, weights[f"{name}.weight"], weights[f"{name}.bias"], padding=1))
+            incoming = F.relu(
+                F.conv2d(incoming, weights[f"{name}.weight"], weights[f"{name}.bias"], padding=1)
+            )
         return incoming
 
     def d(x):
         return F.max_pool2d(x, 2)
 
     def u(i, j, x):
-        return F.conv_transpose2d(x, weights[f"ups.{i}_{j}.0.weight"], weights[f"ups.{i}_{j}.0.bias"], stride=2)
+        return F.conv_transpose2d(
+            x, weights[f"ups.{i}_{j}.0.weight"], weights[f"ups.{i}_{j}.0.bias"], stride=2
+        )
 
     def x(i, j):
         """x^{i,j} = H(D(x^{i-1,j})) for j = 0, else H([[x^{i,k}]_{k=0}^{j-1}, U(x^{i+1,j-1})])."""
@@ -135,7 +144,13 @@ VARIANTS = [
     {"norm": norm, "down": down, "up": up, "up_conv": up_conv}
     for norm in ("none", "batch", "instance")
     for down in ("maxpool", "strided")
-    for up, up_conv in (("transposed", True), ("linear", True), ("linear", False), ("nearest", True), ("nearest", False))
+    for up, up_conv in (
+        ("transposed", True),
+        ("linear", True),
+        ("linear", False),
+        ("nearest", True),
+        ("nearest", False),
+    )
 ]
 
 

@@ -1,11 +1,12 @@
-"""Servers on fake engines as `unetpp serve` runs them: what they import is imported once, and each life is a fork.
+"""Servers on fake engines as `unetpp serve` runs them: imports happen once, and each server process is a fork.
 
-python launch.py; a line of JSON on standard input starts a life in a folder. Standard output tells its process id as
-soon as it warms up, and its exit status when it is dead. In the folder it leaves `stderr`, and `metrics` as they were at its end.
+python launch.py; a line of JSON on standard input starts a server in a folder. Standard output tells its process id as soon as it
+opens its bundles, and its exit status when it has ended. In the folder it leaves `stderr`, and `metrics` as they were at its end.
 """
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -15,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import uvicorn.protocols.http.auto  # noqa: F401 - what uvicorn would import in each life
+import uvicorn.protocols.http.auto  # noqa: F401 - imported by uvicorn in each process otherwise
 
 import server.app
 import server.jobs.store
-import server.serving
 from server import cli
 from server.arrays import Tiles
-from server.metrics import Metrics
-from tests.support.service import NO_SHADOW, bright
+from server.settings import Settings
+from tests.support.service import NO_SHADOW, bright, fake_deployment
+
+open_service, make_server = server.app.open_service, server.app.make_server
 
 
 def engine(name: str, folder: Path) -> Callable[[Tiles], np.ndarray]:
@@ -41,40 +43,35 @@ def engine(name: str, folder: Path) -> Callable[[Tiles], np.ndarray]:
     return {"slow": slow, "gated": gated}[name]
 
 
-def live(folder: Path, name: str, environment: dict[str, str], closing_s: int, *, opens: str = "well") -> None:
-    """One life, to its end. Bundles open `well`, `late`, which is when the file `go` is there, or `never`."""
-    kept: list[Metrics] = []
+def run(folder: Path, name: str, environment: dict[str, str], closing_s: float, *, opens: str) -> None:
+    """Runs one server to its end. Its bundles open `well`, `late`, which is when the file `go` exists, or `never`."""
+    services: list[Any] = []
+    pipe = sys.stdout
 
-    class Kept(Metrics):
-        def __init__(self) -> None:
-            super().__init__()
-            kept.append(self)
-
-    def opened(_: object) -> dict[str, Any]:
-        print("pid", os.getpid(), file=told, flush=True)
+    def opened(settings: Settings) -> Any:
+        print("pid", os.getpid(), file=pipe, flush=True)
         while opens == "never" or (opens == "late" and not (folder / "go").exists()):
             time.sleep(0.01)
-        return fake_bundles(engine(name, folder))
+        services.append(open_service(settings, {"fake": fake_deployment(engine(name, folder))}))
+        return services[0]
 
-    server.app.open_bundles = opened
-    server.app.Metrics = Kept
-    server.serving.CLOSING_S = closing_s
-    told = sys.stdout
-    quiet = {f"UNETPP_QUALITY__{name}".upper(): f"{value}" for name, value in NO_SHADOW.items()}
+    server.app.open_service = opened
+    server.app.make_server = functools.partial(make_server, closing_s=closing_s)
+    quiet = {f"UNETPP_QUALITY__{key}".upper(): f"{value}" for key, value in NO_SHADOW.items()}
     os.environ.update(quiet | environment)  # noqa: TID251 - of a child
-    with (folder / "stderr").open("w", buffering=1) as said, contextlib.redirect_stdout(said):
-        os.dup2(said.fileno(), 2)
+    with (folder / "stderr").open("w", buffering=1) as stderr, contextlib.redirect_stdout(stderr):
+        os.dup2(stderr.fileno(), 2)
         try:
             cli.app(["serve"])
         finally:
-            for metrics in kept:
-                (folder / "metrics").write_bytes(asyncio.run(metrics.scrape()))
+            for service in services:
+                (folder / "metrics").write_bytes(asyncio.run(service.metrics.scrape()))
 
 
 if __name__ == "__main__":
     for line in sys.stdin:
         if not (child := os.fork()):
             order = json.loads(line)
-            live(Path(order.pop("folder")), **order)
+            run(Path(order.pop("folder")), **order)
             sys.exit("the server came back")
         print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)  # noqa: T201 - read by the test

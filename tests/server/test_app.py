@@ -1,18 +1,18 @@
 import pytest
 
-from server.app import make_segmenter
+from server.service import open_service
 from server.errors import UnknownModel
-from server.metrics import Metrics
 from server.settings import Settings
+from tests.support.service import fake_deployment, fake_service
 
 
-def test_a_configured_default_model_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UNETPP_DEFAULT_MODEL", "nuclie")
-    with pytest.raises(UnknownModel, match=r"UNETPP_DEFAULT_MODEL=nuclie is not among the bundles: fake$"):
-        make_segmenter(Settings(), fake_bundles(), Metrics())
+def test_open_service_without_the_configured_default_model_is_refused() -> None:
+    with pytest.raises(UnknownModel) as caught:
+        open_service(Settings(default_model="nuclie"), {"fake": fake_deployment()})
+    assert caught.value.fields == {"setting": "UNETPP_DEFAULT_MODEL", "value": "nuclie", "allowed": ["fake"]}
 
 
-def test_without_one_the_first_answers() -> None:
-    segmenter = make_segmenter(Settings(), fake_bundles(), Metrics())
-    assert segmenter.default == "fake"
-    segmenter.close()
+def test_open_service_without_a_configured_default_takes_the_first() -> None:
+    service = fake_service()
+    assert service.registry.default == "fake"
+    service.close()

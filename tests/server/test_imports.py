@@ -30,6 +30,8 @@ for name in {absent!r}:
 def test_every_module_of_the_server(missing: list[str], absent: list[str]) -> None:
     """In a fresh interpreter: serving needs no torch, and importing needs no engine."""
     code = IMPORT_ALL.format(missing=missing, absent=absent)
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     assert ran.returncode == 0, ran.stderr
     assert int(ran.stdout) > 40

@@ -15,18 +15,17 @@ import pytest
 
 from server import logs
 from server.errors import BundleDamaged, InvalidParameter, NotReady
-from server.segment import steps
 from tests.support.files import picture_bytes
 from tests.support.server import serving
 from tests.support.service import fake_app
 
 PICTURE = picture_bytes(np.arange(64, dtype=np.uint8).reshape(8, 8))
-# In names, headers and values of what is sent.
+# Words in names, headers and values of what is sent.
 MARKS = ("PATIENT-DOE", "SECRETNAME", "QUERYJUNK", "HEADERJUNK")
 
 
 class Log:
-    """What has been written."""
+    """Lines that have been written."""
 
     def __init__(self, stream: io.StringIO) -> None:
         self._stream = stream
@@ -50,7 +49,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Log]]:
     handlers, level = root.handlers, root.level
 
     def setup(form: Any) -> Log:
-        # pytest's own are there by now.
+        # pytest's own handlers are there by now.
         monkeypatch.setattr(sys, "stderr", stream)
         root.handlers = []
         logs.setup(form)
@@ -62,7 +61,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Log]]:
 
 
 def raised(error: Exception, module: str) -> Exception:
-    """As it is once it has been raised in a module."""
+    """An exception as it is once it has been raised in a module."""
     namespace = {"__name__": module, "error": error}
     try:
         exec("def go():\n    raise error\ngo()", namespace)  # noqa: S102 - our own
@@ -71,7 +70,7 @@ def raised(error: Exception, module: str) -> Exception:
     raise AssertionError
 
 
-def test_a_line_is_an_object(log: Callable[[str], Log]) -> None:
+def test_json_line_has_the_fields_of_record_and_request(log: Callable[[str], Log]) -> None:
     written = log("json")
     token = logs.REQUEST_ID.set("abc")
     logging.getLogger("server.x").warning("two\nlines %d", 2)
@@ -86,7 +85,7 @@ def test_a_line_is_an_object(log: Callable[[str], Log]) -> None:
 
 @pytest.mark.parametrize("form", ["text", "json"])
 @pytest.mark.parametrize(
-    ("error", "module", "told"),
+    ("error", "module", "is_written"),
     [
         (RuntimeError("out of memory"), "server.runtime.engines.x", True),
         (BundleDamaged("weights"), "elsewhere", True),
@@ -96,24 +95,26 @@ def test_a_line_is_an_object(log: Callable[[str], Log]) -> None:
         (InvalidParameter("QUERYJUNK"), "server.runtime.x", True),
         (InvalidParameter("QUERYJUNK"), "server.api.x", False),
     ],
+    ids=str,
 )
-def test_texts_of_exceptions(form: str, error: Exception, module: str, told: bool, log: Callable[[str], Log]) -> None:
+def test_exception_text_is_written_unless_it_may_quote_the_input(
+    form: str, error: Exception, module: str, is_written: bool, log: Callable[[str], Log]
+) -> None:
     written = log(form)
     text, error = str(error), raised(error, module)
     logging.getLogger("server.x").error("failed", exc_info=error)
     assert type(error).__name__ in written.text
     assert "test_logs.py" in written.text
-    assert (text in written.text) == told
-    # As what led to another one it says no more.
+    assert (text in written.text) == is_written
+    # As the cause of another one it says no more.
     outer = raised(RuntimeError("out of memory"), "server.runtime.x")
     outer.__context__ = error
     logging.getLogger("server.x").error("failed", exc_info=outer)
     assert "out of memory" in written.text
-    assert (text in written.text) == told
+    assert (text in written.text) == is_written
 
 
-def test_ids_of_jobs_are_cut(log: Callable[[str], Log]) -> None:
-    """Also where the disk's own errors name files."""
+def test_job_ids_are_cut_also_in_errors_of_the_disk(log: Callable[[str], Log]) -> None:
     written = log("text")
     id_ = "0123456789abcdef" * 2
     error = raised(PermissionError(13, "Permission denied", f"var/jobs/{id_}/input"), "server.jobs.files")
@@ -122,7 +123,7 @@ def test_ids_of_jobs_are_cut(log: Callable[[str], Log]) -> None:
     assert id_ not in written.text
 
 
-def test_who_is_not_heard(log: Callable[[str], Log]) -> None:
+def test_loggers_and_warnings_of_decoders_are_left_out(log: Callable[[str], Log]) -> None:
     written = log("json")
     for name in ("nibabel.global", "tifffile", "PIL.TiffImagePlugin", "py.warnings"):
         logging.getLogger(name).error("SECRETNAME")
@@ -132,19 +133,16 @@ def test_who_is_not_heard(log: Callable[[str], Log]) -> None:
     assert written.text == ""
 
 
-def test_forgotten_tasks(log: Callable[[str], Log]) -> None:
+async def test_forgotten_task_is_written_without_its_text(log: Callable[[str], Log]) -> None:
     written = log("json")
 
     async def forgotten() -> None:
-        # Lines of code are told.
+        # Lines of code are written.
         raise ValueError(MARKS[1])
 
-    async def go() -> None:
-        task = asyncio.create_task(forgotten())
-        await asyncio.wait([task])
-        del task
-
-    asyncio.run(go())
+    task = asyncio.create_task(forgotten())
+    await asyncio.wait([task])
+    del task
     (line,) = written.lines
     assert line["message"] == "Task exception was never retrieved"
     assert "ValueError" in line["exception"]
@@ -152,87 +150,96 @@ def test_forgotten_tasks(log: Callable[[str], Log]) -> None:
 
 
 class TestRequests:
-    def test_segment(self, log: Callable[[str], Log]) -> None:
+    def test_request_is_one_line_with_its_outcome(self, log: Callable[[str], Log]) -> None:
         with serving(fake_app()) as client:
             written = log("json")
             client.post("/segment?level=2", content=PICTURE, headers={"X-Request-Id": "mine"})
-            client.post("/segment?level=9", content=PICTURE)
-            client.get("/jobs/QUERYJUNK")
-            client.get("/QUERYJUNK")
-            client.get("/health/ready")
-            client.get("/metrics")
+            client.post("/segment?model=QUERYJUNK", content=PICTURE)
+            for path in ("/jobs/QUERYJUNK", "/QUERYJUNK", "/health/ready", "/metrics"):
+                client.get(path)
         ok, bad, job, unknown = written.requests()
         assert 0 < ok.pop("seconds") < 60
         assert ok.pop("time")
         assert ok.pop("message").startswith("POST /segment 200 in ")
-        assert ok == {
-            "level": "info", "logger": "server.api.access", "request_id": "mine", "method": "POST", "route": "/segment", "status": 200,
-            "outcome": "ok", "model": "fake", "mode": "fast", "requested_level": "2", "served_level": "2", "bytes_in": len(PICTURE),
-        }  # fmt: skip
-        assert (bad["status"], bad["outcome"], bad["model"], bad["served_level"]) == (422, "client_error", "none", "none")
+        expected = {"level": "info", "logger": "server.api.access", "request_id": "mine", "method": "POST"}
+        expected |= {"route": "/segment", "status": 200, "outcome": "ok", "model": "fake", "mode": "fast"}
+        assert ok == expected | {"requested_level": "2", "served_level": "2", "bytes_in": len(PICTURE)}
+        assert (bad["status"], bad["outcome"]) == (404, "client_error")
+        assert {bad[name] for name in ("model", "mode", "requested_level", "served_level")} == {"none"}
         assert (job["route"], job["status"], job["outcome"]) == ("/jobs/{id}", 404, "client_error")
         assert (unknown["route"], unknown["status"]) == ("none", 404)
         assert len({line["request_id"] for line in written.requests()}) == 4
 
-    def test_static_ones_are_named(self, log: Callable[[str], Log]) -> None:
+    def test_static_paths_are_named(self, log: Callable[[str], Log]) -> None:
         """They have no template to be named by."""
         with serving(fake_app()) as client:
             written = log("json")
-            for path in ("/", "/docs", "/openapi.json", "/docs/oauth2-redirect"):
+            for path in ("/", "/docs", "/openapi.json", "/docs/oauth2-redirect", "/?QUERYJUNK"):
                 client.get(path)
-            client.get("/?QUERYJUNK")
-        # A page's line may come after the next one's, as its file is closed first.
-        assert sorted(line["route"] for line in written.requests()) == ["/", "/", "/docs", "/openapi.json", "none"]
+        # A page's line may come after the next one's, because its file is closed first.
+        assert sorted(line["route"] for line in written.requests()) == [
+            "/",
+            "/",
+            "/docs",
+            "/openapi.json",
+            "none",
+        ]
 
-    def test_a_probe_is_no_part_of_who_asked(self, log: Callable[[str], Log]) -> None:
+    def test_probe_failure_has_no_request_id(self, log: Callable[[str], Log]) -> None:
         def broken(_: Any) -> Any:
             raise RuntimeError("broken")
 
         with serving(fake_app(broken)) as client:
             written = log("json")
             assert client.get("/health/ready", headers={"X-Request-Id": "mine"}).status_code == 503
-        failure, request = written.lines
-        assert failure["logger"] == "server.segment.probe"
-        assert "request_id" not in failure
-        assert request["request_id"] == "mine"
+        failures = [line for line in written.lines if line["logger"] == "server.monitoring.health_probe"]
+        assert failures
+        assert not [line for line in failures if "request_id" in line]
+        assert written.requests()[-1]["request_id"] == "mine"
 
-    def test_failures_are_one_line_each(self, log: Callable[[str], Log], monkeypatch: pytest.MonkeyPatch) -> None:
-        def bug(*_: Any) -> None:
+    def test_unexpected_failure_is_one_line(self, log: Callable[[str], Log]) -> None:
+        app = fake_app()
+
+        @app.get("/bug")
+        def bug() -> None:
             raise KeyError(MARKS[1])
 
-        monkeypatch.setattr(steps, "decode", bug)
-        with serving(fake_app()) as client:
+        with serving(app) as client:
             written = log("json")
-            assert client.post("/segment", content=PICTURE, headers={"X-Request-Id": "mine"}).status_code == 500
-        request, failure = written.lines
+            assert client.get("/bug", headers={"X-Request-Id": "mine"}).status_code == 500
+        (request,) = written.requests()
+        (failure,) = [line for line in written.lines if "exception" in line]
         assert failure["request_id"] == request["request_id"] == "mine"
         assert "KeyError: (its text is left out" in failure["exception"]
         assert (request["status"], request["outcome"]) == (500, "error")
 
     @pytest.mark.parametrize("form", ["text", "json"])
-    def test_nothing_of_what_was_sent(self, form: str, log: Callable[[str], Log]) -> None:
+    def test_nothing_of_what_was_sent_is_written(self, form: str, log: Callable[[str], Log]) -> None:
         volume = nib.Nifti1Image(np.zeros((8, 8, 8), np.int16), np.eye(4))
         volume.header["descrip"] = b"SECRETNAME"
         volume.header["pixdim"][0] = 7
         sent = volume.to_bytes()
+        queries = [
+            f"{name}=QUERYJUNK" for name in ("QUERYJUNK", "level", "mode", "model", "nonfinite", "format")
+        ]
+        headers = ("Accept", "Content-Type", "X-Deadline-Ms", "X-Request-Id", "User-Agent", "Authorization")
         with serving(fake_app()) as client:
             written = log(form)
-            for body in (sent, sent[:-9], sent[:300], sent.replace(b"n+1", b"n+9"), b"SECRETNAME", PICTURE):
-                client.post("/segment", files={"file": ("PATIENT-DOE.nii", body)})
-                client.post("/segment", content=body)
-                client.post("/jobs", files={"file": ("PATIENT-DOE.nii", body)})
-            for query in (
-                "QUERYJUNK=1",
-                "level=QUERYJUNK",
-                "mode=QUERYJUNK",
-                "model=QUERYJUNK",
-                "nonfinite=QUERYJUNK",
-                "format=QUERYJUNK",
-            ):
-                client.post(f"/segment?{query}", content=PICTURE)
-                client.post(f"/jobs?{query}", content=PICTURE)
+            for path in ("/segment", "/jobs"):
+                for body in (
+                    sent,
+                    sent[:-9],
+                    sent[:300],
+                    sent.replace(b"n+1", b"n+9"),
+                    b"SECRETNAME",
+                    PICTURE,
+                ):
+                    client.post(path, files={"file": ("PATIENT-DOE.nii", body)})
+                    client.post(path, content=body)
+                for query in queries:
+                    client.post(f"{path}?{query}", content=PICTURE)
             client.post("/segment", files={"QUERYJUNK": ("PATIENT-DOE.nii", PICTURE)})
-            for header in ("Accept", "Content-Type", "X-Deadline-Ms", "X-Request-Id", "User-Agent", "Authorization"):
+            for header in headers:
                 client.post("/segment", content=PICTURE, headers={header: "HEADERJUNK/1 (x)"})
             client.get("/PATIENT-DOE.nii?QUERYJUNK")
             client.get("/models/QUERYJUNK")

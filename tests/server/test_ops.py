@@ -59,13 +59,21 @@ def test_actions_need_a_key(opened: SimpleNamespace, problem: Callable[..., Simp
 
 def test_metrics_are_of_the_other_port(opened: SimpleNamespace) -> None:
     assert opened.client.post("/segment?level=1", content=GOOD, headers={"X-API-Key": KEY}).status_code == 200
-    lines = [line for line in opened.ops.get("/metrics").text.splitlines() if line.startswith("unetpp_requests_total")]
-    assert [line.rpartition(" ")[2] for line in lines if 'outcome="ok"' in line and not line.endswith(" 0.0")] == ["1.0"]
+    lines = [
+        line
+        for line in opened.ops.get("/metrics").text.splitlines()
+        if line.startswith("unetpp_requests_total")
+    ]
+    assert [
+        line.rpartition(" ")[2] for line in lines if 'outcome="ok"' in line and not line.endswith(" 0.0")
+    ] == ["1.0"]
 
 
 def test_both_ports_speak_tls(tmp_path: Path) -> None:
     make_certificate(tmp_path)
-    with full_server(http={"ops_port": 1, "tls_cert": tmp_path / "cert.pem", "tls_key": tmp_path / "key.pem"}) as opened:
+    with full_server(
+        http={"ops_port": 1, "tls_cert": tmp_path / "cert.pem", "tls_key": tmp_path / "key.pem"}
+    ) as opened:
         context = ssl.create_default_context(cafile=tmp_path / "cert.pem")
         with httpx.Client(verify=context) as strict:
             assert strict.get(f"https://127.0.0.1:{opened.ops_port}/health/ready").json() == {"ready": True}

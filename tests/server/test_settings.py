@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from server.settings import Settings, markdown_table
+from server.settings import OLD_SETTINGS, SETTINGS, Settings, markdown_table, unknown_variables
 
 
 @pytest.fixture(autouse=True)
@@ -13,45 +13,47 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def test_defaults_are_safe() -> None:
+def test_settings_without_environment_are_safe() -> None:
     settings = Settings()
-    assert settings.http.host == "127.0.0.1"
-    assert settings.bundles == Path("bundles")
-    assert settings.default_model == "nuclei"
-    assert settings.runtime.precision == "auto"
+    assert (settings.http.host, settings.auth.insecure) == ("127.0.0.1", False)
 
 
-def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UNETPP_BUNDLES", "/srv/bundles")
-    monkeypatch.setenv("UNETPP_BATCHING__MAX_BATCH", "32")
-    monkeypatch.setenv("UNETPP_RUNTIME__PRECISION", "int8")
+def test_settings_read_the_environment_and_keep_the_rest_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    default = Settings()
+    for name, value in {
+        "BUNDLES": "/srv/bundles",
+        "HTTP__PORT": "9000",
+        "RUNTIME__PRECISION": "int8",
+    }.items():
+        monkeypatch.setenv(f"UNETPP_{name}", value)
     settings = Settings()
     assert settings.bundles == Path("/srv/bundles")
-    assert settings.batching.max_batch == 32
-    assert settings.runtime.precision == "int8"
-
-
-def test_one_value_of_a_group_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    default = Settings().http
-    monkeypatch.setenv("UNETPP_HTTP__PORT", "9000")
-    assert Settings().http == default.model_copy(update={"port": 9000})
+    assert settings.http == default.http.model_copy(update={"port": 9000})
+    assert settings.runtime == default.runtime.model_copy(update={"precision": "int8"})
+    assert unknown_variables() == []
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("UNETPP_HTTP__PORT", "0"), ("UNETPP_HTTP__PORT", "http"), ("UNETPP_BATCHING__MAX_BATCH", "0"),
-        ("UNETPP_RUNTIME__ENGINE", "torch"), ("UNETPP_RUNTIME__PRECISION", "fp8"), ("UNETPP_RUNTIME__THREADS", "-1"),
-        ("UNETPP_LIMITS__MAX_PIXELS", "-5"), ("UNETPP_LIMITS__UNKNOWN", "5"),
+        ("HTTP__PORT", "0"),
+        ("HTTP__PORT", "http"),
+        ("RUNTIME__ENGINE", "torch"),
+        ("RUNTIME__PRECISION", "fp8"),
+        ("RUNTIME__THREADS", "-1"),
+        ("LIMITS__MAX_PIXELS", "-5"),
+        ("LIMITS__UNKNOWN", "5"),
     ],
-)  # fmt: skip
-def test_bad_values(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    monkeypatch.setenv(name, value)
+)
+def test_settings_refuse_a_value_out_of_bounds(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(f"UNETPP_{name}", value)
     with pytest.raises(ValidationError):
         Settings()
 
 
-def test_frozen() -> None:
+def test_settings_are_frozen() -> None:
     settings = Settings()
     with pytest.raises(ValidationError):
         settings.default_model = "x"
@@ -59,20 +61,31 @@ def test_frozen() -> None:
         settings.http.port = 1
 
 
-def test_the_table_has_a_row_per_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = markdown_table()
-    rows = [line for line in table.splitlines() if line.startswith("| `")]
-    names = [row.split("`")[1] for row in rows]
-    wanted = []
-    for key, value in Settings():
-        wanted += (
-            [f"UNETPP_{key}__{inner}".upper() for inner, _ in value]
-            if hasattr(value, "model_fields_set")
-            else [f"UNETPP_{key.upper()}"]
-        )
-    assert names == wanted
+@pytest.mark.parametrize("name", ["UNETPP_HTTP__PROT", "UNETPP_HTPP__PORT", "unetpp_bundle", "UNETPP_HTTP"])
+def test_unknown_variables_names_what_does_not_exist(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "{}")
+    assert unknown_variables() == [f"{name.upper()} does not exist"]
+
+
+@pytest.mark.parametrize("name", sorted(OLD_SETTINGS))
+def test_unknown_variables_says_what_became_of_an_old_setting(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "1")
+    assert unknown_variables() == [f"{name} {OLD_SETTINGS[name]}"]
+    assert "(" in OLD_SETTINGS[name] or "UNETPP_" in OLD_SETTINGS[name]
+
+
+def test_constants_are_taken_by_constructors_and_are_no_settings() -> None:
+    assert Settings(limits={"head_s": 0.5}).limits.head_s == 0.5  # type: ignore[arg-type]
+    assert "UNETPP_LIMITS__HEAD_S" not in SETTINGS
+    assert OLD_SETTINGS["UNETPP_LIMITS__HEAD_S"] == "is a constant now (10)"
+
+
+def test_markdown_table_has_a_row_per_setting_and_no_folder_of_this_machine() -> None:
+    rows = [line for line in markdown_table().splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == list(SETTINGS)
     assert all(len(row.strip("| ").split(" | ")) == 3 for row in rows)
-    assert all("PydanticUndefined" not in row and "None" not in row for row in rows)
-    monkeypatch.setenv("UNETPP_HTTP__MAX_IN_FLIGHT", "3")  # names of the table are the names that work
-    assert "UNETPP_HTTP__MAX_IN_FLIGHT" in names
-    assert Settings().http.max_in_flight == 3
+    assert not [
+        row for row in rows if "PydanticUndefined" in row or "None" in row or str(Path.home()) + "/" in row
+    ]

@@ -25,7 +25,9 @@ def nifti_bytes(voxels: np.ndarray, affine: np.ndarray | None = None) -> bytes:
     """(X, Y, Z) as .nii.gz, 1 mm RAS unless an affine says otherwise."""
     import nibabel as nib
 
-    return gzip.compress(nib.Nifti1Image(voxels, np.eye(4) if affine is None else affine).to_bytes(), 1, mtime=0)
+    return gzip.compress(
+        nib.Nifti1Image(voxels, np.eye(4) if affine is None else affine).to_bytes(), 1, mtime=0
+    )
 
 
 def volume_of(body: bytes) -> np.ndarray:

@@ -18,5 +18,7 @@ def memory_stays_below(megabytes: float) -> Iterator[None]:
     Path("/proc/self/clear_refs").write_text("5")
     before = resident_mb()
     yield
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    peak = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+    )
     assert int(peak.split()[1]) / 1e3 - before < megabytes

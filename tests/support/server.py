@@ -74,17 +74,31 @@ def full_server(run: Callable[[Tiles], np.ndarray] = bright, **settings: Any) ->
         opened.enter_context(running(server))
         kind = "https" if chosen.http.tls_cert else "http"
         clients = [
-            opened.enter_context(httpx.Client(base_url=f"{kind}://127.0.0.1:{port}", timeout=60, verify=False))  # noqa: S501 - our own
+            opened.enter_context(
+                httpx.Client(base_url=f"{kind}://127.0.0.1:{port}", timeout=60, verify=False)
+            )
             for port in ports
         ]
-        yield SimpleNamespace(client=clients[0], port=ports[0], ops=clients[1], ops_port=ports[1], server=server, app=app)
+        yield SimpleNamespace(
+            client=clients[0], port=ports[0], ops=clients[1], ops_port=ports[1], server=server, app=app
+        )
 
 
 def make_certificate(folder: Path) -> None:
     """`cert.pem` of localhost, and its `key.pem`."""
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
+    command = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
+    )
     with contextlib.suppress(FileNotFoundError):
-        made = [*command.split(), "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
+        made = [
+            *command.split(),
+            "-addext",
+            "subjectAltName=DNS:localhost,IP:127.0.0.1",
+            "-keyout",
+            "key.pem",
+            "-out",
+            "cert.pem",
+        ]
         subprocess.run(made, cwd=folder, check=True, capture_output=True)
         return
     pytest.skip("needs openssl")

@@ -2,10 +2,11 @@
 
 import asyncio
 import atexit
+import contextlib
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import numpy as np
 
 from server.arrays import Tiles
 from server.runtime.bundle import Bundle, Manifest
+from server.runtime.deployment import Deployment
 from server.runtime.latency import LatencyModel, Prediction
-from server.runtime.loader import Deployment
 from server.runtime.machine import Machine
 from server.settings import Settings
+from tests.support.files import Sent
 
 # Applications have no end that a fixture would see, so their folders go with the process.
 JOBS = Path(tempfile.mkdtemp(prefix="unetpp-jobs-"))
@@ -65,6 +67,7 @@ class FakeDevice:
         self.clock = clock or ManualClock()
         self.seconds = seconds
         self.runs = 0
+        self.waiting = 0
         self._gate = asyncio.Event()
         if not held:
             self._gate.set()
@@ -76,7 +79,9 @@ class FakeDevice:
         self._gate.set()
 
     async def run(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        self.waiting += 1
         await self._gate.wait()
+        self.waiting -= 1
         self.runs += 1
         result = call(*args, **kwargs)
         self.clock.advance(self.seconds)
@@ -171,13 +176,17 @@ def calibrated(rows: Sequence[tuple[Any, ...]], recommended: int = 2) -> dict[st
 
 def bright(tiles: Tiles) -> np.ndarray:
     """Scores that are a function of each pixel alone: 1 where it lies above the image's mean."""
-    return (tiles.pixels.astype(np.float32).mean(axis=1, keepdims=True) > tiles.mean[:, :1]).astype(np.float32)
+    return (tiles.pixels.astype(np.float32).mean(axis=1, keepdims=True) > tiles.mean[:, :1]).astype(
+        np.float32
+    )
 
 
 def fake_deployment(run: Callable[[Tiles], np.ndarray] = bright, **changes: Any) -> Deployment:
     """A deployment whose every graph runs on one open fake engine at fp32; `changes` are of the manifest."""
     settings = Settings()
-    deployment = Deployment(Bundle(Path("/nowhere"), manifest(**changes)), MACHINE, settings.runtime, settings.batching)
+    deployment = Deployment(
+        Bundle(Path("/nowhere"), manifest(**changes)), MACHINE, settings.runtime, settings.batching
+    )
     engine = FakeEngine(run)
     for instance in deployment.instances.values():
         instance.engine = engine
@@ -226,3 +235,29 @@ def fake_app(
     deployment = fake_deployment(run, **(changes or {}))
     chosen = quiet_settings(**settings)
     return create_app(chosen, open_service(chosen, {deployment.name: deployment}, device, latency))
+
+
+@contextlib.contextmanager
+def opened_service(
+    run: Callable[[Tiles], np.ndarray] = bright, changes: dict[str, Any] | None = None, **options: Any
+) -> Iterator[Any]:
+    """A service by `fake_service`, closed at the end of the block."""
+    service = fake_service(run, changes, **options)
+    try:
+        yield service
+    finally:
+        service.close()
+
+
+async def segment(service: Any, data: bytes, reference: bytes | None = None, **options: Any) -> Any:
+    """The response to a request; `qos`, `on_progress`, `name` and `accept` are those of the service, all else is parameters."""
+    from server.segment.request import QoS, SegmentParams, Upload, ignore_progress
+
+    qos, on_progress = options.pop("qos", QoS()), options.pop("on_progress", ignore_progress)
+    upload = Upload(
+        Sent(data),
+        Sent(reference) if reference else None,
+        options.pop("name", ""),
+        options.pop("accept", None),
+    )
+    return await service.segment(upload, SegmentParams(**options), qos, on_progress)

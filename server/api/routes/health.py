@@ -1,4 +1,4 @@
-"""Liveness, readiness and metrics: what orchestrators and Prometheus ask for."""
+"""Liveness, readiness and metrics, for orchestrators and Prometheus."""
 
 import functools
 
@@ -13,14 +13,21 @@ from server.monitoring.health_probe import HealthProbe
 
 
 def router(probe: HealthProbe, runner: Runner, metrics: Metrics, stopping: Stopping) -> APIRouter:
-    """Makes the routes."""
+    """Makes the routes.
+
+    Args:
+        probe: knows whether the device answers.
+        runner: knows whether jobs are worked on.
+        metrics: are scraped.
+        stopping: whether the server stops.
+    """
     routes = APIRouter()
-    metrics.follow(metrics.stopping, lambda: stopping.begun)
-    metrics.follow(metrics.ready, functools.partial(_is_ready, probe, runner, stopping))
+    metrics.set_function(metrics.stopping, lambda: stopping.begun)
+    metrics.set_function(metrics.ready, functools.partial(_is_ready, probe, runner, stopping))
 
     @routes.get(
         "/health/live",
-        summary="The process answers, and its device has not failed again and again: else restart it",
+        summary="The process answers, and its device has not failed again and again: otherwise restart it",
         responses={503: {"model": Problem}},
     )
     async def live() -> dict[str, bool]:
@@ -46,7 +53,7 @@ def router(probe: HealthProbe, runner: Runner, metrics: Metrics, stopping: Stopp
 
 
 def _is_ready(probe: HealthProbe, runner: Runner, stopping: Stopping) -> bool:
-    """What /health/ready would say by what is known, as a scrape does not wait for a test tile."""
+    """The answer of /health/ready by what is known, because a scrape does not wait for a test tile."""
     try:
         stopping.check()
         runner.check()

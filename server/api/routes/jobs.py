@@ -1,82 +1,112 @@
 """/jobs: work that outlives its request."""
 
-from collections.abc import AsyncIterator, Callable
-from typing import Annotated, Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
-from pydantic import Field
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, Field, create_model
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from server.api import problems, upload
+from server.api.access import CLIENT_CLOSED_REQUEST
+from server.api.compression import COMPRESSIBLE, GZIP, MIN_BYTES, VARY, accepts_gzip, compress_file
 from server.api.params import DEADLINE, REQUEST_BODY, check_query
 from server.api.schemas import JobDocument, Problem, job_document
 from server.errors import InvalidParameter, NotFinished, Overloaded, StoreBroken, UnknownJob
-from server.jobs.active import View
+from server.jobs.active import JobStatus
 from server.jobs.files import short_id
 from server.jobs.job import FINISHED
 from server.jobs.runner import Runner
-from server.segment.request import SegmentParams
+from server.segment.request import SegmentParams, invalid_parameter
 
 UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": Problem}}
-REFUSED: dict[int | str, dict[str, Any]] = {code: {"model": Problem} for code in (404, 406, 408, 413, 415, 422, 429, 500, 503, 507)}
+REFUSED: dict[int | str, dict[str, Any]] = {
+    code: {"model": Problem} for code in (404, 406, 408, 413, 415, 422, 429, 500, 503, 507)
+}
 FILE: dict[int | str, dict[str, Any]] = UNKNOWN | {
     200: {"description": "the encoded mask, with the X-Segment-* headers of POST /segment"},
-    206: {"description": "the part of it that Range asks for"},
-    409: {"model": Problem, "description": "not there yet, or not at all"},
-    **{code: {"model": Problem, "description": "the job failed, and this is why"} for code in (406, 413, 415, 422, 500)},
+    206: {"description": "the part of it that Range names"},
+    409: {"model": Problem, "description": "the file does not exist yet, or never will"},
+    **{
+        code: {"model": Problem, "description": "the job failed, and this is why"}
+        for code in (406, 413, 415, 422, 500)
+    },
 }
 EVENTS: dict[int | str, dict[str, Any]] = UNKNOWN | {
     200: {
         "description": "`progress` now and on each change, then `done`, `failed` or `cancelled`; the data is the job",
         "content": {"text/event-stream": {}},
     },
-    204: {"description": "Last-Event-ID says that the last event has arrived; tells a browser not to connect again"},
-    429: {"model": Problem, "description": "too many streams are open; ask for the job itself now and then"},
+    204: {
+        "description": "Last-Event-ID says that the last event has arrived; tells a browser not to connect again"
+    },
+    429: {"model": Problem, "description": "too many streams are open; poll the job itself"},
 }
 
-# Jobs are nobody's business but their owner's.
+# Jobs are private to their owner.
 PRIVATE = {"Cache-Control": "no-store"}
 # A proxy that collects or compresses the events before passing them on would defeat their purpose.
-STREAMED = {"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": "no"}
-LAST = "end"
+EVENT_STREAM = {"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": "no"}
+LAST_EVENT_ID = "end"
 
-# Open event streams: each is a connection, and hears of every job that ends before its own.
+# Open event streams. Each is a connection, and is woken by every job that ends before its own.
 MAX_STREAMS = 1000
 
-RETRY_S = 60
+# Longest time, in seconds, after which a client should ask again.
+MAX_RETRY_S = 60
 
 
-class JobParams(SegmentParams):
-    """The query of POST /jobs."""
+# Parameters of POST /segment that a job would ignore: it is never degraded, and can be cancelled.
+EXCLUDED = ("deadline_ms", "min_level")
+
+
+class JobOptions(BaseModel):
+    """The parameters of POST /jobs that POST /segment does not have."""
+
+    model_config = SegmentParams.model_config
 
     preview: bool = Field(False, description="also a mask of level 1, which is there long before the result")
 
-    @property
-    def segment_params(self) -> SegmentParams:
-        """The parameters without those of the job."""
-        return SegmentParams.model_construct(**{name: getattr(self, name) for name in SegmentParams.model_fields})
+
+if TYPE_CHECKING:
+    JobParams = JobOptions
+else:
+    segment_fields = SegmentParams.model_fields.items()
+    JobParams = create_model(
+        "JobParams",
+        __base__=JobOptions,
+        **{name: (field.annotation, field) for name, field in segment_fields if name not in EXCLUDED},
+    )
 
 
-def _refuse_deadline(params: JobParams, request: Request) -> None:
-    """Refuses what would be ignored.
+class JobRoute(APIRoute):
+    """A route whose errors about the query list the parameters of jobs."""
 
-    Raises:
-        InvalidParameter: a deadline is given, or consent to a shallower level.
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wraps FastAPI's handler."""
+        handle = super().get_route_handler()
+
+        async def handle_errors(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as error:
+                raise invalid_parameter(error.errors(), JobParams) from error
+
+        return handle_errors
+
+
+def router(runner: Runner, max_streams: int = MAX_STREAMS) -> APIRouter:
+    """Makes the routes.
+
+    Args:
+        runner: runs the jobs.
+        max_streams: event streams that are open at once.
     """
-    if DEADLINE in request.headers or params.deadline_ms is not None:
-        raise InvalidParameter(
-            f"deadline_ms and {DEADLINE} are for POST /segment; a job takes the time it takes, and can be cancelled",
-            parameter="deadline_ms",
-        )
-    if params.min_level is not None:
-        raise InvalidParameter("min_level is for POST /segment; a job is never degraded", parameter="min_level")
-
-
-def router(runner: Runner) -> APIRouter:
-    """The routes, with what they need."""
-    routes = APIRouter()
+    routes = APIRouter(route_class=JobRoute)
     streams: set[object] = set()
 
     @routes.post(
@@ -88,109 +118,180 @@ def router(runner: Runner) -> APIRouter:
         openapi_extra=REQUEST_BODY,
     )
     async def create(request: Request, params: Annotated[JobParams, Query()]) -> Response:
-        _refuse_deadline(params, request)
-        check_query(params, request)
+        _refuse_deadline(request)
+        segment_params = SegmentParams.parse(params.model_dump(exclude={"preview"}))
+        check_query(segment_params, request)
         try:
-            with runner.reserve(params.segment_params) as claim:
-                async with upload.receive(_counting(request, claim)) as received:
-                    view = await runner.submit(received, params.segment_params, preview=params.preview)
+            with runner.reserve(segment_params) as add_bytes:
+                async with upload.receive(_counting(request, add_bytes)) as received:
+                    status = await runner.submit(received, segment_params, preview=params.preview)
         except ClientDisconnect:
-            return Response(status_code=499)
-        document = job_document(view)
-        return JSONResponse(document.model_dump(mode="json"), 202, PRIVATE | {"Location": f"/jobs/{document.id}"})
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        document = job_document(status)
+        return JSONResponse(
+            document.model_dump(mode="json"), 202, PRIVATE | {"Location": f"/jobs/{document.id}"}
+        )
 
-    @routes.get("/jobs/{id}", summary="How far a job is", response_model=JobDocument, responses=UNKNOWN)
+    @routes.get(
+        "/jobs/{id}", summary="The state and progress of a job", response_model=JobDocument, responses=UNKNOWN
+    )
     async def get(id: str) -> Response:  # noqa: A002 - the contract's word
         return JSONResponse(job_document(await runner.get(id)).model_dump(mode="json"), headers=PRIVATE)
 
-    @routes.get("/jobs/{id}/events", summary="Server-sent events", response_class=StreamingResponse, responses=EVENTS)
+    @routes.get(
+        "/jobs/{id}/events", summary="Server-sent events", response_class=StreamingResponse, responses=EVENTS
+    )
     async def events(request: Request, id: str) -> Response:  # noqa: A002 - the contract's word
-        return await _stream(runner, id, request.headers.get("last-event-id"), streams)
+        return await _event_stream(runner, id, request, streams, max_streams)
 
     @routes.head("/jobs/{id}/result", include_in_schema=False)
     @routes.get("/jobs/{id}/result", summary="The mask", response_class=Response, responses=FILE)
-    async def result(id: str) -> Response:  # noqa: A002 - the contract's word
-        return await _file(runner, id, "result")
+    async def result(request: Request, id: str) -> Response:  # noqa: A002 - the contract's word
+        return await _kept_file(runner, id, "result", request)
 
     @routes.head("/jobs/{id}/preview", include_in_schema=False)
     @routes.get("/jobs/{id}/preview", summary="The mask of level 1", response_class=Response, responses=FILE)
-    async def preview(id: str) -> Response:  # noqa: A002 - the contract's word
-        return await _file(runner, id, "preview")
+    async def preview(request: Request, id: str) -> Response:  # noqa: A002 - the contract's word
+        return await _kept_file(runner, id, "preview", request)
 
-    @routes.delete("/jobs/{id}", summary="Cancel a job, or remove a finished one", status_code=204, responses=UNKNOWN)
+    @routes.delete(
+        "/jobs/{id}", summary="Cancel a job, or remove a finished one", status_code=204, responses=UNKNOWN
+    )
     async def delete(id: str) -> None:  # noqa: A002 - the contract's word
         await runner.delete(id)
 
     return routes
 
 
-def _counting(request: Request, claim: Callable[[int], None]) -> Request:
-    """The request, whose body takes its room on the disk while it streams in."""
+async def _event_stream(
+    runner: Runner, id_: str, request: Request, streams: set[object], max_streams: int
+) -> Response:
+    """The response with the events of a job.
+
+    Raises:
+        UnknownJob: there is no such job.
+        Overloaded: too many streams are open.
+    """
+    await runner.get(id_)
+    if request.headers.get("last-event-id") == LAST_EVENT_ID:
+        return Response(status_code=204, headers=PRIVATE)
+    if len(streams) >= max_streams:
+        raise Overloaded(
+            f"{len(streams)} event streams are open, which is the limit; poll GET /jobs/{id_} instead",
+            MAX_RETRY_S,
+            limit=max_streams,
+            actual=len(streams),
+            unit="streams",
+            remedy=f"GET /jobs/{id_}",
+        )
+    events = _events(runner, id_, streams)
+    return StreamingResponse(events, headers=EVENT_STREAM, media_type="text/event-stream")
+
+
+def _refuse_deadline(request: Request) -> None:
+    """Refuses a deadline, which would be ignored.
+
+    Raises:
+        InvalidParameter: the header has one; in the query it is an unknown parameter.
+    """
+    if DEADLINE in request.headers:
+        raise InvalidParameter(
+            f"{DEADLINE} is for POST /segment; a job takes the time it takes, and can be cancelled",
+            parameter="deadline_ms",
+        )
+
+
+def _counting(request: Request, add_bytes: Callable[[int], None]) -> Request:
+    """The request, whose body is counted against the disk quota while it streams in."""
 
     async def receive() -> Message:
         message = await request.receive()
-        claim(len(message.get("body", b"")))
+        add_bytes(len(message.get("body", b"")))
         return message
 
     return Request(request.scope, receive)
 
 
-async def _stream(runner: Runner, id_: str, last: str | None, streams: set[object]) -> Response:
-    await runner.get(id_)
-    if last == LAST:
-        return Response(status_code=204, headers=PRIVATE)
-    if len(streams) >= MAX_STREAMS:
-        raise Overloaded(f"{len(streams)} event streams are open, which is the limit; ask GET /jobs/{id_} instead", RETRY_S)
-    return StreamingResponse(_events(runner, id_, streams), headers=STREAMED, media_type="text/event-stream")
-
-
 async def _events(runner: Runner, id_: str, streams: set[object]) -> AsyncIterator[str]:
-    me = object()
-    streams.add(me)
+    """Server-sent events of a job until it is finished."""
+    stream = object()
+    streams.add(stream)
     try:
-        async for view in runner.watch(id_):
-            data = f"data: {job_document(view).model_dump_json()}\n\n"
-            finished = view.job.state in FINISHED
-            yield f"event: {view.job.state}\nid: {LAST}\n{data}" if finished else f"event: progress\n{data}"
+        async for status in runner.watch(id_):
+            data = f"data: {job_document(status).model_dump_json()}\n\n"
+            state = status.job.state
+            yield (
+                f"event: {state}\nid: {LAST_EVENT_ID}\n{data}"
+                if state in FINISHED
+                else f"event: progress\n{data}"
+            )
     except UnknownJob:
-        # Deleted or expired under its watcher.
+        # The job was deleted or has expired meanwhile.
         return
     finally:
-        streams.remove(me)
+        streams.remove(stream)
 
 
-async def _file(runner: Runner, id_: str, name: str) -> Response:
-    """A kept file, or why it is not there.
+async def _kept_file(runner: Runner, id_: str, name: str, request: Request) -> Response:
+    """The response with a result or preview, or with the problem of a failed job.
 
     Raises:
-        NotFinished: says what the job is doing.
+        NotFinished: the file does not exist; says what the job is doing.
+        StoreBroken: the file is lost.
     """
     for _ in range(2):
-        view = await runner.get(id_)
-        job = view.job
+        status = await runner.get(id_)
+        job = status.job
         if job.problem:
-            return problems.repeat(job.problem, PRIVATE)
+            return problems.replay(job.problem, PRIVATE)
         headers = job.preview if name == "preview" else job.result
         if headers is None:
-            raise _not_there(view, name)
-        if found := await runner.find(job, name):
-            path, stat = found
-            return FileResponse(path, headers=headers | PRIVATE, stat_result=stat)
-        # Gone since its row was read: what the row says now tells why.
+            raise _not_finished(status, name)
+        if kept := await runner.stat(job, name):
+            path, stat = kept
+            if headers["Content-Type"] not in COMPRESSIBLE:
+                return FileResponse(path, headers=headers | PRIVATE, stat_result=stat)
+            if _wants_gzip(request, stat.st_size):
+                return StreamingResponse(compress_file(path), headers=headers | PRIVATE | GZIP)
+            return FileResponse(path, headers=headers | PRIVATE | VARY, stat_result=stat)
+        # The file is gone since its row was read, and the row as it is now says why.
     raise StoreBroken(f"the {name} of job {short_id(id_)} is not on the disk, though its row says so")
 
 
-def _not_there(view: View, name: str) -> NotFinished:
-    job = view.job
+def _wants_gzip(request: Request, size: int) -> bool:
+    """Whether a file is compressed. A range is one of the bytes as they are kept, and HEAD tells their number."""
+    plain = request.method == "HEAD" or "range" in request.headers or size < MIN_BYTES
+    return not plain and accepts_gzip(request.headers.get("accept-encoding"))
+
+
+def _not_finished(status: JobStatus, name: str) -> NotFinished:
+    """The error of a file that a job does not have, or does not have yet."""
+    job = status.job
+    fields: dict[str, Any] = {
+        "state": job.state,
+        "position": status.position,
+        "done": status.done,
+        "total": status.total,
+    }
     if job.state == "cancelled":
-        return NotFinished(f"the job was cancelled, so it has no {name}; post it again to have one")
-    if name == "preview" and not job.ticket.preview:
-        return NotFinished("this job has no preview: none was asked for with preview=true, or it is one of level 1 itself")
+        return NotFinished(f"the job was cancelled, so it has no {name}; post it again to have one", **fields)
+    if name == "preview" and not job.spec.preview:
+        return NotFinished(
+            "this job has no preview, because the request had no preview=true or was for level 1 itself",
+            parameter="preview",
+            **fields,
+        )
     if job.state == "done":
-        return NotFinished("this job has no preview: there was no room for it on the server's disk; its result is there")
-    where = f"running, {view.done} of {view.total} windows done" if view.position == 0 else f"queued at place {view.position}"
-    eta_s = view.eta_s or 0
+        return NotFinished(
+            "this job has no preview, because the server's disk had no room for it; its result is there",
+            **fields,
+        )
+    running = f"running, {status.done} of {status.total} windows done"
+    where = running if status.position == 0 else f"queued at place {status.position}"
+    eta_s = status.eta_s or 0
     return NotFinished(
         f"the {name} is not there yet: the job is {where}, about {eta_s:.0f} s to go; follow /jobs/{job.id}/events",
-        retry_after_s=max(1, min(round(eta_s), RETRY_S)),
+        retry_after_s=max(1, min(round(eta_s), MAX_RETRY_S)),
+        remedy=f"GET /jobs/{job.id}/events",
+        **fields,
     )

@@ -7,7 +7,11 @@ from server.segment.service import SegmentationService
 
 
 def router(service: SegmentationService) -> APIRouter:
-    """Makes the routes."""
+    """Makes the routes.
+
+    Args:
+        service: has the deployments.
+    """
     routes = APIRouter()
     registry = service.registry
 
@@ -15,7 +19,9 @@ def router(service: SegmentationService) -> APIRouter:
     async def models() -> list[ModelSummary]:
         return [summary(deployment, registry.default) for deployment in registry.deployments.values()]
 
-    @routes.get("/models/{name}", summary="The model card with the level table", responses={404: {"model": Problem}})
+    @routes.get(
+        "/models/{name}", summary="The model card with the level table", responses={404: {"model": Problem}}
+    )
     async def model(name: str) -> ModelCard:
         return card(registry.get(name), registry.default)
 

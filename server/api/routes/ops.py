@@ -1,4 +1,4 @@
-"""POST /reload: what only whoever operates the server may ask for."""
+"""POST /reload, on the ops port only."""
 
 from collections.abc import Awaitable, Callable
 
@@ -9,22 +9,25 @@ from server.api.schemas import Problem
 
 
 class Reloaded(BaseModel):
-    """What a reload has changed, a line per bundle; empty if nothing."""
+    """The changes of a reload, a line per bundle; empty if there are none."""
 
     changed: list[str]
 
 
 def router(reload: Callable[[], Awaitable[list[str]]]) -> APIRouter:
-    """The route, with what it needs."""
+    """Makes the route.
+
+    Args:
+        reload: reads the bundles again, and returns the changes.
+    """
     routes = APIRouter()
 
     @routes.post(
         "/reload",
-        summary="Look at the bundles again, and serve what is new or changed; any failure leaves all as it is",
+        summary="Read the bundles again and serve new and changed ones; a failure changes nothing",
         responses={409: {"model": Problem}, 422: {"model": Problem}, 503: {"model": Problem}},
     )
     async def post() -> Reloaded:
-        # The server would wait for it in the end.
         return Reloaded(changed=await reload())
 
     return routes

@@ -1,9 +1,10 @@
 """POST /segment."""
 
 import asyncio
+import contextlib
 import math
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Annotated, Any, BinaryIO, TypeVar
 
 from fastapi import APIRouter, Query, Request, Response
@@ -15,11 +16,15 @@ from starlette.types import Receive, Scope, Send
 
 from server import errors
 from server.api import upload
-from server.api.params import REQUEST_BODY, check_query, headers, read_qos
+from server.api.access import CLIENT_CLOSED_REQUEST
+from server.api.compression import encode_body
+from server.api.params import DEADLINE_PARAMETER, REQUEST_BODY, check_query, headers, read_qos
 from server.api.schemas import Problem
 from server.imaging import encode
 from server.metrics import NONE, Metrics
-from server.segment.admission import deadline
+from server.segment import request as segment_request
+from server.segment.deadline import deadline
+from server.segment.registry import Target
 from server.segment.request import SegmentParams
 from server.segment.service import SegmentationService
 
@@ -27,37 +32,40 @@ T = TypeVar("T")
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "the mask in the input's own pixels or voxels, in the format asked for",
+        "description": "the mask in the input's own pixels or voxels, in the requested format",
         "content": {row.media_type: {} for row in encode.ENCODERS.values()} | {"application/zip": {}},
     },
     **{code: {"model": Problem} for code in (404, 406, 408, 413, 415, 422, 429, 500, 503, 504)},
 }
 
-# Of a file, sent at a time.
-PIECE_BYTES = 256 * 1024
+# Bytes of a file that are sent at a time.
+CHUNK_BYTES = 256 * 1024
 
-# model, mode and level of a request that failed before they were known.
-UNKNOWN = (NONE, NONE, NONE)
-
-# The outcome of a request by what ended it, and why it was given up if it was; what fits first.
-ENDS: dict[type[BaseException], tuple[str, str | None]] = {
+# Outcome of a request by the error that ended it, and the reason if it was given up; the first match counts.
+OUTCOMES: dict[type[BaseException], tuple[str, str | None]] = {
     ClientDisconnect: ("cancelled", "client_left"),
     errors.CallerError: ("client_error", None),
     errors.DeadlinePassed: ("late", "deadline"),
     errors.TryAgain: ("refused", None),
-    # What the server could not finish before it had to stop, and what is answered with 503.
+    # A request that the server could not finish before it had to stop, which is answered with 503.
     asyncio.CancelledError: ("refused", "stopping"),
 }
 
 
 class TempFileResponse(StreamingResponse):
-    """Streams a temporary file and deletes it on completion or disconnect."""
+    """Streams a temporary file and deletes it on completion or disconnect.
+
+    Args:
+        file: open temporary file.
+        headers: headers of the response.
+    """
 
     def __init__(self, file: BinaryIO, headers: dict[str, str]) -> None:
         self._file = file
         length = file.seek(0, 2)
         file.seek(0)
-        super().__init__(iter(lambda: file.read(PIECE_BYTES), b""), headers=headers | {"Content-Length": f"{length}"})
+        chunks = iter(lambda: file.read(CHUNK_BYTES), b"")
+        super().__init__(chunks, headers=headers | {"Content-Length": f"{length}"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
@@ -65,6 +73,92 @@ class TempFileResponse(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._file.close()
+
+
+class Observation:
+    """Metrics and log attributes of one request, from its arrival to its outcome.
+
+    Args:
+        metrics: counts the request.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._started = time.perf_counter()
+        # Labels of a request that fails before they are known.
+        self._labels = dict.fromkeys(("model", "mode", "requested_level", "served_level"), NONE)
+
+    def resolved(self, target: Target) -> None:
+        """Notes the model, the mode and the level that are requested."""
+        self._labels |= {"model": target.model, "mode": target.mode, "requested_level": f"{target.level}"}
+
+    def served(self, response: segment_request.Response) -> None:
+        """Notes the level that is served."""
+        self._labels["served_level"] = f"{response.target.level}"
+
+    def succeeded(self, response: segment_request.Response) -> None:
+        """Observes the durations of a successful request."""
+        target, metrics = response.target, self._metrics
+        metrics.duration.labels(target.model, target.mode, f"{target.level}").observe(
+            time.perf_counter() - self._started
+        )
+        for phase, seconds in response.timings.items():
+            metrics.phases.labels(phase).observe(seconds)
+
+    def ended(self, error: BaseException | None) -> dict[str, str]:
+        """Counts the request, and gives its log attributes."""
+        outcome, cancellation = "ok", None
+        if error is not None:
+            ends = (end for kind, end in OUTCOMES.items() if isinstance(error, kind))
+            outcome, cancellation = next(ends, ("error", None))
+        if cancellation:
+            self._metrics.cancellations.labels(cancellation).inc()
+        labels = self._labels | {"outcome": outcome}
+        self._metrics.requests.labels(**labels).inc()
+        return {f"unetpp.{name}": value for name, value in labels.items()}
+
+
+class InFlight:
+    """Limits the requests that are worked on or wait at once.
+
+    Args:
+        limit: requests.
+        service: predicts when one of them is done.
+    """
+
+    def __init__(self, limit: int, service: SegmentationService) -> None:
+        self._limit = limit
+        self._service = service
+        self._count = 0
+
+    @contextlib.contextmanager
+    def enter(self) -> Iterator[None]:
+        """Counts one more request for the block.
+
+        Raises:
+            Overloaded: the limit is reached.
+        """
+        if self._count >= self._limit:
+            # One of so many is done in about that part of the time for all.
+            wait_s = self._service.scheduler.predict_wait_s(math.inf) / self._count
+            raise errors.Overloaded(
+                f"{self._count} requests are being worked on, which is the limit; try again in a moment",
+                max(1, math.ceil(wait_s)),
+                "in_flight",
+                limit=self._limit,
+                actual=self._count,
+                unit="requests",
+                setting="UNETPP_HTTP__MAX_IN_FLIGHT",
+            )
+        self._change(1)
+        try:
+            yield
+        finally:
+            self._change(-1)
+
+    def _change(self, by: int) -> None:
+        self._count += by
+        self._service.metrics.in_flight.set(self._count)
 
 
 def router(service: SegmentationService, max_in_flight: int, timeout_s: float) -> APIRouter:
@@ -75,105 +169,95 @@ def router(service: SegmentationService, max_in_flight: int, timeout_s: float) -
         max_in_flight: requests that are worked on or wait at once.
         timeout_s: seconds that the server works for a request at most.
     """
-    metrics = service.metrics
-    routes = APIRouter(route_class=_counting(metrics))
-    in_flight = 0
+    routes = APIRouter(route_class=_counting_route(service.metrics))
+    in_flight = InFlight(max_in_flight, service)
+
+    async def respond(
+        request: Request, params: SegmentParams, observation: Observation
+    ) -> segment_request.Response:
+        with in_flight.enter():
+            qos = read_qos(params, request, timeout_s)
+            check_query(params, request)
+            target = service.registry.resolve(params)
+            observation.resolved(target)
+            service.admission.check_queue(qos)
+            async with deadline(qos), upload.receive(request) as received:
+                response = await _unless_disconnected(
+                    request, service.segment(received, params, qos, target=target)
+                )
+            observation.served(response)
+            return response
 
     @routes.post(
         "/segment",
         summary="Segment an image, a volume or a stack",
         response_class=Response,
         responses=RESPONSES,
-        openapi_extra=REQUEST_BODY,
+        openapi_extra=REQUEST_BODY | DEADLINE_PARAMETER,
     )
     async def segment(request: Request, params: Annotated[SegmentParams, Query()]) -> Response:
-        nonlocal in_flight
-        started = time.perf_counter()
-        labels, served = UNKNOWN, NONE
-        if in_flight >= max_in_flight:
-            metrics.requests.labels(*labels, served, "refused").inc()
-            # One of so many is done in about that part of the time for all.
-            wait_s = max(1, math.ceil(service.scheduler.predict_wait_s(math.inf) / in_flight))
-            raise errors.Overloaded(
-                f"{in_flight} requests are being worked on, which is the limit; try again in a moment",
-                wait_s,
-                "in_flight",
-                limit=max_in_flight,
-                setting="UNETPP_HTTP__MAX_IN_FLIGHT",
-            )
-        in_flight += 1
-        metrics.in_flight.set(in_flight)
+        observation = Observation(service.metrics)
+        error: BaseException | None = None
         try:
-            qos = read_qos(params, request, timeout_s)
-            check_query(params, request)
-            target = service.registry.resolve(params)
-            labels = (target.model, target.mode, f"{target.level}")
-            service.admission.check_queue(qos)
-            async with deadline(qos), upload.receive(request) as received:
-                response = await _unless_gone(request, service.segment(received, params, qos, target=target))
-            outcome, served = "ok", f"{response.target.level}"
-        except BaseException as error:
-            outcome, given_up = next((end for kind, end in ENDS.items() if isinstance(error, kind)), ("error", None))
-            if given_up:
-                metrics.cancellations.labels(given_up).inc()
-            if isinstance(error, ClientDisconnect):
-                return Response(status_code=499)
+            response = await respond(request, params, observation)
+        except ClientDisconnect as disconnect:
+            error = disconnect
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        except BaseException as raised:
+            error = raised
             raise
         finally:
-            in_flight -= 1
-            metrics.in_flight.set(in_flight)
-            metrics.requests.labels(*labels, served, outcome).inc()
-            names = ("model", "mode", "requested_level", "served_level", "outcome")
-            request.state.facts = dict(zip(names, (*labels, served, outcome), strict=True))
-        metrics.duration.labels(response.target.model, response.target.mode, served).observe(time.perf_counter() - started)
-        request.state.phases = response.timings
-        for phase, seconds in response.timings.items():
-            metrics.phases.labels(phase).observe(seconds)
-        if isinstance(response.body, bytes):
-            return Response(response.body, media_type=response.media_type, headers=headers(response))
-        return TempFileResponse(response.body, headers(response))
+            request.state.attributes = observation.ended(error)
+        observation.succeeded(response)
+        request.state.timings = response.timings
+        if not isinstance(response.body, bytes):
+            return TempFileResponse(response.body, headers(response))
+        accept_encoding = request.headers.get("accept-encoding")
+        body, sent = await encode_body(response.body, headers(response), accept_encoding)
+        return Response(body, headers=sent)
 
     return routes
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Work that is given up when the client leaves.
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Awaits work, which is cancelled when the client leaves.
 
     Raises:
-        ClientDisconnect: it did.
+        ClientDisconnect: the client left.
     """
     task = asyncio.ensure_future(work)
-    # The body has been read: whatever comes now is the end.
-    watch = asyncio.ensure_future(request.receive())
-    watch.add_done_callback(lambda _: task.cancel())
+    # The body has been read: the next message is the disconnect.
+    disconnect = asyncio.ensure_future(request.receive())
+    disconnect.add_done_callback(lambda _: task.cancel())
     try:
         return await task
     except asyncio.CancelledError as error:
-        if watch.done() and not watch.cancelled():
+        if disconnect.done() and not disconnect.cancelled():
             raise ClientDisconnect from error
         raise
     finally:
-        watch.cancel()
+        disconnect.cancel()
         if not task.done():
-            # Cancelled from above.
+            # This request was cancelled itself.
             task.cancel()
             await asyncio.wait([task])
 
 
-def _counting(metrics: Metrics) -> type[APIRoute]:
-    """A kind of route that also counts what FastAPI refuses before the route runs, e.g. level=abc."""
+def _counting_route(metrics: Metrics) -> type[APIRoute]:
+    """A kind of route that also counts requests that FastAPI refuses before the route runs, e.g. level=abc."""
 
-    class Counting(APIRoute):
+    class CountingRoute(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             handle = super().get_route_handler()
 
-            async def model_info(request: Request) -> Response:
+            async def handle_counted(request: Request) -> Response:
                 try:
                     return await handle(request)
-                except RequestValidationError:
-                    metrics.requests.labels(*UNKNOWN, NONE, "client_error").inc()
+                except RequestValidationError as error:
+                    invalid = segment_request.invalid_parameter(error.errors())
+                    request.state.attributes = Observation(metrics).ended(invalid)
                     raise
 
-            return model_info
+            return handle_counted
 
-    return Counting
+    return CountingRoute

@@ -156,7 +156,9 @@ def _corners_of(block: Int32[ndarray, "rows columns"], top: int) -> list[list[nd
 
 def _cycles(following: Int64[ndarray, " C"]) -> Int32[ndarray, " C"]:
     """The index of the ring that each corner belongs to."""
-    rings: Int32[ndarray, " C"] = scipy.sparse.csgraph.connected_components(_graph(following), connection="strong")[1]
+    rings: Int32[ndarray, " C"] = scipy.sparse.csgraph.connected_components(
+        _graph(following), connection="strong"
+    )[1]
     return rings
 
 
@@ -171,12 +173,16 @@ def _walk(
     before[following] = np.arange(len(following))
     path = following.copy()
     path[before[starts]] = np.roll(starts, -1)
-    return starts, scipy.sparse.csgraph.breadth_first_order(_graph(path), starts[0], return_predecessors=False)
+    return starts, scipy.sparse.csgraph.breadth_first_order(
+        _graph(path), starts[0], return_predecessors=False
+    )
 
 
 def _graph(following: Int64[ndarray, " C"]) -> scipy.sparse.csr_array:
     count = len(following)
-    return scipy.sparse.csr_array((np.ones(count, dtype=np.int8), following, np.arange(count + 1)), shape=(count, count))
+    return scipy.sparse.csr_array(
+        (np.ones(count, dtype=np.int8), following, np.arange(count + 1)), shape=(count, count)
+    )
 
 
 def _areas(xy: Int32[ndarray, "C 2"], ends: Int64[ndarray, " R"]) -> Int64[ndarray, " R"]:

@@ -49,6 +49,8 @@ class EngineRow:
 
 
 ENGINES: dict[str, EngineRow] = {
-    "onnxruntime": EngineRow(onnxruntime.open_graph, "onnxruntime", onnxruntime.precisions, onnxruntime.providers),
+    "onnxruntime": EngineRow(
+        onnxruntime.open_graph, "onnxruntime", onnxruntime.precisions, onnxruntime.providers
+    ),
     "openvino": EngineRow(openvino.open_graph, "openvino", openvino.precisions, openvino.providers),
 }

@@ -50,9 +50,9 @@ class OnnxRuntimeEngine:
             "inverse_std": tiles.inverse_std,
         }
         large = self.provider == "cpu" and feed["image"][:, 0].size > SMALL_PIXELS
-        scores: Scores = self._session.run(["scores"], feed, _tidying() if large and next(_large_runs) % TIDY_EVERY == 0 else None)[
-            0
-        ]
+        scores: Scores = self._session.run(
+            ["scores"], feed, _tidying() if large and next(_large_runs) % TIDY_EVERY == 0 else None
+        )[0]
         return scores
 
 
@@ -86,7 +86,9 @@ def _share_arena() -> None:
     """
     import onnxruntime
 
-    memory = onnxruntime.OrtMemoryInfo("Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT)
+    memory = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
     # No limit; grows by powers of two: by just what is asked for, tiles of many sizes would leave it full of holes.
     onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(0, 0, -1, -1))
 

@@ -29,7 +29,9 @@ def families(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("family", ["go-fuzz", "image-png", "image-rs", "libpng", "nibabel", "nifti-rs", "pillow"])
+@pytest.mark.parametrize(
+    "family", ["go-fuzz", "image-png", "image-rs", "libpng", "nibabel", "nifti-rs", "pillow"]
+)
 def test_none_is_our_fault(server: httpx.Client, bad_inputs: Path, family: str) -> None:
     files = families(bad_inputs / family)
     assert files
@@ -47,7 +49,9 @@ def test_none_is_our_fault(server: httpx.Client, bad_inputs: Path, family: str) 
 
 def test_as_references(server: httpx.Client, bad_inputs: Path) -> None:
     for path in families(bad_inputs / "pillow"):
-        answer = server.post("/segment?mode=fast&level=1", files={"file": GOOD, "reference": path.read_bytes()})
+        answer = server.post(
+            "/segment?mode=fast&level=1", files={"file": GOOD, "reference": path.read_bytes()}
+        )
         assert answer.status_code in (200, 413, 415, 422), (path, answer.text)
 
 

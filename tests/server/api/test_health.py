@@ -1,248 +1,207 @@
-import math
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+"""Liveness and readiness, in the test's own event loop: the device answers, fails, and recovers."""
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
+from fastapi import FastAPI
 
+from server.api import problems
+from server.api.routes import health
+from server.api.stopping import Stopping
 from server.arrays import Tiles
-from server.metrics import OUTCOMES, PHASES
-from server.segment import probe
-from tests.support.files import picture_bytes
-from tests.support.server import serving, until
-from tests.support.service import bright, fake_app
+from server.errors import InferenceFailed, NotReady
+from server.monitoring.health_probe import MAX_FAILURES, HealthProbe
+from server.segment.request import SegmentParams, Upload
+from tests.server.api.conftest import InProcess
+from tests.support.files import Sent, picture_bytes
+from tests.support.service import FakeDevice, bright, fake_service
 
-DATA = picture_bytes(np.arange(64, dtype=np.uint8).reshape(8, 8))
-
-
-def samples(client: httpx.Client) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """Value by name and labels."""
-    families = text_string_to_metric_families(client.get("/metrics").text)
-    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
-
-
-def requests(found: dict[Any, float], **labels: str) -> float:
-    return found["unetpp_requests_total", tuple(sorted(labels.items()))]
-
-
-class Device:
-    """A function of tiles whose faults a test turns on and off: `well`, `raises`, `returns nothing`, `blocks`."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.works_for = math.inf
-        self._state = "well"
-        self._free = threading.Event()
-        self._free.set()
-
-    def turn(self, state: str) -> None:
-        self._state = state
-        (self._free.clear if state == "blocks" else self._free.set)()
-
-    def __call__(self, tiles: Tiles) -> np.ndarray:
-        self.calls += 1
-        self._free.wait()
-        if self._state == "raises" or self.calls > self.works_for:
-            raise RuntimeError("secret")
-        return bright(tiles)[: 0 if self._state == "returns nothing" else None]
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Device:
-    """Asked anew each time, which gives up soon."""
-    monkeypatch.setattr(probe, "PROBE_EVERY_S", 0)
-    monkeypatch.setattr(probe, "PROBE_RETRY_S", 0)
-    monkeypatch.setattr(probe, "PROBE_TIMEOUT_S", 0.2)
-    return Device()
-
-
-@pytest.fixture
-def client(device: Device) -> Iterator[httpx.Client]:
-    with serving(fake_app(device)) as client:
-        yield client
-        device.turn("well")
-
-
-def alive(client: httpx.Client) -> bool:
-    return client.get("/health/live").status_code == 200
-
-
-def ready(client: httpx.Client) -> bool:
-    return client.get("/health/ready").status_code == 200
-
-
-def test_live_and_ready(client: httpx.Client) -> None:
-    assert client.get("/health/live").json() == {"live": True}
-    assert client.get("/health/ready").json() == {"ready": True}
-
-
+PICTURE = picture_bytes(np.arange(64, dtype=np.uint8).reshape(8, 8))
 FAULTS = ("raises", "returns nothing", "blocks")
 
 
+class Device:
+    """A service whose device a test breaks and repairs, and the application with its health.
+
+    Args:
+        fresh_s: see `HealthProbe`.
+        retry_s: see `HealthProbe`.
+    """
+
+    def __init__(self, fresh_s: float = 0, retry_s: float = 0) -> None:
+        self.calls = 0
+        self.fault = ""
+        self.device = FakeDevice()
+        self.service = fake_service(self._run, device=self.device)
+        self.stopping = Stopping()
+        self.jobs_work = True
+        self.app = FastAPI()
+        problems.install(self.app)
+        probe = HealthProbe(self.service, fresh_s, 0.05, retry_s)
+        runner: Any = SimpleNamespace(check=self._check_jobs)
+        self.app.include_router(health.router(probe, runner, self.service.metrics, self.stopping))
+
+    def set(self, fault: str) -> None:
+        self.fault = fault
+        (self.device.hold if fault == "blocks" else self.device.release)()
+
+    def _run(self, tiles: Tiles) -> np.ndarray:
+        self.calls += 1
+        if self.fault == "raises":
+            raise RuntimeError("secret")
+        return bright(tiles)[: 0 if self.fault == "returns nothing" else None]
+
+    def _check_jobs(self) -> None:
+        if not self.jobs_work:
+            raise NotReady("jobs are no longer worked on")
+
+    async def segment(self) -> None:
+        await self.service.segment(Upload(Sent(PICTURE)), SegmentParams(level=2))
+
+
+async def status(client: httpx.AsyncClient, name: str) -> int:
+    return (await client.get(f"/health/{name}")).status_code
+
+
+async def until_status(client: httpx.AsyncClient, name: str, expected: int) -> None:
+    async with asyncio.timeout(30):
+        while await status(client, name) != expected:
+            await asyncio.sleep(0.01)
+
+
+async def test_health_of_a_good_device(in_process: InProcess) -> None:
+    async with in_process(Device().app) as client:
+        assert (await client.get("/health/live")).json() == {"live": True}
+        assert (await client.get("/health/ready")).json() == {"ready": True}
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-class TestDeviceFails:
-    def test_first_not_ready_then_not_live(
-        self, client: httpx.Client, device: Device, problem: Callable[..., Any], fault: str
-    ) -> None:
-        assert ready(client)
-        device.turn(fault)
-        for _ in range(probe.MAX_FAILURES - 1):
-            answer = client.get("/health/ready")
-            assert "fake" in problem(answer, 503, "not-ready").detail
+async def test_device_that_fails_is_first_not_ready_then_not_live(in_process: InProcess, fault: str) -> None:
+    device = Device()
+    async with in_process(device.app) as client:
+        assert await status(client, "ready") == 200
+        device.set(fault)
+        for _ in range(MAX_FAILURES):
+            answer = await client.get("/health/ready")
+            assert (answer.status_code, answer.json()["code"]) == (503, "not-ready")
+            assert answer.headers["content-type"] == "application/problem+json"
             assert int(answer.headers["retry-after"]) >= 1
-        assert not ready(client)
-        answer = client.get("/health/live")
-        assert "restart" in problem(answer, 503, "not-ready").detail
+        answer = await client.get("/health/live")
+        assert (answer.status_code, answer.json()["code"]) == (503, "not-ready")
         assert "secret" not in answer.text
-        device.turn("well")
-        until(lambda: ready(client))
-        assert alive(client)
+        device.set("")
+        await until_status(client, "ready", 200)
+        assert await status(client, "live") == 200
 
-    def test_a_single_failure_is_no_reason_to_restart(self, client: httpx.Client, device: Device, fault: str) -> None:
-        for _ in range(2 * probe.MAX_FAILURES):
-            device.turn(fault)
-            assert not ready(client)
-            device.turn("well")
-            until(lambda: ready(client))
-        assert alive(client)
 
-    def test_where_nobody_asks_for_readiness(self, client: httpx.Client, device: Device, fault: str) -> None:
-        """Liveness itself sees to it that the device is asked, and never waits for it."""
-        device.turn(fault)
-        assert alive(client)
-        until(lambda: not alive(client))
-        device.turn("well")
-        until(lambda: alive(client))
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_device_that_fails_once_is_no_reason_to_restart(in_process: InProcess, fault: str) -> None:
+    device = Device()
+    async with in_process(device.app) as client:
+        for _ in range(2 * MAX_FAILURES):
+            device.set(fault)
+            assert await status(client, "ready") == 503
+            device.set("")
+            await until_status(client, "ready", 200)
+        assert await status(client, "live") == 200
 
-    def test_a_callers_success_is_one(
-        self, client: httpx.Client, device: Device, fault: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        device.turn(fault)
-        until(lambda: not alive(client))
-        monkeypatch.setattr(probe, "PROBE_RETRY_S", math.inf)  # no more test tiles
-        device.turn("well")
-        until(lambda: client.post("/segment?level=2", content=DATA).status_code == 200)
-        assert alive(client)
 
-    def test_hammered(self, client: httpx.Client, device: Device, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """However many ask, a failing device is not kept busy with being asked."""
-        monkeypatch.setattr(probe, "PROBE_RETRY_S", math.inf)
-        device.turn(fault)
-        with ThreadPoolExecutor(16) as pool:
-            statuses = set(pool.map(lambda _: client.get("/health/ready").status_code, range(64)))
-            list(pool.map(lambda _: alive(client), range(64)))
-        assert statuses == {503}
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_live_alone_finds_a_device_that_fails(in_process: InProcess, fault: str) -> None:
+    """Liveness itself starts test tiles, and never waits for them."""
+    device = Device()
+    async with in_process(device.app) as client:
+        device.set(fault)
+        assert await status(client, "live") == 200
+        await until_status(client, "live", 503)
+        device.set("")
+        await until_status(client, "live", 200)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_device_that_fails_is_not_kept_busy_by_probes(in_process: InProcess, fault: str) -> None:
+    device = Device(retry_s=1000)
+    async with in_process(device.app) as client:
+        device.set(fault)
+        statuses = await asyncio.gather(*(status(client, "ready") for _ in range(64)))
+        assert set(statuses) == {503}
+        assert device.calls <= 1
+
+
+async def test_good_device_is_probed_once_for_all(in_process: InProcess) -> None:
+    device = Device(fresh_s=3600)
+    async with in_process(device.app) as client:
+        assert set(await asyncio.gather(*(status(client, "ready") for _ in range(64)))) == {200}
         assert device.calls == 1
 
 
-def test_hammered_while_well(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "PROBE_EVERY_S", 3600)
-    with serving(fake_app(device)) as client, ThreadPoolExecutor(16) as pool:
-        assert all(pool.map(lambda _: ready(client), range(64)))
-        assert device.calls == 1
+async def test_success_of_a_request_counts(in_process: InProcess) -> None:
+    device = Device()
+    async with in_process(device.app) as client:
+        device.set("raises")
+        await until_status(client, "live", 503)
+        device.set("")
+        await device.segment()
+        assert await status(client, "live") == 200
 
 
-class TestCallersOfAFailingDevice:
-    def test_are_answered(self, client: httpx.Client, device: Device, problem: Callable[..., Any]) -> None:
-        device.works_for = 5
-        posts = [client.post("/segment?level=1", content=DATA) for _ in range(8)]
-        assert [answer.status_code for answer in posts] == [200] * 5 + [500] * 3
-        assert "secret" not in problem(posts[-1], 500, "inference-failed").detail
-        assert not ready(client)
-        until(lambda: not alive(client))
-
-    def test_are_answered_once_it_goes_on(self, client: httpx.Client, device: Device) -> None:
-        device.turn("blocks")
-        with ThreadPoolExecutor(4) as pool:
-            posted = [pool.submit(client.post, "/segment?level=1", content=DATA) for _ in range(4)]
-            until(lambda: not alive(client))
-            device.turn("well")
-            assert [post.result().status_code for post in posted] == [200] * 4
-        assert ready(client)
-        assert alive(client)
-
-    def test_a_failure_is_found_out_before_the_last_success_is_old(self, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(probe, "PROBE_EVERY_S", 3600)
-        with serving(fake_app(device)) as client:
-            assert ready(client)
-            device.turn("raises")
-            assert ready(client)
-            assert client.post("/segment?level=1", content=DATA).status_code == 500
-            assert not ready(client)
+async def test_failure_of_a_request_is_checked_before_the_last_success_is_old(in_process: InProcess) -> None:
+    device = Device(fresh_s=3600)
+    async with in_process(device.app) as client:
+        assert await status(client, "ready") == 200
+        device.set("raises")
+        assert await status(client, "ready") == 200
+        with pytest.raises(InferenceFailed):
+            await device.segment()
+        assert await status(client, "ready") == 503
 
 
-class TestCallersDoNotRestartTheServer:
-    def test_with_bad_requests(self, client: httpx.Client) -> None:
-        for _ in range(2 * probe.MAX_FAILURES):
-            assert client.post("/segment?level=1", content=b"nonsense").status_code == 415
-            assert client.post("/segment?level=9", content=DATA).status_code == 422
-        assert alive(client)
-        assert ready(client)
-
-    def test_with_an_input_that_an_engine_cannot_bear(self, device: Device) -> None:
-        """Only our own test tiles count: an overflow to NaN, or memory that is not enough, is the input's doing."""
-
-        def touchy(tiles: Tiles) -> np.ndarray:
-            if tiles.pixels.max() == 63:
-                raise RuntimeError("out of memory")
-            return device(tiles)
-
-        with serving(fake_app(touchy)) as client:
-            for _ in range(2 * probe.MAX_FAILURES):
-                assert client.post("/segment?level=1", content=DATA).status_code == 500
-                assert alive(client)
-                assert ready(client)
+async def test_failures_of_requests_do_not_restart_the_server(in_process: InProcess) -> None:
+    """Only test tiles count: an overflow, or memory that is not enough, may be the input's doing."""
+    device = Device()
+    async with in_process(device.app) as client:
+        for _ in range(2 * MAX_FAILURES):
+            device.set("raises")
+            with pytest.raises(InferenceFailed):
+                await device.segment()
+            device.set("")
+            assert await status(client, "live") == 200
+            assert await status(client, "ready") == 200
 
 
-def test_children_exist_at_the_start() -> None:
-    with serving(fake_app()) as client:
-        found = samples(client)
-        for mode, level in (("accurate", "4"), ("fast", "1"), ("fast", "2"), ("fast", "3"), ("fast", "4")):
-            asked = {"model": "fake", "mode": mode, "requested_level": level}
-            for outcome in OUTCOMES[1:]:
-                assert requests(found, **asked, served_level="none", outcome=outcome) == 0
-            for served in range(1, int(level) + 1):
-                assert requests(found, **asked, served_level=f"{served}", outcome="ok") == 0
-            assert found["unetpp_request_duration_seconds_count", (("level", level), ("mode", mode), ("model", "fake"))] == 0
-        for phase in PHASES:
-            assert found["unetpp_phase_duration_seconds_count", (("phase", phase),)] == 0
-        assert found["unetpp_requests_in_flight", ()] == 0
-        engine = {"model": "fake", "graph": "L1", "precision": "fp32", "engine": "fake", "provider": "cpu", "auto": "true"}
-        assert found["unetpp_engine_info", tuple(sorted(engine.items()))] == 1
+@pytest.mark.parametrize("reason", ["stopping", "jobs"])
+async def test_server_that_stops_or_has_no_workers_is_not_ready(in_process: InProcess, reason: str) -> None:
+    device = Device()
+    device.stopping.begun, device.jobs_work = reason == "stopping", reason != "jobs"
+    async with in_process(device.app) as client:
+        answer = await client.get("/health/ready")
+        assert (answer.status_code, answer.json()["code"]) == (503, "not-ready")
+        assert await status(client, "live") == 200
+        metrics = (await client.get("/metrics")).text
+    assert "unetpp_ready 0.0" in metrics
+    assert f"unetpp_stopping {float(reason == 'stopping')}" in metrics
 
 
-def test_requests_are_counted() -> None:
-    with serving(fake_app()) as client:
-        for _ in range(3):
-            assert client.post("/segment?level=2", content=DATA).status_code == 200
-        assert client.post("/segment", content=DATA).status_code == 200
-        assert client.post("/segment?level=2", content=b"nonsense").status_code == 415
-        for refused in ("level=9", "level=abc", "precision=fp8", "levle=1"):
-            assert client.post(f"/segment?{refused}", content=DATA).status_code == 422
-        found = samples(client)
-        fast = {"model": "fake", "mode": "fast", "requested_level": "2"}
-        assert requests(found, **fast, served_level="2", outcome="ok") == 3
-        assert requests(found, model="fake", mode="accurate", requested_level="4", served_level="4", outcome="ok") == 1
-        assert requests(found, **fast, served_level="none", outcome="client_error") == 1
-        unknown = dict.fromkeys(("model", "mode", "requested_level", "served_level"), "none")
-        assert requests(found, **unknown, outcome="client_error") == 4
-        for mode, level, count in (("fast", "2", 3), ("accurate", "4", 1)):
-            place = (("level", level), ("mode", mode), ("model", "fake"))
-            assert found["unetpp_request_duration_seconds_count", place] == count
-        for phase in PHASES:
-            assert found["unetpp_phase_duration_seconds_count", (("phase", phase),)] == 4
-        assert found["unetpp_batch_size_tiles_count", (("graph", "L2"),)] == 3
-        assert found["unetpp_batch_size_tiles_sum", (("graph", "L2"),)] == 3
+async def test_scrape_runs_no_test_tile(in_process: InProcess) -> None:
+    device = Device()
+    async with in_process(device.app) as client:
+        answer = await client.get("/metrics")
+        assert answer.headers["content-type"].startswith("text/plain")
+        assert "unetpp_ready 1.0" in answer.text
+        assert device.calls == 0
 
 
-def test_callers_cannot_make_labels() -> None:
-    with serving(fake_app()) as client:
-        before = samples(client).keys()
-        for query in ("model=evil", "mode=evil", "level=77", "format=evil", "precision=evil"):
-            assert client.post(f"/segment?{query}", content=DATA).status_code >= 400
-        new = {labels for name, labels in samples(client).keys() - before if name.startswith("unetpp_requests")}
-        assert all("evil" not in str(labels) and "77" not in str(labels) for labels in new)
+def test_server_with_a_failing_device_answers_requests(
+    small: httpx.Client, problem: Callable[..., Any]
+) -> None:
+    """On a real server: bad requests neither count as failures of the device nor as reasons to restart."""
+    for _ in range(2 * MAX_FAILURES):
+        problem(small.post("/segment?level=1", content=b"nonsense"), 415)
+        problem(small.post("/segment?level=5", content=PICTURE), 422)
+    assert small.get("/health/live").json() == {"live": True}
+    assert small.get("/health/ready").json() == {"ready": True}

@@ -1,36 +1,40 @@
-"""What people send: zips of images, and files of microscopes and Slicer, through the real server."""
+"""Zips of images, and microscopy files with channels, axes and pixel sizes, over HTTP."""
 
 import io
 import json
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-import SimpleITK
 
 from server.arrays import Tiles
-from tests.server.imaging.itk import by_itk, itk_read
-from tests.server.imaging.test_microscopy import written
-from tests.server.segment.test_archive import packed, picture
-from tests.support.files import mask_of, nifti_bytes, pages_of, picture_bytes, volume_of
+from tests.server.imaging.builders import written
+from tests.support.files import mask_of, pages_of, picture_bytes
 from tests.support.server import serving, until
-from tests.support.service import bright, fake_app
+from tests.support.service import FixedLatency, bright, fake_app
 
 Checked = Callable[..., Any]
 
 ZIP = {"content-type": "application/zip"}
-THREE = packed({"a.png": picture(1), "day/b.png": picture(2), "day/notes.txt": b"hello"})
-VOXELS = np.random.default_rng(1).integers(0, 256, (6, 7, 8), dtype=np.uint8)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[httpx.Client]:
-    with serving(fake_app(limits={"max_zip_images": 20, "max_zip_mb": 64})) as client:
-        yield client
+def picture(value: int = 0, side: int = 16) -> bytes:
+    """The right half is bright."""
+    pixels = np.full((side, side), value, dtype=np.uint8)
+    pixels[:, side // 2 :] = 200
+    return picture_bytes(pixels)
+
+
+def packed(files: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as made:
+        for name, data in files.items():
+            made.writestr(name, data)
+    return out.getvalue()
 
 
 def opened(body: bytes) -> dict[str, bytes]:
@@ -39,217 +43,196 @@ def opened(body: bytes) -> dict[str, bytes]:
         return {name: made.read(name) for name in made.namelist()}
 
 
-class TestZips:
-    @pytest.mark.parametrize("declared", ["application/zip", "application/x-zip-compressed", "application/octet-stream"])
-    @pytest.mark.parametrize("multipart", [False, True])
-    def test_are_answered_by_zips(self, server: httpx.Client, declared: str, multipart: bool) -> None:
-        if multipart:
-            answer = server.post("/segment", files={"file": ("x.zip", THREE, declared)})
-        else:
-            answer = server.post("/segment", content=THREE, headers={"content-type": declared})
-        assert answer.status_code == 200, answer.text
-        assert answer.headers["content-type"] == "application/zip"
-        assert answer.headers["content-disposition"] == 'inline; filename="masks.zip"'
-        assert int(answer.headers["content-length"]) == len(answer.content)
-        assert answer.headers["x-segment-note"] == "1 of 3 files could not be segmented; see report.json"
-        assert answer.headers["x-segment-model"] == "fake"
-        assert "infer;dur=" in answer.headers["server-timing"]
-        files = opened(answer.content)
-        assert sorted(files) == ["a_mask.png", "day/b_mask.png", "report.json"]
-        assert mask_of(files["a_mask.png"]).sum() == 128
-        rows = json.loads(files["report.json"])["images"]
-        assert [row["status"] for row in rows] == ["ok", "ok", "failed"]
+THREE = packed({"a.png": picture(1), "day/b.png": picture(2), "day/notes.txt": b"hello"})
+MANY = packed({f"{k}.png": picture(k) for k in range(40)})
 
-    def test_take_the_same_parameters(self, server: httpx.Client) -> None:
-        answer = server.post("/segment?level=2&format=png,json", content=packed({"a.png": picture()}), headers=ZIP)
-        files = opened(answer.content)
-        assert sorted(files) == ["a_mask.png", "a_statistics.json", "report.json"]
-        assert json.loads(files["a_statistics.json"])["level"] == 2
 
-    def test_give_each_image_all_that_is_asked_for(self, server: httpx.Client) -> None:
-        answer = server.post(
-            "/segment?format=mask,labels_png,csv,geojson&fill_holes=true", content=packed({"x/a.png": picture()}), headers=ZIP
+@pytest.mark.parametrize(
+    "declared", ["application/zip", "application/x-zip-compressed", "application/octet-stream"]
+)
+@pytest.mark.parametrize("multipart", [False, True])
+def test_zip_is_answered_by_a_zip(small: httpx.Client, declared: str, multipart: bool) -> None:
+    if multipart:
+        answer = small.post("/segment", files={"file": ("x.zip", THREE, declared)})
+    else:
+        answer = small.post("/segment", content=THREE, headers={"content-type": declared})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "application/zip"
+    assert answer.headers["content-disposition"] == 'inline; filename="masks.zip"'
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    assert {"x-segment-note", "x-segment-model", "server-timing"} <= answer.headers.keys()
+    files = opened(answer.content)
+    assert sorted(files) == ["a_mask.png", "day/b_mask.png", "report.json"]
+    assert mask_of(files["a_mask.png"]).sum() == 128
+    rows = json.loads(files["report.json"])["images"]
+    assert [row["status"] for row in rows] == ["ok", "ok", "failed"]
+
+
+def test_zip_takes_the_parameters_of_an_image(small: httpx.Client) -> None:
+    query = "level=2&format=mask,labels.png,csv,geojson,json&fill_holes=true"
+    answer = small.post(f"/segment?{query}", content=packed({"x/a.png": picture()}), headers=ZIP)
+    files = opened(answer.content)
+    names = ("labels.png", "mask.png", "objects.csv", "objects.geojson", "statistics.json")
+    assert sorted(files) == ["report.json", *(f"x/a_{name}" for name in names)]
+    assert json.loads(files["x/a_statistics.json"])["level"] == 2
+    assert json.loads(files["report.json"])["images"][0]["postprocessing"] == {"fill_holes": True}
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "code"),
+    [
+        (packed({}), 422, "unreadable"),
+        (packed({"a.txt": b"x"}), 415, "unsupported-type"),
+        (THREE[:60], 422, "unreadable"),
+        (packed({f"{k}.png": b"" for k in range(1001)}), 413, "too-large"),
+        (packed({"x": bytes(128) + b"DICM"}), 415, "unsupported-type"),
+    ],
+    ids=["empty", "text", "truncated", "many", "dicom"],
+)
+@pytest.mark.parametrize("route", ["/segment", "/jobs"])
+def test_zip_that_is_wrong_is_refused(
+    small: httpx.Client, problem: Checked, route: str, data: bytes, status: int, code: str
+) -> None:
+    refused = vars(problem(small.post(route, content=data, headers=ZIP), status, code))
+    assert refused.get("setting") == ("UNETPP_LIMITS__MAX_ZIP_IMAGES" if status == 413 else None)
+
+
+@pytest.mark.parametrize(
+    ("route", "parameter"),
+    [
+        ("/segment", "reference"),
+        ("/jobs", "reference"),
+        ("/jobs?preview=true", "preview"),
+        ("/segment?min_level=1", "min_level"),
+    ],
+)
+def test_zip_refuses_parameters_of_one_image(
+    small: httpx.Client, problem: Checked, route: str, parameter: str
+) -> None:
+    files = {"file": THREE} | ({"reference": picture()} if parameter == "reference" else {})
+    assert problem(small.post(route, files=files), 422, "invalid-parameter").parameter == parameter
+
+
+def test_zip_as_a_job_gives_the_same_masks(small: httpx.Client) -> None:
+    job = small.post("/jobs", content=THREE, headers=ZIP).json()
+    assert job["windows"]["total"] == 3
+    link = job["links"]["self"]
+    until(lambda: small.get(link).json()["state"] in ("done", "failed"))
+    done = small.get(link).json()
+    assert (done["state"], done["windows"]) == ("done", {"done": 3, "total": 3})
+    result = small.get(done["links"]["result"])
+    assert result.headers["content-type"] == "application/zip"
+    files, direct = opened(result.content), opened(small.post("/segment", content=THREE, headers=ZIP).content)
+    assert files.keys() == direct.keys()
+    assert files["a_mask.png"] == direct["a_mask.png"]
+
+
+def test_zip_as_a_job_can_be_cancelled() -> None:
+    entered, leave, tiles_run = threading.Event(), threading.Event(), []
+
+    def run(tiles: Tiles) -> np.ndarray:
+        entered.set()
+        assert leave.wait(60)
+        tiles_run.append(len(tiles))
+        return bright(tiles)
+
+    with serving(fake_app(run)) as client:
+        link = client.post("/jobs", content=MANY, headers=ZIP).json()["links"]["self"]
+        assert entered.wait(60)
+        assert client.delete(link).status_code == 204
+        assert client.get(link).json()["state"] == "cancelled"
+        leave.set()
+        assert client.post("/segment", content=picture()).status_code == 200
+    assert sum(tiles_run) < 40
+
+
+def test_zip_of_a_large_answer_comes_from_disk(client: httpx.Client) -> None:
+    rng = np.random.default_rng(0)
+    data = packed(
+        {f"{k}.png": picture_bytes(rng.integers(0, 255, (260, 260), dtype=np.uint8)) for k in range(6)}
+    )
+    formats = "scores.npz,scores.tiff,mask.tiff,labels.tiff,scores.png"
+    answer = client.post(f"/segment?level=1&format={formats}", content=data, headers=ZIP)
+    assert answer.status_code == 200, answer.text
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    assert len(opened(answer.content)) == 6 * 5 + 1
+
+
+def test_zip_that_takes_too_long_is_refused_before_it_runs(problem: Checked) -> None:
+    ran: list[int] = []
+
+    def run(tiles: Tiles) -> np.ndarray:
+        ran.append(1)
+        return bright(tiles)
+
+    eight, four, one = (packed({f"{k}.png": picture(k) for k in range(count)}) for count in (8, 4, 1))
+    with serving(fake_app(run, latency=FixedLatency(2.0), limits={"max_wait_s": 10})) as client:
+        assert problem(client.post("/segment", content=eight, headers=ZIP), 413, "too-large").actual == 16
+        refused = problem(
+            client.post("/segment?deadline_ms=3000", content=four, headers=ZIP), 422, "deadline-too-short"
         )
-        files = opened(answer.content)
-        assert sorted(files) == ["report.json", "x/a_labels.png", "x/a_mask.png", "x/a_objects.csv", "x/a_objects.geojson"]
-        assert json.loads(files["report.json"])["images"][0]["postprocessing"] == {"fill_holes": True}
-
-    @pytest.mark.parametrize(
-        ("data", "status", "said"),
-        [
-            (packed({}), 422, "holds no files"), (packed({"a.txt": b"x"}), 415, "none of the zip's 1 files"), (THREE[:60], 422, "list of files cannot be read"),
-            (packed({f"{k}.png": b"" for k in range(21)}), 413, "UNETPP_LIMITS__MAX_ZIP_IMAGES"), (packed({"x": bytes(128) + b"DICM"}), 415, "DICOM"),
-        ],
-    )  # fmt: skip
-    def test_are_refused_in_words(self, server: httpx.Client, problem: Checked, data: bytes, status: int, said: str) -> None:
-        for route in ("/segment", "/jobs"):
-            assert said in problem(server.post(route, content=data, headers=ZIP), status).detail
-
-    def test_have_no_reference_and_no_preview(self, server: httpx.Client, problem: Checked) -> None:
-        both = {"file": THREE, "reference": picture()}
-        assert "reference is for one image" in problem(server.post("/segment", files=both), 422).detail
-        assert "neither a reference nor a preview" in problem(server.post("/jobs", files=both), 422).detail
-        assert (
-            "neither a reference nor a preview"
-            in problem(server.post("/jobs?preview=true", content=THREE, headers=ZIP), 422).detail
-        )
-
-    def test_as_jobs(self, server: httpx.Client) -> None:
-        accepted = server.post("/jobs", content=THREE, headers=ZIP)
-        assert accepted.status_code == 202, accepted.text
-        job = accepted.json()
-        assert job["windows"]["total"] == 3
-        until(lambda: server.get(job["links"]["self"]).json()["state"] in ("done", "failed"))
-        done = server.get(job["links"]["self"]).json()
-        assert (done["state"], done["windows"]) == ("done", {"done": 3, "total": 3})
-        result = server.get(done["links"]["result"])
-        assert result.headers["content-type"] == "application/zip"
-        assert sorted(opened(result.content)) == ["a_mask.png", "day/b_mask.png", "report.json"]
-        assert (
-            opened(result.content)["a_mask.png"]
-            == opened(server.post("/segment", content=THREE, headers=ZIP).content)["a_mask.png"]
-        )
-
-    def test_jobs_can_be_cancelled(self) -> None:
-        entered, go_on, ran = threading.Event(), threading.Event(), [0]
-
-        def run(tiles: Tiles) -> np.ndarray:
-            entered.set()
-            assert go_on.wait(60)
-            ran[0] += len(tiles)
-            return bright(tiles)
-
-        data = packed({f"{k}.png": picture(k, 100) for k in range(40)})
-        with serving(fake_app(run, batching={"max_batch": 1})) as client:
-            job = client.post("/jobs", content=data, headers=ZIP).json()["links"]["self"]
-            assert entered.wait(60)
-            assert client.delete(job).status_code == 204
-            assert client.get(job).json()["state"] == "cancelled"
-            go_on.set()
-            assert client.post("/segment", content=picture()).status_code == 200
-        assert ran[0] < 40
-
-    def test_large_answers_come_from_disk(self, server: httpx.Client) -> None:
-        rng = np.random.default_rng(0)
-        data = packed({f"{k}.png": picture_bytes(rng.integers(0, 255, (700, 700), dtype=np.uint8)) for k in range(12)})
-        answer = server.post("/segment?format=npz,png16", content=data, headers=ZIP)
-        assert len(answer.content) > 4 * 1024 * 1024 or answer.status_code == 200
-        assert len(opened(answer.content)) == 25
-
-    def test_that_would_take_too_long_are_refused_at_once(self, problem: Checked) -> None:
-        ran: list[int] = []
-        app = fake_app(lambda tiles: ran.append(1) or bright(tiles), pace=2 / 256, limits={"max_wait_s": 10})
-        data = packed({f"{k}.png": picture(k) for k in range(8)})
-        with serving(app) as client:
-            assert "8 images" in problem(client.post("/segment", content=data, headers=ZIP), 413).detail
-            few = packed({f"{k}.png": picture(k) for k in range(4)})
-            assert "4 images" in problem(client.post("/segment?deadline_ms=3000", content=few, headers=ZIP), 422).detail
-            assert not ran
-            assert client.post("/segment", content=packed({"a.png": picture()}), headers=ZIP).status_code == 200
-
-    def test_have_no_shallower_levels(self, server: httpx.Client, problem: Checked) -> None:
-        refused = problem(server.post("/segment?min_level=1", content=THREE, headers=ZIP), 422, "invalid-parameter")
-        assert "min_level is for one image" in refused.detail
-
-    def test_deadlines_hold_for_all(self, problem: Checked) -> None:
-        def slow(tiles: Tiles) -> np.ndarray:
-            threading.Event().wait(0.05)
-            return bright(tiles)
-
-        data = packed({f"{k}.png": picture(k) for k in range(40)})
-        with serving(fake_app(slow, batching={"max_batch": 1})) as client:
-            problem(client.post("/segment?deadline_ms=300", content=data, headers=ZIP), 504)
-            assert client.post("/segment", content=picture()).status_code == 200
+        assert refused.actual == 8
+        assert not ran
+        assert client.post("/segment", content=one, headers=ZIP).status_code == 200
 
 
-class TestMicroscopes:
-    def test_channels_and_axes(self, server: httpx.Client, problem: Checked) -> None:
-        values = np.random.default_rng(0).integers(0, 255, (3, 2, 9, 7), dtype=np.uint8)
-        file = written(values, "ZCYX", ome=True)
-        first, second = (server.post(f"/segment?channel={channel}", content=file) for channel in range(2))
-        assert pages_of(first.content).shape == (3, 9, 7)
-        assert not np.array_equal(pages_of(first.content), pages_of(second.content))
-        guessed = server.post("/segment", content=file)
-        assert guessed.content == first.content
-        assert guessed.headers["x-segment-note"] == "the input has 2 channels and the first (0) was read; channel=1 reads another"
-        assert pages_of(server.post("/segment?axes=ZYX", content=file).content).shape == (6, 9, 7)
-        assert "2 channels, 0 to 1" in problem(server.post("/segment?channel=2", content=file), 422).detail
-        assert "does not fit" in problem(server.post("/segment?axes=TCZYX", content=file), 422).detail
-        assert "is not understood" in problem(server.post("/jobs?axes=hello", content=file), 422).detail
-        assert "axes is for TIFF" in problem(server.post("/segment?axes=ZYX", content=picture()), 422).detail
+def test_zip_has_one_deadline_for_all(problem: Checked) -> None:
+    def slow(tiles: Tiles) -> np.ndarray:
+        threading.Event().wait(0.05)
+        return bright(tiles)
 
-    def test_the_size_of_a_pixel_makes_areas(self, server: httpx.Client) -> None:
-        pixels = np.zeros((9, 7), dtype=np.uint8)
-        pixels[2:4, 2:5] = 200
-        file = written(
-            pixels,
-            "YX",
-            ome=True,
-            metadata={"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.25, "PhysicalSizeXUnit": "mm", "PhysicalSizeYUnit": "mm"},
-        )
-        report = server.post("/segment?format=json", content=file).json()
-        assert report["classes"][0]["area_mm2"] == pytest.approx(6 * 0.5 * 0.25)
-        plain = server.post("/segment?format=json", content=picture_bytes(pixels)).json()
-        assert "area_mm2" not in plain["classes"][0]
-
-    def test_a_reference_has_axes_of_its_own(self, server: httpx.Client) -> None:
-        values = np.random.default_rng(0).integers(0, 255, (3, 2, 9, 7), dtype=np.uint8)
-        file = written(values, "ZCYX", imagej=True)
-        truth = server.post("/segment?channel=1", content=file).content
-        scored = server.post("/segment?channel=1", files={"file": file, "reference": truth})
-        assert float(scored.headers["x-segment-iou"]) == 1
-
-    def test_a_reference_of_several_channels_is_none(self, server: httpx.Client, problem: Checked) -> None:
-        values = np.zeros((3, 2, 9, 7), dtype=np.uint8)
-        files = {"file": written(values[:, 0], "ZYX", imagej=True), "reference": written(values, "ZCYX", imagej=True)}
-        assert "the label image has 2 channels; send labels" in problem(server.post("/segment", files=files), 422).detail
-
-    def test_one_colour_of_a_picture(self, server: httpx.Client) -> None:
-        pixels = np.random.default_rng(0).integers(0, 255, (9, 7, 3), dtype=np.uint8)
-        alone = server.post("/segment", content=picture_bytes(pixels[..., 2]))
-        assert np.array_equal(
-            mask_of(server.post("/segment?channel=2", content=picture_bytes(pixels)).content), mask_of(alone.content)
-        )
+    with serving(fake_app(slow)) as client:
+        problem(client.post("/segment?deadline_ms=200", content=MANY, headers=ZIP), 504, "deadline-passed")
+        assert client.post("/segment", content=picture()).status_code == 200
 
 
-class TestItk:
-    @pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
-    @pytest.mark.parametrize("dims", [2, 3])
-    @pytest.mark.parametrize("declared", ["application/octet-stream", "application/x-nrrd", None])
-    def test_volumes(self, suffix: str, dims: int, declared: str | None) -> None:
-        image = SimpleITK.GetImageFromArray(VOXELS.transpose(2, 1, 0))
-        image.SetSpacing((1.0, 2.0, 3.0))
-        file = by_itk(image, suffix, packed=True)
-        with serving(fake_app(changes={"dims": dims})) as client:
-            headers = {"content-type": declared} if declared else {}
-            answer = client.post("/segment?format=nifti", content=file, headers=headers)
-            same = client.post("/segment", content=nifti_bytes(VOXELS, np.diag([-1.0, -2, 3, 1])))
-            assert answer.status_code == 200, answer.text
-            assert np.array_equal(volume_of(answer.content), volume_of(same.content))
-            report = client.post("/segment?format=json", content=file).json()
-            assert report["spacing_mm"] == {"x": 1.0, "y": 2.0, "z": 3.0}
-            default = client.post("/segment", content=file)
-            assert default.headers["content-type"] == "application/x-nrrd"
-            assert default.headers["content-disposition"] == 'inline; filename="mask.seg.nrrd"'
-            scored = client.post("/segment", files={"file": file, "reference": default.content})
-            assert float(scored.headers["x-segment-iou"]) == 1
-            in_slicer = itk_read(default.content, ".nrrd")
-            assert np.array_equal(SimpleITK.GetArrayFromImage(in_slicer).transpose(2, 1, 0), volume_of(answer.content))
-            assert in_slicer.GetSpacing() == image.GetSpacing()
+CHANNELS = np.random.default_rng(0).integers(0, 255, (3, 2, 9, 7), dtype=np.uint8)
 
-    @pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
-    def test_as_references(self, server: httpx.Client, suffix: str) -> None:
-        labels = VOXELS.mean() < VOXELS
-        image = SimpleITK.GetImageFromArray(labels.astype(np.int16).transpose(2, 1, 0))
-        scored = server.post(
-            "/segment", files={"file": nifti_bytes(VOXELS, np.diag([-1.0, -1, 1, 1])), "reference": by_itk(image, suffix)}
-        )
-        assert scored.status_code == 200, scored.text
-        assert float(scored.headers["x-segment-iou"]) == 1
 
-    def test_images(self, server: httpx.Client) -> None:
-        file = by_itk(SimpleITK.GetImageFromArray(VOXELS[0]), ".mha")
-        assert np.array_equal(
-            mask_of(server.post("/segment", content=file).content),
-            mask_of(server.post("/segment", content=picture_bytes(VOXELS[0])).content),
-        )
+def test_microscopy_file_is_read_by_channel_and_axes(small: httpx.Client) -> None:
+    file = written(CHANNELS, "ZCYX", ome=True)
+    first, second = (small.post(f"/segment?channel={channel}", content=file).content for channel in range(2))
+    assert pages_of(first).shape == (3, 9, 7)
+    assert not np.array_equal(pages_of(first), pages_of(second))
+    default = small.post("/segment", content=file)
+    assert default.content == first
+    assert "channel=1" in default.headers["x-segment-note"]
+    assert pages_of(small.post("/segment?axes=ZYX", content=file).content).shape == (6, 9, 7)
+    scored = small.post("/segment?channel=1", files={"file": file, "reference": second})
+    assert float(scored.headers["x-segment-iou"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("query", "parameter"), [("channel=2", "channel"), ("axes=TCZYX", "axes"), ("axes=hello", "axes")]
+)
+@pytest.mark.parametrize("route", ["/segment", "/jobs"])
+def test_microscopy_parameters_that_do_not_fit_are_refused(
+    small: httpx.Client, problem: Checked, route: str, query: str, parameter: str
+) -> None:
+    answer = small.post(f"{route}?{query}", content=written(CHANNELS, "ZCYX", ome=True))
+    assert problem(answer, 422, "invalid-parameter").parameter == parameter
+
+
+def test_reference_of_several_channels_is_refused(small: httpx.Client, problem: Checked) -> None:
+    files = {
+        "file": written(CHANNELS[:, 0], "ZYX", imagej=True),
+        "reference": written(CHANNELS, "ZCYX", imagej=True),
+    }
+    problem(small.post("/segment", files=files), 422)
+
+
+def test_pixel_size_of_the_file_makes_areas(small: httpx.Client) -> None:
+    pixels = np.zeros((9, 7), dtype=np.uint8)
+    pixels[2:4, 2:5] = 200
+    units = {"PhysicalSizeXUnit": "mm", "PhysicalSizeYUnit": "mm"}
+    file = written(pixels, "YX", ome=True, metadata={"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.25, **units})
+    report = small.post("/segment?format=json", content=file).json()
+    assert report["classes"][0]["area_mm2"] == pytest.approx(6 * 0.5 * 0.25)
+    plain = small.post("/segment?format=json", content=picture_bytes(pixels)).json()
+    assert "area_mm2" not in plain["classes"][0]
+
+
+def test_one_colour_of_a_picture_is_read_alone(small: httpx.Client) -> None:
+    pixels = CHANNELS.reshape(-1)[: 9 * 7 * 3].reshape(9, 7, 3)
+    alone = small.post("/segment", content=picture_bytes(pixels[..., 2])).content
+    assert small.post("/segment?channel=2", content=picture_bytes(pixels)).content == alone

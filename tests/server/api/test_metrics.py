@@ -75,7 +75,9 @@ def test_labels_are_closed_and_there_before_the_first_request() -> None:
     quality = {"agreement_share": 1, "agreement_fewest_per_hour": 0}
     settings: dict[str, Any] = {"limits": {"max_wait_s": 60.0, "max_body_mb": 1}, "quality": quality}
     pace = {"L1": 0.001 / 256, "L2": 0.001 / 256, "L3": 1.0, "L4": 1.0, "accurate": 0.001 / 256}
-    with serving(fake_app(pace=pace, changes={"calibration": calibrated([("L1", "fp32", 0.9)])}, **settings)) as client:
+    with serving(
+        fake_app(pace=pace, changes={"calibration": calibrated([("L1", "fp32", 0.9)])}, **settings)
+    ) as client:
         before = {key for key in scraped(client) if key[0].startswith("unetpp_")}
         for query, data, status in (
             ("", DATA, 200), ("level=1", DATA, 200), ("level=4&min_level=1", DATA, 200), ("level=4", DATA, 413),
@@ -83,7 +85,9 @@ def test_labels_are_closed_and_there_before_the_first_request() -> None:
             ("level=1", bytes(2_000_000), 413), ("level=1&deadline_ms=0", DATA, 422),
         ):  # fmt: skip
             assert client.post(f"/segment?{query}", content=data).status_code == status, query
-        assert client.post("/segment?level=2", files={"file": DATA, "reference": REFERENCE}).status_code == 200
+        assert (
+            client.post("/segment?level=2", files={"file": DATA, "reference": REFERENCE}).status_code == 200
+        )
         job = client.post("/jobs?level=1", content=DATA).json()["id"]
         until(lambda: client.get(f"/jobs/{job}").json()["state"] == "done")
         after = {key for key in scraped(client) if key[0].startswith("unetpp_")}
@@ -136,7 +140,11 @@ def test_batches_and_how_full_they_are() -> None:
 class TestRefusals:
     def refused(self, client: httpx.Client) -> dict[str, float]:
         found = scraped(client).items()
-        return {dict(labels)["reason"]: count for (name, labels), count in found if name == "unetpp_refusals_total" and count}
+        return {
+            dict(labels)["reason"]: count
+            for (name, labels), count in found
+            if name == "unetpp_refusals_total" and count
+        }
 
     def test_of_what_is_too_large(self) -> None:
         with serving(fake_app(limits={"max_body_mb": 1, "max_pixels": 100})) as client:
@@ -204,7 +212,10 @@ def test_bundles_are_shown_as_they_are() -> None:
         place = {"model": "fake", "precision": "fp32"}
         assert value(client, "calibrated_iou", mode="fast", level="1", engine="fake", **place) == 0.8
         assert value(client, "calibrated_dice", mode="accurate", level="4", engine="other", **place) == 0.9
-        assert value(client, "calibrated_latency_seconds", mode="fast", level="1", engine="fake", **place) == 0.001
+        assert (
+            value(client, "calibrated_latency_seconds", mode="fast", level="1", engine="fake", **place)
+            == 0.001
+        )
 
 
 def test_the_shipped_bundles_manifest_has_its_hash(client: httpx.Client, shipped_bundle: Any) -> None:
@@ -255,7 +266,15 @@ class TestAgreement:
             assert value(client, "agreement_iou_sum", **labels) == 1
             # What nobody asked for is no request.
             assert (
-                value(client, "requests_total", model="fake", mode="accurate", requested_level="4", served_level="4", outcome="ok")
+                value(
+                    client,
+                    "requests_total",
+                    model="fake",
+                    mode="accurate",
+                    requested_level="4",
+                    served_level="4",
+                    outcome="ok",
+                )
                 == 0
             )
 
@@ -285,7 +304,9 @@ def test_promtool_finds_nothing_to_say() -> None:
     if not promtool:
         pytest.skip("needs promtool, which comes with Prometheus")
     with serving(fake_app(changes={"calibration": calibrated([("L1", "fp32", 0.9)])})) as client:
-        assert client.post("/segment?level=2", files={"file": DATA, "reference": REFERENCE}).status_code == 200
+        assert (
+            client.post("/segment?level=2", files={"file": DATA, "reference": REFERENCE}).status_code == 200
+        )
         text = client.get("/metrics").content
     told = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, check=False)
     assert (told.returncode, told.stdout + told.stderr) == (0, b"")

@@ -23,7 +23,10 @@ def test_is_kept() -> None:
     failed: list[str] = []
     with full_server() as opened:
         operations = [
-            found.ok() for found in schemathesis.openapi.from_url(f"{opened.client.base_url}/openapi.json").get_all_operations()
+            found.ok()
+            for found in schemathesis.openapi.from_url(
+                f"{opened.client.base_url}/openapi.json"
+            ).get_all_operations()
         ]
         for operation in operations:
 

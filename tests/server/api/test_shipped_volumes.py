@@ -38,7 +38,9 @@ def mask_of(body: bytes) -> nib.Nifti1Image:
 
 
 @pytest.mark.parametrize("query", ["mode=fast&level=1", "mode=fast&level=2", "mode=accurate"])
-def test_the_mask_lies_where_the_volume_lies(client: httpx.Client, sample: bytes, query: str, tmp_path: Path) -> None:
+def test_the_mask_lies_where_the_volume_lies(
+    client: httpx.Client, sample: bytes, query: str, tmp_path: Path
+) -> None:
     answer = client.post(f"/segment?model=hippocampus&{query}", content=sample).raise_for_status()
     (tmp_path / "mask.nii.gz").write_bytes(answer.content)
     (tmp_path / "volume.nii").write_bytes(sample)
@@ -63,14 +65,18 @@ def rows(data: Path, split: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("query", "least"), [("level=1", 0.83), ("level=2", 0.85), ("mode=accurate", 0.85)])
-def test_finds_the_hippocampus_on_held_out_volumes(client: httpx.Client, hippocampus_data: Path, query: str, least: float) -> None:
+def test_finds_the_hippocampus_on_held_out_volumes(
+    client: httpx.Client, hippocampus_data: Path, query: str, least: float
+) -> None:
     dice = []
     for name in rows(hippocampus_data, "test")[:6]:
         files = {
             "file": (hippocampus_data / "images" / f"{name}.nii.gz").read_bytes(),
             "reference": (hippocampus_data / "labels" / f"{name}.nii.gz").read_bytes(),
         }
-        answer = client.post(f"/segment?model=hippocampus&{query}&format=json", files=files).raise_for_status()
+        answer = client.post(
+            f"/segment?model=hippocampus&{query}&format=json", files=files
+        ).raise_for_status()
         report = answer.json()
         assert [row["name"] for row in report["classes"]] == ["anterior hippocampus", "posterior hippocampus"]
         assert all(1 < row["volume_ml"] < 3 for row in report["classes"])
@@ -81,9 +87,15 @@ def test_finds_the_hippocampus_on_held_out_volumes(client: httpx.Client, hippoca
 @pytest.mark.parametrize("codes", ["LPS", "PIR", "SAL"])
 def test_a_turned_copy_has_the_turned_mask(client: httpx.Client, hippocampus_data: Path, codes: str) -> None:
     image = nib.load(hippocampus_data / "images" / f"{rows(hippocampus_data, 'test')[0]}.nii.gz")
-    turn = orientations.ornt_transform(orientations.io_orientation(image.affine), orientations.axcodes2ornt(codes))
+    turn = orientations.ornt_transform(
+        orientations.io_orientation(image.affine), orientations.axcodes2ornt(codes)
+    )
     straight, turned = (
-        mask_of(client.post("/segment?model=hippocampus&level=2", content=volume.to_bytes()).raise_for_status().content)
+        mask_of(
+            client.post("/segment?model=hippocampus&level=2", content=volume.to_bytes())
+            .raise_for_status()
+            .content
+        )
         for volume in (image, image.as_reoriented(turn))
     )
     assert np.array_equal(np.asarray(straight.as_reoriented(turn).dataobj), np.asarray(turned.dataobj))
@@ -100,4 +112,7 @@ def test_a_job_gives_the_same_mask(client: httpx.Client, sample: bytes) -> None:
     assert result.content == straight.content
     assert result.headers["x-segment-level"] == "2"
     preview = client.get(f"{posted.headers['location']}/preview").raise_for_status()
-    assert preview.content == client.post("/segment?model=hippocampus&level=1", content=sample).raise_for_status().content
+    assert (
+        preview.content
+        == client.post("/segment?model=hippocampus&level=1", content=sample).raise_for_status().content
+    )

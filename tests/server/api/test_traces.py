@@ -45,7 +45,11 @@ def split(exporter: InMemorySpanExporter) -> tuple[list[ReadableSpan], list[Read
 
 def test_a_request_and_its_phases(exporter: InMemorySpanExporter) -> None:
     with serving(fake_app()) as client:
-        client.post("/segment?level=2", content=PICTURE, headers={"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-Id": "mine"})
+        client.post(
+            "/segment?level=2",
+            content=PICTURE,
+            headers={"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-Id": "mine"},
+        )
     (request,), phases = split(exporter)
     assert request.name == "POST /segment"
     assert request.attributes == {
@@ -90,8 +94,14 @@ def test_failures(exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatc
 
 def test_nothing_of_what_was_sent(exporter: InMemorySpanExporter) -> None:
     with serving(fake_app()) as client:
-        client.post("/segment", files={"file": ("PATIENT-DOE.nii", PICTURE)}, headers={"tracestate": "a=HEADERJUNK"})
-        client.post("/segment?model=QUERYJUNK&QUERYJUNK=1", content=b"SECRETNAME", headers={"traceparent": "HEADERJUNK"})
+        client.post(
+            "/segment", files={"file": ("PATIENT-DOE.nii", PICTURE)}, headers={"tracestate": "a=HEADERJUNK"}
+        )
+        client.post(
+            "/segment?model=QUERYJUNK&QUERYJUNK=1",
+            content=b"SECRETNAME",
+            headers={"traceparent": "HEADERJUNK"},
+        )
         client.get("/jobs/QUERYJUNK")
         client.get("/QUERYJUNK", headers={"baggage": "a=HEADERJUNK"})
         client.request("QUERYJUNK", "/segment")
@@ -99,7 +109,13 @@ def test_nothing_of_what_was_sent(exporter: InMemorySpanExporter) -> None:
         client.get("/health/ready")
         client.get("/metrics")
     requests, _ = split(exporter)
-    assert [span.name for span in requests] == ["POST /segment", "POST /segment", "GET /jobs/{id}", "GET none", "other /segment"]
+    assert [span.name for span in requests] == [
+        "POST /segment",
+        "POST /segment",
+        "GET /jobs/{id}",
+        "GET none",
+        "other /segment",
+    ]
     told = "".join(span.to_json() + str(span.context) for span in exporter.get_finished_spans())
     assert not [mark for mark in ("PATIENT-DOE", "QUERYJUNK", "HEADERJUNK", "SECRETNAME") if mark in told]
 
@@ -110,7 +126,9 @@ class TestStart:
         monkeypatch.delenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", raising=False)
         assert traces.start() is None
 
-    def test_without_the_packages(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def test_without_the_packages(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:1")
         monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
         assert traces.start() is None

@@ -1,238 +1,245 @@
+"""POST /segment of volumes and stacks: the container of the answer follows that of the input."""
+
 import base64
-import concurrent.futures
-import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from server.runtime.batcher import Batcher
-from server.runtime.line import Caller, Lane
+import SimpleITK
 
-from server.app import create_app
-from server.arrays import Tiles
 from server.imaging.encode import ENCODERS
-from server.settings import Settings
+from tests.server.imaging.itk import by_itk, itk_read
 from tests.support.files import mask_of, nifti_bytes, pages_bytes, pages_of, picture_bytes, volume_of
 from tests.support.server import serving
-from tests.support.service import bright, fake_app
+from tests.support.service import FixedLatency, fake_app
+
+Checked = Callable[..., Any]
 
 VOXELS = np.random.default_rng(1).integers(0, 256, (14, 20, 9), dtype=np.uint8)
-WANTED = VOXELS.mean() < VOXELS
-VOLUME, STACK, IMAGE = nifti_bytes(VOXELS, np.diag([1.0, 1, 2, 1])), pages_bytes(VOXELS), picture_bytes(VOXELS[0])
-
-
-@pytest.fixture(scope="module", params=[2, 3])
-def spatial(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
-    """A network of either kind."""
-    with serving(fake_app(changes={"dims": request.param})) as client:
-        yield client
+MASK = VOXELS.mean() < VOXELS
+VOLUME = nifti_bytes(VOXELS, np.diag([1.0, 1, 2, 1]))
+STACK, IMAGE = pages_bytes(VOXELS), picture_bytes(VOXELS[0])
+INPUTS = {"image": IMAGE, "stack": STACK, "volume": VOLUME}
 
 
 @pytest.fixture(scope="module")
-def flat() -> Iterator[httpx.Client]:
-    """A network of two dimensions."""
-    with serving(fake_app()) as client:
+def spatial() -> Iterator[httpx.Client]:
+    """A network of three dimensions."""
+    with serving(fake_app(changes={"dims": 3})) as client:
         yield client
+
+
+@pytest.fixture(params=[2, 3])
+def either(request: pytest.FixtureRequest, small: httpx.Client, spatial: httpx.Client) -> httpx.Client:
+    """A network of two, and one of three dimensions."""
+    return small if request.param == 2 else spatial
 
 
 @pytest.mark.parametrize(
     "declared",
-    ["application/gzip", "application/x-gzip", "application/nifti", "application/x-nifti", "application/octet-stream", None],
+    [
+        "application/gzip",
+        "application/x-gzip",
+        "application/nifti",
+        "application/x-nifti",
+        "application/octet-stream",
+        None,
+    ],
 )
 @pytest.mark.parametrize("multipart", [False, True])
-def test_a_volume_is_answered_by_a_volume(spatial: httpx.Client, declared: str | None, multipart: bool) -> None:
+def test_segment_answers_a_volume_by_a_volume(
+    either: httpx.Client, declared: str | None, multipart: bool
+) -> None:
     if multipart:
-        answer = spatial.post("/segment", files={"file": ("x.nii.gz", VOLUME, *((declared,) if declared else ()))})
+        answer = either.post(
+            "/segment", files={"file": ("x.nii.gz", VOLUME, *((declared,) if declared else ()))}
+        )
     else:
-        answer = spatial.post("/segment", content=VOLUME, headers={"content-type": declared} if declared else {})
+        answer = either.post(
+            "/segment", content=VOLUME, headers={"content-type": declared} if declared else {}
+        )
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"] == "application/gzip"
-    assert "content-encoding" not in answer.headers  # a client must not unpack it
+    # Otherwise clients would unpack it.
+    assert "content-encoding" not in answer.headers
     assert answer.headers["content-disposition"] == 'inline; filename="mask.nii.gz"'
-    assert np.array_equal(volume_of(answer.content), WANTED)
+    assert np.array_equal(volume_of(answer.content), MASK)
 
 
-def test_a_type_that_is_neither(spatial: httpx.Client, problem: Callable[..., Any]) -> None:
-    refused = spatial.post("/segment", content=VOLUME, headers={"content-type": "application/pdf"})
-    assert "application/gzip" in problem(refused, 415, "unsupported-type").detail
-
-
-@pytest.mark.parametrize("data", [STACK, VOLUME])
+@pytest.mark.parametrize("kind", ["stack", "volume"])
 @pytest.mark.parametrize("name", [name for name, row in ENCODERS.items() if "head_std" not in row.needs])
-def test_every_format(spatial: httpx.Client, data: bytes, name: str) -> None:
-    row = ENCODERS[name]
-    answer = spatial.post(f"/segment?format={name}", content=data)
-    if ("stack" if data is STACK else "volume") not in row.kinds:
-        assert answer.status_code == 406
+def test_segment_answers_volumes_in_every_format_of_theirs(small: httpx.Client, kind: str, name: str) -> None:
+    answer, row = small.post(f"/segment?format={name}", content=INPUTS[kind]), ENCODERS[name]
+    if kind not in row.kinds:
+        assert (answer.status_code, answer.json()["code"]) == (406, "unknown-format")
         return
-    if data is STACK and spatial.get("/models").json()[0]["dims"] == 3:
-        # A network of volumes needs to know where voxels lie.
-        assert answer.status_code == 422
-        return
+    assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"] == row.media_type
-    assert row.file in answer.headers["content-disposition"]
+    assert row.filename in answer.headers["content-disposition"]
+
+
+@pytest.mark.parametrize(("format_", "status"), [("mask.tiff", 422), ("mask.nii.gz", 406)])
+def test_segment_refuses_a_stack_where_the_network_needs_voxel_sizes(
+    spatial: httpx.Client, problem: Checked, format_: str, status: int
+) -> None:
+    problem(spatial.post(f"/segment?format={format_}", content=STACK), status)
 
 
 @pytest.mark.parametrize(
-    ("data", "kind", "name"),
-    [(IMAGE, "image/png", "mask.png"), (STACK, "image/tiff", "mask.tif"), (VOLUME, "application/gzip", "mask.nii.gz")],
-)
-@pytest.mark.parametrize("accept", [None, "*/*", "text/html,application/xhtml+xml,*/*;q=0.8"])
-def test_like_is_answered_by_like(flat: httpx.Client, data: bytes, kind: str, name: str, accept: str | None) -> None:
-    answer = flat.post("/segment", content=data, headers={"accept": accept} if accept else {})
-    assert answer.headers["content-type"] == kind
-    assert answer.headers["content-disposition"] == f'inline; filename="{name}"'
-    if data is STACK:
-        assert np.array_equal(pages_of(answer.content), WANTED)
-
-
-@pytest.mark.parametrize(
-    ("data", "accept", "kind"),
+    ("name", "image", "stack", "volume"),
     [
-        (VOLUME, "application/json", "application/json"), (VOLUME, "application/gzip", "application/gzip"),
-        (VOLUME, "image/png, application/x-npz;q=0.5", "image/png"), (STACK, "image/*", "image/tiff"),
-        (IMAGE, "image/tiff", "image/tiff"), (STACK, "application/gzip;q=0.5, application/json;q=0.1", "application/json"),
-    ],
-)  # fmt: skip
-def test_accept(flat: httpx.Client, data: bytes, accept: str, kind: str) -> None:
-    assert flat.post("/segment", content=data, headers={"accept": accept}).headers["content-type"] == kind
-
-
-@pytest.mark.parametrize(
-    ("data", "query", "accept"),
-    [(VOLUME, "?format=png", "*/*"), (STACK, "?format=nifti", "*/*"), (IMAGE, "?format=nifti", "*/*"), (VOLUME, "", "image/tiff")],
-)
-def test_formats_that_do_not_fit(flat: httpx.Client, problem: Callable[..., Any], data: bytes, query: str, accept: str) -> None:
-    refused = problem(flat.post(f"/segment{query}", content=data, headers={"accept": accept}), 406, "unknown-format")
-    assert "json" in refused.detail
-
-
-@pytest.mark.parametrize(
-    ("data", "key", "read", "size"),
-    [
-        (VOLUME, "mask_nifti", volume_of, {"x": 14, "y": 20, "z": 9}),
-        (STACK, "mask_tiff", pages_of, {"x": 9, "y": 20, "z": 14}),
-        (IMAGE, "mask_png", mask_of, {"height": 20, "width": 9}),
+        ("mask", "mask.png", "mask.tiff", "mask.nii.gz"),
+        ("labels", "labels.png", "labels.tiff", "labels.nii.gz"),
+        ("scores", "scores.png", "scores.tiff", "scores.nii.gz"),
     ],
 )
-def test_report(flat: httpx.Client, data: bytes, key: str, read: Callable[[bytes], np.ndarray], size: dict[str, int]) -> None:
-    report = flat.post("/segment?format=json&include_mask=true", content=data).json()
+def test_segment_format_follows_the_kind_of_the_input(
+    small: httpx.Client, name: str, image: str, stack: str, volume: str
+) -> None:
+    for kind, filename in (("image", image), ("stack", stack), ("volume", volume)):
+        answer = small.post(f"/segment?format={name}", content=INPUTS[kind])
+        assert answer.headers["content-disposition"] == f'inline; filename="{filename}"'
+        assert answer.headers["content-type"] == ENCODERS[filename].media_type
+
+
+@pytest.mark.parametrize(
+    ("kind", "accept", "media_type"),
+    [
+        ("image", "*/*", "image/png"),
+        ("stack", "text/html,application/xhtml+xml,*/*;q=0.8", "image/tiff"),
+        ("volume", "*/*", "application/gzip"),
+        ("volume", "application/json", "application/json"),
+        ("volume", "application/gzip", "application/gzip"),
+        ("volume", "image/png, application/x-npz;q=0.5", "image/png"),
+        ("stack", "image/*", "image/tiff"),
+        ("image", "image/tiff", "image/tiff"),
+        ("stack", "application/gzip;q=0.5, application/json;q=0.1", "application/json"),
+    ],
+)
+def test_segment_accept_chooses_among_what_fits(
+    small: httpx.Client, kind: str, accept: str, media_type: str
+) -> None:
+    answer = small.post("/segment", content=INPUTS[kind], headers={"accept": accept})
+    assert answer.headers["content-type"] == media_type
+
+
+@pytest.mark.parametrize(
+    ("kind", "query", "accept"),
+    [
+        ("volume", "?format=mask.png", "*/*"),
+        ("stack", "?format=mask.nii.gz", "*/*"),
+        ("image", "?format=mask.nii.gz", "*/*"),
+        ("volume", "", "image/tiff"),
+    ],
+)
+def test_segment_format_that_does_not_fit_is_refused(
+    small: httpx.Client, problem: Checked, kind: str, query: str, accept: str
+) -> None:
+    answer = small.post(f"/segment{query}", content=INPUTS[kind], headers={"accept": accept})
+    refused = problem(answer, 406, "unknown-format")
+    assert "json" in refused.allowed
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "read", "size"),
+    [
+        ("volume", "mask_nifti", volume_of, {"x": 14, "y": 20, "z": 9}),
+        ("stack", "mask_tiff", pages_of, {"x": 9, "y": 20, "z": 14}),
+        ("image", "mask_png", mask_of, {"height": 20, "width": 9}),
+    ],
+)
+def test_report_has_the_size_and_the_mask(
+    small: httpx.Client, kind: str, key: str, read: Callable[[bytes], np.ndarray], size: dict[str, int]
+) -> None:
+    report = small.post("/segment?format=json&include_mask=true", content=INPUTS[kind]).json()
     assert report["size"] == size
     assert [name for name in report if name.startswith("mask_")] == [key]
-    mask = read(base64.b64decode(report[key]))
     (row,) = report["classes"]
-    assert row["pixels" if data is IMAGE else "voxels"] == mask.sum()
-    assert ("spacing_mm" in report) == ("volume_ml" in row) == (data is VOLUME)
-    if data is VOLUME:
+    assert row["pixels" if kind == "image" else "voxels"] == read(base64.b64decode(report[key])).sum()
+    assert ("spacing_mm" in report) == ("volume_ml" in row) == (kind == "volume")
+    if kind == "volume":
         assert report["spacing_mm"] == {"x": 1, "y": 1, "z": 2}
-        assert row["volume_ml"] == pytest.approx(mask.sum() * 2e-3)
-
-
-def test_reference(spatial: httpx.Client, problem: Callable[..., Any]) -> None:
-    truth = nifti_bytes(WANTED.astype(np.uint8), np.diag([1.0, 1, 2, 1]))
-    answer = spatial.post("/segment", files={"file": VOLUME, "reference": truth})
-    assert answer.headers["x-segment-iou"] == answer.headers["x-segment-dice"] == "1.0000"
-    for wrong, said in (
-        (nifti_bytes(VOXELS), "mm away"),
-        (nifti_bytes(VOXELS[1:]), "13 × 20 × 9 voxels"),
-        (IMAGE, "9 × 20 pixels"),
-    ):
-        assert (
-            said in problem(spatial.post("/segment", files={"file": VOLUME, "reference": wrong}), 422, "invalid-parameter").detail
-        )
-
-
-@pytest.mark.parametrize("query", ["axis=3", "axis=x", "axis=-1", "nonfinite=", "nonfinite=drop"])
-def test_parameters_that_do_not_exist(flat: httpx.Client, problem: Callable[..., Any], query: str) -> None:
-    assert query.partition("=")[0] in problem(flat.post(f"/segment?{query}", content=VOLUME), 422, "invalid-parameter").detail
-
-
-def test_axis_and_nonfinite(flat: httpx.Client, problem: Callable[..., Any]) -> None:
-    voxels = VOXELS.astype(np.float32)
-    voxels[0, 0, :3] = np.nan
-    assert "nonfinite=zero" in problem(flat.post("/segment", content=nifti_bytes(voxels)), 422, "unreadable").detail
-    for axis in ("auto", 0, 1, 2):
-        answer = flat.post(f"/segment?nonfinite=zero&axis={axis}", content=nifti_bytes(voxels))
-        assert answer.headers["x-segment-note"] == "3 values that are not finite were read as 0"
-        assert np.array_equal(volume_of(answer.content), np.nan_to_num(voxels) > np.nan_to_num(voxels).mean(dtype=float))
-
-
-def test_what_takes_too_long_is_sent_to_jobs_before_anything_runs(problem: Callable[..., Any]) -> None:
-    ran = []
-    app = fake_app(lambda tiles: ran.append(1) or bright(tiles), pace=0.01, limits={"max_wait_s": 20})
-    with serving(app) as client:
-        refused = problem(client.post("/segment", content=VOLUME), 413, "too-large")
-        # 9 slices in windows of 32 × 16.
-        assert "about 46 s" in refused.detail
-        assert "at most 20 s" in refused.detail
-        assert "POST /jobs" in refused.detail
-        assert not ran
-        assert client.post("/segment", content=IMAGE).status_code == 200
-        metrics = client.get("/metrics").text
-    row = 'unetpp_requests_total{{mode="accurate",model="fake",outcome="{}",requested_level="4",served_level="{}"}} 1.0'
-    assert row.format("client_error", "none") in metrics
-    assert row.format("ok", "4") in metrics
 
 
 @pytest.mark.parametrize(
-    ("limit", "said"), [({"max_voxels": 2000}, "2,520 voxels; the limit is 2,000"), ({"max_memory_mb": 64}, "64 MB")]
+    "reference",
+    [
+        nifti_bytes(MASK.astype(np.uint8), np.diag([1.0, 1, 3, 1])),
+        nifti_bytes(MASK[1:].astype(np.uint8)),
+        IMAGE,
+    ],
+    ids=["spacing", "size", "kind"],
 )
-def test_limits_of_volumes(problem: Callable[..., Any], limit: dict[str, int], said: str) -> None:
-    with serving(fake_app(changes={"dims": 3, "spacing": (0.1, 0.1, 0.1)}, limits=limit)) as client:
-        assert said in problem(client.post("/segment", content=VOLUME), 413, "too-large").detail
+def test_reference_on_another_grid_is_refused(
+    either: httpx.Client, problem: Checked, reference: bytes
+) -> None:
+    files = {"file": VOLUME, "reference": reference}
+    problem(either.post("/segment", files=files), 422, "invalid-parameter")
 
 
-def test_metrics_count_volumes_and_their_batches() -> None:
-    with serving(fake_app(changes={"dims": 3})) as client:
-        assert client.post("/segment?level=2", content=VOLUME).status_code == 200
-        metrics = client.get("/metrics").text
-    labels = 'mode="fast",model="fake",outcome="ok",requested_level="2",served_level="2"'
-    assert f"unetpp_requests_total{{{labels}}} 1.0" in metrics
-    assert "unetpp_requests_in_flight 0.0" in metrics
-    assert any((line.startswith("unetpp_") and 'graph="L2"' in line and line.endswith("_count 1.0")) or 'graph="L2"} 1.0' in line
-               for line in metrics.splitlines())  # fmt: skip
+def test_reference_of_a_volume_is_scored(either: httpx.Client) -> None:
+    reference = nifti_bytes(MASK.astype(np.uint8), np.diag([1.0, 1, 2, 1]))
+    answer = either.post("/segment", files={"file": VOLUME, "reference": reference})
+    assert answer.headers["x-segment-iou"] == "1.0000"
 
 
-@pytest.mark.parametrize("kind", ["stack, same network", "volume, other network"])
-def test_an_image_is_answered_in_the_middle_of_a_volume(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str) -> None:
-    """After one further batch at most; the volume is not allowed to end before."""
-    begun, image_waits, answered = threading.Event(), threading.Event(), threading.Event()
-    calls: list[tuple[int, ...]] = []
-    hand_in = Batcher.run
+@pytest.mark.parametrize("axis", ["auto", "0", "1", "2"])
+def test_axis_and_nonfinite_are_read(small: httpx.Client, problem: Checked, axis: str) -> None:
+    voxels = VOXELS.astype(np.float32)
+    voxels[0, 0, :3] = np.nan
+    problem(small.post("/segment", content=nifti_bytes(voxels)), 422, "unreadable")
+    answer = small.post(f"/segment?nonfinite=zero&axis={axis}", content=nifti_bytes(voxels))
+    assert answer.headers["x-segment-note"]
+    finite = np.nan_to_num(voxels)
+    assert np.array_equal(volume_of(answer.content), finite > finite.mean(dtype=float))
 
-    async def noted(self: Batcher, lane: Lane, tiles: Tiles, caller: Caller | None = None) -> Any:
-        if tiles.pixels.shape[2:] == (48, 32):
-            image_waits.set()
-        return await hand_in(self, lane, tiles, caller)
 
-    def engine(tiles: Tiles) -> np.ndarray:
-        calls.append(tiles.pixels.shape[2:])
-        begun.set()
-        if calls[-1] != (48, 32):
-            assert image_waits.wait(30)
-            assert len(calls) < 4 or answered.wait(30)
-        return bright(tiles)
+def test_volume_that_takes_too_long_is_sent_to_jobs(problem: Checked) -> None:
+    with serving(fake_app(latency=FixedLatency(5.0), limits={"max_wait_s": 20})) as client:
+        refused = problem(client.post("/segment", content=VOLUME), 413, "too-large")
+        # It has nine slices of one window each.
+        assert (refused.limit, refused.actual, refused.remedy) == (20, 45, "POST /jobs")
+        assert client.post("/segment", content=IMAGE).status_code == 200
 
-    monkeypatch.setattr(Batcher, "run", noted)
-    monkeypatch.setattr("server.segment.plan.STEP_PIXELS", 4 * 16**3)
-    bundles = fake_bundles(engine, name="fake")
-    if kind.startswith("volume"):
-        small = {"size": [16, 16, 16], "overlap": 0.5}
-        bundles |= fake_bundles(engine, name="spatial", dims=3, window=small)
-        url, data = "/segment?model=spatial", nifti_bytes(np.zeros((100, 16, 32), dtype=np.uint8))
-    else:
-        url, data = "/segment", pages_bytes(np.zeros((100, 64, 64), dtype=np.uint8))
-    settings = Settings(default_model="fake", batching={"max_batch": 1}, jobs={"folder": tmp_path})
-    with serving(create_app(settings, bundles)) as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
-        volume = pool.submit(client.post, url, content=data)
-        assert begun.wait(30)
-        answer = client.post("/segment", content=picture_bytes(np.zeros((40, 31), dtype=np.uint8)))
-        answered.set()
-        assert answer.status_code == 200, answer.text
-        assert volume.result().status_code == 200
-    assert (48, 32) in calls[1:3]
-    assert calls[-1] != (48, 32)
-    assert len(calls) > 20
+
+@pytest.mark.parametrize(
+    ("limits", "limit", "setting"),
+    [
+        ({"max_voxels": 2000}, 2000, "UNETPP_LIMITS__MAX_VOXELS"),
+        ({"max_memory_mb": 64}, 64, "UNETPP_LIMITS__MAX_MEMORY_MB"),
+    ],
+)
+def test_volume_over_a_limit_is_refused(
+    problem: Checked, limits: dict[str, int], limit: int, setting: str
+) -> None:
+    with serving(fake_app(changes={"dims": 3, "spacing": (0.1, 0.1, 0.1)}, limits=limits)) as client:
+        refused = problem(client.post("/segment", content=VOLUME), 413, "too-large")
+    assert (refused.limit, refused.setting) == (limit, setting)
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
+def test_itk_volume_is_answered_as_slicer_reads_it(
+    either: httpx.Client, suffix: str, declared: str = "application/x-nrrd"
+) -> None:
+    image = SimpleITK.GetImageFromArray(VOXELS.transpose(2, 1, 0))
+    image.SetSpacing((1.0, 2.0, 3.0))
+    file = by_itk(image, suffix, packed=True)
+    answer = either.post("/segment", content=file, headers={"content-type": declared})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "application/x-nrrd"
+    assert answer.headers["content-disposition"] == 'inline; filename="mask.seg.nrrd"'
+    in_slicer = itk_read(answer.content, ".nrrd")
+    assert in_slicer.GetSpacing() == image.GetSpacing()
+    nifti = either.post("/segment?format=mask.nii.gz", content=file)
+    assert np.array_equal(SimpleITK.GetArrayFromImage(in_slicer).transpose(2, 1, 0), volume_of(nifti.content))
+    assert np.array_equal(volume_of(nifti.content), MASK)
+    scored = either.post("/segment", files={"file": file, "reference": answer.content})
+    assert float(scored.headers["x-segment-iou"]) == 1
+
+
+def test_itk_image_is_an_image(small: httpx.Client) -> None:
+    file = by_itk(SimpleITK.GetImageFromArray(VOXELS[0]), ".mha")
+    first, second = (mask_of(small.post("/segment", content=content).content) for content in (file, IMAGE))
+    assert np.array_equal(first, second)

@@ -14,11 +14,11 @@ from typing import Any
 
 from server.jobs import files
 from server.jobs import store as module
-from server.jobs.job import Ticket
+from server.jobs.job import JobSpec
 from server.jobs.store import Store
 from server.settings import JobsSettings
 
-TICKET = Ticket({}, True, "fake", "accurate", 4, "fp32", 1, 1.0)
+SPEC = JobSpec({}, True, "fake", "accurate", 4, "fp32", 1, 1.0)
 SERVED = {"Content-Type": "image/png"}
 CODE = {files.__file__, module.__file__}
 
@@ -29,9 +29,9 @@ HARMLESS = {"_account", "disk", "expires", "get", "path"}
 def lives(folder: Path, told: Callable[[str, str], None]) -> None:
     """`told` takes what happened, and to which job."""
     store = Store(JobsSettings(folder=folder))
-    first = store.accept(TICKET, io.BytesIO(b"input"), io.BytesIO(b"truth")).id
+    first = store.accept(SPEC, io.BytesIO(b"input"), io.BytesIO(b"truth")).id
     told("accepted", first)
-    second = store.accept(TICKET, io.BytesIO(b"input"), None).id
+    second = store.accept(SPEC, io.BytesIO(b"input"), None).id
     told("accepted", second)
     store.start(first)
     store.keep_preview(first, b"preview", SERVED)

@@ -9,13 +9,21 @@ import pytest
 
 from server.errors import BundleDamaged
 from server.runtime.bundle import Manifest, find_bundles, read_bundle
+from server.runtime.deployment import read_deployment
 from server.runtime.engines import ENGINES, Engine
-from server.runtime.loader import open_engine, read_deployment
+from server.runtime.loader import open_engine
 from server.settings import BatchingSettings, RuntimeSettings
 from tests.support.bundles import rewrite_hashes, write_nonsense_bundle
 from tests.support.service import calibrated, manifest
 
-HEAD_STD = {"name": "head_std", "level": 4, "divisor": 16, "parameters": 1, "macs_per_pixel": 4.0, "files": {"fp32": "std.onnx"}}
+HEAD_STD = {
+    "name": "head_std",
+    "level": 4,
+    "divisor": 16,
+    "parameters": 1,
+    "macs_per_pixel": 4.0,
+    "files": {"fp32": "std.onnx"},
+}
 # A manifest lists a file per graph, the weights and the golden pairs; one of each kind will do.
 NAMES = ("L1.onnx", "golden.npz", "weights.safetensors")
 
@@ -87,7 +95,8 @@ def test_read_bundle_without_manifest_is_refused(bundle: Path, harm: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"{", b"null", b"[]", b'{"format": 1}', b"\0\0", b'{"format": "unetpp.bundle/2"}', b"\xff\xfe\0"]
+    "text",
+    [b"", b"{", b"null", b"[]", b'{"format": 1}', b"\0\0", b'{"format": "unetpp.bundle/2"}', b"\xff\xfe\0"],
 )
 def test_read_bundle_broken_manifest_is_refused(bundle: Path, text: bytes) -> None:
     (bundle / "manifest.json").write_bytes(text)
@@ -227,7 +236,9 @@ def test_recommended_level_is_that_of_the_calibration_else_the_deepest() -> None
     assert manifest(calibration=calibrated([], recommended=2)).recommended_level == 2
 
 
-@pytest.mark.parametrize(("engine", "iou"), [("a", 0.8), ("b", 0.7), ("c", 0.9), ("not measured", 0.7), (None, 0.7)])
+@pytest.mark.parametrize(
+    ("engine", "iou"), [("a", 0.8), ("b", 0.7), ("c", 0.9), ("not measured", 0.7), (None, 0.7)]
+)
 def test_row_is_of_the_engine_else_the_worst(engine: str | None, iou: float) -> None:
     rows = [("L1", "int8", 0.8, "a"), ("L1", "int8", 0.7, "b"), ("L1", "int8", 0.9, "c"), ("L2", "int8", 0.1)]
     calibration = manifest(calibration=calibrated(rows)).calibration
@@ -247,7 +258,10 @@ def test_head_std_is_a_graph_beside_the_others() -> None:
 
 def test_manifest_score_channels() -> None:
     classes = [{"value": value, "name": "x", "color": "#000000"} for value in (1, 2)]
-    assert (manifest().score_channels, manifest(classes=classes, activation="softmax").score_channels) == (1, 3)
+    assert (manifest().score_channels, manifest(classes=classes, activation="softmax").score_channels) == (
+        1,
+        3,
+    )
 
 
 def test_manifest_survives_json() -> None:

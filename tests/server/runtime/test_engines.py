@@ -202,7 +202,9 @@ print(resident_mb() - before)
 
 def test_onnxruntime_gives_the_memory_of_large_runs_back(shipped_bundle: Path) -> None:
     """In a process of its own: one that has run other tests has memory to spare, and grows less."""
-    done = subprocess.run([sys.executable, "-c", LARGE_RUNS, str(shipped_bundle)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE_RUNS, str(shipped_bundle)], capture_output=True, text=True, check=True
+    )
     grown, left = map(float, done.stdout.split())
     assert grown > 30
     assert left < grown / 2

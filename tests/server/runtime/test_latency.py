@@ -26,12 +26,21 @@ def test_predict_is_confident_after_enough_runs() -> None:
     assert observed(*[(4096, 0.5)] * CONFIDENT_AFTER).predict("L1", 4096).confident
 
 
+@pytest.mark.parametrize(("pixels", "confident"), [(256, True), (100, True), (600, False), (10**6, False)])
+def test_predict_small_pieces_say_nothing_of_larger_ones_with_confidence(
+    pixels: int, confident: bool
+) -> None:
+    assert observed(*[(300, 0.02)] * 9).predict("L1", pixels).confident is confident
+
+
 def test_predict_each_size_has_its_own_rate() -> None:
     model = observed((256, 1.0), (65536, 2.0))
     assert (model.predict("L1", 256).seconds, model.predict("L1", 65536).seconds) == (1.0, 2.0)
 
 
-@pytest.mark.parametrize(("pixels", "rate"), [(1, 1 / 256), (300, 1 / 256), (30_000, 2 / 65536), (10**6, 2 / 65536)])
+@pytest.mark.parametrize(
+    ("pixels", "rate"), [(1, 1 / 256), (300, 1 / 256), (30_000, 2 / 65536), (10**6, 2 / 65536)]
+)
 def test_predict_unseen_size_uses_the_rate_of_the_nearest(pixels: int, rate: float) -> None:
     assert observed((256, 1.0), (65536, 2.0)).predict("L1", pixels).seconds == pytest.approx(pixels * rate)
 
@@ -85,9 +94,9 @@ def test_predict_stays_within_what_was_observed(runs: list[tuple[int, float]], p
 
 
 def test_predict_far_from_anything_observed_is_not_confident() -> None:
-    model = observed(*[(4, 0.001)] * 10)
-    assert model.predict("L1", 16).confident
-    assert not model.predict("L1", 96 * 96).confident
+    model = observed(*[(4096, 0.001)] * 10)
+    confident = [model.predict("L1", 2**power).confident for power in range(8, 15)]
+    assert confident == [False, False, True, True, True, False, False]
 
 
 def test_predict_first_run_of_a_size_that_also_prepares_is_forgotten_by_the_second() -> None:

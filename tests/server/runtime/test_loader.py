@@ -13,10 +13,11 @@ from server.arrays import Tiles
 from server.errors import BundleDamaged, EngineUnavailable, NotReady
 from server.runtime import engines
 from server.runtime.bundle import read_bundle
+from server.runtime.deployment import Deployment, read_deployment, read_deployments
 from server.runtime.device import DeviceThread
 from server.runtime.engines import EngineRow
 from server.runtime.golden import head_std_pairs, read_pairs
-from server.runtime.loader import ENGINE_BYTES, Deployment, Loader, read_deployment, read_deployments
+from server.runtime.loader import ENGINE_BYTES, Loader
 from server.runtime.machine import Machine
 from server.settings import BatchingSettings, RuntimeSettings
 from tests.support.bundles import rewrite_hashes, write_nonsense_bundle
@@ -26,7 +27,9 @@ CPU = {"onnxruntime": {"cpu": ("fp32", "int8")}}
 GPU = {"onnxruntime": {"tensorrt": ("fp32", "int8"), "cpu": ("fp32",)}, "openvino": {"cpu": ("fp32",)}}
 GRAPHS = ("L1", "L2", "L3", "L4", "accurate")
 FILES = {name: {"fp32": f"{name}.onnx", "int8": f"{name}.int8.onnx"} for name in GRAPHS}
-SAFE = calibrated([(graph, precision, 0.9) for graph in GRAPHS for precision in ("fp32", "int8")], recommended=2)
+SAFE = calibrated(
+    [(graph, precision, 0.9) for graph in GRAPHS for precision in ("fp32", "int8")], recommended=2
+)
 
 
 def graphs(parameters: int = 1) -> list[dict[str, Any]]:
@@ -49,7 +52,11 @@ class Scene:
         self.scores: dict[Any, Callable[[Tiles], np.ndarray]] = {}
         self.broken: set[Any] = set()
         for name in ("onnxruntime", "openvino"):
-            patch.setitem(engines.ENGINES, name, EngineRow(self._opener(name), "numpy", lambda _: ("fp32",), lambda _: ["cpu"]))
+            patch.setitem(
+                engines.ENGINES,
+                name,
+                EngineRow(self._opener(name), "numpy", lambda _: ("fp32",), lambda _: ["cpu"]),
+            )
 
     def _opener(self, name: str) -> Any:
         def open_graph(path: Path, precision: str, provider: str, threads: int) -> FakeEngine:
@@ -79,7 +86,9 @@ class Scene:
         arrays = {"image/0": pixels, "mean/0": ones * 0, "inverse_std/0": ones}
         arrays |= {f"scores/{graph}/0": pixels for graph in GRAPHS}
         arrays |= {key.replace("_", "/"): value for key, value in changes.items()}
-        np.savez(self.folder / "golden.npz", **{key: value for key, value in arrays.items() if value is not None})
+        np.savez(
+            self.folder / "golden.npz", **{key: value for key, value in arrays.items() if value is not None}
+        )
         rewrite_hashes(self.folder)
 
     def loader(self, memory_bytes: int = 10**12) -> Loader:
@@ -167,7 +176,9 @@ def test_submit_closes_the_least_recently_used_for_room(scene: Scene) -> None:
     small.submit(deployment, l1).result()
 
 
-def test_open_in_background_failure_is_logged_and_the_rest_is_opened(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+def test_open_in_background_failure_is_logged_and_the_rest_is_opened(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
     deployment, loader = scene.deployment(), scene.loader()
     scene.broken = {"accurate.int8"}
     loader.open_in_background([deployment]).result(60)
@@ -257,7 +268,9 @@ async def test_exclude_leaves_instances_to_the_requests_that_hold_them(scene: Sc
     assert await loader.ensure_open(target.deployment, target.instance) is target.instance.engine
 
 
-def test_open_recommended_gpu_that_fails_leaves_the_processor(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+def test_open_recommended_gpu_that_fails_leaves_the_processor(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
     scene.broken = {"tensorrt"}
     scene.loader().open_recommended(scene.deployment(GPU))
     assert scene.opened == ["L2 onnxruntime tensorrt int8", "L2 openvino cpu fp32"]
@@ -299,7 +312,8 @@ async def test_close_while_opening_refuses_who_waits(scene: Scene) -> None:
     deployment, loader = scene.deployment(), scene.loader()
     scene.gate.clear()
     first, second = (
-        asyncio.create_task(loader.ensure_open(deployment, deployment.instances[graph, "fp32"])) for graph in ("L1", "L2")
+        asyncio.create_task(loader.ensure_open(deployment, deployment.instances[graph, "fp32"]))
+        for graph in ("L1", "L2")
     )
     await asyncio.sleep(0)
     closing = asyncio.create_task(asyncio.to_thread(loader.close))
@@ -333,7 +347,9 @@ def test_forget_frees_the_memory_of_a_deployment(scene: Scene) -> None:
 
 def test_batch_limit_follows_pixels_and_settings(scene: Scene) -> None:
     instance = scene.deployment().recommended
-    assert [instance.batch_limit(tile) for tile in ((512, 512), (256, 256), (128, 128), (16, 16), (16, 16, 16))] == [1, 1, 4, 64, 16]
+    assert [
+        instance.batch_limit(tile) for tile in ((512, 512), (256, 256), (128, 128), (16, 16), (16, 16, 16))
+    ] == [1, 1, 4, 64, 16]
 
 
 class TestReadDeployments:
@@ -342,7 +358,9 @@ class TestReadDeployments:
             write_nonsense_bundle(root / folder, **{"name": folder} | changes)
 
     def read(self, root: Path, **options: Any) -> dict[str, Deployment]:
-        return read_deployments(root, RuntimeSettings(tuning_folder=root / "tuning"), BatchingSettings(), **options)
+        return read_deployments(
+            root, RuntimeSettings(tuning_folder=root / "tuning"), BatchingSettings(), **options
+        )
 
     def test_read_deployments_keeps_the_unchanged_ones(self, tmp_path: Path) -> None:
         self.write(tmp_path, "a", "b")
@@ -360,7 +378,9 @@ class TestReadDeployments:
         assert caught.value.fields == {"name": "same"}
 
 
-def test_read_deployment_opens_the_shipped_bundles(shipped_bundle: Path, volume_bundle: Path, tmp_path: Path) -> None:
+def test_read_deployment_opens_the_shipped_bundles(
+    shipped_bundle: Path, volume_bundle: Path, tmp_path: Path
+) -> None:
     device = DeviceThread()
     loader = Loader(device, 10**12)
     for folder in (shipped_bundle, volume_bundle):
@@ -374,6 +394,8 @@ def test_read_deployment_opens_the_shipped_bundles(shipped_bundle: Path, volume_
 def test_golden_head_std_is_the_standard_deviation_of_the_levels(shipped_bundle: Path) -> None:
     every = list(read_pairs(shipped_bundle / "golden.npz"))
     (_, derived), *_ = head_std_pairs(every)
-    heads = np.stack([next(scores for name, _, scores in every if name == f"L{level}") for level in (1, 2, 3, 4)])
+    heads = np.stack(
+        [next(scores for name, _, scores in every if name == f"L{level}") for level in (1, 2, 3, 4)]
+    )
     assert derived.shape[1] == 2
     assert np.allclose(derived[:, 1:], heads.std(axis=0), atol=1e-6)

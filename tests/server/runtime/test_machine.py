@@ -33,7 +33,9 @@ def test_read_processor_elsewhere_has_no_features(tmp_path: Path) -> None:
     assert not features
 
 
-@pytest.mark.parametrize(("features", "fast"), [({"avx2", "avx512f"}, False), ({"avx_vnni"}, True), ({"asimddp"}, True)])
+@pytest.mark.parametrize(
+    ("features", "fast"), [({"avx2", "avx512f"}, False), ({"avx_vnni"}, True), ({"asimddp"}, True)]
+)
 def test_machine_has_fast_int8_by_its_instructions(features: set[str], fast: bool) -> None:
     assert Machine("", frozenset(features), 1, {}, {}).has_fast_int8 is fast
 
@@ -70,7 +72,10 @@ def test_version_of_a_package_under_no_known_name_is_unknown() -> None:
     assert machine.package_version("no_such_module") == "unknown"
 
 
-@pytest.mark.parametrize(("quota", "cores"), [("100000 100000", 1), ("150000 100000", 2), ("max 100000", 3), ("", 3), ("9900000 100000", 3)])
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("100000 100000", 1), ("150000 100000", 2), ("max 100000", 3), ("", 3), ("9900000 100000", 3)],
+)
 def test_count_cores_respects_the_quota_and_the_affinity(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, cores: int
 ) -> None:

@@ -55,7 +55,9 @@ def test_choose_named_one_that_is_not_there_is_refused(name: str) -> None:
     assert caught.value.fields == {"provider": name, "allowed": ["cpu"]}
 
 
-@pytest.mark.parametrize(("precision", "switches"), [("fp32", set()), ("fp16", {"trt_fp16_enable"}), ("int8", {"trt_int8_enable"})])
+@pytest.mark.parametrize(
+    ("precision", "switches"), [("fp32", set()), ("fp16", {"trt_fp16_enable"}), ("int8", {"trt_int8_enable"})]
+)
 def test_tensorrt_computes_in_the_precision_of_the_graph(precision: str, switches: set[str]) -> None:
     options = PROVIDERS["tensorrt"].options_for(precision)
     assert {name for name in options if name in ("trt_fp16_enable", "trt_int8_enable")} == switches

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from server.arrays import Tiles
 from server.errors import DeadlinePassed, InferenceFailed, NotReady
 from server.metrics import Metrics
+from server.runtime.deployment import ModelInstance
+from server.runtime.flow import Flow, InferenceResult, Priority
 from server.runtime.latency import LatencyModel, Prediction
-from server.runtime.loader import ModelInstance
-from server.runtime.scheduler import Flow, InferenceResult, Priority, Scheduler
+from server.runtime.scheduler import Scheduler
 from server.runtime.selection import Candidate, Choice
 from tests.support.service import FakeDevice, FakeEngine, FixedLatency, ManualClock, manifest
 
@@ -73,7 +74,14 @@ class Scene:
         fields = {"instance": self.instance, "tile": Prediction(tile_s, tile_s, confident=True)} | fields
         return Flow(priority=priority, **fields)
 
-    def submit(self, flow: Flow, *numbers: int, size: tuple[int, ...] = (SIDE, SIDE), channels: int = 1, dtype: Any = np.uint8) -> Result:
+    def submit(
+        self,
+        flow: Flow,
+        *numbers: int,
+        size: tuple[int, ...] = (SIDE, SIDE),
+        channels: int = 1,
+        dtype: Any = np.uint8,
+    ) -> Result:
         pixels = np.empty((len(numbers), channels, *size), dtype)
         pixels[:] = np.reshape(numbers, (-1, 1, *[1] * len(size)))
         ones = np.ones((len(numbers), channels, *[1] * len(size)), np.float32)
@@ -104,7 +112,9 @@ async def busy(scene: Scene) -> Result:
 
 async def test_run_gives_each_caller_its_scores_in_order() -> None:
     scene = Scene(max_batch=3)
-    results = await asyncio.gather(*(scene.submit(scene.flow(), *range(first, first + 5)) for first in (10, 20)))
+    results = await asyncio.gather(
+        *(scene.submit(scene.flow(), *range(first, first + 5)) for first in (10, 20))
+    )
     assert [numbers(result) for result in results] == [[*range(10, 15)], [*range(20, 25)]]
     assert all(score.shape == (1, SIDE, SIDE) for result in results for score in result.scores)
 
@@ -164,9 +174,12 @@ async def test_run_batches_hold_tiles_of_one_instance() -> None:
 
 
 @pytest.mark.parametrize(
-    ("max_batch", "batch_pixels", "sizes"), [(3, 10**6, [3, 3, 1]), (64, 2 * SIDE**2, [2, 2, 2, 1]), (64, 1, [1] * 7)]
+    ("max_batch", "batch_pixels", "sizes"),
+    [(3, 10**6, [3, 3, 1]), (64, 2 * SIDE**2, [2, 2, 2, 1]), (64, 1, [1] * 7)],
 )
-async def test_run_batches_stay_within_their_limits(max_batch: int, batch_pixels: int, sizes: list[int]) -> None:
+async def test_run_batches_stay_within_their_limits(
+    max_batch: int, batch_pixels: int, sizes: list[int]
+) -> None:
     scene = Scene(max_batch, batch_pixels=batch_pixels)
     await scene.submit(scene.flow(), *range(7))
     assert [len(batch) for batch in scene.batches] == sizes
@@ -203,7 +216,9 @@ class TestFairness:
 
     @settings(max_examples=30)
     @given(st.lists(st.floats(0.1, 10), min_size=2, max_size=4), st.integers(1, 4))
-    async def test_device_time_is_shared_evenly_whatever_a_tile_costs(self, costs: list[float], submissions: int) -> None:
+    async def test_device_time_is_shared_evenly_whatever_a_tile_costs(
+        self, costs: list[float], submissions: int
+    ) -> None:
         scene = Scene(1, lambda number: costs[number], CostOf(costs))
         await busy_with(scene, costs, submissions)
         spent: Counter[int] = Counter()
@@ -366,7 +381,14 @@ class TestFailures:
         assert scene.order == [0, 1, 4]
 
     @pytest.mark.parametrize(
-        "scores", [lambda s: s[:-1], lambda s: np.concatenate([s, s]), lambda s: s[:0], lambda s: s * np.nan, lambda s: s + np.inf]
+        "scores",
+        [
+            lambda s: s[:-1],
+            lambda s: np.concatenate([s, s]),
+            lambda s: s[:0],
+            lambda s: s * np.nan,
+            lambda s: s + np.inf,
+        ],
     )
     async def test_wrong_results_are_no_answer(self, scores: Callable[[np.ndarray], np.ndarray]) -> None:
         scene = Scene()
@@ -433,10 +455,16 @@ class TestCompany:
             await scene.submit(scene.flow(), 3)
         assert scene.batches == [[1, 2], [3]]
 
-    @pytest.mark.parametrize("case", ["full batch", "batches of one", "other instance", "other work waits", "no wait"])
+    @pytest.mark.parametrize(
+        "case", ["full batch", "batches of one", "other instance", "other work waits", "no wait"]
+    )
     async def test_where_nothing_is_gained_there_is_no_wait(self, case: str) -> None:
-        scene = Scene(max_batch=1 if case == "batches of one" else 2, max_wait_s=0 if case == "no wait" else 60)
-        coming = scene.flow(arriving=True, instance=scene.other if case == "other instance" else scene.instance)
+        scene = Scene(
+            max_batch=1 if case == "batches of one" else 2, max_wait_s=0 if case == "no wait" else 60
+        )
+        coming = scene.flow(
+            arriving=True, instance=scene.other if case == "other instance" else scene.instance
+        )
         with scene.scheduler.join(coming):
             tasks = [scene.submit(scene.flow(), 1)]
             if case == "full batch":
@@ -462,9 +490,14 @@ class TestCompany:
 
 class TestPredictedWait:
     @pytest.mark.parametrize(("device_s", "wait_s"), [(0, 1 + 4), (2, 2 + 4), (10, 3 + 8), (math.inf, 3 + 8)])
-    async def test_others_have_the_device_as_long_as_the_newcomer_at_most(self, device_s: float, wait_s: float) -> None:
+    async def test_others_have_the_device_as_long_as_the_newcomer_at_most(
+        self, device_s: float, wait_s: float
+    ) -> None:
         scene = Scene()
-        with scene.scheduler.join(scene.flow(1.0, expected=3)), scene.scheduler.join(scene.flow(4.0, expected=2)):
+        with (
+            scene.scheduler.join(scene.flow(1.0, expected=3)),
+            scene.scheduler.join(scene.flow(4.0, expected=2)),
+        ):
             assert scene.scheduler.predict_wait_s(device_s) == wait_s
             assert not scene.scheduler.is_idle
         assert scene.scheduler.predict_wait_s(device_s) == 0
@@ -511,7 +544,9 @@ async def test_metrics_show_what_waits_and_how_full_batches_are() -> None:
     await scene.queue()
     scene.clock.advance(7)
     await scene.metrics.scrape()
-    tiles = {priority: value("unetpp_queue_tiles", {"priority": priority}) for priority in ("interactive", "batch")}
+    tiles = {
+        priority: value("unetpp_queue_tiles", {"priority": priority}) for priority in ("interactive", "batch")
+    }
     assert tiles == {"interactive": 2, "batch": 1}
     assert value("unetpp_queue_oldest_seconds", {"priority": "batch"}) == 7
     scene.device.release()

@@ -7,7 +7,14 @@ import pytest
 from server.errors import EngineUnavailable
 from server.runtime.bundle import Manifest
 from server.runtime.machine import Machine
-from server.runtime.selection import CPU_BATCH_PIXELS, Candidate, Selection, is_enabled, select, within_tolerance
+from server.runtime.selection import (
+    CPU_BATCH_PIXELS,
+    Candidate,
+    Selection,
+    is_enabled,
+    select,
+    within_tolerance,
+)
 from server.runtime.tuning import Tuning, TuningKey, TuningRow
 from server.settings import BatchingSettings, RuntimeSettings
 from tests.support.service import calibrated, manifest
@@ -16,7 +23,10 @@ GRAPHS = ("L1", "L2", "accurate")
 CPU = {"onnxruntime": {"cpu": ("fp32", "int8")}}
 BOTH = CPU | {"openvino": {"cpu": ("fp32", "bf16", "int8")}}
 ONLY_FP32 = {"onnxruntime": {"cpu": ("fp32",)}, "openvino": {"cpu": ("fp32",)}}
-GPU = {"onnxruntime": {"cuda": ("fp32", "fp16"), "cpu": ("fp32", "int8")}, "openvino": {"cpu": ("fp32", "int8")}}
+GPU = {
+    "onnxruntime": {"cuda": ("fp32", "fp16"), "cpu": ("fp32", "int8")},
+    "openvino": {"cpu": ("fp32", "int8")},
+}
 
 SAFE = [("L1", "fp32", 0.9), ("L1", "bf16", 0.899), ("L1", "fp16", 0.9), ("L1", "int8", 0.8951)]
 LOSSY = [("L1", "fp32", 0.9), ("L1", "bf16", 0.8), ("L1", "fp16", 0.8), ("L1", "int8", 0.8)]
@@ -28,7 +38,11 @@ def machine(engines: dict[str, Any], *features: str) -> Machine:
     return Machine("cpu", frozenset(features), 2, engines, dict.fromkeys(engines, "1"))
 
 
-def bundle(rows: list[tuple[Any, ...]] | None = None, precisions: tuple[str, ...] = ("fp32", "fp16", "int8"), **changes: Any) -> Manifest:
+def bundle(
+    rows: list[tuple[Any, ...]] | None = None,
+    precisions: tuple[str, ...] = ("fp32", "fp16", "int8"),
+    **changes: Any,
+) -> Manifest:
     graphs = [
         {
             "name": name,
@@ -55,7 +69,12 @@ def tuned(*rows: tuple[str, str, float, int]) -> Tuning:
 
 
 def selected(
-    document: Manifest, engines: dict[str, Any], *features: str, precision: str = "auto", tuning: Tuning | None = None, **options: Any
+    document: Manifest,
+    engines: dict[str, Any],
+    *features: str,
+    precision: str = "auto",
+    tuning: Tuning | None = None,
+    **options: Any,
 ) -> Selection:
     settings = RuntimeSettings(precision=precision)
     return select(document, machine(engines, *features), settings, BatchingSettings(), tuning, **options)
@@ -67,7 +86,9 @@ def selected(
         pytest.param(ONLY_FP32, (), None, "openvino", "fp32", id="openvino before onnxruntime"),
         pytest.param(CPU, (), None, "onnxruntime", "fp32", id="no calibration: fp32"),
         pytest.param(CPU, ("avx_vnni",), None, "onnxruntime", "fp32", id="int8 needs a calibration"),
-        pytest.param(BOTH, ("avx_vnni",), SAFE, "openvino", "int8", id="int8 where the processor multiplies it"),
+        pytest.param(
+            BOTH, ("avx_vnni",), SAFE, "openvino", "int8", id="int8 where the processor multiplies it"
+        ),
         pytest.param(BOTH, ("avx2", "fma"), SAFE, "openvino", "bf16", id="else bf16"),
         pytest.param(CPU, ("avx2",), SAFE, "onnxruntime", "fp32", id="else fp32"),
         pytest.param(BOTH, ("avx_vnni",), LOSSY, "openvino", "fp32", id="nothing that loses too much"),
@@ -90,18 +111,42 @@ def test_select_judges_each_graph_by_its_own_rows() -> None:
     rows = [*SAFE, ("L2", "fp32", 0.9), ("L2", "int8", 0.5), ("L2", "bf16", 0.5)]
     selection = selected(bundle(rows), BOTH, "avx_vnni")
     assert [selection.auto[graph] for graph in GRAPHS] == ["int8", "fp32", "fp32"]
-    assert [selection.precisions(graph) for graph in GRAPHS] == [("fp32", "bf16", "int8"), ("fp32",), ("fp32", "bf16")]
+    assert [selection.precisions(graph) for graph in GRAPHS] == [
+        ("fp32", "bf16", "int8"),
+        ("fp32",),
+        ("fp32", "bf16"),
+    ]
 
 
 @pytest.mark.parametrize(
     ("rows", "engine", "precision", "pixels"),
     [
-        pytest.param([("fp32", "openvino", 1, 400), ("int8", "openvino", 2, 100)], "openvino", "fp32", 400, id="precision"),
-        pytest.param([("int8", "openvino", 2, 100), ("int8", "onnxruntime", 1, 300)], "onnxruntime", "int8", 300, id="engine"),
-        pytest.param([("int8", "openvino", 1, 10**9)], "openvino", "int8", BatchingSettings().max_batch_pixels, id="limit"),
+        pytest.param(
+            [("fp32", "openvino", 1, 400), ("int8", "openvino", 2, 100)],
+            "openvino",
+            "fp32",
+            400,
+            id="precision",
+        ),
+        pytest.param(
+            [("int8", "openvino", 2, 100), ("int8", "onnxruntime", 1, 300)],
+            "onnxruntime",
+            "int8",
+            300,
+            id="engine",
+        ),
+        pytest.param(
+            [("int8", "openvino", 1, 10**9)],
+            "openvino",
+            "int8",
+            BatchingSettings().max_batch_pixels,
+            id="limit",
+        ),
     ],
 )
-def test_select_with_tuning_takes_the_fastest(rows: list[Any], engine: str, precision: str, pixels: int) -> None:
+def test_select_with_tuning_takes_the_fastest(
+    rows: list[Any], engine: str, precision: str, pixels: int
+) -> None:
     selection = selected(bundle(SAFE), BOTH, tuning=tuned(*rows))
     choice = selection.choices["L1", precision]
     assert (selection.auto["L1"], choice.candidate.engine, choice.batch_pixels) == (precision, engine, pixels)
@@ -109,7 +154,9 @@ def test_select_with_tuning_takes_the_fastest(rows: list[Any], engine: str, prec
 
 
 def test_select_with_tuning_takes_nothing_that_loses_too_much() -> None:
-    selection = selected(bundle(LOSSY), BOTH, tuning=tuned(("int8", "openvino", 0.1, 100), ("fp32", "openvino", 9, 200)))
+    selection = selected(
+        bundle(LOSSY), BOTH, tuning=tuned(("int8", "openvino", 0.1, 100), ("fp32", "openvino", 9, 200))
+    )
     assert selection.auto["L1"] == "fp32"
 
 
@@ -122,7 +169,10 @@ def test_select_configured_precision_is_auto(precision: str) -> None:
 
 def test_select_precision_configured_for_some_graphs_leaves_the_others_to_the_rule() -> None:
     selection = selected(bundle(SAFE), CPU, precision="int8")
-    assert [(selection.auto[g], selection.reason[g]) for g in ("L1", "L2")] == [("int8", "settings"), ("fp32", "rule")]
+    assert [(selection.auto[g], selection.reason[g]) for g in ("L1", "L2")] == [
+        ("int8", "settings"),
+        ("fp32", "rule"),
+    ]
 
 
 def test_select_batches_are_small_on_a_processor_and_large_on_a_gpu() -> None:
@@ -160,10 +210,19 @@ def test_select_excluded_candidates_are_not_used(
 
 def test_select_only_a_lossy_precision_is_left_serves_it() -> None:
     excluded = [Candidate("onnxruntime", "cpu", "fp32")]
-    assert selected(bundle(), {"onnxruntime": {"cpu": ("fp32", "bf16")}}, excluded=excluded).auto["L1"] == "bf16"
+    assert (
+        selected(bundle(), {"onnxruntime": {"cpu": ("fp32", "bf16")}}, excluded=excluded).auto["L1"] == "bf16"
+    )
 
 
-HEAD_STD = {"name": "head_std", "level": 2, "divisor": 4, "parameters": 1, "macs_per_pixel": 1.0, "files": {"fp32": "std.onnx"}}
+HEAD_STD = {
+    "name": "head_std",
+    "level": 2,
+    "divisor": 4,
+    "parameters": 1,
+    "macs_per_pixel": 1.0,
+    "files": {"fp32": "std.onnx"},
+}
 
 
 def test_select_head_std_is_served_at_fp32_alone() -> None:
@@ -179,7 +238,9 @@ def test_select_nothing_installed_is_refused() -> None:
 
 def test_select_everything_excluded_is_refused() -> None:
     with pytest.raises(EngineUnavailable) as caught:
-        selected(bundle(), {"onnxruntime": {"cpu": ("fp32",)}}, excluded=[Candidate("onnxruntime", "cpu", "fp32")])
+        selected(
+            bundle(), {"onnxruntime": {"cpu": ("fp32",)}}, excluded=[Candidate("onnxruntime", "cpu", "fp32")]
+        )
     assert caught.value.fields == {"graph": "L1", "engines": ["onnxruntime"]}
 
 
@@ -191,21 +252,28 @@ def test_select_configured_precision_that_no_graph_has_is_refused() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "int8"])
 @pytest.mark.parametrize(
-    ("iou", "enabled"), [(None, None), (0.95, True), (0.9, True), (0.8951, True), (0.8949, False), (0.1, False)]
+    ("iou", "enabled"),
+    [(None, None), (0.95, True), (0.9, True), (0.8951, True), (0.8949, False), (0.1, False)],
 )
-def test_is_enabled_within_half_a_point_of_fp32(precision: str, iou: float | None, enabled: bool | None) -> None:
+def test_is_enabled_within_half_a_point_of_fp32(
+    precision: str, iou: float | None, enabled: bool | None
+) -> None:
     document = bundle([("L1", "fp32", 0.9), *([("L1", precision, iou)] if iou is not None else [])])
     assert within_tolerance(document, "L1", precision) is enabled
     # Not measured: whatever is a rounding alone is taken on trust, quantisation is not.
     assert is_enabled(document, "L1", precision) is (precision != "int8" if enabled is None else enabled)
 
 
-@pytest.mark.parametrize(("engine", "enabled"), [("onnxruntime", True), ("openvino", False), ("unmeasured", False), (None, False)])
+@pytest.mark.parametrize(
+    ("engine", "enabled"), [("onnxruntime", True), ("openvino", False), ("unmeasured", False), (None, False)]
+)
 def test_is_enabled_by_the_row_of_the_engine_else_the_worst(engine: str | None, enabled: bool) -> None:
     assert is_enabled(bundle(SPLIT), "L1", "int8", engine) is enabled
 
 
 def test_is_enabled_without_calibration() -> None:
     document = bundle()
-    enabled = {precision: is_enabled(document, "L1", precision) for precision in ("fp32", "bf16", "fp16", "int8")}
+    enabled = {
+        precision: is_enabled(document, "L1", precision) for precision in ("fp32", "bf16", "fp16", "int8")
+    }
     assert enabled == {"fp32": True, "bf16": True, "fp16": True, "int8": False}

@@ -56,7 +56,9 @@ def test_key_changes_with_the_bundle() -> None:
 
 def test_key_does_not_depend_on_the_order_of_facts() -> None:
     turned = dataclasses.replace(
-        MACHINE, engines=dict(reversed(MACHINE.engines.items())), versions=dict(reversed(MACHINE.versions.items()))
+        MACHINE,
+        engines=dict(reversed(MACHINE.engines.items())),
+        versions=dict(reversed(MACHINE.versions.items())),
     )
     assert TuningKey.of(BUNDLE, turned).file_name == KEY.file_name
 
@@ -83,7 +85,11 @@ def test_find_gives_what_was_stored(tmp_path_factory: pytest.TempPathFactory, ro
 def test_row_is_that_of_graph_precision_and_engine() -> None:
     tuning = Tuning(key=KEY, rows=(ROW,))
     assert tuning.row("L1", "fp32", "openvino") == ROW
-    assert tuning.row("L1", "fp32", "onnxruntime") is tuning.row("L1", "int8", "openvino") is tuning.row("L2", "fp32", "openvino")
+    assert (
+        tuning.row("L1", "fp32", "onnxruntime")
+        is tuning.row("L1", "int8", "openvino")
+        is tuning.row("L2", "fp32", "openvino")
+    )
 
 
 def test_find_nothing_stored_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -149,7 +155,14 @@ class Bench:
         return open_graph
 
     def tune(self, limit_s: float = 1000.0, **batching: Any) -> Tuning:
-        return tune(self.folder, RuntimeSettings(), BatchingSettings(**batching), limit_s, self.lines.append, self.clock)
+        return tune(
+            self.folder,
+            RuntimeSettings(),
+            BatchingSettings(**batching),
+            limit_s,
+            self.lines.append,
+            self.clock,
+        )
 
 
 @pytest.fixture
@@ -162,7 +175,9 @@ def test_tune_measures_every_enabled_candidate_of_every_graph(bench: Bench) -> N
     bench.cost = lambda graph, engine, count: times[engine] * count
     tuning = bench.tune()
     assert bench.lines == ["L1", "L2", "L3", "L4", "accurate"]
-    expected = {(graph, *reversed(engine.split())): ms for graph in bench.lines for engine, ms in times.items()}
+    expected = {
+        (graph, *reversed(engine.split())): ms for graph in bench.lines for engine, ms in times.items()
+    }
     assert {(r.graph, r.precision, r.engine): r.milliseconds for r in tuning.rows} == expected
     assert {r.batch_pixels for r in tuning.rows} == {128 * 128}
 
@@ -221,7 +236,9 @@ class TestBatchSize:
         assert self.size(lambda count: 5.0, largest) == best
 
     @pytest.mark.parametrize(("gain", "best"), [(0.9, 8), (0.96, 1)])
-    def test_tune_batch_size_doubles_while_a_tile_becomes_clearly_faster(self, gain: float, best: int) -> None:
+    def test_tune_batch_size_doubles_while_a_tile_becomes_clearly_faster(
+        self, gain: float, best: int
+    ) -> None:
         assert self.size(lambda count: count * gain ** (count.bit_length() - 1), 8) == best
 
     def test_tune_batch_size_stops_where_a_tile_becomes_slower(self) -> None:

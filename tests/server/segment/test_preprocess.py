@@ -35,9 +35,14 @@ def laid_out(draw: st.DrawFn) -> np.ndarray:
     """Pixels of an image or a volume, in any memory order, perhaps with gaps."""
     axes = draw(st.integers(2, 3))
     size = [draw(st.integers(1, 12)) for _ in range(axes)] + [draw(st.integers(1, 3))]
-    order, steps = draw(st.permutations(range(axes + 1))), tuple(slice(None, None, draw(st.sampled_from([1, 1, 2, -1]))) for _ in size)
+    order, steps = (
+        draw(st.permutations(range(axes + 1))),
+        tuple(slice(None, None, draw(st.sampled_from([1, 1, 2, -1]))) for _ in size),
+    )
     values = np.random.default_rng(draw(st.integers(0, 9))).integers(0, 256, size)
-    stored = np.ascontiguousarray(values.transpose(order)).astype(draw(st.sampled_from(["uint8", "uint16", "int16", "float32"])))
+    stored = np.ascontiguousarray(values.transpose(order)).astype(
+        draw(st.sampled_from(["uint8", "uint16", "int16", "float32"]))
+    )
     return stored.transpose(np.argsort(order))[steps]
 
 
@@ -56,7 +61,9 @@ class TestStatistics:
 
     @pytest.mark.parametrize("value", [0, 1, 0.1, 65535, 1e-30, -1e20, 3e38])
     @pytest.mark.parametrize("size", [(33, 47), (3, 11, 47)])
-    def test_image_statistics_constant_channel_is_left_alone(self, value: float, size: tuple[int, ...]) -> None:
+    def test_image_statistics_constant_channel_is_left_alone(
+        self, value: float, size: tuple[int, ...]
+    ) -> None:
         pixels = np.full((*size, 3), value, dtype=np.float32)
         pixels[..., 1] = np.linspace(0, 1, 47)
         _, inverse_std = image_statistics(pixels)
@@ -136,7 +143,10 @@ class TestPixelSize:
 
     @pytest.mark.parametrize(
         ("text", "size"),
-        [(text, (4, 5)) for text in ("", "a", "1x", "0", "-1", "nan", "inf", "1e-9", "1e9", "1x2x3", "1;2", " ", "0x1")]
+        [
+            (text, (4, 5))
+            for text in ("", "a", "1x", "0", "-1", "nan", "inf", "1e-9", "1e9", "1x2x3", "1;2", " ", "0x1")
+        ]
         + [(text, (4, 5)) for text in ("1,3", "0.5,0.25", ",")]
         + [("1x2x3x4", (4, 5, 6))],
     )
@@ -153,7 +163,11 @@ class TestPixelSize:
         assert caught.value.fields == {"parameter": "pixel_size_um", "kind": "volume"}
 
 
-IMAGE, STACK, VOLUME = InputHeader((4, 5)), InputHeader((4, 5, 6)), InputHeader((4, 5, 6), affine=np.diag([1.0, 3, 1, 1]))
+IMAGE, STACK, VOLUME = (
+    InputHeader((4, 5)),
+    InputHeader((4, 5, 6)),
+    InputHeader((4, 5, 6), affine=np.diag([1.0, 3, 1, 1])),
+)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +181,9 @@ IMAGE, STACK, VOLUME = InputHeader((4, 5)), InputHeader((4, 5, 6)), InputHeader(
         (VOLUME, 3, "auto", (4, 5, 6), False),
     ],
 )
-def test_place_by_kind_and_dimensions(header: InputHeader, dims: int, axis: str, size: tuple[int, ...], flat: bool) -> None:
+def test_place_by_kind_and_dimensions(
+    header: InputHeader, dims: int, axis: str, size: tuple[int, ...], flat: bool
+) -> None:
     placement = place(header, manifest(dims=dims), axis)
     assert (placement.size, placement.flat) == (size, flat)
 
@@ -181,7 +197,9 @@ def test_place_by_kind_and_dimensions(header: InputHeader, dims: int, axis: str,
         (STACK, 3, "auto", {"parameter": "model", "value": "fake", "kind": "stack"}),
     ],
 )
-def test_place_refuses_what_does_not_fit(header: InputHeader, dims: int, axis: str, fields: dict[str, Any]) -> None:
+def test_place_refuses_what_does_not_fit(
+    header: InputHeader, dims: int, axis: str, fields: dict[str, Any]
+) -> None:
     with pytest.raises(InvalidParameter) as caught:
         place(header, manifest(dims=dims), axis)
     assert caught.value.fields == fields
@@ -195,7 +213,9 @@ def decoded(data: bytes, reference: bytes | None = None, **params: Any) -> Any:
 
 
 def test_decode_upload_is_what_the_headers_promise() -> None:
-    (header, truth), (source, reference) = decoded(picture_bytes(PIXELS[..., 0]), picture_bytes(PIXELS[..., 0]), pixel_size_um="2")
+    (header, truth), (source, reference) = decoded(
+        picture_bytes(PIXELS[..., 0]), picture_bytes(PIXELS[..., 0]), pixel_size_um="2"
+    )
     assert (header.size, truth.size, source.size, reference.size) == ((4, 5),) * 4
     assert source.spacing_mm == (0.002, 0.002)
     assert decoded(nifti_bytes(VOXELS[..., 0]))[1][1] is None

@@ -35,10 +35,23 @@ DIVISORS = (2, 4, 8, 16)
 Run = Callable[[Tiles], np.ndarray]
 
 
-def manifest_of(window: tuple[int, ...], overlap: float = 0.25, divisor: int = 16, **changes: Any) -> Manifest:
-    graph = {"name": "L1", "level": 1, "divisor": divisor, "parameters": 1, "macs_per_pixel": 1.0, "files": {"fp32": "L1.onnx"}}
+def manifest_of(
+    window: tuple[int, ...], overlap: float = 0.25, divisor: int = 16, **changes: Any
+) -> Manifest:
+    graph = {
+        "name": "L1",
+        "level": 1,
+        "divisor": divisor,
+        "parameters": 1,
+        "macs_per_pixel": 1.0,
+        "files": {"fp32": "L1.onnx"},
+    }
     accurate = graph | {"name": "accurate", "files": {"fp32": "accurate.onnx"}}
-    changes = {"window": {"size": window, "overlap": overlap}, "graphs": [graph, accurate], "dims": len(window)} | changes
+    changes = {
+        "window": {"size": window, "overlap": overlap},
+        "graphs": [graph, accurate],
+        "dims": len(window),
+    } | changes
     return manifest(**changes)
 
 
@@ -103,7 +116,9 @@ def inputs(draw: st.DrawFn) -> tuple[tuple[int, ...], dict[str, Any]]:
 
 class TestWindows:
     @given(st.integers(1, 2000), st.sampled_from([32, 64, 96]), st.floats(0, 0.75), st.sampled_from(DIVISORS))
-    def test_axis_is_covered_from_end_to_end(self, size: int, window: int, share: float, divisor: int) -> None:
+    def test_axis_is_covered_from_end_to_end(
+        self, size: int, window: int, share: float, divisor: int
+    ) -> None:
         overlap = math.ceil(window * share)
         tile, count = axis_tiles(size, window, overlap, divisor)
         starts = axis_starts(size, tile, count)
@@ -123,7 +138,9 @@ class TestWindows:
 
     @settings(max_examples=60)
     @given(inputs())
-    def test_lay_windows_covers_every_pixel_in_order_and_counts_as_tile_grid_does(self, laid: tuple[Any, dict[str, Any]]) -> None:
+    def test_lay_windows_covers_every_pixel_in_order_and_counts_as_tile_grid_does(
+        self, laid: tuple[Any, dict[str, Any]]
+    ) -> None:
         size, options = laid
         windows = windows_of(size, **options)
         covered = np.zeros([max(s, t) for s, t in zip(size, windows.tile, strict=True)], dtype=int)
@@ -153,14 +170,20 @@ class TestWindows:
         [((90_000, 512), 512, False), ((3000, 64, 64), 64, False), ((10_000, 2, 2), 64, True)],
         ids=["image", "volume", "stack"],
     )
-    def test_chunks_hold_a_bounded_number_of_pixels_and_windows(self, size: tuple[int, ...], window: int, flat: bool) -> None:
+    def test_chunks_hold_a_bounded_number_of_pixels_and_windows(
+        self, size: tuple[int, ...], window: int, flat: bool
+    ) -> None:
         windows = windows_of(size, window, flat=flat)
         assert len(windows.chunks) > 1
         assert [index for chunk in windows.chunks for index in chunk] == list(range(len(windows)))
-        assert max(len(chunk) for chunk in windows.chunks) <= min(CHUNK_WINDOWS, CHUNK_PIXELS // windows.tile_pixels)
+        assert max(len(chunk) for chunk in windows.chunks) <= min(
+            CHUNK_WINDOWS, CHUNK_PIXELS // windows.tile_pixels
+        )
 
 
-def grid_tile(size: tuple[int, ...], window: tuple[int, ...], divisor: int, norm: str | None, *, flat: bool = False) -> Any:
+def grid_tile(
+    size: tuple[int, ...], window: tuple[int, ...], divisor: int, norm: str | None, *, flat: bool = False
+) -> Any:
     made = manifest_of(window, divisor=divisor, norm=norm)
     return tile_grid(size, made, made.graph("L1"), flat=flat)
 
@@ -182,13 +205,16 @@ class TestTileSides:
             assert grid.counts == grid_tile((side, 1101 - side), window, divisor, "instance").counts
         assert len(seen) <= 128 // SIDES[0] + (512 - 128) // SIDES[1]
 
-    @pytest.mark.parametrize(("side", "tile"), [(1, 16), (17, 32), (128, 128), (129, 160), (161, 192), (500, 512), (520, 352)])
+    @pytest.mark.parametrize(
+        ("side", "tile"), [(1, 16), (17, 32), (128, 128), (129, 160), (161, 192), (500, 512), (520, 352)]
+    )
     def test_tile_side_is_the_next_one(self, side: int, tile: int) -> None:
         assert grid_tile((side, 16), (512, 512), 2, "batch").tile == (tile, 16)
         assert round_side(round_side(side)) == round_side(side) >= side
 
     @pytest.mark.parametrize(
-        ("window", "norm"), [((512, 512), None), ((512, 512), "instance"), ((64,) * 3, "batch"), ((64,) * 3, None)]
+        ("window", "norm"),
+        [((512, 512), None), ((512, 512), "instance"), ((64,) * 3, "batch"), ((64,) * 3, None)],
     )
     @pytest.mark.parametrize("divisor", [2, 8])
     def test_tile_sides_of_volumes_and_of_networks_that_look_at_all_of_a_tile_are_as_needed(
@@ -197,7 +223,10 @@ class TestTileSides:
         for side in range(1, 200, 7):
             tile, _ = axis_tiles(side, window[0], math.ceil(window[0] / 4), divisor)
             size = (side, *[9] * (len(window) - 1))
-            assert grid_tile(size, window, divisor, norm).tile == (tile, *[math.ceil(9 / divisor) * divisor] * (len(window) - 1))
+            assert grid_tile(size, window, divisor, norm).tile == (
+                tile,
+                *[math.ceil(9 / divisor) * divisor] * (len(window) - 1),
+            )
 
     def test_tile_sides_of_stacks_are_those_of_images(self) -> None:
         for side in (3, 18, 130, 700):
@@ -230,16 +259,21 @@ class TestCut:
         assert np.array_equal(tiles[:, :, :10, :12], pages.transpose(0, 3, 1, 2))
 
     @pytest.mark.parametrize(
-        ("size", "flat"), [((1, 1), False), ((1, 500), False), ((2, 3), False), ((1, 1, 90), False), ((3, 1, 1), True)]
+        ("size", "flat"),
+        [((1, 1), False), ((1, 500), False), ((2, 3), False), ((1, 1, 90), False), ((3, 1, 1), True)],
     )
-    def test_cut_of_tiny_and_thin_inputs_repeats_what_there_is(self, size: tuple[int, ...], flat: bool) -> None:
+    def test_cut_of_tiny_and_thin_inputs_repeats_what_there_is(
+        self, size: tuple[int, ...], flat: bool
+    ) -> None:
         assert (cut(windows_of(size, flat=flat), np.full((*size, 1), 7, dtype=np.uint8)) == 7).all()
 
 
 class TestMerge:
     @settings(max_examples=100)
     @given(inputs(), st.integers(1, 7), st.integers(0, 9))
-    def test_merge_of_the_cut_input_gives_it_back(self, laid: tuple[Any, dict[str, Any]], chunk: int, seed: int) -> None:
+    def test_merge_of_the_cut_input_gives_it_back(
+        self, laid: tuple[Any, dict[str, Any]], chunk: int, seed: int
+    ) -> None:
         size, options = laid
         # Multiples of 1/256 are exact in the float16 that scores are kept in.
         pixels = (np.random.default_rng(seed).integers(0, 257, (*size, 1)) / 256).astype(np.float32)
@@ -249,7 +283,9 @@ class TestMerge:
         sure = np.abs(pixels[..., 0] - 0.5) > 1e-4
         assert np.array_equal(classes[sure], (pixels[..., 0] > 0.5)[sure])
 
-    @pytest.mark.parametrize(("size", "flat"), [((100, 90), False), ((20, 50, 30), False), ((4, 70, 80), True)])
+    @pytest.mark.parametrize(
+        ("size", "flat"), [((100, 90), False), ((20, 50, 30), False), ((4, 70, 80), True)]
+    )
     def test_merge_of_several_classes_takes_the_largest_score(
         self, rng: np.random.Generator, size: tuple[int, ...], flat: bool
     ) -> None:
@@ -269,13 +305,17 @@ class TestMerge:
         self, threshold: float, foreground: bool, size: tuple[int, ...], flat: bool, grown: int
     ) -> None:
         pixels, target = np.full((*size, 1), 0.25, dtype=np.float32), tuple(grown * side for side in size)
-        assert (merged(windows_of(size, flat=flat), pixels, threshold=threshold, size=target)[0] == foreground).all()
+        assert (
+            merged(windows_of(size, flat=flat), pixels, threshold=threshold, size=target)[0] == foreground
+        ).all()
 
     def test_merge_through_views_lands_in_the_callers_arrays(self, rng: np.random.Generator) -> None:
         pixels = rng.random((30, 50, 40, 1), dtype=np.float32)
         windows = windows_of((30, 50, 40), 32)
         classes, scores = np.zeros((40, 30, 50), dtype=np.uint8), np.zeros((1, 40, 30, 50), dtype=np.float16)
-        merger = WindowMerger(windows, 1, 0.5, classes.transpose(1, 2, 0)[::-1], scores.transpose(0, 2, 3, 1)[:, ::-1])
+        merger = WindowMerger(
+            windows, 1, 0.5, classes.transpose(1, 2, 0)[::-1], scores.transpose(0, 2, 3, 1)[:, ::-1]
+        )
         merger.merge(range(len(windows)), cut(windows, pixels))
         assert not classes.all()  # the last windows are still open
         merger.finish()
@@ -315,7 +355,10 @@ class TestMerge:
         # The same through a merger that knows of K + 1 scores.
         _, expected = merged(windows, pixels, size=target)
         answer, alone = np.zeros(size, dtype=np.uint8), np.zeros(size, dtype=np.uint8)
-        scores, head_std = np.zeros((classes, *size), dtype=np.float16), np.full(size[::-1], np.nan, dtype=np.float16)
+        scores, head_std = (
+            np.zeros((classes, *size), dtype=np.float16),
+            np.full(size[::-1], np.nan, dtype=np.float16),
+        )
         with_it = WindowMerger(windows, classes, 0.5, answer, scores, head_std.T)
         without = WindowMerger(windows, classes, 0.5, alone)
         for chunk in windows.chunks:
@@ -327,11 +370,21 @@ class TestMerge:
         assert np.array_equal(head_std.T, expected[-1])
         assert np.array_equal(answer, alone)
 
-    @pytest.mark.parametrize(("size", "flat"), [((40, 30), False), ((20, 30, 25), False), ((3, 40, 30), True)])
+    @pytest.mark.parametrize(
+        ("size", "flat"), [((40, 30), False), ((20, 30, 25), False), ((3, 40, 30), True)]
+    )
     @pytest.mark.parametrize("grown", [1, 2])
-    @pytest.mark.parametrize(("channels", "threshold"), [(1, 0.0), (1, 0.6), (1, 1.0), (4, None), (4, 0.3), (4, 0.9)])
+    @pytest.mark.parametrize(
+        ("channels", "threshold"), [(1, 0.0), (1, 0.6), (1, 1.0), (4, None), (4, 0.3), (4, 0.9)]
+    )
     def test_merge_confidence_is_the_score_of_the_best_foreground_class(
-        self, rng: np.random.Generator, size: tuple[int, ...], flat: bool, grown: int, channels: int, threshold: float | None
+        self,
+        rng: np.random.Generator,
+        size: tuple[int, ...],
+        flat: bool,
+        grown: int,
+        channels: int,
+        threshold: float | None,
     ) -> None:
         pixels = rng.random((*size, channels), dtype=np.float32)
         windows, target = windows_of(size, 16, flat=flat), tuple(grown * side for side in size)
@@ -351,14 +404,17 @@ class TestMerge:
         assert np.array_equal(classes[sure], np.where(best > limit, foreground.argmax(axis=0) + 1, 0)[sure])
 
     @pytest.mark.parametrize(
-        ("size", "flat"), [((3000, 64), False), ((64, 3000), False), ((48, 600, 48), False), ((200, 48, 200), True)]
+        ("size", "flat"),
+        [((3000, 64), False), ((64, 3000), False), ((48, 600, 48), False), ((200, 48, 200), True)],
     )
     def test_merge_memory_grows_neither_with_the_long_axis_nor_with_classes_times_input(
         self, size: tuple[int, ...], flat: bool
     ) -> None:
         """25 classes of float32: all scores would take 14 to 200 MB."""
         windows = windows_of(size, 32, 0.5, flat=flat)
-        across = math.prod(max(s, t) for k, (s, t) in enumerate(zip(size, windows.tile, strict=True)) if k != windows.axis)
+        across = math.prod(
+            max(s, t) for k, (s, t) in enumerate(zip(size, windows.tile, strict=True)) if k != windows.axis
+        )
         open_rows = windows.tile[windows.axis] * across * 4
         answer, scores = np.zeros(size, dtype=np.uint8), np.ones((25, *windows.tile[flat:]), dtype=np.float32)
         importance(windows.tile)
@@ -400,7 +456,8 @@ class TestResampling:
         assert np.array_equal(classes[sure], best[sure])
 
     @pytest.mark.parametrize(
-        ("size", "target", "channels", "limit_mb"), [((200, 50, 50), (400, 100, 100), 25, 30), ((3, 16, 16), (1, 4000, 4000), 3, 90)]
+        ("size", "target", "channels", "limit_mb"),
+        [((200, 50, 50), (400, 100, 100), 25, 30), ((3, 16, 16), (1, 4000, 4000), 3, 90)],
     )
     def test_merge_memory_is_that_of_the_open_rows(
         self, size: tuple[int, ...], target: tuple[int, ...], channels: int, limit_mb: float
@@ -416,9 +473,13 @@ class TestResampling:
 
 
 @pytest.mark.filterwarnings("ignore")  # MONAI's own
-@pytest.mark.parametrize(("dims", "steps"), [(2, (0, 3)), (2, (5, 1)), (2, (4, 4)), (3, (2, 0, 1)), (3, (1, 3, 2))])
+@pytest.mark.parametrize(
+    ("dims", "steps"), [(2, (0, 3)), (2, (5, 1)), (2, (4, 4)), (3, (2, 0, 1)), (3, (1, 3, 2))]
+)
 @pytest.mark.parametrize("classes", [1, 3])
-def test_merge_scores_are_those_of_monai(rng: np.random.Generator, dims: int, steps: tuple[int, ...], classes: int) -> None:
+def test_merge_scores_are_those_of_monai(
+    rng: np.random.Generator, dims: int, steps: tuple[int, ...], classes: int
+) -> None:
     """A small network that sees where a tile ends (it pads with zeros), so that blending matters everywhere."""
     torch = pytest.importorskip("torch")
     inferers = pytest.importorskip("monai.inferers")
@@ -427,7 +488,9 @@ def test_merge_scores_are_those_of_monai(rng: np.random.Generator, dims: int, st
     size = tuple(window + step * window // 2 for step in steps)
     torch.manual_seed(0)
     kind = torch.nn.Conv2d if dims == 2 else torch.nn.Conv3d
-    network = torch.nn.Sequential(kind(1, 4, 5, padding=2), torch.nn.ReLU(), kind(4, classes, 5, padding=2), torch.nn.Sigmoid())
+    network = torch.nn.Sequential(
+        kind(1, 4, 5, padding=2), torch.nn.ReLU(), kind(4, classes, 5, padding=2), torch.nn.Sigmoid()
+    )
     pixels = (5 * rng.random((*size, 1))).astype(np.float32)
     windows = windows_of(size, window, 0.5)
     starts = itertools.product(*(range(0, side - window + 1, window // 2) for side in size))
@@ -436,7 +499,9 @@ def test_merge_scores_are_those_of_monai(rng: np.random.Generator, dims: int, st
     merger = WindowMerger(windows, classes, 0.5, np.zeros(size, dtype=np.uint8), scores)
     with torch.inference_mode():
         for chunk in windows.chunks:
-            merger.merge(chunk, network(torch.from_numpy(np.ascontiguousarray(cut(windows, pixels, chunk)))).numpy())
+            merger.merge(
+                chunk, network(torch.from_numpy(np.ascontiguousarray(cut(windows, pixels, chunk)))).numpy()
+            )
         batch = torch.from_numpy(np.moveaxis(pixels, -1, 0)[None])
         (expected,) = inferers.sliding_window_inference(
             batch, (window,) * dims, 2, network, overlap=0.5, mode="gaussian", sigma_scale=0.125
@@ -447,7 +512,9 @@ def test_merge_scores_are_those_of_monai(rng: np.random.Generator, dims: int, st
 
 
 class TestMakeSlidingWindow:
-    @pytest.mark.parametrize(("size", "flat", "ones"), [((9, 8), False, 2), ((9, 8, 7), False, 3), ((9, 8, 7), True, 2)])
+    @pytest.mark.parametrize(
+        ("size", "flat", "ones"), [((9, 8), False, 2), ((9, 8, 7), False, 3), ((9, 8, 7), True, 2)]
+    )
     def test_statistics_have_an_axis_for_each_of_a_tile(
         self, rng: np.random.Generator, size: tuple[int, ...], flat: bool, ones: int
     ) -> None:

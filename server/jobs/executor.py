@@ -1,0 +1,134 @@
+"""Runs one accepted job: its preview, its result, and every way in which it can end."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeVar
+
+from server.errors import CallerError, StoreBroken, StoreFull, TryAgain
+from server.imaging import encode as encoding
+from server.jobs.active import ActiveJob
+from server.jobs.files import short_id
+from server.jobs.job import Job
+from server.jobs.store import Store
+from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upload
+from server.segment.service import SegmentationService
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+FIELDS = SegmentParams.model_fields
+
+
+class RunInThread(Protocol):
+    """Runs a call in a thread, and waits for its end even if it is cancelled."""
+
+    def __call__(self, call: Callable[..., T], *arguments: object) -> Coroutine[Any, Any, T]:
+        """Returns the result of the call."""
+        ...
+
+
+class JobExecutor:
+    """Runs jobs, one call of `run` each.
+
+    Args:
+        service: does the work.
+        store: keeps the results.
+        run_in_thread: runs the calls of the store.
+        response_headers: gives the headers of a response, to be kept with the result.
+        problem_document: gives the problem document of the error that ended a job.
+        disk_retry_s: seconds between two tries while the disk fails.
+    """
+
+    def __init__(
+        self,
+        service: SegmentationService,
+        store: Store,
+        run_in_thread: RunInThread,
+        response_headers: Callable[[Response], dict[str, str]],
+        problem_document: Callable[[Exception], dict[str, Any]],
+        disk_retry_s: float,
+    ) -> None:
+        self._service = service
+        self._store = store
+        self._run_in_thread = run_in_thread
+        self._response_headers = response_headers
+        self._problem_document = problem_document
+        self._disk_retry_s = disk_retry_s
+
+    async def run(self, active: ActiveJob) -> Job:
+        """Runs a job once, and keeps its result or its problem."""
+        try:
+            return await self._segment(active)
+        except Exception as error:
+            if active.cancelled:
+                raise
+            document = self._problem_document(error)
+            job = await self._retry_until_disk_ok(active, self._store.fail, active.job.id, document)
+            # A job that was cancelled meanwhile may have lost its files, which is no failure.
+            if job.state == "failed":
+                _log_failure(job, error)
+            return job
+
+    async def _segment(self, active: ActiveJob) -> Job:
+        """Makes the preview, if one is due and not there from an earlier run, and then the result."""
+        id_, spec = active.job.id, active.job.spec
+        active.job = await self._retry_until_disk_ok(active, self._store.start, id_)
+        active.notify()
+        params = SegmentParams.parse(
+            {name: spec.request.get(name, field.default) for name, field in FIELDS.items()}
+        )
+        if spec.preview and active.job.preview is None:
+            on_progress = active.on_preview_progress
+            response = await self._respond(active, preview_params(params), on_progress, with_reference=False)
+            with contextlib.closing(response):
+                headers = self._response_headers(response)
+                try:
+                    active.job = await self._run_in_thread(
+                        self._store.keep_preview, id_, response.body, headers
+                    )
+                except (StoreBroken, StoreFull):
+                    log.exception("job %s goes on without its preview", short_id(id_))
+            active.on_progress("decode", 0, spec.windows)
+        response = await self._respond(active, params, active.on_progress, with_reference=True)
+        with contextlib.closing(response):
+            headers = self._response_headers(response)
+            return await self._retry_until_disk_ok(active, self._store.finish, id_, response.body, headers)
+
+    async def _respond(
+        self, active: ActiveJob, params: SegmentParams, on_progress: OnProgress, *, with_reference: bool
+    ) -> Response:
+        """Segments the input of a job; it leaves the device to interactive requests."""
+        request = active.job.spec.request
+        with contextlib.ExitStack() as stack:
+            inputs = self._store.files.inputs
+            file, reference = await self._retry_until_disk_ok(active, inputs, active.job.id, stack)
+            name, accept = request.get("name", ""), request.get("accept")
+            upload = Upload(file, reference if with_reference else None, name, accept)
+            work = self._service.segment(upload, params, QoS(priority="batch"), on_progress)
+            return await active.cancellable(work)
+
+    async def _retry_until_disk_ok(self, active: ActiveJob, call: Callable[..., T], *arguments: object) -> T:
+        """Repeats a call until the disk allows it, because the job, and the work that is in it, can wait."""
+        while True:
+            try:
+                return await self._run_in_thread(call, *arguments)
+            except (StoreBroken, StoreFull):
+                log.exception("job %s waits for its disk", short_id(active.job.id))
+            await active.cancellable(asyncio.sleep(self._disk_retry_s))
+
+
+def _log_failure(job: Job, error: Exception) -> None:
+    """Logs the error that ended a job, unless it is the caller's."""
+    if isinstance(error, TryAgain):
+        log.warning("job %s failed: %s", short_id(job.id), error)
+    elif not isinstance(error, CallerError):
+        log.error("job %s failed", short_id(job.id), exc_info=error)
+
+
+def preview_params(params: SegmentParams) -> SegmentParams:
+    """The parameters of the preview: level 1, without formats that need all heads."""
+    formats = encoding.without(params.format, "head_std")
+    return params.model_copy(update={"mode": "fast", "level": 1, "min_level": None, "format": formats})
