@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.peers.contenders import CASES
-from bench.peers.report import label
 from bench.table import RESULTS, markdown
 from server.runtime.bundle import Measured, read_bundle
 from server.runtime.selection import is_enabled
@@ -115,31 +113,6 @@ def volumes() -> str:
     return _text("volumes").split("\n\n", 2)[2]
 
 
-def peers() -> str:
-    """Best throughput and p99 of each server, and the goals that were missed."""
-    run = _json("peers")
-    measured = {(turn["contender"], turn["case"]): turn["levels"] for turn in run["turns"] if turn["levels"]}
-    rows = []
-    for name in dict.fromkeys(["bare", "ours", "auto", *(name for name, _ in measured)]):
-        row = [label(name)]
-        for case in run["deadlines_ms"]:
-            loads = measured.get((name, case), {})
-            best = max(
-                (values["throughput"] for load, values in loads.items() if load.isdigit()), default=None
-            )
-            p99 = loads.get("0.8x", {}).get("p99")
-            row += ["–" if best is None else f"{best:.3g}", "–" if p99 is None else f"{p99:,.0f}"]
-        rows.append(row)
-    columns = ("answers/s", "p99 ms at 0.8 ×")
-    headings = ["", *(f"{CASES[case].name} {column}" for case in run["deadlines_ms"] for column in columns)]
-    heading, rule, *goals = _text("peers").split("\n\n")[1].splitlines()
-    missed = [goal for goal in goals if goal.endswith("| missed |")]
-    count = (
-        f"{len(goals) - len(missed)} of {len(goals)} goals met, at commit {run['ours']['commit']}; missed:"
-    )
-    return "\n".join([markdown(headings, rows), count, "", heading, rule, *missed, ""])
-
-
 BLOCKS: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "encoders": functools.partial(_text, "encoders"),
@@ -148,7 +121,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "instances": functools.partial(_text, "instances"),
     "levels": levels,
     "memory": memory,
-    "peers": peers,
+    "peers": functools.partial(_text, "peers"),
     "settings": markdown_table,
     "uncertainty": functools.partial(_text, "uncertainty"),
     "volumes": volumes,

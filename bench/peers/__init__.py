@@ -1,1 +1,1 @@
-"""Our server against the servers that people would otherwise use; see `__main__`."""
+"""Benchmark of our server against LitServe and MLServer; see `__main__`."""

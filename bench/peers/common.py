@@ -2,8 +2,8 @@
 
     PNG (RGB) → pixels → mean and 1 / standard deviation per channel → ONNX Runtime → score > 0.5 → indexed PNG
 
-The same steps and the same parameters of the PNG as in our server. This file is imported in every peer's own
-virtual environment, which holds numpy, Pillow and ONNX Runtime, and nothing else of ours.
+Our server takes the same steps and writes PNG with the same parameters. Every peer imports this file in its own virtual
+environment, which holds numpy, Pillow and ONNX Runtime.
 """
 
 import argparse
@@ -19,24 +19,12 @@ from PIL import Image
 # Index 1 of the mask's palette, as in the bundle's manifest.
 COLOR = (255, 127, 14)
 
-# How long a batch waits for company, in seconds, wherever a peer wants a fixed time.
+# Longest time that a batch waits for more requests, in seconds.
 BATCH_WAIT_S = 0.002
 
 
-def open_session(graph: Path | str, threads: int) -> onnxruntime.InferenceSession:
-    """Opens a session with default options but for the number of threads, which do not spin, as in our server.
-
-    With ONNX Runtime's default they spin for a while after each run, on the cores that HTTP and PNG need: at L1 and
-    concurrency 16, LitServe answered 237 instead of 173 per second without, MLServer 160 instead of 122.
-    """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-
-
 class Model:
-    """One level's graph and what goes with it.
+    """Graph of one level.
 
     Args:
         graph: ONNX file; its weights lie beside it.
@@ -44,10 +32,15 @@ class Model:
     """
 
     def __init__(self, graph: Path | str, threads: int) -> None:
-        self.session = open_session(graph, threads)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        # Threads that spin after a run take the cores that HTTP and PNG need: at L1 and 16 connections LitServe answered 237
+        # instead of 173 per second without, MLServer 160 instead of 122. Our server does without, too.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
     def run(self, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
-        """One batch.
+        """Runs one batch.
 
         Args:
             images: (h, w, 3) each, all of one size, sides divisible by 16.
@@ -69,23 +62,22 @@ def decode(body: bytes) -> NDArray[np.uint8]:
 
 
 def feed(images: Sequence[NDArray[np.uint8]]) -> dict[str, NDArray[np.float32]]:
-    """The graph's inputs: pixels as they are, statistics per image and channel; the graph itself normalises.
+    """Makes the graph's inputs: pixels, and statistics per image and channel; the graph itself normalises.
 
     Returns:
         image (N, 3, h, w), mean (N, 3, 1, 1) and inverse_std (N, 3, 1, 1), float32.
     """
     pixels = np.stack([image.transpose(2, 0, 1) for image in images])
-    mean, variance = np.moveaxis(
-        np.array([[moments(channel) for channel in image] for image in pixels]), -1, 0
-    )[..., None, None]
+    moments = np.array([[_moments(channel) for channel in image] for image in pixels])
+    mean, variance = np.moveaxis(moments, -1, 0)[..., None, None]
     # A constant channel stays constant: zero after the mean is taken off.
     inverse_std = 1 / np.sqrt(np.where(variance > 0, variance, 1))
-    found = {"image": pixels, "mean": mean, "inverse_std": inverse_std}
-    return {name: values.astype(np.float32) for name, values in found.items()}
+    feed = {"image": pixels, "mean": mean, "inverse_std": inverse_std}
+    return {name: values.astype(np.float32) for name, values in feed.items()}
 
 
-def moments(channel: NDArray[np.uint8]) -> tuple[float, float]:
-    """Mean and variance of (h, w) from its histogram: exact, and faster than a float per pixel; as in our server."""
+def _moments(channel: NDArray[np.uint8]) -> tuple[float, float]:
+    """Computes mean and variance of (h, w) from its histogram, because that is exact and faster than a float per pixel."""
     values = np.arange(256, dtype=np.float64)
     histogram = np.array(Image.fromarray(channel).histogram(), dtype=np.float64)
     mean = histogram @ values / histogram.sum()
@@ -107,10 +99,8 @@ def encode(mask: NDArray[np.uint8]) -> bytes:
 
 
 def arguments() -> argparse.Namespace:
-    """--graph, --threads, --max-batch and --port of the peers that are scripts."""
+    """Reads --graph, --threads, --max-batch and --port of a peer that is a script."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--graph", type=Path, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--max-batch", type=int, required=True)
-    parser.add_argument("--port", type=int, required=True)
+    for option, kind in {"--graph": Path, "--threads": int, "--max-batch": int, "--port": int}.items():
+        parser.add_argument(option, type=kind, required=True)
     return parser.parse_args()

@@ -1,24 +1,12 @@
-"""Contenders: how each is installed and started, and how its requests look.
+"""Contenders: how each is installed and started, and the form of its requests.
 
-| peer | a batch waits | what else was set, and why |
-|---|---|---|
-| LitServe | 2 ms | request timeout 600 s, not 30 s: a long queue is not an error; its queue for many requests |
-| BentoML | adaptive | max_latency_ms stays at its default of 60 s: a lower one answers 503 sooner; no access log |
-| Ray Serve | 2 ms | max_ongoing_requests 1000, not 5; the documented throughput flags; no dashboard |
-| MLServer | 2 ms | debug off; one parallel worker, its default: inference in the server's own process (0) was slower at 96² |
-| FastAPI + torch | no batches | as many pool threads as cores, not 40; channels first or last, whichever is faster |
+Each peer is set up as its documentation says, with one worker process and the same number of threads of the same ONNX Runtime.
+MLServer keeps its one parallel worker, because inference in the server's own process (0) was slower at 96². Both may batch up to
+`Case.max_batch`, because larger batches take longer than one by one on a CPU, and much memory; a batch waits 2 ms, less than
+the shortest run, because under load requests wait together for the run before theirs.
 
-Each peer has one worker process, with the same number of threads of the same ONNX Runtime, which do not spin (faster: common.py).
-
-The largest batch is `Case.max_batch`, the same for all peers. Batches of these networks gain little on a CPU, and large ones
-take longer than one by one, and much memory. So each peer may batch, up to where it does not harm.
-
-The wait is no longer than the shortest run, so that a lone request pays little for it; under load requests wait together
-for the run before theirs anyway. LitServe cannot do without: with its default, 0, an idle worker polls and takes one core.
-
-Requests are as each project's documentation sends files: the bare body (ours, Ray Serve), a multipart form (LitServe, BentoML,
-FastAPI), or base64 in JSON (MLServer, whose batches are formed for the Open Inference Protocol only). The bodies are prepared
-before the load starts.
+Requests are as each project's documentation sends files: the bare body (ours), a multipart form (LitServe), or base64 in
+JSON (MLServer, whose batches are formed for the Open Inference Protocol only). The bodies are prepared before the load starts.
 """
 
 import base64
@@ -41,13 +29,11 @@ BUNDLE = ROOT / "bundles" / "nuclei"
 # Virtual environments of the peers, whose requirements contradict each other and ours.
 HOME = ROOT / "var" / "peers"
 
-# What `--install` installs, by name and version; none of it requires torch. Beside the peers themselves: LitServe's forms need
+# Packages that `--install` installs, by name and version. Beside the peers themselves: LitServe's forms need
 # python-multipart; MLServer's worker does not start with uvloop 0.22 and later, which make an event loop on request only.
 COMMON = ("onnxruntime==1.31.1", "numpy==2.4.6", "pillow==13.0.0")
 PEERS = {
     "litserve": ("litserve==0.2.19", "python-multipart==0.0.34"),
-    "bentoml": ("bentoml==1.4.39",),
-    "ray": ("ray[serve]==2.60.0",),
     "mlserver": ("mlserver==1.7.1", "uvloop==0.21.0"),
 }
 
@@ -57,63 +43,62 @@ class Case:
     """A level at a size.
 
     Attributes:
-        max_batch: images in one run, for servers that ask.
+        level: number of the level, from 1.
+        side: height and width of the images, in pixels.
+        max_batch: largest number of images in one run of a peer.
+        open_loop: whether the case includes the open loop.
     """
 
     level: int
     side: int
     max_batch: int
+    open_loop: bool = False
 
     @property
     def name(self) -> str:
-        """In the table."""
+        """Name in the table."""
         return f"L{self.level} {self.side}²"
 
     @property
     def graph(self) -> Path:
-        """The level's ONNX file."""
+        """ONNX file of the level."""
         return BUNDLE / f"L{self.level}.onnx"
 
 
-CASES = {f"L{case.level}": case for case in (Case(1, 96, 16), Case(3, 256, 4), Case(4, 512, 2))}
+# At L1 the server is the cost, at L3 the network.
+CASES = {"L1": Case(1, 96, 16, open_loop=True), "L3": Case(3, 256, 4)}
 
 
 def raw(body: bytes) -> tuple[bytes, str]:
-    """The file is the body."""
+    """Sends the file as the body."""
     return body, "image/png"
 
 
-def form(name: str) -> Callable[[bytes], tuple[bytes, str]]:
-    """The file is a field of a multipart form."""
-    head = f'--peer\r\nContent-Disposition: form-data; name="{name}"; filename="image.png"\r\nContent-Type: image/png\r\n\r\n'
-    return lambda body: (head.encode() + body + b"\r\n--peer--\r\n", "multipart/form-data; boundary=peer")
+def form(body: bytes) -> tuple[bytes, str]:
+    """Sends the file as the field `image` of a multipart form."""
+    head = b'--peer\r\nContent-Disposition: form-data; name="image"; filename="image.png"\r\nContent-Type: image/png\r\n\r\n'
+    return head + body + b"\r\n--peer--\r\n", "multipart/form-data; boundary=peer"
 
 
 def inference_protocol(body: bytes) -> tuple[bytes, str]:
-    """Open Inference Protocol: JSON with the file as base64."""
-    text = base64.b64encode(body).decode()
+    """Sends the file as base64 in JSON, in the Open Inference Protocol."""
     tensor = {
         "name": "image",
         "shape": [1, 1],
         "datatype": "BYTES",
-        "parameters": {"content_type": "base64"},
-        "data": [text],
+        "data": [base64.b64encode(body).decode()],
     }
-    return json.dumps({"inputs": [tensor]}).encode(), "application/json"
+    inputs = [tensor | {"parameters": {"content_type": "base64"}}]
+    return json.dumps({"inputs": inputs}).encode(), "application/json"
 
 
 def png_mask(answer: bytes) -> NDArray[np.uint8]:
-    """Indices of a PNG."""
+    """Reads the indices of a PNG."""
     return np.asarray(Image.open(io.BytesIO(answer)))
 
 
-def json_mask(answer: bytes) -> NDArray[np.uint8]:
-    """A list with one PNG in base64."""
-    return png_mask(base64.b64decode(json.loads(answer)[0]))
-
-
 def protocol_mask(answer: bytes) -> NDArray[np.uint8]:
-    """Open Inference Protocol."""
+    """Reads the PNG in an answer of the Open Inference Protocol."""
     return png_mask(base64.b64decode(json.loads(answer)["outputs"][0]["data"][0]))
 
 
@@ -122,14 +107,14 @@ class Contender:
     """A server that takes part.
 
     Attributes:
-        label: in the table.
+        label: name in the table.
         command: argv for (case, threads, port, an empty folder).
         path: path of the URL, for a case.
-        request: a PNG file as it wants it: body and content type.
-        mask: the mask in its answer.
-        environment: variables for its process.
+        request: function from a PNG file to body and content type.
+        mask: function from the answer's body to the mask.
+        environment: variables of its process.
         tolerance: share of pixels that may differ from the bare loop's mask.
-        ours: whether it is our server.
+        ours: True for our server.
     """
 
     label: str
@@ -142,108 +127,67 @@ class Contender:
     ours: bool = False
 
 
-def python(name: str) -> Path:
-    """A peer's own interpreter."""
-    return HOME / name / "bin" / "python"
-
-
 def installed(name: str) -> bool:
-    """Whether a contender can be started; only peers with a virtual environment may be missing."""
-    return name not in PEERS or python(name).exists()
+    """Tells whether a contender can be started; only peers need a virtual environment."""
+    return name not in PEERS or _program(name, "python").exists()
 
 
 def install(names: Collection[str] = ()) -> None:
     """Makes the virtual environments of some peers, or of all, with the versions above."""
-    for name, packages in ((name, PEERS[name]) for name in names or PEERS):
+    for name in names or PEERS:
         subprocess.run([sys.executable, "-m", "venv", "--clear", HOME / name], check=True)
-        subprocess.run(
-            [python(name), "-m", "pip", "install", "--quiet", "--quiet", *packages, *COMMON], check=True
-        )
+        pip = [str(_program(name, "python")), "-m", "pip", "install", "--quiet", "--quiet"]
+        subprocess.run([*pip, *PEERS[name], *COMMON], check=True)
 
 
-def script(name: str, interpreter: Path | str) -> Callable[[Case, int, int, Path], list[str]]:
-    """A peer that is a script with the arguments of `common.arguments`."""
-
-    def command(case: Case, threads: int, port: int, _: Path) -> list[str]:
-        given = {"--graph": case.graph, "--threads": threads, "--max-batch": case.max_batch, "--port": port}
-        return [
-            str(interpreter),
-            "-m",
-            f"bench.peers.{name}",
-            *(str(part) for pair in given.items() for part in pair),
-        ]
-
-    return command
+def _program(name: str, program: str) -> Path:
+    return HOME / name / "bin" / program
 
 
-def bentoml(case: Case, threads: int, port: int, _: Path) -> list[str]:
-    """`bentoml serve` with the arguments of its service."""
-    given = {"graph": case.graph, "threads": threads, "max_batch": case.max_batch}
-    options = [part for name, value in given.items() for part in ("--arg", f"{name}={value}")]
-    command = [
-        str(python("bentoml").parent / "bentoml"),
-        "serve",
-        "bench.peers.bentoml:Segment",
-        "--working-dir",
-        str(ROOT),
-    ]
-    return [*command, "--host", "127.0.0.1", "--port", str(port), "--quiet", *options]
+def _litserve(case: Case, threads: int, port: int, _: Path) -> list[str]:
+    values = {"--graph": case.graph, "--threads": threads, "--max-batch": case.max_batch, "--port": port}
+    options = [str(part) for pair in values.items() for part in pair]
+    return [str(_program("litserve", "python")), "-m", "bench.peers.litserve", *options]
 
 
-def mlserver(case: Case, threads: int, port: int, folder: Path) -> list[str]:
-    """`mlserver start` on a folder with its two files of settings."""
-    server = {
-        "debug": False, "host": "127.0.0.1", "http_port": port, "grpc_port": free_port(), "metrics_port": free_port(),
-        "metrics_dir": str(folder), "parallel_workers": 1,
-    }  # fmt: skip
+def _mlserver(case: Case, threads: int, port: int, folder: Path) -> list[str]:
+    ports = {"http_port": port, "grpc_port": free_port(), "metrics_port": free_port()}
+    server = {"debug": False, "host": "127.0.0.1", **ports, "metrics_dir": str(folder), "parallel_workers": 1}
     model = {
-        "name": "segment", "implementation": "bench.peers.mlserver.Segment", "max_batch_size": case.max_batch, "max_batch_time": BATCH_WAIT_S,
+        "name": "segment",
+        "implementation": "bench.peers.mlserver.Segment",
+        "max_batch_size": case.max_batch,
+        "max_batch_time": BATCH_WAIT_S,
         "parameters": {"uri": str(case.graph), "extra": {"threads": threads}},
-    }  # fmt: skip
+    }
     (folder / "settings.json").write_text(json.dumps(server))
     (folder / "model-settings.json").write_text(json.dumps(model))
-    return [str(python("mlserver").parent / "mlserver"), "start", str(folder)]
+    return [str(_program("mlserver", "mlserver")), "start", str(folder)]
 
 
-def ours(case: Case) -> str:
-    """Path with the level in its query."""
+def _serve(_: Case, __: int, port: int, folder: Path) -> list[str]:
+    # An empty folder of tunings, because a developer's tuning would decide what `auto` means.
+    settings = {"UNETPP_JOBS__FOLDER": folder / "jobs", "UNETPP_RUNTIME__TUNING_FOLDER": folder / "tuning"}
+    return ["env", *(f"{name}={value}" for name, value in settings.items()), *serve_command(BUNDLE, port)]
+
+
+def _ours(case: Case) -> str:
     return f"/segment?mode=fast&level={case.level}"
 
 
-def settings(threads: int) -> dict[str, str]:
-    """The peers' engine and precision."""
-    return {
+def contenders(threads: int) -> dict[str, Contender]:
+    """Lists the servers, by the name that `--contenders` accepts, with threads of ONNX Runtime for all but `auto`."""
+    same_as_peers = {
         "UNETPP_RUNTIME__ENGINE": "onnxruntime",
         "UNETPP_RUNTIME__PRECISION": "fp32",
         "UNETPP_RUNTIME__THREADS": str(threads),
     }
-
-
-def contenders(threads: int) -> dict[str, Contender]:
-    """All that take part, by the name that `--contenders` knows."""
-
-    def serve(_: Case, __: int, port: int, folder: Path) -> list[str]:
-        return ["env", f"UNETPP_JOBS__FOLDER={folder / 'jobs'}", *serve_command(BUNDLE, port)]
-
-    # Another engine and precision may differ at the edges of nuclei.
-    auto = Contender("ours, auto", serve, ours, tolerance=0.02, ours=True)
-    ray_flags = {
-        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
-        "RAY_SERVE_LOG_TO_STDERR": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
     return {
-        "ours": Contender("ours", serve, ours, environment=settings(threads), ours=True),
-        "auto": auto,
-        "litserve": Contender("LitServe", script("litserve", python("litserve")), request=form("image")),
-        "bentoml": Contender(
-            "BentoML", bentoml, request=form("images"), mask=json_mask, environment={"BENTOML_DO_NOT_TRACK": "True"}
-        ),
-        "ray": Contender("Ray Serve", script("ray", python("ray")), environment=ray_flags),
+        "ours": Contender("ours", _serve, _ours, environment=same_as_peers, ours=True),
+        # Another engine and precision may differ at the edges of nuclei.
+        "auto": Contender("ours, auto", _serve, _ours, tolerance=0.02, ours=True),
+        "litserve": Contender("LitServe", _litserve, request=form),
         "mlserver": Contender(
-            "MLServer", mlserver, lambda _: "/v2/models/segment/infer", inference_protocol, protocol_mask
+            "MLServer", _mlserver, lambda _: "/v2/models/segment/infer", inference_protocol, protocol_mask
         ),
-        "torch": Contender("FastAPI + torch", script("torch_eager", sys.executable), request=form("image")),
-    }  # fmt: skip
+    }

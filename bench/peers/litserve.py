@@ -1,13 +1,11 @@
 """LitServe, one worker on the CPU, batching on.
 
 Followed: https://lightning.ai/docs/litserve/features/batching: `max_batch_size` and `batch_timeout` are given to the
-`LitAPI`; `batch` and `unbatch` where inputs are not tensors. Files come as a multipart form, which `decode_request`
+`LitAPI`; its own `batch` stacks arrays of one size. Files come as a multipart form, which `decode_request`
 gets as a mapping when its argument is annotated `Request`
 (https://github.com/Lightning-AI/LitServe/pull/80: "there is no good way to post files ... base64, which increases the
-payload size"). `timeout` is raised from its 30 s, as its own log advises ("You can adjust the timeout by providing the
-`timeout` argument"), so that a long queue is not an error. A `batch_timeout` of 0, the default, makes the worker
-poll its queue without pause, which takes a whole core even when idle. `fast_queue` is on, as `LitServer` documents for more
-than 100 requests per second; on 2 busy cores, taking turns with the default, it was as fast (101 and 97 per second at L1).
+payload size"). A `batch_timeout` of 0, the default, makes the worker poll its queue without pause, which takes a whole
+core even when idle. `fast_queue` is on, because `LitServer` documents it for more than 100 requests per second.
 """
 
 from collections.abc import Sequence
@@ -29,27 +27,19 @@ class Segment(litserve.LitAPI):
         self._graph, self._threads = graph, threads
 
     def setup(self, device: str) -> None:  # noqa: ARG002 - the hook's signature
-        """Once in the worker."""
+        """Opens the graph, once in the worker."""
         self._model = Model(self._graph, self._threads)
 
     def decode_request(self, request: Request) -> NDArray[np.uint8]:
-        """A form with one file."""
+        """Reads the file of a form."""
         return decode(request["image"].file.read())
 
-    def batch(self, inputs: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
-        """Stacking is part of the shared work."""
-        return list(inputs)
-
-    def predict(self, x: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
-        """One run of the graph."""
+    def predict(self, x: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+        """Runs the graph once."""
         return self._model.run(x)
 
-    def unbatch(self, output: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
-        """One mask per request."""
-        return output
-
     def encode_response(self, output: NDArray[np.uint8]) -> Response:
-        """PNG."""
+        """Writes the mask as PNG."""
         return Response(encode(output), media_type="image/png")
 
 
@@ -57,7 +47,7 @@ def main() -> None:
     """Serves until it is stopped."""
     given = arguments()
     api: Any = Segment(str(given.graph), given.threads, given.max_batch)
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1, timeout=600, fast_queue=True)
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1, fast_queue=True)
     server.run(host="127.0.0.1", port=given.port, log_level="warning", generate_client_file=False)
 
 
