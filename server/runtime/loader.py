@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from server.errors import BundleDamaged, EngineUnavailable, NotReady, UnetppError
 from server.runtime import golden, memory
@@ -74,9 +75,7 @@ class Loader:
             self._open_next(deployments, tried, done)
 
         # Looked up anew each time, because a precision that proves broken changes what `auto` means.
-        for deployment, instance in [
-            (deployment, one) for deployment in deployments for one in deployment.of_auto
-        ]:
+        for deployment, instance in [(one, graph) for one in deployments for graph in one.of_auto]:
             fits = self._used_bytes() + instance.memory_bytes <= self.memory_bytes
             if instance.engine is None and instance not in tried and fits:
                 tried.add(instance)
@@ -172,7 +171,6 @@ class Loader:
                 raise
             except Exception as error:  # noqa: BLE001 - every runtime raises its own
                 self._give_up(deployment, candidate, f"{instance.path}: cannot be run: {error}", error)
-                return
             limit = golden.TOLERANCE[candidate.precision]
             if difference <= limit:
                 continue
@@ -187,7 +185,7 @@ class Loader:
 
     def _give_up(
         self, deployment: Deployment, candidate: Candidate, problem: str, cause: Exception | None = None
-    ) -> None:
+    ) -> NoReturn:
         """Excludes a candidate where the operator left the choice to the server.
 
         Raises:

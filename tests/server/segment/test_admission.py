@@ -297,7 +297,7 @@ class TestMemoryAndQueue:
             with pytest.raises(Overloaded) as caught:
                 await scene.admit(timeout_s=0.001)
         assert caught.value.refusal == "memory"
-        assert caught.value.fields == {"setting": "UNETPP_LIMITS__PIXELS_IN_FLIGHT", "remedy": "POST /jobs"}
+        assert caught.value.fields == {"remedy": "POST /jobs"}
         assert scene.counted("windows_dropped_total", reason="error") == 1
         # It left no claim behind.
         assert await scene.admit(timeout_s=60.0)
