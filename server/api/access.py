@@ -14,7 +14,8 @@ log = logging.getLogger(__name__)
 # The outcome that a status means, where the status class does not say it; see `Metrics.requests`.
 OUTCOMES = {429: "refused", 499: "cancelled", 503: "refused", 504: "late"}
 
-# Other methods are logged as _OTHER, because callers may invent names. OpenTelemetry's semantic conventions say so.
+# Other methods are logged as _OTHER, because callers may invent names. OpenTelemetry's semantic conventions
+# say so.
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 # Polled every few seconds, and of no interest while all is well.
@@ -28,8 +29,8 @@ class AccessLogMiddleware:
     """Logs the route and the outcome of each request, but no path, query or file name, which callers choose.
 
     Args:
-        app: application behind it. Its routes may leave two dictionaries in the request's state: `attributes`, which are
-            added to the line, and `timings`, seconds per phase, which become spans.
+        app: application behind it. Its routes may leave two dictionaries in the request's state:
+            `attributes`, which are added to the line, and `timings`, seconds per phase, which become spans.
         traces: receives the requests; None where nothing is traced.
         static: paths that are logged as they are, because callers have not made them up.
     """

@@ -1,6 +1,7 @@
 """API keys, checked before a body is read. Pure ASGI, so that disconnects stay visible.
 
-A key has 256 random bits and cannot be guessed, so a plain SHA-256 of it is as safe in the file as a slow hash.
+A key has 256 random bits and cannot be guessed, so a plain SHA-256 of it is as safe in the file as a slow
+hash.
 """
 
 import hashlib
@@ -20,8 +21,8 @@ from server.errors import Misconfigured, OtherSite, Unauthorized
 
 log = logging.getLogger(__name__)
 
-# Paths that need no key because they say nothing of anybody's images: for orchestrators and Prometheus, and for people who
-# have yet to enter a key.
+# Paths that need no key because they say nothing of images: for orchestrators and Prometheus, and
+# for people who have yet to enter a key.
 HEALTH = frozenset({"/health/live", "/health/ready", "/metrics"})
 STATIC = frozenset({"/docs", "/openapi.json"})
 
@@ -85,7 +86,8 @@ class Keys:
         """Whether the key is in the file; takes equally long for every key."""
         self._reload()
         digest = hashlib.sha256(key.encode("latin-1", "replace")).hexdigest()
-        # `any` would stop at the first match, and the time of the answer would tell where in the file it stands.
+        # `any` would stop at the first match, and the time of the answer would tell where in the file it
+        # stands.
         return sum(hmac.compare_digest(digest, entry) for entry in self._hashes) > 0
 
     def _reload(self) -> None:
@@ -178,8 +180,8 @@ class APIKeyMiddleware:
 class SameOriginMiddleware:
     """Refuses writes that a browser sends for a page of another site.
 
-    Such a page could not read the response, but would have work done without a key. Reading is left alone, so that links
-    from elsewhere to the page work.
+    Such a page could not read the response, but would have work done without a key. Reading is left alone, so
+    that links from elsewhere to the page work.
 
     Args:
         app: application behind it.
@@ -203,14 +205,15 @@ class SameOriginMiddleware:
 
 def _is_cross_site(headers: Headers) -> bool:
     """Whether a browser sends the request for a page of another site. Programs send neither header."""
-    # Browsers send this header only over HTTPS and on localhost; it is right behind a proxy that changes Host, too.
+    # Browsers send this header only over HTTPS and on localhost; it is right behind a proxy that changes
+    # Host, too.
     if site := headers.get("sec-fetch-site"):
         return site not in ("same-origin", "none")
     return any(not _same_host(origin, headers.get("host", "")) for origin in headers.getlist("origin"))
 
 
 def _same_host(origin: str, host: str) -> bool:
-    """Whether an origin, `scheme://host[:port]` or null, is that of a Host header; a scheme's default port may be left out."""
+    """Whether an origin is that of a Host header; the default port of a scheme may be left out."""
     scheme, _, authority = origin.lower().partition("://")
     port = DEFAULT_PORTS.get(scheme, "")
     return bool(port and authority) and authority.removesuffix(port) == host.lower().removesuffix(port)

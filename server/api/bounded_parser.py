@@ -1,6 +1,7 @@
-"""HTTP/1.1 parser and flow control of one connection, bounded so that no client can keep the event loop to itself.
+"""HTTP/1.1 parser and flow control, bounded so that no client can keep the event loop to itself.
 
-h11 makes an event of each chunk of a body, and six bytes are enough for one: a single read may hold more than 40,000.
+h11 makes an event of each chunk of a body, and six bytes are enough for one: a single read may hold more than
+40,000.
 """
 
 from asyncio import Transport
@@ -84,7 +85,7 @@ class BoundedParser(h11.Connection):
 
 
 class BoundedFlowControl(FlowControl):
-    """uvicorn's flow control, in which reading may also be paused until the next turn; either reason is enough."""
+    """uvicorn's flow control, in which reading may also be paused until the next turn."""
 
     def __init__(self, transport: Transport) -> None:
         super().__init__(transport)

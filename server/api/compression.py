@@ -36,7 +36,7 @@ def accepts_gzip(accept_encoding: str | None) -> bool:
 
 
 def _weight(parameter: str) -> float:
-    """The quality value of `q=0.5`; 1 without one, and 0 where it is no number."""
+    """The quality value of `q=0.5`; 1 without one, and 0 where it cannot be parsed."""
     name, _, value = parameter.partition("=")
     if name.strip().lower() != "q":
         return 1.0

@@ -1,7 +1,7 @@
-"""Limits of one connection, below HTTP: time for the head of a request, time to read a response, turns, and their number.
+"""Limits of connections, below HTTP: their number, turns, and time for heads, bodies and responses.
 
-uvicorn itself waits without limit for the rest of a head, for a body that it no longer needs, and for a client that does not
-read.
+uvicorn itself waits without limit for the rest of a head, for a body that it no longer needs, and for a
+client that does not read.
 """
 
 import asyncio
@@ -31,7 +31,8 @@ class ConnectionLimits:
     Attributes:
         max_connections: open connections.
         head_s: seconds for a whole head, from the connection or the first byte of the next request on.
-        idle_s: seconds over which a response must be read at `min_bytes_per_s`, and for the rest of an unwanted body.
+        idle_s: seconds over which a response must be read at `min_bytes_per_s`, and for the rest of an
+            unwanted body.
         min_bytes_per_s: rate at which a response must be read.
         warned_at: time of `time.monotonic` of the last log line about too many connections.
     """
@@ -66,13 +67,14 @@ class Connection(H11Protocol):
         self.flow = self._flow = BoundedFlowControl(transport)
         if len(self.connections) > self._limits.max_connections:
             self._warn_crowded()
-            # Without a response, because a client over the limit must not hold a file open while it reads one.
+            # Without a response, because a client over the limit must not hold a file open while it reads
+            # one.
             transport.abort()
             return
         self._watch_head()
 
     def handle_events(self) -> None:
-        """Called by uvicorn for new bytes, and after a response; events over the limit wait for the next turn."""
+        """Called by uvicorn for new bytes and after a response; events over the limit wait for a turn."""
         if self._turn is None:
             self._turn = self.loop.call_soon(self._next_turn)
         super().handle_events()
@@ -88,7 +90,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
-        """Called by uvicorn when a response is written; the rest of the request's body is discarded as it arrives."""
+        """Called by uvicorn when a response is written; the rest of the request's body is discarded."""
         if self.conn.their_state is h11.SEND_BODY:
             if self._body_timer is not None:
                 self._body_timer.cancel()
@@ -120,7 +122,7 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Called by uvicorn for an Upgrade header, which is ignored: a warning for each would let clients fill the log."""
+        """Called by uvicorn for an Upgrade header; silent, because clients could fill the log."""
 
     def _watch_head(self) -> None:
         """Starts the timer where a head is awaited, and stops it once a whole one has arrived."""
@@ -134,7 +136,7 @@ class Connection(H11Protocol):
             self._head_timer = self.loop.call_later(self._limits.head_s, self.transport.abort)
 
     def _check_body(self, request: int) -> None:
-        """Aborts if the unwanted body of a request still arrives; later requests on the connection have begun otherwise."""
+        """Aborts if the unwanted body of a request still arrives, and no later request has begun."""
         if self._parser.requests == request and self.conn.their_state is h11.SEND_BODY:
             self.transport.abort()
 
@@ -154,7 +156,7 @@ class Connection(H11Protocol):
             self._read_timer = self.loop.call_soon(self._watch_reading)
 
     def _watch_reading(self) -> None:
-        """Sets the timer by which the client must have read enough of the bytes that wait now, also before a close."""
+        """Sets the timer by which the client must have read enough of the bytes that wait now."""
         waiting = self.transport.get_write_buffer_size()
         if not waiting:
             self._read_timer = None

@@ -14,7 +14,7 @@ MAX_HEAD_BYTES, MAX_HEADERS = 16 * 1024, 100
 
 
 def ignore_refusal(reason: str) -> None:
-    """Does nothing: refusals that nobody counts."""
+    """Does nothing: for applications that count no refusals."""
 
 
 class HeadLimit:
@@ -24,7 +24,8 @@ class HeadLimit:
 
     Args:
         app: application behind it.
-        count_refusal: called with the label of each refusal, because a request that reaches no route is counted nowhere else.
+        count_refusal: called with the label of each refusal, because a request that reaches no route is
+            counted nowhere else.
     """
 
     def __init__(self, app: ASGIApp, count_refusal: Callable[[str], None] = ignore_refusal) -> None:
@@ -64,14 +65,16 @@ def _check_head(scope: Scope) -> HeadTooLarge | None:
 
 
 class BodyLimit:
-    """Refuses request bodies over a limit: at once where Content-Length says so, else while they stream in.
+    """Refuses request bodies over a limit: at once by their Content-Length, else while they stream in.
 
     Args:
         app: application behind it.
         max_bytes: bytes of a body.
-        idle_s: seconds without a byte after which a body is given up.
-        min_bytes_per_s: rate below which a body is given up, measured over `idle_s`. Only waiting for the client counts.
-        count_refusal: called with the label of each refusal, because a request that reaches no route is counted nowhere else.
+        idle_s: seconds without a byte after which a body is refused.
+        min_bytes_per_s: rate below which a body is refused, measured over `idle_s`. Only waiting for the
+            client counts.
+        count_refusal: called with the label of each refusal, because a request that reaches no route is
+            counted nowhere else.
     """
 
     def __init__(
@@ -105,7 +108,10 @@ class BodyLimit:
         await self._app(scope, self._bounded(receive), send)
 
     def _bounded(self, receive: Receive) -> Receive:
-        """Receives with the limits. What is raised reaches the route that reads, and from there the problem handler."""
+        """Receives with the limits.
+
+        What is raised reaches the route that reads, and from there the problem handler.
+        """
         received = 0
         complete = False
         # Spent by waiting, and earned back by bytes that arrive.

@@ -1,4 +1,4 @@
-"""What the routes that segment have in common: query, body, deadline, and the headers of their responses."""
+"""Query, body, deadline and response headers of the routes that segment."""
 
 import math
 import time
@@ -51,7 +51,7 @@ REQUEST_BODY: dict[str, Any] = {
 
 
 def check_query(params: SegmentParams, request: Request) -> None:
-    """Refuses what can be refused before the body arrives: parameters given twice, and formats that do not exist.
+    """Refuses parameters that are given twice, and formats that do not exist, before the body arrives.
 
     Raises:
         InvalidParameter: a parameter is given twice, of which all but the last would be ignored.

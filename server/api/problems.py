@@ -1,4 +1,4 @@
-"""Every error becomes application/problem+json (RFC 9457), mapped once by walking the ancestors of its class."""
+"""Every error becomes application/problem+json (RFC 9457), by the nearest ancestor in one table."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -58,7 +58,7 @@ def status_of(error: errors.UnetppError) -> HTTPStatus:
 def document(
     status: HTTPStatus, code: str, detail: str, fields: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The members of a problem document: the fields of the error, and the standard members, which they cannot replace."""
+    """The members of a problem document: the standard ones, and fields, which cannot replace them."""
     standard = {
         "type": f"urn:unetpp:{code}",
         "title": status.phrase,
@@ -81,7 +81,10 @@ def respond(
 
 
 def response_of(error: errors.UnetppError, request_id: str = "") -> JSONResponse:
-    """Makes the response to a domain error. Details of a fault of the server go to the log, under the request's id."""
+    """Makes the response to a domain error.
+
+    Details of a fault of the server go to the log, under the request's id.
+    """
     status = status_of(error)
     if isinstance(error, errors.ServerFault):
         log.error("request %s failed", request_id, exc_info=error)
@@ -92,7 +95,7 @@ def response_of(error: errors.UnetppError, request_id: str = "") -> JSONResponse
 
 
 def job_document_of(error: Exception) -> dict[str, Any]:
-    """The problem document of an error that ended a job, to be kept; details of a fault of the server are left out."""
+    """The problem document of an error that ended a job, without details of a fault of the server."""
     if not isinstance(error, errors.UnetppError):
         return document(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", JOB_INTERNAL)
     if isinstance(error, errors.ServerFault):
@@ -141,7 +144,7 @@ def install(app: FastAPI, count_refusal: Callable[[str], None] = lambda reason: 
 
 
 def describe(app: FastAPI) -> None:
-    """Corrects the media type of errors in the OpenAPI document: FastAPI takes every model for application/json."""
+    """Corrects the media type of errors in the OpenAPI document, which FastAPI takes for application/json."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:

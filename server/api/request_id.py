@@ -30,7 +30,8 @@ class RequestId:
         header = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         request_id = header.decode() if VALID.fullmatch(header) else uuid.uuid4().hex
 
-        # For the log, and for the handler of unexpected errors, which runs outside of all middleware and adds the header itself.
+        # For the log, and for the handler of unexpected errors, which runs outside of all middleware and adds
+        # the header itself.
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:

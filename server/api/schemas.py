@@ -11,7 +11,7 @@ from server.runtime.deployment import Deployment
 
 
 class Serving(BaseModel):
-    """The engine that serves a graph at a precision; `auto` says whether `precision=auto` picks it, `selected_by` why."""
+    """The engine that serves a graph at a precision, whether `precision=auto` picks it, and why."""
 
     graph: str
     precision: str
@@ -35,7 +35,7 @@ class ModelSummary(BaseModel):
 
 
 class ModelCard(ModelSummary):
-    """Everything about one model; `sha256` is the hash of its manifest, which holds the hashes of all its files."""
+    """Everything about one model; `sha256` is that of its manifest, which holds those of all its files."""
 
     sha256: str
     description: str
@@ -55,7 +55,7 @@ class ModelCard(ModelSummary):
 
 
 class Problem(BaseModel):
-    """Problem document (RFC 9457): `detail` says what is wrong and what to do; further members give the same facts to programs."""
+    """Problem document (RFC 9457): `detail` is for people, and further members have the same facts for programs."""
 
     model_config = ConfigDict(extra="allow")
 

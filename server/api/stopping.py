@@ -1,4 +1,4 @@
-"""What callers see of a server that stops: it is not ready, and it closes their connections. Pure ASGI."""
+"""The end of a server: it is not ready, and it closes the connections of its callers. Pure ASGI."""
 
 import asyncio
 import logging
@@ -38,9 +38,10 @@ class Stopping:
 class DrainMiddleware:
     """Closes the connection with each response of a stopping server, and answers requests that are cut off.
 
-    Clients and proxies that keep connections alive would otherwise send their next request into the moment in which the
-    connection is closed, and would have to guess whether it was worked on. A response that does not wait for the whole body,
-    e.g. 429, leaves the connection open, because closing while bytes arrive resets it, and the response would be lost.
+    Clients and proxies that keep connections alive would otherwise send their next request into the moment in
+    which the connection is closed, and would have to guess whether it was worked on. A response that does not
+    wait for the whole body, e.g. 429, leaves the connection open, because closing while bytes arrive resets
+    it, and the response would be lost.
 
     Args:
         app: application behind it.

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Seconds that the export of the last spans may take, because a collector that does not answer must not hold up the stop.
+# Seconds that the export of the last spans may take, because a collector that does not answer must not hold
+# up the stop.
 CLOSE_TIMEOUT_S = 3
 
 Parent = Literal["caller", "root"]
@@ -24,8 +25,8 @@ class Traces:
 
     Args:
         provider: exports the spans.
-        parent: "caller" makes the span of the caller's `traceparent` the parent, whose sampling flag then counts; "root"
-            starts a trace of its own for each request, with a link to the caller's span.
+        parent: "caller" makes the span of the caller's `traceparent` the parent, whose sampling flag then
+            counts; "root" starts a trace of its own for each request, with a link to the caller's span.
     """
 
     def __init__(self, provider: "TracerProvider", parent: Parent = "caller") -> None:
@@ -57,8 +58,8 @@ class Traces:
             ended_ns: end of the request, in nanoseconds since 1970.
             duration_s: duration of the request, in seconds.
             attributes: attributes of its span, by names of the semantic conventions.
-            timings: seconds per phase. Phases of large inputs overlap; they are shown one after the other, and the last one
-                ends with the request.
+            timings: seconds per phase. Phases of large inputs overlap; they are shown one after the other,
+                and the last one ends with the request.
         """
         from opentelemetry import trace
 

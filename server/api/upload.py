@@ -112,7 +112,7 @@ def _check_part(name: str, value: UploadFile | str, before: dict[str, UploadFile
     """Checks one part of a form.
 
     Raises:
-        InvalidParameter: its name is unknown or was there before, or it is no file.
+        InvalidParameter: its name is unknown or was there before, or it is not a file.
         UnsupportedType: it is declared as something else than an image, a volume or a zip.
     """
     if name not in FILES:

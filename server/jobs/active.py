@@ -92,8 +92,8 @@ class ActiveJob:
         """Awaits work that may end at any point, because it writes nothing.
 
         Raises:
-            JobCancelled: the work was cancelled, by `cancel` or from within. If the waiting task is cancelled, it raises
-                CancelledError instead.
+            JobCancelled: the work was cancelled, by `cancel` or from within. If the waiting task is
+                cancelled, it raises CancelledError instead.
         """
         if self.cancelled:
             work.close()

@@ -67,7 +67,7 @@ class JobExecutor:
                 raise
             document = self._problem_document(error)
             job = await self._retry_until_disk_ok(active, self._store.fail, active.job.id, document)
-            # A job that was cancelled meanwhile may have lost its files, which is no failure.
+            # A job that was cancelled meanwhile may have lost its files, which is not a failure.
             if job.state == "failed":
                 _log_failure(job, error)
             return job

@@ -1,4 +1,7 @@
-"""Files of jobs, one folder each. A file is written as `.part`, synced and renamed, so that none is ever there by half."""
+"""Files of jobs, one folder each.
+
+A file is written as `.part`, synced and renamed, so that none is ever there by half.
+"""
 
 import contextlib
 import errno
@@ -65,7 +68,7 @@ class Files:
         raise FileNotFoundError(f"the input of job {short_id(id_)} is gone")
 
     def write(self, id_: str, name: str, source: BinaryIO) -> None:
-        """Writes a file, which is whole and on the disk when this returns. The quota does not count here, only for uploads.
+        """Writes a file, which is whole and on the disk when this returns; the quota is for uploads only.
 
         Raises:
             StoreFull, StoreBroken: nothing was written.
@@ -90,7 +93,10 @@ class Files:
         self._account(id_)
 
     def keep_only(self, id_: str, names: Collection[str]) -> None:
-        """Removes all other files of a job. Never raises, because the row is what counts and the next start tries again."""
+        """Removes all other files of a job.
+
+        Never raises, because the row is what counts and the next start tries again.
+        """
         folder = self._folder / id_
         try:
             for path in folder.iterdir() if names else ():
@@ -116,7 +122,8 @@ class Files:
         """Reserves room for an upload; the yielded function adds bytes.
 
         Raises:
-            StoreFull: the quota is exceeded, raised by that function; or the disk is full, wherever the block writes.
+            StoreFull: the quota is exceeded, raised by that function; or the disk is full, wherever the block
+                writes.
         """
         reserved = 0
 
@@ -170,7 +177,7 @@ class Files:
             ) from error
 
     def _account(self, id_: str) -> None:
-        """Counts the bytes of a job anew. Never raises; files that cannot be seen count nothing."""
+        """Counts the bytes of a job again. Never raises; files that cannot be seen count nothing."""
         size = 0
         with contextlib.suppress(OSError):
             size = sum(path.stat().st_size for path in (self._folder / id_).iterdir())

@@ -10,7 +10,7 @@ FINISHED = ("done", "failed", "cancelled")
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What was accepted. It is kept as JSON, so that fields may be added but not renamed.
+    """An accepted request. It is kept as JSON, so that fields may be added but not renamed.
 
     Attributes:
         request: fields of `SegmentParams`, and `name` and `accept` of the `Upload`.
@@ -42,7 +42,7 @@ class Job:
         state: queued, running, done, failed or cancelled.
         attempts: runs of the server that began with the job and did not end in good order.
         created: time of acceptance.
-        spec: what was accepted.
+        spec: accepted request.
         started: time of the last start; None while it waits.
         finished: time of the end; None before.
         preview: headers of the response that serves the preview; None without one.

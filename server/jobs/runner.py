@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Threads for the calls of requests, beside one for each worker, so that a slow disk holds up nothing but jobs.
+# Threads for the calls of requests, beside one for each worker, so that a slow disk holds up nothing but
+# jobs.
 REQUEST_THREADS = 4
 
 # Seconds after which a client that found the queue full may try again.
@@ -154,7 +155,7 @@ class Runner:
 
     @contextlib.contextmanager
     def reserve(self, params: SegmentParams) -> Iterator[Callable[[int], None]]:
-        """Reserves a place for a body that streams in; the yielded function is called with the bytes of each piece.
+        """Reserves a place for a body that streams in; the yielded function takes the bytes of each piece.
 
         Raises:
             UnknownModel, InvalidParameter: the request is wrong, whatever its body is.
@@ -286,7 +287,10 @@ class Runner:
         return self._open_store
 
     async def _run_in_thread(self, call: Callable[..., T], *arguments: object) -> T:
-        """Runs a call in a thread. A cancelled caller waits for its end, too, so that nothing goes on unseen."""
+        """Runs a call in a thread.
+
+        A cancelled caller waits for its end, too, so that nothing goes on unseen.
+        """
         future = asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
         try:
             return await asyncio.shield(future)

@@ -1,4 +1,4 @@
-"""Jobs on disk: one SQLite table and one folder per job, made so that `kill -9` loses nothing that was accepted.
+"""Jobs on disk: one SQLite table and a folder per job, so that `kill -9` loses no accepted job.
 
 Files are written before the row that refers to them, and files without a row are removed on opening.
 """
@@ -132,7 +132,7 @@ class Store:
         return None if job.finished is None else job.finished + self._settings.keep_results_h * 3600
 
     def waiting(self) -> list[Job]:
-        """Unfinished jobs in order of acceptance, except that those ended by a crash come last, because they may have caused it."""
+        """Unfinished jobs in order of acceptance; those that a crash ended come last, as its likely cause."""
         return self._query("SELECT * FROM jobs WHERE finished IS NULL ORDER BY attempts, number")
 
     def start(self, id_: str) -> Job:
@@ -237,7 +237,7 @@ class Store:
         return db
 
     def _recover(self) -> None:
-        """Repairs the state after a kill: running jobs wait again, and files that were half written or removed are deleted."""
+        """Repairs the state after a kill: running jobs wait again, and files without a use are removed."""
         self._query("UPDATE jobs SET state = 'queued', started = NULL WHERE state = 'running'")
         jobs = {job.id: job for job in self._query("SELECT * FROM jobs")}
         for id_ in self.files.ids():

@@ -259,7 +259,10 @@ async def _kept_file(runner: Runner, id_: str, name: str, request: Request) -> R
 
 
 def _wants_gzip(request: Request, size: int) -> bool:
-    """Whether a file is compressed. A range is one of the bytes as they are kept, and HEAD tells their number."""
+    """Whether a file is compressed.
+
+    A range is one of the bytes as they are kept, and HEAD tells their number.
+    """
     plain = request.method == "HEAD" or "range" in request.headers or size < MIN_BYTES
     return not plain and accepts_gzip(request.headers.get("accept-encoding"))
 

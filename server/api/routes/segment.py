@@ -41,7 +41,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 # Bytes of a file that are sent at a time.
 CHUNK_BYTES = 256 * 1024
 
-# Outcome of a request by the error that ended it, and the reason if it was given up; the first match counts.
+# Outcome of a request by the error that ended it, and the reason if it was cancelled; the first match counts.
 OUTCOMES: dict[type[BaseException], tuple[str, str | None]] = {
     ClientDisconnect: ("cancelled", "client_left"),
     errors.CallerError: ("client_error", None),
@@ -244,7 +244,7 @@ async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -
 
 
 def _counting_route(metrics: Metrics) -> type[APIRoute]:
-    """A kind of route that also counts requests that FastAPI refuses before the route runs, e.g. level=abc."""
+    """A kind of route that also counts requests that FastAPI refuses itself, e.g. level=abc."""
 
     class CountingRoute(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

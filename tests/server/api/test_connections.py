@@ -1,4 +1,4 @@
-"""What clients' connections may take, in real bytes on real sockets."""
+"""Limits of connections, in real bytes on real sockets."""
 
 import contextlib
 import http.client
@@ -384,7 +384,8 @@ def test_pipelined_request_has_its_own_time_limits(opened: SimpleNamespace) -> N
             raw.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         # Each takes longer than `idle_upload_s`.
         while received.count(b"HTTP/1.1 200") < 2:
-            assert (part := raw.recv(1_000_000))
+            part = raw.recv(1_000_000)
+            assert part
             received += part
 
 

@@ -29,8 +29,8 @@ class Device:
     """A service whose device a test breaks and repairs, and the application with its health.
 
     Args:
-        fresh_s: see `HealthProbe`.
-        retry_s: see `HealthProbe`.
+        fresh_s: seconds for which a success counts.
+        retry_s: seconds without a second test tile.
     """
 
     def __init__(self, fresh_s: float = 0, retry_s: float = 0) -> None:
@@ -69,9 +69,11 @@ async def status(client: httpx.AsyncClient, name: str) -> int:
 
 
 async def until_status(client: httpx.AsyncClient, name: str, expected: int) -> None:
-    async with asyncio.timeout(30):
-        while await status(client, name) != expected:
-            await asyncio.sleep(0.01)
+    for _ in range(3000):
+        if await status(client, name) == expected:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"{name} is not {expected}")
 
 
 async def test_health_of_a_good_device(in_process: InProcess) -> None:

@@ -174,7 +174,7 @@ def test_threshold_decides_the_mask(shaded: httpx.Client, threshold: float) -> N
     mask = mask_by(shaded, picture_bytes(BLOBS), f"&threshold={threshold}")
     # What was blended may be off by its last bit.
     sure = (np.abs(BLOBS / 255 - threshold) > 1e-6) | (BLOBS == 0)
-    assert np.array_equal(mask[sure], (threshold < BLOBS / 255)[sure])
+    assert np.array_equal(mask[sure], BLOBS[sure] / 255 > threshold)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How a request to POST /segment can end: deadlines, degradation, refusals, disconnects, faults; and what counts it."""
+"""Ends of a request to POST /segment: deadlines, degradation, refusals, disconnects, faults; and their metrics."""
 
 import concurrent.futures
 import contextlib
@@ -263,7 +263,7 @@ def test_client_that_leaves_while_it_sends_is_cancelled() -> None:
 
 
 def test_client_that_leaves_while_it_waits_frees_the_device() -> None:
-    """Of 48 windows only those of the batch that runs are done."""
+    """Only the windows of the batch that runs are done, of 48."""
     pages = np.random.default_rng(0).integers(0, 256, (48, 64, 64), dtype=np.uint8)
     data, engine = pages_bytes(pages), Held()
     with serving(fake_app(engine)) as client:

@@ -41,7 +41,7 @@ def deviation(answer: httpx.Response) -> np.ndarray:
 def test_uncertainty_is_the_deviation_of_the_levels(
     client: httpx.Client, size: tuple[int, int], tolerance: float
 ) -> None:
-    """Where two windows meet, deviations are blended and not scores."""
+    """Deviations are blended, and not scores, where two windows meet."""
     sent = picture_bytes(random_picture(*size))
     heads = []
     for level in (1, 2, 3, 4):

@@ -72,5 +72,5 @@ if __name__ == "__main__":
             sys.exit()
         status = os.waitpid(child, 0)[1]
         if not os.WIFSIGNALED(status):
-            # It lived to its end; or something raised, which is no death.
+            # It lived to its end; or something raised, which is not a death.
             sys.exit(os.waitstatus_to_exitcode(status))

@@ -1,7 +1,7 @@
 """A server that is started again and again in a moment: what it imports is imported once, and each life is a fork.
 
 python lives.py FOLDER; a line on standard input starts a life, whose process id and port are a line on standard output.
-Whoever starts it also ends its lives; the next line is read when the one before is dead.
+The caller also ends its lives; the next line is read when the one before is dead.
 """
 
 import os

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def pictures() -> list[bytes]:
-    """Of one to sixteen windows, so that jobs take between one and some ten batches."""
+    """Pictures of one to sixteen windows, so that jobs take between one and some ten batches."""
     random_ = np.random.default_rng(0)
     return [
         picture_bytes(random_.integers(0, 256, (side, side), dtype=np.uint8)) for side in (30, 90, 130, 190)
@@ -52,7 +52,7 @@ def results(bodies: list[bytes]) -> list[bytes]:
 
 @contextlib.contextmanager
 def lives(folder: Path) -> Iterator[tuple[IO[str], IO[str]]]:
-    """Where lives are asked for, and where they announce themselves."""
+    """Streams on which lives are started, and on which they report their process id and port."""
     command = [sys.executable, str(Path(__file__).with_name("lives.py")), str(folder)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}  # noqa: TID251 - of a child
     with subprocess.Popen(

@@ -34,6 +34,7 @@ from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upl
 from server.settings import JobsSettings
 from tests.server.jobs.conftest import accept
 from tests.support.files import Sent, picture_bytes
+from tests.support.server import until
 from tests.support.service import FakeDevice, ManualClock, engine_of, fake_service
 
 PICTURE = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
@@ -390,13 +391,14 @@ class Failing:
 
     def __init__(self, patch: pytest.MonkeyPatch, cls: type, name: str, *errors: Exception) -> None:
         self.errors = [*errors]
-        self._method = getattr(cls, name)
-        patch.setattr(cls, name, lambda *arguments: self._call(*arguments))
+        method = getattr(cls, name)
 
-    def _call(self, *arguments: Any) -> Any:
-        if self.errors:
-            raise self.errors.pop()
-        return self._method(*arguments)
+        def call(*arguments: Any) -> Any:
+            if self.errors:
+                raise self.errors.pop()
+            return method(*arguments)
+
+        patch.setattr(cls, name, call)
 
 
 @pytest.mark.parametrize("error", [StoreBroken("locked"), StoreFull("full")], ids=["broken", "full"])
@@ -531,8 +533,7 @@ async def test_reserve_refuses_where_too_many_arrive(bench: Bench) -> None:
 async def test_reserve_refuses_bytes_over_the_quota(bench: Bench) -> None:
     async with bench.runner(max_disk_mb=1) as runner:
         with pytest.raises(StoreFull), runner.reserve(SegmentParams()) as add_bytes:
-            add_bytes(1_000_000)
-            add_bytes(100_000)
+            add_bytes(1_100_000)
     assert bench.value("unetpp_jobs_total", outcome="refused") == 1
 
 
@@ -597,8 +598,7 @@ async def test_delete_of_a_job_that_ends_while_draining_removes_it(
         await finishing.wait()
         runner.drain()
         gate.set()
-        while not bench.file(deleted, "result").exists():
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(until, bench.file(deleted, "result").exists)
         await runner.delete(deleted)
         with pytest.raises(UnknownJob):
             await runner.get(deleted)

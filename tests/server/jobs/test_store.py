@@ -401,7 +401,7 @@ def test_result_without_its_row_is_made_again(store: Store, opened: Opened) -> N
 
 @pytest.mark.long
 def test_kill_at_any_line_loses_nothing(tmp_path: Path) -> None:
-    """Whatever line of the store a kill falls on, what its caller had been told stays true, and nothing else stays."""
+    """Whatever line of the store a kill falls on, what it had reported stays true, and nothing else stays."""
     command = [sys.executable, str(Path(__file__).with_name("dying.py")), str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}  # noqa: TID251 - of a child
     subprocess.run(command, check=True, timeout=300, env=environment)
