@@ -14,7 +14,7 @@ wrong, before the load or after it, is left out, and the exit status is 1.
 - At L1 an open loop: Poisson arrivals at 0.8 × the better of the two, the contender's own, of the same round.
 
 BentoML, Ray Serve, FastAPI with torch, L4 at 512², 4 and 64 connections and overload at 1.3 × with and without a deadline were
-measured up to commit 1902f46; `git show 1902f46:bench/results/peers.md` has that table.
+measured up to commit 841cf2c; `git show 841cf2c:bench/results/peers.md` has that table.
 """
 
 import argparse

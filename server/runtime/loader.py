@@ -73,9 +73,7 @@ class Loader:
             self._open_next(deployments, tried, done)
 
         # Looked up anew each time, because a precision that proves broken changes what `auto` means.
-        for deployment, instance in [
-            (deployment, one) for deployment in deployments for one in deployment.of_auto
-        ]:
+        for deployment, instance in [(one, graph) for one in deployments for graph in one.of_auto]:
             fits = self._used_bytes() + instance.memory_bytes <= self.memory_bytes
             if not deployment.retired and instance.engine is None and instance not in tried and fits:
                 tried.add(instance)

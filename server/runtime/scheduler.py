@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from server.arrays import Tiles
+from server.arrays import Scores, Tiles
 from server.errors import DeadlinePassed, InferenceFailed, NotReady
 from server.metrics import Metrics
 from server.runtime.device import DeviceRunner
@@ -230,14 +230,10 @@ class Scheduler:
         if flow.priority != "probe":
             # A test tile of a few pixels says nothing of real ones.
             self._latency.observe(instance.key, pixels, seconds / len(batch), instance.graph.macs_per_pixel)
-        for (pending, index), score in zip(batch, scores, strict=True):
-            pending.scores[index] = score
-        for pending in members:
-            if len(pending.scores) == len(pending.tiles):
-                pending.resolve()
         self._metrics.batches.labels(instance.graph.name).observe(len(batch))
         fill = len(batch) / instance.batch_limit(batch[0][0].tiles.pixels.shape[2:])
         self._metrics.fill.labels(instance.graph.name).observe(fill)
+        _resolve_complete(batch, scores)
 
     def _next_flow(self) -> Flow | None:
         """The flow whose turn it is, after those are dropped that left or are too late."""
@@ -293,3 +289,12 @@ class Scheduler:
 
 def _shutting_down() -> NotReady:
     return NotReady("the server is shutting down; try again in a moment")
+
+
+def _resolve_complete(batch: Batch, scores: Scores) -> None:
+    """Hands out the scores of a batch, and settles the submissions of which no more is missing."""
+    for (pending, index), score in zip(batch, scores, strict=True):
+        pending.scores[index] = score
+    for pending in dict.fromkeys(pending for pending, _ in batch):
+        if len(pending.scores) == len(pending.tiles):
+            pending.resolve()

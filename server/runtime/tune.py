@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from server.errors import EngineUnavailable, TuningTooNoisy
@@ -74,30 +74,28 @@ def tune(
         BundleDamaged, EngineUnavailable: a graph cannot be opened.
     """
     bundle = read_bundle(folder)
+    machine = read_machine(runtime.engine, runtime.provider)
+    automatic = runtime.model_copy(update={"precision": "auto"})
+    # Refuses a bundle that nothing here can serve.
+    Deployment(bundle, machine, automatic, batching)
     # For each engine alone, because a selection has one engine per precision.
-    machines = [
-        read_machine(name, runtime.provider)
-        for name in read_machine(runtime.engine, runtime.provider).engines
+    deployments = [
+        Deployment(bundle, replace(machine, engines={name: providers}), automatic, batching)
+        for name, providers in machine.engines.items()
+        if providers
     ]
     device = DeviceThread()
     rows: list[TuningRow] = []
     stop_at = clock() + limit_s
     try:
         for graph in (one.name for one in bundle.manifest.graphs):
-            candidates = []
-            for machine in machines:
-                deployment = Deployment(
-                    bundle, machine, runtime.model_copy(update={"precision": "auto"}), batching
-                )
-                candidates += list(_open(deployment, graph))
-            if candidates:
-                channels = len(bundle.manifest.channels)
-                rows += _measure(candidates, bundle.manifest.dims, channels, batching, device, stop_at, clock)
+            candidates = [timed for deployment in deployments for timed in _open(deployment, graph)]
+            channels = len(bundle.manifest.channels)
+            rows += _measure(candidates, bundle.manifest.dims, channels, batching, device, stop_at, clock)
             advance(graph)
     finally:
         device.close()
-    key = TuningKey.of(bundle, read_machine(runtime.engine, runtime.provider), runtime.threads)
-    return Tuning(key=key, rows=tuple(rows))
+    return Tuning(key=TuningKey.of(bundle, machine, runtime.threads), rows=tuple(rows))
 
 
 def _open(deployment: Deployment, graph: str) -> Iterator[_Timed]:

@@ -75,7 +75,7 @@ def full_server(run: Callable[[Tiles], np.ndarray] = bright, **settings: Any) ->
         kind = "https" if chosen.http.tls_cert else "http"
         clients = [
             opened.enter_context(
-                httpx.Client(base_url=f"{kind}://127.0.0.1:{port}", timeout=60, verify=False)
+                httpx.Client(base_url=f"{kind}://127.0.0.1:{port}", timeout=60, verify=False)  # noqa: S501 - our own
             )
             for port in ports
         ]

@@ -1,6 +1,5 @@
 import asyncio
 import logging
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,25 +9,12 @@ import pytest
 from server.arrays import Tiles
 from server.errors import NotReady
 from server.logs import REQUEST_ID
-from server.monitoring import health_probe, model_info
+from server.monitoring import model_info
 from server.monitoring.health_probe import MAX_FAILURES, HealthProbe
 from tests.support.files import picture_bytes
 from tests.support.service import FakeDevice, bright, engine_of, opened_service, segment
 
 IMAGE = picture_bytes(np.arange(64, dtype=np.uint8).reshape(8, 8))
-
-
-class Scene:
-    """A probe of a service whose engine fails when a test says so."""
-
-    def __init__(self, service: Any, device: FakeDevice) -> None:
-        self.service, self.device = service, device
-        self.probe = HealthProbe(service)
-        self.deployment = service.registry.get("fake")
-
-    @property
-    def batches(self) -> list[int]:
-        return engine_of(self.deployment).batches
 
 
 class Engine:
@@ -40,17 +26,29 @@ class Engine:
         return bright(tiles)
 
 
+class Scene:
+    """A probe of a service whose engine fails when a test says so; test tiles run whenever they are asked for, and give up soon."""
+
+    def __init__(self, service: Any, device: FakeDevice) -> None:
+        self.service, self.device = service, device
+        self.probe = self.make_probe()
+        self.deployment = service.registry.get("fake")
+
+    def make_probe(self, fresh_s: float = -1.0, retry_s: float = 0.0) -> HealthProbe:
+        return HealthProbe(self.service, fresh_s, timeout_s=0.05, retry_s=retry_s)
+
+    @property
+    def batches(self) -> list[int]:
+        return engine_of(self.deployment).batches
+
+
 @pytest.fixture
 def engine() -> Engine:
     return Engine()
 
 
 @pytest.fixture
-def scene(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
-    """Test tiles are run whenever they are asked for, and give up soon."""
-    monkeypatch.setattr(health_probe, "PROBE_EVERY_S", -1)
-    monkeypatch.setattr(health_probe, "PROBE_RETRY_S", 0)
-    monkeypatch.setattr(health_probe, "PROBE_TIMEOUT_S", 0.05)
+def scene(engine: Engine) -> Iterator[Scene]:
     device = FakeDevice()
     with opened_service(engine, device=device) as service:
         yield Scene(service, device)
@@ -72,25 +70,21 @@ async def test_check_runs_a_small_tile_for_all_who_ask_at_the_same_time(scene: S
     assert scene.deployment.instances["L1", "fp32"].last_success > 0
 
 
-async def test_check_runs_nothing_after_a_recent_success(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(health_probe, "PROBE_EVERY_S", 1000)
+async def test_check_runs_nothing_after_a_recent_success(scene: Scene) -> None:
+    probe = scene.make_probe(fresh_s=1000)
     await segment(scene.service, IMAGE)
     before = len(scene.batches)
-    await scene.probe.check()
-    scene.probe.check_device()
+    await probe.check()
+    probe.check_device()
     assert len(scene.batches) == before
 
 
-async def test_check_runs_no_tile_soon_after_another(
-    scene: Scene, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(health_probe, "PROBE_RETRY_S", 1000)
+async def test_check_runs_no_tile_soon_after_another(scene: Scene, engine: Engine) -> None:
+    probe = scene.make_probe(retry_s=1000)
     engine.fails = True
     for _ in range(5):
         with pytest.raises(NotReady):
-            await scene.probe.check()
+            await probe.check()
     assert scene.batches == [1]
 
 
@@ -148,17 +142,20 @@ class TestFaults:
         await scene.probe.check()
 
     async def test_a_request_that_succeeds_is_as_good_as_a_test_tile(
-        self, scene: Scene, engine: Engine, fault: str, monkeypatch: pytest.MonkeyPatch
+        self, scene: Scene, engine: Engine, fault: str
     ) -> None:
+        probe = scene.make_probe()
         self.start(scene, engine, fault)
         for _ in range(MAX_FAILURES):
             with pytest.raises(NotReady):
-                await scene.probe.check()
-        monkeypatch.setattr(health_probe, "PROBE_RETRY_S", math.inf)
+                await probe.check()
+        with pytest.raises(NotReady):
+            probe.check_device()
+        await ended(scene)
         self.mend(scene, engine)
         await segment(scene.service, IMAGE, level=2)
-        scene.probe.check_device()
-        assert scene.probe.is_answering
+        assert probe.is_answering
+        probe.check_device()
 
 
 async def test_failed_requests_alone_never_call_for_a_restart(scene: Scene, engine: Engine) -> None:

@@ -97,7 +97,8 @@ def test_run_scores_of_a_tile_do_not_depend_on_batch_or_threads(
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_run_scores_are_not_overwritten_by_the_next_run(shipped_bundle: Path, name: str) -> None:
-    engine, tiles = opened(shipped_bundle, "L1", name), noise(2, 3, [32, 32])
+    # On as many threads as there are cores.
+    engine, tiles = opened(shipped_bundle, "L1", name, threads=0), noise(2, 3, [32, 32])
     scores = engine.run(tiles.one(0))
     before = scores.copy()
     engine.run(tiles.one(1))

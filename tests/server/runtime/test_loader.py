@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from server.errors import BundleDamaged, NotReady
-from server.runtime.deployment import Deployment, read_deployment, read_deployments
+from server.runtime.deployment import ENGINE_BYTES, Deployment, read_deployment, read_deployments
 from server.runtime.device import DeviceThread
-from server.runtime.loader import ENGINE_BYTES, Loader
+from server.runtime.loader import Loader
 from server.settings import BatchingSettings, RuntimeSettings
 from tests.support.bundles import write_nonsense_bundle
 from tests.support.loading import GRAPHS, Scene, names, open_deployments

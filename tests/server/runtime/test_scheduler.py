@@ -167,6 +167,12 @@ class TestFailures:
         await scene.submit(scene.flow(), *[0] * 4)
         assert latency.predict(key, SIDE**2, macs).seconds == pytest.approx(2.0)
 
+    async def test_the_latency_model_learns_nothing_from_test_tiles(self) -> None:
+        latency = LatencyModel()
+        scene = Scene(4, 2.0, latency)
+        await scene.submit(scene.flow(priority="probe"), 1)
+        assert latency.predict(scene.instance.key, SIDE**2, scene.instance.graph.macs_per_pixel).seconds == 0
+
 
 class TestClose:
     async def test_close_refuses_the_queued_and_settles_the_running(self) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from server.arrays import Tiles
-from server.errors import TuningTooNoisy
+from server.errors import EngineUnavailable, TuningTooNoisy
 from server.runtime import engines
 from server.runtime.device import DeviceThread
 from server.runtime.engines import EngineRow
@@ -74,6 +75,21 @@ def test_tune_measures_every_enabled_candidate_of_every_graph(bench: Bench) -> N
 def test_tune_skips_precisions_that_lose_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(tmp_path, monkeypatch, calibration=calibrated([("L1", "fp32", 0.9), ("L1", "bf16", 0.5)]))
     assert {row.precision for row in bench.tune().rows if row.graph == "L1"} == {"fp32"}
+
+
+def test_tune_engine_without_the_provider_is_left_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = dataclasses.replace(engines.ENGINES["openvino"], providers=lambda _: [])
+    monkeypatch.setitem(engines.ENGINES, "openvino", row)
+    assert {row.engine for row in bench.tune().rows} == {"onnxruntime"}
+
+
+def test_tune_nothing_that_serves_the_bundle_is_refused(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, row in engines.ENGINES.items():
+        monkeypatch.setitem(engines.ENGINES, name, dataclasses.replace(row, module="no_such_module"))
+    with pytest.raises(EngineUnavailable):
+        bench.tune()
 
 
 def test_tune_one_slow_round_does_not_count(bench: Bench) -> None:

@@ -11,8 +11,12 @@ import pytest
 from PIL import Image as Pillow
 
 from server.errors import (
+    BundleDamaged,
     InvalidParameter,
+    NotReady,
     TooLarge,
+    UnknownFormat,
+    UnknownModel,
     Unreadable,
 )
 from server.segment.request import SegmentParams, Upload
@@ -241,3 +245,47 @@ class TestReferences:
         for data, reference in ((large, None), (small, large)):
             with pytest.raises(TooLarge):
                 await answer(data, reference, settings={"limits": {"max_pixels": 100}})
+
+
+class TestRefusals:
+    async def test_unknown_model_and_precision(self) -> None:
+        with pytest.raises(UnknownModel):
+            await answer(IMAGE, model="other")
+        with pytest.raises(InvalidParameter):
+            await answer(IMAGE, precision="int8")
+
+    @pytest.mark.parametrize(
+        ("data", "name"), [(IMAGE, "nifti"), (nifti_bytes(VOLUME), "png"), (pages_bytes(VOLUME), "geojson")], ids=["image", "volume", "stack"]
+    )  # fmt: skip
+    async def test_formats_of_another_kind(self, data: bytes, name: str) -> None:
+        with pytest.raises(UnknownFormat):
+            await answer(data, format=name)
+
+    async def test_reference_in_colour_is_found_after_decoding_and_frees_everything(self) -> None:
+        with opened_service() as service:
+            with pytest.raises(InvalidParameter):
+                await segment(
+                    service,
+                    IMAGE,
+                    picture_bytes(
+                        np.arange(40 * 31 * 3, dtype=np.uint16).astype(np.uint8).reshape(40, 31, 3)
+                    ),
+                )
+            assert counted(service, "windows_dropped_total", reason="unreadable") == 1
+            assert service.scheduler.is_idle
+
+    async def test_a_graph_that_cannot_be_opened_fails_the_request(self) -> None:
+        with opened_service() as service:
+            instance = service.registry.get("fake").instances["L1", "fp32"]
+            instance.engine = None
+            with pytest.raises(BundleDamaged):
+                await segment(service, IMAGE, level=1)
+            assert (await segment(service, IMAGE, level=2)).body
+
+    async def test_a_closed_service_says_so(self) -> None:
+        with opened_service() as service:
+            service.close()
+            with pytest.raises(NotReady):
+                await segment(service, IMAGE)
+            with pytest.raises(NotReady):
+                await segment(service, nifti_bytes(VOLUME))

@@ -16,12 +16,9 @@ import server.segment.admission
 import server.segment.service
 from server.arrays import Tiles
 from server.errors import (
-    BundleDamaged,
     DeadlinePassed,
     InferenceFailed,
-    InvalidParameter,
     NotReady,
-    UnknownFormat,
     UnknownModel,
 )
 from server.imaging import encode as encoding
@@ -181,50 +178,6 @@ class TestDegraded:
         assert not report.keys() & {"requested", "degraded"}
 
 
-class TestRefusals:
-    async def test_unknown_model_and_precision(self) -> None:
-        with pytest.raises(UnknownModel):
-            await answer(IMAGE, model="other")
-        with pytest.raises(InvalidParameter):
-            await answer(IMAGE, precision="int8")
-
-    @pytest.mark.parametrize(
-        ("data", "name"), [(IMAGE, "nifti"), (nifti_bytes(VOLUME), "png"), (pages_bytes(VOLUME), "geojson")], ids=["image", "volume", "stack"]
-    )  # fmt: skip
-    async def test_formats_of_another_kind(self, data: bytes, name: str) -> None:
-        with pytest.raises(UnknownFormat):
-            await answer(data, format=name)
-
-    async def test_reference_in_colour_is_found_after_decoding_and_frees_everything(self) -> None:
-        with opened_service() as service:
-            with pytest.raises(InvalidParameter):
-                await segment(
-                    service,
-                    IMAGE,
-                    picture_bytes(
-                        np.arange(40 * 31 * 3, dtype=np.uint16).astype(np.uint8).reshape(40, 31, 3)
-                    ),
-                )
-            assert counted(service, "windows_dropped_total", reason="unreadable") == 1
-            assert service.scheduler.is_idle
-
-    async def test_a_graph_that_cannot_be_opened_fails_the_request(self) -> None:
-        with opened_service() as service:
-            instance = service.registry.get("fake").instances["L1", "fp32"]
-            instance.engine = None
-            with pytest.raises(BundleDamaged):
-                await segment(service, IMAGE, level=1)
-            assert (await segment(service, IMAGE, level=2)).body
-
-    async def test_a_closed_service_says_so(self) -> None:
-        with opened_service() as service:
-            service.close()
-            with pytest.raises(NotReady):
-                await segment(service, IMAGE)
-            with pytest.raises(NotReady):
-                await segment(service, nifti_bytes(VOLUME))
-
-
 # 600 slices: three chunks of windows, of which one is cut ahead.
 LONG = pages_bytes(np.random.default_rng(0).integers(0, 256, (600, 4, 4), dtype=np.uint8))
 
@@ -345,6 +298,14 @@ class TestDoors:
         assert estimate.cpu_s > 0
         assert estimate.device_s > 0
         assert estimate.fastest_s > 0
+
+
+async def test_open_in_background_leaves_open_graphs_alone() -> None:
+    with opened_service() as service:
+        engine = engine_of(service.registry.get("fake"))
+        service.open_in_background()
+        assert (await segment(service, IMAGE)).body
+        assert engine_of(service.registry.get("fake")) is engine
 
 
 async def test_open_reads_the_shipped_bundles_and_serves(shipped_bundle: Any) -> None:

@@ -177,6 +177,13 @@ class TestEnds:
         with pytest.raises(InferenceFailed):
             await answered(self.IMAGES, run=broken)
 
+    async def test_a_timeout_that_is_not_the_requests_is_passed_on(self) -> None:
+        def tell(stage: str, done: int, total: int) -> None:
+            raise TimeoutError
+
+        with pytest.raises(TimeoutError):
+            await answered(self.IMAGES, on_progress=tell)
+
     async def test_a_deadline_ends_all(self) -> None:
         device = FakeDevice(held=True)
         with opened_service(device=device) as service:

@@ -131,7 +131,7 @@ class TestBombs:
             await answered(
                 {"a.png": noise, "b.png": noise}, limits=SMALL | {"max_zip_mb": 1}, format="npz", run=run
             )
-        assert caught.value.fields["unit"] == "MiB"
+        assert (caught.value.fields["limit"], caught.value.fields["unit"]) == (1, "MiB")
 
     async def test_sizes_that_lie(self) -> None:
         """The list says that a file of 3 MB has 10 bytes."""
