@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.errors import BundleDamaged
+from server.errors import BundleDamaged, UnetppError
 from server.runtime.bundle import ACCURATE, MANIFEST, Bundle, Graph, Manifest, read_bundle, sha256
 from server.runtime.engines import Engine
 from server.runtime.machine import Machine, read_machine
@@ -45,7 +45,7 @@ class ModelInstance:
     max_batch: int
     bundle_sha256: str = ""
     engine: Engine | None = None
-    failure: BundleDamaged | None = None
+    failure: UnetppError | None = None
     last_success: float = -math.inf
     last_failure: float = -math.inf
     last_use: float = -math.inf

@@ -194,6 +194,7 @@ class Loader:
             if candidate.provider == "cpu" or not deployment.provider_is_fixed:
                 log.error("NOT SERVED: %s", problem)
                 deployment.exclude(instance)
+                instance.failure = EngineUnavailable(problem, **where)
             raise EngineUnavailable(problem, **where)
 
     def _make_room(self, instance: ModelInstance) -> None:

@@ -260,8 +260,8 @@ def test_select_nothing_installed_is_refused() -> None:
 
 
 def test_select_everything_excluded_is_refused() -> None:
+    excluded = [("L1", Candidate("onnxruntime", "cpu", "fp32"))]
     with pytest.raises(EngineUnavailable) as caught:
-        excluded = [("L1", Candidate("onnxruntime", "cpu", "fp32"))]
         selected(bundle(), {"onnxruntime": {"cpu": ("fp32",)}}, excluded=excluded)
     assert caught.value.fields == {"graph": "L1", "engines": ["onnxruntime"]}
 
