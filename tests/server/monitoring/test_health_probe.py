@@ -1,6 +1,5 @@
 import asyncio
 import logging
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from server.arrays import Tiles
 from server.errors import NotReady
 from server.logs import REQUEST_ID
-from server.monitoring import health_probe, model_info
+from server.monitoring import model_info
 from server.monitoring.health_probe import MAX_FAILURES, HealthProbe
 from tests.support.files import picture_bytes
 from tests.support.service import FakeDevice, bright, engine_of, opened_service, segment
@@ -23,8 +22,12 @@ class Scene:
 
     def __init__(self, service: Any, device: FakeDevice) -> None:
         self.service, self.device = service, device
-        self.probe = HealthProbe(service)
+        self.probe = self.make_probe()
         self.deployment = service.registry.get("fake")
+
+    def make_probe(self, fresh_s: float = -1, retry_s: float = 0) -> HealthProbe:
+        """A probe that runs a test tile whenever it is called, and gives up soon."""
+        return HealthProbe(self.service, fresh_s, 0.05, retry_s)
 
     @property
     def batches(self) -> list[int]:
@@ -46,11 +49,7 @@ def engine() -> Engine:
 
 
 @pytest.fixture
-def scene(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
-    """Test tiles are run whenever they are asked for, and give up soon."""
-    monkeypatch.setattr(health_probe, "PROBE_EVERY_S", -1)
-    monkeypatch.setattr(health_probe, "PROBE_RETRY_S", 0)
-    monkeypatch.setattr(health_probe, "PROBE_TIMEOUT_S", 0.05)
+def scene(engine: Engine) -> Iterator[Scene]:
     device = FakeDevice()
     with opened_service(engine, device=device) as service:
         yield Scene(service, device)
@@ -73,9 +72,9 @@ async def test_check_runs_a_small_tile_for_all_who_ask_at_the_same_time(scene: S
 
 
 async def test_check_runs_nothing_after_a_recent_success(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
+    scene: Scene,
 ) -> None:
-    monkeypatch.setattr(health_probe, "PROBE_EVERY_S", 1000)
+    scene.probe = scene.make_probe(fresh_s=1000)
     await segment(scene.service, IMAGE)
     before = len(scene.batches)
     await scene.probe.check()
@@ -83,10 +82,8 @@ async def test_check_runs_nothing_after_a_recent_success(
     assert len(scene.batches) == before
 
 
-async def test_check_runs_no_tile_soon_after_another(
-    scene: Scene, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(health_probe, "PROBE_RETRY_S", 1000)
+async def test_check_runs_no_tile_soon_after_another(scene: Scene, engine: Engine) -> None:
+    scene.probe = scene.make_probe(retry_s=1000)
     engine.fails = True
     for _ in range(5):
         with pytest.raises(NotReady):
@@ -148,14 +145,14 @@ class TestFaults:
         await scene.probe.check()
 
     async def test_a_request_that_succeeds_is_as_good_as_a_test_tile(
-        self, scene: Scene, engine: Engine, fault: str, monkeypatch: pytest.MonkeyPatch
+        self, scene: Scene, engine: Engine, fault: str
     ) -> None:
         self.start(scene, engine, fault)
         for _ in range(MAX_FAILURES):
             with pytest.raises(NotReady):
                 await scene.probe.check()
-        monkeypatch.setattr(health_probe, "PROBE_RETRY_S", math.inf)
         self.mend(scene, engine)
+        # Its success is known before another test tile could end.
         await segment(scene.service, IMAGE, level=2)
         scene.probe.check_device()
         assert scene.probe.is_answering
