@@ -36,7 +36,7 @@ prose: $(VENV)/.installed-dev
 	$(BIN)/python tools/prose.py $(PROSE)
 
 unit: $(VENV)/.installed-dev
-	$(BIN)/python -P -m pytest --numprocesses logical --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest --numprocesses logical --dist worksteal
 
 $(BIN)/python:
 	@echo "Installing into $(VENV), once; this takes some minutes."

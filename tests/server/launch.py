@@ -20,12 +20,13 @@ import uvicorn.protocols.http.auto  # noqa: F401 - imported by uvicorn in each p
 
 import server.app
 import server.jobs.store
+import server.service
 from server import cli
 from server.arrays import Tiles
 from server.settings import Settings
 from tests.support.service import NO_SHADOW, bright, fake_deployment
 
-open_service, make_server = server.app.open_service, server.app.make_server
+open_service, make_server = server.service.open_service, server.app.make_server
 
 
 def engine(name: str, folder: Path) -> Callable[[Tiles], np.ndarray]:
@@ -55,7 +56,7 @@ def run(folder: Path, name: str, environment: dict[str, str], closing_s: float, 
         services.append(open_service(settings, {"fake": fake_deployment(engine(name, folder))}))
         return services[0]
 
-    server.app.open_service = opened
+    server.service.open_service = opened
     server.app.make_server = functools.partial(make_server, closing_s=closing_s)
     quiet = {f"UNETPP_QUALITY__{key}".upper(): f"{value}" for key, value in NO_SHADOW.items()}
     os.environ.update(quiet | environment)  # noqa: TID251 - of a child

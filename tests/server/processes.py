@@ -133,6 +133,12 @@ class Launcher:
         self._stack.close()
 
 
+def count_ok(server: ServerProcess) -> int:
+    """Successful requests of a server that has ended."""
+    lines = [line for line in server.metrics.splitlines() if line.startswith("unetpp_requests_total{")]
+    return sum(int(float(line.split()[1])) for line in lines if 'outcome="ok"' in line)
+
+
 @contextlib.contextmanager
 def launching() -> Iterator["subprocess.Popen[str]"]:
     """A process that forks servers."""

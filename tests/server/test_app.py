@@ -1,7 +1,7 @@
 import pytest
 
-from server.service import open_service
 from server.errors import UnknownModel
+from server.service import open_service
 from server.settings import Settings
 from tests.support.service import fake_deployment, fake_service
 

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from server import cli
-from server.errors import StoreBroken, UnetppError
+from server.errors import StoreBroken
 from server.jobs.store import Store
 from server.serving import Server
 from server.settings import JobsSettings, Settings
@@ -159,7 +159,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Server]:
         server.started = True
         servers.append(server)
 
-    monkeypatch.setattr("server.app.read_deployments", lambda *_: {"fake": fake_deployment()})
+    monkeypatch.setattr("server.service.read_deployments", lambda *_: {"fake": fake_deployment()})
     monkeypatch.setattr(Server, "run", at_once)
     return servers
 
@@ -196,7 +196,7 @@ class TestServe:
     def test_serve_checks_settings_before_it_reads_bundles(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, taken: int, name: str, value: str
     ) -> None:
-        monkeypatch.setattr("server.app.read_deployments", lambda *_: pytest.fail("takes seconds"))
+        monkeypatch.setattr("server.service.read_deployments", lambda *_: pytest.fail("takes seconds"))
         monkeypatch.setenv(f"UNETPP_{name}", value.format(taken=taken, folder=tmp_path))
         with contextlib.closing(Store(JobsSettings(folder=tmp_path))):
             error_of("serve")
@@ -233,7 +233,7 @@ class TestServe:
                 Store(Settings().jobs)
             return {"fake": fake_deployment()}
 
-        monkeypatch.setattr("server.app.read_deployments", read)
+        monkeypatch.setattr("server.service.read_deployments", read)
         assert run("serve").exit_code == 0
 
     @pytest.mark.long
@@ -330,22 +330,3 @@ def test_service_with_one_engine_installed_opens(monkeypatch: pytest.MonkeyPatch
         + "print(service.registry.get('nuclei').recommended.choice.candidate.engine)\nservice.close()\n"
     )
     assert ran.stdout == "openvino\n", ran.stderr
-
-
-def test_report_errors_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    import typer
-
-    from server.cli_utils import report_errors
-
-    def command(error: Exception) -> Callable[[], None]:
-        def raises() -> None:
-            raise error
-
-        return report_errors(raises)
-
-    for error in (UnetppError("wrong", value=1), OSError(28, "No space left")):
-        with pytest.raises(typer.Exit):
-            command(error)()
-        assert capsys.readouterr().err == f"error: {error}\n"
-    with pytest.raises(ModuleNotFoundError):
-        command(ModuleNotFoundError(name="json_of_ours"))()

@@ -17,11 +17,11 @@ import numpy as np
 
 from server import errors, listening
 from server.api.auth import Keys, make
-from server.service import open_service
 from server.errors import UnetppError
 from server.jobs.store import Store
 from server.runtime.bundle import find_bundles, read_bundle
 from server.runtime.machine import read_machine
+from server.service import open_service
 from server.settings import JobsSettings, Settings
 from tests.support.bundles import rewrite_hashes
 from tests.support.files import nifti_bytes, picture_bytes

@@ -138,8 +138,8 @@ def itk_centroids(path: Path) -> np.ndarray:
     """Of the classes in a file, in mm along right, anterior, superior, as ITK sees them."""
     image = sitk.ReadImage(str(path))
     voxels = sitk.GetArrayFromImage(image).T
-    voxels = np.array([np.argwhere(voxels == value).mean(axis=0) for value in (1, 2, 3)])
-    return np.array([image.TransformContinuousIndexToPhysicalPoint(index.tolist()) for index in voxels]) * [
+    indices = [np.argwhere(voxels == value).mean(axis=0) for value in (1, 2, 3)]
+    return np.array([image.TransformContinuousIndexToPhysicalPoint(index.tolist()) for index in indices]) * [
         -1,
         -1,
         1,
@@ -332,8 +332,8 @@ async def test_mask_of_real_volumes_lies_where_the_input_lies(name: str, tmp_pat
 
     def bright(tiles: Tiles) -> np.ndarray:
         values = tiles.pixels[:, 0].astype(np.float32)
-        voxels = (values > low).astype(int) + (values > high)
-        return (voxels[:, None] == np.arange(4).reshape(1, 4, 1, 1, 1)).astype(np.float32)
+        classes = (values > low).astype(int) + (values > high)
+        return (classes[:, None] == np.arange(4).reshape(1, 4, 1, 1, 1)).astype(np.float32)
 
     body = (await segment(path.read_bytes(), bright, "LPS", window=96)).body
     values = source.get_fdata(dtype=np.float32).reshape(mask_of(body).shape)

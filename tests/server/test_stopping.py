@@ -1,16 +1,12 @@
 """SIGTERM, SIGINT and restarts of real processes: `unetpp serve` on fake engines."""
 
 import contextlib
-import itertools
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
-from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from http.client import HTTPConnection
@@ -22,12 +18,11 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tests.server.processes import FOREVER, PICTURE, PIXELS, Launcher, ServerProcess, held_port, launching
-from tests.support.files import mask_of, picture_bytes
+from tests.server.processes import FOREVER, PICTURE, PIXELS, Launcher, count_ok, held_port, launching
+from tests.support.files import mask_of
 from tests.support.server import until
 
 BOTH_SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-RESTARTS = 3  # of each of two servers
 
 
 @pytest.fixture(scope="module")
@@ -313,9 +308,9 @@ class TestStartUp:
         ):
             pytest.skip("needs namespaces of processes")
         code = (
-            "import os, time, server.app\nfrom server.cli import app\n"
+            "import os, time, server.service\nfrom server.cli import app\n"
             "def opens(settings):\n    print(os.getpid(), flush=True)\n    time.sleep(600)\n"
-            "server.app.open_service = opens\napp(['serve'])\n"
+            "server.service.open_service = opens\napp(['serve'])\n"
         )
         with held_port() as port, contextlib.ExitStack() as stack:
             environment = os.environ | {"UNETPP_JOBS__FOLDER": str(tmp_path), "UNETPP_HTTP__PORT": str(port)}  # noqa: TID251 - of a child
@@ -331,91 +326,3 @@ class TestStartUp:
             _, errors = outside.communicate(timeout=60)
         assert outside.returncode == 128 + number
         assert "Traceback" not in errors
-
-
-class Caller:
-    """A small client that knows all servers and tries again, as the manual asks for; belongs to one thread."""
-
-    def __init__(self, urls: list[str]) -> None:
-        self._urls = deque(urls)
-        self._client = httpx.Client(timeout=60)
-        self.statuses: Counter[int] = Counter()
-        self.unanswered: Counter[str] = Counter()
-
-    def call(self, body: bytes) -> httpx.Response:
-        for _ in range(1000):
-            # The load is spread; and after a failure it is another server's turn, too.
-            self._urls.rotate()
-            try:
-                answer = self._client.post(f"{self._urls[0]}/segment?level=1", content=body)
-            except httpx.TransportError as error:
-                self.unanswered[type(error).__name__] += 1
-                time.sleep(0.01)
-                continue
-            self.statuses[answer.status_code] += 1
-            if answer.status_code not in (429, 503):
-                return answer
-            time.sleep(int(answer.headers["retry-after"]))
-        raise AssertionError("no server answers")
-
-    def call_until(self, enough: threading.Event, seed: int) -> int:
-        """Calls with pictures of its own, checks their answers, and returns how many there were."""
-        random = np.random.default_rng(seed)
-        with self._client:
-            for answered in itertools.count():
-                if enough.is_set():
-                    return answered
-                pixels = random.integers(0, 256, (64, 64), dtype=np.uint8)
-                answer = self.call(picture_bytes(pixels))
-                assert answer.status_code == 200, answer.text
-                assert np.array_equal(mask_of(answer.content), pixels.mean() < pixels)
-        raise AssertionError
-
-
-def count_ok(server: ServerProcess) -> int:
-    """Successful requests of a server that has ended."""
-    lines = [line for line in server.metrics.splitlines() if line.startswith("unetpp_requests_total{")]
-    return sum(int(float(line.split()[1])) for line in lines if 'outcome="ok"' in line)
-
-
-@pytest.mark.long
-def test_rolling_restart_loses_no_request(process: "subprocess.Popen[str]", tmp_path: Path) -> None:
-    with contextlib.ExitStack() as stack:
-        launchers = []
-        for name, fork in (("a", process), ("b", stack.enter_context(launching()))):
-            (tmp_path / name).mkdir()
-            launchers.append(stack.enter_context(contextlib.closing(Launcher(fork, tmp_path / name))))
-        servers = [launch(drain_s="0.5") for launch in launchers]
-        callers = [Caller([server.url for server in servers]) for _ in range(4)]
-        enough = threading.Event()
-        pool = stack.enter_context(ThreadPoolExecutor(len(callers)))
-        stack.callback(enough.set)
-        running = [pool.submit(caller.call_until, enough, seed) for seed, caller in enumerate(callers)]
-
-        def answered() -> int:
-            return sum(caller.statuses[200] for caller in callers)
-
-        ok = 0
-        for index in [0, 1] * RESTARTS:
-            before = answered()
-            until(lambda before=before: answered() > before + 20)  # type: ignore[misc]
-            servers[index].kill(signal.SIGTERM)
-            servers[index].ended_well()
-            ok += count_ok(servers[index])
-            servers[index] = launchers[index](drain_s="0.5")
-        enough.set()
-        total = sum(future.result() for future in running)
-        for server in servers:
-            server.kill(signal.SIGTERM)
-            server.ended_well()
-            ok += count_ok(server)
-    assert set().union(*(caller.statuses for caller in callers)) <= {200, 429, 503}
-    # What was worked on was answered: a request that met a closed port was not worked on.
-    assert ok == total == answered()
-    assert set().union(*(caller.unanswered for caller in callers)) <= {
-        "ConnectError",
-        "ReadError",
-        "RemoteProtocolError",
-    }
-    # Else the restarts came when nobody called.
-    assert all(caller.unanswered for caller in callers)

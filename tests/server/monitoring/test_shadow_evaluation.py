@@ -65,7 +65,7 @@ class Scene:
         self.device = FakeDevice()
         settings = quiet_settings(limits=limits)
         self.service = open_service(settings, {"fake": self.deployment}, self.device, latency)
-        self.service.metrics.expect(model_info.describe({"fake": self.deployment}))
+        self.service.metrics.register_models(model_info.describe({"fake": self.deployment}))
         options = {} if draw is None else {"draw": draw}
         self.shadow = ShadowEvaluation(
             QualitySettings(agreement_share=share), self.service, self.service.metrics, **options

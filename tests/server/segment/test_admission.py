@@ -1,10 +1,9 @@
-"""Who may start, as pure policy: no pixel is decoded here, and no time really passes."""
+"""Who may start, as pure policy."""
 
 import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.arrays import InputHeader, Tiles
+from server.arrays import InputHeader
 from server.errors import (
     DeadlinePassed,
     DeadlineTooShort,
@@ -22,93 +21,13 @@ from server.errors import (
     UnknownFormat,
     UnsupportedType,
 )
-from server.metrics import Metrics
-from server.runtime.engines import Engine
-from server.runtime.flow import Flow
-from server.runtime.latency import CONFIDENT_AFTER, LatencyModel, Prediction
-from server.runtime.scheduler import Scheduler
-from server.segment.admission import RETURN, SAFETY, Admission, Ticket
+from server.runtime.latency import CONFIDENT_AFTER, LatencyModel
+from server.segment.admission import SAFETY
 from server.segment.deadline import deadline
-from server.segment.estimate import Estimate, cpu_work, times
-from server.segment.registry import Registry, Target
-from server.segment.request import Priority, QoS, SegmentParams
-from server.settings import LimitsSettings
-from tests.support.service import FakeDevice, FixedLatency, ManualClock, engine_of, fake_deployment
-
-# One tile of 64² pixels; four of them; a stack.
-IMAGE, LARGE, STACK = InputHeader((64, 64)), InputHeader((112, 112)), InputHeader((64, 64, 8))
-GRAPHS = {"L1": 10.0, "L2": 20.0, "L3": 30.0, "L4": 40.0, "accurate": 50.0}
-
-
-class Scene:
-    """An admission before a fake device.
-
-    Args:
-        latency: predicts; by default the seconds of `GRAPHS` for a tile.
-        tile_s: manual seconds that a tile really takes.
-    """
-
-    def __init__(
-        self,
-        latency: LatencyModel | None = None,
-        tile_s: float = 0.0,
-        changes: dict[str, Any] | None = None,
-        **limits: Any,
-    ) -> None:
-        self.clock, self.metrics = ManualClock(), Metrics()
-        self.clock.advance(1000)
-        self.deployment = fake_deployment(self._run, **(changes or {}))
-        self.latency = latency or FixedLatency(GRAPHS)
-        self.scheduler = Scheduler(FakeDevice(self.clock), self.latency, self.metrics, 0.0, self.clock)
-        self.admission = Admission(self.scheduler, self.latency, LimitsSettings(**limits), self.metrics)
-        self.registry = Registry({"fake": self.deployment}, "fake")
-        self._tile_s = tile_s
-
-    def _run(self, tiles: Tiles) -> np.ndarray:
-        self.clock.advance(self._tile_s * len(tiles))
-        return tiles.pixels.astype(np.float32)
-
-    def resolve(self, **params: Any) -> tuple[Target, SegmentParams]:
-        parsed = SegmentParams(**params)
-        return self.registry.resolve(parsed), parsed
-
-    async def admit(
-        self, header: InputHeader = IMAGE, timeout_s: float = math.inf, within_s: float = math.inf, *,
-        reference: InputHeader | None = None, priority: Priority = "interactive", **params: Any,
-    ) -> Ticket:  # fmt: skip
-        """The ticket of a request that leaves at once."""
-        target, parsed = self.resolve(**params)
-        qos = QoS(timeout_s, time.monotonic() + within_s, priority)
-        async with self.admission.admit((header, reference), target, parsed, qos) as ticket:
-            return ticket
-
-    async def serve(self, header: InputHeader, qos: QoS, **params: Any) -> Ticket:
-        """Admits a request, runs all its tiles, and observes what it took beside the device."""
-        target, parsed = self.resolve(**params)
-        async with self.admission.admit((header, None), target, parsed, qos) as ticket:
-            side = math.isqrt(ticket.estimate.tile_pixels)
-            ones = np.ones((1, 1, 1, 1), np.float32)
-            tile = Tiles(np.zeros((1, 1, side, side), np.uint8), ones * 0, ones)
-            for _ in range(ticket.estimate.windows):
-                await self.scheduler.run(ticket.flow, self.engine, tile)
-        return ticket
-
-    @property
-    def engine(self) -> Engine:
-        return engine_of(self.deployment)
-
-    @contextlib.contextmanager
-    def crowd(self, seconds: int, priority: Priority = "interactive") -> Iterator[list[Flow]]:
-        """Other requests in the queue, whom everybody waits for: one tile of a second each."""
-        second = Prediction(1.0, 1.0, confident=True)
-        flows = [Flow(self.deployment.recommended, priority, expected=1, tile=second) for _ in range(seconds)]
-        with contextlib.ExitStack() as queue:
-            for flow in flows:
-                queue.enter_context(self.scheduler.join(flow))
-            yield flows
-
-    def counted(self, name: str, **labels: str) -> float:
-        return self.metrics.registry.get_sample_value(f"unetpp_{name}", labels) or 0.0
+from server.segment.estimate import cpu_work
+from server.segment.request import Priority, QoS
+from tests.support.admission import IMAGE, LARGE, STACK, Scene
+from tests.support.service import FixedLatency
 
 
 class TestHumblePredictions:
@@ -141,7 +60,7 @@ class TestHumblePredictions:
         for instance in scene.deployment.instances.values():
             for _ in range(observations):
                 scene.latency.observe(instance.key, 64 * 64, tile_s * factor, instance.graph.macs_per_pixel)
-        target, parsed = scene.resolve(**params)
+        _, parsed = scene.resolve(**params)
         for _ in range(observations):
             scene.latency.observe(cpu_work(IMAGE, ("mask.png",), parsed), 64 * 64, 1e-3 * factor)
         for header in headers * 2:
@@ -189,7 +108,7 @@ class TestHumblePredictions:
     async def test_small_images_say_nothing_of_large_ones(self) -> None:
         """Some ms for 256 pixels, as for any request, are no hours for a photograph."""
         scene = Scene(LatencyModel())
-        instance, (target, params) = scene.deployment.instances["accurate", "fp32"], scene.resolve()
+        instance, (_, params) = scene.deployment.instances["accurate", "fp32"], scene.resolve()
         for _ in range(9):
             scene.latency.observe(instance.key, 16 * 16, 0.02, 4.0)
             scene.latency.observe(cpu_work(IMAGE, ("mask.png",), params), 16 * 16, 0.02)
@@ -277,123 +196,6 @@ class TestInTime:
 
     async def test_an_idle_server_is_not_asked_how_long_others_take(self) -> None:
         assert (await Scene().admit(timeout_s=60.0)).target.graph == "accurate"
-
-
-class TestConsent:
-    """Level 4 takes 40 s, each shallower one 10 s less, accurate 50 s, times the safety factor; 150 s are allowed."""
-
-    @pytest.mark.parametrize(
-        ("wait", "params", "served"),
-        [
-            (0, {}, "accurate"), (45, {}, "accurate"), (55, {}, "L3"), (65, {}, "L3"), (75, {}, "L2"), (85, {}, "L1"), (95, {}, None),
-            (55, {"level": 4}, "L4"), (65, {"level": 4}, "L3"), (85, {"level": 3}, "L1"), (85, {"level": 1}, "L1"),
-            (75, {"min_level": 2}, "L2"), (85, {"min_level": 2}, None), (55, {"min_level": 3}, "L3"), (75, {"min_level": 3}, None),
-            (55, {"min_level": 4}, None), (45, {"min_level": 4}, "accurate"), (65, {"level": 4, "min_level": 4}, None),
-        ],
-    )  # fmt: skip
-    @pytest.mark.parametrize("limit", ["within_s", "timeout_s"])
-    async def test_the_deepest_level_in_time_is_served(
-        self, wait: int, params: dict[str, Any], served: str | None, limit: str
-    ) -> None:
-        scene, allowed = Scene(), {"timeout_s": 1e6, limit: 150.5}
-        with scene.crowd(wait):
-            if served is None:
-                with pytest.raises(Overloaded):
-                    await scene.admit(**allowed, **{"min_level": 1} | params)
-                return
-            ticket = await scene.admit(**allowed, **{"min_level": 1} | params)
-        requested = f"L{params['level']}" if "level" in params else "accurate"
-        assert (ticket.target.graph, ticket.requested.graph, ticket.flow.instance) == (
-            served,
-            requested,
-            ticket.target.instance,
-        )
-        assert ticket.degraded == (
-            "" if served == requested else "deadline" if limit == "within_s" else "load"
-        )
-
-    @settings(max_examples=60)
-    @given(st.integers(0, 150), st.sampled_from([None, 1, 2, 3, 4]), st.floats(1, 300), st.booleans())
-    async def test_nothing_is_degraded_without_consent(
-        self, wait: int, level: int | None, allowed: float, dated: bool
-    ) -> None:
-        scene = Scene()
-        with scene.crowd(wait), contextlib.suppress(Overloaded, DeadlineTooShort, TooLarge):
-            ticket = await scene.admit(**{"within_s" if dated else "timeout_s": allowed}, level=level)  # type: ignore[arg-type]
-            assert ticket.target is ticket.requested
-            assert ticket.degraded == ""
-
-    @settings(max_examples=40)
-    @given(st.sampled_from([None, 2, 3, 4]), st.integers(1, 2), st.floats(1.02, 100))
-    async def test_an_idle_server_degrades_nothing_that_it_can_do_in_time(
-        self, level: int | None, least: int, spare: float
-    ) -> None:
-        seconds = SAFETY * GRAPHS[f"L{level}" if level else "accurate"]
-        assert (await Scene().admit(within_s=seconds * spare, level=level, min_level=least)).degraded == ""
-
-    async def test_where_not_even_the_shallowest_is_in_time_the_error_is_about_that_one(self) -> None:
-        for least, seconds in ((1, 10.0), (2, 20.0)):
-            with pytest.raises(DeadlineTooShort) as caught:
-                await Scene().admit(within_s=seconds - 1, min_level=least)
-            assert caught.value.fields["actual"] == seconds
-
-    async def test_a_precision_that_is_named_is_kept(self) -> None:
-        scene = Scene()
-        with scene.crowd(65):
-            ticket = await scene.admit(timeout_s=150.5, min_level=1, precision="fp32")
-        assert (ticket.target.precision, ticket.target.graph) == ("fp32", "L3")
-
-
-class TestHysteresis:
-    """After a degraded answer a deeper level must fit with time to spare, so that answers do not flicker."""
-
-    @staticmethod
-    async def level(scene: Scene, wait: int, allowed_s: float = 150.5, **params: Any) -> int:
-        with scene.crowd(wait):
-            return (
-                await scene.admit(timeout_s=allowed_s, **{"min_level": 1, "level": 4} | params)
-            ).target.level
-
-    async def test_down_at_once_and_up_with_time_to_spare(self) -> None:
-        scene = Scene()
-        assert await self.level(scene, 55) == 4
-        assert await self.level(scene, 75) == 2
-        # L4 and L3 would fit, but hardly.
-        assert await self.level(scene, 55) == 2
-        spare = int(RETURN * 150 / SAFETY)
-        assert await self.level(scene, spare - 29) == 2
-        assert await self.level(scene, spare - 31) == 3
-        assert await self.level(scene, spare - 41) == 4
-        assert await self.level(scene, 55) == 4
-
-    async def test_an_idle_server_forgets(self) -> None:
-        scene = Scene(FixedLatency({"L1": 1.0, "L2": 2.0, "L3": 3.0, "L4": 90.0}))
-        assert [await self.level(scene, wait) for wait in (20, 5, 0, 5)] == [3, 3, 4, 4]
-
-    async def test_never_a_reason_to_refuse(self) -> None:
-        scene = Scene()
-        assert await self.level(scene, 85) == 1
-        assert await self.level(scene, 65, min_level=3) == 3
-
-    @pytest.mark.parametrize(
-        ("changes", "shared"),
-        [({}, True), ({"allowed_s": 160.0}, True), ({"allowed_s": 300.0}, False), ({"level": None}, False)],
-    )
-    async def test_requests_that_are_alike_share_it(self, changes: dict[str, Any], shared: bool) -> None:
-        scene = Scene()
-        assert await self.level(scene, 75) == 2
-        allowed_s = changes.get("allowed_s", 150.5)
-        wait = int(allowed_s / SAFETY) - (45 if "level" not in changes else 55)
-        assert (await self.level(scene, wait, **changes) == 2) is shared
-
-    @settings(max_examples=30)
-    @given(st.lists(st.integers(0, 95), max_size=5), st.integers(1, 89))
-    async def test_under_a_steady_load_the_level_is_steady(self, before: list[int], steady: int) -> None:
-        scene = Scene()
-        for wait in before:
-            with contextlib.suppress(Overloaded):
-                await self.level(scene, wait)
-        assert len({await self.level(scene, steady) for _ in range(4)}) == 1
 
 
 class TestRefusals:
@@ -495,7 +297,7 @@ class TestMemoryAndQueue:
             with pytest.raises(Overloaded) as caught:
                 await scene.admit(timeout_s=0.001)
         assert caught.value.refusal == "memory"
-        assert caught.value.fields == {"setting": "UNETPP_LIMITS__PIXELS_IN_FLIGHT", "remedy": "POST /jobs"}
+        assert caught.value.fields == {"remedy": "POST /jobs"}
         assert scene.counted("windows_dropped_total", reason="error") == 1
         # It left no claim behind.
         assert await scene.admit(timeout_s=60.0)
@@ -509,7 +311,7 @@ class TestMemoryAndQueue:
     ) -> None:
         scene = Scene()
         target, params = scene.resolve()
-        with pytest.raises(type(error)):
+        with pytest.raises(type(error)):  # noqa: PT012
             async with scene.admission.admit((LARGE, None), target, params, QoS()) as ticket:
                 ticket.flow.executed = 1
                 raise error
@@ -521,91 +323,6 @@ class TestMemoryAndQueue:
         await scene.admit(InputHeader((33, 17)), level=1)
         assert scene.counted("pixels_total", kind="input") == 33 * 17
         assert scene.counted("pixels_total", kind="padding") == 34 * 18 - 33 * 17
-
-
-class TestEstimate:
-    @pytest.mark.parametrize(
-        ("size", "norm", "windows", "tile", "covered"),
-        [
-            ((64, 64), "batch", 1, (64, 64), 64 * 64),
-            ((33, 17), "batch", 1, (48, 32), 33 * 17),
-            ((33, 17), None, 1, (34, 18), 33 * 17),
-            ((1, 1), "instance", 1, (2, 2), 1),
-            # Two windows that share 16 pixels at least, each of which has all of the 20 columns.
-            ((110, 20), None, 2, (64, 20), 64 * 20),
-            ((110, 20), "batch", 2, (64, 32), 64 * 20),
-            ((80, 70), "none", 4, (48, 48), 48 * 48),
-        ],
-    )
-    async def test_estimate_counts_windows_and_padding(
-        self, size: tuple[int, int], norm: str | None, windows: int, tile: tuple[int, int], covered: int
-    ) -> None:
-        scene = Scene(changes={"norm": norm})
-        target, params = scene.resolve(level=1)
-        estimate = scene.admission.estimate((InputHeader(size), None), target, params)
-        assert (estimate.pixels, estimate.windows, estimate.tile_pixels) == (
-            math.prod(size),
-            windows,
-            math.prod(tile),
-        )
-        assert estimate.padding == windows * (math.prod(tile) - covered)
-        assert estimate.seconds == estimate.device_s == 10.0 * windows
-
-    def test_times_multiplies_what_adds_up(self) -> None:
-        one = Estimate(10, 2, 5, 0, 1000, 3.0, 1.0, 2.0)
-        assert times(one, 3) == Estimate(10, 6, 5, 0, 1000, 9.0, 3.0, 6.0)
-        assert "12 s" in str(times(one, 3))
-
-    @pytest.mark.parametrize(
-        ("params", "formats", "work"),
-        [
-            ({}, ("mask.png",), "mask"),
-            ({"threshold": 0.4}, ("mask.tiff",), "mask"),
-            ({}, ("json",), "objects"),
-            ({"fill_holes": True}, ("mask.png",), "objects"),
-            ({"keep_largest": True}, ("mask.png",), "objects"),
-            ({}, ("mask.png", "coco"), "outlines"),
-            ({"instances": True}, ("geojson",), "instances"),
-        ],
-    )
-    def test_cpu_work_of_one_caller_says_nothing_of_other_work(
-        self, params: dict[str, Any], formats: tuple[str, ...], work: str
-    ) -> None:
-        assert cpu_work(IMAGE, formats, SegmentParams(**params)) == ("cpu", "image", work)
-
-    async def test_observe_cpu_learns_by_kind_of_work(self) -> None:
-        scene = Scene(LatencyModel())
-        target, params = scene.resolve()
-        ticket = await scene.admit()
-        scene.admission.observe_cpu(IMAGE, ticket, params, 5.0)
-        seconds = [
-            scene.admission.estimate((IMAGE, None), target, SegmentParams(**changes)).cpu_s
-            for changes in ({}, {"instances": True})
-        ]
-        assert seconds == [5.0, 0.0]
-
-    @pytest.mark.parametrize(
-        ("name", "least"), [("overlay", 17), ("csv", 75), ("geojson", 160), ("coco", 90)]
-    )
-    async def test_memory_of_what_encodes_is_counted(self, name: str, least: int) -> None:
-        scene, header = Scene(), InputHeader((1000, 1000))
-        target, _ = scene.resolve()
-
-        def memory(formats: str | None, **params: Any) -> int:
-            parsed = SegmentParams(format=formats, **params)
-            return scene.admission.estimate((header, None), target, parsed).memory_bytes
-
-        assert memory(name) - memory(None) >= least * 1_000_000
-        # Encoded one after the other.
-        assert memory(f"{name},coco") == max(memory(name), memory("coco"))
-
-    async def test_memory_of_a_reference_is_counted(self) -> None:
-        scene = Scene()
-        target, params = scene.resolve()
-        alone, both = (
-            scene.admission.estimate((STACK, one), target, params).memory_bytes for one in (None, STACK)
-        )
-        assert both - alone >= math.prod(STACK.size) * 4
 
 
 class TestDeadline:
