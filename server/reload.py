@@ -6,7 +6,7 @@ import contextvars
 import logging
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from server.errors import NotReady, ReloadFailed, ReloadRunning, UnetppError
 from server.monitoring import model_info
@@ -98,21 +98,26 @@ class Reload:
     async def _reload(self) -> list[str]:
         started = time.monotonic()
         failure = None
+        before = self._service.registry.deployments
+        after: Deployments = {}
         try:
-            before = self._service.registry.deployments
-            after = await asyncio.to_thread(self._open, before)
+            after = await asyncio.to_thread(self._read, before)
+            await asyncio.to_thread(self._open, _only_in(after, before))
             self._service.registry.swap(after)
         except Exception as error:  # noqa: BLE001 - whatever it is, the old bundles are served
             failure = _failure(error)
         # Outside of the handler, because engines that the error refers to are only freed there.
         if failure:
+            self._forget(_only_in(after, before))
+            # The traceback of what is raised here refers to this frame.
+            after = {}
             self._service.metrics.count_reload(False)
             await asyncio.to_thread(memory.malloc_trim)
             raise failure
         self._service.metrics.count_reload(True)
         self._service.metrics.register_models(model_info.describe(after))
         changes = _changes(before, after)
-        replaced = [deployment for name, deployment in before.items() if after.get(name) is not deployment]
+        replaced = _only_in(before, after)
         del before
         while replaced:
             self._close(replaced.pop())
@@ -122,13 +127,15 @@ class Reload:
         )
         return changes
 
-    def _open(self, before: Deployments) -> Deployments:
-        """Reads the bundles, and opens the recommended graph of each new one, so that no request waits for it."""
-        after = self._read(before)
-        for name, deployment in after.items():
-            if before.get(name) is not deployment:
-                self._service.loader.open_recommended(deployment)
-        return after
+    def _open(self, deployments: Iterable[Deployment]) -> None:
+        """Opens the recommended graph of each, so that no request waits for it."""
+        for deployment in deployments:
+            self._service.loader.open_recommended(deployment)
+
+    def _forget(self, deployments: Iterable[Deployment]) -> None:
+        """Keeps nothing of new deployments that will not be served."""
+        for deployment in deployments:
+            self._service.loader.forget(deployment)
 
     def _close(self, deployment: Deployment) -> None:
         """Returns the memory of a replaced deployment to the system after the last request on it."""
@@ -151,6 +158,11 @@ async def _trim(name: str, freed: asyncio.Event) -> None:
     await freed.wait()
     await asyncio.to_thread(memory.malloc_trim)
     log.info("%s: the last request on its replaced bundle has ended, and its memory is returned", name)
+
+
+def _only_in(deployments: Deployments, others: Deployments) -> list[Deployment]:
+    """The deployments that are not among the others."""
+    return [deployment for name, deployment in deployments.items() if others.get(name) is not deployment]
 
 
 def _failure(error: Exception) -> ReloadFailed:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, BinaryIO
 
-from server.errors import Interrupted, NotReady, StoreBroken, UnknownJob
+from server.errors import Interrupted, StoreBroken, UnknownJob, shutting_down
 from server.jobs.files import Files
 from server.jobs.job import Job, JobSpec, job_from_row
 from server.settings import JobsSettings
@@ -264,5 +264,5 @@ class Store:
     def _query(self, statement: str, *values: object) -> list[Job]:
         with self._querying, self.files.disk():
             if self._closed:
-                raise NotReady("the server is shutting down; try again in a moment")
+                raise shutting_down()
             return [job_from_row(row) for row in self._db.execute(statement, values).fetchall()]

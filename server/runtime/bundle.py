@@ -140,7 +140,7 @@ class Manifest(_Part):
     Attributes:
         orientation: of a network for volumes: where its axes point, in nibabel's letters, e.g. "RAS".
         spacing: mm per voxel along them that volumes are resampled to; None takes any.
-        spread: `accurate` with one channel more: the standard deviation over the heads of the foreground probability. None where there
+        head_std: `accurate` with one channel more: the standard deviation over the heads of the foreground probability. None where there
             is one head, or the bundle was exported by a version that had no such graph.
         norm: layers of the network that normalise. "instance" looks at all of a tile, whose scores change with its padding.
     """

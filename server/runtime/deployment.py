@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.errors import BundleDamaged
+from server.errors import BundleDamaged, UnetppError
 from server.runtime.bundle import ACCURATE, MANIFEST, Bundle, Graph, Manifest, read_bundle, sha256
 from server.runtime.engines import Engine
 from server.runtime.machine import Machine, read_machine
@@ -45,7 +45,7 @@ class ModelInstance:
     max_batch: int
     bundle_sha256: str = ""
     engine: Engine | None = None
-    failure: BundleDamaged | None = None
+    failure: UnetppError | None = None
     last_success: float = -math.inf
     last_failure: float = -math.inf
     last_use: float = -math.inf
@@ -106,10 +106,12 @@ class Deployment:
         self._runtime = runtime
         self._batching = batching
         self.retired = False
-        self._excluded: set[tuple[str, Candidate]] = set()
+        self._excluded: frozenset[tuple[str, Candidate]] = frozenset()
         self._working_providers: set[str] = set()
         # One attribute, replaced at once, because the event loop reads while the loader's thread excludes.
-        self._serving: tuple[Selection, dict[tuple[str, str], ModelInstance]] = self._select({})
+        self._serving: tuple[Selection, dict[tuple[str, str], ModelInstance]] = self._select(
+            self._excluded, {}
+        )
 
     @property
     def selection(self) -> Selection:
@@ -170,8 +172,7 @@ class Deployment:
         Raises:
             EngineUnavailable: nothing is left for the graph.
         """
-        self._excluded.add((instance.graph.name, instance.choice.candidate))
-        self._serving = self._select(self.instances)
+        self._exclude({(instance.graph.name, instance.choice.candidate)})
 
     def exclude_provider(self, provider: str) -> bool:
         """Serves the bundle without a provider; returns whether that was done.
@@ -184,22 +185,26 @@ class Deployment:
         """
         if provider in self._working_providers:
             return False
-        for (graph, _), choice in self.selection.choices.items():
-            if choice.candidate.provider == provider:
-                self._excluded.add((graph, choice.candidate))
-        self._serving = self._select(self.instances)
+        candidates = ((graph, choice.candidate) for (graph, _), choice in self.selection.choices.items())
+        self._exclude({pair for pair in candidates if pair[1].provider == provider})
         return True
 
     def note_opened(self, instance: ModelInstance) -> None:
         """Remembers that the provider of an instance works."""
         self._working_providers.add(instance.choice.candidate.provider)
 
+    def _exclude(self, candidates: set[tuple[str, Candidate]]) -> None:
+        # Kept only if every graph can still be served, because otherwise no later exclusion would succeed.
+        excluded = self._excluded | candidates
+        self._serving = self._select(excluded, self.instances)
+        self._excluded = excluded
+
     def _select(
-        self, before: Mapping[tuple[str, str], ModelInstance]
+        self,
+        excluded: frozenset[tuple[str, Candidate]],
+        before: Mapping[tuple[str, str], ModelInstance],
     ) -> tuple[Selection, dict[tuple[str, str], ModelInstance]]:
-        selection = select(
-            self.manifest, self._machine, self._runtime, self._batching, self.tuning, self._excluded
-        )
+        selection = select(self.manifest, self._machine, self._runtime, self._batching, self.tuning, excluded)
         instances = {}
         for (graph, precision), choice in selection.choices.items():
             kept = before.get((graph, precision))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, Protocol, TypeVar, runtime_checkable
 
-from server.errors import NotReady
+from server.errors import shutting_down
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,7 +47,7 @@ class DeviceThread:
         try:
             future = self._executor.submit(call, *args, **kwargs)
         except RuntimeError as error:
-            raise NotReady("the server is shutting down") from error
+            raise shutting_down() from error
         return future.result()
 
     def close(self) -> None:

@@ -18,15 +18,18 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 0.03, "fp16": 0.01, "int8": 0.08}
 Pair = tuple[Tiles, Shaped[ndarray, "N K *tile"]]
 
 
-def read_pairs(file: Path) -> Iterator[tuple[str, Tiles, Shaped[ndarray, "N K *tile"]]]:
-    """Yields (graph, input, expected fp32 scores), one or more per graph."""
+def read_pairs(
+    file: Path, graph: str | None = None
+) -> Iterator[tuple[str, Tiles, Shaped[ndarray, "N K *tile"]]]:
+    """Yields (graph, input, expected fp32 scores), one or more per graph; of one graph alone where it is named."""
+    prefix = "scores/" if graph is None else f"scores/{graph}/"
     with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-        for key in sorted(name for name in arrays.files if name.startswith("scores/")):
-            _, graph, case = key.split("/")
+        for key in sorted(name for name in arrays.files if name.startswith(prefix)):
+            _, name, case = key.split("/")
             pixels, mean, inverse_std = (
                 arrays[f"{part}/{case}"] for part in ("image", "mean", "inverse_std")
             )
-            yield graph, Tiles(pixels, mean, inverse_std), arrays[key]
+            yield name, Tiles(pixels, mean, inverse_std), arrays[key]
 
 
 def head_std_pairs(pairs: Iterable[tuple[str, Tiles, Shaped[ndarray, "N K *tile"]]]) -> list[Pair]:
@@ -49,15 +52,13 @@ def pairs_of(bundle: Bundle, graph: str) -> list[Pair]:
     Raises:
         BundleDamaged: the file cannot be read or has no pair for the graph.
     """
+    # Those of `head_std` are derived from those of all levels.
+    stored = None if graph == HEAD_STD else graph
     try:
-        every = list(read_pairs(bundle.golden))
+        every = list(read_pairs(bundle.golden, stored))
     except Exception as error:  # zipfile and zlib raise their own
         raise BundleDamaged(f"{bundle.golden}: cannot be read: {error}", file=bundle.golden.name) from error
-    pairs = (
-        head_std_pairs(every)
-        if graph == HEAD_STD
-        else [(tiles, scores) for name, tiles, scores in every if name == graph]
-    )
+    pairs = [(tiles, scores) for _, tiles, scores in every] if stored else head_std_pairs(every)
     if not pairs:
         raise BundleDamaged(f"{bundle.golden}: has no pair for {graph}", file=bundle.golden.name, graph=graph)
     return pairs

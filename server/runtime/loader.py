@@ -72,10 +72,12 @@ class Loader:
                 log.error("a graph could not be opened in the background: %s", error)
             self._open_next(deployments, tried, done)
 
+        deployments = [deployment for deployment in deployments if not deployment.retired]
         # Looked up anew each time, because a precision that proves broken changes what `auto` means.
         for deployment, instance in [(one, graph) for one in deployments for graph in one.of_auto]:
             fits = self._used_bytes() + instance.memory_bytes <= self.memory_bytes
-            if not deployment.retired and instance.engine is None and instance not in tried and fits:
+            closed = instance.engine is None and instance.failure is None and instance not in tried
+            if closed and fits:
                 tried.add(instance)
                 with contextlib.suppress(NotReady):
                     self.submit(deployment, instance).add_done_callback(opened)
@@ -192,6 +194,7 @@ class Loader:
             if candidate.provider == "cpu" or not deployment.provider_is_fixed:
                 log.error("NOT SERVED: %s", problem)
                 deployment.exclude(instance)
+                instance.failure = EngineUnavailable(problem, **where)
             raise EngineUnavailable(problem, **where)
 
     def _make_room(self, instance: ModelInstance) -> None:

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from server.arrays import Scores, Tiles
-from server.errors import DeadlinePassed, InferenceFailed, NotReady
+from server.errors import DeadlinePassed, InferenceFailed, shutting_down
 from server.metrics import Metrics
 from server.runtime.device import DeviceRunner
 from server.runtime.engines import Engine
@@ -117,7 +117,7 @@ class Scheduler:
             NotReady: the server is shutting down.
         """
         if self._closed:
-            raise _shutting_down()
+            raise shutting_down()
         pending = PendingTiles(flow, engine, tiles, asyncio.get_running_loop().create_future(), self._clock())
         if flow not in self._pending:
             self._pending[flow] = deque()
@@ -141,12 +141,12 @@ class Scheduler:
         self._closed = True
         for pending in self._every():
             # Some of its tiles may be running; their batch will find it settled.
-            pending.resolve(_shutting_down())
+            pending.resolve(shutting_down())
         self._pending.clear()
         self._last_turn.clear()
 
     def _every(self) -> Iterator[PendingTiles]:
-        """Submissions that wait, whole or in part, and are still wanted."""
+        """Submissions that wait, whole or in part, and whose requests have not left."""
         return (one for one in itertools.chain.from_iterable(self._pending.values()) if not one.done.done())
 
     def _count_waiting(self, priority: str) -> int:
@@ -285,10 +285,6 @@ class Scheduler:
             if queue and queue[0].batch_key == key and not queue[0].done.done():
                 heapq.heappush(sharing, (self._rank(flow), flow))
         return batch
-
-
-def _shutting_down() -> NotReady:
-    return NotReady("the server is shutting down; try again in a moment")
 
 
 def _resolve_complete(batch: Batch, scores: Scores) -> None:

@@ -36,8 +36,10 @@ class WindowMerger:
         classes: uint8, written to; its axes are those of the windows, of the grid's size or another, to which scores are
             then interpolated linearly before a class is chosen.
         scores: (K, ...) float16, written to in the same way, or None.
-        spread: float16, likewise, of what windows have as a channel more; or None, and they have none.
-        confidence: float16, likewise: the score of the best foreground class, also where background won; or None.
+        head_std: float16, written to in the same axes and size: the last channel of each window, the standard deviation over the heads;
+            None where windows have no such channel.
+        confidence: float16, written to in the same axes and size: the score of the best foreground class, also where background won;
+            or None.
 
     Attributes:
         largest: (K,) the highest score of each channel so far; only with `confidence`.
@@ -58,7 +60,7 @@ class WindowMerger:
         self._threshold = threshold
         self._classes = np.moveaxis(classes, windows.axis, 0)
         self._scores = None if scores is None else np.moveaxis(scores, windows.axis + 1, 1)
-        self._spread = None if head_std is None else np.moveaxis(head_std, windows.axis, 0)
+        self._head_std = None if head_std is None else np.moveaxis(head_std, windows.axis, 0)
         self._confidence = None if confidence is None else np.moveaxis(confidence, windows.axis, 0)
         self._channels = channels
         self._rows, *self._across = self._rows_first(windows.size)
@@ -137,8 +139,8 @@ class WindowMerger:
         self._classes[place], best = _decide(sums, weight, self._threshold)
         if self._scores is not None:
             self._scores[:, *place] = sums / weight
-        if self._spread is not None:
-            self._spread[place] = total[-1] / weight
+        if self._head_std is not None:
+            self._head_std[place] = total[-1] / weight
         if self._confidence is not None:
             self._confidence[place] = best / weight
             for channel, scores in enumerate(sums):

@@ -266,7 +266,7 @@ def _blocks(pixels: Shaped[ndarray, "*size C"]) -> Iterator[Shaped[ndarray, "...
 def _moments_of_bytes(
     pixels: UInt8[ndarray, "H W C"],
 ) -> tuple[Float64[ndarray, " C"], Float64[ndarray, " C"]]:
-    """The same from histograms: exact, and faster (Pillow counts in C, without a float per pixel)."""
+    """Mean and variance of each channel from its histogram: exact, and faster (Pillow counts in C, without a float per pixel)."""
     values = np.arange(256, dtype=np.float64)
     moments = []
     for channel in range(pixels.shape[2]):

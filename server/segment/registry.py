@@ -159,13 +159,21 @@ class Registry:
         Raises:
             UnknownModel, InvalidParameter: list what exists.
         """
-        deployment = self.get(params.model if params.model is not None else self.default)
-        mode = params.mode or ("accurate" if params.level is None else "fast")
-        target = MODES[mode](deployment, params.level)
-        if encoding.requires(params.format, HEAD_STD):
-            return _with_head_std(target, params)
-        target = target.at_precision(params.precision)
-        return replace(target, alternatives=_shallower(target, params))
+        return resolve_target(self.get(params.model if params.model is not None else self.default), params)
+
+
+def resolve_target(deployment: Deployment, params: SegmentParams) -> Target:
+    """The mode, level and precision of a request to a deployment, and what may be served instead.
+
+    Raises:
+        InvalidParameter: lists what exists.
+    """
+    mode = params.mode or ("accurate" if params.level is None else "fast")
+    target = MODES[mode](deployment, params.level)
+    if encoding.requires(params.format, HEAD_STD):
+        return _with_head_std(target, params)
+    target = target.at_precision(params.precision)
+    return replace(target, alternatives=_shallower(target, params))
 
 
 def _shallower(requested: Target, params: SegmentParams) -> tuple[Target, ...]:

@@ -18,7 +18,7 @@ from server.segment.admission import Admission, Ticket
 from server.segment.deadline import deadline
 from server.segment.estimate import Estimate, cpu_work
 from server.segment.preprocess import decode_options, decode_upload, read_headers
-from server.segment.registry import Registry, Target
+from server.segment.registry import Registry, Target, resolve_target
 from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upload, ignore_progress
 from server.segment.response import encode_result, finish_mask, respond
 from server.segment.sliding_window import SlidingWindow, infer, make_sliding_window
@@ -127,16 +127,17 @@ class SegmentationService:
         async with deadline(qos):
             if is_zip(upload.file):
                 return await zip_batch.segment(self, upload, params, qos, on_progress, requested)
-            try:
-                return await self._segment_one(upload, params, qos, on_progress, requested)
-            except EngineUnavailable:
-                # The first to open a graph may find that this machine cannot run it; another candidate then serves it.
-                again = requested.at_precision(params.precision)
-                if again.instance is requested.instance:
-                    raise
-                for file in filter(None, (upload.file, upload.reference)):
-                    file.seek(0)
-                return await self._segment_one(upload, params, qos, on_progress, again)
+            while True:
+                try:
+                    return await self._segment_one(upload, params, qos, on_progress, requested)
+                except EngineUnavailable:
+                    # The first to open a graph may find that this machine cannot run it; another candidate then serves it.
+                    again = resolve_target(requested.deployment, params)
+                    if again == requested:
+                        raise
+                    requested = again
+                    for file in filter(None, (upload.file, upload.reference)):
+                        file.seek(0)
 
     async def _segment_one(
         self, upload: Upload, params: SegmentParams, qos: QoS, on_progress: OnProgress, requested: Target

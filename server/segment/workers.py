@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, ParamSpec, TypeVar
 
 from server.cancel import CancelToken
-from server.errors import NotReady
+from server.errors import shutting_down
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -74,7 +74,7 @@ class Worker:
         try:
             future = self._pools[self.pool].submit(timed)
         except RuntimeError as error:
-            raise NotReady("the server is shutting down; try again in a moment") from error
+            raise shutting_down() from error
         wrapped = asyncio.wrap_future(future)
         try:
             return await asyncio.shield(wrapped)

@@ -138,7 +138,7 @@ class _ZipBatch:
         """Segments the images and packs the answers, in the order of the images."""
         worker = self._service.workers.task()
         entries = await worker.run("decode", zips.entries)
-        await self._in_time(self._segment_all(zips, entries, worker), len(entries))
+        await self._run_within_timeout(self._segment_all(zips, entries, worker), len(entries))
         order = [name for row in self._rows for name in row.get("files", ())]
         rows = json.dumps({"images": self._rows}, indent=1).encode()
         await worker.run("encode", zips.finish, order, REPORT, rows)
@@ -156,7 +156,7 @@ class _ZipBatch:
             note=note,
         )
 
-    async def _in_time(self, work: Any, total: int) -> None:
+    async def _run_within_timeout(self, work: Any, total: int) -> None:
         """Awaits the work for as long as the request may take.
 
         Raises:

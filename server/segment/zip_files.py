@@ -56,10 +56,10 @@ class BoundedFile:
         self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
 
     def read(self, size: int = -1) -> bytes:
-        """As of files.
+        """Reads up to `size` bytes, or all that is left.
 
         Raises:
-            TooLarge: very many entries.
+            TooLarge: the piece is longer than a list of entries may be.
         """
         data = self._file.read(LIST_BYTES + 1 if size < 0 else min(size, LIST_BYTES + 1))
         if len(data) > LIST_BYTES:
@@ -103,8 +103,8 @@ class ZipFiles:
         """Opens the zip that came: its images; folders and what systems hide among them are left out.
 
         Raises:
-            Unreadable: damaged, none, two of one name, or two in one place.
-            TooLarge: says the limit.
+            Unreadable: the list is damaged or empty, or two files have one name or lie in one place.
+            TooLarge: the zip holds too many files; gives the limit.
         """
         try:
             self._zip = zipfile.ZipFile(cast("BinaryIO", BoundedFile(self._file)))
@@ -130,7 +130,7 @@ class ZipFiles:
         places = sorted((info.header_offset, info.compress_size) for info, _ in infos)
         if any(start + size > after for (start, size), (after, _) in itertools.pairwise(places)):
             raise Unreadable("files of the zip lie over each other, as no packer writes them; pack it again")
-        stems = _apart([_stem(name) for _, name in infos])
+        stems = _number_duplicates([_stem(name) for _, name in infos])
         return [
             Entry(info, name, stem, _problem(info, name))
             for (info, name), stem in zip(infos, stems, strict=True)
@@ -140,9 +140,9 @@ class ZipFiles:
         """Inflates an image.
 
         Raises:
-            Unreadable: damaged, or not to be read.
-            UnsupportedType: it is DICOM.
-            TooLarge: it, or all together.
+            Unreadable: the file is damaged, encrypted or packed by another method.
+            TooLarge: the file is over the limit of one.
+            ZipTooLarge: all files together are over the limit.
         """
         if entry.problem:
             raise Unreadable(entry.problem)
@@ -186,7 +186,7 @@ class ZipFiles:
             files: by name.
 
         Raises:
-            Full: all together are too large.
+            ZipTooLarge: all answers together are too large.
         """
         names = [f"{entry.stem}_{name}" for name in files]
         for name, body in zip(names, files.values(), strict=True):
@@ -240,12 +240,12 @@ def _stem(name: str) -> str:
     return f"{folder}{slash}{last.rpartition('.')[0] or last}"
 
 
-def _apart(stems: Sequence[str]) -> list[str]:
-    """The same, each of its own in any folder, also where a.png and A.png are one file: the later ones get a number."""
+def _number_duplicates(stems: Sequence[str]) -> list[str]:
+    """Appends a number to each stem that an earlier one has, in any case of letters, as for a.png and A.png on Windows."""
     alone = [_folded(stem) for stem in stems]
     taken, seen = set(alone), set[str]()
     numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(2))
-    apart = []
+    numbered = []
     for stem, folded in zip(stems, alone, strict=True):
         name = stem
         if folded in seen:
@@ -254,8 +254,8 @@ def _apart(stems: Sequence[str]) -> list[str]:
             )
             taken.add(_folded(name))
         seen.add(folded)
-        apart.append(name)
-    return apart
+        numbered.append(name)
+    return numbered
 
 
 def _folded(name: str) -> str:

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,11 @@ from server.errors import BundleDamaged, ReloadFailed, ReloadRunning, UnknownMod
 from server.reload import Reload
 from server.runtime.deployment import Deployment
 from server.segment.request import SegmentParams, Upload
+from server.service import open_service
+from tests.support import loading
 from tests.support.files import Sent, mask_of, picture_bytes
 from tests.support.server import full_server, until
-from tests.support.service import bright, engine_of, fake_deployment, fake_service
+from tests.support.service import bright, engine_of, fake_deployment, fake_service, quiet_settings
 
 # Several chunks of windows of 64 x 64.
 LARGE = picture_bytes(np.random.default_rng(0).integers(0, 256, (200, 300), dtype=np.uint8))
@@ -89,8 +92,11 @@ class TestSwap:
         assert [line.partition(" (")[0] for line in changes] == ["fake has changed", "second is new"]
         assert np.array_equal(await scene.mask(), 1 - before)
         assert scene.service.registry.resolve(SegmentParams(model="second")).model == "second"
+        second = scene.disk.deployments["second"]
+        assert not second.retired
         scene.disk.deployments = {"fake": scene.disk.deployments["fake"]}
         assert await scene.reload() == ["second is gone"]
+        assert second.retired
         with pytest.raises(UnknownModel):
             scene.service.registry.resolve(SegmentParams(model="second"))
         assert scene.outcomes() == [2, 0]
@@ -195,6 +201,22 @@ class TestFailure:
         assert caught.value.fields == {"value": "fake", "allowed": ["other"]}
         assert list(scene.service.registry.deployments) == ["fake"]
         assert scene.outcomes() == [0, 1]
+
+    @pytest.mark.parametrize("damaged", [True, False], ids=["a later one is damaged", "the default is gone"])
+    async def test_reload_that_fails_keeps_nothing_of_the_new(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+    ) -> None:
+        bundles = loading.Scene(tmp_path, monkeypatch)
+        served, opened, broken = (bundles.deployment() for _ in range(3))
+        broken.recommended.failure = BundleDamaged("x", file="L2.onnx")
+        read = {"other": opened} | ({"fake": broken} if damaged else {})
+        service = open_service(quiet_settings(), {"fake": served})
+        with contextlib.closing(service), contextlib.closing(bundles):
+            service.open()
+            with pytest.raises(ReloadFailed):
+                await Reload(lambda _: read, service)()
+            assert opened.recommended.engine is not None
+            assert (service.loader.count_open(), opened.retired, served.retired) == (1, True, False)
 
     async def test_reload_runs_one_at_a_time_and_outlives_its_caller(self, scene: Scene) -> None:
         scene.disk.go.clear()

@@ -66,11 +66,11 @@ def _tidying() -> "onnxruntime.RunOptions":
     return options
 
 
-def providers(wanted: str) -> list[str]:
-    """Providers of this installation to try, best first; see `providers.choose`."""
+def providers(provider: str) -> list[str]:
+    """Providers of this installation to try, best first: the named one, or for "auto" all that it has."""
     import onnxruntime
 
-    return choose(wanted, onnxruntime.get_available_providers())
+    return choose(provider, onnxruntime.get_available_providers())
 
 
 def precisions(provider: str) -> tuple[str, ...]:

@@ -70,9 +70,9 @@ def _core() -> "openvino.Core":
     return openvino.Core()
 
 
-def providers(wanted: str) -> list[str]:
+def providers(provider: str) -> list[str]:
     """OpenVINO serves CPUs here."""
-    return ["cpu"] if wanted in ("auto", "cpu") else []
+    return ["cpu"] if provider in ("auto", "cpu") else []
 
 
 def precisions(provider: str) -> tuple[str, ...]:

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.runtime.latency import CONFIDENT_AFTER, OUTLIER, UNKNOWN, LatencyModel
+from server.runtime.latency import CONFIDENT_AFTER, DOUBT, OUTLIER, UNKNOWN, LatencyModel
 
 
 def observed(*runs: tuple[int, float], key: str = "L1", macs: float = 0.0) -> LatencyModel:
@@ -73,12 +73,24 @@ def test_observe_run_below_the_resolution_of_the_clock_is_replaced_by_the_next()
     assert model.predict("L2", 10_000, 10.0).seconds > 0
 
 
-def test_forget_drops_the_key_alone() -> None:
-    model = observed((100, 1.0))
+def test_doubt_shrinks_the_fastest_rate_of_the_key_alone_until_the_next_observation() -> None:
+    model = observed(*[(100, 1.0)] * CONFIDENT_AFTER)
     model.observe("L2", 100, 2.0)
-    model.forget("L1")
-    model.forget("never observed")
-    assert (model.predict("L1", 100), model.predict("L2", 100).seconds) == (UNKNOWN, 2.0)
+    for _ in range(2):
+        model.doubt("L1", 100)
+    model.doubt("never observed", 100)
+    assert model.predict("L1", 100) == (1.0, pytest.approx(DOUBT**2), True)
+    assert model.predict("L2", 100).fastest_s == 2.0
+    model.observe("L1", 100, 0.5)
+    assert model.predict("L1", 100).fastest_s == 0.5
+
+
+def test_doubt_that_proves_unfounded_is_replaced_by_what_was_observed() -> None:
+    model = observed(*[(100, 1.0)] * CONFIDENT_AFTER)
+    for _ in range(20):
+        model.doubt("L1", 100)
+    model.observe("L1", 100, 1.1)
+    assert model.predict("L1", 100).fastest_s == pytest.approx(1.1)
 
 
 RUNS = st.lists(st.tuples(st.integers(1, 10**7), st.floats(1e-6, 1e4)), min_size=1, max_size=20)

@@ -96,7 +96,8 @@ async def test_close_while_opening_refuses_who_waits(scene: Scene) -> None:
         await second
     scene.gate.set()
     await closing
-    assert (await first).name == "fake"
+    with pytest.raises(NotReady):
+        await first
     with pytest.raises(NotReady):
         await loader.ensure_open(deployment, deployment.instances["L3", "fp32"])
     assert scene.opened == ["L1 onnxruntime cpu fp32"]
@@ -118,6 +119,60 @@ def test_forget_frees_the_memory_of_a_deployment(scene: Scene) -> None:
     again = scene.deployment()
     loader.open_in_background([again]).result(60)
     assert len(open_deployments(again)) == len(open_deployments(deployment)) == 5
+
+
+def test_forget_ends_the_opening_in_the_background(scene: Scene) -> None:
+    deployment, loader = scene.deployment(), scene.loader()
+    scene.gate.clear()
+    background = loader.open_in_background([deployment])
+    loader.forget(deployment)
+    scene.gate.set()
+    background.result(60)
+    assert names(scene) == ["L2"]
+    # The graph whose opening had begun is left to the requests that hold it.
+    assert open_deployments(deployment) == {"L2 int8"}
+    assert loader.count_open() == 0
+
+
+def test_forget_keeps_what_is_opened_for_the_last_requests_out_of_the_budget(scene: Scene) -> None:
+    deployment, loader = scene.deployment(), scene.loader()
+    loader.open_recommended(deployment)
+    assert loader.count_open() == 1
+    loader.forget(deployment)
+    loader.submit(deployment, deployment.instances["L1", "int8"]).result(60)
+    assert loader.count_open() == 0
+
+
+def test_submit_after_a_failure_for_good_raises_it_without_opening_again(scene: Scene) -> None:
+    deployment, loader = scene.deployment(), scene.loader()
+    scene.broken = {"L1.int8"}
+    for _ in range(3):
+        with pytest.raises(BundleDamaged) as caught:
+            loader.submit(deployment, deployment.instances["L1", "int8"]).result(60)
+        assert caught.value.fields == {"file": "L1.int8.onnx"}
+    assert names(scene) == ["L1"]
+    # What follows in the background goes on beside it.
+    loader.open_in_background([deployment]).result(60)
+    assert names(scene) == ["L1", "L2", "accurate", "L3", "L4"]
+
+
+@pytest.mark.parametrize("file", ["L1.int8.onnx", "weights.safetensors", "golden.npz"])
+def test_submit_graph_whose_files_were_replaced_is_refused(scene: Scene, file: str) -> None:
+    deployment, loader = scene.deployment(), scene.loader()
+    loader.open_recommended(deployment)
+    original = (scene.folder / file).read_bytes()
+    (scene.folder / file).write_bytes(original[::-1])
+    closed = deployment.instances["L1", "int8"]
+    with pytest.raises(BundleDamaged) as caught:
+        loader.submit(deployment, closed).result(60)
+    assert caught.value.fields == {"file": file}
+    # What is open goes on.
+    recommended = deployment.recommended
+    assert loader.submit(deployment, recommended).result(60) is recommended.engine
+    assert names(scene) == ["L2"]
+    # It is no failure for good: the files may be copied back.
+    (scene.folder / file).write_bytes(original)
+    assert loader.submit(deployment, closed).result(60) is closed.engine
 
 
 def test_batch_limit_follows_pixels_and_settings(scene: Scene) -> None:

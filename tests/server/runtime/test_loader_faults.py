@@ -58,52 +58,90 @@ def failing(tiles: Tiles) -> np.ndarray:
     raise RuntimeError("out of memory")
 
 
-@pytest.mark.parametrize("scores", [wrong, failing])
 def test_open_recommended_precision_that_this_machine_computes_badly_is_excluded(
-    scene: Scene, caplog: pytest.LogCaptureFixture, scores: Any
+    scene: Scene, caplog: pytest.LogCaptureFixture
 ) -> None:
-    scene.scores = {("onnxruntime", "cpu", "int8"): scores}
+    scene.scores = {"L2.int8": wrong}
     deployment, loader = scene.deployment(), scene.loader()
     loader.open_recommended(deployment)
     assert scene.opened == ["L2 onnxruntime cpu int8", "L2 onnxruntime cpu fp32"]
-    assert deployment.precisions == ("fp32",)
+    assert deployment.selection.precisions("L2") == ("fp32",)
     assert [record.levelname for record in caplog.records if record.levelno > logging.INFO] == ["ERROR"]
-    # What follows in the background is what the rule now says.
+    # It says nothing of the other graphs, whose answers stay what they are.
     loader.open_in_background([deployment]).result(60)
-    assert scene.opened[2:] == [f"{graph} onnxruntime cpu fp32" for graph in ("accurate", "L1", "L3", "L4")]
+    assert scene.opened[2:] == [f"{graph} onnxruntime cpu int8" for graph in ("accurate", "L1", "L3", "L4")]
 
 
-def test_open_in_background_after_an_exclusion_follows_the_rule_anew(scene: Scene) -> None:
+def test_open_in_background_after_an_exclusion_opens_the_next_candidate_of_that_graph(scene: Scene) -> None:
     scene.scores = {"accurate.int8": wrong}
     deployment, loader = scene.deployment(), scene.loader()
     loader.open_recommended(deployment)
     loader.open_in_background([deployment]).result(60)
-    assert set(deployment.selection.auto.values()) == {"fp32"}
-    assert open_deployments(deployment) == {f"{graph} fp32" for graph in GRAPHS}
+    served = {graph: "fp32" if graph == "accurate" else "int8" for graph in GRAPHS}
+    assert deployment.selection.auto == served
+    assert open_deployments(deployment) == {f"{graph} {precision}" for graph, precision in served.items()}
+
+
+def test_open_graph_that_a_processor_cannot_run_now_is_kept(scene: Scene) -> None:
+    """Memory may be full for a moment, and another precision would give other bytes."""
+    scene.scores = {"L2.int8": failing}
+    deployment, loader = scene.deployment(), scene.loader()
+    with pytest.raises(EngineUnavailable) as caught:
+        loader.open_recommended(deployment)
+    assert caught.value.fields == {"engine": "onnxruntime", "provider": "cpu"}
+    scene.scores = {}
+    loader.open_recommended(deployment)
+    assert deployment.recommended.name == "L2 int8"
 
 
 async def test_exclude_leaves_instances_to_the_requests_that_hold_them(scene: Scene) -> None:
     from server.segment.registry import Registry
     from server.segment.request import SegmentParams
 
-    scene.scores = {"accurate.int8": wrong}
     deployment, loader = scene.deployment(), scene.loader()
     target = Registry({"fake": deployment}, "fake").resolve(SegmentParams(level=1))
-    accurate = deployment.instances["accurate", "int8"]
-    with pytest.raises(EngineUnavailable):
-        await loader.ensure_open(deployment, accurate)
+    deployment.exclude(target.instance)
     assert target.precision == "int8"
     assert ("L1", "int8") not in deployment.instances
     assert await loader.ensure_open(target.deployment, target.instance) is target.instance.engine
+
+
+def test_exclude_last_candidate_of_a_graph_is_refused_and_leaves_the_others_as_they_were(
+    scene: Scene,
+) -> None:
+    deployment = scene.deployment()
+    deployment.exclude(deployment.find_auto("L1"))
+    with pytest.raises(EngineUnavailable) as caught:
+        deployment.exclude(deployment.find_auto("L1"))
+    assert caught.value.fields["graph"] == "L1"
+    assert deployment.find_auto("L1").name == "L1 fp32"
+    deployment.exclude(deployment.find_auto("L3"))
+    assert deployment.find_auto("L3").name == "L3 fp32"
 
 
 def test_open_recommended_gpu_that_fails_leaves_the_processor(
     scene: Scene, caplog: pytest.LogCaptureFixture
 ) -> None:
     scene.broken = {"tensorrt"}
-    scene.loader().open_recommended(scene.deployment(GPU))
+    deployment = scene.deployment(GPU)
+    scene.loader().open_recommended(deployment)
     assert scene.opened == ["L2 onnxruntime tensorrt int8", "L2 openvino cpu fp32"]
+    assert {deployment.find_auto(graph).choice.candidate.provider for graph in GRAPHS} == {"cpu"}
     assert [record.levelname for record in caplog.records if record.levelno > logging.INFO] == ["WARNING"]
+
+
+def test_open_gpu_that_worked_before_is_kept(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    """A later failure may pass, and the processor would give other bytes."""
+    deployment, loader = scene.deployment(GPU), scene.loader()
+    loader.open_recommended(deployment)
+    scene.broken = {"tensorrt"}
+    before = dict(deployment.selection.choices)
+    with pytest.raises(EngineUnavailable):
+        loader.submit(deployment, deployment.find_auto("L1")).result(60)
+    assert deployment.selection.choices == before
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+    scene.broken = set()
+    assert loader.submit(deployment, deployment.find_auto("L1")).result(60) is not None
 
 
 def test_open_recommended_gpu_that_computes_a_precision_badly_serves_another(scene: Scene) -> None:

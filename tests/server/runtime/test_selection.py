@@ -58,11 +58,20 @@ def bundle(
     return manifest(graphs=graphs, calibration=calibration, **changes)
 
 
-def tuned(*rows: tuple[str, str, float, int]) -> Tuning:
+def tuned(*rows: tuple[str, str, float, int], provider: str = "cpu") -> Tuning:
     """Rows of (precision, engine, milliseconds, batch pixels) for L1."""
-    key = TuningKey(bundle="", processor="", features=(), cores=1, engines={}, providers=())
+    key = TuningKey(
+        bundle="", processor="", features=(), cores=1, engines={}, providers=(), gpus=(), threads=1
+    )
     points = [
-        TuningRow(graph="L1", precision=precision, engine=engine, milliseconds=ms, batch_pixels=pixels)
+        TuningRow(
+            graph="L1",
+            precision=precision,
+            engine=engine,
+            provider=provider,
+            milliseconds=ms,
+            batch_pixels=pixels,
+        )
         for precision, engine, ms, pixels in rows
     ]
     return Tuning(key=key, rows=tuple(points))
@@ -160,6 +169,14 @@ def test_select_with_tuning_takes_nothing_that_loses_too_much() -> None:
     assert selection.auto["L1"] == "fp32"
 
 
+@pytest.mark.parametrize(("provider", "reason"), [("cuda", "rule"), ("cpu", "tuning")])
+def test_select_with_tuning_of_another_provider_follows_the_rule(provider: str, reason: str) -> None:
+    tuning = tuned(("int8", "onnxruntime", 0.1, 100), provider=provider)
+    selection = selected(bundle(SAFE), CPU, tuning=tuning)
+    assert selection.reason["L1"] == reason
+    assert (selection.choices["L1", "int8"].batch_pixels == 100) is (reason == "tuning")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_select_configured_precision_is_auto(precision: str) -> None:
     fast = tuned(("fp32", "openvino", 0.1, 100))
@@ -203,13 +220,19 @@ def test_select_excluded_candidates_are_not_used(
     engines: dict[str, Any], excluded: list[Candidate], served: Candidate
 ) -> None:
     rows = [(graph, precision, 0.9) for graph in GRAPHS for precision in ("fp32", "bf16", "fp16", "int8")]
-    selection = selected(bundle(rows), engines, "avx_vnni", excluded=excluded)
+    broken = [("L1", candidate) for candidate in excluded]
+    selection = selected(bundle(rows), engines, "avx_vnni", excluded=broken)
     assert selection.choices["L1", selection.auto["L1"]].candidate == served
-    assert not {choice.candidate for choice in selection.choices.values()} & {*excluded}
+    assert not {(graph, choice.candidate) for (graph, _), choice in selection.choices.items()} & {*broken}
+    # Other graphs are served as if nothing had been excluded.
+    whole = selected(bundle(rows), engines, "avx_vnni")
+    for graph in ("L2", "accurate"):
+        assert selection.auto[graph] == whole.auto[graph]
+        assert selection.choices[graph, selection.auto[graph]] == whole.choices[graph, whole.auto[graph]]
 
 
 def test_select_only_a_lossy_precision_is_left_serves_it() -> None:
-    excluded = [Candidate("onnxruntime", "cpu", "fp32")]
+    excluded = [("L1", Candidate("onnxruntime", "cpu", "fp32"))]
     assert (
         selected(bundle(), {"onnxruntime": {"cpu": ("fp32", "bf16")}}, excluded=excluded).auto["L1"] == "bf16"
     )
@@ -237,10 +260,9 @@ def test_select_nothing_installed_is_refused() -> None:
 
 
 def test_select_everything_excluded_is_refused() -> None:
+    excluded = [("L1", Candidate("onnxruntime", "cpu", "fp32"))]
     with pytest.raises(EngineUnavailable) as caught:
-        selected(
-            bundle(), {"onnxruntime": {"cpu": ("fp32",)}}, excluded=[Candidate("onnxruntime", "cpu", "fp32")]
-        )
+        selected(bundle(), {"onnxruntime": {"cpu": ("fp32",)}}, excluded=excluded)
     assert caught.value.fields == {"graph": "L1", "engines": ["onnxruntime"]}
 
 

@@ -17,7 +17,9 @@ MACHINE = Machine(
 )  # fmt: skip
 BUNDLE = Bundle(Path("/nowhere"), manifest(), "a" * 64)
 KEY = TuningKey.of(BUNDLE, MACHINE)
-ROW = TuningRow(graph="L1", precision="fp32", engine="openvino", milliseconds=1.5, batch_pixels=100)
+ROW = TuningRow(
+    graph="L1", precision="fp32", engine="openvino", provider="cpu", milliseconds=1.5, batch_pixels=100
+)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +31,7 @@ ROW = TuningRow(graph="L1", precision="fp32", engine="openvino", milliseconds=1.
         {"versions": {"openvino": "2026.2", "onnxruntime": "1.31"}},
         {"versions": {"onnxruntime": "1.31"}},
         {"engines": {"onnxruntime": {"cuda": ("fp32",), "cpu": ("fp32",)}}},
+        {"gpus": ("NVIDIA X", "600.1")},
     ],
     ids="-".join,
 )
@@ -41,6 +44,13 @@ def test_key_changes_with_every_fact_of_the_machine(change: dict[str, Any]) -> N
 def test_key_changes_with_the_bundle() -> None:
     other = TuningKey.of(Bundle(Path("/nowhere"), manifest(), "b" * 64), MACHINE)
     assert other.file_name != KEY.file_name
+
+
+@pytest.mark.parametrize(("threads", "fits"), [(0, True), (4, True), (2, False)])
+def test_find_goes_by_the_threads_of_a_run(tmp_path: Path, threads: int, fits: bool) -> None:
+    """0 are all of the four cores."""
+    store_tuning(Tuning(key=KEY, rows=(ROW,)), tmp_path)
+    assert (find_tuning(BUNDLE, MACHINE, tmp_path, threads) is not None) is fits
 
 
 def test_key_does_not_depend_on_the_order_of_facts() -> None:
@@ -57,6 +67,7 @@ ROWS = st.builds(
     graph=st.sampled_from(["L1", "accurate"]),
     precision=st.sampled_from(["fp32", "int8"]),
     engine=st.sampled_from(["openvino", "onnxruntime"]),
+    provider=st.sampled_from(["cpu", "cuda"]),
     milliseconds=st.floats(1e-4, 1e6),
     batch_pixels=st.integers(1, 10**9),
 )
@@ -71,14 +82,16 @@ def test_find_gives_what_was_stored(tmp_path_factory: pytest.TempPathFactory, ro
     assert [path.suffix for path in folder.iterdir()] == [".json"]
 
 
-def test_row_is_that_of_graph_precision_and_engine() -> None:
+def test_row_is_that_of_graph_precision_engine_and_provider() -> None:
     tuning = Tuning(key=KEY, rows=(ROW,))
-    assert tuning.row("L1", "fp32", "openvino") == ROW
-    assert (
-        tuning.row("L1", "fp32", "onnxruntime")
-        is tuning.row("L1", "int8", "openvino")
-        is tuning.row("L2", "fp32", "openvino")
-    )
+    points = [
+        ("L1", "fp32", "openvino", "cpu"),
+        ("L1", "fp32", "onnxruntime", "cpu"),
+        ("L1", "int8", "openvino", "cpu"),
+        ("L2", "fp32", "openvino", "cpu"),
+        ("L1", "fp32", "openvino", "cuda"),
+    ]
+    assert [tuning.row(*point) for point in points] == [ROW, None, None, None, None]
 
 
 def test_find_nothing_stored_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,8 +2,12 @@
 
 import asyncio
 import base64
+import contextlib
 import gzip
 import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -19,7 +23,8 @@ from server.errors import (
     UnknownModel,
     Unreadable,
 )
-from server.segment.request import SegmentParams, Upload
+from server.segment.request import QoS, SegmentParams, Upload
+from server.service import open_service
 from tests.server.segment.inputs import (
     IMAGE,
     OBLIQUE,
@@ -31,8 +36,18 @@ from tests.server.segment.inputs import (
     smooth,
     thirds,
 )
+from tests.server.segment.zips import packed, unpacked
 from tests.support.files import Sent, mask_of, nifti_bytes, pages_bytes, pages_of, picture_bytes, volume_of
-from tests.support.service import opened_service, segment
+from tests.support.loading import Scene
+from tests.support.service import FixedLatency, opened_service, quiet_settings, segment
+
+
+@pytest.fixture
+def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    """A bundle of nonsense, of which a test says what its engines give."""
+    made = Scene(tmp_path, monkeypatch)
+    yield made
+    made.close()
 
 
 class TestImages:
@@ -281,6 +296,48 @@ class TestRefusals:
             with pytest.raises(BundleDamaged):
                 await segment(service, IMAGE, level=1)
             assert (await segment(service, IMAGE, level=2)).body
+
+    @pytest.mark.parametrize(
+        ("params", "level"), [({"level": 1}, 1), ({"min_level": 1}, 1), ({"mode": "accurate"}, 4)]
+    )
+    async def test_a_precision_that_proves_broken_is_answered_by_the_next_candidate(
+        self, scene: Scene, params: dict[str, Any], level: int
+    ) -> None:
+        """Also for the request that discovers it, and where it is served instead of a deeper level."""
+        scene.scores = {
+            ("onnxruntime", "cpu", "int8"): lambda tiles: 1 - tiles.pixels,
+            ("onnxruntime", "cpu", "fp32"): lambda tiles: tiles.pixels.astype(np.float32),
+        }
+        deployment = scene.deployment()
+        hopeless = dict.fromkeys(("L2", "L3", "L4", "accurate"), 1000.0)
+        latency = FixedLatency(hopeless if "min_level" in params else 0.0)
+        service = open_service(quiet_settings(), {"fake": deployment}, latency=latency)
+        with contextlib.closing(service):
+            responses = [await segment(service, IMAGE, qos=QoS(10.0), **params) for _ in range(2)]
+        assert {(one.target.level, one.target.precision) for one in responses} == {(level, "fp32")}
+        # Each was opened once.
+        graph = responses[0].target.graph
+        assert scene.opened == [f"{graph} onnxruntime cpu {precision}" for precision in ("int8", "fp32")]
+
+    async def test_a_zip_whose_first_image_finds_a_broken_precision_opens_it_once(self, scene: Scene) -> None:
+        scene.scores = {
+            "L1.int8": lambda tiles: 1 - tiles.pixels,
+            "L1": lambda tiles: tiles.pixels.astype(np.float32),
+        }
+        service = open_service(quiet_settings(), {"fake": scene.deployment()})
+        with contextlib.closing(service):
+            _, rows = unpacked(await segment(service, packed({f"{k}": IMAGE for k in range(9)}), level=1))
+        assert {row["precision"] for row in rows} == {"fp32"}
+        assert scene.opened == ["L1 onnxruntime cpu int8", "L1 onnxruntime cpu fp32"]
+
+    async def test_a_named_precision_that_proves_broken_is_refused_from_then_on(self, scene: Scene) -> None:
+        scene.scores = {"L1.int8": lambda tiles: 1 - tiles.pixels}
+        service = open_service(quiet_settings(), {"fake": scene.deployment()})
+        with contextlib.closing(service):
+            for _ in range(2):
+                with pytest.raises(InvalidParameter) as caught:
+                    await segment(service, IMAGE, level=1, precision="int8")
+        assert caught.value.fields["allowed"] == ["auto", "fp32"]
 
     async def test_a_closed_service_says_so(self) -> None:
         with opened_service() as service:

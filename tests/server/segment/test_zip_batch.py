@@ -256,11 +256,10 @@ class TestEstimates:
             assert upload.file.tell() == 0
             return estimate
 
-    async def test_the_first_image_that_can_be_read_stands_for_all(self) -> None:
+    @pytest.mark.parametrize("first", [b"no image", packed({"a.png": picture(0, 64)})], ids=["text", "zip"])
+    async def test_the_first_image_that_can_be_read_stands_for_all(self, first: bytes) -> None:
         alone = await self.estimate(picture())
-        every = await self.estimate(
-            packed({"a.txt": b"no image", **{f"{k}.png": picture(k) for k in range(9)}})
-        )
+        every = await self.estimate(packed({"a": first, **{f"{k}.png": picture(k) for k in range(9)}}))
         assert (every.windows, every.pixels) == (10, 256)
         assert math.isclose(every.seconds, 10 * alone.seconds)
 

@@ -17,6 +17,7 @@ from server.errors import (
     Unreadable,
     UnsupportedType,
 )
+from server.segment.request import QoS
 from tests.server.segment.zips import SMALL, Files, answered, packed, picture
 from tests.support.files import picture_bytes
 from tests.support.memory import memory_stays_below
@@ -155,10 +156,12 @@ class TestBombs:
 
     async def test_a_zip_in_a_zip_stays_closed(self) -> None:
         inner = packed({"a.png": picture()})
-        for _ in range(3):
-            inner = packed({"a.zip": inner})
-        with pytest.raises(UnsupportedType):
-            await answered(inner)
+        for _ in range(400):
+            inner = packed({"a.zip": inner}, zipfile.ZIP_STORED)
+        for qos in (QoS(), QoS(60.0)):
+            with pytest.raises(UnsupportedType) as caught:
+                await answered(inner, qos=qos)
+            assert caught.value.fields == {"actual": 1, "file": "a.zip"}
 
     async def test_memory_does_not_grow_with_images(self) -> None:
         rng = np.random.default_rng(0)
