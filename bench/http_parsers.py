@@ -35,7 +35,7 @@ FIELDS = ("throughput", "p50_ms", "p99_ms", "cpu_ms")
 ENGINE = {
     "UNETPP_RUNTIME__ENGINE": "openvino",
     "UNETPP_RUNTIME__PRECISION": "int8",
-    "UNETPP_BATCHING__MAX_BATCH": "1",
+    "UNETPP_BATCHING__MAX_BATCH_PIXELS": "9216",
 }
 
 

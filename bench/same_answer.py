@@ -8,19 +8,17 @@ arrive all together. Prints one row per request, and exits with 1 where a byte d
 
 import contextlib
 import hashlib
-import os
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 
-from bench.table import markdown
+from bench.serving import serving
+from bench.table import write
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "server" / "web" / "samples"
@@ -33,47 +31,32 @@ REQUESTS: tuple[tuple[Path, str], ...] = (
     (CELLS, "mode=fast"),
     (CELLS, "precision=fp32"),
     (CELLS, "level=3&precision=fp32"),
-    (CELLS, "format=npz"),
-    (CELLS, "level=2&format=npz"),
-    (CELLS, "format=uncertainty_png"),
+    (CELLS, "format=scores.npz"),
+    (CELLS, "level=2&format=scores.npz"),
+    (CELLS, "format=uncertainty"),
     (CELLS, "format=json&instances=true"),
     (CELLS, "format=mask,csv,geojson"),
     (CELLS, "format=overlay"),
     *((VOLUME, f"model=hippocampus&level={level}") for level in (1, 2, 4)),
     (VOLUME, "model=hippocampus"),
-    (VOLUME, "model=hippocampus&format=npz"),
+    (VOLUME, "model=hippocampus&format=scores.npz"),
     (VOLUME, "model=hippocampus&format=json&precision=fp32"),
 )
 
 
+def _own(folder: str) -> dict[str, str]:
+    """Folders of one server, so that two can run at once and no stored tuning counts."""
+    return {"UNETPP_RUNTIME__TUNING_FOLDER": f"{folder}/tuning", "UNETPP_JOBS__FOLDER": f"{folder}/jobs"}
+
+
 @contextlib.contextmanager
 def server() -> Iterator[str]:
-    """Starts `unetpp serve` on a free port, waits until it is ready, and stops it in the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        own = {
-            "UNETPP_HTTP__PORT": f"{port}",
-            "UNETPP_JOBS__FOLDER": folder,
-            "UNETPP_BUNDLES": f"{ROOT / 'bundles'}",
-        }
-        own["UNETPP_RUNTIME__TUNING_FOLDER"] = f"{folder}/tuning"
-        command = [sys.executable, "-m", "server.cli", "serve"]
-        process = subprocess.Popen(
-            command, env={**os.environ, **own}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-            for _ in range(600):
-                with contextlib.suppress(httpx.TransportError):
-                    if httpx.get(f"{url}/health/ready").status_code == 200:
-                        break
-                time.sleep(0.2)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(60)
+    """Starts `unetpp serve` without a stored tuning, and gives its address."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving(ROOT / "bundles", _own(folder)) as started,
+    ):
+        yield str(started.client.base_url).rstrip("/")
 
 
 @contextlib.contextmanager
@@ -128,7 +111,13 @@ def main() -> None:
                 "yes" if len(set(digests)) == 1 else "NO",
             ]
         )
-    print(markdown(["file", "query", *columns, "same"], rows))
+    caption = (
+        "SHA-256 of the answers to twenty requests, after a start, a restart, a start beside eight busy loops, and from two replicas "
+        "to which all requests were sent at once."
+    )
+    write(
+        "same_answer", caption, ["file", "query", *columns, "same"], rows, {"columns": columns, "rows": rows}
+    )
     if any(row[-1] != "yes" for row in rows):
         raise SystemExit(1)
 

@@ -26,7 +26,7 @@ from bench.table import write
 
 # Tight, so that clients meet every limit within minutes.
 ENVIRONMENT = {
-    "UNETPP_HTTP__MAX_IN_FLIGHT": "4", "UNETPP_LIMITS__MAX_BODY_MB": "12", "UNETPP_JOBS__MAX_QUEUED": "2",
+    "UNETPP_HTTP__MAX_IN_FLIGHT": "4", "UNETPP_LIMITS__MAX_BODY_MB": "12",
     "UNETPP_HTTP__DRAIN_S": "1", "UNETPP_QUALITY__AGREEMENT_SHARE": "0.1",
 }  # fmt: skip
 # Memory is compared after a sixth of the run, because every size and precision must have been met once.

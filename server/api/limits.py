@@ -144,7 +144,6 @@ class BodyLimit:
             limit=self._idle_s,
             unit="s",
             min_bytes_per_s=self._min_bytes_per_s,
-            setting="UNETPP_LIMITS__IDLE_UPLOAD_S",
         )
 
     def _too_large(self, size: str, actual: int) -> TooLarge:

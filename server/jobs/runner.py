@@ -171,7 +171,6 @@ class Runner:
                     limit=self._settings.max_queued,
                     actual=waiting,
                     unit="jobs",
-                    setting="UNETPP_JOBS__MAX_QUEUED",
                 )
             if self._uploads >= self._max_uploads:
                 raise Overloaded(

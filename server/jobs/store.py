@@ -150,7 +150,6 @@ class Store:
                     limit=self._settings.max_attempts,
                     actual=job.attempts,
                     unit="attempts",
-                    setting="UNETPP_JOBS__MAX_ATTEMPTS",
                 )
             changes = "state = 'running', attempts = attempts + (state = 'queued'), started = ?"
             return self._change(id_, changes, self._clock())

@@ -109,7 +109,7 @@ def test_key_prints_the_line_for_the_file_and_the_secret_apart(tmp_path: Path) -
     (tmp_path / "keys").write_text(result.stdout)
     secret = next(word for word in result.stderr.split() if word.startswith("unetpp_"))
     assert secret not in result.stdout
-    assert Keys(tmp_path / "keys").known(secret)
+    assert secret in Keys(tmp_path / "keys")
 
 
 def test_key_with_a_bad_name_is_refused() -> None:

@@ -14,11 +14,10 @@ from server.api import problems
 from server.api.routes import health
 from server.api.stopping import Stopping
 from server.arrays import Tiles
-from server.errors import InferenceFailed, NotReady
+from server.errors import NotReady
 from server.monitoring.health_probe import MAX_FAILURES, HealthProbe
-from server.segment.request import SegmentParams, Upload
 from tests.server.api.conftest import InProcess
-from tests.support.files import Sent, picture_bytes
+from tests.support.files import picture_bytes
 from tests.support.service import FakeDevice, bright, fake_service
 
 PICTURE = picture_bytes(np.arange(64, dtype=np.uint8).reshape(8, 8))
@@ -26,14 +25,9 @@ FAULTS = ("raises", "returns nothing", "blocks")
 
 
 class Device:
-    """A service whose device a test breaks and repairs, and the application with its health.
+    """A service whose device a test breaks and repairs, and the application with its health."""
 
-    Args:
-        fresh_s: seconds for which a success counts.
-        retry_s: seconds without a second test tile.
-    """
-
-    def __init__(self, fresh_s: float = 0, retry_s: float = 0) -> None:
+    def __init__(self) -> None:
         self.calls = 0
         self.fault = ""
         self.device = FakeDevice()
@@ -42,7 +36,7 @@ class Device:
         self.jobs_work = True
         self.app = FastAPI()
         problems.install(self.app)
-        probe = HealthProbe(self.service, fresh_s, 0.05, retry_s)
+        probe = HealthProbe(self.service, fresh_s=0, timeout_s=0.05, retry_s=0)
         runner: Any = SimpleNamespace(check=self._check_jobs)
         self.app.include_router(health.router(probe, runner, self.service.metrics, self.stopping))
 
@@ -59,9 +53,6 @@ class Device:
     def _check_jobs(self) -> None:
         if not self.jobs_work:
             raise NotReady("jobs are no longer worked on")
-
-    async def segment(self) -> None:
-        await self.service.segment(Upload(Sent(PICTURE)), SegmentParams(level=2))
 
 
 async def status(client: httpx.AsyncClient, name: str) -> int:
@@ -99,81 +90,6 @@ async def test_device_that_fails_is_first_not_ready_then_not_live(in_process: In
         device.set("")
         await until_status(client, "ready", 200)
         assert await status(client, "live") == 200
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-async def test_device_that_fails_once_is_no_reason_to_restart(in_process: InProcess, fault: str) -> None:
-    device = Device()
-    async with in_process(device.app) as client:
-        for _ in range(2 * MAX_FAILURES):
-            device.set(fault)
-            assert await status(client, "ready") == 503
-            device.set("")
-            await until_status(client, "ready", 200)
-        assert await status(client, "live") == 200
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-async def test_live_alone_finds_a_device_that_fails(in_process: InProcess, fault: str) -> None:
-    """Liveness itself starts test tiles, and never waits for them."""
-    device = Device()
-    async with in_process(device.app) as client:
-        device.set(fault)
-        assert await status(client, "live") == 200
-        await until_status(client, "live", 503)
-        device.set("")
-        await until_status(client, "live", 200)
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-async def test_device_that_fails_is_not_kept_busy_by_probes(in_process: InProcess, fault: str) -> None:
-    device = Device(retry_s=1000)
-    async with in_process(device.app) as client:
-        device.set(fault)
-        statuses = await asyncio.gather(*(status(client, "ready") for _ in range(64)))
-        assert set(statuses) == {503}
-        assert device.calls <= 1
-
-
-async def test_good_device_is_probed_once_for_all(in_process: InProcess) -> None:
-    device = Device(fresh_s=3600)
-    async with in_process(device.app) as client:
-        assert set(await asyncio.gather(*(status(client, "ready") for _ in range(64)))) == {200}
-        assert device.calls == 1
-
-
-async def test_success_of_a_request_counts(in_process: InProcess) -> None:
-    device = Device()
-    async with in_process(device.app) as client:
-        device.set("raises")
-        await until_status(client, "live", 503)
-        device.set("")
-        await device.segment()
-        assert await status(client, "live") == 200
-
-
-async def test_failure_of_a_request_is_checked_before_the_last_success_is_old(in_process: InProcess) -> None:
-    device = Device(fresh_s=3600)
-    async with in_process(device.app) as client:
-        assert await status(client, "ready") == 200
-        device.set("raises")
-        assert await status(client, "ready") == 200
-        with pytest.raises(InferenceFailed):
-            await device.segment()
-        assert await status(client, "ready") == 503
-
-
-async def test_failures_of_requests_do_not_restart_the_server(in_process: InProcess) -> None:
-    """Only test tiles count: an overflow, or memory that is not enough, may be the input's doing."""
-    device = Device()
-    async with in_process(device.app) as client:
-        for _ in range(2 * MAX_FAILURES):
-            device.set("raises")
-            with pytest.raises(InferenceFailed):
-                await device.segment()
-            device.set("")
-            assert await status(client, "live") == 200
-            assert await status(client, "ready") == 200
 
 
 @pytest.mark.parametrize("reason", ["stopping", "jobs"])

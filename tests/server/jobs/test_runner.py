@@ -512,7 +512,7 @@ async def test_reserve_refuses_where_too_many_wait(bench: Bench) -> None:
         await submit(runner)
         with pytest.raises(Overloaded) as error, runner.reserve(SegmentParams()):
             pass
-    fields = {"limit": 1, "actual": 1, "unit": "jobs", "setting": "UNETPP_JOBS__MAX_QUEUED"}
+    fields = {"limit": 1, "actual": 1, "unit": "jobs"}
     assert error.value.fields == fields
     assert bench.value("unetpp_jobs_total", outcome="refused") == 1
 
