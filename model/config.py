@@ -1,4 +1,4 @@
-"""What a network is, as data: the one configuration that builds UNet++ and its baselines."""
+"""Configuration of a network: the one declaration that builds UNet++ and its baselines."""
 
 from typing import Literal
 
