@@ -44,12 +44,17 @@ REQUESTS: tuple[tuple[Path, str], ...] = (
 )
 
 
+def _own(folder: str) -> dict[str, str]:
+    """Folders of one server, so that two can run at once and no stored tuning counts."""
+    return {"UNETPP_RUNTIME__TUNING_FOLDER": f"{folder}/tuning", "UNETPP_JOBS__FOLDER": f"{folder}/jobs"}
+
+
 @contextlib.contextmanager
 def server() -> Iterator[str]:
     """Starts `unetpp serve` without a stored tuning, and gives its address."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        serving(ROOT / "bundles", {"UNETPP_RUNTIME__TUNING_FOLDER": folder}) as started,
+        serving(ROOT / "bundles", _own(folder)) as started,
     ):
         yield str(started.client.base_url).rstrip("/")
 

@@ -1,6 +1,7 @@
 """Predicts how long work takes, from what has been observed of it and of its neighbours."""
 
-from collections.abc import Hashable
+import time
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,10 @@ CONFIDENT_AFTER = 3
 # Factor by which each refusal shrinks the rate that it rests on. Rates that were learned while the machine was ten times slower
 # refuse 22 requests, of which each is answered within milliseconds.
 DOUBT = 0.9
+
+# Seconds after which an observation refuses and degrades nobody any more, because a level that is degraded for its rate is not
+# run, and what was learned in a busy phase would hold for ever.
+STALE_S = 600.0
 
 # Powers of two by which an observed size may be larger than a piece of work and still say enough of it.
 NEAR = 2
@@ -47,6 +52,7 @@ class _Rate:
 
     expected: float
     fastest: float
+    observed_at: float
     observations: int = 1
     doubt: float = 1.0
 
@@ -56,9 +62,13 @@ class LatencyModel:
 
     A key is a model instance, or a kind of work on the processor. What was never observed is judged by the nearest size of
     its key, then by the multiply-accumulates of the graph at the rate of the other keys, and is then not confident.
+
+    Args:
+        clock: seconds that never go back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._rates: dict[Hashable, dict[int, _Rate]] = {}
         self._seconds_per_mac = 0.0
 
@@ -78,7 +88,9 @@ class LatencyModel:
         size = min(rates, key=lambda known: distance[known])
         rate = rates[size]
         # What a smaller piece pays for starting makes a larger one look slow, which would be refused and never observed.
-        confident = rate.observations >= CONFIDENT_AFTER and 0 <= size - pixels.bit_length() <= NEAR
+        near = 0 <= size - pixels.bit_length() <= NEAR
+        fresh = self._clock() - rate.observed_at < STALE_S
+        confident = near and fresh and rate.observations >= CONFIDENT_AFTER
         return Prediction(pixels * rate.expected, pixels * rate.fastest * rate.doubt, confident)
 
     def observe(self, key: Hashable, pixels: int, seconds: float, macs_per_pixel: float = 0.0) -> None:
@@ -87,9 +99,10 @@ class LatencyModel:
         rate = rates.get(size)
         # A run below the resolution of the clock, which seems to take no time at all, is no scale for the next one.
         if rate is None or not rate.expected:
-            rates[size] = _Rate(seen, seen)
+            rates[size] = _Rate(seen, seen, self._clock())
         else:
             rate.observations += 1
+            rate.observed_at = self._clock()
             # What was doubted is replaced by the next observation.
             rate.fastest = min(rate.fastest, seen) if rate.doubt == 1 else seen
             rate.doubt = 1.0

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.runtime.latency import CONFIDENT_AFTER, DOUBT, OUTLIER, UNKNOWN, LatencyModel
+from server.runtime.latency import CONFIDENT_AFTER, DOUBT, OUTLIER, STALE_S, UNKNOWN, LatencyModel
+from tests.support.service import ManualClock
 
 
 def observed(*runs: tuple[int, float], key: str = "L1", macs: float = 0.0) -> LatencyModel:
@@ -71,6 +72,20 @@ def test_observe_run_below_the_resolution_of_the_clock_is_replaced_by_the_next()
     model = observed((10_000, 0.0), (10_000, 1.0), macs=10.0)
     assert model.predict("L1", 10_000).seconds > 0
     assert model.predict("L2", 10_000, 10.0).seconds > 0
+
+
+def test_predict_what_was_observed_long_ago_is_not_confident_until_it_is_observed_again() -> None:
+    clock = ManualClock()
+    model = LatencyModel(clock)
+    for _ in range(CONFIDENT_AFTER):
+        model.observe("L1", 100, 1.0)
+    clock.advance(STALE_S - 1)
+    assert model.predict("L1", 100) == (1.0, 1.0, True)
+    clock.advance(1)
+    assert model.predict("L1", 100) == (1.0, 1.0, False)
+    model.observe("L1", 100, 0.5)
+    assert model.predict("L1", 100).confident
+    assert model.predict("L1", 100).fastest_s == 0.5
 
 
 def test_doubt_shrinks_the_fastest_rate_of_the_key_alone_until_the_next_observation() -> None:

@@ -21,13 +21,13 @@ from server.errors import (
     UnknownFormat,
     UnsupportedType,
 )
-from server.runtime.latency import CONFIDENT_AFTER, LatencyModel
+from server.runtime.latency import CONFIDENT_AFTER, STALE_S, LatencyModel
 from server.segment.admission import SAFETY
 from server.segment.deadline import deadline
 from server.segment.estimate import cpu_work
 from server.segment.request import Priority, QoS
 from tests.support.admission import IMAGE, LARGE, STACK, Scene
-from tests.support.service import FixedLatency
+from tests.support.service import FixedLatency, ManualClock
 
 
 class TestHumblePredictions:
@@ -44,7 +44,7 @@ class TestHumblePredictions:
             max_size=6,
         ),
         st.sampled_from([{}, {"level": 1}, {"level": 4, "min_level": 1}, {"min_level": 2}]),
-        st.booleans(),
+        st.none() | st.floats(1.1, 1000),
     )
     async def test_a_client_that_sends_one_request_at_a_time_is_never_refused_as_overload(
         self,
@@ -53,9 +53,12 @@ class TestHumblePredictions:
         tile_s: float,
         headers: list[InputHeader],
         params: dict[str, Any],
-        dated: bool,
+        spare: float | None,
     ) -> None:
-        """Whatever was predicted: from a hundredth of the truth to a hundred times as much."""
+        """Whatever was predicted: from a hundredth of the truth to a hundred times as much.
+
+        It has a deadline of a minute, or so many times as long as its work takes; and it is served after some refusals at most.
+        """
         scene = Scene(LatencyModel(), tile_s)
         for instance in scene.deployment.instances.values():
             for _ in range(observations):
@@ -64,14 +67,20 @@ class TestHumblePredictions:
         for _ in range(observations):
             scene.latency.observe(cpu_work(IMAGE, ("mask.png",), parsed), 64 * 64, 1e-3 * factor)
         for header in headers * 2:
-            qos = QoS(120.0, time.monotonic() + 60 if dated else math.inf)
-            try:
-                ticket = await scene.serve(header, qos, **params)
-            except (TooLarge, DeadlineTooShort):
-                # Only what was observed often enough, and is hopeless by all of it.
-                assert observations >= CONFIDENT_AFTER
-                assert factor > 1
-                continue
+            estimate = scene.admission.estimate((header, None), *scene.resolve(**params))
+            needed_s = estimate.windows * tile_s + 1e-3
+            for _ in range(60):
+                qos = QoS(120.0, time.monotonic() + 60) if spare is None else QoS(needed_s * spare)
+                try:
+                    ticket = await scene.serve(header, qos, **params)
+                except (TooLarge, DeadlineTooShort):
+                    # Only what was observed often enough, and is hopeless by all of it.
+                    assert observations >= CONFIDENT_AFTER
+                    assert factor > 1
+                else:
+                    break
+            else:
+                pytest.fail("refused 60 times in a row")
             scene.admission.observe_cpu(header, ticket, parsed, 1e-3)
         assert scene.counted("windows_dropped_total", reason="error") == 0
 
@@ -113,6 +122,57 @@ class TestHumblePredictions:
             scene.latency.observe(instance.key, 16 * 16, 0.02, 4.0)
             scene.latency.observe(cpu_work(IMAGE, ("mask.png",), params), 16 * 16, 0.02)
         assert await scene.admit(InputHeader((3000, 3000)), 10.0)
+
+
+class TestAfterABusyPhase:
+    """Everything took ten times as long as it takes now: a second for a tile."""
+
+    @staticmethod
+    def scene(*tile_s: float, clock: ManualClock | None = None) -> Scene:
+        """A scene whose every graph was observed to take so many seconds for a tile, and its work on the processor as many ms."""
+        scene = Scene(LatencyModel(clock or ManualClock()), tile_s=1.0)
+        _, params = scene.resolve()
+        for seconds in tile_s:
+            for instance in scene.deployment.instances.values():
+                scene.latency.observe(instance.key, 64 * 64, seconds)
+            scene.latency.observe(cpu_work(IMAGE, ("mask.png",), params), 64 * 64, seconds / 1e3)
+        return scene
+
+    @pytest.mark.parametrize(
+        ("dated", "error"), [(True, DeadlineTooShort), (False, TooLarge)], ids=["deadline", "timeout"]
+    )
+    async def test_an_idle_server_refuses_some_requests_and_then_serves_all(
+        self, dated: bool, error: type[Exception]
+    ) -> None:
+        scene, refused = self.scene(*[10.0] * CONFIDENT_AFTER), []
+        for _ in range(40):
+            qos = QoS(120.0, time.monotonic() + 1.5) if dated else QoS(1.5)
+            try:
+                await scene.serve(IMAGE, qos, level=2)
+            except error:
+                refused.append(True)
+            else:
+                refused.append(False)
+        assert 0 < sum(refused) <= 22
+        assert refused == sorted(refused, reverse=True)
+
+    @pytest.mark.parametrize("params", [{}, {"level": 4}, {"level": 3}])
+    async def test_an_idle_server_serves_the_requested_level(self, params: dict[str, Any]) -> None:
+        scene = self.scene(*[1.0] * CONFIDENT_AFTER, *[10.0] * 40)
+        assert (await scene.admit(IMAGE, 5.0, min_level=1, **params)).degraded == ""
+        # While others wait it goes by what the work takes now.
+        with scene.crowd(1), pytest.raises(Overloaded):
+            await scene.admit(IMAGE, 5.0, min_level=1, **params)
+
+    async def test_a_level_that_was_only_seen_slow_is_tried_again_after_a_while(self) -> None:
+        clock = ManualClock()
+        scene = self.scene(*[10.0] * CONFIDENT_AFTER, clock=clock)
+        levels = []
+        for seconds in (0.0, STALE_S - 1, 1.0, 0.0):
+            clock.advance(seconds)
+            ticket = await scene.serve(IMAGE, QoS(14.0), level=4, min_level=1)
+            levels.append(ticket.target.level)
+        assert levels == [1, 1, 4, 4]
 
 
 class TestInTime:
