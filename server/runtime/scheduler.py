@@ -107,9 +107,9 @@ class Scheduler:
         Tiles of a cancelled request that have not started are not run.
 
         Args:
-            flow: the request; it may submit several times.
-            engine: of the flow's instance.
-            tiles: of one size.
+            flow: flow of the request, which may submit several times.
+            engine: engine of the flow's instance.
+            tiles: tiles of one size.
 
         Raises:
             InferenceFailed: the engine raised.
