@@ -235,7 +235,7 @@ class AsyncJob:
         """Waits until the job is done, by its event stream, or by polling where that is refused or breaks.
 
         Args:
-            progress: called with the job's document at each change.
+            progress: callback with the job's document at each change.
             timeout_s: seconds to wait; without limit if None.
 
         Raises:

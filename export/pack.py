@@ -85,7 +85,7 @@ def export(
         card: description of the network.
         out: folder of the bundle; an existing bundle there is replaced.
         data: folder whose training split sets int8's ranges; without it there are no int8 graphs.
-        advance: called with the name of each finished step.
+        advance: callback with the name of each finished step.
 
     Raises:
         ExportError: the network and the card do not fit, or `out` is something else than a bundle.

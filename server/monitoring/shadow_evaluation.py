@@ -59,7 +59,7 @@ class ShadowEvaluation:
     Args:
         settings: share of the fast answers.
         service: calls `offer` for each answer, and computes samples again.
-        metrics: counts what comes of it.
+        metrics: counters of the outcomes.
         draw: a number in [0, 1), each time another.
     """
 

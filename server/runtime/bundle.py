@@ -57,7 +57,7 @@ class Graph(_Part):
     Attributes:
         name: "L1".."L5", "accurate" or "head_std".
         level: depth of the grid that it runs.
-        divisor: every tile axis is a multiple of this.
+        divisor: number of pixels of which every tile axis is a multiple.
         parameters: trained parameters in it.
         macs_per_pixel: multiply-accumulates per input pixel or voxel.
         files: ONNX file per graph precision.

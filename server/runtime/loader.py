@@ -24,7 +24,7 @@ class Loader:
     """Opens the graphs of deployments. Methods may be called from any thread.
 
     Attributes:
-        device: runs the golden pairs.
+        device: runner of the golden pairs.
         memory_bytes: budget for open graphs; the least recently used is closed for one that needs the room.
     """
 

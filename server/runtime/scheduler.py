@@ -32,9 +32,9 @@ class Scheduler:
     """The queue in front of one device. All methods belong to the event loop's thread.
 
     Args:
-        device: runs the batches.
-        latency: predicts runs and learns from them.
-        metrics: counts batches, and shows what waits.
+        device: runner of the batches.
+        latency: model that predicts runs and learns from them.
+        metrics: counters of batches, and gauges of what waits.
         max_wait_s: seconds that a batch waits for requests that are being decoded.
         clock: seconds that never go back.
     """

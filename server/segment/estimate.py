@@ -29,7 +29,8 @@ class Estimate:
         memory_bytes: peak in bytes of the decoded input, the open scores, the mask and its encoding.
         device_s: predicted seconds on the device; 0 where nothing is known.
         cpu_s: predicted seconds beside the device: decoding, merging, post-processing and encoding; 0 where nothing is known.
-        fastest_s: device and CPU time in seconds at the best rates ever observed; 0 unless enough was observed to refuse a request because of it.
+        fastest_s: device and CPU time in seconds at the best rates ever observed; 0 unless enough was observed to refuse
+            a request because of it.
         observed: keys and sizes of the latency model that the times rest on.
     """
 

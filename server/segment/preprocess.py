@@ -38,7 +38,7 @@ def decode_options(params: SegmentParams, limits: LimitsSettings) -> DecodeOptio
 
 
 def _label_options(options: DecodeOptions) -> DecodeOptions:
-    """Makes the decoding options of a reference, under the limits of the input: labels come as one stack, whatever axes and channels the input has."""
+    """Makes the decoding options of a reference: labels come as one stack, whatever axes and channels the input has."""
     return dataclasses.replace(options, labels=True, zero_nonfinite=True, axes="", channel=None)
 
 

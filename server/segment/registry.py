@@ -103,7 +103,7 @@ class Registry:
     """The deployments that are served.
 
     Args:
-        deployments: by name.
+        deployments: deployments by name.
         default: name of the deployment for requests without `model`.
 
     Raises:
@@ -117,7 +117,7 @@ class Registry:
 
     @property
     def deployments(self) -> Mapping[str, Deployment]:
-        """By name."""
+        """Deployments by name."""
         return self._deployments
 
     def swap(self, deployments: Mapping[str, Deployment]) -> None:

@@ -147,9 +147,9 @@ async def infer(
         window: windows over the input.
         flow: place of the request in the queue.
         engine: opened engine of the flow's instance.
-        scheduler: runs the tiles.
-        worker: runs the work on the processor, and collects timings.
-        on_progress: called after each chunk.
+        scheduler: queue that runs the tiles.
+        worker: worker that runs the CPU work, and collects timings.
+        on_progress: callback after each chunk.
     """
     chunks, total = window.windows.chunks, len(window.windows)
     running: deque[asyncio.Task[InferenceResult]] = deque()

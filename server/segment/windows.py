@@ -20,8 +20,9 @@ SIDES = 16, 32
 class Windows:
     """Windows of one size over a grid, ordered along its longest axis.
 
-    The open part never reaches further than one window along that axis, so memory grows with the other axes alone. An axis that fits into one window is padded at its end by reflection, up to the divisor of the served level; a
-    longer one is covered by overlapping windows without padding.
+    The open part never reaches further than one window along that axis, so memory grows with the other axes alone. An
+    axis that fits into one window is padded at its end by reflection, up to the divisor of the served level; a longer
+    one is covered by overlapping windows without padding.
 
     Attributes:
         size: pixels or voxels of the grid, per axis.

@@ -183,7 +183,7 @@ class ZipFiles:
 
         Args:
             entry: the image.
-            files: by name.
+            files: files by name.
 
         Raises:
             ZipTooLarge: all answers together are too large.
@@ -224,7 +224,7 @@ def is_zip(file: BinaryIO) -> bool:
 
 
 def _plain(name: str) -> str:
-    """With the separators of zips, and without steps that stay where they are (./a.png)."""
+    """Returns the name with the separators of zips, and without steps that stay where they are (./a.png)."""
     return "/".join(part for part in name.replace("\\", "/").split("/") if part != ".")
 
 

@@ -58,7 +58,7 @@ class OnnxRuntimeEngine:
 
 @functools.cache
 def _tidying() -> "onnxruntime.RunOptions":
-    """With them a run ends by giving back what is free in the arena of the CPU."""
+    """Run options by which a run ends with giving back what is free in the arena of the CPU."""
     import onnxruntime
 
     options = onnxruntime.RunOptions()
