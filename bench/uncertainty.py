@@ -42,7 +42,7 @@ class Answer:
         wrong: pixels whose class is not the reference's.
         elsewhere: pixels whose class at L1 is not that of accurate mode.
         maps: uncertainty per pixel, by name of the map.
-        iou: with the reference.
+        iou: IoU with the reference.
         foreground: number of pixels of the mask.
     """
 

@@ -111,7 +111,7 @@ class AsyncClient:
             parameters: the other fields of `server.segment.request.SegmentParams`, e.g. level=2, min_size_px=30.
 
         Raises:
-            UnetppError: see `client.errors`.
+            UnetppError: the request failed; its class, of `server.errors` or `client.errors`, names the reason.
         """
         params = segment_params(formats, parameters).model_dump(exclude_unset=True)
         response = await self._post("segment", source, reference, affine, params)
@@ -129,7 +129,7 @@ class AsyncClient:
     ) -> "AsyncJob":
         """Submits work that takes minutes as a job.
 
-        The arguments are those of `segment` without `deadline_ms` and `min_level`, and `preview`, which asks for a mask of level 1
+        The arguments are those of `segment` without `deadline_ms` and `min_level`, and `preview`, which requests a mask of level 1
         first. If the connection breaks before the response, the request is sent again, and the server may have the job twice.
         """
         params = segment_params(formats, parameters).model_dump(exclude_unset=True) | (
@@ -235,7 +235,7 @@ class AsyncJob:
         """Waits until the job is done, by its event stream, or by polling where that is refused or breaks.
 
         Args:
-            progress: called with the job's document at each change.
+            progress: callback with the job's document at each change.
             timeout_s: seconds to wait; without limit if None.
 
         Raises:

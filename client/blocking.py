@@ -81,8 +81,8 @@ class Blocking(Generic[A]):
         """Runs a coroutine and calls its progress callback in the calling thread, where the callback may use the client.
 
         Args:
-            work: makes the coroutine, given the callback that it shall call.
-            progress: called with the same arguments.
+            work: function that makes the coroutine, given the callback that it shall call.
+            progress: callback with the same arguments.
         """
         calls: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         future = asyncio.run_coroutine_threadsafe(work(lambda *arguments: calls.put(arguments)), self._loop)

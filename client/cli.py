@@ -212,7 +212,7 @@ def _run(work: Coroutine[Any, Any, None]) -> BaseException | None:
 
 
 def _exit(display: "Display", total: int, error: BaseException | None) -> None:
-    """Reports failures, and ends the process with a status that says so."""
+    """Reports failures, and ends the process with the exit status for them."""
     from server.errors import Unauthorized
 
     if display.skipped:

@@ -1,4 +1,4 @@
-"""What the command line shows of a run: a line per answer, and a progress bar on a terminal."""
+"""Output of the command line during a run: a line per answer, and a progress bar on a terminal."""
 
 import contextlib
 import functools

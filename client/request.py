@@ -1,4 +1,4 @@
-"""What a client sends: sources as files, and the request parameters."""
+"""Content of a request: sources as files, and the request parameters."""
 
 import gzip
 import io
@@ -43,8 +43,8 @@ class FilePart:
     """One file of a request.
 
     Attributes:
-        open: opens it at its start; may be called again for another attempt.
-        name: file name that the server is told.
+        open: function that opens the file at its start; called again for each further attempt.
+        name: file name sent to the server.
     """
 
     open: Callable[[], BinaryIO]
@@ -64,7 +64,7 @@ def file_part(source: Source, affine: ArrayLike | None = None, name: str = "uplo
         source: a path; the bytes of a file; a file open for reading, sent from its start and left open; or pixels: (H, W),
             (H, W, 3 or 4), (S, H, W), or with an affine the voxels (X, Y, Z) of a volume.
         affine: 4 × 4 matrix of a volume in an array, from voxel indices to mm in RAS; not used for files, which have their own.
-        name: file name that the server is told.
+        name: file name sent to the server.
 
     Raises:
         TypeError: the source is of another type.

@@ -115,7 +115,7 @@ def read_result(headers: Mapping[str, str], body: bytes) -> Result:
     """Reads a successful response.
 
     Args:
-        headers: of the response, case-insensitive.
+        headers: headers of the response, with case-insensitive names.
         body: one file, or a zip of several.
 
     Raises:

@@ -18,7 +18,7 @@ from server.errors import UnetppError
 # Statuses by which the server, or a proxy before it, says that the same request may succeed soon.
 RETRIED = (429, 503)
 
-# Wait before the second attempt; it doubles with each. A longer wait that the server asks for is kept.
+# Wait before the second attempt; it doubles with each. A longer wait that the server requests is kept.
 FIRST_S, LONGEST_S = 0.5, 30.0
 
 

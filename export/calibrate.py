@@ -49,13 +49,13 @@ def calibrate(
     """Measures every graph at every precision on every engine and writes the table into the manifest.
 
     Args:
-        bundle: to measure; its manifest is rewritten.
+        bundle: bundle to measure; its manifest is rewritten.
         data: folder with images/, labels/ and index.csv.
-        split: which rows of index.csv; decisions belong on validation data.
-        held_out: write the table as the held-out result, which decides nothing.
-        precisions: measure only these anew and keep the other rows of the table; none means all.
-        advance: called with each row.
-        on_progress: called after each image of each row, with the number of images done and in all.
+        split: split of index.csv; decisions belong on validation data.
+        held_out: whether to write the table as the held-out result, which decides nothing.
+        precisions: precisions to measure again, the other rows of the table are kept; none means all.
+        advance: callback with each row.
+        on_progress: callback after each image of each row, with the number of images done and in all.
 
     Raises:
         DataError: the data cannot be read, or rows to keep were measured on other data or another machine.

@@ -85,7 +85,7 @@ def export(
         card: description of the network.
         out: folder of the bundle; an existing bundle there is replaced.
         data: folder whose training split sets int8's ranges; without it there are no int8 graphs.
-        advance: called with the name of each finished step.
+        advance: callback with the name of each finished step.
 
     Raises:
         ExportError: the network and the card do not fit, or `out` is something else than a bundle.
@@ -134,7 +134,7 @@ def with_head_std(folder: Path, manifest: Manifest, network: UNetPlusPlus) -> Ma
     """Writes the graph `head_std`, whose golden scores follow from those of the levels.
 
     Args:
-        folder: of the bundle, whose weights are the network's.
+        folder: folder of the bundle, whose weights are the network's.
         manifest: manifest without the graph.
         network: the whole network, as in its weights file.
 
@@ -161,7 +161,7 @@ def add_uncertainty(folder: Path) -> Bundle:
     """Adds the graph `head_std` to a bundle that was exported without it; nothing else changes.
 
     Raises:
-        ExportError: the network has one head, or is no UNet++.
+        ExportError: the network has one head, or is not a UNet++.
         BundleDamaged, CheckpointError: the bundle cannot be read.
     """
     bundle = read_bundle(folder)
@@ -246,9 +246,10 @@ def write_manifest(folder: Path, manifest: Manifest, *, as_read: bool = False) -
     """Writes the manifest with the sizes and hashes of the files as they are now.
 
     Args:
-        folder: of the bundle.
-        manifest: to be written.
-        as_read: leave out what is at its default because the manifest that was read, perhaps of an earlier version, did not say it.
+        folder: folder of the bundle.
+        manifest: manifest to be written.
+        as_read: whether to leave out fields at their default, because the manifest that was read, perhaps of an earlier
+            version, did not have them.
     """
     files = {
         name: FileEntry(sha256=sha256(folder / name), bytes=(folder / name).stat().st_size)

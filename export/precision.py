@@ -27,7 +27,7 @@ INT8_OPERATORS = ["Conv", "ConvTranspose", "MaxPool", "Concat", "Relu"]
 
 @dataclass(frozen=True)
 class Source:
-    """What all precisions of a graph are made from.
+    """Source of all precisions of a graph.
 
     Attributes:
         graph: the float32 graph.

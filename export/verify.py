@@ -67,8 +67,8 @@ def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: 
     Inputs are noise and synthetic cells of several sizes, and the golden pairs.
 
     Args:
-        bundle: to verify.
-        advance: called with each verdict.
+        bundle: bundle to verify.
+        advance: callback with each verdict.
 
     Raises:
         VerifyError: names every graph that differs, holds nodes of other levels or foreign parts, or has a wrong golden pair.

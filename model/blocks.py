@@ -33,7 +33,7 @@ class Node(nn.Sequential):
         config: the network's configuration.
         in_channels: channels of the (concatenated) input.
         width: channels of the node.
-        stride: of the first convolution; 2 where downsampling is a strided convolution.
+        stride: stride of the first convolution; 2 where downsampling is a strided convolution.
     """
 
     def __init__(self, config: UNetPlusPlusConfig, in_channels: int, width: int, stride: int = 1) -> None:

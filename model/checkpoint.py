@@ -30,7 +30,7 @@ def atomic(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        # Readable by whoever serves it; safetensors writes for the owner alone.
+        # Readable by the user that serves it, because safetensors writes for the owner alone.
         temporary.chmod(0o644)
         temporary.replace(path)
     finally:

@@ -1,4 +1,4 @@
-"""What a network is, as data: the one configuration that builds UNet++ and its baselines."""
+"""Configuration of a network: the one declaration that builds UNet++ and its baselines."""
 
 from typing import Literal
 
@@ -20,7 +20,7 @@ class UNetPlusPlusConfig(BaseModel):
         widths: channels of the nodes in each row; its length is depth + 1.
         convs_per_node: 3x3(x3) convolutions in a node.
         norm: normalisation after each convolution.
-        activation: after each normalisation.
+        activation: activation function after each normalisation.
         down: 2x2 max-pooling, or a strided first convolution of the next row.
         up: transposed convolution, or linear (bilinear/trilinear) or nearest interpolation.
         up_conv: whether a 1x1 convolution to the row's width follows an interpolation.

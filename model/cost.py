@@ -1,4 +1,4 @@
-"""What a network costs: parameters, and multiply-accumulates of its convolutions."""
+"""Cost of a network: parameters, and multiply-accumulates of its convolutions."""
 
 import math
 from collections.abc import Sequence

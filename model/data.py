@@ -30,7 +30,7 @@ Millimetres = Annotated[float, Field(gt=0)]
 
 
 class DataConfig(BaseModel):
-    """How samples are made.
+    """Sampling and augmentation of the training tiles.
 
     Attributes:
         tile: side of the square or cubic training tiles in pixels or voxels, or one length per axis.
@@ -118,7 +118,7 @@ class Split:
 def _problem(
     sample: Sample, image: NDArray[np.float32], label: NDArray[np.uint8], channels: int, classes: int
 ) -> str:
-    """Why a sample cannot be used; empty if it can."""
+    """Returns the reason why a sample cannot be used; empty if it can."""
     if image.shape[0] != channels:
         return f"{sample.image.name}: {image.shape[0]} channels, the network takes {channels}"
     if image.shape[1:] != label.shape:

@@ -17,7 +17,7 @@ def soft_dice(probabilities: Tensor, target: Tensor, smooth: float = SMOOTH) -> 
     Args:
         probabilities: (N, K, H, W[, D]) in [0, 1].
         target: (N, K, H, W[, D]), 0 or 1.
-        smooth: added above and below.
+        smooth: term added to numerator and denominator.
 
     Returns:
         (N, K) in [0, 1].
@@ -34,7 +34,7 @@ def head_loss(logits: Tensor, labels: Tensor, smooth: float = SMOOTH) -> Tensor:
         logits: (N, K, H, W[, D]) float; K = 1 is a sigmoid class, K > 1 exclusive softmax classes
             of which class 0 is background.
         labels: (N, H, W[, D]) integer class per pixel; for K = 1, 0 or 1.
-        smooth: see `soft_dice`.
+        smooth: term added to numerator and denominator of Dice.
 
     Returns:
         Scalar loss. For K > 1 Dice averages the foreground classes.

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 SUFFIXES = {2: (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp"), 3: (".nii.gz", ".nii")}
 
-# Pillow's modes whose numbers are no intensities, and what an image in them becomes, as in the server.
+# Pillow's modes whose numbers are not intensities, and the mode to which such an image is converted, as in the server.
 CONVERTED = {"P": "RGB", "PA": "RGB", "LA": "L", "CMYK": "RGB", "YCbCr": "RGB"}
 
 
@@ -67,7 +67,7 @@ def read_image(path: Path, channels: int) -> NDArray[np.float32]:
         (C, H, W) float32.
 
     Raises:
-        DataError: the file cannot be read, or is no flat image.
+        DataError: the file cannot be read, or is not two-dimensional.
     """
     pixels = read_array(path, intensities=True).astype(np.float32)
     if pixels.ndim not in (2, 3):
@@ -155,8 +155,8 @@ def read_label(
 
     Args:
         path: an image, or a NIfTI volume (by its name).
-        classes: of the network.
-        spacing: as `read_volume`, by nearest neighbour.
+        classes: number of classes of the network.
+        spacing: mm per voxel to resample to, by nearest neighbour; None keeps the voxels.
 
     Raises:
         DataError: the file cannot be read, or holds no class indices.
@@ -227,7 +227,7 @@ def report(headline: str, lines: list[str], most: int = 20) -> str:
 
 
 def misplaced(sample: Sample) -> str:
-    """Why a label volume does not lie on its image's voxels; empty if it does."""
+    """Returns the reason why a label volume does not lie on its image's voxels; empty if it does."""
     image, label = nib.load(sample.image), nib.load(sample.label)
     corners = np.array(np.meshgrid(*([0, side - 1] for side in image.shape[:3]), [1])).reshape(4, -1)
     apart = np.linalg.norm((image.affine - label.affine) @ corners, axis=0).max()

@@ -11,17 +11,17 @@ from model.data import DataConfig
 
 
 class OptimisationConfig(BaseModel):
-    """How the network is trained. Adam with learning rate 3e-4 as in the paper.
+    """Optimisation of the network: Adam, with learning rate 3e-4 as in the paper.
 
     Attributes:
         batch: tiles per step.
-        epochs: at most this many; an epoch is `tiles_per_image` tiles per training image.
-        learning_rate: of Adam.
+        epochs: maximum number of epochs; an epoch is `tiles_per_image` tiles per training image.
+        learning_rate: learning rate of Adam.
         weight_decay: decoupled (AdamW) where above 0.
         schedule: constant as in the paper, or one cycle: linear warm-up over the first tenth, then cosine to 0.
         patience: epochs without a better validation Dice before the run stops.
         precision: bf16 (autocast) or fp32.
-        seed: of the initial weights and of every draw.
+        seed: seed of the initial weights and of every draw.
         workers: loader processes.
     """
 

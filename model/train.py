@@ -37,7 +37,7 @@ CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 @dataclass
 class State:
-    """Where a run stands after its last finished epoch."""
+    """Progress of a run after its last finished epoch."""
 
     epoch: int = 0
     best: float = -1.0
@@ -51,10 +51,10 @@ def train(recipe: TrainConfig, data: Path, out: Path, console: Console | None = 
     Writes to `out`: best.safetensors (the checkpoint), last.safetensors (to resume), log.csv, curve.png.
 
     Args:
-        recipe: what to train and how.
+        recipe: network, data and optimisation.
         data: folder with images/, labels/ and index.csv whose splits include train and val.
         out: folder of the run, created if need be.
-        console: for progress; none prints nothing.
+        console: console for progress; None prints nothing.
 
     Returns:
         Path of best.safetensors.

@@ -42,7 +42,7 @@ OPS_CONNECTIONS, OPS_STOP_S = 64, 1
 # Seconds that an idle connection stays open, because proxies expect more than 60.
 KEEP_ALIVE_S = 65
 
-# For the documentation; `auth` is what asks for a key.
+# Only for the documentation, because `auth` checks the keys.
 KEY_SCHEMES = [
     Depends(HTTPBearer(auto_error=False)),
     Depends(APIKeyHeader(name="X-API-Key", auto_error=False)),
@@ -55,9 +55,9 @@ def create_app(
     """Makes the application.
 
     Args:
-        settings: the operator's choices.
-        service: open already, so that what is wrong with a bundle was said before; else it is made and opened here.
-        store: store of jobs; else it is opened on start-up.
+        settings: settings of the operator.
+        service: open service, whose bundles have been checked already; by default one is made and opened here.
+        store: store of jobs; by default one is opened on start-up.
     """
     if service is None:
         service = open_service(settings)

@@ -14,15 +14,15 @@ from numpy import ndarray
 
 @dataclass(frozen=True)
 class InputHeader:
-    """What the header of a file says, before any pixel is decoded.
+    """Facts that the header of a file gives before any pixel is decoded.
 
     Attributes:
-        size: (H, W) of an image, (X, Y, Z) of a volume or a stack.
-        channels: as will be decoded.
-        sample_bytes: of one decoded value.
-        affine: see `Volume`.
-        family: see `Volume`.
-        time_slices: see `Volume`.
+        size: pixels or voxels per axis: (H, W) of an image, (X, Y, Z) of a volume or a stack.
+        channels: number of channels after decoding.
+        sample_bytes: bytes of one decoded value.
+        affine: (4, 4) matrix from voxel index to mm along right, anterior, superior; None for images and stacks.
+        family: format family of a volume: "nifti", or "nrrd" for NRRD and MetaImage.
+        time_slices: slices of each time of a time-lapse; None for other inputs.
     """
 
     size: tuple[int, ...]
@@ -49,8 +49,8 @@ class Image:
 
     Attributes:
         pixels: (H, W, C) uint8, uint16 or float32, all finite; C = 1 grey or 3 red, green, blue.
-        note: what the caller should know about the decoding, e.g. that only the first page was read.
-        spacing_mm: from row to row and from column to column, where the file says it.
+        note: remark on the decoding for the caller, e.g. that only the first page was read.
+        spacing_mm: distances in mm from row to row and from column to column; None where the file gives none.
     """
 
     pixels: Shaped[ndarray, "H W C"]
@@ -69,7 +69,7 @@ class Image:
 
     @property
     def input_header(self) -> InputHeader:
-        """What a header would say."""
+        """Header of this image."""
         return InputHeader(self.size, self.pixels.shape[-1], self.pixels.itemsize)
 
 
@@ -79,12 +79,13 @@ class Volume:
 
     Attributes:
         voxels: (X, Y, Z, C) uint8, uint16, int16 or float32, all finite. The pages of a stack follow each other along Z.
-        affine: (4, 4) voxel index to mm along right, anterior, superior; None for a stack of pages.
+        affine: (4, 4) matrix from voxel index to mm along right, anterior, superior; None for a stack of pages.
         file_header: the file's own header, which the answer is written with; None for a stack of pages.
-        note: as `Image.note`.
-        spacing_mm: of a stack, along X, Y and, unless each page is a time, Z, where the file says it; of a volume the affine tells.
-        family: what a volume is answered in unless another format is asked for: "nifti", or "nrrd" for NRRD and MetaImage.
-        time_slices: of a time-lapse, how many slices each time has, through which alone objects go on; else None.
+        note: remark on the decoding for the caller, e.g. that only some pages were read.
+        spacing_mm: distances in mm between the pixels of a stack along X, Y and, unless each page is a time, Z; None
+            where the file gives none, and for a volume, because its affine holds them.
+        family: format of a volume's answer unless the request names one: "nifti", or "nrrd" for NRRD and MetaImage.
+        time_slices: slices of each time of a time-lapse, because objects do not span two times; None for other inputs.
     """
 
     voxels: Shaped[ndarray, "X Y Z C"]
@@ -108,7 +109,7 @@ class Volume:
 
     @property
     def input_header(self) -> InputHeader:
-        """What a header would say."""
+        """Header of this volume or stack."""
         return InputHeader(
             self.size, self.voxels.shape[-1], self.voxels.itemsize, self.affine, self.family, self.time_slices
         )
@@ -219,7 +220,7 @@ class LabelledMask(Mask):
 
 @dataclass(frozen=True)
 class Overlap:
-    """How far two masks of one class agree.
+    """Agreement of two masks of one class.
 
     Attributes:
         iou: intersection over union; 1 where both masks are empty.

@@ -16,7 +16,7 @@ class CancelToken:
         self._set = True
 
     def check(self) -> None:
-        """Ends the work if that was asked for.
+        """Ends the work if the token was set.
 
         Raises:
             Cancelled: `set` was called.

@@ -73,9 +73,9 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[..
 def read_settings(
     bundles: Path | None = None, host: str | None = None, port: int | None = None, insecure: bool = False
 ) -> Any:
-    """Reads the settings from the environment; what the command line names wins.
+    """Reads the settings from the environment; options of the command line take precedence.
 
-    Exits with 1 where a variable with our prefix is no setting, or a value is not valid.
+    Exits with 1 where a variable with our prefix is not a setting, or a value is not valid.
     """
     from pydantic import ValidationError
 

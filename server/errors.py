@@ -41,7 +41,7 @@ class UnetppError(Exception):
 
     Args:
         detail: one or two sentences for a person: what is wrong, the value and the limit, the remedy.
-        fields: the same facts for a program; None values are left out. They become members of the problem document, and tests assert
+        fields: facts of the detail, for a program; None values are left out. They become members of the problem document, and tests assert
             them. The usual names are `parameter`, `value`, `allowed` (values that exist), `limit`, `actual`, `unit`, `setting`
             (the one that raises the limit) and `remedy`. The docstring of each class lists the fields it may have.
 
@@ -120,7 +120,7 @@ class UnknownJob(CallerError):
 
 
 class ReloadFailed(CallerError):
-    """The bundles on disk cannot be served, and the operator is told why; the old ones are served on. Fields: those of the cause."""
+    """The bundles on disk cannot be served, and the old ones stay in service. Fields: those of the cause, for the operator."""
 
 
 class NotFinished(CallerError):
@@ -138,7 +138,7 @@ class NotFinished(CallerError):
 
 
 class TryAgain(UnetppError):
-    """The same request may succeed later.
+    """A request is refused that may succeed later.
 
     Args:
         detail: sentence for a person.
@@ -181,7 +181,7 @@ class NotReady(TryAgain):
 
 
 class StoreFull(TryAgain):
-    """There is no disk space for jobs and results. Fields: limit, actual, unit, setting."""
+    """The disk space for jobs and results is used up. Fields: limit, actual, unit, setting."""
 
 
 class Interrupted(TryAgain):
@@ -189,7 +189,7 @@ class Interrupted(TryAgain):
 
 
 class ServerFault(UnetppError):
-    """The operator, or we, must fix it. Callers are told nothing but that."""
+    """The operator or the developers must fix the cause. Its details are not sent to callers."""
 
 
 class BundleDamaged(ServerFault):

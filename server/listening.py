@@ -88,7 +88,7 @@ def bind(
         setting: name of the setting that holds the host.
         is_guarded: whether keys are needed, or the operator accepts that they are not.
         stack: closes the sockets.
-        resolve: returns the addresses of a host; the system's resolver if not given.
+        resolve: function that returns the addresses of a host; by default the system's resolver.
 
     Raises:
         Misconfigured: names the setting.

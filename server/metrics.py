@@ -32,7 +32,8 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 FILLS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 PHASES = ("open", "decode", "queue", "infer", "restore", "postprocess", "encode")
 OUTCOMES = ("ok", "client_error", "refused", "late", "error", "cancelled")
-# Reasons for which a request was refused, given up after it had begun, and for which windows of an admitted one were not run.
+# Reasons for which a request was refused, for which it was cancelled after it had begun, and for which windows of an
+# admitted request were not run.
 REFUSALS = ("in_flight", "wait", "memory", "stopping", "unauthorized", "too_large", "uploads")
 CANCELLATIONS = ("client_left", "deadline", "stopping")
 DROPS = ("cancelled", "late", "unreadable", "error")

@@ -36,7 +36,7 @@ class Gpus(Collector):
 
     Args:
         registry: registry that shows the gauges.
-        load: returns the library, or raises.
+        load: function that returns the library, or raises.
         timeout_s: seconds that `refresh` waits.
     """
 

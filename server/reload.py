@@ -84,7 +84,7 @@ class Reload:
     def _ended(self, task: asyncio.Task[list[str]]) -> None:
         self._running = None
         if not task.cancelled():
-            # Read, because asyncio logs exceptions that nobody reads.
+            # Retrieved, because asyncio logs exceptions that were never retrieved.
             task.exception()
         if self._again:
             self._again = False

@@ -21,10 +21,10 @@ def open_service(
     """Makes the service over every bundle of the settings; graphs are opened at first use, or by `service.open()`.
 
     Args:
-        settings: where the bundles are, and how they are to run.
-        deployments: read already; else they are read from `settings.bundles`.
-        device: runs the graphs; a thread of its own if not given.
-        latency: predicts work; empty if not given.
+        settings: settings of the server, with the folder of the bundles.
+        deployments: deployments by name; by default they are read from `settings.bundles`.
+        device: runner of the graphs; by default a thread of its own.
+        latency: model that predicts seconds of work; by default an empty one.
 
     Raises:
         BundleDamaged, EngineUnavailable: names the bundle and the reason.

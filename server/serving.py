@@ -32,7 +32,7 @@ class Operations:
     Attributes:
         stopping: state of the shutdown.
         drain: ends work that no request waits for.
-        reload: reads the bundles again.
+        reload: function that reads the bundles again.
         routes: routes of health and metrics.
         guard: adds the middleware to an application: guard(app, free=paths that need no key).
     """

@@ -31,7 +31,7 @@ class _Group(BaseModel):
 
 
 class HttpSettings(_Group):
-    """Where the server listens, and how it stops."""
+    """Addresses, ports and connections of the server, and its shutdown."""
 
     host: str = Field(
         "127.0.0.1", description="address to listen on; beyond loopback only with keys or `--insecure`"
@@ -82,7 +82,7 @@ class HttpSettings(_Group):
 
 
 class BatchingSettings(_Group):
-    """How tiles of different requests share one run of a graph."""
+    """Batches: tiles of different requests that share one run of a graph."""
 
     max_batch_pixels: int = Field(
         4_194_304,
@@ -103,7 +103,7 @@ class BatchingSettings(_Group):
 
 
 class RuntimeSettings(_Group):
-    """What runs the graphs."""
+    """Engine, precision, threads and memory of the graphs."""
 
     engine: Literal["auto", "onnxruntime", "openvino"] = Field(
         "auto",
@@ -132,7 +132,7 @@ class RuntimeSettings(_Group):
 
 
 class LimitsSettings(_Group):
-    """What a request may bring, and how long it may take to bring it."""
+    """Limits of the size and the duration of a request."""
 
     max_body_mb: int = Field(
         256,
@@ -187,7 +187,7 @@ class LimitsSettings(_Group):
 
 
 class AuthSettings(_Group):
-    """Who may use the server."""
+    """Access to the server."""
 
     keys_file: Path | None = Field(
         None,
@@ -201,7 +201,7 @@ class AuthSettings(_Group):
 
 
 class LogSettings(_Group):
-    """How the log is written to stderr."""
+    """Log on stderr, and spans."""
 
     format: Literal["text", "json"] = Field(
         "text",
@@ -306,9 +306,9 @@ OLD_SETTINGS = {
 
 
 def unknown_variables() -> list[str]:
-    """Variables with the prefix that are no setting, most likely misspelt, each with what to do about it.
+    """Lists variables with the prefix that are not settings, most likely misspelt, each with its remedy.
 
-    A whole group as JSON (`UNETPP_HTTP={...}`) is none either, because one way to write a setting is enough.
+    A whole group as JSON (`UNETPP_HTTP={...}`) is also listed, because one way to write a setting is enough.
     """
     names = sorted(name.upper() for name in os.environ if name.upper().startswith(PREFIX))  # noqa: TID251 - read once, here
     return [f"{name} {OLD_SETTINGS.get(name, 'does not exist')}" for name in names if name not in SETTINGS]

@@ -31,7 +31,7 @@ class AccessLogMiddleware:
     Args:
         app: application behind it. Its routes may leave two dictionaries in the request's state:
             `attributes`, which are added to the line, and `timings`, seconds per phase, which become spans.
-        traces: receives the requests; None where nothing is traced.
+        traces: receiver of the requests; None where nothing is traced.
         static: paths that are logged as they are, because callers have not made them up.
     """
 

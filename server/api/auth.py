@@ -146,7 +146,7 @@ class APIKeyMiddleware:
         app: application behind it.
         keys: valid keys.
         free: paths that need no key.
-        count_refusal: called for each refusal.
+        count_refusal: callback for each refusal.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ class BoundedParser(h11.Connection):
     """h11's connection, which parses a limited number of events per turn.
 
     Args:
-        on_sent: called after each piece of a response.
+        on_sent: callback after each piece of a response.
 
     Attributes:
         requests: heads of requests so far.

@@ -24,7 +24,7 @@ class HeadLimit:
 
     Args:
         app: application behind it.
-        count_refusal: called with the label of each refusal, because a request that reaches no route is
+        count_refusal: callback with the label of each refusal, because a request that reaches no route is
             counted nowhere else.
     """
 
@@ -73,7 +73,7 @@ class BodyLimit:
         idle_s: seconds without a byte after which a body is refused.
         min_bytes_per_s: rate below which a body is refused, measured over `idle_s`. Only waiting for the
             client counts.
-        count_refusal: called with the label of each refusal, because a request that reaches no route is
+        count_refusal: callback with the label of each refusal, because a request that reaches no route is
             counted nowhere else.
     """
 

@@ -115,7 +115,7 @@ def install(app: FastAPI, count_refusal: Callable[[str], None] = lambda reason: 
 
     Args:
         app: application whose errors they handle.
-        count_refusal: called with the label of each request to do work that is refused.
+        count_refusal: callback with the label of each request to do work that is refused.
     """
 
     @app.exception_handler(errors.UnetppError)

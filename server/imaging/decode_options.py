@@ -1,4 +1,4 @@
-"""How a file is decoded: the caller's choices, the limits that hold before pixels are decoded, values that are not finite."""
+"""Decoding options: the caller's choices, limits that hold before pixels are decoded, values that are not finite."""
 
 import math
 from dataclasses import dataclass

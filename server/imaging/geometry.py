@@ -235,7 +235,7 @@ def check_affine(affine: Float64[ndarray, "4 4"]) -> None:
             f"the voxels are {shown} mm apart; between {MIN_SPACING_MM:g} and {MAX_SPACING_MM:g} mm is read. Repair the "
             "spacing (pixdim, sform) or its unit (xyzt_units) in the header",
             reason="spacing",
-            # Infinity is no number of JSON.
+            # JSON cannot represent infinity.
             actual=[mm if math.isfinite(mm) else None for mm in spacing_mm],
             limit=[MIN_SPACING_MM, MAX_SPACING_MM],
             unit="mm",

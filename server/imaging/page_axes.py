@@ -97,7 +97,7 @@ def parse_count(values: dict[str, Any], name: str, default: str = "1") -> int:
 
 
 def parse_spacing(lengths: dict[str, tuple[str | float, str]]) -> dict[str, float]:
-    """Converts (number, unit) per axis to mm, and leaves out what is no sensible length."""
+    """Converts (number, unit) per axis to mm, and leaves out implausible lengths."""
     spacing_mm = {}
     for letter, (number, unit) in lengths.items():
         try:

@@ -168,7 +168,7 @@ def _have_one_shape(tiff: "tifffile.TiffFile", selected: list[int]) -> bool:
         # tifffile itself groups pages of one hash to a series.
         if page.hash != first.hash:
             return False
-        # Both are counted here because pages may share them, so that a short file asks for endless work.
+        # Both are counted here because pages may share them, so that a short file can cause unlimited work.
         segments += len(page.dataoffsets)
         characters += len(page.description)
         if len(selected) > 1 and segments > MAX_SEGMENTS:

@@ -35,10 +35,10 @@ class JobExecutor:
 
     Args:
         service: does the work.
-        store: keeps the results.
-        run_in_thread: runs the calls of the store.
-        response_headers: gives the headers of a response, to be kept with the result.
-        problem_document: gives the problem document of the error that ended a job.
+        store: store of the results.
+        run_in_thread: function that runs the calls of the store.
+        response_headers: function that returns the headers of a response, to be kept with the result.
+        problem_document: function that returns the problem document of the error that ended a job.
         disk_retry_s: seconds between two tries while the disk fails.
     """
 

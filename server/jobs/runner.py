@@ -59,9 +59,9 @@ class Runner:
         settings: folder and limits of the store, and the number of jobs that run at once.
         max_uploads: bodies that arrive at once.
         service: does the work.
-        metrics: counts outcomes.
-        response_headers: gives the headers of a response, to be kept with the result.
-        problem_document: gives the problem document of the error that ended a job.
+        metrics: counters of outcomes.
+        response_headers: function that returns the headers of a response, to be kept with the result.
+        problem_document: function that returns the problem document of the error that ended a job.
         store: open store; None opens one on entering.
         intervals: seconds between recurring steps.
         clock: seconds that only go forward, for progress.

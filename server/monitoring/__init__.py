@@ -1,1 +1,1 @@
-"""What watches the service: shadow evaluation, the health probe, and what metrics are told of the deployments."""
+"""Monitoring of the service: shadow evaluation, the health probe, and metrics that describe the deployments."""

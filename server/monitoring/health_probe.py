@@ -102,7 +102,7 @@ class HealthProbe:
         now = time.monotonic()
         fresh = self._last_success >= now - self._fresh_s and self._last_success > self._last_failure
         if not self._running and not fresh and now - self._ended >= self._retry_s:
-            # In a context of its own: the log should not name whoever asked first.
+            # In a context of its own, because the log should not name the caller whose request started it.
             self._running = asyncio.create_task(self._probe(), context=contextvars.Context())
 
     async def _probe(self) -> None:

@@ -1,4 +1,4 @@
-"""What the metrics are told of the deployments, so that every label value is known before the first request."""
+"""Describes the deployments to the metrics, so that every label value is known before the first request."""
 
 from collections.abc import Mapping
 

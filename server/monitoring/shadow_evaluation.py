@@ -1,7 +1,7 @@
 """Shadow evaluation: a share of the fast answers is computed again in accurate mode and compared.
 
 It shows what speed costs on the inputs that really come. It measures agreement between two of our own answers, not accuracy,
-because nobody knows the truth. The caller has its answer long before. The decoded input and the mask are held in memory until
+because the true mask is not known. The caller has its answer long before. The decoded input and the mask are held in memory until
 then, one at a time; they are neither kept nor logged.
 """
 
@@ -38,13 +38,13 @@ MEMORY_WAIT_S = 300.0
 
 @dataclass(frozen=True)
 class Sample:
-    """A fast answer, with what it takes to compute it again.
+    """A fast answer, with the data that computing it again needs.
 
     Attributes:
-        target: what was served.
-        source: the decoded input.
+        target: target that was served.
+        source: decoded input.
         classes: (H, W) or (X, Y, Z) uint8, the mask before post-processing.
-        params: of the request.
+        params: parameters of the request.
     """
 
     target: Target
@@ -59,7 +59,7 @@ class ShadowEvaluation:
     Args:
         settings: share of the fast answers.
         service: calls `offer` for each answer, and computes samples again.
-        metrics: counts what comes of it.
+        metrics: counters of the outcomes.
         draw: a number in [0, 1), each time another.
     """
 
@@ -127,7 +127,7 @@ class ShadowEvaluation:
         except asyncio.CancelledError:
             self._metrics.count("skipped")
             raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, nobody waits for it
+        except Exception as error:  # noqa: BLE001 - no caller waits for it
             self._metrics.count("failed")
             log.warning(
                 "an answer of %s at level %d could not be computed again: %s",

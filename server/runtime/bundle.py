@@ -57,7 +57,7 @@ class Graph(_Part):
     Attributes:
         name: "L1".."L5", "accurate" or "head_std".
         level: depth of the grid that it runs.
-        divisor: every tile axis is a multiple of this.
+        divisor: number of pixels of which every tile axis is a multiple.
         parameters: trained parameters in it.
         macs_per_pixel: multiply-accumulates per input pixel or voxel.
         files: ONNX file per graph precision.
@@ -75,14 +75,14 @@ class CalibrationRow(_Part):
     """One measured point: a graph at a precision on an engine.
 
     Attributes:
-        graph: which graph.
+        graph: name of the graph.
         precision: fp32, bf16, fp16 or int8.
-        engine: that produced the scores and the time.
+        engine: engine that produced the scores and the time.
         iou: foreground IoU per image, averaged over images (and classes); both empty counts 1.
-        mean_iou: the same with the background class averaged in, as the paper reports it.
+        mean_iou: IoU per image, averaged over images and classes with the background, as in the paper.
         dice: foreground Dice per image, averaged.
-        class_dice: the same per class, in the order of the manifest's classes.
-        latency_ms: median time of one run of a 256 x 256 tile (64^3 for volumes), batch 1.
+        class_dice: Dice per class, averaged over images, in the order of the manifest's classes.
+        latency_ms: median milliseconds of one run of a 256 x 256 tile (64^3 for volumes), batch 1.
     """
 
     graph: str
@@ -104,7 +104,7 @@ class Recommended(_Part):
 
 
 class Measured(_Part):
-    """What was measured, on which data and machine."""
+    """Measured points, with the data and the machine that they were measured on."""
 
     data: str
     images: int
@@ -135,10 +135,10 @@ class Comparison(_Part):
 
 
 class Manifest(_Part):
-    """What belongs to the network; operators' choices live in settings, the caller's in the request.
+    """Properties of the network; operators' choices live in settings, the caller's in the request.
 
     Attributes:
-        orientation: of a network for volumes: where its axes point, in nibabel's letters, e.g. "RAS".
+        orientation: directions of the axes of a network for volumes, in nibabel's letters, e.g. "RAS".
         spacing: mm per voxel along them that volumes are resampled to; None takes any.
         head_std: `accurate` with one channel more: the standard deviation over the heads of the foreground probability. None where there
             is one head, or the bundle was exported by a version that had no such graph.
@@ -272,9 +272,9 @@ class Bundle:
     """A bundle on disk whose every file has been checked against the manifest.
 
     Attributes:
-        folder: where it is, or was.
-        manifest: as read.
-        sha256: of the manifest's file, and as that has the hashes of all others, of the bundle.
+        folder: folder that it was read from.
+        manifest: manifest that was read.
+        sha256: hash of the manifest's file, which stands for the bundle because that file has the hashes of all others.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, sha256: str = "") -> None:

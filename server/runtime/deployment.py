@@ -57,7 +57,7 @@ class ModelInstance:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What the latency model keeps its observations under: model, graph, precision, engine and bundle."""
+        """Key of the observations in the latency model: model, graph, precision, engine and bundle."""
         candidate = self.choice.candidate
         return self.model, self.graph.name, candidate.precision, candidate.engine, self.bundle_sha256
 
@@ -82,9 +82,9 @@ class Deployment:
         tuning: measurements that fit, if there are any.
 
     Attributes:
-        name: of the bundle.
-        bundle: see Args.
-        tuning: see Args.
+        name: name of the bundle.
+        bundle: bundle that is served.
+        tuning: measurements that the selection rests on, if there are any.
         retired: whether it has been replaced; its graphs are then no longer kept open.
 
     Raises:
@@ -115,7 +115,7 @@ class Deployment:
 
     @property
     def selection(self) -> Selection:
-        """What serves each graph."""
+        """Choice of engine and precision for each graph."""
         return self._serving[0]
 
     @property
@@ -134,7 +134,7 @@ class Deployment:
 
     @property
     def manifest(self) -> Manifest:
-        """Of the bundle."""
+        """Manifest of the bundle."""
         return self.bundle.manifest
 
     @property

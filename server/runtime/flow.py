@@ -44,7 +44,7 @@ class Flow:
 
     Attributes:
         instance: model instance that runs them.
-        priority: see `RANK`.
+        priority: class in the queue; "probe" runs before "interactive", and that before "batch".
         deadline: time of `time.monotonic` after which the answer is of no use.
         expected: tiles that the request will submit.
         tile: seconds that each should take.
@@ -88,7 +88,7 @@ class PendingTiles:
 
     @property
     def batch_key(self) -> tuple[Engine, tuple[int, ...]]:
-        """What may share a run: engine, channels and size. A layer that looks at a whole tile must not see another size."""
+        """Key that tiles of one run share: engine, channels and size. A layer that looks at a whole tile must not see another size."""
         return self.engine, self.tiles.pixels.shape[1:]
 
     @property

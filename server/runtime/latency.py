@@ -18,8 +18,8 @@ CONFIDENT_AFTER = 3
 # refuse 22 requests, of which each is answered within milliseconds.
 DOUBT = 0.9
 
-# Seconds after which an observation refuses and degrades nobody any more, because a level that is degraded for its rate is not
-# run, and what was learned in a busy phase would hold for ever.
+# Seconds after which an observation no longer refuses or degrades requests, because a level that is degraded for its rate is
+# not run, so that a rate from a busy phase would never be replaced.
 STALE_S = 600.0
 
 # Powers of two by which an observed size may be larger than a piece of work and still say enough of it.
@@ -33,8 +33,8 @@ class Prediction(NamedTuple):
     """Seconds of a piece of work.
 
     Attributes:
-        seconds: expected; 0 where nothing at all is known.
-        fastest_s: at the best rate ever observed, which a machine that is no longer busy may reach again.
+        seconds: expected time; 0 where nothing at all is known.
+        fastest_s: time in seconds at the best rate ever observed, which a machine that is no longer busy may reach again.
         confident: whether enough has been observed to refuse a request because of it.
     """
 
@@ -76,9 +76,9 @@ class LatencyModel:
         """Predicts a piece of work of `pixels` pixels.
 
         Args:
-            key: the kind of work.
-            pixels: size of the piece.
-            macs_per_pixel: multiply-accumulates per pixel of a graph; 0 for work that is no graph.
+            key: kind of work.
+            pixels: size of the piece, in pixels or voxels.
+            macs_per_pixel: multiply-accumulates per pixel of a graph; 0 for work other than graphs.
         """
         rates = self._rates.get(key)
         if not rates:
@@ -87,7 +87,8 @@ class LatencyModel:
         distance = {size: abs(size - pixels.bit_length()) for size in rates}
         size = min(rates, key=lambda known: distance[known])
         rate = rates[size]
-        # What a smaller piece pays for starting makes a larger one look slow, which would be refused and never observed.
+        # Because the start of a run weighs more in a small piece, its rate makes a larger one look slow; that would be refused and
+        # never observed.
         near = 0 <= size - pixels.bit_length() <= NEAR
         fresh = self._clock() - rate.observed_at < STALE_S
         confident = near and fresh and rate.observations >= CONFIDENT_AFTER
@@ -97,7 +98,7 @@ class LatencyModel:
         """Learns from a piece of work of `pixels` pixels that took `seconds`."""
         rates, size, seen = self._rates.setdefault(key, {}), pixels.bit_length(), seconds / pixels
         rate = rates.get(size)
-        # A run below the resolution of the clock, which seems to take no time at all, is no scale for the next one.
+        # A run below the resolution of the clock, which seems to take no time at all, gives no scale for the next one.
         if rate is None or not rate.expected:
             rates[size] = _Rate(seen, seen, self._clock())
         else:

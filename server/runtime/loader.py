@@ -24,7 +24,7 @@ class Loader:
     """Opens the graphs of deployments. Methods may be called from any thread.
 
     Attributes:
-        device: runs the golden pairs.
+        device: runner of the golden pairs.
         memory_bytes: budget for open graphs; the least recently used is closed for one that needs the room.
     """
 
@@ -73,7 +73,7 @@ class Loader:
             self._open_next(deployments, tried, done)
 
         deployments = [deployment for deployment in deployments if not deployment.retired]
-        # Looked up anew each time, because a precision that proves broken changes what `auto` means.
+        # Looked up each time, because a precision that proves broken changes what `auto` means.
         for deployment, instance in [(one, graph) for one in deployments for graph in one.of_auto]:
             fits = self._used_bytes() + instance.memory_bytes <= self.memory_bytes
             closed = instance.engine is None and instance.failure is None and instance not in tried

@@ -1,4 +1,4 @@
-"""What this machine can run: facts that do not vary from one start to the next."""
+"""Engines and hardware of this machine: facts that do not vary from one start to the next."""
 
 import math
 import os

@@ -32,9 +32,9 @@ class Scheduler:
     """The queue in front of one device. All methods belong to the event loop's thread.
 
     Args:
-        device: runs the batches.
-        latency: predicts runs and learns from them.
-        metrics: counts batches, and shows what waits.
+        device: runner of the batches.
+        latency: model that predicts runs and learns from them.
+        metrics: counters of batches, and gauges of what waits.
         max_wait_s: seconds that a batch waits for requests that are being decoded.
         clock: seconds that never go back.
     """
@@ -107,9 +107,9 @@ class Scheduler:
         Tiles of a cancelled request that have not started are not run.
 
         Args:
-            flow: the request; it may submit several times.
-            engine: of the flow's instance.
-            tiles: of one size.
+            flow: flow of the request, which may submit several times.
+            engine: engine of the flow's instance.
+            tiles: tiles of one size.
 
         Raises:
             InferenceFailed: the engine raised.

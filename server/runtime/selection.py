@@ -47,11 +47,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What serves one graph at one precision.
+    """Candidate that serves one graph at one precision.
 
     Attributes:
         candidate: the engine, provider and precision.
-        batch_pixels: pixels or voxels of one run at most.
+        batch_pixels: maximum of pixels or voxels in one run.
     """
 
     candidate: Candidate
@@ -60,12 +60,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Selection:
-    """What serves the graphs of a bundle.
+    """Choices that serve the graphs of a bundle.
 
     Attributes:
-        choices: by (graph, precision): every precision that a request may name.
-        auto: the precision behind `precision=auto`, by graph.
-        reason: why, by graph: "settings", "tuning" or "rule".
+        choices: choices by (graph, precision), one for every precision that a request may name.
+        auto: precision behind `precision=auto`, by graph.
+        reason: source of `auto`, by graph: "settings", "tuning" or "rule".
     """
 
     choices: Mapping[tuple[str, str], Choice]
@@ -106,7 +106,7 @@ def select(
     """Applies the rule.
 
     Args:
-        manifest: of the bundle, with its calibration.
+        manifest: manifest of the bundle, with its calibration.
         machine: facts of this machine, already restricted to the engine and provider of the settings.
         settings: precision that `auto` means.
         batching: limit of pixels in one run.

@@ -62,12 +62,12 @@ def tune(
     """Measures every enabled candidate of every graph of a bundle.
 
     Args:
-        folder: of the bundle.
+        folder: folder of the bundle.
         runtime: engine and provider to restrict the candidates to; a precision named there does not.
         batching: limits of a batch.
         limit_s: seconds after which no further round begins.
-        advance: called with the name of each graph that has been measured.
-        clock: seconds that never go back.
+        advance: callback with the name of each graph that has been measured.
+        clock: function that returns seconds and never goes back.
 
     Raises:
         TuningTooNoisy: the rounds differ too much to be stored; names the largest difference.

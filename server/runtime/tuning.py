@@ -22,7 +22,7 @@ class _Part(BaseModel):
 
 
 class TuningKey(_Part):
-    """What a tuning is valid for.
+    """Conditions under which a tuning is valid.
 
     Attributes:
         bundle: SHA-256 of the manifest.
@@ -91,8 +91,8 @@ class Tuning(_Part):
     """A stored tuning.
 
     Attributes:
-        key: what it is valid for.
-        created: seconds since 1970.
+        key: bundle, machine and settings that it is valid for.
+        created: time of the measurement, in seconds since 1970.
         rows: measured points.
     """
 

@@ -1,7 +1,8 @@
-"""Who may start: the deepest level in time, or a refusal that says by how much; memory and a place in the queue for who may.
+"""Admission: serves the deepest level that meets the deadline, or refuses the request with the time by which it misses it.
 
-Used by images, volumes, jobs and zips alike. Predictions begin humble: what has not been observed often enough counts as
-nothing, so that only the queue is left to refuse a request, and an idle server refuses nobody.
+Images, volumes, jobs and zips all pass through it. An admitted request gets memory and a place in the queue. Predictions
+start at zero: work that has not been observed often enough counts 0 seconds, so that only the queue can refuse a request, and
+an idle server refuses none.
 """
 
 import asyncio
@@ -46,10 +47,10 @@ class Ticket:
         target: target that is served.
         degraded: "deadline" or "load" where they differ, else "".
         formats: canonical names of the output formats.
-        placement: of the network's grid in the input.
-        estimate: what it will take.
-        flow: its place in the queue.
-        memory_wait_s: seconds that it waited for a share of the memory budget.
+        placement: position of the network's grid in the input.
+        estimate: predicted work.
+        flow: place in the queue.
+        memory_wait_s: seconds that the request waited for a share of the memory budget.
     """
 
     requested: Target
@@ -66,10 +67,10 @@ class Admission:
     """Admits requests. All methods belong to the event loop's thread.
 
     Args:
-        scheduler: the queue.
-        latency: predicts work.
-        limits: of one request, and of the pixels decoded at once.
-        metrics: counts pixels and windows.
+        scheduler: queue of tiles.
+        latency: model that predicts seconds of work.
+        limits: limits of one request, and of the pixels decoded at once.
+        metrics: counters of pixels and windows.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class Admission:
             DeadlinePassed: the deadline has passed.
         """
         if estimate.fastest_s > qos.budget_s:
-            # A refused request is not run, so that without this a rate that no longer holds would refuse for ever.
+            # A refused request is not run, so that without this a rate that no longer holds would refuse requests without end.
             for key, pixels in estimate.observed:
                 self._latency.doubt(key, pixels)
         if estimate.fastest_s > qos.timeout_s:

@@ -1,4 +1,4 @@
-"""What a request will take, told from its header alone."""
+"""Estimate of the work of a request, from its header alone."""
 
 import math
 from collections.abc import Hashable
@@ -19,17 +19,18 @@ WINDOW_BYTES = 100
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a request will take.
+    """Predicted work of a request.
 
     Attributes:
         pixels: pixels or voxels of the input, or of the network's grid where that has more.
         windows: windows to be run.
         tile_pixels: pixels of each window.
         padding: pixels of all windows that are not the input's.
-        memory_bytes: peak of the decoded input, the open scores, the mask and its encoding.
-        device_s: predicted device time; 0 where nothing is known.
-        cpu_s: predicted time beside the device: decoding, merging, post-processing and encoding; 0 where nothing is known.
-        fastest_s: both at the best rates ever observed; 0 unless enough was observed to refuse a request because of it.
+        memory_bytes: peak in bytes of the decoded input, the open scores, the mask and its encoding.
+        device_s: predicted seconds on the device; 0 where nothing is known.
+        cpu_s: predicted seconds beside the device: decoding, merging, post-processing and encoding; 0 where nothing is known.
+        fastest_s: device and CPU time in seconds at the best rates ever observed; 0 unless enough was observed to refuse
+            a request because of it.
         observed: keys and sizes of the latency model that the times rest on.
     """
 
@@ -65,13 +66,13 @@ def estimate_work(
     """Adds up windows and memory; times are filled in by admission.
 
     Args:
-        header: of the input.
+        header: header of the input.
         reference: header of the reference, if there is one.
-        placement: of the network's grid in the input.
-        manifest: of the network.
-        graph: to be run.
-        formats: of the answer.
-        params: what is done with the mask.
+        placement: position of the network's grid in the input.
+        manifest: manifest of the network.
+        graph: graph to be run.
+        formats: formats of the answer.
+        params: request parameters, because post-processing takes memory.
     """
     grid = tile_grid(placement.size, manifest, graph, flat=placement.flat)
     windows, tile_pixels = math.prod(grid.counts), math.prod(grid.tile)

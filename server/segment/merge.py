@@ -27,10 +27,10 @@ STRIP_PIXELS = 262_144
 class WindowMerger:
     """Collects the scores of windows, in their order, and writes classes (and scores) into the caller's arrays.
 
-    Inside, "rows" are positions along the axis that orders the windows, whichever it is.
+    Internally, "rows" are positions along the axis that orders the windows, whichever axis that is.
 
     Args:
-        windows: where they lie.
+        windows: positions of the windows.
         channels: K of the scores.
         threshold: foreground is a score above it; for K > 1 that of the best foreground class, or None where the largest score wins.
         classes: uint8, written to; its axes are those of the windows, of the grid's size or another, to which scores are
@@ -128,10 +128,10 @@ class WindowMerger:
         total: Float32[ndarray, "K *part"],
         weight: Float32[ndarray, "*part"],
     ) -> None:
-        """Writes a part of everything that is asked for.
+        """Writes a part of every requested array.
 
         Args:
-            place: of the part, rows first.
+            place: position of the part, rows first.
             total: weighted sums of scores.
             weight: sums of the weights.
         """

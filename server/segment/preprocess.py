@@ -27,7 +27,7 @@ STATISTICS_PIXELS = 1_000_000
 
 
 def decode_options(params: SegmentParams, limits: LimitsSettings) -> DecodeOptions:
-    """How the input is to be decoded."""
+    """Makes the decoding options of the input."""
     return DecodeOptions(
         limits.max_pixels,
         limits.max_voxels,
@@ -38,7 +38,7 @@ def decode_options(params: SegmentParams, limits: LimitsSettings) -> DecodeOptio
 
 
 def _label_options(options: DecodeOptions) -> DecodeOptions:
-    """The same limits for a reference: labels come as one stack, whatever axes and channels the input has."""
+    """Makes the decoding options of a reference: labels come as one stack, whatever axes and channels the input has."""
     return dataclasses.replace(options, labels=True, zero_nonfinite=True, axes="", channel=None)
 
 
@@ -98,7 +98,7 @@ def check_pixel_size(pixel_size_um: str | None, header: InputHeader) -> None:
     """Refuses a pixel size that does not fit the input, before it is decoded.
 
     Raises:
-        InvalidParameter: the input is a volume, or the text is no size.
+        InvalidParameter: the input is a volume, or the text is not a size.
     """
     if pixel_size_um is None:
         return
@@ -115,7 +115,7 @@ def with_pixel_size(source: Image | Volume, pixel_size_um: str | None) -> Image 
     """Gives an image or a stack the pixel size of the request, which replaces that of its file.
 
     Raises:
-        InvalidParameter: of a stack, neither the text nor the file tells how far apart the pages are.
+        InvalidParameter: neither the text nor the file gives the distance of a stack's pages.
     """
     if pixel_size_um is None:
         return source
@@ -163,12 +163,12 @@ def _parse_pixel_size(text: str, axes: int) -> tuple[float, ...]:
 
 
 def place(header: InputHeader, manifest: Manifest, axis: str) -> Placement:
-    """How the network's axes lie in the input.
+    """Places the network's axes in the input.
 
     Args:
-        header: of the input.
-        manifest: of the network.
-        axis: of the slices, for a volume that goes through a network of two dimensions; see `geometry.place_stack`.
+        header: header of the input.
+        manifest: manifest of the network.
+        axis: axis of the slices, for a volume that goes through a network of two dimensions; "auto" picks it.
 
     Raises:
         InvalidParameter: the network takes another kind of input.

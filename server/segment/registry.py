@@ -12,7 +12,7 @@ from server.segment.request import SegmentParams
 
 @dataclass(frozen=True)
 class Target:
-    """What will be run for a request. Holding it keeps its deployment usable, even if the bundle is replaced meanwhile.
+    """The graph that a request resolves to. Holding it keeps its deployment usable, even if the bundle is replaced meanwhile.
 
     Attributes:
         deployment: the bundle.
@@ -49,7 +49,7 @@ class Target:
         return self.instance.choice.candidate.precision
 
     def at_precision(self, precision: str) -> "Target":
-        """The same graph at a precision that a request names, or "auto".
+        """Returns the target with this graph at a precision that a request names, or "auto".
 
         Raises:
             InvalidParameter: lists the precisions at which the graph is served.
@@ -103,7 +103,7 @@ class Registry:
     """The deployments that are served.
 
     Args:
-        deployments: by name.
+        deployments: deployments by name.
         default: name of the deployment for requests without `model`.
 
     Raises:
@@ -117,7 +117,7 @@ class Registry:
 
     @property
     def deployments(self) -> Mapping[str, Deployment]:
-        """By name."""
+        """Deployments by name."""
         return self._deployments
 
     def swap(self, deployments: Mapping[str, Deployment]) -> None:
@@ -177,7 +177,7 @@ def resolve_target(deployment: Deployment, params: SegmentParams) -> Target:
 
 
 def _shallower(requested: Target, params: SegmentParams) -> tuple[Target, ...]:
-    """What may be served instead of a target, deepest first, down to the level that the caller accepts.
+    """Returns the targets that may be served instead of one, deepest first, down to the level that the caller accepts.
 
     Raises:
         InvalidParameter: `min_level` is not a level, or is deeper than the requested one.
@@ -198,7 +198,7 @@ def _shallower(requested: Target, params: SegmentParams) -> tuple[Target, ...]:
         for level in reversed(levels)
         if min_level <= level < requested.level
     ]
-    # A shallower level may not be served at the precision asked for.
+    # A shallower level may not be served at the requested precision.
     named, precisions = params.precision, requested.deployment.selection.precisions
     return tuple(
         target.at_precision(named) for target in targets if named in ("auto", *precisions(target.graph))

@@ -1,4 +1,4 @@
-"""What a caller may ask for, until when the answer is of use, and what comes back.
+"""The request parameters, the files and the deadline of a request, and its response.
 
 `SegmentParams` is the only declaration of the request parameters: the query of POST /segment and POST /jobs, the options of
 `unetpp segment`, the keyword arguments of the Python client, the form of the web page and the reference page are made from it.
@@ -28,7 +28,7 @@ OnProgress = Callable[[str, int, int], None]
 
 
 def ignore_progress(stage: str, done: int, total: int) -> None:
-    """Does nothing: the progress of a request that nobody watches."""
+    """Does nothing; the default of `on_progress`."""
 
 
 # Pixels or mm of an object. Beyond it numbers are not exact any more.
@@ -148,7 +148,7 @@ class SegmentParams(BaseModel):
 
     @property
     def postprocessing(self) -> dict[str, Any]:
-        """The post-processing that is asked for, by parameter name, in the order in which it is applied."""
+        """Requested post-processing by parameter name, in the order in which it is applied."""
         values = ((name, getattr(self, name)) for name in POSTPROCESSING)
         return {name: value for name, value in values if value is not None and value is not False}
 
@@ -189,13 +189,13 @@ def invalid_parameter(problems: Sequence[Any], model: type[BaseModel] = SegmentP
 
 @dataclass(frozen=True)
 class Upload:
-    """The files of a request. Whoever opened them closes them.
+    """The files of a request. The code that opened them closes them.
 
     Attributes:
         file: encoded input, seekable, at its start.
         reference: encoded label image or volume to score against.
         name: file name as the caller gave it, for formats that repeat it.
-        accept: media types that the caller accepts (RFC 9110), where `format` is silent.
+        accept: media types that the caller accepts (RFC 9110), used where `format` is not set.
     """
 
     file: BinaryIO
@@ -206,10 +206,10 @@ class Upload:
 
 @dataclass(frozen=True)
 class QoS:
-    """Until when an answer is of use.
+    """Time limits and priority of a request.
 
     Attributes:
-        timeout_s: work that is predicted to take longer is refused.
+        timeout_s: limit in seconds; a request that is predicted to take longer is refused.
         deadline: time of `time.monotonic` after which nothing more is begun.
         priority: "interactive" for callers who wait, "batch" for jobs and shadow evaluation, which get what the former leave.
         started: time of `time.monotonic` when the deadline was set.
@@ -237,15 +237,15 @@ class Response:
 
     Attributes:
         body: encoded answer; an open temporary file for a zip of many, which `close` removes.
-        media_type: of the body.
+        media_type: media type of the body.
         filename: name of a file that holds it.
-        requested: what was asked for, resolved.
-        target: what was served.
+        requested: target that the request resolved to.
+        target: target that was served.
         degraded: "deadline" or "load" where a shallower level was served than requested, else "".
         timings: seconds per phase: open, decode, queue, infer, restore, postprocess, encode.
         overlaps: IoU and Dice with the reference per class value; empty without one.
-        note: what the caller should know, e.g. that further pages were not read.
-        postprocessing: see `SegmentParams.postprocessing`.
+        note: remark for the caller, e.g. that further pages were not read.
+        postprocessing: applied post-processing by parameter name.
     """
 
     body: bytes | BinaryIO

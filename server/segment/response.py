@@ -64,7 +64,7 @@ def encode_result(result: SegmentationResult, ticket: Ticket, params: SegmentPar
 
 
 def facts(ticket: Ticket) -> dict[str, Any]:
-    """What was served, for reports."""
+    """Facts about the served target, for reports."""
     target, requested = ticket.target, ticket.requested
     served: dict[str, Any] = {
         "model": target.model,

@@ -40,25 +40,25 @@ LONG_PIXELS = 1024 * 1024
 
 
 class SegmentationService:
-    """Everything that a request passes through, from its upload to its response.
+    """Segments uploads: it owns each part that a request passes through, from its upload to its response.
 
     Args:
-        registry: the deployments.
-        runtime: memory of open graphs.
-        batching: how long a batch waits.
-        limits: of a request.
-        metrics: counts.
-        device: runs the graphs; a thread of its own if not given.
-        latency: predicts work; empty if not given.
+        registry: deployments.
+        runtime: settings of open graphs and their memory.
+        batching: settings of batches and their wait.
+        limits: limits of a request.
+        metrics: counters.
+        device: runner of the graphs; by default a thread of its own.
+        latency: model that predicts seconds of work; by default an empty one.
 
     Attributes:
-        registry: see Args.
-        limits: see Args.
-        metrics: see Args.
-        loader: opens graphs.
-        scheduler: the queue in front of the device.
-        admission: decides who may start.
-        on_completed: called with each finished request: (ticket, source, mask, params), before its response is sent.
+        registry: deployments.
+        limits: limits of a request.
+        metrics: counters.
+        loader: loader that opens graphs.
+        scheduler: queue in front of the device.
+        admission: decision whether, and at which level, a request is served.
+        on_completed: callback for each finished request: (ticket, source, mask, params), before its response is sent.
     """
 
     def __init__(
@@ -114,11 +114,11 @@ class SegmentationService:
         """Segments an image, a volume, a stack, or each image of a zip.
 
         Args:
-            upload: the encoded input.
-            params: the caller's choices.
-            qos: until when the answer is of use.
-            on_progress: called with (stage, windows done, windows in all); stages are decode, infer, encode.
-            target: what `registry.resolve` gave when the request began; resolved now, if not given.
+            upload: encoded input.
+            params: request parameters.
+            qos: time limits and priority.
+            on_progress: callback with (stage, windows done, windows in all); stages are decode, infer, encode.
+            target: result of `registry.resolve` when the request began; by default it is resolved now.
 
         Raises:
             CallerError, TryAgain, ServerFault: `server.errors` draws the tree.
@@ -208,12 +208,12 @@ class SegmentationService:
 
 
 def _pool(upload: Upload) -> Pool:
-    """Where the header is read."""
+    """Returns the pool in which the header is read."""
     return "inline" if upload.reference is None and is_quick(upload.file, INLINE_BYTES) else "image"
 
 
 def _threads(worker: Worker, header: InputHeader, ticket: Ticket, params: SegmentParams) -> Pool:
-    """Where the rest of the work is done, now that its size is known."""
+    """Returns the pool for the rest of the work, whose size is now known."""
     kind = cpu_work(header, ticket.formats, params)[2]
     if header.kind != "image" or (kind in ("instances", "outlines") and ticket.estimate.pixels > LONG_PIXELS):
         return "volume"

@@ -31,11 +31,11 @@ class SlidingWindow:
     Attributes:
         source: the decoded input.
         pixels: (*size, C) as the network sees them.
-        windows: where the windows lie.
+        windows: positions of the windows.
         mean: (1, C, 1, 1[, 1]) float32, per channel, of the whole input.
         inverse_std: (1, C, 1, 1[, 1]) float32; 1 for a constant channel.
-        mask: written by the merger.
-        merger: blends the scores of the windows.
+        mask: mask that the merger writes.
+        merger: merger of the scores of the windows.
     """
 
     source: Image | Volume
@@ -82,11 +82,11 @@ def make_sliding_window(
     """Lays windows over an input and prepares its mask.
 
     Args:
-        source: the decoded input.
-        placement: of the network's grid in the input.
-        manifest: of the network.
-        graph: to be run; `head_std` also fills the mask's standard deviation over the heads.
-        needs: what the output formats need: "scores", "head_std", "objects", "report".
+        source: decoded input.
+        placement: position of the network's grid in the input.
+        manifest: manifest of the network.
+        graph: graph to be run; `head_std` also fills the mask's standard deviation over the heads.
+        needs: parts of the mask that the output formats need: "scores", "head_std", "objects", "report".
         threshold: foreground is a score above it; None for the manifest's own decision.
     """
     pixels = with_channels(placement.resample(placement.view(source.values)), len(manifest.channels))
@@ -147,9 +147,9 @@ async def infer(
         window: windows over the input.
         flow: place of the request in the queue.
         engine: opened engine of the flow's instance.
-        scheduler: runs the tiles.
-        worker: runs the work on the processor, and collects timings.
-        on_progress: called after each chunk.
+        scheduler: queue that runs the tiles.
+        worker: worker that runs the CPU work, and collects timings.
+        on_progress: callback after each chunk.
     """
     chunks, total = window.windows.chunks, len(window.windows)
     running: deque[asyncio.Task[InferenceResult]] = deque()

@@ -109,7 +109,7 @@ def _box_mm(
 
 
 def _empty_note(unit: str, highest: float, threshold: float | None, removed: int) -> str:
-    """Why a class has no pixels."""
+    """Returns the reason why a class has no pixels."""
     if removed:
         return f"{removed:,} objects were removed by post-processing; the highest score is {highest:.2g}"
     if threshold is None:

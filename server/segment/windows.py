@@ -11,7 +11,7 @@ CHUNK_PIXELS = 2_097_152
 # Windows of one chunk at most, because each is handed to the event loop.
 CHUNK_WINDOWS = 256
 
-# Sides of the tiles of images are multiples of these, up to 128 pixels and above, because engines prepare each new shape anew,
+# Sides of the tiles of images are multiples of these, up to 128 pixels and above, because engines prepare each shape separately,
 # and tiles share a batch only with others of their shape.
 SIDES = 16, 32
 
@@ -20,16 +20,16 @@ SIDES = 16, 32
 class Windows:
     """Windows of one size over a grid, ordered along its longest axis.
 
-    So what is open at a time never reaches further than one window along that axis, and memory grows with the others
-    alone. An axis that fits into one window is padded at its end by reflection, up to the divisor of the served level; a
-    longer one is covered by overlapping windows without padding.
+    The open part never reaches further than one window along that axis, so memory grows with the other axes alone. An
+    axis that fits into one window is padded at its end by reflection, up to the divisor of the served level; a longer
+    one is covered by overlapping windows without padding.
 
     Attributes:
-        size: of the grid, per axis.
-        tile: of every window, per axis; 1 along the slices of a stack.
-        axis: along which the windows are ordered: the longest, or that of the slices.
+        size: pixels or voxels of the grid, per axis.
+        tile: pixels or voxels of every window, per axis; 1 along the slices of a stack.
+        axis: axis along which the windows are ordered: the longest, or that of the slices.
         starts: first pixel of each window, per axis.
-        flat: the first axis counts slices, and tiles do not have it.
+        flat: whether the first axis counts slices, which tiles do not have.
     """
 
     size: tuple[int, ...]
@@ -60,7 +60,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class TileGrid:
-    """How many windows there are.
+    """Size and number of the windows of a grid.
 
     Attributes:
         tile: size of every window, per axis; 1 along the slices of a stack.
@@ -74,13 +74,13 @@ class TileGrid:
 
 
 def lay_windows(size: tuple[int, ...], manifest: Manifest, graph: Graph, *, flat: bool = False) -> Windows:
-    """Windows over a grid for a graph.
+    """Lays windows over a grid for a graph.
 
     Args:
-        size: of the grid, in the network's axes; of a stack the slices come first.
-        manifest: for window and overlap.
-        graph: for the divisor.
-        flat: whether it is a stack.
+        size: pixels or voxels of the grid, in the network's axes; the slices of a stack come first.
+        manifest: manifest with window and overlap.
+        graph: graph with the divisor of tile sides.
+        flat: whether the input is a stack.
     """
     grid = tile_grid(size, manifest, graph, flat=flat)
     order = [grid.axis, *(k for k in range(len(size)) if k != grid.axis)]
@@ -97,8 +97,8 @@ def tile_grid(size: tuple[int, ...], manifest: Manifest, graph: Graph, *, flat: 
         axis_tiles(length, window, math.ceil(window * overlap), graph.divisor)
         for length, window in zip(size[flat:], manifest.window.size, strict=True)
     ]
-    # Volumes come in few sizes, and one step more of each of three axes is dear. Where a network looks at all of a tile, or
-    # nobody knows whether it does, tiles are as the network needs them, whatever else is served.
+    # Sides of volumes are not rounded, because volumes come in few sizes, and one step more of each of three axes costs much.
+    # Nor are those of a network that looks at all of a tile, or may do so, because its scores change with the size of the tile.
     if manifest.dims == 2 and manifest.norm in ("none", "batch"):
         axes = [
             (min(window, round_side(tile)), n)

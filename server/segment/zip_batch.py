@@ -54,7 +54,7 @@ async def segment(
     """Segments each image of a zip; progress counts images.
 
     Raises:
-        CallerError, TryAgain, ServerFault: what is wrong with the whole zip. What is wrong with one image is in its report.
+        CallerError, TryAgain, ServerFault: the whole zip is refused. The error of one image is in its report.
     """
     for parameter, given in (("reference", upload.reference), ("min_level", params.min_level)):
         if given is not None:
@@ -215,7 +215,7 @@ class _ZipBatch:
         """Segments one image, and describes it for the report.
 
         Raises:
-            CallerError: what is wrong with it.
+            CallerError: the image is refused.
         """
         with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as spooled:
             file = cast("BinaryIO", spooled)

@@ -36,10 +36,10 @@ class Entry:
     """An image of a zip.
 
     Attributes:
-        info: where it lies.
-        name: with its folders.
-        stem: what the names of its answers begin with; of no other image, in any case of letters.
-        problem: why it is not read, or "".
+        info: position and sizes in the zip.
+        name: name with its folders.
+        stem: beginning of the names of its answers, unique among the images without regard to case.
+        problem: reason why it is not read, or "".
     """
 
     info: zipfile.ZipInfo
@@ -79,11 +79,11 @@ class ZipFiles:
     """The zip that came and the one that is made. Calls come from one thread at a time.
 
     Args:
-        file: the zip that came.
-        limits: of a request.
+        file: zip that came.
+        limits: limits of a request.
 
     Attributes:
-        out: the zip that is made.
+        out: zip that is made.
     """
 
     def __init__(self, file: BinaryIO, limits: LimitsSettings) -> None:
@@ -183,7 +183,7 @@ class ZipFiles:
 
         Args:
             entry: the image.
-            files: by name.
+            files: files by name.
 
         Raises:
             ZipTooLarge: all answers together are too large.
@@ -224,7 +224,7 @@ def is_zip(file: BinaryIO) -> bool:
 
 
 def _plain(name: str) -> str:
-    """With the separators of zips, and without steps that stay where they are (./a.png)."""
+    """Returns the name with the separators of zips, and without steps that stay where they are (./a.png)."""
     return "/".join(part for part in name.replace("\\", "/").split("/") if part != ".")
 
 
@@ -259,12 +259,12 @@ def _number_duplicates(stems: Sequence[str]) -> list[str]:
 
 
 def _folded(name: str) -> str:
-    """What names that are one to Windows or macOS have in common."""
+    """Maps names that Windows or macOS take for one to the same text."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
 def _problem(info: zipfile.ZipInfo, name: str) -> str:
-    """Why a file is not read, before any of it is; the names of its answers would be as bad."""
+    """Returns the reason why a file is not read, from its entry alone, because the names of its answers would be as bad."""
     if (
         not name.isprintable()
         or len(name) > MAX_NAME

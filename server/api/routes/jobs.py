@@ -103,7 +103,7 @@ def router(runner: Runner, max_streams: int = MAX_STREAMS) -> APIRouter:
     """Makes the routes.
 
     Args:
-        runner: runs the jobs.
+        runner: runner of the jobs.
         max_streams: event streams that are open at once.
     """
     routes = APIRouter(route_class=JobRoute)

@@ -18,7 +18,7 @@ def router(reload: Callable[[], Awaitable[list[str]]]) -> APIRouter:
     """Makes the route.
 
     Args:
-        reload: reads the bundles again, and returns the changes.
+        reload: function that reads the bundles again and returns the changes.
     """
     routes = APIRouter()
 

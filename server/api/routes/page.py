@@ -71,7 +71,7 @@ REFERENCE = re.compile(r'"(/web/|\./)([\w./-]+)"')
 # The element that carries `request_options`: inert text, because the policy forbids inline scripts.
 OPTIONS_ELEMENT = '<template id="request-options">'
 
-# NiiVue works under this policy: what would need WebAssembly in 0.69.0 is Zarr, which is no output format.
+# NiiVue works under this policy: in 0.69.0 only Zarr needs WebAssembly, and the server does not write Zarr.
 CONTENT_SECURITY_POLICY = "; ".join(
     [
         "default-src 'none'",

@@ -79,7 +79,7 @@ class Observation:
     """Metrics and log attributes of one request, from its arrival to its outcome.
 
     Args:
-        metrics: counts the request.
+        metrics: counters of the request.
     """
 
     def __init__(self, metrics: Metrics) -> None:
@@ -123,7 +123,7 @@ class InFlight:
 
     Args:
         limit: requests.
-        service: predicts when one of them is done.
+        service: service that predicts when one of them is done.
     """
 
     def __init__(self, limit: int, service: SegmentationService) -> None:

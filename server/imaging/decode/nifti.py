@@ -42,7 +42,7 @@ MAX_VOXEL_OFFSET = 16 * 1024 * 1024
 MAX_EXTENSIONS = 1000
 XYZT_UNITS_MM = {"meter": 1e3, "micron": 1e-3}
 
-# nibabel logs what is odd about a header. The caller is told so in notes and errors, and the log is the operator's.
+# nibabel logs oddities of a header. They are silenced because notes and errors report them to the caller.
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
 
 

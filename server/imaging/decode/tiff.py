@@ -82,7 +82,7 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Image | Volume:
     known = selection.spacing_mm
     if depth == 1:
         return Image(stack[0], note, (known["Y"], known["X"]) if known.keys() >= set("XY") else None)
-    # From one time to the next is no distance.
+    # The Z axis of a time-lapse is time, which has no distance in mm.
     axes = "XY" if selection.time_slices == 1 else "XYZ"
     spacing_mm = tuple(known[axis] for axis in axes) if known.keys() >= set(axes) else None
     voxels = stack.transpose(2, 1, 0, 3)

@@ -49,11 +49,11 @@ class Encoded:
 
 
 def encode(names: tuple[str, ...], result: SegmentationResult) -> Encoded:
-    """Writes one format as its file, several as a zip of theirs.
+    """Writes one format as its file, and several formats as a zip of their files.
 
     Args:
         names: rows of `ENCODERS`.
-        result: what to write.
+        result: finished segmentation.
 
     Raises:
         InvalidParameter: there are too many objects for a format, or their outlines are too long.

@@ -28,8 +28,8 @@ class Encoder:
         media_type: media type of the answer.
         filename: name of the answer's file, also among others in a zip.
         encode: function that writes the file.
-        kinds: kinds of input that it can answer, see `InputHeader.kind`.
-        needs: what the result must hold besides the classes: "scores", "head_std", "objects", "report".
+        kinds: kinds of input that it can answer: "image", "stack", "volume".
+        needs: parts that the result must hold besides the classes: "scores", "head_std", "objects", "report".
         compressible: whether the file is text, so that a zip or HTTP's Content-Encoding should compress it.
         outlines: whether it describes the shape of each object, which takes longer than all other formats.
         image_bytes: bytes of memory per pixel of an image during encoding, besides the file; the maximum over

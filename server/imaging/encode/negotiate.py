@@ -67,7 +67,7 @@ def choose(
 
 
 def needs(names: tuple[str, ...]) -> frozenset[str]:
-    """What the result must hold for these rows: "scores", "head_std", "objects", "report"."""
+    """Parts that the result must hold for these formats: "scores", "head_std", "objects", "report"."""
     return frozenset().union(*(ENCODERS[name].needs for name in names))
 
 

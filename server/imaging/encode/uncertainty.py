@@ -1,4 +1,4 @@
-"""Where the heads of the network differ: the standard deviation of the foreground probability, 0 to 0.5."""
+"""Uncertainty: the standard deviation of the foreground probability over the heads of the network, 0 to 0.5."""
 
 import numpy as np
 from jaxtyping import Float16

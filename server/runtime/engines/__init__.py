@@ -21,7 +21,7 @@ class Engine(Protocol):
 
     @property
     def provider(self) -> str:
-        """What it really runs on, e.g. "cuda", "cpu"."""
+        """Device that the engine runs on, e.g. "cuda", "cpu"."""
         ...
 
     def run(self, tiles: Tiles) -> Scores:

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 # Runs of larger tiles than this leave holes in the arena on CPUs, as they come in many sizes. After so many of them it gives back what is
-# free, and one run pays for its memory anew.
+# free, and the next run pays for allocating its memory.
 SMALL_PIXELS = 128 * 128
 TIDY_EVERY = 16
 
@@ -58,7 +58,7 @@ class OnnxRuntimeEngine:
 
 @functools.cache
 def _tidying() -> "onnxruntime.RunOptions":
-    """With them a run ends by giving back what is free in the arena of the CPU."""
+    """Run options by which a run ends with giving back what is free in the arena of the CPU."""
     import onnxruntime
 
     options = onnxruntime.RunOptions()
@@ -82,14 +82,14 @@ def precisions(provider: str) -> tuple[str, ...]:
 def _share_arena() -> None:
     """One arena for all graphs, which run one at a time: each with its own would keep the memory of its largest run.
 
-    Without any, the buffers of large tiles would be mapped and cleared by the system anew in every run.
+    Without any, the buffers of large tiles would be mapped and cleared by the system in every run.
     """
     import onnxruntime
 
     memory = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )
-    # No limit; grows by powers of two: by just what is asked for, tiles of many sizes would leave it full of holes.
+    # Without a limit. It grows by powers of two, because growth by the requested size would leave holes with tiles of many sizes.
     onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(0, 0, -1, -1))
 
 
@@ -125,6 +125,6 @@ def open_graph(path: Path, precision: str, provider: str, threads: int) -> OnnxR
             f"ONNX Runtime could not use {row.execution_provider} for {path.name} and fell back to "
             f"{session.get_providers()[0]}; check the driver and the CUDA and cuDNN libraries"
         )
-    # A GPU that fails in the middle of service is an error to report, not a reason to be slow in silence.
+    # A GPU that fails in the middle of service must be reported as an error, because a fallback would only show as slow answers.
     session.disable_fallback()
     return OnnxRuntimeEngine(session, provider)
