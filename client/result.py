@@ -57,6 +57,8 @@ class Result:
         Raises:
             LookupError: no requested format holds it, or the input was a zip of images.
         """
+        if self.images:
+            raise self._missing("mask", "mask")
         named = [name for stem in MASKS for name in self.files if name.startswith(f"{stem}.")]
         for name in (*named, *(name for name in self.files if name.endswith(".npz"))):
             if name.endswith(tuple(DECODERS)):
@@ -88,7 +90,7 @@ class Result:
         """Decodes a file that holds pixels.
 
         Args:
-            name: key of `files`, e.g. "uncertainty.tif".
+            name: key of `files`, e.g. "uncertainty.tiff".
 
         Returns:
             (H, W) of an image, (S, H, W) of a stack, (X, Y, Z) of a volume as stored; class values of an indexed picture.

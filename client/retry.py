@@ -45,7 +45,7 @@ async def send_with_retry(
     async with time_limit(timeout_s, f"no response within {timeout_s:g} s; raise timeout_s, or submit a job"):
         for number in itertools.count(1):
             error: UnetppError
-            asked_s = None
+            retry_after_s = None
             try:
                 response = await attempt()
             except httpx.HTTPError as cause:
@@ -55,8 +55,8 @@ async def send_with_retry(
                 if response.is_success:
                     return response
                 error, retryable = read_error(response), response.status_code in RETRIED
-                asked_s = read_retry_after(response)
-            wait_s = backoff_s(number, asked_s)
+                retry_after_s = read_retry_after(response)
+            wait_s = backoff_s(number, retry_after_s)
             if not retryable or number > retries or wait_s >= end - time.monotonic():
                 raise error
             await sleep(wait_s)
@@ -76,15 +76,15 @@ async def time_limit(seconds: float | None, detail: str) -> AsyncIterator[None]:
         raise TimedOut(detail, limit=seconds, unit="s") from error
 
 
-def backoff_s(number: int, asked_s: float | None) -> float:
+def backoff_s(number: int, retry_after_s: float | None) -> float:
     """Computes the wait after an attempt, random so that clients refused together do not return together.
 
     Args:
         number: attempts so far, 1 or more.
-        asked_s: seconds in the response's Retry-After header; the wait is never shorter.
+        retry_after_s: seconds in the response's Retry-After header; the wait is never shorter.
     """
-    if asked_s is not None:
-        return asked_s + random.uniform(0, min(1.0, 0.1 * asked_s + 0.1))  # noqa: S311 - not a secret
+    if retry_after_s is not None:
+        return retry_after_s + random.uniform(0, min(1.0, 0.1 * retry_after_s + 0.1))  # noqa: S311 - not a secret
     longest_s = min(LONGEST_S, FIRST_S * 2.0 ** min(number - 1, 10))
     return random.uniform(longest_s / 2, longest_s)  # noqa: S311 - not a secret
 

@@ -75,6 +75,7 @@ def create_app(
     shadow = ShadowEvaluation(settings.quality, service, metrics)
     probe = HealthProbe(service)
     metrics.register_models(model_info.describe(service.registry.deployments))
+    metrics.set_models(lambda: model_info.describe(service.registry.deployments))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

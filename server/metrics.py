@@ -76,6 +76,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._functions: dict[Gauge, Callable[[], float]] = {}
+        self._models: Callable[[], Iterable[ModelInfo]] | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="metrics")
         self._scraping: asyncio.Task[bytes] | None = None
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
@@ -235,9 +236,16 @@ class Metrics:
                 if place[1] == "fast":
                     self.agreement.create_series(place, info.classes)
         self.bundles.show({(info.model, f"{info.dims}", info.sha256[:16]): 1 for info in served})
-        self.instances.show({(info.model, *row): 1 for info in served for row in info.engines})
+        self._show_instances(served)
         self.calibrated.show(points)
         self.reload_timestamp_s.set(time.time())
+
+    def set_models(self, models: Callable[[], Iterable[ModelInfo]]) -> None:
+        """Shows the model instances at each scrape as the function then returns them, because opening a graph may change them."""
+        self._models = models
+
+    def _show_instances(self, models: Iterable[ModelInfo]) -> None:
+        self.instances.show({(info.model, *row): 1 for info in models for row in info.engines})
 
     def _create_series(self, info: ModelInfo) -> None:
         model = info.model
@@ -282,6 +290,8 @@ class Metrics:
         await self.gpus.refresh()
         for gauge, function in self._functions.items():
             gauge.set(function())
+        if self._models:
+            self._show_instances(self._models())
         # In a thread, because thousands of lines take tens of milliseconds; in one of its own, because scrapes need no key and
         # must not fill the threads that write uploads.
         return await asyncio.get_running_loop().run_in_executor(self._writer, self.render)

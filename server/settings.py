@@ -5,6 +5,7 @@ that a test can make one small; the environment does not set them.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 
 PREFIX = "UNETPP_"
+
+# Variables that Kubernetes puts into each container for a Service named `unetpp` or `unetpp-...`.
+SERVICE_LINK = re.compile(r"UNETPP_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 
 _CONSTANT = {"constant": True}
 
@@ -310,8 +314,14 @@ def unknown_variables() -> list[str]:
 
     A whole group as JSON (`UNETPP_HTTP={...}`) is also listed, because one way to write a setting is enough.
     """
-    names = sorted(name.upper() for name in os.environ if name.upper().startswith(PREFIX))  # noqa: TID251 - read once, here
-    return [f"{name} {OLD_SETTINGS.get(name, 'does not exist')}" for name in names if name not in SETTINGS]
+    variables = {name.upper(): value for name, value in os.environ.items()}  # noqa: TID251 - read once, here
+    unknown = sorted(name for name in variables if name.startswith(PREFIX) and name not in SETTINGS)
+    return [
+        f"{name} {OLD_SETTINGS.get(name, 'does not exist')}"
+        for name in unknown
+        # `UNETPP_HTTP_PORT=8001` is a misspelt setting, `UNETPP_HTTP_PORT=tcp://...` a service's.
+        if not SERVICE_LINK.fullmatch(name) and not variables[name].startswith(("tcp://", "udp://"))
+    ]
 
 
 def otlp_endpoint_is_set() -> bool:

@@ -212,7 +212,9 @@ class Runner:
         # The target as it is now, whatever the default or the recommended level is when the job runs.
         level = None if target.mode == "accurate" else target.level
         request = params.model_dump() | {"model": target.model, "mode": target.mode, "level": level}
-        request |= {"name": upload.name, "accept": upload.accept}
+        # COCO alone repeats the file name, which may be a patient's.
+        named = "coco" in [part.strip() for part in (params.format or "").split(",")]
+        request |= {"name": upload.name if named else "", "accept": upload.accept}
         spec = JobSpec(
             request,
             preview,

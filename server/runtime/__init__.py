@@ -1,1 +1,1 @@
-"""Bundles, engines and the batcher: tiles in, scores out."""
+"""Bundles, engines and the scheduler: tiles in, scores out."""

@@ -227,11 +227,11 @@ def find_bundles(root: Path) -> list[Path]:
     """
     if (root / MANIFEST).is_file():
         return [root]
-    found = sorted(path.parent for path in root.glob(f"*/{MANIFEST}")) if root.is_dir() else []
-    if not found:
+    folders = sorted(path.parent for path in root.glob(f"*/{MANIFEST}")) if root.is_dir() else []
+    if not folders:
         text = f"{root}: no bundle there; set UNETPP_BUNDLES to a bundle or to a folder of bundles"
         raise BundleDamaged(text, setting="UNETPP_BUNDLES")
-    return found
+    return folders
 
 
 def read_deployment(folder: Path, runtime: RuntimeSettings, batching: BatchingSettings) -> Deployment:

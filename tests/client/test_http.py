@@ -82,13 +82,13 @@ def test_ctrl_c_cancels_the_request(fake_server: FakeServer) -> None:
     fake_server.hold.clear()
 
     def interrupt() -> None:
-        fake_server.held.wait(10)
+        fake_server.held.wait(60)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
     with Client(fake_server.url) as client:
         with pytest.raises(KeyboardInterrupt):
             client.segment(PIXELS)
-        assert fake_server.cancelled.wait(10)
+        assert fake_server.cancelled.wait(60)
         fake_server.hold.set()
         assert client.segment(PIXELS).model == "fake"

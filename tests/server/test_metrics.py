@@ -218,3 +218,11 @@ async def test_set_function_is_called_at_each_scrape() -> None:
     metrics.set_function(metrics.instances_open, lambda: next(counted))
     for expected in (3.0, 4.0):
         assert f"unetpp_model_instances_open {expected}" in (await metrics.scrape()).decode()
+
+
+async def test_scrape_shows_the_model_instances_as_they_are_now(metrics: Metrics) -> None:
+    changed = model_info(engines=(("L1", "bf16", "onnxruntime", "cpu", "true", "rule"),))
+    metrics.set_models(lambda: [changed])
+    text = (await metrics.scrape()).decode()
+    rows = [line for line in text.splitlines() if line.startswith("unetpp_model_instance_info{")]
+    assert [("bf16" in row, "fp32" in row) for row in rows] == [(True, False)]

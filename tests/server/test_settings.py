@@ -89,3 +89,21 @@ def test_markdown_table_has_a_row_per_setting_and_no_folder_of_this_machine() ->
     assert not [
         row for row in rows if "PydanticUndefined" in row or "None" in row or str(Path.home()) + "/" in row
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [
+        ("UNETPP_SERVICE_HOST", False),
+        ("UNETPP_PORT_8000_TCP_ADDR", False),
+        ("UNETPP_SERVER_SERVICE_PORT", False),
+        ("UNETPP_SERVER_PORT", False),
+        ("UNETPP_HTTP__PROT", True),
+        ("UNETPP_HTTP_PORT", True),
+    ],
+)
+def test_unknown_variables_leave_out_those_that_kubernetes_sets_for_a_service(
+    name: str, listed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "8000" if listed or name.endswith("SERVICE_PORT") else "tcp://10.0.0.1:8000")
+    assert bool(unknown_variables()) is listed

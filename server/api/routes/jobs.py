@@ -54,7 +54,7 @@ EVENT_STREAM = {"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": 
 LAST_EVENT_ID = "end"
 
 # Open event streams. Each is a connection, and is woken by every job that ends before its own.
-MAX_STREAMS = 1000
+MAX_STREAMS = 400
 
 # Longest time, in seconds, after which a client should ask again.
 MAX_RETRY_S = 60

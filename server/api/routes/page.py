@@ -18,6 +18,7 @@ from typing import Any
 from fastapi import APIRouter, HTTPException, Request, Response
 from isal import igzip
 
+from server.api.compression import accepts_gzip
 from server.errors import Misconfigured
 from server.imaging.encode import ENCODERS
 from server.segment.request import SegmentParams
@@ -212,7 +213,7 @@ def _respond(request: Request, asset: Asset) -> Response:
     if etag in known:
         return Response(None, HTTPStatus.NOT_MODIFIED, headers)
     body = asset.body
-    if asset.gzipped and "gzip" in request.headers.get("accept-encoding", ""):
+    if asset.gzipped and accepts_gzip(request.headers.get("accept-encoding")):
         body = asset.gzipped
         headers["Content-Encoding"] = "gzip"
     return Response(body, headers=headers | {"Content-Type": asset.media_type})
