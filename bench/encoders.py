@@ -2,9 +2,9 @@
 
     python -m bench.encoders [--repeats 5]     (about 1 minute)
 
-One image of 4096 × 4096 pixels with 30,000 objects, one volume of 256³ voxels; both ways get the same arrays in the same process.
-Formats without a usual library have no rival: those of objects, where outlining each one in a mask of its own, as tutorials do,
-takes minutes and compares nothing.
+One image of 4096 × 4096 pixels with 30,000 objects, one volume of 256³ voxels; both ways get the same arrays
+in the same process. Formats without a usual library have no rival: those of objects, where outlining each one
+in a mask of its own, as tutorials do, takes minutes and compares nothing.
 
 | library | setting | its documentation |
 |---|---|---|

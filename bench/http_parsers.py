@@ -2,11 +2,12 @@
 
     python -m bench.http_parsers [--rounds 5] [--seconds 10]     (about 8 minutes)
 
-L1 at 96² with int8 on OpenVINO, the fastest request there is, so that the share of HTTP is the largest; one tile per batch, so that
-the servers differ in nothing else. A second server on h11 is the control: its ratio is the noise. All are up during the
-whole run and take turns under load, in an order that turns around from round to round; a ratio compares the turns of one round.
-CPU time per answer is of the server's process, and moves less than throughput where the cores have other work. The first
-rows are of a bare ASGI application that reads the body and answers 600 bytes: the cost of HTTP alone.
+L1 at 96² with int8 on OpenVINO, the fastest request there is, so that the share of HTTP is the largest; one
+tile per batch, so that the servers differ in nothing else. A second server on h11 is the control: its ratio
+is the noise. All are up during the whole run and take turns under load, in an order that turns around from
+round to round; a ratio compares the turns of one round. CPU time per answer is of the server's process, and
+moves less than throughput where the cores have other work. The first rows are of a bare ASGI application that
+reads the body and answers 600 bytes: the cost of HTTP alone.
 """
 
 import argparse

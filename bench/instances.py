@@ -2,8 +2,8 @@
 
     python -m bench.instances --data DATA [--split test]
 
-AP of an image at a threshold is TP / (TP + FP + FN), where an object counts as TP if its IoU is above it; figures are averages over the
-images. Each image is sent to a server, without and with instances=true.
+AP of an image at a threshold is TP / (TP + FP + FN), where an object counts as TP if its IoU is above it;
+figures are averages over the images. Each image is sent to a server, without and with instances=true.
 """
 
 import argparse

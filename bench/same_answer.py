@@ -2,8 +2,8 @@
 
     python -m bench.same_answer
 
-The starts: twice on a quiet machine, once while eight busy loops run on its cores, and two replicas at once whose requests
-arrive all together. Prints one row per request, and exits with 1 where a byte differs.
+The starts: twice on a quiet machine, once while eight busy loops run on its cores, and two replicas at once
+whose requests arrive all together. Prints one row per request, and exits with 1 where a byte differs.
 """
 
 import contextlib

@@ -77,8 +77,8 @@ def running(
 
     Args:
         command: run in the root of the repository.
-        environment: added to this process's own, less the settings of our server (UNETPP_...) in it: a developer's are not
-            measured, but `MEASURED`.
+        environment: added to this process's own, less the settings of our server (UNETPP_...) in it: a
+            developer's are not measured, but `MEASURED`.
         log: gets what it prints.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("UNETPP_")}  # noqa: TID251 - of a child

@@ -2,9 +2,10 @@
 
     python -m bench.soak [--minutes 30] [--clients 6] [--seed 0]
 
-All randomness of a step comes from (seed, client, step). Every answer is checked when it comes; at the end the clients' count is
-compared with the server's metrics, and the process with itself before the load: memory, threads, descriptors, files. The exit
-status is 1 if a check fails. A run of 30 minutes or more is written to results/soak.{md,json}.
+All randomness of a step comes from (seed, client, step). Every answer is checked when it comes; at the end
+the clients' count is compared with the server's metrics, and the process with itself before the load: memory,
+threads, descriptors, files. The exit status is 1 if a check fails. A run of 30 minutes or more is written to
+results/soak.{md,json}.
 """
 
 import argparse

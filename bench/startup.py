@@ -3,10 +3,11 @@
     python -m bench.peers --install            (once: LitServe and MLServer in virtual environments of their own)
     python -m bench.startup [--rounds 3]       (about 2 minutes per round)
 
-Ours with both bundles and with the nuclei alone, `unetpp segment cells.png` from shell to file, and LitServe and MLServer with
-the graph that our server opens first. One contender runs at a time, in random order; minimum and median of the rounds are quoted.
-Ready is the first 200 of the health endpoint, asked every 20 ms. Memory is the sum over a contender's processes, in which pages that
-processes share count once for each: at ready, and once the CPUs are idle again, when our server has opened its other graphs.
+Ours with both bundles and with the nuclei alone, `unetpp segment cells.png` from shell to file, and LitServe
+and MLServer with the graph that our server opens first. One contender runs at a time, in random order;
+minimum and median of the rounds are quoted. Ready is the first 200 of the health endpoint, asked every 20 ms.
+Memory is the sum over a contender's processes, in which pages that processes share count once for each: at
+ready, and once the CPUs are idle again, when our server has opened its other graphs.
 """
 
 import argparse

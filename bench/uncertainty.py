@@ -2,9 +2,10 @@
 
     python -m bench.uncertainty --data DATA [--split test]
 
-Two maps as served, neither with a parameter: the standard deviation over the heads (format uncertainty.tiff), and 1 - |2p - 1| of the
-averaged score p (format scores.npz), which is 1 at p = 0.5 and 0 where the network is sure. An error is a pixel whose class is not the
-reference's. Each level is one of the heads, so where L1 decides otherwise is where it matters which level is served.
+Two maps as served, neither with a parameter: the standard deviation over the heads (format uncertainty.tiff),
+and 1 - |2p - 1| of the averaged score p (format scores.npz), which is 1 at p = 0.5 and 0 where the network is
+sure. An error is a pixel whose class is not the reference's. Each level is one of the heads, so where L1
+decides otherwise is where it matters which level is served.
 """
 
 import argparse
@@ -58,7 +59,8 @@ class Value:
     """Value of a map.
 
     Attributes:
-        pooled_auroc: probability that an error is more uncertain than a right pixel, over the pixels of all images.
+        pooled_auroc: probability that an error is more uncertain than a right pixel, over the pixels of all
+            images.
         auroc: mean over the images of the same within an image.
         pooled_caught: share of all errors that lie among the most uncertain pixels of their images.
         level_auroc: AUROC of the pixels where L1 decides otherwise.

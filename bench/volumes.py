@@ -2,11 +2,12 @@
 
     python -m bench.volumes --brain ../data/volumes/brain_t1_full.nii.gz
 
-Both sides read the same .nii.gz, run the same network (the shipped hippocampus bundle as a load; what it finds in a head
-or a CT means nothing) with the same window, overlap and weights, on the same number of threads, and write the classes as
-.nii.gz on the file's grid. torch runs in its faster memory format (channels last), in float32 and, for the brain, in bfloat16
-too. Each contender has a process of its own, whose peak memory is read at its end; those of a line run one after the other, in
-turning order, and the median of the rounds is quoted. The last line is of an untrained network with 25 classes, for memory.
+Both sides read the same .nii.gz, run the same network (the shipped hippocampus bundle as a load; what it
+finds in a head or a CT means nothing) with the same window, overlap and weights, on the same number of
+threads, and write the classes as .nii.gz on the file's grid. torch runs in its faster memory format (channels
+last), in float32 and, for the brain, in bfloat16 too. Each contender has a process of its own, whose peak
+memory is read at its end; those of a line run one after the other, in turning order, and the median of the
+rounds is quoted. The last line is of an untrained network with 25 classes, for memory.
 """
 
 import argparse

@@ -21,7 +21,8 @@ from server.errors import CallerError, NotFinished
 
 CONNECT_S = 10.0
 
-# After so long without an event the job itself is requested, because the server may be gone without closing the connection.
+# After so long without an event the job itself is requested, because the server may be gone without closing
+# the connection.
 SILENCE_S = 60.0
 
 # Wait between two requests for a job where there is no event stream; it doubles.
@@ -104,14 +105,17 @@ class AsyncClient:
         """Segments an image, a stack, a volume or a zip of images.
 
         Args:
-            source: a path, the bytes of a file, an open file, or a numpy array; see `client.request.file_part`.
+            source: a path, the bytes of a file, an open file, or a numpy array; see
+                `client.request.file_part`.
             formats: files that the answer shall hold; "mask" is the mask in the format of the input.
             reference: label image or volume to score against.
             affine: 4 × 4 voxel-to-mm matrix of a volume given as an array, and of its reference.
-            parameters: the other fields of `server.segment.request.SegmentParams`, e.g. level=2, min_size_px=30.
+            parameters: the other fields of `server.segment.request.SegmentParams`, e.g. level=2,
+                min_size_px=30.
 
         Raises:
-            UnetppError: the request failed; its class, of `server.errors` or `client.errors`, names the reason.
+            UnetppError: the request failed; its class, of `server.errors` or `client.errors`, names the
+                reason.
         """
         params = segment_params(formats, parameters).model_dump(exclude_unset=True)
         response = await self._post("segment", source, reference, affine, params)
@@ -129,8 +133,9 @@ class AsyncClient:
     ) -> "AsyncJob":
         """Submits work that takes minutes as a job.
 
-        The arguments are those of `segment` without `deadline_ms` and `min_level`, and `preview`, which requests a mask of level 1
-        first. If the connection breaks before the response, the request is sent again, and the server may have the job twice.
+        The arguments are those of `segment` without `deadline_ms` and `min_level`, and `preview`, which
+        requests a mask of level 1 first. If the connection breaks before the response, the request is sent
+        again, and the server may have the job twice.
         """
         params = segment_params(formats, parameters).model_dump(exclude_unset=True) | (
             {"preview": True} if preview else {}
@@ -150,7 +155,8 @@ class AsyncClient:
         affine: ArrayLike | None,
         params: dict[str, Any],
     ) -> httpx.Response:
-        # The server learns a file name only for COCO, whose readers need it, because it may be the name of a patient.
+        # The server learns a file name only for COCO, whose readers need it, because it may be the name of a
+        # patient.
         name = file_name(source) if "coco" in params.get("format", "").split(",") else ""
         parts = file_parts(source, reference, affine, name or "upload")
         return await self.request("POST", path, params=params, parts=parts)

@@ -71,7 +71,8 @@ class Batch:
         """Processes all inputs of the report, and writes the report also when it is interrupted.
 
         Raises:
-            TransportError, Unauthorized: no other input would succeed; those that were not started stay "pending".
+            TransportError, Unauthorized: no other input would succeed; those that were not started stay
+                "pending".
         """
         waiting = iter(self.report.entries)
         try:

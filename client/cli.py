@@ -159,7 +159,8 @@ def compare(
 ) -> None:
     """Segment an image or a volume at every level: a table of time and agreement, and a picture.
 
-    The picture shows images with each mask over them; of volumes and stacks a few slices, spread over each mask.
+    The picture shows images with each mask over them; of volumes and stacks a few slices, spread over each
+    mask.
     """
     from rich.console import Console
     from rich.table import Table

@@ -13,10 +13,12 @@ from PIL import Image, ImageDraw
 from client.batch import Segmenter
 from client.result import Result
 
-# The quickest of a few runs counts, because a graph may be opened or prepared by its first one; a long run is not repeated.
+# The quickest of a few runs counts, because a graph may be opened or prepared by its first one; a long run is
+# not repeated.
 RUNS, LONG_MS = 3, 5000.0
 
-# Panels per row and pixels of their longer side, of images and of the mosaics that stand for volumes and stacks.
+# Panels per row and pixels of their longer side, of images and of the mosaics that stand for volumes and
+# stacks.
 IMAGES, MOSAICS = (6, 360), (3, 640)
 
 # Pixels between panels, below each for its text, and of the narrowest panel.

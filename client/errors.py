@@ -1,11 +1,11 @@
 """Errors of the client: the server's own classes, rebuilt from problem documents, and those that only a client has.
 
-UnetppError               base class, exported as `client.SegmentError`
-├── ...                   the tree of server/errors.py; over HTTP `fields` also has `status` and `request_id`
-├── TransportError        no complete response: connection refused or closed, or a certificate that is not trusted
-├── TimedOut              the response, or the job, took longer than the caller allows
-├── BadResponse           the response does not come from a segmentation server
-└── InputError            the files on the command line cannot be processed together
+UnetppError               base class, exported as `client.SegmentError` ├── ...                   the tree of
+server/errors.py; over HTTP `fields` also has `status` and `request_id` ├── TransportError        no complete
+response: connection refused or closed, or a certificate that is not trusted ├── TimedOut              the
+response, or the job, took longer than the caller allows ├── BadResponse           the response does not come
+from a segmentation server └── InputError            the files on the command line cannot be processed
+together
 """
 
 from typing import Any
@@ -52,7 +52,8 @@ def from_problem(
 
     Args:
         document: parsed body of the response; anything but a dictionary counts as empty.
-        status: HTTP status, which decides the class where the code is unknown, e.g. in a response of a proxy; else the document's.
+        status: HTTP status, which decides the class where the code is unknown, e.g. in a response of a proxy;
+            else the document's.
         retry_after_s: seconds to wait before the next attempt, where the server named any.
         fields: further fields.
     """

@@ -11,7 +11,8 @@ from pathlib import Path, PurePath, PurePosixPath
 from client.errors import InputError
 from client.files import is_zip, printable
 
-# File types that are taken from a folder; a file that is named itself is always tried, because the server looks at its content.
+# File types that are taken from a folder; a file that is named itself is always tried, because the server
+# looks at its content.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".nii", ".nii.gz", ".nrrd", ".mha")
 
 # File names without suffix of answers that are pictures: x_mask.png beside x.png is not an input.

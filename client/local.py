@@ -77,8 +77,8 @@ class AsyncLocal:
     ) -> Result:
         """Segments an image, a stack, a volume or a zip of images.
 
-        The arguments are those of `AsyncClient.segment`, and `progress`, which is called with the stage (decode, infer, encode),
-        the number of finished windows and the number of all windows.
+        The arguments are those of `AsyncClient.segment`, and `progress`, which is called with the stage
+        (decode, infer, encode), the number of finished windows and the number of all windows.
         """
         params = segment_params(formats, parameters)
         deadline = math.inf if params.deadline_ms is None else time.monotonic() + params.deadline_ms / 1000

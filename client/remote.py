@@ -20,7 +20,8 @@ class Remote:
     Args:
         client: client of the server, which is closed with this object.
         as_job: whether everything is sent as a job.
-        job_bytes: file size from which an input is sent as a job; a zip always is, because its images take long however small it is.
+        job_bytes: file size from which an input is sent as a job; a zip always is, because its images take
+            long however small it is.
     """
 
     def __init__(

@@ -61,9 +61,10 @@ def file_part(source: Source, affine: ArrayLike | None = None, name: str = "uplo
     """Prepares a source for sending.
 
     Args:
-        source: a path; the bytes of a file; a file open for reading, sent from its start and left open; or pixels: (H, W),
-            (H, W, 3 or 4), (S, H, W), or with an affine the voxels (X, Y, Z) of a volume.
-        affine: 4 × 4 matrix of a volume in an array, from voxel indices to mm in RAS; not used for files, which have their own.
+        source: a path; the bytes of a file; a file open for reading, sent from its start and left open; or
+            pixels: (H, W), (H, W, 3 or 4), (S, H, W), or with an affine the voxels (X, Y, Z) of a volume.
+        affine: 4 × 4 matrix of a volume in an array, from voxel indices to mm in RAS; not used for files,
+            which have their own.
         name: file name sent to the server.
 
     Raises:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from client.errors import BadResponse
 
-# File names without their suffix that hold the mask, the plainest first. An .npz file has it beside the scores.
+# File names without their suffix that hold the mask, the plainest first. An .npz file has it beside the
+# scores.
 MASKS = ("mask", "labels", "mask_1bit")
 STATISTICS, REPORT = "statistics.json", "report.json"
 
@@ -25,7 +26,8 @@ class Result:
     """The answer to one input.
 
     Attributes:
-        files: bytes of each requested format by the server's file name: "mask.png", "statistics.json", "objects.csv", ...
+        files: bytes of each requested format by the server's file name: "mask.png", "statistics.json",
+            "objects.csv", ...
         model: name of the bundle.
         mode: "accurate" or "fast", as served.
         level: depth of the network, as served.
@@ -93,7 +95,8 @@ class Result:
             name: key of `files`, e.g. "uncertainty.tiff".
 
         Returns:
-            (H, W) of an image, (S, H, W) of a stack, (X, Y, Z) of a volume as stored; class values of an indexed picture.
+            (H, W) of an image, (S, H, W) of a stack, (X, Y, Z) of a volume as stored; class values of an
+                indexed picture.
 
         Raises:
             ValueError: the file holds no pixels.

@@ -63,7 +63,8 @@ def _graph_files(checkpoint: Path, *, int8: bool) -> int | None:
     from model.network import UNetPlusPlus
 
     network, _ = load(checkpoint)
-    # A graph per head and `accurate`, in fp32, fp16 and perhaps int8; and the standard deviation of several heads.
+    # A graph per head and `accurate`, in fp32, fp16 and perhaps int8; and the standard deviation of several
+    # heads.
     return (
         (len(network.heads) + 1) * (2 + int8) + (len(network.heads) > 1)
         if isinstance(network, UNetPlusPlus)

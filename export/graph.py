@@ -57,7 +57,8 @@ class ServedGraph(nn.Module):
     @staticmethod
     def _head_std(scores: list[Tensor], mean_score: Tensor) -> Tensor:
         """Computes the standard deviation of the foreground probability over the heads, in [0, 0.5]."""
-        # With several classes the first is the background, and 1 - background deviates as much as the background.
+        # With several classes the first is the background, and 1 - background deviates as much as the
+        # background.
         variance = (scores[0][:, :1] - mean_score[:, :1]) ** 2
         for score in scores[1:]:
             variance = variance + (score[:, :1] - mean_score[:, :1]) ** 2

@@ -77,8 +77,8 @@ def export(
 ) -> Bundle:
     """Exports a checkpoint as a bundle: `out` is complete or as it was.
 
-    Only a kill in the moment between the two renames leaves no `out`; the old bundle then lies whole beside it,
-    in a folder `.<name>.*/replaced.old`.
+    Only a kill in the moment between the two renames leaves no `out`; the old bundle then lies whole beside
+    it, in a folder `.<name>.*/replaced.old`.
 
     Args:
         source: checkpoint from `unetpp train`.
@@ -248,8 +248,8 @@ def write_manifest(folder: Path, manifest: Manifest, *, as_read: bool = False) -
     Args:
         folder: folder of the bundle.
         manifest: manifest to be written.
-        as_read: whether to leave out fields at their default, because the manifest that was read, perhaps of an earlier
-            version, did not have them.
+        as_read: whether to leave out fields at their default, because the manifest that was read, perhaps of
+            an earlier version, did not have them.
     """
     files = {
         name: FileEntry(sha256=sha256(folder / name), bytes=(folder / name).stat().st_size)

@@ -24,7 +24,8 @@ MIN_AGREEMENT = {"bf16": 0.98, "fp16": 0.995, "int8": 0.97}
 # ONNX's own operators, under both of its names.
 DOMAINS = {"", "ai.onnx"}
 
-# (tiles, *size) per dims; multiples of 32, the largest divisor, but one axis larger: instance normalisation needs two values.
+# (tiles, *size) per dims; multiples of 32, the largest divisor, but one axis larger: instance normalisation
+# needs two values.
 SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
     2: ((1, 32, 64), (3, 64, 96), (1, 256, 256)),
     3: ((1, 32, 32, 64), (2, 32, 64, 32), (1, 64, 64, 64)),
@@ -71,7 +72,8 @@ def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: 
         advance: callback with each verdict.
 
     Raises:
-        VerifyError: names every graph that differs, holds nodes of other levels or foreign parts, or has a wrong golden pair.
+        VerifyError: names every graph that differs, holds nodes of other levels or foreign parts, or has a
+            wrong golden pair.
     """
     network, _ = checkpoint.load(bundle.folder / WEIGHTS)
     if not isinstance(network, UNetPlusPlus):

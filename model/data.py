@@ -40,9 +40,11 @@ class DataConfig(BaseModel):
         foreground: share of tiles centred on a foreground pixel.
         scale: largest relative zoom, e.g. 0.4 for 0.6 to 1.4.
         rotate_degrees: largest rotation, about every axis of a volume.
-        rotate90: whether tiles are also turned by quarters in the plane of the first two axes, whose sides must be alike.
+        rotate90: whether tiles are also turned by quarters in the plane of the first two axes, whose sides
+            must be alike.
         flip: axes along which tiles are mirrored at random.
-        spacing: mm per voxel along right, anterior, superior, to which volumes are resampled; None trusts that all agree.
+        spacing: mm per voxel along right, anterior, superior, to which volumes are resampled; None trusts
+            that all agree.
         invert: probability of inverted intensities (dark-on-bright from bright-on-dark).
     """
 

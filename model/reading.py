@@ -16,7 +16,8 @@ from PIL import Image, ImageOps
 
 SUFFIXES = {2: (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp"), 3: (".nii.gz", ".nii")}
 
-# Pillow's modes whose numbers are not intensities, and the mode to which such an image is converted, as in the server.
+# Pillow's modes whose numbers are not intensities, and the mode to which such an image is converted, as in
+# the server.
 CONVERTED = {"P": "RGB", "PA": "RGB", "LA": "L", "CMYK": "RGB", "YCbCr": "RGB"}
 
 

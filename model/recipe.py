@@ -18,7 +18,8 @@ class OptimisationConfig(BaseModel):
         epochs: maximum number of epochs; an epoch is `tiles_per_image` tiles per training image.
         learning_rate: learning rate of Adam.
         weight_decay: decoupled (AdamW) where above 0.
-        schedule: constant as in the paper, or one cycle: linear warm-up over the first tenth, then cosine to 0.
+        schedule: constant as in the paper, or one cycle: linear warm-up over the first tenth, then cosine to
+            0.
         patience: epochs without a better validation Dice before the run stops.
         precision: bf16 (autocast) or fp32.
         seed: seed of the initial weights and of every draw.

@@ -61,7 +61,8 @@ def train(recipe: TrainConfig, data: Path, out: Path, console: Console | None = 
 
     Raises:
         DataError: names the files that are wrong, before the first step.
-        RecipeError: `out` holds a run of another recipe, or the recipe has tiles that do not fit, or diverges.
+        RecipeError: `out` holds a run of another recipe, or the recipe has tiles that do not fit, or
+            diverges.
     """
     _check_tile(recipe)
     options = recipe.optimisation
@@ -273,7 +274,8 @@ def _resume(out: Path, recipe: TrainConfig, network: nn.Module, optimiser: torch
     for name, tensor in tensors.items():
         if name.startswith("optimiser."):
             _, index, moment = name.split(".")
-            # In the parameter's memory format: the fused optimiser walks both by address, and would mix up the elements.
+            # In the parameter's memory format: the fused optimiser walks both by address, and would mix up
+            # the elements.
             like = torch.empty_like(weights[int(index)]) if tensor.ndim else tensor
             moments.setdefault(int(index), {})[moment] = like.copy_(tensor)
     optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})

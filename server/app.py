@@ -36,7 +36,8 @@ from server.settings import Settings
 
 WEB = Path(__file__).parent / "web"
 
-# Connections of the ops port, beside those of the other one; and seconds that a scrape may take that runs in the end.
+# Connections of the ops port, beside those of the other one; and seconds that a scrape may take that runs in
+# the end.
 OPS_CONNECTIONS, OPS_STOP_S = 64, 1
 
 # Seconds that an idle connection stays open, because proxies expect more than 60.
@@ -56,7 +57,8 @@ def create_app(
 
     Args:
         settings: settings of the operator.
-        service: open service, whose bundles have been checked already; by default one is made and opened here.
+        service: open service, whose bundles have been checked already; by default one is made and opened
+            here.
         store: store of jobs; by default one is opened on start-up.
     """
     if service is None:

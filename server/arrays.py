@@ -20,7 +20,8 @@ class InputHeader:
         size: pixels or voxels per axis: (H, W) of an image, (X, Y, Z) of a volume or a stack.
         channels: number of channels after decoding.
         sample_bytes: bytes of one decoded value.
-        affine: (4, 4) matrix from voxel index to mm along right, anterior, superior; None for images and stacks.
+        affine: (4, 4) matrix from voxel index to mm along right, anterior, superior; None for images and
+            stacks.
         family: format family of a volume: "nifti", or "nrrd" for NRRD and MetaImage.
         time_slices: slices of each time of a time-lapse; None for other inputs.
     """
@@ -78,14 +79,18 @@ class Volume:
     """A decoded volume, in the axes and voxels of its file.
 
     Attributes:
-        voxels: (X, Y, Z, C) uint8, uint16, int16 or float32, all finite. The pages of a stack follow each other along Z.
-        affine: (4, 4) matrix from voxel index to mm along right, anterior, superior; None for a stack of pages.
+        voxels: (X, Y, Z, C) uint8, uint16, int16 or float32, all finite. The pages of a stack follow each
+            other along Z.
+        affine: (4, 4) matrix from voxel index to mm along right, anterior, superior; None for a stack of
+            pages.
         file_header: the file's own header, which the answer is written with; None for a stack of pages.
         note: remark on the decoding for the caller, e.g. that only some pages were read.
-        spacing_mm: distances in mm between the pixels of a stack along X, Y and, unless each page is a time, Z; None
-            where the file gives none, and for a volume, because its affine holds them.
-        family: format of a volume's answer unless the request names one: "nifti", or "nrrd" for NRRD and MetaImage.
-        time_slices: slices of each time of a time-lapse, because objects do not span two times; None for other inputs.
+        spacing_mm: distances in mm between the pixels of a stack along X, Y and, unless each page is a time,
+            Z; None where the file gives none, and for a volume, because its affine holds them.
+        family: format of a volume's answer unless the request names one: "nifti", or "nrrd" for NRRD and
+            MetaImage.
+        time_slices: slices of each time of a time-lapse, because objects do not span two times; None for
+            other inputs.
     """
 
     voxels: Shaped[ndarray, "X Y Z C"]
@@ -121,7 +126,8 @@ class Tiles:
 
     Attributes:
         pixels: (N, C, h, w[, d]) uint8, uint16, int16 or float32, raw values.
-        mean: (N, C, 1, 1[, 1]) float32, subtracted by the graph; of the whole image or volume, never of the tile.
+        mean: (N, C, 1, 1[, 1]) float32, subtracted by the graph; of the whole image or volume, never of the
+            tile.
         inverse_std: (N, C, 1, 1[, 1]) float32, multiplied by the graph.
     """
 
@@ -197,7 +203,8 @@ class Mask:
     Attributes:
         classes: (H, W) or (X, Y, Z) uint8, class value per pixel; 0 is background.
         scores: (K, H, W) or (K, X, Y, Z) float16 probabilities.
-        head_std: (H, W) or (X, Y, Z) float16, standard deviation of the foreground probability over the heads.
+        head_std: (H, W) or (X, Y, Z) float16, standard deviation of the foreground probability over the
+            heads.
         confidence: (H, W) or (X, Y, Z) float16, score of the best foreground class.
     """
 

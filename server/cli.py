@@ -72,7 +72,8 @@ def serve(
         # Ignored until the server listens, because the bundles are being read anyway.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if os.getpid() == 1:
-        # Because the kernel keeps signals without a handler from a container's first process, and the server has none until it listens.
+        # Because the kernel keeps signals without a handler from a container's first process, and the server
+        # has none until it listens.
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
     # Mistakes in keys, ports and the jobs folder are reported before bundles are read.
     if settings.auth.keys_file:
@@ -196,9 +197,9 @@ def tune(
 ) -> None:
     """Measure which engine and precision are fastest on this machine, and store the result for every start.
 
-    The result holds for this bundle, these versions of the engines, this processor and its cores. Copy the file to each replica of
-    the same kind, or into the bundle's folder `tuning/`. Without a result the server goes by a fixed rule. On a busy machine nothing
-    is stored, and the exit code is 1.
+    The result holds for this bundle, these versions of the engines, this processor and its cores. Copy the
+    file to each replica of the same kind, or into the bundle's folder `tuning/`. Without a result the server
+    goes by a fixed rule. On a busy machine nothing is stored, and the exit code is 1.
     """
     from server.runtime.bundle import read_bundle
     from server.runtime.deployment import find_bundles

@@ -41,14 +41,16 @@ class UnetppError(Exception):
 
     Args:
         detail: one or two sentences for a person: what is wrong, the value and the limit, the remedy.
-        fields: facts of the detail, for a program; None values are left out. They become members of the problem document, and tests assert
-            them. The usual names are `parameter`, `value`, `allowed` (values that exist), `limit`, `actual`, `unit`, `setting`
-            (the one that raises the limit) and `remedy`. The docstring of each class lists the fields it may have.
+        fields: facts of the detail, for a program; None values are left out. They become members of the
+            problem document, and tests assert them. The usual names are `parameter`, `value`, `allowed`
+            (values that exist), `limit`, `actual`, `unit`, `setting` (the one that raises the limit) and
+            `remedy`. The docstring of each class lists the fields it may have.
 
     Attributes:
         code: class name in lower case with dashes, e.g. "too-large".
         fields: fields that have a value.
-        refusal: value of the label `reason` under which `unetpp_refusals` counts it; "" where it is not counted.
+        refusal: value of the label `reason` under which `unetpp_refusals` counts it; "" where it is not
+            counted.
     """
 
     code: ClassVar[str] = "unetpp-error"

@@ -20,10 +20,12 @@ Address = tuple[int, tuple[Any, ...]]
 def bound(settings: Settings) -> Iterator[tuple[list[socket.socket], list[socket.socket]]]:
     """Binds the sockets of the public port and of the ops port (none if it has no port), and closes them at the end.
 
-    They are bound, so that a port in use is reported before bundles are read, and do not listen yet, so that clients are refused instead of waiting.
+    They are bound, so that a port in use is reported before bundles are read, and do not listen yet, so that
+    clients are refused instead of waiting.
 
     Raises:
-        Misconfigured: a port is taken, an address is not one of this machine, or one beyond loopback would be open to all.
+        Misconfigured: a port is taken, an address is not one of this machine, or one beyond loopback would be
+            open to all.
     """
     http = settings.http
     is_guarded = settings.auth.keys_file is not None or settings.auth.insecure

@@ -1,7 +1,8 @@
 """Logging to stderr, without any of what callers send.
 
-Texts of exceptions from code that reads inputs may quote names, headers of medical files or values, and so may the loggers of the
-libraries that decode. Of those exceptions the log has the class and the lines of code; those loggers are left out.
+Texts of exceptions from code that reads inputs may quote names, headers of medical files or values, and so
+may the loggers of the libraries that decode. Of those exceptions the log has the class and the lines of code;
+those loggers are left out.
 """
 
 import json
@@ -21,10 +22,12 @@ REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 # Loggers whose lines are written. Others, e.g. nibabel and tifffile, quote the files that they read.
 LOGGERS = ("server", "uvicorn", "asyncio", "openvino", "onnxruntime", "opentelemetry")
 
-# The id of a job, which is in the names of its files, gives access to its result; its first 8 digits are enough to find it.
+# The id of a job, which is in the names of its files, gives access to its result; its first 8 digits are
+# enough to find it.
 JOB_ID = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{24}\b")
 
-# Modules whose exceptions are written with their text, because it is about bundles, engines, the disk and the server itself.
+# Modules whose exceptions are written with their text, because it is about bundles, engines, the disk and the
+# server itself.
 TRUSTED = (
     "server.runtime",
     "server.jobs",

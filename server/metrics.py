@@ -1,6 +1,7 @@
 """Prometheus metrics of the service; those of the answers' quality are in `metrics_quality`.
 
-Base units, closed label sets, one registry per application. Every counter exists, at 0, before the first request.
+Base units, closed label sets, one registry per application. Every counter exists, at 0, before the first
+request.
 """
 
 import asyncio
@@ -25,15 +26,16 @@ from prometheus_client.process_collector import ProcessCollector
 from server.metrics_gpu import Gpus
 from server.metrics_quality import Calibrated, Overlaps, Rows
 
-# Dense where response times of images lie; round, so that service-level ratios are exact; the last ones are for volumes.
+# Dense where response times of images lie; round, so that service-level ratios are exact; the last ones are
+# for volumes.
 MILLISECONDS = (1, 2.5, 5, 10, 15, 20, 30, 40, 50, 75, 100, 150, 200, 300, 500, 750)
 SECONDS = (*(value / 1000 for value in MILLISECONDS), 1.0, 1.5, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 FILLS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 PHASES = ("open", "decode", "queue", "infer", "restore", "postprocess", "encode")
 OUTCOMES = ("ok", "client_error", "refused", "late", "error", "cancelled")
-# Reasons for which a request was refused, for which it was cancelled after it had begun, and for which windows of an
-# admitted request were not run.
+# Reasons for which a request was refused, for which it was cancelled after it had begun, and for which
+# windows of an admitted request were not run.
 REFUSALS = ("in_flight", "wait", "memory", "stopping", "unauthorized", "too_large", "uploads")
 CANCELLATIONS = ("client_left", "deadline", "stopping")
 DROPS = ("cancelled", "late", "unreadable", "error")
@@ -57,7 +59,8 @@ class ModelInfo:
         sha256: SHA-256 of the manifest.
         routes: (mode, level, graph) of each target.
         classes: names of the foreground classes.
-        engines: (graph, precision, engine, provider, "true" where `auto` picks it, reason: "settings", "tuning" or "rule").
+        engines: (graph, precision, engine, provider, "true" where `auto` picks it, reason: "settings",
+            "tuning" or "rule").
         calibrated: (graph, precision, engine, IoU, Dice, seconds) in the manifest.
     """
 
@@ -271,7 +274,8 @@ class Metrics:
     def set_function(self, gauge: Gauge, function: Callable[[], float]) -> None:
         """Makes a gauge read a function at each scrape.
 
-        Unlike with the gauge's own `set_function`, it is called on the event loop, because it reads what belongs to that.
+        Unlike with the gauge's own `set_function`, it is called on the event loop, because it reads what
+        belongs to that.
         """
         self._functions[gauge] = function
 
@@ -292,8 +296,8 @@ class Metrics:
             gauge.set(function())
         if self._models:
             self._show_instances(self._models())
-        # In a thread, because thousands of lines take tens of milliseconds; in one of its own, because scrapes need no key and
-        # must not fill the threads that write uploads.
+        # In a thread, because thousands of lines take tens of milliseconds; in one of its own, because
+        # scrapes need no key and must not fill the threads that write uploads.
         return await asyncio.get_running_loop().run_in_executor(self._writer, self.render)
 
     def render(self) -> bytes:

@@ -1,8 +1,9 @@
 """Prometheus metrics of quality, in three kinds that are never mixed.
 
 calibrated  IoU and Dice that a level reached on labelled data when the bundle was made, from the manifest
-reference   masks as served against the references that came with their requests: accuracy, for callers who have references
-agreement   fast masks as served against our own accurate ones: for all callers, and no accuracy, because both may be wrong
+reference   masks as served against the references that came with their requests: accuracy, for callers who
+have references agreement   fast masks as served against our own accurate ones: for all callers, and no
+accuracy, because both may be wrong
 """
 
 from collections.abc import Iterable, Mapping

@@ -21,7 +21,8 @@ from server.reload import Reload
 
 log = logging.getLogger(__name__)
 
-# Seconds that closing may take after the last request: the batch that runs must end, and the store must close.
+# Seconds that closing may take after the last request: the batch that runs must end, and the store must
+# close.
 CLOSING_S = 10
 
 
@@ -72,10 +73,11 @@ class Server(uvicorn.Server):
 
     uvicorn's own server ends itself by the signal instead.
 
-    1. After the signal the server is not ready, and each response closes its connection. After SIGTERM it listens on for `drain_s`,
-       until load balancers have noticed; after Ctrl-C it does not. Jobs run on, because they may still end.
-    2. It stops listening. Running jobs are put back in the queue, so that clients that follow them are released. Open requests may
-       finish for `timeout_graceful_shutdown`, and then get 503.
+    1. After the signal the server is not ready, and each response closes its connection. After SIGTERM it
+       listens on for `drain_s`, until load balancers have noticed; after Ctrl-C it does not. Jobs run on,
+       because they may still end.
+    2. It stops listening. Running jobs are put back in the queue, so that clients that follow them are
+       released. Open requests may finish for `timeout_graceful_shutdown`, and then get 503.
     3. The lifespan ends, which waits for the batch that runs.
     4. The ops port closes. Until then it reports that the server is not ready, and serves metrics.
 
@@ -136,15 +138,16 @@ class Server(uvicorn.Server):
         """Begins to stop. Python calls it between any two bytecodes of the main thread, so that it only sets flags."""
         del frame
         if self.should_exit:
-            # A second signal is for those who do not want to wait. It leaves the state of a kill -9, which jobs survive; files
-            # without a name go with the process.
+            # A second signal is for those who do not want to wait. It leaves the state of a kill -9, which
+            # jobs survive; files without a name go with the process.
             os._exit(128 + sig)
         self.should_exit = True
         self._operations.stopping.begun = True
         drain_s = self._drain_s if sig == signal.SIGTERM else 0.0
         self._listens_until = time.monotonic() + drain_s
         if (stop_s := self.config.timeout_graceful_shutdown) is not None:
-            # A thread whose device never returns would keep the process alive; this logs where it hangs, and ends both.
+            # A thread whose device never returns would keep the process alive; this logs where it hangs, and
+            # ends both.
             faulthandler.dump_traceback_later(drain_s + stop_s + self._closing_s, exit=True)
         asyncio.get_running_loop().call_soon_threadsafe(
             log.info,

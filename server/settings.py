@@ -1,7 +1,7 @@
 """The operator's settings: read once from the environment, in the CLI; each room is given only its own group.
 
-A value that no operator has needed to change is a constant. Constants that belong to a group are fields too, made by `_constant`, so
-that a test can make one small; the environment does not set them.
+A value that no operator has needed to change is a constant. Constants that belong to a group are fields too,
+made by `_constant`, so that a test can make one small; the environment does not set them.
 """
 
 import os

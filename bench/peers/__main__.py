@@ -4,17 +4,19 @@
     python -m bench.peers --rounds 5 --seconds 20      (about 37 minutes on 2 cores)
     python -m bench.peers --rounds 1 --seconds 1 --contenders ours litserve --cases L1 --out var
 
-All contenders serve the same ONNX graph and weights on the same number of threads and get the same PNG files; contenders.py
-has the settings of each. Those of a case are started together and take turns under each load, in another order in
-each round, so that ratios within a round hold on a machine whose speed varies. Those that wait are suspended, because
-an idle LitServe takes a tenth of a core. The load comes from this process on the same machine. A contender whose masks are
-wrong, before the load or after it, is left out, and the exit status is 1.
+All contenders serve the same ONNX graph and weights on the same number of threads and get the same PNG files;
+contenders.py has the settings of each. Those of a case are started together and take turns under each load,
+in another order in each round, so that ratios within a round hold on a machine whose speed varies. Those that
+wait are suspended, because an idle LitServe takes a tenth of a core. The load comes from this process on the
+same machine. A contender whose masks are wrong, before the load or after it, is left out, and the exit status
+is 1.
 
 - Closed loops of 1 and of 16 connections.
 - At L1 an open loop: Poisson arrivals at 0.8 × the better of the two, the contender's own, of the same round.
 
-BentoML, Ray Serve, FastAPI with torch, L4 at 512², 4 and 64 connections and overload at 1.3 × with and without a deadline were
-measured up to commit 841cf2c; `git show 841cf2c:bench/results/peers.md` has that table.
+BentoML, Ray Serve, FastAPI with torch, L4 at 512², 4 and 64 connections and overload at 1.3 × with and
+without a deadline were measured up to commit 841cf2c; `git show 841cf2c:bench/results/peers.md` has that
+table.
 """
 
 import argparse

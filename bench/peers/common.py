@@ -1,9 +1,10 @@
 """Steps that every peer takes with a request, so that each peer's own file holds only its project's boilerplate.
 
-    PNG (RGB) → pixels → mean and 1 / standard deviation per channel → ONNX Runtime → score > 0.5 → indexed PNG
+    PNG (RGB) → pixels → mean and 1 / standard deviation per channel → ONNX Runtime → score > 0.5
+    → indexed PNG
 
-Our server takes the same steps and writes PNG with the same parameters. Every peer imports this file in its own virtual
-environment, which holds numpy, Pillow and ONNX Runtime.
+Our server takes the same steps and writes PNG with the same parameters. Every peer imports this file in its
+own virtual environment, which holds numpy, Pillow and ONNX Runtime.
 """
 
 import argparse
@@ -34,8 +35,9 @@ class Model:
     def __init__(self, graph: Path | str, threads: int) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        # Threads that spin after a run take the cores that HTTP and PNG need: at L1 and 16 connections LitServe answered 237
-        # instead of 173 per second without, MLServer 160 instead of 122. Our server does without, too.
+        # Threads that spin after a run take the cores that HTTP and PNG need: at L1 and 16 connections
+        # LitServe answered 237 instead of 173 per second without, MLServer 160 instead of 122. Our server
+        # does without, too.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 

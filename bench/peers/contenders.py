@@ -1,12 +1,14 @@
 """Contenders: how each is installed and started, and the form of its requests.
 
-Each peer is set up as its documentation says, with one worker process and the same number of threads of the same ONNX Runtime.
-MLServer keeps its one parallel worker, because inference in the server's own process (0) was slower at 96². Both may batch up to
-`Case.max_batch`, because larger batches take longer than one by one on a CPU, and much memory; a batch waits 2 ms, less than
-the shortest run, because under load requests wait together for the run before theirs.
+Each peer is set up as its documentation says, with one worker process and the same number of threads of the
+same ONNX Runtime. MLServer keeps its one parallel worker, because inference in the server's own process (0)
+was slower at 96². Both may batch up to `Case.max_batch`, because larger batches take longer than one by one
+on a CPU, and much memory; a batch waits 2 ms, less than the shortest run, because under load requests wait
+together for the run before theirs.
 
-Requests are as each project's documentation sends files: the bare body (ours), a multipart form (LitServe), or base64 in
-JSON (MLServer, whose batches are formed for the Open Inference Protocol only). The bodies are prepared before the load starts.
+Requests are as each project's documentation sends files: the bare body (ours), a multipart form (LitServe),
+or base64 in JSON (MLServer, whose batches are formed for the Open Inference Protocol only). The bodies are
+prepared before the load starts.
 """
 
 import base64
@@ -30,7 +32,8 @@ BUNDLE = ROOT / "bundles" / "nuclei"
 HOME = ROOT / "var" / "peers"
 
 # Packages that `--install` installs, by name and version. Beside the peers themselves: LitServe's forms need
-# python-multipart; MLServer's worker does not start with uvloop 0.22 and later, which make an event loop on request only.
+# python-multipart; MLServer's worker does not start with uvloop 0.22 and later, which make an event loop on
+# request only.
 COMMON = ("onnxruntime==1.31.1", "numpy==2.4.6", "pillow==13.0.0")
 PEERS = {
     "litserve": ("litserve==0.2.19", "python-multipart==0.0.34"),

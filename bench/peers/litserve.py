@@ -1,11 +1,12 @@
 """LitServe, one worker on the CPU, batching on.
 
-Followed: https://lightning.ai/docs/litserve/features/batching: `max_batch_size` and `batch_timeout` are given to the
-`LitAPI`; its own `batch` stacks arrays of one size. Files come as a multipart form, which `decode_request`
-gets as a mapping when its argument is annotated `Request`
-(https://github.com/Lightning-AI/LitServe/pull/80: "there is no good way to post files ... base64, which increases the
-payload size"). A `batch_timeout` of 0, the default, makes the worker poll its queue without pause, which takes a whole
-core even when idle. `fast_queue` is on, because `LitServer` documents it for more than 100 requests per second.
+Followed: https://lightning.ai/docs/litserve/features/batching: `max_batch_size` and `batch_timeout` are given
+to the `LitAPI`; its own `batch` stacks arrays of one size. Files come as a multipart form, which
+`decode_request` gets as a mapping when its argument is annotated `Request`
+(https://github.com/Lightning-AI/LitServe/pull/80: "there is no good way to post files ... base64, which
+increases the payload size"). A `batch_timeout` of 0, the default, makes the worker poll its queue without
+pause, which takes a whole core even when idle. `fast_queue` is on, because `LitServer` documents it for more
+than 100 requests per second.
 """
 
 from collections.abc import Sequence

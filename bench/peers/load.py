@@ -1,9 +1,10 @@
 """Load generator: closed and open loops over kept-alive connections, and the arithmetic of their outcomes.
 
-A closed loop keeps a number of requests in flight and sends the next when an answer comes. It shows what a server can
-do, but demands less of a slow one. An open loop sends at times that do not depend on the answers (Poisson arrivals), and
-latency counts from the time at which a request was *due*, so that a client that sends late hides nothing. A failed
-request counts with the latency of a timeout, so that failing improves no percentile.
+A closed loop keeps a number of requests in flight and sends the next when an answer comes. It shows what a
+server can do, but demands less of a slow one. An open loop sends at times that do not depend on the answers
+(Poisson arrivals), and latency counts from the time at which a request was *due*, so that a client that sends
+late hides nothing. A failed request counts with the latency of a timeout, so that failing improves no
+percentile.
 """
 
 import asyncio
@@ -139,7 +140,8 @@ async def _client(target: Target) -> AsyncIterator[Client]:
         return time.perf_counter() - start
 
     async with aiohttp.ClientSession(
-        # Idle connections close before the servers close them (uvicorn: 5 s), because that race would count as an error.
+        # Idle connections close before the servers close them (uvicorn: 5 s), because that race would count
+        # as an error.
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),
         timeout=aiohttp.ClientTimeout(total=target.timeout_s),
         headers={"Content-Type": target.content_type},

@@ -1,9 +1,10 @@
 """MLServer, a custom runtime, adaptive batching on.
 
-Followed: https://docs.seldon.ai/mlserver/user-guide/adaptive-batching (`max_batch_size` and `max_batch_time` in
-model-settings.json; "these values are usually found through experimentation") and
-https://docs.seldon.ai/mlserver/user-guide/custom (`load` and `predict`, `decode_args`). Batches are formed only for requests in
-the Open Inference Protocol, whose JSON carries files as base64, both ways. `debug` is off, as for production.
+Followed: https://docs.seldon.ai/mlserver/user-guide/adaptive-batching (`max_batch_size` and `max_batch_time`
+in model-settings.json; "these values are usually found through experimentation") and
+https://docs.seldon.ai/mlserver/user-guide/custom (`load` and `predict`, `decode_args`). Batches are formed
+only for requests in the Open Inference Protocol, whose JSON carries files as base64, both ways. `debug` is
+off, as for production.
 """
 
 from mlserver import MLModel

@@ -15,7 +15,8 @@ from bench.table import markdown, write
 # Loads by name: connections of a closed loop, or the rate of an open loop.
 LOADS = {"1": "1 connection", "16": "16 connections", "0.8x": "0.8 × capacity"}
 CLOSED = ("1", "16")
-# Ratios to reach: case, load, numerator, denominator, least ratio. At "0.8x" p99 is compared, the smaller the better.
+# Ratios to reach: case, load, numerator, denominator, least ratio. At "0.8x" p99 is compared, the smaller the
+# better.
 GOALS = (
     ("L1", "1", "ours", "best peer", 1.3),
     ("L1", "16", "ours", "best peer", 1.3),

@@ -12,7 +12,8 @@ from server.errors import InvalidParameter, TooLarge, Unreadable
 # Pixels; the longest side that JPEG can store. A longer image would be cut into a very long row of windows.
 MAX_SIDE = 65_535
 
-# Differences of larger values overflow single precision, in which networks compute, so they count as infinite.
+# Differences of larger values overflow single precision, in which networks compute, so they count as
+# infinite.
 MAX_ABS_VALUE = 1e30
 
 
@@ -39,7 +40,8 @@ class DecodeOptions:
     def select_channels(self, count: int, *, colors: bool = False) -> tuple[slice, str]:
         """Returns the channels to decode, and a note for the caller where the choice is a guess.
 
-        Only colours are averaged for a network of grey images. Stains and sequences are not, because their mean has no meaning.
+        Only colours are averaged for a network of grey images. Stains and sequences are not, because their
+        mean has no meaning.
 
         Args:
             count: Number of channels in the file.

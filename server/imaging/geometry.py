@@ -1,7 +1,8 @@
 """Maps the axes of a network to the axes of the caller's array, and back.
 
-Voxels are read through a view that has the network's axes, and the mask is written through the same kind of view of an
-array that has the caller's axes. Both directions share one mapping, so a mirrored input comes back mirrored.
+Voxels are read through a view that has the network's axes, and the mask is written through the same kind of
+view of an array that has the caller's axes. Both directions share one mapping, so a mirrored input comes back
+mirrored.
 """
 
 import itertools
@@ -53,7 +54,8 @@ class Placement:
         order: Axis of the caller's array per network axis.
         mirrored: Whether each network axis runs against the caller's.
         size: Voxels of the network's grid, along the network's axes.
-        native: Voxels of the caller's grid, along the network's axes; a difference from `size` means resampling.
+        native: Voxels of the caller's grid, along the network's axes; a difference from `size` means
+            resampling.
         flat: Whether the first axis counts slices for a network of two dimensions.
     """
 
@@ -112,8 +114,9 @@ def place_stack(size: tuple[int, ...], affine: Float64[ndarray, "4 4"] | None, a
     Args:
         size: (X, Y, Z) in voxels.
         affine: (4, 4) voxel index to mm, of which the spacing is used; None for a stack of pages.
-        axis: Axis along which slices follow each other: "0", "1", "2" or "auto". "auto" takes the pages of a stack; of a
-            volume the only axis of one voxel, else the axis of the coarsest spacing, the last of several.
+        axis: Axis along which slices follow each other: "0", "1", "2" or "auto". "auto" takes the pages of a
+            stack; of a volume the only axis of one voxel, else the axis of the coarsest spacing, the last of
+            several.
 
     Raises:
         InvalidParameter: The axis does not exist.

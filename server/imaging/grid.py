@@ -17,7 +17,8 @@ from server.imaging.streaming import EXACT_DTYPES, Stream, decoded_dtype, read_v
 # Values of one pixel or voxel; more would make a small volume take endless work.
 MAX_CHANNELS = 64
 
-# Signs that turn left, posterior, superior, as these headers count, into right, anterior, superior, as an affine does.
+# Signs that turn left, posterior, superior, as these headers count, into right, anterior, superior, as an
+# affine does.
 LPS_TO_RAS = (-1.0, -1.0, 1.0)
 
 Size: TypeAlias = tuple[int, ...]
@@ -33,7 +34,8 @@ class Grid:
         affine: (4, 4) voxel index to mm along right, anterior, superior; None for an image.
         spacing_mm: Distance from row to row and from column to column in mm, where known; None for a volume.
         channels: Number of values of each pixel or voxel.
-        interleaved: Whether the values of a voxel follow each other; else each channel is stored whole before the next.
+        interleaved: Whether the values of a voxel follow each other; else each channel is stored whole before
+            the next.
         colors: Whether the first three channels are red, green and blue.
         note: What is in doubt about the header, for the caller.
     """

@@ -1,6 +1,7 @@
 """Reads the description of a TIFF as microscopes and their tools write it: OME-XML, ImageJ's lines, tifffile's JSON.
 
-Each is read as plain text of bounded length. No other file is opened: the names that OME headers give are only counted.
+Each is read as plain text of bounded length. No other file is opened: the names that OME headers give are
+only counted.
 """
 
 import json

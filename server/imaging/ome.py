@@ -124,7 +124,8 @@ def _pages(
 
     Args:
         lengths: Number of planes per axis, slowest first.
-        tiff_data: Attributes of the TiffData elements; without any, planes follow each other from the first page.
+        tiff_data: Attributes of the TiffData elements; without any, planes follow each other from the first
+            page.
         count: Number of pages.
     """
     total = math.prod(lengths.values())

@@ -18,7 +18,8 @@ from server.imaging.page_axes import PageAxes, PageShape, unknown_axes, with_axe
 # Pages of a stack; the tags of each are read before its first pixel.
 MAX_PAGES = 10_000
 
-# Strips or tiles of an image or a whole stack; each costs some 200 bytes and microseconds before its first pixel.
+# Strips or tiles of an image or a whole stack; each costs some 200 bytes and microseconds before its first
+# pixel.
 MAX_SEGMENTS = 1_000_000
 
 # Characters of the descriptions of all pages, because one is read with each page's tags.
@@ -30,7 +31,8 @@ class PageSelection:
     """Describes what is decoded.
 
     Attributes:
-        slices: Index of each slice: that of its page; where a page holds several planes, page × planes + plane.
+        slices: Index of each slice: that of its page; where a page holds several planes, page × planes +
+            plane.
         samples: Samples of a pixel to keep, where a page holds one plane.
         channels: Number of decoded channels.
         spacing_mm: Distance in mm from pixel to pixel along those of X, Y and Z for which it is known.

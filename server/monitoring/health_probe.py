@@ -14,12 +14,14 @@ from server.segment.service import SegmentationService
 
 log = logging.getLogger(__name__)
 
-# How long a success counts, how long a test tile may take, and how long none is run after one, however many ask.
+# How long a success counts, how long a test tile may take, and how long none is run after one, however many
+# ask.
 PROBE_EVERY_S = 5
 PROBE_TIMEOUT_S = 10
 PROBE_RETRY_S = 1
 
-# Test tiles that fail in a row until only a restart is expected to help: a device that hangs has half a minute.
+# Test tiles that fail in a row until only a restart is expected to help: a device that hangs has half a
+# minute.
 MAX_FAILURES = 3
 
 
@@ -71,7 +73,8 @@ class HealthProbe:
     def check_device(self) -> None:
         """Checks that no restart is called for; starts a test tile if that is not known, and does not wait for it.
 
-        Only test tiles count: a batch that fails may be its caller's doing, who must not be able to have the server restarted.
+        Only test tiles count: a batch that fails may be its caller's doing, who must not be able to have the
+        server restarted.
 
         Raises:
             NotReady: the device has failed too often in a row.

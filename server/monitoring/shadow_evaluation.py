@@ -1,8 +1,8 @@
 """Shadow evaluation: a share of the fast answers is computed again in accurate mode and compared.
 
-It shows what speed costs on the inputs that really come. It measures agreement between two of our own answers, not accuracy,
-because the true mask is not known. The caller has its answer long before. The decoded input and the mask are held in memory until
-then, one at a time; they are neither kept nor logged.
+It shows what speed costs on the inputs that really come. It measures agreement between two of our own
+answers, not accuracy, because the true mask is not known. The caller has its answer long before. The decoded
+input and the mask are held in memory until then, one at a time; they are neither kept nor logged.
 """
 
 import asyncio
@@ -28,8 +28,8 @@ from server.settings import QualitySettings
 
 log = logging.getLogger(__name__)
 
-# Pixels or voxels of an answer that is compared. One at a time is held: 4096² take at most 220 MB, as three channels of float32
-# and a mask.
+# Pixels or voxels of an answer that is compared. One at a time is held: 4096² take at most 220 MB, as three
+# channels of float32 and a mask.
 MAX_PIXELS = 16_777_216
 
 # How long a sample waits for the memory of jobs.

@@ -20,8 +20,9 @@ HEAD_STD = "head_std"
 # The precision of a graph file; bf16 is the fp32 graph executed in bfloat16 by an engine that can.
 GRAPH_PRECISIONS = {"fp32": "fp32", "bf16": "fp32", "fp16": "fp16", "int8": "int8"}
 
-# In the place of a file's name it means that the weights lie at an address of this process's memory. ONNX Runtime refuses
-# such a graph, and OpenVINO reads whatever lies there. Foreign operators and paths that leave the bundle are refused by both.
+# In the place of a file's name it means that the weights lie at an address of this process's memory. ONNX
+# Runtime refuses such a graph, and OpenVINO reads whatever lies there. Foreign operators and paths that leave
+# the bundle are refused by both.
 MEMORY_ADDRESS = b"_ORT_MEM_ADDR_"
 
 
@@ -140,9 +141,11 @@ class Manifest(_Part):
     Attributes:
         orientation: directions of the axes of a network for volumes, in nibabel's letters, e.g. "RAS".
         spacing: mm per voxel along them that volumes are resampled to; None takes any.
-        head_std: `accurate` with one channel more: the standard deviation over the heads of the foreground probability. None where there
-            is one head, or the bundle was exported by a version that had no such graph.
-        norm: layers of the network that normalise. "instance" looks at all of a tile, whose scores change with its padding.
+        head_std: `accurate` with one channel more: the standard deviation over the heads of the foreground
+            probability. None where there is one head, or the bundle was exported by a version that had no
+            such graph.
+        norm: layers of the network that normalise. "instance" looks at all of a tile, whose scores change
+            with its padding.
     """
 
     format: Literal["unetpp.bundle/1"] = FORMAT
@@ -274,7 +277,8 @@ class Bundle:
     Attributes:
         folder: folder that it was read from.
         manifest: manifest that was read.
-        sha256: hash of the manifest's file, which stands for the bundle because that file has the hashes of all others.
+        sha256: hash of the manifest's file, which stands for the bundle because that file has the hashes of
+            all others.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, sha256: str = "") -> None:
@@ -303,7 +307,8 @@ def read_bundle(folder: Path) -> Bundle:
     """Reads and checks a bundle.
 
     Raises:
-        BundleDamaged: names the file that is missing, damaged or reaches beyond the bundle, or the field of the manifest that is wrong.
+        BundleDamaged: names the file that is missing, damaged or reaches beyond the bundle, or the field of
+            the manifest that is wrong.
     """
     path = folder / MANIFEST
     try:

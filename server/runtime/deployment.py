@@ -14,8 +14,8 @@ from server.runtime.selection import Candidate, Choice, Selection, select
 from server.runtime.tuning import Tuning, find_tuning
 from server.settings import BatchingSettings, RuntimeSettings
 
-# Memory of an open graph: its weights in fp32, once more as the engine packs them, and the engine's own structures.
-# Measured with bench/memory.py.
+# Memory of an open graph: its weights in fp32, once more as the engine packs them, and the engine's own
+# structures. Measured with bench/memory.py.
 WEIGHT_BYTES = 8
 ENGINE_BYTES = 24_000_000
 
@@ -177,8 +177,8 @@ class Deployment:
     def exclude_provider(self, provider: str) -> bool:
         """Serves the bundle without a provider; returns whether that was done.
 
-        A provider that has opened a graph before is kept, because its failure may pass, and without it the same requests
-        would be answered with other bytes.
+        A provider that has opened a graph before is kept, because its failure may pass, and without it the
+        same requests would be answered with other bytes.
 
         Raises:
             EngineUnavailable: nothing is left for a graph.

@@ -5,21 +5,21 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# How much of what is known one observation replaces, and how many times slower than it an observation may be and still be
-# believed in full.
+# How much of what is known one observation replaces, and how many times slower than it an observation may be
+# and still be believed in full.
 SHARE = 0.1
 OUTLIER = 4.0
 
-# Observations of a size after which its predictions may refuse a request. Until then the fastest counts, because the first run
-# of a new size also prepares the next ones.
+# Observations of a size after which its predictions may refuse a request. Until then the fastest counts,
+# because the first run of a new size also prepares the next ones.
 CONFIDENT_AFTER = 3
 
-# Factor by which each refusal shrinks the rate that it rests on. Rates that were learned while the machine was ten times slower
-# refuse 22 requests, of which each is answered within milliseconds.
+# Factor by which each refusal shrinks the rate that it rests on. Rates that were learned while the machine
+# was ten times slower refuse 22 requests, of which each is answered within milliseconds.
 DOUBT = 0.9
 
-# Seconds after which an observation no longer refuses or degrades requests, because a level that is degraded for its rate is
-# not run, so that a rate from a busy phase would never be replaced.
+# Seconds after which an observation no longer refuses or degrades requests, because a level that is degraded
+# for its rate is not run, so that a rate from a busy phase would never be replaced.
 STALE_S = 600.0
 
 # Powers of two by which an observed size may be larger than a piece of work and still say enough of it.
@@ -34,7 +34,8 @@ class Prediction(NamedTuple):
 
     Attributes:
         seconds: expected time; 0 where nothing at all is known.
-        fastest_s: time in seconds at the best rate ever observed, which a machine that is no longer busy may reach again.
+        fastest_s: time in seconds at the best rate ever observed, which a machine that is no longer busy may
+            reach again.
         confident: whether enough has been observed to refuse a request because of it.
     """
 
@@ -60,8 +61,9 @@ class _Rate:
 class LatencyModel:
     """Seconds per pixel by key and size; sizes of the same power of two share an entry.
 
-    A key is a model instance, or a kind of work on the processor. What was never observed is judged by the nearest size of
-    its key, then by the multiply-accumulates of the graph at the rate of the other keys, and is then not confident.
+    A key is a model instance, or a kind of work on the processor. What was never observed is judged by the
+    nearest size of its key, then by the multiply-accumulates of the graph at the rate of the other keys, and
+    is then not confident.
 
     Args:
         clock: seconds that never go back.
@@ -87,8 +89,8 @@ class LatencyModel:
         distance = {size: abs(size - pixels.bit_length()) for size in rates}
         size = min(rates, key=lambda known: distance[known])
         rate = rates[size]
-        # Because the start of a run weighs more in a small piece, its rate makes a larger one look slow; that would be refused and
-        # never observed.
+        # Because the start of a run weighs more in a small piece, its rate makes a larger one look slow; that
+        # would be refused and never observed.
         near = 0 <= size - pixels.bit_length() <= NEAR
         fresh = self._clock() - rate.observed_at < STALE_S
         confident = near and fresh and rate.observations >= CONFIDENT_AFTER
@@ -98,7 +100,8 @@ class LatencyModel:
         """Learns from a piece of work of `pixels` pixels that took `seconds`."""
         rates, size, seen = self._rates.setdefault(key, {}), pixels.bit_length(), seconds / pixels
         rate = rates.get(size)
-        # A run below the resolution of the clock, which seems to take no time at all, gives no scale for the next one.
+        # A run below the resolution of the clock, which seems to take no time at all, gives no scale for the
+        # next one.
         if rate is None or not rate.expected:
             rates[size] = _Rate(seen, seen, self._clock())
         else:

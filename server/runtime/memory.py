@@ -6,8 +6,9 @@ import ctypes
 # Parameters of mallopt(3), as malloc.h numbers them.
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8
 
-# Blocks above this size go back to the system as soon as they are freed: decoded pixels, scores and activations. It is set, because
-# the library would raise it to the largest block ever freed, and keep the rest in heaps that fragment.
+# Blocks above this size go back to the system as soon as they are freed: decoded pixels, scores and
+# activations. It is set, because the library would raise it to the largest block ever freed, and keep the
+# rest in heaps that fragment.
 LARGE_BYTES = 1_000_000
 # Heaps that threads share. By default each thread has its own, which keeps the most that it ever needed.
 ARENAS = 2

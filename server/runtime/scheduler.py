@@ -1,12 +1,13 @@
 """Batches the tiles of many requests for one device, one batch after the other; the sole owner of queue state.
 
-While a batch runs, tiles queue up, and the next batch takes what is there. A batch that is not full waits a moment for
-requests that are admitted and still being decoded, and only for them: an idle server adds no delay.
+While a batch runs, tiles queue up, and the next batch takes what is there. A batch that is not full waits a
+moment for requests that are admitted and still being decoded, and only for them: an idle server adds no
+delay.
 
-The order is start-time fair queueing (Goyal et al., SIGCOMM 1996): each tile is charged to its request with the device time
-that it should take, and the request with the least virtual time is next. A volume of a thousand tiles therefore delays a
-single image by one batch. Requests of priority "batch" get what the interactive ones leave: places in their batches, and the
-device when no interactive request waits.
+The order is start-time fair queueing (Goyal et al., SIGCOMM 1996): each tile is charged to its request with
+the device time that it should take, and the request with the least virtual time is next. A volume of a
+thousand tiles therefore delays a single image by one batch. Requests of priority "batch" get what the
+interactive ones leave: places in their batches, and the device when no interactive request waits.
 """
 
 import asyncio
@@ -54,7 +55,8 @@ class Scheduler:
         self._clock = clock
         self._admitted: set[Flow] = set()
         self._pending: dict[Flow, deque[PendingTiles]] = {}
-        # Virtual time of the last turn by priority: a new flow starts there, and cannot claim turns of the past.
+        # Virtual time of the last turn by priority: a new flow starts there, and cannot claim turns of the
+        # past.
         self._virtual_time = dict.fromkeys(RANK, 0.0)
         # Ties go to the flow that was not served for longest.
         self._turn = itertools.count()
@@ -62,7 +64,8 @@ class Scheduler:
         self._running: asyncio.Task[None] | None = None
         # When the batch that runs should be done.
         self._busy_until = -math.inf
-        # Whether `_dispatch` is already scheduled; the timer of a batch that waits, and whether it has waited enough.
+        # Whether `_dispatch` is already scheduled; the timer of a batch that waits, and whether it has waited
+        # enough.
         self._woken = False
         self._timer: asyncio.TimerHandle | None = None
         self._waited = False
@@ -85,7 +88,8 @@ class Scheduler:
     def predict_wait_s(self, device_s: float = 0.0) -> float:
         """Predicts how long others have the device before a newcomer has had `device_s` seconds of it.
 
-        Turns are fair, so each of the others gets at most as much as the newcomer meanwhile, or the tile it waits for.
+        Turns are fair, so each of the others gets at most as much as the newcomer meanwhile, or the tile it
+        waits for.
         """
         interactive = (flow for flow in self._admitted if flow.priority == "interactive")
         ahead = sum(min(flow.remaining_s, max(device_s, flow.tile.seconds)) for flow in interactive)
@@ -206,7 +210,8 @@ class Scheduler:
 
     async def _run_batch(self) -> None:
         """Runs one batch; every outcome settles its futures."""
-        # Formed as late as possible, because requests may have come, left or expired since the device was free.
+        # Formed as late as possible, because requests may have come, left or expired since the device was
+        # free.
         if not (flow := self._next_flow()):
             return
         instance, pixels = flow.instance, math.prod(self._pending[flow][0].tiles.pixels.shape[2:])
@@ -259,8 +264,8 @@ class Scheduler:
     def _form_batch(self, first: Flow, tile_s: float) -> Batch:
         """Takes a tile of the flow whose turn it is, and tiles with its batch key from all flows in turn.
 
-        Each is charged with what a tile is now predicted to take: by what was known when they were admitted, requests that came
-        before the first observation would have the device for nothing.
+        Each is charged with what a tile is now predicted to take: by what was known when they were admitted,
+        requests that came before the first observation would have the device for nothing.
         """
         key, limit = (
             self._pending[first][0].batch_key,

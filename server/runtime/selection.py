@@ -1,11 +1,12 @@
 """Which engine and precision serve a graph: a pure rule over facts that do not vary from start to start.
 
 1. A GPU that this installation can use is preferred to the processor; `settings.provider` names another.
-2. A precision is enabled for a graph if its calibrated IoU is within `IOU_TOLERANCE` of fp32. int8 needs a calibration.
-3. Of several engines that offer an enabled precision, the faster one in the stored tuning serves it; without a tuning the
-   first in `ENGINE_ORDER`.
-4. `auto` is the precision that the settings name; else the fastest calibrated one in the stored tuning; else the first
-   calibrated one in `PRECISION_ORDER` that the processor runs natively.
+2. A precision is enabled for a graph if its calibrated IoU is within `IOU_TOLERANCE` of fp32. int8 needs a
+    calibration.
+3. Of several engines that offer an enabled precision, the faster one in the stored tuning serves it; without
+   a tuning the first in `ENGINE_ORDER`.
+4. `auto` is the precision that the settings name; else the fastest calibrated one in the stored tuning; else
+   the first calibrated one in `PRECISION_ORDER` that the processor runs natively.
 """
 
 from collections.abc import Collection, Mapping
@@ -22,9 +23,9 @@ PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 # Largest loss of foreground IoU against fp32 at which a precision is enabled.
 IOU_TOLERANCE = 0.005
 
-# Fastest first. Measured with bench/levels.py and on every calibration so far: OpenVINO runs the same graphs two to three
-# times faster than ONNX Runtime on CPUs, and int8 is faster than bf16, which is faster than fp32, where the processor has
-# the instructions.
+# Fastest first. Measured with bench/levels.py and on every calibration so far: OpenVINO runs the same graphs
+# two to three times faster than ONNX Runtime on CPUs, and int8 is faster than bf16, which is faster than
+# fp32, where the processor has the instructions.
 ENGINE_ORDER = ("openvino", "onnxruntime")
 PRECISION_ORDER = {
     "cuda": ("fp16", "fp32"),
@@ -32,7 +33,8 @@ PRECISION_ORDER = {
     "cpu": ("int8", "bf16", "fp32", "fp16"),
 }
 
-# Pixels of one run on a CPU without a tuning: larger batches gain less than 5 % there, and delay the next request.
+# Pixels of one run on a CPU without a tuning: larger batches gain less than 5 % there, and delay the next
+# request.
 CPU_BATCH_PIXELS = 65_536
 
 

@@ -110,7 +110,8 @@ class Tuning(_Part):
 def find_tuning(bundle: Bundle, machine: Machine, folder: Path, threads: int = 0) -> Tuning | None:
     """Reads the tuning that fits, from the cache folder or else from the bundle's own folder; None where there is none.
 
-    A file that cannot be read, or whose key differs, is ignored with a warning: a start never fails because of a tuning.
+    A file that cannot be read, or whose key differs, is ignored with a warning: a start never fails because
+    of a tuning.
     """
     key = TuningKey.of(bundle, machine, threads)
     name = key.file_name

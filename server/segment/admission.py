@@ -1,8 +1,8 @@
 """Admission: serves the deepest level that meets the deadline, or refuses the request with the time by which it misses it.
 
-Images, volumes, jobs and zips all pass through it. An admitted request gets memory and a place in the queue. Predictions
-start at zero: work that has not been observed often enough counts 0 seconds, so that only the queue can refuse a request, and
-an idle server refuses none.
+Images, volumes, jobs and zips all pass through it. An admitted request gets memory and a place in the queue.
+Predictions start at zero: work that has not been observed often enough counts 0 seconds, so that only the
+queue can refuse a request, and an idle server refuses none.
 """
 
 import asyncio
@@ -29,12 +29,12 @@ from server.segment.registry import Target
 from server.segment.request import Priority, QoS, SegmentParams
 from server.settings import LimitsSettings
 
-# A request is admitted if so many times its predicted time is left, because a queue that is filled exactly up to the
-# deadlines would miss half of them.
+# A request is admitted if so many times its predicted time is left, because a queue that is filled exactly up
+# to the deadlines would miss half of them.
 SAFETY = 1.5
 
-# Once requests are served at a shallower level, a deeper one must fit into this share of the time before it is used again, so
-# that answers do not flicker between levels.
+# Once requests are served at a shallower level, a deeper one must fit into this share of the time before it
+# is used again, so that answers do not flicker between levels.
 RETURN = 0.7
 
 
@@ -122,7 +122,8 @@ class Admission:
             DeadlinePassed: the deadline has passed.
         """
         if estimate.fastest_s > qos.budget_s:
-            # A refused request is not run, so that without this a rate that no longer holds would refuse requests without end.
+            # A refused request is not run, so that without this a rate that no longer holds would refuse
+            # requests without end.
             for key, pixels in estimate.observed:
                 self._latency.doubt(key, pixels)
         if estimate.fastest_s > qos.timeout_s:
@@ -159,7 +160,8 @@ class Admission:
         """Chooses the target, and holds memory and a place in the queue for the block.
 
         Raises:
-            UnknownFormat, InvalidParameter, TooLarge, DeadlineTooShort, Overloaded, DeadlinePassed: the request is refused.
+            UnknownFormat, InvalidParameter, TooLarge, DeadlineTooShort, Overloaded, DeadlinePassed: the
+                request is refused.
         """
         formats, placement = self._check(headers, requested, params, accept)
         target, estimate = self._choose(headers, placement, formats, requested, params, qos)
@@ -294,8 +296,8 @@ class Admission:
     def _predict_s(self, estimate: Estimate) -> float:
         """Predicted time until the answer: the queue, and the work as far as it is known.
 
-        On an idle server the work counts at the fastest rate, because what was learned while it was busy would otherwise
-        degrade requests that never get the chance to show that they are fast again.
+        On an idle server the work counts at the fastest rate, because what was learned while it was busy
+        would otherwise degrade requests that never get the chance to show that they are fast again.
         """
         own = estimate.seconds if estimate.fastest_s else 0.0
         if self._scheduler.is_idle:

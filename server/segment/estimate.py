@@ -28,9 +28,10 @@ class Estimate:
         padding: pixels of all windows that are not the input's.
         memory_bytes: peak in bytes of the decoded input, the open scores, the mask and its encoding.
         device_s: predicted seconds on the device; 0 where nothing is known.
-        cpu_s: predicted seconds beside the device: decoding, merging, post-processing and encoding; 0 where nothing is known.
-        fastest_s: device and CPU time in seconds at the best rates ever observed; 0 unless enough was observed to refuse
-            a request because of it.
+        cpu_s: predicted seconds beside the device: decoding, merging, post-processing and encoding; 0 where
+            nothing is known.
+        fastest_s: device and CPU time in seconds at the best rates ever observed; 0 unless enough was
+            observed to refuse a request because of it.
         observed: keys and sizes of the latency model that the times rest on.
     """
 
@@ -114,7 +115,8 @@ def _output_bytes(
     # Scores as float16 and once more encoded; the standard deviation, encoded as float32.
     memory = (6 * score_channels if "scores" in needs else 0) * pixels
     memory += (10 if "head_std" in needs else 0) * pixels
-    # The score of each pixel's class; what is labelled and listed. Post-processing is over when the mask is encoded.
+    # The score of each pixel's class; what is labelled and listed. Post-processing is over when the mask is
+    # encoded.
     objects = "objects" in needs
     memory += (2 if objects else 0) * pixels
     encoded = (postprocess.label_bytes(pixels) if objects else 0) + encoding.memory(formats, header)

@@ -5,8 +5,8 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncIterator
 
-# An input that takes no more than this share of the budget does not wait for it, because one large input at the head of the
-# line would hold up all.
+# An input that takes no more than this share of the budget does not wait for it, because one large input at
+# the head of the line would hold up all.
 SMALL_SHARE = 1 / 100
 
 

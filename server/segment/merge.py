@@ -1,7 +1,8 @@
 """Scores of windows become the mask in the caller's own pixels or voxels: the inverse of cutting (`sliding_window.py`).
 
-Neighbouring windows are blended with Gaussian weights. Rows along the axis that orders the windows are finished as soon
-as no further window touches them, so memory grows neither with that axis nor with classes times volume.
+Neighbouring windows are blended with Gaussian weights. Rows along the axis that orders the windows are
+finished as soon as no further window touches them, so memory grows neither with that axis nor with classes
+times volume.
 """
 
 import functools
@@ -32,14 +33,15 @@ class WindowMerger:
     Args:
         windows: positions of the windows.
         channels: K of the scores.
-        threshold: foreground is a score above it; for K > 1 that of the best foreground class, or None where the largest score wins.
-        classes: uint8, written to; its axes are those of the windows, of the grid's size or another, to which scores are
-            then interpolated linearly before a class is chosen.
+        threshold: foreground is a score above it; for K > 1 that of the best foreground class, or None where
+            the largest score wins.
+        classes: uint8, written to; its axes are those of the windows, of the grid's size or another, to which
+            scores are then interpolated linearly before a class is chosen.
         scores: (K, ...) float16, written to in the same way, or None.
-        head_std: float16, written to in the same axes and size: the last channel of each window, the standard deviation over the heads;
-            None where windows have no such channel.
-        confidence: float16, written to in the same axes and size: the score of the best foreground class, also where background won;
-            or None.
+        head_std: float16, written to in the same axes and size: the last channel of each window, the standard
+            deviation over the heads; None where windows have no such channel.
+        confidence: float16, written to in the same axes and size: the score of the best foreground class,
+            also where background won; or None.
 
     Attributes:
         largest: (K,) the highest score of each channel so far; only with `confidence`.

@@ -46,7 +46,8 @@ def read_headers(upload: Upload, options: DecodeOptions) -> tuple[InputHeader, I
     """Reads the headers of the input and of the reference, before any pixel is decoded.
 
     Raises:
-        Unreadable, UnsupportedType, TooLarge: a file is broken, of no known format, or an image over the limit.
+        Unreadable, UnsupportedType, TooLarge: a file is broken, of no known format, or an image over the
+            limit.
     """
     header = decode.read_header(upload.file, options)
     return header, decode.read_header(upload.reference, _label_options(options)) if upload.reference else None

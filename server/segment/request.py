@@ -1,8 +1,8 @@
 """The request parameters, the files and the deadline of a request, and its response.
 
-`SegmentParams` is the only declaration of the request parameters: the query of POST /segment and POST /jobs, the options of
-`unetpp segment`, the keyword arguments of the Python client, the form of the web page and the reference page are made from it.
-This module imports no array library, so that clients can use it.
+`SegmentParams` is the only declaration of the request parameters: the query of POST /segment and POST /jobs,
+the options of `unetpp segment`, the keyword arguments of the Python client, the form of the web page and the
+reference page are made from it. This module imports no array library, so that clients can use it.
 """
 
 import math
@@ -211,7 +211,8 @@ class QoS:
     Attributes:
         timeout_s: limit in seconds; a request that is predicted to take longer is refused.
         deadline: time of `time.monotonic` after which nothing more is begun.
-        priority: "interactive" for callers who wait, "batch" for jobs and shadow evaluation, which get what the former leave.
+        priority: "interactive" for callers who wait, "batch" for jobs and shadow evaluation, which get what
+            the former leave.
         started: time of `time.monotonic` when the deadline was set.
     """
 

@@ -29,8 +29,8 @@ from server.settings import BatchingSettings, LimitsSettings, RuntimeSettings
 # Phases of the work beside the device.
 CPU_PHASES = ("decode", "restore", "postprocess", "encode")
 
-# A PNG of so few bytes and pixels is decoded, merged and encoded on the event loop: each takes some tenths of a millisecond,
-# and handing them to a thread and back takes longer.
+# A PNG of so few bytes and pixels is decoded, merged and encoded on the event loop: each takes some tenths of
+# a millisecond, and handing them to a thread and back takes longer.
 INLINE_BYTES = 32 * 1024
 INLINE_PIXELS = 128 * 128
 INLINE_FORMATS = ("mask.png",)
@@ -58,7 +58,8 @@ class SegmentationService:
         loader: loader that opens graphs.
         scheduler: queue in front of the device.
         admission: decision whether, and at which level, a request is served.
-        on_completed: callback for each finished request: (ticket, source, mask, params), before its response is sent.
+        on_completed: callback for each finished request: (ticket, source, mask, params), before its response
+            is sent.
     """
 
     def __init__(
@@ -117,7 +118,8 @@ class SegmentationService:
             upload: encoded input.
             params: request parameters.
             qos: time limits and priority.
-            on_progress: callback with (stage, windows done, windows in all); stages are decode, infer, encode.
+            on_progress: callback with (stage, windows done, windows in all); stages are decode, infer,
+                encode.
             target: result of `registry.resolve` when the request began; by default it is resolved now.
 
         Raises:
@@ -131,7 +133,8 @@ class SegmentationService:
                 try:
                     return await self._segment_one(upload, params, qos, on_progress, requested)
                 except EngineUnavailable:
-                    # The first to open a graph may find that this machine cannot run it; another candidate then serves it.
+                    # The first to open a graph may find that this machine cannot run it; another candidate
+                    # then serves it.
                     again = resolve_target(requested.deployment, params)
                     if again == requested:
                         raise

@@ -159,7 +159,8 @@ async def infer(
         nonlocal device_free
         result = await running[0]
         running.popleft()
-        # Waiting for the chunk before, which is this request's own, is neither queue nor inference: it has been counted.
+        # Waiting for the chunk before, which is this request's own, is neither queue nor inference: it has
+        # been counted.
         worker.add("queue", max(0.0, result.started - max(result.submitted, device_free)))
         worker.add("infer", result.ended - max(result.started, device_free))
         device_free = result.ended

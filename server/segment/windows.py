@@ -11,8 +11,8 @@ CHUNK_PIXELS = 2_097_152
 # Windows of one chunk at most, because each is handed to the event loop.
 CHUNK_WINDOWS = 256
 
-# Sides of the tiles of images are multiples of these, up to 128 pixels and above, because engines prepare each shape separately,
-# and tiles share a batch only with others of their shape.
+# Sides of the tiles of images are multiples of these, up to 128 pixels and above, because engines prepare
+# each shape separately, and tiles share a batch only with others of their shape.
 SIDES = 16, 32
 
 
@@ -20,9 +20,9 @@ SIDES = 16, 32
 class Windows:
     """Windows of one size over a grid, ordered along its longest axis.
 
-    The open part never reaches further than one window along that axis, so memory grows with the other axes alone. An
-    axis that fits into one window is padded at its end by reflection, up to the divisor of the served level; a longer
-    one is covered by overlapping windows without padding.
+    The open part never reaches further than one window along that axis, so memory grows with the other axes
+    alone. An axis that fits into one window is padded at its end by reflection, up to the divisor of the
+    served level; a longer one is covered by overlapping windows without padding.
 
     Attributes:
         size: pixels or voxels of the grid, per axis.
@@ -97,8 +97,9 @@ def tile_grid(size: tuple[int, ...], manifest: Manifest, graph: Graph, *, flat: 
         axis_tiles(length, window, math.ceil(window * overlap), graph.divisor)
         for length, window in zip(size[flat:], manifest.window.size, strict=True)
     ]
-    # Sides of volumes are not rounded, because volumes come in few sizes, and one step more of each of three axes costs much.
-    # Nor are those of a network that looks at all of a tile, or may do so, because its scores change with the size of the tile.
+    # Sides of volumes are not rounded, because volumes come in few sizes, and one step more of each of three
+    # axes costs much. Nor are those of a network that looks at all of a tile, or may do so, because its
+    # scores change with the size of the tile.
     if manifest.dims == 2 and manifest.norm in ("none", "batch"):
         axes = [
             (min(window, round_side(tile)), n)

@@ -15,8 +15,8 @@ T = TypeVar("T")
 
 Pool = Literal["inline", "image", "volume"]
 
-# Threads that decode, cut, merge and encode, which also wait for disk. Volumes have their own, because each takes seconds,
-# and images should not wait for a thread.
+# Threads that decode, cut, merge and encode, which also wait for disk. Volumes have their own, because each
+# takes seconds, and images should not wait for a thread.
 IMAGE_THREADS = 4
 VOLUME_THREADS = 2
 
@@ -56,7 +56,8 @@ class Worker:
     async def run(self, phase: str, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs a call in a thread; counts its own time, not the wait for a thread.
 
-        A cancelled request waits for the end of its thread, because until then the thread uses memory and the request's files.
+        A cancelled request waits for the end of its thread, because until then the thread uses memory and the
+        request's files.
 
         Raises:
             NotReady: the server is shutting down.

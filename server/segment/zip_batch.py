@@ -20,7 +20,8 @@ from server.segment.zip_files import MAX_NAME, SPOOL_BYTES, Entry, ZipFiles, Zip
 if TYPE_CHECKING:
     from server.segment.service import SegmentationService
 
-# Images at once: enough to fill batches with small ones, while each holds its memory and a file of up to a body's size.
+# Images at once: enough to fill batches with small ones, while each holds its memory and a file of up to a
+# body's size.
 CONCURRENCY = 4
 
 REPORT = "report.json"

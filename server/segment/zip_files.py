@@ -1,6 +1,7 @@
 """Zips: one is read and trusted in nothing, one is made.
 
-Sizes are counted while inflating, whatever the list of files says, and nothing is ever written under a name of a zip.
+Sizes are counted while inflating, whatever the list of files says, and nothing is ever written under a name
+of a zip.
 """
 
 import contextlib

@@ -147,7 +147,8 @@ def test_progress_bars_end_at_their_total(small_checkpoint, small_bundle, discs,
     passed("export", small_checkpoint, "--card", CARD, "--out", tmp_path / "out", "--data", discs)
     passed("verify", small_bundle.folder)
     passed("calibrate", small_bundle.folder, "--data", discs)
-    # Three graphs: files of three precisions; pairs; both with head_std at fp32; and rows (two, as fp32 has one) of two images.
+    # Three graphs: files of three precisions; pairs; both with head_std at fp32; and rows (two, as fp32 has
+    # one) of two images.
     assert [(bar.completed, bar.total) for bar in bars] == [(10, 10), (11, 11), (12, 12)]
 
 

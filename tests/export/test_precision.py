@@ -47,7 +47,8 @@ def test_int8_quantises_all_but_the_first_convolution_and_the_heads(small_kept):
         head = any(f"{PREFIX}heads." in name for name in node.input)
         first = any(f"{PREFIX}nodes.0_0.0." in name for name in node.input)
         image, weight = (made_by[name].op_type for name in node.input[:2])
-        # Their weights are used as they are, at float32, and a normalised image is not squeezed into 256 steps.
+        # Their weights are used as they are, at float32, and a normalised image is not squeezed into 256
+        # steps.
         assert weight == ("Cast" if head or first else "DequantizeLinear"), node.name
         assert image == ("Mul" if first else "DequantizeLinear")
     # Weights: int8, one scale per output channel; activations: uint8, one scale.

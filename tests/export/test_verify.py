@@ -168,7 +168,8 @@ class TestEngines:
         monkeypatch.setattr(verify_module, "ENGINES", {"fake": row})
 
     def test_verify_not_a_number_for_one_input_fails(self, small_kept, monkeypatch):
-        # max() of Python keeps 0.0 before a NaN: an engine that fails on the second input alone must not pass.
+        # max() of Python keeps 0.0 before a NaN: an engine that fails on the second input alone must not
+        # pass.
         bundle = read_bundle(small_kept)
         right = ENGINES["onnxruntime"].open(bundle.path("L1", "fp32"), "fp32", "cpu", 1)
         wrong_batch = [3]

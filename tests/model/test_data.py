@@ -446,7 +446,8 @@ def test_labels_of_another_size_or_class_than_the_volume(balls):
 def test_a_ramp_stays_a_ramp_at_the_new_spacing(tmp_path):
     voxels = np.broadcast_to(np.arange(8.0), (4, 6, 8))
     volume = read_volume(save_volume(tmp_path / "a.nii.gz", voxels, np.diag([1, 2, 2.5, 1])), (1.0, 1.0, 0.5))
-    # The outer faces stay in place: 12 mm in steps of 1, 20 mm in steps of 0.5; beyond the outermost centres the value stays.
+    # The outer faces stay in place: 12 mm in steps of 1, 20 mm in steps of 0.5; beyond the outermost centres
+    # the value stays.
     assert volume.shape == (1, 4, 12, 40)
     ramp = np.interp((np.arange(40) + 0.5) / 5 - 0.5, np.arange(8), np.arange(8.0))
     np.testing.assert_allclose(volume, z_scored_volume(np.broadcast_to(ramp, (4, 12, 40))), atol=1e-4)
@@ -649,7 +650,8 @@ def test_volumes_of_any_size_give_tiles(tmp_path_factory, sides, value, tile):
 
 @pytest.mark.parametrize("invert", [0, 1])
 def test_image_and_label_move_together(discs_kept, invert):
-    # Discs are bright, or dark where inverted: after every geometric augmentation the label must still lie on them.
+    # Discs are bright, or dark where inverted: after every geometric augmentation the label must still lie on
+    # them.
     tiles = Tiles(split_of(discs_kept), DataConfig(tile=32, tiles_per_image=8, invert=invert), 0)
     differences = [
         float(image[0][label == 1].mean() - image[0][label == 0].mean())

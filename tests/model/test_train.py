@@ -509,7 +509,8 @@ def test_dice_by_hand():
     quarter = np.zeros((8, 8))
     quarter[:4, :4] = 1
     cpu = torch.device("cpu")
-    # Everything foreground: Dice is 1, 0 and 2 * 16 / (64 + 16) = 0.4. An odd size is padded, and cropped again.
+    # Everything foreground: Dice is 1, 0 and 2 * 16 / (64 + 16) = 0.4. An odd size is padded, and cropped
+    # again.
     scores = train.evaluate(constant_network(0.9), labelled_split(full, empty, quarter), cpu, "fp32")
     assert scores == {"dice_L1": pytest.approx(1.4 / 3), "dice_accurate": pytest.approx(1.4 / 3)}
     # Nothing foreground: 0, both empty counts 1, 0.

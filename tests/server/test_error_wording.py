@@ -1,6 +1,7 @@
 """The wording of the most visible errors, once: other tests assert codes and fields.
 
-After a change of wording: python -m tests.server.test_error_wording, then read the difference of error_wording.txt.
+After a change of wording: python -m tests.server.test_error_wording, then read the difference of
+error_wording.txt.
 """
 
 import contextlib

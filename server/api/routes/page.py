@@ -1,7 +1,7 @@
 """GET /, the page, and GET /web/…, its files.
 
-Files are read, hashed and compressed once. Nothing is loaded from another origin because a foreign script could read API keys, and
-because hospital networks have no internet access.
+Files are read, hashed and compressed once. Nothing is loaded from another origin because a foreign script
+could read API keys, and because hospital networks have no internet access.
 """
 
 import functools
@@ -155,7 +155,8 @@ def read(folder: Path) -> dict[str, Asset]:
     assets: dict[str, Asset] = {}
 
     def load(path: str) -> Asset:
-        # Referenced files come first because their versions are part of this body; so references must not form a cycle.
+        # Referenced files come first because their versions are part of this body; so references must not
+        # form a cycle.
         if path not in assets:
             data = _read_bytes(folder, path)
             if FILES[path] not in TEXT_TYPES:

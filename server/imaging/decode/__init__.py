@@ -22,8 +22,8 @@ class Decoder:
     Attributes:
         formats: Names of the formats.
         sniff: Function of the first bytes that returns whether the file looks like one of them.
-        read_header: Function that returns the header of what `decode` returns, without decoding pixels; may raise any
-            exception on broken input.
+        read_header: Function that returns the header of what `decode` returns, without decoding pixels; may
+            raise any exception on broken input.
         decode: Function that returns the decoded image or volume; may raise any exception on broken input.
     """
 

@@ -1,7 +1,7 @@
 """MetaImage in one file (.mha), as ITK writes it: raw or zlib.
 
-The header is a dozen lines of `Key = Value`, which are parsed here, because SimpleITK (53 MB) reads from paths alone, opens
-any file that ElementDataFile names, and inflates without a limit.
+The header is a dozen lines of `Key = Value`, which are parsed here, because SimpleITK (53 MB) reads from
+paths alone, opens any file that ElementDataFile names, and inflates without a limit.
 """
 
 import contextlib

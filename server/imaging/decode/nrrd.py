@@ -1,7 +1,7 @@
 """NRRD in one file: raw, gzip and bzip2.
 
-The voxels are read here because pynrrd, which parses the header, inflates without a limit and opens any file that a header
-names.
+The voxels are read here because pynrrd, which parses the header, inflates without a limit and opens any file
+that a header names.
 """
 
 import contextlib

@@ -56,8 +56,8 @@ def read_header(file: BinaryIO, options: DecodeOptions) -> InputHeader:
 def decode(file: BinaryIO, options: DecodeOptions) -> Image:
     """Decodes the first frame, upright (EXIF orientation applied); alpha is dropped.
 
-    Grey, 1-bit and 16-bit images keep one channel, and so do palette images decoded as labels, which are their indices;
-    other palettes, CMYK and YCbCr become RGB.
+    Grey, 1-bit and 16-bit images keep one channel, and so do palette images decoded as labels, which are
+    their indices; other palettes, CMYK and YCbCr become RGB.
     """
     with Pillow.open(file, formats=FORMATS) as picture:
         options.check_image(picture.height, picture.width)

@@ -13,11 +13,13 @@ from server.errors import TooLarge, Unreadable
 from server.imaging.decode_options import DecodeOptions, join_notes, nonfinite_note, zero_nonfinite
 from server.imaging.tiff_pages import MAX_SEGMENTS, PageSelection, select_pages
 
-# tifffile logs what is wrong with a file. That is the caller's to know and not the operator's, whose log it would fill.
+# tifffile logs what is wrong with a file. That is the caller's to know and not the operator's, whose log it
+# would fill.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
-# What microscopes and scanners write. JPEG is left out because each strip brings a size of its own, which the decoder would
-# allocate whatever the page says; rarer codecs are left out because their decoders have seen fewer hostile files.
+# What microscopes and scanners write. JPEG is left out because each strip brings a size of its own, which the
+# decoder would allocate whatever the page says; rarer codecs are left out because their decoders have seen
+# fewer hostile files.
 COMPRESSIONS = {
     "NONE",
     "LZW",
@@ -31,7 +33,8 @@ COMPRESSIONS = {
     "CCITT_T6",
 }
 
-# Meanings of samples that are decoded; ink (CMYK) or CIELAB taken for RGB would give a wrong answer without a word.
+# Meanings of samples that are decoded; ink (CMYK) or CIELAB taken for RGB would give a wrong answer without a
+# word.
 PHOTOMETRICS = {"MINISWHITE", "MINISBLACK", "RGB", "PALETTE", "MASK"}
 
 # Bytes of a decoded page per pixel of the limit: RGB in float32, the most that an `Image` holds.
@@ -65,8 +68,9 @@ def read_header(file: BinaryIO, options: DecodeOptions) -> InputHeader:
 def decode(file: BinaryIO, options: DecodeOptions) -> Image | Volume:
     """Decodes the page of an image, or all pages as a stack where they have one shape and type.
 
-    Times and slices follow each other in a stack. Of several channels one is decoded, unless they are colours. Alpha is
-    dropped. Palettes become RGB and "white is zero" is inverted, except for labels, which are the values as stored.
+    Times and slices follow each other in a stack. Of several channels one is decoded, unless they are
+    colours. Alpha is dropped. Palettes become RGB and "white is zero" is inverted, except for labels, which
+    are the values as stored.
     """
     # The name is given because that of an upload in memory is None, which tifffile cannot handle.
     with tifffile.TiffFile(file, name="upload.tif") as tiff:

@@ -20,8 +20,8 @@ def encode(objects: Objects, names: dict[int, str], source: Image | Volume) -> b
     """Writes a heading and a row per object: RFC 4180 in UTF-8.
 
     Columns: id, class, name; pixels, area_mm2 or voxels, volume_mm3, volume_ml; centroid and half-open box
-    along the axes of the input; for a volume the centroid in mm towards right, anterior, superior; mean_score,
-    touches_border. Columns that need the spacing are missing where that is unknown.
+    along the axes of the input; for a volume the centroid in mm towards right, anterior, superior;
+    mean_score, touches_border. Columns that need the spacing are missing where that is unknown.
     """
     columns = _columns(objects, names, source)
     out = io.StringIO()

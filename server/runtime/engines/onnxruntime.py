@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-# Runs of larger tiles than this leave holes in the arena on CPUs, as they come in many sizes. After so many of them it gives back what is
-# free, and the next run pays for allocating its memory.
+# Runs of larger tiles than this leave holes in the arena on CPUs, as they come in many sizes. After so many
+# of them it gives back what is free, and the next run pays for allocating its memory.
 SMALL_PIXELS = 128 * 128
 TIDY_EVERY = 16
 
@@ -38,8 +38,8 @@ class OnnxRuntimeEngine:
     def run(self, tiles: Tiles) -> Scores:
         """(N, C, h, w[, d]) tiles of any supported dtype to (N, K, h, w[, d]) float32 probabilities."""
         if self.provider == "cpu" and tiles.pixels.ndim == 5 and len(tiles) > 1:
-            # Convolutions of volumes divide the work of a batch over the threads in another way than that of one tile, and the
-            # last bit of a score would depend on what else is being served.
+            # Convolutions of volumes divide the work of a batch over the threads in another way than that of
+            # one tile, and the last bit of a score would depend on what else is being served.
             return np.concatenate([self._run(tiles.one(index)) for index in range(len(tiles))])
         return self._run(tiles)
 
@@ -89,7 +89,8 @@ def _share_arena() -> None:
     memory = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )
-    # Without a limit. It grows by powers of two, because growth by the requested size would leave holes with tiles of many sizes.
+    # Without a limit. It grows by powers of two, because growth by the requested size would leave holes with
+    # tiles of many sizes.
     onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(0, 0, -1, -1))
 
 
@@ -125,6 +126,7 @@ def open_graph(path: Path, precision: str, provider: str, threads: int) -> OnnxR
             f"ONNX Runtime could not use {row.execution_provider} for {path.name} and fell back to "
             f"{session.get_providers()[0]}; check the driver and the CUDA and cuDNN libraries"
         )
-    # A GPU that fails in the middle of service must be reported as an error, because a fallback would only show as slow answers.
+    # A GPU that fails in the middle of service must be reported as an error, because a fallback would only
+    # show as slow answers.
     session.disable_fallback()
     return OnnxRuntimeEngine(session, provider)

@@ -89,7 +89,8 @@ def open_graph(path: Path, precision: str, provider: str, threads: int) -> OpenV
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": "1",
         "INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision],
-        # It would keep what it prepared for thousands of shapes, per graph, and memory would grow with every size of image.
+        # It would keep what it prepared for thousands of shapes, per graph, and memory would grow with every
+        # size of image.
         "CPU_RUNTIME_CACHE_CAPACITY": "0",
     }
     if threads:

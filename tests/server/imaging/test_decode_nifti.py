@@ -271,7 +271,8 @@ def assert_read_as_nibabel_reads_it(path: Path) -> None:
     assert np.array_equal(decoded.affine, image.affine)
     expected = np.nan_to_num(image.get_fdata(dtype=np.float32)).reshape(decoded.size)
     assert np.array_equal(decoded.voxels[..., 0], expected)
-    # As it lies in the file (nibabel empties some fields of an image's header), but for a qfac of 0, which means 1.
+    # As it lies in the file (nibabel empties some fields of an image's header), but for a qfac of 0, which
+    # means 1.
     plain = gzip.decompress(data) if path.suffix == ".gz" else data
     stored = decoded.file_header.from_fileobj(io.BytesIO(plain), check=False)
     stored["pixdim"][0] = stored["pixdim"][0] or 1

@@ -44,7 +44,8 @@ def test_overlay_of_a_volume_hangs_in_radiological_convention(
     assert shown.shape == (3 * SIDE + 2 * GAP, 4 * SIDE + 3 * GAP, 3)
     quarter = SIDE // 4
     for row in range(3):
-        # Slices go from the head down, from the front back, from the right to the left: the first two are in the bright part.
+        # Slices go from the head down, from the front back, from the right to the left: the first two are in
+        # the bright part.
         for column in range(4):
             panel = shown[row * (SIDE + GAP) :, column * (SIDE + GAP) :][:SIDE, :SIDE, 0]
             bright = 200 if column < 2 else 0

@@ -1,8 +1,8 @@
 """Every decoder meets files that were good once: bytes changed, cut out, doubled, cut off; then checksums repaired, so that
 more is read.
 
-What comes out is an image, a volume or a domain error, in bounded memory. `python -m tests.server.imaging.test_fuzz 1000000`
-goes on for longer and shows what took long.
+What comes out is an image, a volume or a domain error, in bounded memory.
+`python -m tests.server.imaging.test_fuzz 1000000` goes on for longer and shows what took long.
 """
 
 import functools

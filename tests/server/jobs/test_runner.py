@@ -196,7 +196,8 @@ async def test_eta_follows_the_measured_pace(bench: Bench) -> None:
         bench.clock.advance(10)
         assert (await runner.get(second)).eta_s == 190.0
         for done, eta_s in ((1, 90.0), (2, 80.0), (3, 10.0)):
-            # The first window counts by the estimate; after two more their pace counts, which is ten seconds each.
+            # The first window counts by the estimate; after two more their pace counts, which is ten seconds
+            # each.
             bench.service.step(1)
             status = await status_when(runner, first, lambda status, done=done: status.done == done)
             assert (status.stage, status.total, status.eta_s) == ("infer", WINDOWS, eta_s)

@@ -169,7 +169,8 @@ def test_read_bundle_of_an_earlier_version_calls_the_graph_spread(bundle: Path) 
     assert read_bundle(bundle).manifest.head_std is None
 
 
-# What a forger may do to a graph whose hash he writes anew. The copy of the weights beside the bundle would be as good.
+# What a forger may do to a graph whose hash he writes anew. The copy of the weights beside the bundle would
+# be as good.
 
 
 def domain(model: onnx.ModelProto) -> None:

@@ -89,7 +89,8 @@ def test_run_scores_of_a_tile_do_not_depend_on_batch_or_threads(
         for count in (2, 3, 4):
             assert np.array_equal(engine.run(first(tiles, count)), alone[:count])
     if (kind, name, precision) == ("volume_bundle", "onnxruntime", "fp32"):
-        # Its convolutions of volumes add in another order on one thread, so that machines with one core are a class of their own.
+        # Its convolutions of volumes add in another order on one thread, so that machines with one core are a
+        # class of their own.
         assert np.abs(by_threads[0] - by_threads[1]).max() < 1e-6
     else:
         assert np.array_equal(*by_threads)
@@ -186,7 +187,8 @@ def test_openvino_runs_again_after_release(shipped_bundle: Path) -> None:
     assert np.array_equal(engine.run(tiles), before)
 
 
-# Prints by how many MB the process has grown after one large run, and after so many that the arena has been shrunk.
+# Prints by how many MB the process has grown after one large run, and after so many that the arena has been
+# shrunk.
 LARGE_RUNS = """
 import sys
 from pathlib import Path

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-# Threads each free pixels and small things, as workers do between requests; then the rise of the process's memory in MB.
+# Threads each free pixels and small things, as workers do between requests; then the rise of the process's
+# memory in MB.
 PROGRAM = """
 import sys, threading
 import numpy as np

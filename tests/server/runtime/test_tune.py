@@ -111,7 +111,8 @@ def test_tune_noise_is_never_stored(bench: Bench) -> None:
 def test_tune_time_limit_ends_the_rounds(bench: Bench) -> None:
     bench.cost = lambda graph, engine, count: 1000.0 * count
     bench.tune(limit_s=0.0, max_batch=1)
-    # Each of three candidates of five graphs: one run to prepare, two rounds; and the batch of one tile, prepared and timed.
+    # Each of three candidates of five graphs: one run to prepare, two rounds; and the batch of one tile,
+    # prepared and timed.
     assert bench.runs == 5 * 3 * (1 + 2 + 1 + 3)
 
 

@@ -49,7 +49,8 @@ class TestHumblePredictions:
     ) -> None:
         """Whatever was predicted: from a hundredth of the truth to a hundred times as much.
 
-        It has a deadline of a minute, or so many times as long as its work takes; and it is served after some refusals at most.
+        It has a deadline of a minute, or so many times as long as its work takes; and it is served after some
+        refusals at most.
         """
         scene = Scene(LatencyModel(), tile_s)
         for instance in scene.deployment.instances.values():

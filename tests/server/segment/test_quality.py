@@ -103,7 +103,8 @@ def slow_precision(labels: np.ndarray, reference: np.ndarray, threshold: float) 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 6), st.sampled_from([(9, 11), (4, 5, 6)]))
 def test_average_precision_is_that_of_the_definition(seed: int, objects: int, size: tuple[int, ...]) -> None:
     random = np.random.default_rng(seed)
-    # Coarse blocks, because objects must overlap by much; the other side is the same with some pixels changed.
+    # Coarse blocks, because objects must overlap by much; the other side is the same with some pixels
+    # changed.
     coarse = random.integers(0, objects + 1, [-(-side // 3) for side in size])
     reference = np.kron(coarse, np.ones([3] * len(size), dtype=int))[tuple(slice(side) for side in size)]
     changed = random.random(size) < random.random() * 0.4

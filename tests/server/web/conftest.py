@@ -26,7 +26,8 @@ CHROMIUM_OPTIONS = [
     "--enable-unsafe-swiftshader",
 ]
 
-# Console messages about error responses and blocked requests, which tests check themselves, and about reading pixels.
+# Console messages about error responses and blocked requests, which tests check themselves, and about reading
+# pixels.
 EXPECTED_MESSAGES = (
     "Failed to load resource: the server responded with a status of 4",
     "Failed to load resource: net::ERR_FAILED",
