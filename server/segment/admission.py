@@ -122,8 +122,7 @@ class Admission:
             DeadlinePassed: the deadline has passed.
         """
         if estimate.fastest_s > qos.budget_s:
-            # A refused request is not run, so that without this a rate that no longer holds would refuse
-            # requests without end.
+            # A refused request is not run: without this, a rate that no longer holds would always refuse.
             for key, pixels in estimate.observed:
                 self._latency.doubt(key, pixels)
         if estimate.fastest_s > qos.timeout_s:
@@ -160,8 +159,7 @@ class Admission:
         """Chooses the target, and holds memory and a place in the queue for the block.
 
         Raises:
-            UnknownFormat, InvalidParameter, TooLarge, DeadlineTooShort, Overloaded, DeadlinePassed: the
-                request is refused.
+            UnknownFormat, InvalidParameter, TooLarge, DeadlineTooShort, Overloaded, DeadlinePassed: refused.
         """
         formats, placement = self._check(headers, requested, params, accept)
         target, estimate = self._choose(headers, placement, formats, requested, params, qos)

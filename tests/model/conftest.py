@@ -8,6 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from model import train
+from tests.model.runs import recipe
+
 # The threads of OpenMP spin while they wait, which takes most of the time where tests share the cores.
 torch.set_num_threads(1)
 
@@ -77,3 +80,11 @@ def balls(tmp_path: Path) -> Path:
 def balls_kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, shared: do not write there."""
     return write_balls(tmp_path_factory.mktemp("data") / "balls", {"train": 4, "val": 2})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, discs_kept):
+    """Four epochs in one go."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    train.train(recipe(schedule="one-cycle", weight_decay=1e-2), discs_kept, out)
+    return out

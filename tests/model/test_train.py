@@ -1,88 +1,22 @@
-"""The training loop on tiny discs and balls: it learns, and a killed run goes on as if nothing had happened."""
-
-import csv
-import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+"""The training loop on tiny discs and balls: it learns, refuses what cannot work, and measures as by hand."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from model import checkpoint, train
 from model.baselines import ARCHITECTURES, UNet
 from model.config import UNetPlusPlusConfig
-from model.data import DataConfig, Split
+from model.data import Split
 from model.network import UNetPlusPlus
 from model.reading import DataError, read_index
 from model.recipe import OptimisationConfig, RecipeError, TrainConfig, read_recipe
 from model.train import learning_rate
-from server.cli import app
-
-ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "model" / "recipes" / "nuclei.toml"
-VOLUMES = ROOT / "model" / "recipes" / "hippocampus.toml"
+from tests.model.runs import VOLUMES, assert_same_run, recipe, rows_of, volume_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:Num foregrounds:UserWarning")
-
-
-def recipe(epochs=4, architecture="unetpp", network=None, data=None, **optimisation):
-    return TrainConfig(
-        architecture=architecture,
-        network=UNetPlusPlusConfig(**{"widths": (4, 6, 8), "norm": "batch", **(network or {})}),
-        data=DataConfig(**{"tile": 16, "tiles_per_image": 4, **(data or {})}),
-        optimisation=OptimisationConfig(
-            **{
-                "batch": 4,
-                "epochs": epochs,
-                "learning_rate": 1e-2,
-                "precision": "fp32",
-                "workers": 0,
-                **optimisation,
-            }
-        ),
-    )
-
-
-def volume_recipe(epochs=2, data=None, network=None, **more):
-    network = {"dims": 3, "classes": 3, "widths": (2, 3, 4), **(network or {})}
-    return recipe(
-        epochs,
-        network=network,
-        data={"tile": (16, 16, 16), "flip": (0,), "rotate90": False, **(data or {})},
-        **more,
-    )
-
-
-def rows_of(out):
-    with (out / "log.csv").open(newline="") as file:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-
-
-def assert_same_run(a, b):
-    for name in ("last.safetensors", "best.safetensors"):
-        one, other = load_file(a / name), load_file(b / name)
-        assert one.keys() == other.keys()
-        for key in one:
-            assert torch.equal(one[key], other[key]), key
-    assert (a / "log.csv").read_bytes() == (b / "log.csv").read_bytes()
-    assert checkpoint.load(a / "best.safetensors")[1] == checkpoint.load(b / "best.safetensors")[1]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, discs_kept):
-    """Four epochs in one go."""
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    train.train(recipe(schedule="one-cycle", weight_decay=1e-2), discs_kept, out)
-    return out
 
 
 # --- a run ---
@@ -202,20 +136,6 @@ def test_balls_are_found_and_their_halves_told_apart(tmp_path, balls_kept):
     assert max(row["dice_accurate"] for row in rows) > 0.75
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resuming_on_volumes_is_exact(tmp_path, balls_kept, monkeypatch, precision):
-    same = volume_recipe(precision=precision, schedule="one-cycle", weight_decay=1e-2)
-    train.train(same, balls_kept, tmp_path / "a")
-    with monkeypatch.context() as patch:
-        interrupted_at(patch, 2)
-        with pytest.raises(KeyboardInterrupt):
-            train.train(same, balls_kept, tmp_path / "b")
-    assert len(rows_of(tmp_path / "b")) == 1
-    torch.manual_seed(99)
-    train.train(same, balls_kept, tmp_path / "b")
-    assert_same_run(tmp_path / "a", tmp_path / "b")
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on CPUs only")
 @pytest.mark.parametrize(("architecture", "deepest"), [("unetpp", "nodes.2_0."), ("unet", "encoder.2.")])
 def test_the_deepest_row_trains_in_fp32(tmp_path, balls_kept, monkeypatch, architecture, deepest):
@@ -253,128 +173,6 @@ def test_the_shared_volumes_are_trained_on(tmp_path, hippocampus_data):
     ]
     train.train(read_recipe(VOLUMES, small), tmp_path, tmp_path / "run")
     assert np.isfinite(rows_of(tmp_path / "run")[0]["loss"])
-
-
-# --- interrupted ---
-
-
-def interrupted_at(monkeypatch, epoch):
-    """Control-C in the middle of that epoch's steps."""
-    loss, calls = train.deep_supervision_loss, [0]
-
-    def interrupting(heads, labels):
-        calls[0] += 1
-        # Four steps per epoch; the second step of the epoch.
-        if calls[0] == 4 * (epoch - 1) + 2:
-            raise KeyboardInterrupt
-        return loss(heads, labels)
-
-    monkeypatch.setattr(train, "deep_supervision_loss", interrupting)
-
-
-def test_resuming_is_exact_after_every_epoch(tmp_path, discs_kept, finished, monkeypatch):
-    same, out = recipe(schedule="one-cycle", weight_decay=1e-2), tmp_path / "run"
-    for _ in range(3):
-        with monkeypatch.context() as patch:
-            interrupted_at(patch, 2)
-            with pytest.raises(KeyboardInterrupt):
-                train.train(same, discs_kept, out)
-        torch.manual_seed(99)  # global state must not matter
-    train.train(same, discs_kept, out)
-    assert_same_run(out, finished)
-
-
-@pytest.mark.parametrize("network", [
-    {"norm": "instance", "activation": "silu", "up": "linear", "up_conv": False},
-    {"norm": "none", "down": "strided", "classes": 2, "in_channels": 3},
-])  # fmt: skip
-def test_resuming_is_exact_for_other_networks(tmp_path, discs, monkeypatch, network):
-    for file in (discs / "labels").iterdir():
-        Image.fromarray((np.asarray(Image.open(file)) > 0).astype(np.uint8)).save(file)
-    same = recipe(epochs=2, network=network, learning_rate=1e-3)
-    train.train(same, discs, tmp_path / "a")
-    with monkeypatch.context() as patch:
-        interrupted_at(patch, 2)
-        with pytest.raises(KeyboardInterrupt):
-            train.train(same, discs, tmp_path / "b")
-    train.train(same, discs, tmp_path / "b")
-    assert_same_run(tmp_path / "a", tmp_path / "b")
-
-
-@pytest.mark.parametrize("victim", ["save_state", "log"])
-def test_a_kill_between_the_files_of_the_last_epoch_loses_nothing(
-    tmp_path, discs_kept, finished, monkeypatch, victim
-):
-    same, out = recipe(schedule="one-cycle", weight_decay=1e-2), tmp_path / "run"
-    name = {"save_state": "_save_state", "log": "_write_log"}[victim]
-    write, calls = getattr(train, name), [0]
-
-    def killed(*args):
-        calls[0] += 1
-        if calls[0] == 4:
-            raise KeyboardInterrupt
-        write(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, name, killed)
-        with pytest.raises(KeyboardInterrupt):
-            train.train(same, discs_kept, out)
-    train.train(same, discs_kept, out)
-    assert_same_run(out, finished)
-
-
-def test_a_killed_process_goes_on(tmp_path, discs_kept, finished):
-    """SIGKILL, without any chance to clean up."""
-    out = tmp_path / "run"
-    (tmp_path / "recipe.json").write_text(recipe(schedule="one-cycle", weight_decay=1e-2).model_dump_json())
-    code = (
-        "import sys; from pathlib import Path; from model.train import TrainConfig, train\n"
-        "data, out, recipe = map(Path, sys.argv[1:])\n"
-        "train(TrainConfig.model_validate_json(recipe.read_text()), data, out)"
-    )
-    command = [sys.executable, "-c", code, str(discs_kept), str(out), str(tmp_path / "recipe.json")]
-    # As many threads as here, because sums depend on it.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # noqa: TID251 - of a child
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, env=environment)
-    while not (out / "last.safetensors").exists():
-        assert process.poll() is None, "the run ended before its first epoch"
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    train.train(recipe(schedule="one-cycle", weight_decay=1e-2), discs_kept, out)
-    assert_same_run(out, finished)
-
-
-def test_a_finished_run_is_left_as_it_is(finished, discs_kept):
-    before = {p.name: p.read_bytes() for p in finished.iterdir() if p.suffix != ".png"}
-    assert (
-        train.train(recipe(schedule="one-cycle", weight_decay=1e-2), discs_kept, finished)
-        == finished / "best.safetensors"
-    )
-    assert {p.name: p.read_bytes() for p in finished.iterdir() if p.suffix != ".png"} == before
-
-
-def test_another_recipe_is_not_resumed(finished, discs_kept):
-    before = {p.name: p.read_bytes() for p in finished.iterdir()}
-    with pytest.raises(RecipeError, match=r"holds a run of another recipe.*another --out"):
-        train.train(recipe(schedule="one-cycle", weight_decay=1e-3), discs_kept, finished)
-    assert {p.name: p.read_bytes() for p in finished.iterdir()} == before
-
-
-def test_a_run_goes_on_with_another_number_of_epochs(tmp_path, discs_kept, finished):
-    out = Path(shutil.copytree(finished, tmp_path / "run"))
-    longer = recipe(schedule="one-cycle", weight_decay=1e-2, epochs=5)
-    train.train(longer, discs_kept, out)
-    assert [row["epoch"] for row in rows_of(out)] == [1, 2, 3, 4, 5]
-    assert rows_of(out)[:4] == rows_of(finished)
-
-
-@pytest.mark.parametrize("content", ["bytes", "checkpoint"])
-def test_a_last_file_that_is_none(tmp_path, discs_kept, finished, content):
-    data = b"damaged" if content == "bytes" else (finished / "best.safetensors").read_bytes()
-    (tmp_path / "last.safetensors").write_bytes(data)
-    with pytest.raises(RecipeError, match=r"last\.safetensors: no run can be resumed from it"):
-        train.train(recipe(), discs_kept, tmp_path)
 
 
 # --- early stop ---
@@ -537,125 +335,3 @@ def test_accurate_is_the_mean_of_the_probabilities_not_of_the_masks():
         head.bias.data.fill_(float(np.log(probability / (1 - probability))))
     scores = train.evaluate(network, labelled_split(np.ones((4, 4))), torch.device("cpu"), "fp32")
     assert scores == {"dice_L1": 0, "dice_L2": 1, "dice_accurate": 1}
-
-
-# --- recipes ---
-
-
-def test_the_shipped_recipe_is_valid():
-    config = read_recipe(RECIPE, [])
-    assert TrainConfig.model_validate_json(config.model_dump_json()) == config
-    assert config.architecture == "unetpp"
-    assert config.network.widths == (32, 64, 128, 256, 512)
-    assert config.data.tile % config.network.divisor(config.network.depth) == 0
-
-
-def test_the_shipped_recipe_for_volumes_is_valid():
-    config = read_recipe(VOLUMES, [])
-    assert TrainConfig.model_validate_json(config.model_dump_json()) == config
-    train._check_tile(config)
-    # Anterior and posterior are the classes, and must not be mirrored into each other.
-    assert (config.network.classes, config.data.flip, config.data.rotate90) == (3, (0,), False)
-    with torch.device("meta"):
-        network = ARCHITECTURES[config.architecture](config.network)
-        heads = network(torch.empty(1, 1, *config.data.tile_shape(3)))
-    assert not any(isinstance(module, torch.nn.Conv2d) for module in network.modules())
-    assert [head.shape for head in heads] == [(1, 3, 32, 48, 32)] * 4
-
-
-def test_overrides():
-    config = read_recipe(
-        RECIPE,
-        [
-            "architecture=unet",
-            "optimisation.epochs=3",
-            "optimisation.schedule=constant",
-            'data.balance="a=b"',
-            "network.widths=[2, 3]",
-        ],
-    )
-    assert (config.architecture, config.optimisation.epochs, config.optimisation.schedule) == (
-        "unet",
-        3,
-        "constant",
-    )
-    assert (config.data.balance, config.network.widths) == ("a=b", (2, 3))
-    assert config.optimisation.batch == read_recipe(RECIPE, []).optimisation.batch
-
-
-@pytest.mark.parametrize(("override", "match"), [
-    ("optimisation.epochs", "expected section.key=value"),
-    ("optimisation.epoch=3", r"optimisation\.epoch: Extra inputs"),
-    ("nowhere.key=3", "nowhere: Extra inputs"),
-    ("optimisation.epochs=many", r"optimisation\.epochs: Input should be a valid integer"),
-    ("optimisation.epochs=0", r"optimisation\.epochs: .*greater than or equal to 1"),
-    ("optimisation.seed=-1", r"optimisation\.seed: .*greater than or equal to 0"),
-    ("data.tile=8", r"data\.tile.*: Input should be greater than or equal to 16"),
-    ("data.spacing=[1.0, 0.0, 1.0]", r"data\.spacing\.1: Input should be greater than 0"),
-    ("data.rotate_degrees=181", r"data\.rotate_degrees: .*less than or equal to 180"),
-    ("architecture=resnet", "architecture: Input should be 'unetpp' or 'unet'"),
-    ("network.widths=[1]", "widths must list 2 to 6"),
-    ("architecture.name=unet", r"override 'architecture\.name=unet': architecture is no section"),
-    ("optimisation.epochs.max=3", r"optimisation\.epochs is no section"),
-])  # fmt: skip
-def test_wrong_overrides(override, match):
-    with pytest.raises(RecipeError, match=match):
-        read_recipe(RECIPE, [override])
-
-
-@pytest.mark.parametrize("content", [None, b"not toml", b"\xff\xfe", b"[network]\nwidth = [3, 4]\n"])
-def test_wrong_recipes(tmp_path, content):
-    if content is not None:
-        (tmp_path / "a.toml").write_bytes(content)
-    with pytest.raises(RecipeError, match=r"a\.toml"):
-        read_recipe(tmp_path / "a.toml", [])
-    # An empty one is good: a section that it leaves out can be given by an override.
-    (tmp_path / "a.toml").write_text("")
-    assert read_recipe(tmp_path / "a.toml", ["optimisation.epochs=3"]).optimisation.epochs == 3
-
-
-# --- the console ---
-
-
-ARGUMENTS = ["--set", "network.widths=[4, 6]", "--set", "network.in_channels=1", "--set", "data.tile=16", "--set", "data.tiles_per_image=1",
-             "--set", "optimisation.batch=4", "--set", "optimisation.workers=0", "--set", "optimisation.epochs=1"]  # fmt: skip
-
-
-def test_command(tmp_path, discs_kept):
-    out = tmp_path / "run"
-    result = CliRunner().invoke(
-        app, ["train", str(RECIPE), "--data", str(discs_kept), "--out", str(out), *ARGUMENTS]
-    )
-    assert result.exit_code == 0, result.output
-    assert str(out / "best.safetensors") in result.output
-    assert "4 training and 2 validation images" in result.output
-    assert "epoch 1: loss" in result.output
-    assert json.loads((out / "recipe.json").read_text())["network"]["widths"] == [4, 6]
-
-
-@pytest.mark.parametrize(("arguments", "text"), [
-    (["--set", "optimisation.epoch=1"], "optimisation.epoch"),
-    (["--set", "network.dims=3"], "files named in index.csv are missing"),
-])  # fmt: skip
-def test_command_says_what_is_wrong(tmp_path, discs_kept, arguments, text):
-    out = str(tmp_path / "run")
-    result = CliRunner().invoke(
-        app, ["train", str(RECIPE), "--data", str(discs_kept), "--out", out, *ARGUMENTS, *arguments]
-    )
-    assert result.exit_code == 1
-    assert result.stderr.startswith("error: ")
-    assert text in result.stderr
-    assert "Traceback" not in result.output
-
-
-def test_command_on_bad_data_and_interrupted(tmp_path, discs_kept, monkeypatch):
-    (tmp_path / "empty").mkdir()
-    arguments = ["train", str(RECIPE), "--out", str(tmp_path / "run"), *ARGUMENTS, "--data"]
-    result = CliRunner().invoke(app, [*arguments, str(tmp_path / "empty")])
-    assert (result.exit_code, "index.csv: not found" in result.stderr) == (1, True)
-    interrupted_at(monkeypatch, 1)
-    monkeypatch.setattr(
-        train, "deep_supervision_loss", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
-    result = CliRunner().invoke(app, [*arguments, str(discs_kept)])
-    assert (result.exit_code, "error: interrupted; the same command goes on" in result.stderr) == (1, True)

@@ -1,16 +1,20 @@
 """Fixtures of the wire contract: applications in the test's own event loop, and one shared server on fake engines."""
 
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
+from tests.server.api.jobs_support import Gate
+from tests.server.api.sockets import noise, slow
 from tests.support.files import picture_bytes
-from tests.support.server import serving
+from tests.support.server import full_server, serving
 from tests.support.service import fake_app
 
 InProcess = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
@@ -42,3 +46,39 @@ def in_process() -> InProcess:
             yield client
 
     return opened
+
+
+@pytest.fixture
+def quiet_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Fails if clients can fill the log with tracebacks."""
+    yield
+    assert not [r for r in caplog.get_records("call") if r.exc_info or r.levelno > logging.WARNING]
+
+
+@pytest.fixture(scope="module")
+def opened() -> Iterator[SimpleNamespace]:
+    """A server with short time limits."""
+    limits = {"head_s": 0.3, "idle_upload_s": 0.5}
+    with full_server(slow(0.6), limits=limits, http={"ops_port": 1, "max_in_flight": 2}) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def noisy() -> Iterator[SimpleNamespace]:
+    with full_server(noise, limits={"idle_upload_s": 0.5, "head_s": 0.3}) as opened:
+        yield opened
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.open.set()
+
+
+@pytest.fixture
+def limited(gate: Gate) -> Iterator[httpx.Client]:
+    """A server that keeps 1 MiB and lets two jobs wait."""
+    settings = {"max_disk_mb": 1, "max_queued": 2}
+    with serving(fake_app(gate, jobs=settings, http={"max_in_flight": 1})) as client:
+        yield client

@@ -1,14 +1,8 @@
-"""/jobs: their documents, files, events and refusals. How they are queued and kept is tested in jobs/."""
+"""/jobs: their documents, files and events. How they are queued and kept is tested in jobs/."""
 
 import contextlib
-import dataclasses
-import errno
 import json
-import socket
 import sqlite3
-import tempfile
-import threading
-from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,99 +10,15 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from fastapi import FastAPI
 
-from server.api import problems
-from server.api.routes import jobs
-from server.arrays import Tiles
 from server.jobs.job import JobSpec
 from server.jobs.runner import Runner
 from server.jobs.store import Store
 from server.settings import JobsSettings
-from tests.server.api.conftest import InProcess
+from tests.server.api.jobs_support import DARK, GOOD, Checked, Gate, last_event, post, watching
 from tests.support.files import Sent, mask_of, picture_bytes
-from tests.support.server import serving, until
-from tests.support.service import bright, fake_app
-
-Checked = Callable[..., Any]
-
-GOOD = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
-DARK = picture_bytes(np.full((16, 16), 3, dtype=np.uint8))
-
-
-class Gate:
-    """An engine that waits while it is shut, and fails on an image that is dark all over."""
-
-    def __init__(self) -> None:
-        self.open = threading.Event()
-        self.open.set()
-        self._entered = threading.Semaphore(0)
-
-    def __call__(self, tiles: Tiles) -> np.ndarray:
-        self._entered.release()
-        assert self.open.wait(60)
-        if (tiles.pixels == 3).all():
-            raise ValueError("a secret of the engine")
-        return bright(tiles)
-
-    def wait(self) -> None:
-        """Until a batch has come."""
-        assert self._entered.acquire(timeout=60)
-
-    def opens_after_drain(self, app: FastAPI) -> FastAPI:
-        """An application whose engine ends its batch once the server drains, because a batch cannot be stopped."""
-        operations = app.state.operations
-
-        def drain() -> None:
-            operations.drain()
-            self.open.set()
-
-        app.state.operations = dataclasses.replace(operations, drain=drain)
-        return app
-
-
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    gate = Gate()
-    yield gate
-    gate.open.set()
-
-
-@pytest.fixture
-def limited(gate: Gate) -> Iterator[httpx.Client]:
-    """A server that keeps 1 MiB and lets two jobs wait."""
-    settings = {"max_disk_mb": 1, "max_queued": 2}
-    with serving(fake_app(gate, jobs=settings, http={"max_in_flight": 1})) as client:
-        yield client
-
-
-def post(client: httpx.Client, query: str = "", body: bytes = GOOD) -> dict[str, Any]:
-    answer = client.post(f"/jobs{query}", content=body)
-    assert answer.status_code == 202, answer.text
-    return dict(answer.json())
-
-
-def parsed(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    name = ""
-    for line in lines:
-        if line.startswith("event: "):
-            name = line.removeprefix("event: ")
-        elif line.startswith("data: "):
-            yield name, json.loads(line.removeprefix("data: "))
-
-
-@contextlib.contextmanager
-def watching(client: httpx.Client, id_: str) -> Iterator[Iterator[tuple[str, dict[str, Any]]]]:
-    with client.stream("GET", f"/jobs/{id_}/events") as answer:
-        assert answer.status_code == 200
-        assert answer.headers["content-type"].startswith("text/event-stream")
-        assert answer.headers["cache-control"] == "no-store, no-transform"
-        yield parsed(answer.iter_lines())
-
-
-def last_event(client: httpx.Client, id_: str) -> tuple[str, dict[str, Any]]:
-    with watching(client, id_) as events:
-        return list(events)[-1]
+from tests.support.server import serving
+from tests.support.service import fake_app
 
 
 def test_job_document_follows_the_job(small: httpx.Client) -> None:
@@ -309,110 +219,6 @@ def test_kept_jobs_that_went_wrong_are_server_faults(tmp_path: Path, problem: Ch
         answer = client.get(f"/jobs/{given_up}/result")
         assert problem(answer, 500, "interrupted").actual == 5
         assert answer.headers["cache-control"] == "no-store"
-
-
-@pytest.mark.parametrize(
-    ("query", "body", "status", "fields"),
-    [
-        ("", b"this is text", 415, {}),
-        ("", b"", 422, {}),
-        ("?level=5", GOOD, 422, {"parameter": "level"}),
-        ("?model=lungs", GOOD, 404, {"parameter": "model"}),
-        ("?format=gif", GOOD, 406, {"parameter": "format"}),
-        ("?preveiw=true", GOOD, 422, {"parameter": "preveiw"}),
-        ("?preview=true&preview=true", GOOD, 422, {"parameter": "preview", "actual": 2, "limit": 1}),
-        ("?preview=perhaps", GOOD, 422, {"parameter": "preview"}),
-        ("?deadline_ms=1000", GOOD, 422, {"parameter": "deadline_ms"}),
-        ("?min_level=1", GOOD, 422, {"parameter": "min_level"}),
-        ("?channel=1", GOOD, 422, {"parameter": "channel"}),
-        ("?min_size_px=-1", GOOD, 422, {"parameter": "min_size_px"}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_post_refuses_what_is_wrong(
-    small: httpx.Client, problem: Checked, query: str, body: bytes, status: int, fields: dict[str, Any]
-) -> None:
-    document = vars(problem(small.post(f"/jobs{query}", content=body), status))
-    assert document.items() >= fields.items()
-
-
-def test_post_unknown_parameter_lists_those_of_jobs(small: httpx.Client, problem: Checked) -> None:
-    allowed = problem(small.post("/jobs?preveiw=true", content=GOOD), 422, "invalid-parameter").allowed
-    assert {"preview", "mode", "level"} <= set(allowed)
-    assert not {"deadline_ms", "min_level"} & set(allowed)
-
-
-def test_post_refuses_a_deadline_header(small: httpx.Client, problem: Checked) -> None:
-    answer = small.post("/jobs", content=GOOD, headers={"X-Deadline-Ms": "1000"})
-    assert problem(answer, 422, "invalid-parameter").parameter == "deadline_ms"
-
-
-@pytest.mark.parametrize("multipart", [False, True])
-def test_post_over_the_quota_is_refused(
-    limited: httpx.Client, gate: Gate, problem: Checked, multipart: bool
-) -> None:
-    gate.open.clear()
-    large = GOOD + bytes(700_000)
-    post(limited, body=large)
-    answer = limited.post("/jobs", **({"files": {"file": large}} if multipart else {"content": large}))
-    assert problem(answer, 507, "store-full").setting == "UNETPP_JOBS__MAX_DISK_MB"
-    assert int(answer.headers["retry-after"]) >= 1
-    gate.open.set()
-    post(limited)
-
-
-def test_post_to_a_full_queue_is_refused(limited: httpx.Client, gate: Gate, problem: Checked) -> None:
-    gate.open.clear()
-    post(limited)
-    gate.wait()
-    waiting = [post(limited)["id"], post(limited)["id"]]
-    answer = limited.post("/jobs", content=GOOD)
-    assert problem(answer, 429, "overloaded").limit == 2
-    assert int(answer.headers["retry-after"]) >= 1
-    gate.open.set()
-    for id_ in waiting:
-        assert last_event(limited, id_)[0] == "done"
-
-
-def test_post_beside_too_many_uploads_is_refused(limited: httpx.Client, problem: Checked) -> None:
-    address = limited.base_url.host, limited.base_url.port
-    with socket.create_connection(address, timeout=10) as raw:
-        raw.sendall(b"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n12")
-        until(lambda: limited.post("/jobs", content=GOOD).status_code == 429)
-        problem(limited.post("/jobs", content=GOOD), 429, "overloaded")
-    assert 'unetpp_refusals_total{reason="uploads"} 2.0' in limited.get("/metrics").text
-
-
-def test_post_to_a_full_disk_is_refused(
-    limited: httpx.Client, monkeypatch: pytest.MonkeyPatch, problem: Checked
-) -> None:
-    class Full(tempfile.SpooledTemporaryFile):  # type: ignore[type-arg]
-        def write(self, _: bytes) -> int:
-            raise OSError(errno.ENOSPC, "no space left on device")
-
-    monkeypatch.setattr(tempfile, "SpooledTemporaryFile", Full)
-    problem(limited.post("/jobs", content=GOOD), 507, "store-full")
-
-
-def test_upload_that_breaks_off_frees_its_place(limited: httpx.Client) -> None:
-    for _ in range(5):
-        with socket.create_connection((limited.base_url.host, limited.base_url.port), timeout=10) as raw:
-            raw.sendall(b"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 900000\r\n\r\n" + bytes(800_000))
-    # The last one may still be noticed while this one comes.
-    until(lambda: limited.post("/jobs", content=GOOD + bytes(800_000)).status_code == 202)
-
-
-async def test_event_stream_over_the_limit_is_refused(in_process: InProcess, problem: Checked) -> None:
-    class OneJob:
-        async def get(self, id_: str) -> None:
-            pass
-
-    app = FastAPI()
-    problems.install(app)
-    app.include_router(jobs.router(OneJob(), max_streams=0))  # type: ignore[arg-type]
-    async with in_process(app) as client:
-        answer = await client.get("/jobs/a/events")
-    assert (answer.status_code, answer.json()["code"], answer.json()["limit"]) == (429, "overloaded", 0)
 
 
 def test_restarted_server_goes_on(gate: Gate, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""A job's specification, and a store whose clock a test sets."""
+"""A job's specification and problem, a store whose clock a test sets, and runners that a test moves on."""
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,13 @@ import pytest
 from server.jobs.job import Job, JobSpec
 from server.jobs.store import Store
 from server.settings import JobsSettings
+from tests.server.jobs.steps import Bench, StepService
 from tests.support.service import ManualClock
 
 SPEC = JobSpec({"model": None, "level": 2}, True, "fake", "fast", 2, "fp32", 12, 3.5)
 HEADERS = {"Content-Type": "image/png", "X-Segment-Level": "2"}
+PROBLEM = {"type": "urn:unetpp:internal", "title": "t", "status": 500, "code": "internal", "detail": "d"}
+Opened = Callable[..., Store]
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def opened(folder: Path, clock: ManualClock) -> Iterator[Callable[..., Store]]:
+def opened(folder: Path, clock: ManualClock) -> Iterator[Opened]:
     """Opens the store once more, after closing the one before."""
     with contextlib.ExitStack() as stack:
 
@@ -44,9 +47,21 @@ def opened(folder: Path, clock: ManualClock) -> Iterator[Callable[..., Store]]:
 
 
 @pytest.fixture
-def store(opened: Callable[..., Store]) -> Store:
+def store(opened: Opened) -> Store:
     return opened()
 
 
 def accept(store: Store, data: bytes = b"input", reference: bytes | None = None) -> Job:
     return store.accept(SPEC, io.BytesIO(data), None if reference is None else io.BytesIO(reference))
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    service = StepService()
+    yield Bench(tmp_path / "jobs", service, ManualClock())
+    service.close()
+
+
+def files(folder: Path) -> set[str]:
+    """Names of the files of all jobs."""
+    return {path.name for path in folder.glob("*/*")}

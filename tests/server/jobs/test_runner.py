@@ -2,10 +2,7 @@
 
 import asyncio
 import contextlib
-import math
-import sqlite3
 import threading
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,144 +11,20 @@ import pytest
 
 from server.errors import (
     CallerError,
-    InferenceFailed,
     InvalidParameter,
-    NotReady,
     Overloaded,
-    StoreBroken,
     StoreFull,
     UnknownJob,
     Unreadable,
 )
-from server.jobs.active import JobStatus
 from server.jobs.files import Files
-from server.jobs.job import FINISHED, Job
+from server.jobs.job import Job
 from server.jobs.runner import Intervals, Runner
 from server.jobs.store import Store
-from server.metrics import Metrics
-from server.segment.estimate import Estimate
-from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upload
-from server.settings import JobsSettings
-from tests.server.jobs.conftest import accept
+from server.segment.request import SegmentParams, Upload
+from tests.server.jobs.steps import PICTURE, TRUTH, WINDOWS, Bench, end, started, status_when, submit
 from tests.support.files import Sent, picture_bytes
-from tests.support.server import until
 from tests.support.service import FakeDevice, ManualClock, engine_of, fake_service
-
-PICTURE = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
-TRUTH = picture_bytes(np.ones((16, 16), np.uint8))
-WINDOWS = 4
-AT_ONCE = Intervals(min_watch_s=0, disk_retry_s=0)
-
-
-class StepService:
-    """Answers with the input and the level, one window per `step`; raises what `errors` holds."""
-
-    def __init__(self, free: bool = True) -> None:
-        self._real = fake_service()
-        self.registry = self._real.registry
-        self.free = free
-        self.errors: list[BaseException] = []
-        self.requests: list[tuple[bytes, int, bytes | None]] = []
-        self.running = self.most = 0
-        self._steps: asyncio.Queue[None] = asyncio.Queue()
-
-    def step(self, windows: int = WINDOWS) -> None:
-        for _ in range(windows):
-            self._steps.put_nowait(None)
-
-    def close(self) -> None:
-        self._real.close()
-
-    async def estimate(self, upload: Upload, params: SegmentParams) -> Estimate:
-        await self._real.estimate(upload, params)
-        return Estimate(256, WINDOWS, 256, 0, 0, device_s=100.0)
-
-    async def segment(
-        self, upload: Upload, params: SegmentParams, qos: QoS, on_progress: OnProgress
-    ) -> Response:
-        # Jobs leave the device to callers who wait, and are never late.
-        assert (qos.priority, qos.budget_s) == ("batch", math.inf)
-        target, data = self.registry.resolve(params), upload.file.read()
-        self.running += 1
-        self.most = max(self.most, self.running)
-        try:
-            on_progress("decode", 0, WINDOWS)
-            for done in range(WINDOWS):
-                if self.errors:
-                    raise self.errors.pop()
-                await (asyncio.sleep(0) if self.free else self._steps.get())
-                on_progress("infer", done + 1, WINDOWS)
-        finally:
-            self.running -= 1
-        self.requests.append((data, target.level, upload.reference.read() if upload.reference else None))
-        return Response(data + b"@%d" % target.level, "image/png", "mask.png", target, target, "", {})
-
-
-class Bench:
-    """Makes runners on one folder, and follows their jobs."""
-
-    def __init__(self, folder: Path, service: Any, clock: ManualClock) -> None:
-        self.folder = folder
-        self.service = service
-        self.clock = clock
-        self.metrics = Metrics()
-
-    def runner(self, uploads: int = 10, intervals: Intervals = AT_ONCE, **settings: Any) -> Runner:
-        return Runner(
-            JobsSettings(folder=self.folder, **settings),
-            uploads,
-            self.service,
-            self.metrics,
-            lambda response: {"X-Level": f"{response.target.level}"},
-            lambda error: {"type": f"urn:unetpp:{type(error).__name__}", "detail": str(error)},
-            intervals=intervals,
-            clock=self.clock,
-        )
-
-    def store(self) -> contextlib.AbstractContextManager[Store]:
-        return contextlib.closing(Store(JobsSettings(folder=self.folder)))
-
-    def file(self, id_: str, name: str) -> Path:
-        return self.folder / id_ / name
-
-    def value(self, name: str, **labels: str) -> float | None:
-        return self.metrics.registry.get_sample_value(name, labels)
-
-
-async def submit(
-    runner: Runner,
-    data: bytes = PICTURE,
-    reference: bytes | None = None,
-    *,
-    preview: bool = False,
-    **params: Any,
-) -> str:
-    upload = Upload(Sent(data), Sent(reference) if reference else None, "a.png")
-    return (await runner.submit(upload, SegmentParams(**params), preview=preview)).job.id
-
-
-async def status_when(runner: Runner, id_: str, condition: Callable[[JobStatus], object]) -> JobStatus:
-    """The first status that meets a condition."""
-    async with asyncio.timeout(60):
-        async for status in runner.watch(id_):
-            if condition(status):
-                return status
-    raise AssertionError(status)
-
-
-async def end(runner: Runner, id_: str) -> JobStatus:
-    return await status_when(runner, id_, lambda status: status.job.state in FINISHED)
-
-
-async def started(runner: Runner, id_: str) -> JobStatus:
-    return await status_when(runner, id_, lambda status: status.stage == "decode")
-
-
-@pytest.fixture
-async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    service = StepService()
-    yield Bench(tmp_path / "jobs", service, ManualClock())
-    service.close()
 
 
 async def test_job_is_done(bench: Bench) -> None:
@@ -350,144 +223,6 @@ async def test_delete_drops_queued_windows(tmp_path: Path, rng: np.random.Genera
 
 
 @pytest.mark.parametrize(
-    "error", [Unreadable("broken"), InferenceFailed("secret"), ValueError("a bug"), asyncio.CancelledError()]
-)
-async def test_job_that_fails_fails_alone(bench: Bench, error: BaseException) -> None:
-    bench.service.errors = [error]
-    async with bench.runner() as runner:
-        failed, good = await submit(runner), await submit(runner)
-        job = (await end(runner, failed)).job
-        assert job.state == "failed"
-        if isinstance(error, Exception):
-            assert job.problem["type"] == f"urn:unetpp:{type(error).__name__}"
-        assert (await end(runner, good)).job.state == "done"
-        runner.check()
-
-
-async def test_result_over_the_quota_is_kept(bench: Bench) -> None:
-    async with bench.runner(max_disk_mb=1) as runner:
-        job = (await end(runner, await submit(runner, PICTURE + bytes(700_000), preview=True))).job
-    assert (job.state, bool(job.preview)) == ("done", True)
-
-
-async def test_job_that_was_started_too_often_is_given_up(
-    bench: Bench, caplog: pytest.LogCaptureFixture
-) -> None:
-    with bench.store() as store:
-        id_ = accept(store).id
-    with contextlib.closing(sqlite3.connect(bench.folder / "jobs.sqlite")) as db, db:
-        db.execute("UPDATE jobs SET attempts = 2")
-    async with bench.runner(max_attempts=2) as runner:
-        job = (await end(runner, id_)).job
-    assert (job.state, job.problem["code"]) == ("failed", "Interrupted")
-    # Its end is by design, so there is no traceback; and all of an id would give access to the job.
-    (record,) = caplog.records
-    assert (record.levelname, record.exc_info) == ("WARNING", None)
-    assert id_[:8] in record.getMessage()
-    assert id_ not in record.getMessage()
-
-
-class Failing:
-    """A method that raises what is left of some errors before it does its work."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, cls: type, name: str, *errors: Exception) -> None:
-        self.errors = [*errors]
-        method = getattr(cls, name)
-
-        def call(*arguments: Any) -> Any:
-            if self.errors:
-                raise self.errors.pop()
-            return method(*arguments)
-
-        patch.setattr(cls, name, call)
-
-
-@pytest.mark.parametrize("error", [StoreBroken("locked"), StoreFull("full")], ids=["broken", "full"])
-@pytest.mark.parametrize(
-    ("cls", "call"),
-    [(Store, "start"), (Files, "inputs"), (Store, "finish"), (Store, "fail")],
-    ids=lambda v: str(v)[-9:],
-)
-async def test_job_waits_for_a_disk_that_fails_for_a_while(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, cls: type, call: str, error: Exception
-) -> None:
-    failing = Failing(monkeypatch, cls, call, error, error)
-    bench.service.errors = [Unreadable("broken")] if call == "fail" else []
-    async with bench.runner(max_attempts=1) as runner:
-        job = (await end(runner, await submit(runner))).job
-    assert (job.state, job.attempts, failing.errors) == ("failed" if call == "fail" else "done", 1, [])
-    assert len(bench.service.requests) == (call != "fail")
-
-
-async def test_job_that_waits_for_its_disk_can_be_deleted(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loop, called = asyncio.get_running_loop(), asyncio.Event()
-
-    def full(*_: object) -> None:
-        loop.call_soon_threadsafe(called.set)
-        raise StoreFull("full")
-
-    async with bench.runner(intervals=Intervals(min_watch_s=0)) as runner, asyncio.timeout(9):
-        with monkeypatch.context() as patch:
-            patch.setattr(Store, "finish", full)
-            id_ = await submit(runner)
-            await called.wait()
-            await runner.delete(id_)
-        assert (await runner.get(id_)).job.state == "cancelled"
-        assert (await end(runner, await submit(runner))).job.state == "done"
-
-
-async def test_job_without_room_for_its_preview_goes_on(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Failing(monkeypatch, Store, "keep_preview", StoreFull("full"))
-    async with bench.runner() as runner:
-        job = (await end(runner, await submit(runner, preview=True))).job
-    assert (job.state, job.preview) == ("done", None)
-
-
-async def test_job_without_its_input_fails(bench: Bench) -> None:
-    bench.service.free = False
-    async with bench.runner() as runner:
-        first, second = await submit(runner), await submit(runner)
-        await started(runner, first)
-        bench.file(second, "input").unlink()
-        bench.service.step()
-        assert (await end(runner, second)).job.problem["code"] == "FileNotFoundError"
-
-
-async def test_bug_ends_neither_workers_nor_sweeper(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop, swept = asyncio.get_running_loop(), asyncio.Semaphore(0)
-
-    def sweeps(_: Store) -> None:
-        loop.call_soon_threadsafe(swept.release)
-        raise OSError("raw")
-
-    bench.service.errors = [ValueError("a bug")] * 3
-    Failing(monkeypatch, Store, "fail", OSError("raw"), OSError("raw"))
-    monkeypatch.setattr(Store, "sweep", sweeps)
-    intervals = Intervals(sweep_s=0.001, min_watch_s=0, disk_retry_s=0)
-    async with bench.runner(intervals=intervals) as runner, asyncio.timeout(60):
-        assert (await end(runner, await submit(runner))).job.state == "failed"
-        for _ in range(3):
-            await swept.acquire()
-        runner.check()
-
-
-async def test_runner_that_drains_is_not_ready(bench: Bench) -> None:
-    runner = bench.runner()
-    with pytest.raises(NotReady):
-        await runner.get("a")
-    async with runner:
-        runner.check()
-        runner.drain()
-        await asyncio.sleep(0.01)
-        with pytest.raises(NotReady):
-            runner.check()
-
-
-@pytest.mark.parametrize(
     ("data", "params", "error"),
     [
         (b"", {}, Unreadable),
@@ -536,75 +271,6 @@ async def test_reserve_refuses_bytes_over_the_quota(bench: Bench) -> None:
         with pytest.raises(StoreFull), runner.reserve(SegmentParams()) as add_bytes:
             add_bytes(1_100_000)
     assert bench.value("unetpp_jobs_total", outcome="refused") == 1
-
-
-async def test_stop_puts_running_jobs_back(bench: Bench) -> None:
-    bench.service.free = False
-    async with bench.runner() as runner:
-        first, second = await submit(runner), await submit(runner, level=2)
-        bench.service.step(2)
-        await status_when(runner, first, lambda status: status.done == 2)
-        watched = runner.watch(second)
-        await anext(watched)
-    assert [status async for status in watched] == []
-    with bench.store() as store:
-        jobs = [(job.id, job.state, job.attempts) for job in store.waiting()]
-        assert jobs == [(first, "queued", 0), (second, "queued", 0)]
-    bench.service.free = True
-    async with bench.runner() as runner:
-        for id_ in (first, second):
-            assert (await end(runner, id_)).job.state == "done"
-    assert [level for _, level, _ in bench.service.requests] == [4, 2]
-
-
-async def test_runner_can_be_entered_again(bench: Bench) -> None:
-    runner = bench.runner()
-    for _ in range(2):
-        async with runner:
-            assert (await end(runner, await submit(runner))).job.state == "done"
-
-
-async def test_delete_while_draining_is_kept(bench: Bench) -> None:
-    bench.service.free = False
-    async with bench.runner() as runner, asyncio.timeout(60):
-        running, waiting = await submit(runner), await submit(runner)
-        await started(runner, running)
-        runner.drain()
-        for id_ in (running, waiting):
-            await runner.delete(id_)
-    with pytest.raises(NotReady):
-        await runner.delete(running)
-    with bench.store() as store:
-        assert {store.get(id_).state for id_ in (running, waiting)} == {"cancelled"}
-
-
-async def test_delete_of_a_job_that_ends_while_draining_removes_it(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loop, finishing, gate, finish = (
-        asyncio.get_running_loop(),
-        asyncio.Event(),
-        threading.Event(),
-        Store.finish,
-    )
-
-    def slow(*arguments: Any) -> Any:
-        loop.call_soon_threadsafe(finishing.set)
-        assert gate.wait(60)
-        return finish(*arguments)
-
-    monkeypatch.setattr(Store, "finish", slow)
-    async with bench.runner() as runner, asyncio.timeout(60):
-        deleted, kept = await submit(runner), await submit(runner)
-        await finishing.wait()
-        runner.drain()
-        gate.set()
-        await asyncio.to_thread(until, bench.file(deleted, "result").exists)
-        await runner.delete(deleted)
-        with pytest.raises(UnknownJob):
-            await runner.get(deleted)
-    with bench.store() as store:
-        assert [job.id for job in store.waiting()] == [kept]
 
 
 async def test_metrics_count_jobs_and_bytes(bench: Bench) -> None:
