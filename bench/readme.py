@@ -123,6 +123,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "memory": memory,
     "peers": functools.partial(_text, "peers"),
     "settings": markdown_table,
+    "startup": functools.partial(_text, "startup"),
     "uncertainty": functools.partial(_text, "uncertainty"),
     "volumes": volumes,
 }
