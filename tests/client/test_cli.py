@@ -225,12 +225,12 @@ def test_interrupted_run_keeps_a_true_report(
     with subprocess.Popen(
         [sys.executable, "-c", script, *arguments], stderr=subprocess.PIPE, text=True, cwd=ROOT
     ) as process:
-        assert fake_server.held.wait(30)
+        assert fake_server.held.wait(60)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert errors == ("interrupted\n" if code == 130 else "")
-    assert fake_server.cancelled.wait(10)
+    assert fake_server.cancelled.wait(60)
     before = states(out)
     assert before[1:] == ["pending"] * 3
     assert files(out) == ["a_mask.png", "run.json"]
