@@ -92,6 +92,16 @@ class PendingTiles:
         return self.engine, self.tiles.pixels.shape[1:]
 
     @property
+    def tile(self) -> tuple[int, ...]:
+        """Size of each tile: (h, w[, d])."""
+        return self.tiles.pixels.shape[2:]
+
+    @property
+    def batch_limit(self) -> int:
+        """Tiles of this size in one run at most."""
+        return self.flow.instance.batch_limit(self.tile)
+
+    @property
     def waiting(self) -> int:
         """Tiles that no batch has taken."""
         return len(self.tiles) - self.taken

@@ -86,8 +86,7 @@ class LatencyModel:
         if not rates:
             seconds = pixels * macs_per_pixel * self._seconds_per_mac
             return Prediction(seconds, seconds, confident=False)
-        distance = {size: abs(size - pixels.bit_length()) for size in rates}
-        size = min(rates, key=lambda known: distance[known])
+        size = _nearest(rates, pixels)
         rate = rates[size]
         # Because the start of a run weighs more in a small piece, its rate makes a larger one look slow; that
         # would be refused and never observed.
@@ -121,8 +120,12 @@ class LatencyModel:
         """Trusts the fastest rate a little less, because work was refused that would have shown whether it still holds."""
         rates = self._rates.get(key)
         if rates:
-            size = min(rates, key=lambda known: abs(known - pixels.bit_length()))
-            rates[size].doubt *= DOUBT
+            rates[_nearest(rates, pixels)].doubt *= DOUBT
+
+
+def _nearest(rates: dict[int, _Rate], pixels: int) -> int:
+    """The observed size that is nearest to a piece of work."""
+    return min(rates, key=lambda size: abs(size - pixels.bit_length()))
 
 
 def _follow(known: float, seen: float) -> float:

@@ -178,9 +178,7 @@ class Loader:
             except UnetppError:
                 raise
             except Exception as error:
-                problem = f"{candidate.engine} on {candidate.provider} cannot run {instance.path}: {error}"
-                _fall_back(deployment, candidate.provider, problem)
-                raise EngineUnavailable(problem, **where) from error
+                raise _cannot_run(deployment, instance, error) from error
             limit = golden.TOLERANCE[candidate.precision]
             if difference <= limit:
                 continue
@@ -224,10 +222,16 @@ def _check_unchanged(deployment: Deployment, instance: ModelInstance) -> None:
         raise BundleDamaged(text, **error.fields) from error
 
 
-def _fall_back(deployment: Deployment, provider: str, problem: str) -> None:
-    """Leaves a GPU that has never worked for the CPU, where the operator left the choice to the server."""
+def _cannot_run(deployment: Deployment, instance: ModelInstance, error: Exception) -> EngineUnavailable:
+    """Makes the error of an engine that cannot run a graph.
+
+    A GPU that has never worked is left for the CPU, where the operator left the choice to the server.
+    """
+    engine, provider = instance.choice.candidate.engine, instance.choice.candidate.provider
+    problem = f"{engine} on {provider} cannot run {instance.path}: {error}"
     if not deployment.provider_is_fixed and provider != "cpu" and deployment.exclude_provider(provider):
         log.warning("FALLING BACK to the CPU: %s", problem)
+    return EngineUnavailable(problem, engine=engine, provider=provider)
 
 
 def open_engine(deployment: Deployment, instance: ModelInstance) -> Engine:
@@ -245,6 +249,4 @@ def open_engine(deployment: Deployment, instance: ModelInstance) -> Engine:
         if candidate.provider == "cpu" and not isinstance(error, UnetppError):
             text = f"{instance.path}: {candidate.engine} cannot open it: {error}"
             raise BundleDamaged(text, file=instance.path.name) from error
-        problem = f"{candidate.engine} on {candidate.provider} cannot run {instance.path}: {error}"
-        _fall_back(deployment, candidate.provider, problem)
-        raise EngineUnavailable(problem, engine=candidate.engine, provider=candidate.provider) from error
+        raise _cannot_run(deployment, instance, error) from error

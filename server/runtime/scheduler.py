@@ -196,7 +196,7 @@ class Scheduler:
     def _should_wait(self, first: PendingTiles) -> bool:
         """Whether a batch has room, its tiles alone are queued, and a request for the same instance is being decoded."""
         instance = first.flow.instance
-        limit = instance.batch_limit(first.tiles.pixels.shape[2:])
+        limit = first.batch_limit
         coming = any(
             flow.instance is instance and flow.arriving and not flow.submitted for flow in self._admitted
         )
@@ -214,7 +214,8 @@ class Scheduler:
         # free.
         if not (flow := self._next_flow()):
             return
-        instance, pixels = flow.instance, math.prod(self._pending[flow][0].tiles.pixels.shape[2:])
+        instance, first = flow.instance, self._pending[flow][0]
+        pixels = math.prod(first.tile)
         tile = self._latency.predict(instance.key, pixels, instance.graph.macs_per_pixel)
         batch = self._form_batch(flow, tile.seconds)
         members = dict.fromkeys(pending for pending, _ in batch)
@@ -236,8 +237,7 @@ class Scheduler:
             # A test tile of a few pixels says nothing of real ones.
             self._latency.observe(instance.key, pixels, seconds / len(batch), instance.graph.macs_per_pixel)
         self._metrics.batches.labels(instance.graph.name).observe(len(batch))
-        fill = len(batch) / instance.batch_limit(batch[0][0].tiles.pixels.shape[2:])
-        self._metrics.fill.labels(instance.graph.name).observe(fill)
+        self._metrics.fill.labels(instance.graph.name).observe(len(batch) / first.batch_limit)
         _resolve_complete(batch, scores)
 
     def _next_flow(self) -> Flow | None:
@@ -267,10 +267,8 @@ class Scheduler:
         Each is charged with what a tile is now predicted to take: by what was known when they were admitted,
         requests that came before the first observation would have the device for nothing.
         """
-        key, limit = (
-            self._pending[first][0].batch_key,
-            first.instance.batch_limit(self._pending[first][0].tiles.pixels.shape[2:]),
-        )
+        pending = self._pending[first][0]
+        key, limit = pending.batch_key, pending.batch_limit
         self._virtual_time[first.priority] = first.virtual_time
         sharing = [
             (self._rank(flow), flow) for flow, queue in self._pending.items() if queue[0].batch_key == key

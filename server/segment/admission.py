@@ -22,6 +22,7 @@ from server.runtime.flow import Flow
 from server.runtime.latency import LatencyModel
 from server.runtime.scheduler import Scheduler
 from server.segment import postprocess, quality
+from server.segment.deadline import timeout
 from server.segment.estimate import Estimate, cpu_work, estimate_work
 from server.segment.memory_budget import MemoryBudget
 from server.segment.preprocess import check_pixel_size, place
@@ -167,9 +168,7 @@ class Admission:
         degraded = (
             ("deadline" if qos.remaining_s < qos.timeout_s else "load") if target is not requested else ""
         )
-        instance, graph = target.instance, target.instance.graph
-        tile = self._latency.predict(instance.key, estimate.tile_pixels, graph.macs_per_pixel)
-        flow = Flow(instance, qos.priority, qos.deadline, estimate.windows, tile)
+        flow = Flow(target.instance, qos.priority, qos.deadline, estimate.windows, estimate.tile)
         try:
             with self._scheduler.join(flow):
                 async with self._hold(self._budgets[headers[0].kind == "image", qos.priority], estimate, qos):
@@ -224,14 +223,15 @@ class Admission:
         graph = target.instance.graph
         work = estimate_work(header, reference, placement, target.manifest, graph, formats, params)
         observed = (target.instance.key, work.tile_pixels), (cpu_work(header, formats, params), work.pixels)
-        device = self._latency.predict(*observed[0], graph.macs_per_pixel)
+        tile = self._latency.predict(*observed[0], graph.macs_per_pixel)
         cpu = self._latency.predict(*observed[1])
-        known = device.confident and cpu.confident
+        known = tile.confident and cpu.confident
         estimate = replace(
             work,
-            device_s=work.windows * device.seconds,
+            tile=tile,
+            device_s=work.windows * tile.seconds,
             cpu_s=cpu.seconds,
-            fastest_s=work.windows * device.fastest_s + cpu.fastest_s if known else 0.0,
+            fastest_s=work.windows * tile.fastest_s + cpu.fastest_s if known else 0.0,
             observed=observed,
         )
         self._check_limits(estimate, header)
@@ -328,7 +328,7 @@ class Admission:
         spare_s = max(0.0, qos.timeout_s - (estimate.device_s if estimate.fastest_s else 0.0))
         async with contextlib.AsyncExitStack() as held:
             try:
-                async with asyncio.timeout(None if spare_s == math.inf else spare_s):
+                async with timeout(spare_s):
                     await held.enter_async_context(budget.hold(estimate.pixels))
             except TimeoutError as error:
                 raise Overloaded(

@@ -10,6 +10,11 @@ from server.errors import DeadlinePassed
 from server.segment.request import QoS
 
 
+def timeout(seconds: float) -> asyncio.Timeout:
+    """`asyncio.timeout`, where infinity means none."""
+    return asyncio.timeout(None if seconds == math.inf else seconds)
+
+
 @contextlib.asynccontextmanager
 async def deadline(qos: QoS) -> AsyncIterator[None]:
     """Ends the block at the deadline of a request.
@@ -19,9 +24,7 @@ async def deadline(qos: QoS) -> AsyncIterator[None]:
     """
     late = "the deadline passed before the answer was there; what was left of the work is not done"
     try:
-        async with asyncio.timeout(
-            None if qos.deadline == math.inf else qos.deadline - time.monotonic()
-        ) as limit:
+        async with timeout(qos.deadline - time.monotonic()) as limit:
             yield
     except TimeoutError as error:
         if not limit.expired():

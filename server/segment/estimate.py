@@ -8,6 +8,7 @@ from server.arrays import InputHeader
 from server.imaging import encode as encoding
 from server.imaging.geometry import Placement
 from server.runtime.bundle import Graph, Manifest
+from server.runtime.latency import UNKNOWN, Prediction
 from server.segment import postprocess
 from server.segment.request import SegmentParams
 from server.segment.statistics import LISTED_BYTES, MAX_LISTED
@@ -33,6 +34,7 @@ class Estimate:
         fastest_s: device and CPU time in seconds at the best rates ever observed; 0 unless enough was
             observed to refuse a request because of it.
         observed: keys and sizes of the latency model that the times rest on.
+        tile: predicted seconds of one window.
     """
 
     pixels: int
@@ -44,6 +46,7 @@ class Estimate:
     cpu_s: float = 0.0
     fastest_s: float = 0.0
     observed: tuple[tuple[Hashable, int], ...] = ()
+    tile: Prediction = UNKNOWN
 
     @property
     def seconds(self) -> float:

@@ -79,7 +79,7 @@ class WindowMerger:
         self._before: Float32[ndarray, "K *across"] | None = None
 
     def merge(self, chunk: range, scores: Iterable[Float32[ndarray, "K *tile"]]) -> None:
-        """Adds the scores of a step's windows, each (K, h, w[, d]); steps come in order, each once."""
+        """Adds the scores of a chunk's windows, each (K, h, w[, d]); chunks come in order, each once."""
         for index, window in zip(chunk, scores, strict=True):
             top, *starts = self._rows_first(self._windows.starts[index])
             self._finish_rows_above(top)
@@ -92,7 +92,7 @@ class WindowMerger:
             self._weight[place] += self._weights
 
     def finish(self) -> None:
-        """Writes what is still open, after the last step."""
+        """Writes what is still open, after the last chunk."""
         self._finish_rows_above(self._rows)
 
     def _rows_first(self, values: tuple[int, ...]) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from server.errors import CallerError, InvalidParameter, TooLarge, Unreadable, UnsupportedType
+from server.segment.deadline import timeout
 from server.segment.estimate import Estimate, times
 from server.segment.registry import Target
 from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upload
@@ -165,7 +166,7 @@ class _ZipBatch:
         """
         left_s = self._qos.timeout_s
         try:
-            async with asyncio.timeout(None if left_s == math.inf else left_s) as limit:
+            async with timeout(left_s) as limit:
                 await work
         except TimeoutError as error:
             if not limit.expired():
@@ -224,10 +225,8 @@ class _ZipBatch:
                 await worker.run("decode", zips.extract, entry, file)
             _check_image(file)
             # Time is for all images together: one alone would be refused because of the others.
-            upload, qos = (
-                Upload(file, name=entry.name, accept=self._upload.accept),
-                QoS(priority=self._qos.priority),
-            )
+            upload = Upload(file, name=entry.name, accept=self._upload.accept)
+            qos = QoS(priority=self._qos.priority)
             response = await self._service.segment(upload, self._params, qos, target=self._target)
         async with self._files:
             files = await worker.run("encode", zips.add, entry, _answer_files(response))
