@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny bundle, the shipped bundle, real servers, and the data beside the project."""
+"""Shared fixtures: a tiny network, the shipped bundles, real servers, and the data beside the project."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,12 +20,6 @@ hypothesis.settings.load_profile("unetpp")
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
-
-
-@pytest.fixture(scope="session")
-def nuclei_data() -> Path:
-    """Folder with images/, labels/ and index.csv."""
-    return _shared("nuclei")
 
 
 @pytest.fixture(scope="session")
@@ -80,20 +74,6 @@ def tiny_network() -> "torch.nn.Module":  # type: ignore[name-defined]
         for head, logits in zip(network.heads.values(), network(torch.randn(4, 3, 64, 64)), strict=True):
             head.bias.sub_(logits.mean())
     return network
-
-
-@pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_network: object) -> Path:
-    """A bundle of `tiny_network` in fp32 and fp16, exported once."""
-    from export.pack import export, read_card
-    from model import checkpoint
-
-    folder = tmp_path_factory.mktemp("bundles")
-    source = folder / "tiny.safetensors"
-    checkpoint.save(tiny_network, source)
-    card = read_card(ROOT / "export" / "cards" / "nuclei.toml").model_copy(update={"name": "tiny"})
-    export(source, card, folder / "tiny", None)
-    return folder / "tiny"
 
 
 @pytest.fixture(scope="session")

@@ -26,14 +26,13 @@ from server.runtime.machine import read_machine
 from server.service import open_service
 from server.settings import JobsSettings, Settings
 from tests.support.bundles import rewrite_hashes
-from tests.support.files import nifti_bytes, picture_bytes
+from tests.support.files import SMALL, nifti_bytes, picture_bytes
 from tests.support.server import serving
 from tests.support.service import fake_app, fake_deployment
 
 SNAPSHOT = Path(__file__).with_name("error_wording.txt")
 SHIPPED = Path(__file__).parents[2] / "bundles" / "nuclei"
 
-IMAGE = picture_bytes(np.arange(64, dtype=np.uint8).reshape(8, 8))
 LARGE = picture_bytes(np.zeros((20, 30), np.uint8))
 VOLUME = nifti_bytes(np.zeros((8, 8, 8), np.uint8))
 
@@ -49,7 +48,7 @@ def zip_of(**files: bytes) -> bytes:
 # Query, body and headers of POST /segment.
 REQUESTS: list[tuple[str, bytes, dict[str, str]]] = [
     *(
-        (query, IMAGE, {})
+        (query, SMALL, {})
         for query in (
             "model=x",
             "mode=x",
@@ -73,16 +72,16 @@ REQUESTS: list[tuple[str, bytes, dict[str, str]]] = [
     ),
     ("", b"", {}),
     ("", b"text", {}),
-    ("", IMAGE[:50], {}),
+    ("", SMALL[:50], {}),
     ("", LARGE, {}),
     ("", b"x" * 2_000_000, {}),
     ("", zip_of(), {}),
     ("", VOLUME, {}),
     ("", VOLUME[:40], {}),
-    ("", IMAGE, {"Accept": "audio/ogg"}),
-    ("", IMAGE, {"X-Deadline-Ms": "soon"}),
-    ("", IMAGE, {"Sec-Fetch-Site": "cross-site"}),
-    ("", IMAGE, {"X": "x" * 17_000}),
+    ("", SMALL, {"Accept": "audio/ogg"}),
+    ("", SMALL, {"X-Deadline-Ms": "soon"}),
+    ("", SMALL, {"Sec-Fetch-Site": "cross-site"}),
+    ("", SMALL, {"X": "x" * 17_000}),
 ]
 
 
@@ -98,7 +97,7 @@ def http_lines() -> Iterator[str]:
     with serving(fake_app(limits=limits)) as client:
         for query, body, headers in REQUESTS:
             answer = problem(client.post(f"/segment?{query}", content=body, headers=headers))
-            sent = f"{len(body)} bytes" if body != IMAGE else ""
+            sent = f"{len(body)} bytes" if body != SMALL else ""
             described = " ".join(
                 filter(None, [query, sent, *(f"{name}: {text:.10}" for name, text in headers.items())])
             )

@@ -15,11 +15,10 @@ import pytest
 
 from server import logs
 from server.errors import BundleDamaged, InvalidParameter, NotReady
-from tests.support.files import picture_bytes
+from tests.support.files import SMALL
 from tests.support.server import serving
 from tests.support.service import fake_app
 
-PICTURE = picture_bytes(np.arange(64, dtype=np.uint8).reshape(8, 8))
 # Words in names, headers and values of what is sent.
 MARKS = ("PATIENT-DOE", "SECRETNAME", "QUERYJUNK", "HEADERJUNK")
 
@@ -153,8 +152,8 @@ class TestRequests:
     def test_request_is_one_line_with_its_outcome(self, log: Callable[[str], Log]) -> None:
         with serving(fake_app()) as client:
             written = log("json")
-            client.post("/segment?level=2", content=PICTURE, headers={"X-Request-Id": "mine"})
-            client.post("/segment?model=QUERYJUNK", content=PICTURE)
+            client.post("/segment?level=2", content=SMALL, headers={"X-Request-Id": "mine"})
+            client.post("/segment?model=QUERYJUNK", content=SMALL)
             for path in ("/jobs/QUERYJUNK", "/QUERYJUNK", "/health/ready", "/metrics"):
                 client.get(path)
         ok, bad, job, unknown = written.requests()
@@ -168,7 +167,7 @@ class TestRequests:
             "http.request.method": "POST",
             "http.route": "/segment",
             "http.response.status_code": 200,
-            "http.request.body.size": len(PICTURE),
+            "http.request.body.size": len(SMALL),
             "unetpp.outcome": "ok",
             "unetpp.model": "fake",
             "unetpp.mode": "fast",
@@ -242,15 +241,15 @@ class TestRequests:
                     sent[:300],
                     sent.replace(b"n+1", b"n+9"),
                     b"SECRETNAME",
-                    PICTURE,
+                    SMALL,
                 ):
                     client.post(path, files={"file": ("PATIENT-DOE.nii", body)})
                     client.post(path, content=body)
                 for query in queries:
-                    client.post(f"{path}?{query}", content=PICTURE)
-            client.post("/segment", files={"QUERYJUNK": ("PATIENT-DOE.nii", PICTURE)})
+                    client.post(f"{path}?{query}", content=SMALL)
+            client.post("/segment", files={"QUERYJUNK": ("PATIENT-DOE.nii", SMALL)})
             for header in headers:
-                client.post("/segment", content=PICTURE, headers={header: "HEADERJUNK/1 (x)"})
+                client.post("/segment", content=SMALL, headers={header: "HEADERJUNK/1 (x)"})
             client.get("/PATIENT-DOE.nii?QUERYJUNK")
             client.get("/models/QUERYJUNK")
         assert written.text.count("/segment") > 20

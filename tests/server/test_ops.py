@@ -6,14 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
-import numpy as np
 import pytest
 
 from server.api import auth
-from tests.support.files import picture_bytes
+from tests.support.files import GOOD
 from tests.support.server import full_server, make_certificate
 
-GOOD = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
 KEY, LINE = auth.make("operator")
 
 

@@ -22,13 +22,12 @@ from server.runtime.deployment import Deployment
 from server.segment.request import SegmentParams, Upload
 from server.service import open_service
 from tests.support import loading
-from tests.support.files import Sent, mask_of, picture_bytes
+from tests.support.files import SMALL, Sent, mask_of, picture_bytes
 from tests.support.server import full_server, until
 from tests.support.service import bright, engine_of, fake_deployment, fake_service, quiet_settings
 
 # Several chunks of windows of 64 x 64.
 LARGE = picture_bytes(np.random.default_rng(0).integers(0, 256, (200, 300), dtype=np.uint8))
-SMALL = picture_bytes(np.arange(64, dtype=np.uint8).reshape(8, 8))
 
 
 def dark(tiles: Tiles) -> np.ndarray:

@@ -15,6 +15,11 @@ def picture_bytes(picture: Pillow.Image | np.ndarray, kind: str = "PNG", **optio
     return out.getvalue()
 
 
+# Grey pixels of every value: 16 × 16, of which 127 lie above the mean, and 8 × 8.
+GOOD = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
+SMALL = picture_bytes(np.arange(64, dtype=np.uint8).reshape(8, 8))
+
+
 class Sent(io.BytesIO):
     """An upload; these two make it a `BinaryIO` in every respect."""
 

@@ -8,12 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 
 from tests.server.api.jobs_support import Gate
 from tests.server.api.sockets import noise, slow
-from tests.support.files import picture_bytes
+from tests.support.files import GOOD
 from tests.support.server import full_server, serving
 from tests.support.service import fake_app
 
@@ -25,7 +24,7 @@ MAX_BODY_MB, MAX_PIXELS = 1, 100_000
 @pytest.fixture(scope="session")
 def grey() -> bytes:
     """A PNG of 16 × 16 pixels, of which 127 lie above the mean."""
-    return picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    return GOOD
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,10 @@ import numpy as np
 from fastapi import FastAPI
 
 from server.arrays import Tiles
-from tests.support.files import picture_bytes
+from tests.support.files import GOOD, picture_bytes
 from tests.support.service import bright
 
 Checked = Callable[..., Any]
-GOOD = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
 DARK = picture_bytes(np.full((16, 16), 3, dtype=np.uint8))
 
 

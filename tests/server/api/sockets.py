@@ -15,7 +15,6 @@ from server.arrays import Tiles
 from tests.support.files import picture_bytes
 from tests.support.service import bright
 
-GOOD = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
 GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 POST = b"POST /segment HTTP/1.1\r\nHost: x\r\n"
 CHUNKED = b" HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"

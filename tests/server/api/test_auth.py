@@ -11,15 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from server.api import auth
 from server.errors import Misconfigured
-from tests.support.files import picture_bytes
+from tests.support.files import GOOD
 from tests.support.server import full_server, until
 
-GOOD = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
 KEY, LINE = auth.make("lab-3")
 OTHER_KEY, OTHER_LINE = auth.make("other")
 

@@ -4,17 +4,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 
-from tests.support.files import picture_bytes
+from tests.support.files import GOOD
 from tests.support.memory import resident_mb
 from tests.support.server import serving
 from tests.support.service import fake_app
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # decoders warn about what they tolerate
 
-GOOD = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
 EXPECTED = (200, 413, 415, 422)
 
 

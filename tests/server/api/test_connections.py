@@ -10,7 +10,6 @@ import pytest
 from tests.server.api.sockets import (
     CHUNKED,
     GET,
-    GOOD,
     POST,
     connected,
     is_alive,
@@ -19,6 +18,7 @@ from tests.server.api.sockets import (
     read_response,
     send_until_closed,
 )
+from tests.support.files import GOOD
 from tests.support.memory import memory_stays_below
 from tests.support.server import full_server, until
 

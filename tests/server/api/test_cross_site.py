@@ -12,13 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
-import numpy as np
 import pytest
 
-from tests.support.files import picture_bytes
+from tests.support.files import GOOD
 from tests.support.server import full_server, until
 
-GOOD = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
 PATHS = ("/etc/passwd", "file:///etc/passwd", "../../manifest.json", "C:\\x.png")
 
 Problem = Callable[..., SimpleNamespace]

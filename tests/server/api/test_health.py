@@ -17,10 +17,9 @@ from server.arrays import Tiles
 from server.errors import NotReady
 from server.monitoring.health_probe import MAX_FAILURES, HealthProbe
 from tests.server.api.conftest import InProcess
-from tests.support.files import picture_bytes
+from tests.support.files import SMALL
 from tests.support.service import FakeDevice, bright, fake_service
 
-PICTURE = picture_bytes(np.arange(64, dtype=np.uint8).reshape(8, 8))
 FAULTS = ("raises", "returns nothing", "blocks")
 
 
@@ -120,6 +119,6 @@ def test_server_with_a_failing_device_answers_requests(
     """On a real server: bad requests neither count as failures of the device nor as reasons to restart."""
     for _ in range(2 * MAX_FAILURES):
         problem(small.post("/segment?level=1", content=b"nonsense"), 415)
-        problem(small.post("/segment?level=5", content=PICTURE), 422)
+        problem(small.post("/segment?level=5", content=SMALL), 422)
     assert small.get("/health/live").json() == {"live": True}
     assert small.get("/health/ready").json() == {"ready": True}

@@ -15,8 +15,8 @@ from server.jobs.job import JobSpec
 from server.jobs.runner import Runner
 from server.jobs.store import Store
 from server.settings import JobsSettings
-from tests.server.api.jobs_support import DARK, GOOD, Checked, Gate, last_event, post, watching
-from tests.support.files import Sent, mask_of, picture_bytes
+from tests.server.api.jobs_support import DARK, Checked, Gate, last_event, post, watching
+from tests.support.files import GOOD, Sent, mask_of, picture_bytes
 from tests.support.server import serving
 from tests.support.service import fake_app
 

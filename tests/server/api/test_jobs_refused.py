@@ -12,7 +12,8 @@ from fastapi import FastAPI
 from server.api import problems
 from server.api.routes import jobs
 from tests.server.api.conftest import InProcess
-from tests.server.api.jobs_support import GOOD, Checked, Gate, last_event, post
+from tests.server.api.jobs_support import Checked, Gate, last_event, post
+from tests.support.files import GOOD
 from tests.support.server import until
 
 

@@ -14,12 +14,11 @@ import tifffile
 from server import errors
 from server.api.problems import STATUS, job_document_of, status_of
 from tests.server.api.conftest import MAX_BODY_MB, MAX_PIXELS
-from tests.support.files import picture_bytes
+from tests.support.files import GOOD, picture_bytes
 
 Checked = Callable[..., Any]
 
 PNG = {"content-type": "image/png"}
-GOOD = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
 TRUNCATED = picture_bytes(np.random.default_rng(0).integers(0, 256, (50, 50), dtype=np.uint8))[:1000]
 BODY = MAX_BODY_MB * 2**20
 

@@ -15,13 +15,12 @@ import pytest
 from server.arrays import Tiles
 from tests.server.api.conftest import InProcess
 from tests.server.api.scraping import counted, value
-from tests.support.files import pages_bytes, picture_bytes
+from tests.support.files import GOOD, pages_bytes
 from tests.support.server import serving, until
 from tests.support.service import FixedLatency, bright, fake_app
 
 Checked = Callable[..., Any]
 
-GREY = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
 L1 = "/segment?mode=fast&level=1"
 # Predicted seconds of a tile by graph, none of which really pass.
 SLOW = FixedLatency({"L1": 0.001, "L2": 5.0, "L3": 100.0, "L4": 100.0, "accurate": 100.0})
@@ -45,7 +44,7 @@ class Held:
 def busy(engine: Held, url: str = "/segment?level=4", **settings: Any) -> Iterator[httpx.Client]:
     """A client, while a request waits for the engine; it is answered at the end."""
     with serving(fake_app(engine, **settings)) as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
-        first = pool.submit(client.post, url, content=GREY)
+        first = pool.submit(client.post, url, content=GOOD)
         try:
             assert engine.inside.wait(30)
             yield client
@@ -77,7 +76,7 @@ def slow() -> Iterator[httpx.Client]:
 )
 def test_deadline_that_is_met(slow: httpx.Client, given: dict[str, Any]) -> None:
     params = {"level": "1"} | given.get("params", {})
-    answer = slow.post("/segment", content=GREY, params=params, headers=given.get("headers"))
+    answer = slow.post("/segment", content=GOOD, params=params, headers=given.get("headers"))
     assert answer.status_code == 200, answer.text
 
 
@@ -88,7 +87,7 @@ def test_deadline_that_is_no_time_is_refused(
 ) -> None:
     before = counted(slow, "requests", "outcome").get("client_error", 0)
     name = "deadline_ms" if where == "params" else "X-Deadline-Ms"
-    answer = slow.post("/segment", content=GREY, **{where: {name: text}})
+    answer = slow.post("/segment", content=GOOD, **{where: {name: text}})
     assert problem(answer, 422, "invalid-parameter").parameter == "deadline_ms"
     assert counted(slow, "requests", "outcome")["client_error"] == before + 1
 
@@ -103,12 +102,12 @@ def test_deadline_that_is_no_time_is_refused(
 def test_deadline_that_is_given_twice_is_refused(
     slow: httpx.Client, problem: Checked, query: str, headers: list[tuple[str, str]]
 ) -> None:
-    refused = problem(slow.post(L1 + query, content=GREY, headers=headers), 422, "invalid-parameter")
+    refused = problem(slow.post(L1 + query, content=GOOD, headers=headers), 422, "invalid-parameter")
     assert (refused.parameter, refused.actual, refused.limit) == ("deadline_ms", 2, 1)
 
 
 def test_deadline_that_could_never_be_met_is_refused(slow: httpx.Client, problem: Checked) -> None:
-    answer = slow.post("/segment?level=4&deadline_ms=30000", content=GREY)
+    answer = slow.post("/segment?level=4&deadline_ms=30000", content=GOOD)
     refused = problem(answer, 422, "deadline-too-short")
     assert (refused.actual, refused.unit) == (100, "s")
     assert 29 < refused.limit <= 30
@@ -119,7 +118,7 @@ def test_deadline_that_could_never_be_met_is_refused(slow: httpx.Client, problem
 async def test_deadline_of_no_time_is_no_overload(in_process: InProcess, milliseconds: str) -> None:
     """The server is idle, so trying again later would not help."""
     async with in_process(latency=SLOW) as client:
-        answer = await client.post(f"{L1}&deadline_ms={milliseconds}", content=GREY)
+        answer = await client.post(f"{L1}&deadline_ms={milliseconds}", content=GOOD)
         assert answer.json()["code"] in ("deadline-too-short", "deadline-passed")
 
 
@@ -136,7 +135,7 @@ def test_deadline_that_others_prevent_is_refused_before_the_body(problem: Checke
             # 100 s for the batch that runs; 50 s would be of use.
             assert 40 <= int(answer.headers["retry-after"]) <= 120
         # By its own cost, which its header tells.
-        refused = client.post("/segment?level=4", content=GREY)
+        refused = client.post("/segment?level=4", content=GOOD)
         assert problem(refused, 429, "overloaded").actual > 200
         assert counted(client, "requests", "outcome") == {"refused": 2}
         assert counted(client, "refusals", "reason") == {"wait": 2}
@@ -151,7 +150,7 @@ def test_deadline_that_passes_is_answered_at_once(
     with busy(engine) as client:
         # While the engine is still at work.
         problem(
-            client.post("/segment?level=4" + query, content=GREY, headers=headers), 504, "deadline-passed"
+            client.post("/segment?level=4" + query, content=GOOD, headers=headers), 504, "deadline-passed"
         )
         assert counted(client, "windows_dropped", "reason") == {"late": 1}
         assert counted(client, "cancellations", "reason") == {"deadline": 1}
@@ -164,7 +163,7 @@ def test_deadline_that_passes_is_answered_at_once(
         }
         assert value(client, "requests_total", **labels) == 1
         engine.leave.set()
-        assert client.post("/segment?level=4", content=GREY).status_code == 200
+        assert client.post("/segment?level=4", content=GOOD).status_code == 200
     assert engine.batches == 2
 
 
@@ -181,7 +180,7 @@ def test_deadline_that_passes_is_answered_at_once(
 def test_min_level_headers_tell_what_was_requested_and_served(
     slow: httpx.Client, query: str, requested: tuple[str, str], served: tuple[str, str]
 ) -> None:
-    answer = slow.post(f"/segment?{query}&deadline_ms=60000&format=json", content=GREY)
+    answer = slow.post(f"/segment?{query}&deadline_ms=60000&format=json", content=GOOD)
     assert answer.status_code == 200, answer.text
     headers, report = answer.headers, answer.json()
     assert (headers["x-segment-mode-requested"], headers["x-segment-level-requested"]) == requested
@@ -193,9 +192,9 @@ def test_min_level_headers_tell_what_was_requested_and_served(
 
 def test_min_level_degrades_what_would_wait_too_long(problem: Checked) -> None:
     with serving(fake_app(latency=SLOW, limits={"max_wait_s": 60.0})) as client:
-        answer = client.post("/segment?level=4&min_level=1", content=GREY)
+        answer = client.post("/segment?level=4&min_level=1", content=GOOD)
         assert (answer.headers["x-segment-level"], answer.headers["x-segment-degraded"]) == ("2", "load")
-        refused = problem(client.post("/segment?level=4", content=GREY), 413, "too-large")
+        refused = problem(client.post("/segment?level=4", content=GOOD), 413, "too-large")
         assert (refused.limit, refused.actual, refused.remedy) == (60, 100, "POST /jobs")
         assert counted(client, "degraded", "reason") == {"load": 1}
 
@@ -203,7 +202,7 @@ def test_min_level_degrades_what_would_wait_too_long(problem: Checked) -> None:
 def test_request_over_the_limit_in_flight_is_refused(problem: Checked) -> None:
     engine = Held()
     with busy(engine, http={"max_in_flight": 1}) as client:
-        refused = client.post("/segment", content=GREY)
+        refused = client.post("/segment", content=GOOD)
         fields = vars(problem(refused, 429, "overloaded"))
         assert (fields["limit"], fields["actual"], fields["setting"]) == (1, 1, "UNETPP_HTTP__MAX_IN_FLIGHT")
         assert int(refused.headers["retry-after"]) >= 1
@@ -211,7 +210,7 @@ def test_request_over_the_limit_in_flight_is_refused(problem: Checked) -> None:
         assert counted(client, "requests", "model") == {"none": 1}
         assert counted(client, "refusals", "reason") == {"in_flight": 1}
         engine.leave.set()
-        until(lambda: client.post("/segment", content=GREY).status_code == 200)
+        until(lambda: client.post("/segment", content=GOOD).status_code == 200)
         until(lambda: value(client, "requests_in_flight") == 0)
 
 
@@ -222,7 +221,7 @@ async def test_engine_that_fails_is_a_server_fault(
         raise RuntimeError("secret: /home/operator/weights")
 
     async with in_process(fake_app(fails)) as client:
-        answer = await client.post("/segment?level=2", content=GREY, headers={"x-request-id": "mine"})
+        answer = await client.post("/segment?level=2", content=GOOD, headers={"x-request-id": "mine"})
         failed = problem(answer, 500, "inference-failed")
         assert "secret" not in answer.text
         assert "X-Request-Id" in failed.detail
@@ -242,12 +241,12 @@ def test_unexpected_error_is_a_problem_and_closes_the_connection(
         with monkeypatch.context() as patch:
             patch.setattr("server.segment.service.decode_upload", bug)
             for _ in range(3):
-                answer = client.post("/segment", content=GREY, headers={"x-request-id": "mine"})
+                answer = client.post("/segment", content=GOOD, headers={"x-request-id": "mine"})
                 problem(answer, 500, "internal")
                 assert "secret" not in answer.text
                 assert (answer.headers["x-request-id"], answer.headers["connection"]) == ("mine", "close")
         assert "request mine failed" in caplog.text
-        assert client.post("/segment", content=GREY).status_code == 200
+        assert client.post("/segment", content=GOOD).status_code == 200
 
 
 def test_client_that_leaves_while_it_sends_is_cancelled() -> None:
@@ -279,15 +278,15 @@ def test_client_that_leaves_while_it_waits_frees_the_device() -> None:
         assert counted(client, "cancellations", "reason") == {"client_left": 1}
         assert value(client, "requests_in_flight") == 0
         engine.leave.set()
-        assert client.post(L1, content=GREY).status_code == 200
+        assert client.post(L1, content=GOOD).status_code == 200
         assert engine.batches == 2
 
 
 def test_client_that_keeps_its_connection_has_not_left() -> None:
     with serving(fake_app()) as client:
         for _ in range(3):
-            assert client.post(L1, content=GREY).status_code == 200
-            assert client.post(L1, files={"file": GREY}).status_code == 200
+            assert client.post(L1, content=GOOD).status_code == 200
+            assert client.post(L1, files={"file": GOOD}).status_code == 200
         assert counted(client, "requests", "outcome") == {"ok": 6}
 
 
@@ -295,10 +294,10 @@ async def test_every_request_is_counted_once(in_process: InProcess) -> None:
     expected: dict[str, int] = {}
     async with in_process(latency=SLOW) as client:
         for query, data, status in (
-            ("level=1", GREY, 200), ("level=1&deadline_ms=60000&min_level=1", GREY, 200), ("level=abc", GREY, 422),
-            ("level=9", GREY, 422), ("model=none", GREY, 404), ("format=gif", GREY, 406), ("levle=1", GREY, 422),
-            ("level=1", b"nonsense", 415), ("level=1", GREY[:45], 422), ("level=4&deadline_ms=30000", GREY, 422),
-            ("deadline_ms=0", GREY, 422), ("min_level=9", GREY, 422), ("level=1&precision=int9", GREY, 422),
+            ("level=1", GOOD, 200), ("level=1&deadline_ms=60000&min_level=1", GOOD, 200), ("level=abc", GOOD, 422),
+            ("level=9", GOOD, 422), ("model=none", GOOD, 404), ("format=gif", GOOD, 406), ("levle=1", GOOD, 422),
+            ("level=1", b"nonsense", 415), ("level=1", GOOD[:45], 422), ("level=4&deadline_ms=30000", GOOD, 422),
+            ("deadline_ms=0", GOOD, 422), ("min_level=9", GOOD, 422), ("level=1&precision=int9", GOOD, 422),
         ):  # fmt: skip
             answer = await client.post(f"/segment?{query}", content=data)
             assert answer.status_code == status, (query, answer.content)

@@ -9,7 +9,6 @@ import pytest
 
 from tests.server.api.sockets import (
     CHUNKED,
-    GOOD,
     POST,
     connected,
     is_closed,
@@ -18,7 +17,7 @@ from tests.server.api.sockets import (
     send_until_closed,
     trickling,
 )
-from tests.support.files import picture_bytes
+from tests.support.files import GOOD, picture_bytes
 from tests.support.memory import memory_stays_below
 from tests.support.server import until
 

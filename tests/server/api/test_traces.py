@@ -10,7 +10,7 @@ import pytest
 from server import app as composed
 from server.api import traces
 from tests.server.api.conftest import InProcess
-from tests.support.files import picture_bytes
+from tests.support.files import SMALL
 from tests.support.service import fake_app
 
 pytest.importorskip("opentelemetry.sdk")
@@ -20,7 +20,6 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-PICTURE = picture_bytes(np.arange(64, dtype=np.uint8).reshape(8, 8))
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
@@ -49,12 +48,12 @@ async def test_request_has_a_span_with_its_phases(
     in_process: InProcess, exporter: InMemorySpanExporter
 ) -> None:
     async with in_process() as client:
-        await client.post("/segment?level=2", content=PICTURE, headers={"X-Request-Id": "mine"})
+        await client.post("/segment?level=2", content=SMALL, headers={"X-Request-Id": "mine"})
     (request,), phases = split(exporter)
     assert request.name == "POST /segment"
     assert request.attributes == {
         "http.request.method": "POST", "http.route": "/segment", "http.response.status_code": 200,
-        "http.request.body.size": len(PICTURE), "unetpp.outcome": "ok", "unetpp.model": "fake", "unetpp.mode": "fast",
+        "http.request.body.size": len(SMALL), "unetpp.outcome": "ok", "unetpp.model": "fake", "unetpp.mode": "fast",
         "unetpp.requested_level": "2", "unetpp.served_level": "2", "unetpp.request_id": "mine",
     }  # fmt: skip
     assert request.parent is None
@@ -100,7 +99,7 @@ async def test_failed_request_is_an_error(in_process: InProcess, exporter: InMem
         raise KeyError("SECRETNAME")
 
     async with in_process(fake_app(fails)) as client:
-        await client.post("/segment", content=PICTURE)
+        await client.post("/segment", content=SMALL)
     (request,), phases = split(exporter)
     assert request.status.status_code.name == "ERROR"
     assert request.attributes["unetpp.outcome"] == "error"
@@ -112,7 +111,7 @@ async def test_spans_have_nothing_of_what_was_sent(
     in_process: InProcess, exporter: InMemorySpanExporter
 ) -> None:
     async with in_process() as client:
-        named = {"file": ("PATIENT-DOE.nii", PICTURE)}
+        named = {"file": ("PATIENT-DOE.nii", SMALL)}
         await client.post("/segment", files=named, headers=traceparent() | {"tracestate": "a=HEADERJUNK"})
         junk = {"traceparent": "HEADERJUNK"}
         await client.post("/segment?model=QUERYJUNK&QUERYJUNK=1", content=b"SECRETNAME", headers=junk)

@@ -13,6 +13,21 @@ SIDES = 9, 7
 
 # (X, Y, Z), of one NRRD or MetaImage by hand.
 VALUES = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
+RAW = VALUES.tobytes(order="F")
+
+# Types of real numbers that volumes hold.
+REAL = [
+    np.uint8,
+    np.int8,
+    np.uint16,
+    np.int16,
+    np.uint32,
+    np.int32,
+    np.uint64,
+    np.int64,
+    np.float32,
+    np.float64,
+]
 
 
 def tiff(values: np.ndarray, **options: Any) -> bytes:

@@ -17,25 +17,12 @@ from hypothesis import strategies as st
 
 from server.arrays import Image, Volume
 from server.errors import InvalidParameter, Unreadable
-from tests.server.imaging.builders import VALUES, mha_file, nrrd_file
+from tests.server.imaging.builders import RAW, REAL, VALUES, mha_file, nrrd_file
 from tests.server.imaging.conftest import assert_refused, deterministic, header, read
 from tests.server.imaging.itk import by_itk, itk_read
 
-DTYPES = [
-    np.uint8,
-    np.int8,
-    np.uint16,
-    np.int16,
-    np.uint32,
-    np.int32,
-    np.uint64,
-    np.int64,
-    np.float32,
-    np.float64,
-]
 EXACT = {"uint8", "uint16", "int16"}
 RAS = np.diag([-1.0, -1, 1, 1])
-RAW = VALUES.tobytes(order="F")
 either = pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
 
 
@@ -78,7 +65,7 @@ angle = st.sampled_from([0.0, np.pi / 2, np.pi]) | st.floats(-3, 3)
 @either
 @deterministic
 @given(
-    *(st.tuples(*[st.integers(1, 5)] * 3), st.sampled_from(DTYPES), st.booleans()),
+    *(st.tuples(*[st.integers(1, 5)] * 3), st.sampled_from(REAL), st.booleans()),
     *(st.tuples(angle, angle, angle), st.booleans()),
     *(st.tuples(*[st.floats(0.01, 50)] * 3), st.tuples(*[st.floats(-1000, 1000)] * 3)),
 )
@@ -102,7 +89,7 @@ def test_volume_is_read_as_itk_reads_it(
 @either
 @pytest.mark.parametrize("packed", [False, True])
 def test_image_is_read_as_itk_wrote_it(suffix: str, packed: bool) -> None:
-    for dtype in DTYPES:
+    for dtype in REAL:
         values = (np.random.default_rng(0).random((5, 7)) * 100).astype(dtype)
         image = SimpleITK.GetImageFromArray(values)
         assert read(by_itk(image, suffix)).spacing_mm is None  # nobody set it

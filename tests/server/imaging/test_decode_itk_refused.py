@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 
 from server.errors import TooLarge, UnetppError, Unreadable
-from tests.server.imaging.builders import VALUES, mha_file, nrrd_file
+from tests.server.imaging.builders import RAW, VALUES, mha_file, nrrd_file
 from tests.server.imaging.conftest import assert_refused, read, refusals
 from tests.support.memory import memory_stays_below
-
-RAW = VALUES.tobytes(order="F")
 
 # Fields of a header that are refused, by reason and field.
 NRRD = {

@@ -13,21 +13,10 @@ from nibabel.testing import data_path
 
 from server.arrays import Volume
 from server.errors import TooLarge, UnetppError, Unreadable
+from tests.server.imaging.builders import REAL
 from tests.server.imaging.conftest import LIMIT, assert_refused, header, nifti, read, refusals
 from tests.support.memory import memory_stays_below
 
-REAL = [
-    np.uint8,
-    np.int8,
-    np.uint16,
-    np.int16,
-    np.uint32,
-    np.int32,
-    np.uint64,
-    np.int64,
-    np.float32,
-    np.float64,
-]
 TURNED = np.array([[0, 0, 2, -5], [-1.5, 0, 0, 7], [0, 3, 0, 11], [0, 0, 0, 1.0]])
 VALUES = np.random.default_rng(0).integers(-1000, 1000, (4, 5, 6), dtype=np.int16)
 ONES = np.ones((4, 5, 6), dtype=np.uint8)

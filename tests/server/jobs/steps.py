@@ -17,10 +17,9 @@ from server.metrics import Metrics
 from server.segment.estimate import Estimate
 from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upload
 from server.settings import JobsSettings
-from tests.support.files import Sent, picture_bytes
+from tests.support.files import GOOD, Sent, picture_bytes
 from tests.support.service import ManualClock, fake_service
 
-PICTURE = picture_bytes(np.arange(256, dtype=np.uint8).reshape(16, 16))
 TRUTH = picture_bytes(np.ones((16, 16), np.uint8))
 WINDOWS = 4
 AT_ONCE = Intervals(min_watch_s=0, disk_retry_s=0)
@@ -103,7 +102,7 @@ class Bench:
 
 async def submit(
     runner: Runner,
-    data: bytes = PICTURE,
+    data: bytes = GOOD,
     reference: bytes | None = None,
     *,
     preview: bool = False,

@@ -22,8 +22,8 @@ from server.jobs.job import Job
 from server.jobs.runner import Intervals, Runner
 from server.jobs.store import Store
 from server.segment.request import SegmentParams, Upload
-from tests.server.jobs.steps import PICTURE, TRUTH, WINDOWS, Bench, end, started, status_when, submit
-from tests.support.files import Sent, picture_bytes
+from tests.server.jobs.steps import TRUTH, WINDOWS, Bench, end, started, status_when, submit
+from tests.support.files import GOOD, Sent, picture_bytes
 from tests.support.service import FakeDevice, ManualClock, engine_of, fake_service
 
 
@@ -35,8 +35,8 @@ async def test_job_is_done(bench: Bench) -> None:
     assert (status.done, status.total, status.position, status.eta_s) == (WINDOWS, WINDOWS, None, None)
     assert status.expires == status.job.finished + 24 * 3600
     assert status.job.result == {"X-Level": "3"}
-    assert bench.file(id_, "result").read_bytes() == PICTURE + b"@3"
-    assert bench.service.requests == [(PICTURE, 3, TRUTH)]
+    assert bench.file(id_, "result").read_bytes() == GOOD + b"@3"
+    assert bench.service.requests == [(GOOD, 3, TRUTH)]
 
 
 @pytest.mark.parametrize(("concurrency", "most"), [(1, 1), (2, 2)])
@@ -116,13 +116,13 @@ async def test_preview_comes_first(bench: Bench) -> None:
         bench.service.step()
         status = await status_when(runner, id_, lambda status: status.job.preview)
         assert (status.job.state, status.job.result, status.done) == ("running", None, 0)
-        assert bench.file(id_, "preview").read_bytes() == PICTURE + b"@1"
+        assert bench.file(id_, "preview").read_bytes() == GOOD + b"@1"
         bench.service.step()
         status = await end(runner, id_)
-    assert bench.file(id_, "result").read_bytes() == PICTURE + b"@4"
+    assert bench.file(id_, "result").read_bytes() == GOOD + b"@4"
     assert status.job.preview == {"X-Level": "1"}
     # The preview is not scored, because its headers would be read for the result's.
-    assert bench.service.requests == [(PICTURE, 1, None), (PICTURE, 4, TRUTH)]
+    assert bench.service.requests == [(GOOD, 1, None), (GOOD, 4, TRUTH)]
 
 
 async def test_preview_of_level_1_is_left_out(bench: Bench) -> None:
@@ -216,7 +216,7 @@ async def test_delete_drops_queued_windows(tmp_path: Path, rng: np.random.Genera
         assert (await runner.get(id_)).job.state == "cancelled"
         device.release()
         # One tile, behind which all that was queued would run.
-        await service.segment(Upload(Sent(PICTURE)), SegmentParams())
+        await service.segment(Upload(Sent(GOOD)), SegmentParams())
     (deployment,) = service.registry.deployments.values()
     assert engine_of(deployment).batches[1:] == [1]
     service.close()
@@ -226,9 +226,9 @@ async def test_delete_drops_queued_windows(tmp_path: Path, rng: np.random.Genera
     ("data", "params", "error"),
     [
         (b"", {}, Unreadable),
-        (PICTURE, {"level": 5}, InvalidParameter),
-        (PICTURE, {"precision": "int8"}, InvalidParameter),
-        (PICTURE, {"format": "mask.tar"}, CallerError),
+        (GOOD, {"level": 5}, InvalidParameter),
+        (GOOD, {"precision": "int8"}, InvalidParameter),
+        (GOOD, {"format": "mask.tar"}, CallerError),
     ],
     ids=["empty", "level", "precision", "format"],
 )
@@ -280,7 +280,7 @@ async def test_metrics_count_jobs_and_bytes(bench: Bench) -> None:
         await started(runner, first)
         await bench.metrics.scrape()
         names = ("queued", "running", "disk_bytes")
-        assert [bench.value(f"unetpp_jobs_{name}") for name in names] == [1, 1, 2 * len(PICTURE)]
+        assert [bench.value(f"unetpp_jobs_{name}") for name in names] == [1, 1, 2 * len(GOOD)]
         await runner.delete(second)
         bench.service.step()
         await end(runner, first)

@@ -17,7 +17,8 @@ from server.jobs.files import Files
 from server.jobs.runner import Intervals
 from server.jobs.store import Store
 from tests.server.jobs.conftest import accept
-from tests.server.jobs.steps import PICTURE, Bench, end, started, submit
+from tests.server.jobs.steps import Bench, end, started, submit
+from tests.support.files import GOOD
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ async def test_job_that_fails_fails_alone(bench: Bench, error: BaseException) ->
 
 async def test_result_over_the_quota_is_kept(bench: Bench) -> None:
     async with bench.runner(max_disk_mb=1) as runner:
-        job = (await end(runner, await submit(runner, PICTURE + bytes(700_000), preview=True))).job
+        job = (await end(runner, await submit(runner, GOOD + bytes(700_000), preview=True))).job
     assert (job.state, bool(job.preview)) == ("done", True)
 
 

@@ -11,10 +11,8 @@ from server.errors import NotReady
 from server.logs import REQUEST_ID
 from server.monitoring import model_info
 from server.monitoring.health_probe import MAX_FAILURES, HealthProbe
-from tests.support.files import picture_bytes
+from tests.support.files import SMALL
 from tests.support.service import FakeDevice, bright, engine_of, opened_service, segment
-
-IMAGE = picture_bytes(np.arange(64, dtype=np.uint8).reshape(8, 8))
 
 
 class Engine:
@@ -72,7 +70,7 @@ async def test_check_runs_a_small_tile_for_all_who_ask_at_the_same_time(scene: S
 
 async def test_check_runs_nothing_after_a_recent_success(scene: Scene) -> None:
     probe = scene.make_probe(fresh_s=1000)
-    await segment(scene.service, IMAGE)
+    await segment(scene.service, SMALL)
     before = len(scene.batches)
     await probe.check()
     probe.check_device()
@@ -153,7 +151,7 @@ class TestFaults:
             probe.check_device()
         await ended(scene)
         self.mend(scene, engine)
-        await segment(scene.service, IMAGE, level=2)
+        await segment(scene.service, SMALL, level=2)
         assert probe.is_answering
         probe.check_device()
 
@@ -163,7 +161,7 @@ async def test_failed_requests_alone_never_call_for_a_restart(scene: Scene, engi
     for _ in range(2 * MAX_FAILURES):
         engine.fails = True
         with pytest.raises(Exception, match="secret"):
-            await segment(scene.service, IMAGE)
+            await segment(scene.service, SMALL)
         engine.fails = False
         await scene.probe.check()
         scene.probe.check_device()

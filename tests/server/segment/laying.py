@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from server.arrays import Image, Mask, Tiles
+from server.arrays import Image, Mask
 from server.runtime.bundle import Manifest
 from server.segment.merge import WindowMerger
 from server.segment.sliding_window import SlidingWindow
@@ -17,7 +17,6 @@ from server.segment.windows import (
 from tests.support.service import manifest
 
 DIVISORS = (2, 4, 8, 16)
-Run = Callable[[Tiles], np.ndarray]
 
 
 def manifest_of(
