@@ -28,6 +28,11 @@ def _text(name: str) -> str:
     return (RESULTS / f"{name}.md").read_text()
 
 
+def _table(name: str) -> str:
+    """Table of a result without its caption."""
+    return _text(name).split("\n\n", 2)[2]
+
+
 def _held_out(bundle: str) -> tuple[Any, Measured]:
     """Manifest of a shipped bundle, and its measurements on held-out data."""
     manifest = read_bundle(ROOT / "bundles" / bundle).manifest
@@ -79,26 +84,6 @@ def hippocampus() -> str:
     return f"{caption}\n\n{markdown(headings, rows)}"
 
 
-def accuracy() -> str:
-    """Accuracy on held-out data, also of the U-Net."""
-    rows = [
-        [
-            row["network"],
-            f"{row['parameters']:,}",
-            *(f"{row[key] * 100:.2f}" for key in ("iou", "mean_iou", "dice")),
-        ]
-        for row in _json("accuracy")
-    ]
-    headings = ["network", "parameters", "foreground IoU %", "mean IoU (with background) %", "Dice %"]
-    return markdown(headings, rows)
-
-
-def memory() -> str:
-    """Resident memory of the server."""
-    rows = [[row["when"], f"{row['rss_mb']:.0f}", f"{row['peak_mb']:.0f}"] for row in _json("memory")]
-    return markdown(["when", "RSS MB", "peak RSS MB"], rows)
-
-
 def images() -> str:
     """Unpacked sizes of the container images."""
     rows = [
@@ -108,24 +93,19 @@ def images() -> str:
     return markdown(["image", "unpacked MB", "without the base image MB"], rows)
 
 
-def volumes() -> str:
-    """Whole volumes against MONAI: the table without its caption."""
-    return _text("volumes").split("\n\n", 2)[2]
-
-
 BLOCKS: dict[str, Callable[[], str]] = {
-    "accuracy": accuracy,
+    "accuracy": functools.partial(_table, "accuracy"),
     "encoders": functools.partial(_text, "encoders"),
     "hippocampus": hippocampus,
     "images": images,
     "instances": functools.partial(_text, "instances"),
     "levels": levels,
-    "memory": memory,
+    "memory": functools.partial(_table, "memory"),
     "peers": functools.partial(_text, "peers"),
     "settings": markdown_table,
     "startup": functools.partial(_text, "startup"),
     "uncertainty": functools.partial(_text, "uncertainty"),
-    "volumes": volumes,
+    "volumes": functools.partial(_table, "volumes"),
 }
 
 

@@ -8,8 +8,6 @@ whose requests arrive all together. Prints one row per request, and exits with 1
 
 import contextlib
 import hashlib
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +15,9 @@ from pathlib import Path
 
 import httpx
 
-from bench.serving import serving
+from bench.serving import ROOT, busy_loops, serving
 from bench.table import write
 
-ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "server" / "web" / "samples"
 CELLS, VOLUME = SAMPLES / "cells.png", SAMPLES / "hippocampus.nii.gz"
 BUSY_LOOPS = 8
@@ -57,17 +54,6 @@ def server() -> Iterator[str]:
         serving(ROOT / "bundles", _own(folder)) as started,
     ):
         yield str(started.client.base_url).rstrip("/")
-
-
-@contextlib.contextmanager
-def busy_loops(count: int) -> Iterator[None]:
-    """Keeps the cores busy with other work for the block."""
-    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for loop in loops:
-            loop.kill()
 
 
 def ask(url: str, request: tuple[Path, str]) -> str:

@@ -156,3 +156,15 @@ def wait_until_idle(pid: int, calm_s: float = 3, timeout_s: float = 120) -> None
 
 def _cpu_s(pid: int) -> float:
     return sum(sum(one.cpu_times()[:2]) for one in tree(pid))
+
+
+@contextlib.contextmanager
+def busy_loops(count: int) -> Iterator[None]:
+    """Keeps `count` shells counting."""
+    loops = [subprocess.Popen(["sh", "-c", "while :; do :; done"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()

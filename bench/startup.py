@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from rich.progress import track
 
 from bench.inputs import bodies
 from bench.peers.contenders import BUNDLE, Case, contenders, installed
-from bench.serving import ROOT, free_port, memory, running, serve_command, tree, wait_until_idle
+from bench.serving import ROOT, busy_loops, free_port, memory, running, serve_command, tree, wait_until_idle
 from bench.table import write
 from server.runtime.bundle import read_bundle
 
@@ -61,18 +60,6 @@ class Start:
     mask_s: float
     rss_mb: float = 0
     idle_rss_mb: float = 0
-
-
-@contextlib.contextmanager
-def busy_loops(count: int) -> Iterator[None]:
-    """Keeps `count` shells counting."""
-    loops = [subprocess.Popen(["sh", "-c", "while :; do :; done"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
 
 
 def case() -> Case:

@@ -52,16 +52,17 @@ async def compress(body: bytes) -> bytes:
 
 
 def compress_file(path: Path) -> Iterator[bytes]:
-    """Compresses an open file piece by piece, so that memory stays bounded; blocks while it reads."""
+    """Compresses a file piece by piece, so that memory stays bounded; blocks while it reads."""
     compressor = isal_zlib.compressobj(LEVEL, wbits=zlib.MAX_WBITS | 16)
     with path.open("rb") as file:
-        for chunk in _chunks(file):
+        for chunk in read_chunks(file):
             if data := compressor.compress(chunk):
                 yield data
     yield compressor.flush()
 
 
-def _chunks(file: BinaryIO) -> Iterator[bytes]:
+def read_chunks(file: BinaryIO) -> Iterator[bytes]:
+    """Reads a file piece by piece."""
     return iter(lambda: file.read(CHUNK_BYTES), b"")
 
 

@@ -11,7 +11,7 @@ from numpy import ndarray
 from server.arrays import Image, InputHeader, Volume
 from server.errors import TooLarge, Unreadable
 from server.imaging.decode_options import DecodeOptions, join_notes, nonfinite_note
-from server.imaging.geometry import MM_PER_UNIT, check_affine, nifti_header
+from server.imaging.geometry import check_affine, nifti_header
 from server.imaging.streaming import EXACT_DTYPES, Stream, decoded_dtype, read_values, skip
 
 # Values of one pixel or voxel; more would make a small volume take endless work.
@@ -143,11 +143,6 @@ def image_spacing(steps: Float64[ndarray, " 2"], *, has_unit: bool) -> tuple[flo
     if not np.isfinite(steps).all() or steps.min() <= 0 or (not has_unit and (steps == 1).all()):
         return None
     return float(steps[1]), float(steps[0])
-
-
-def mm_per_unit(unit: str) -> float:
-    """Returns the length of a unit in mm; 1 where the unit is unknown, because these formats mean mm."""
-    return MM_PER_UNIT.get(unit.strip().lower(), 1.0)
 
 
 def check_channels(count: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from server.errors import InvalidParameter, NotReady, Overloaded, TryAgain
+from server.imaging import encode
 from server.jobs.active import Clock, JobQueue, JobStatus
 from server.jobs.executor import JobExecutor, preview_params
 from server.jobs.files import short_id
@@ -213,7 +214,7 @@ class Runner:
         level = None if target.mode == "accurate" else target.level
         request = params.model_dump() | {"model": target.model, "mode": target.mode, "level": level}
         # COCO alone repeats the file name, which may be a patient's.
-        named = "coco" in [part.strip() for part in (params.format or "").split(",")]
+        named = "coco" in encode.split(params.format or "")
         request |= {"name": upload.name if named else "", "accept": upload.accept}
         spec = JobSpec(
             request,

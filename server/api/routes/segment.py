@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from server import errors
 from server.api import upload
 from server.api.access import CLIENT_CLOSED_REQUEST
-from server.api.compression import encode_body
+from server.api.compression import encode_body, read_chunks
 from server.api.params import DEADLINE_PARAMETER, REQUEST_BODY, check_query, headers, read_qos
 from server.api.schemas import Problem
 from server.imaging import encode
@@ -37,9 +37,6 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     },
     **{code: {"model": Problem} for code in (404, 406, 408, 413, 415, 422, 429, 500, 503, 504)},
 }
-
-# Bytes of a file that are sent at a time.
-CHUNK_BYTES = 256 * 1024
 
 # Outcome of a request by the error that ended it, and the reason if it was cancelled; the first match counts.
 OUTCOMES: dict[type[BaseException], tuple[str, str | None]] = {
@@ -64,8 +61,7 @@ class TempFileResponse(StreamingResponse):
         self._file = file
         length = file.seek(0, 2)
         file.seek(0)
-        chunks = iter(lambda: file.read(CHUNK_BYTES), b"")
-        super().__init__(chunks, headers=headers | {"Content-Length": f"{length}"})
+        super().__init__(read_chunks(file), headers=headers | {"Content-Length": f"{length}"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""

@@ -5,7 +5,7 @@ that a header names.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -23,7 +23,6 @@ from server.imaging.grid import (
     check_channels,
     check_size,
     image_spacing,
-    mm_per_unit,
 )
 from server.imaging.nrrd_header import FORMAT, MAX_HEADER, broken, read_fields
 from server.imaging.streaming import Stream, open_bzip2, open_gzip, skip
@@ -199,7 +198,7 @@ def _directions(
     """Returns the steps of spatial axes and the origin in mm, as "space directions" and "space origin" say."""
     directions, units = fields["space directions"], fields.get("space units", [])
     dims = directions.shape[1]
-    scale = np.array([mm_per_unit(units[k]) if k < len(units) else 1.0 for k in range(dims)])
+    scale = _mm_per_unit(units, range(dims))
     steps = np.asarray(directions, dtype=np.float64)[spatial] * scale
     origin = np.asarray(fields.get("space origin", np.zeros(dims)), dtype=np.float64)
     if origin.shape != scale.shape or dims < len(spatial):
@@ -210,12 +209,19 @@ def _directions(
     return steps, origin * scale, ""
 
 
+def _mm_per_unit(units: list[str], axes: Iterable[int]) -> Float64[ndarray, " axes"]:
+    """Returns the length of a unit in mm per axis; 1 where the unit is unknown, because NRRD means mm."""
+    return np.array(
+        [MM_PER_UNIT.get(units[axis].strip().lower(), 1.0) if axis < len(units) else 1.0 for axis in axes]
+    )
+
+
 def _spacings(
     fields: dict[str, Any], spatial: list[int]
 ) -> tuple[Float64[ndarray, "axes axes"], Float64[ndarray, " axes"], str]:
     """Returns the steps of spatial axes and the origin in mm, as "spacings" says, and what is in doubt."""
     units, note = fields.get("units", []), ""
-    scale = np.array([mm_per_unit(units[axis]) if axis < len(units) else 1.0 for axis in spatial])
+    scale = _mm_per_unit(units, spatial)
     steps = np.asarray(fields.get("spacings", np.ones(max(spatial) + 1)), dtype=np.float64)[spatial]
     if not np.isfinite(steps).all():
         note, steps = "the header gives no spacing; voxels were taken as 1 mm apart", np.ones(len(spatial))

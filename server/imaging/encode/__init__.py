@@ -5,7 +5,7 @@ import zipfile
 from dataclasses import dataclass
 
 from server.imaging.encode.formats import ALIASES, ENCODERS, FAMILIES, LABELS, MASK, Encoder
-from server.imaging.encode.negotiate import choose, like, memory, needs, requires, without
+from server.imaging.encode.negotiate import choose, like, memory, needs, requires, split, without
 from server.imaging.encode.result import SegmentationResult
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "memory",
     "needs",
     "requires",
+    "split",
     "without",
 ]
 

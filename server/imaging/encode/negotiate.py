@@ -47,7 +47,7 @@ def choose(
     fitting = [row for row in ENCODERS if _fits(row, header)]
     if name is not None:
         return tuple(
-            dict.fromkeys(_resolve(part, fitting, header, instances=instances) for part in _split(name))
+            dict.fromkeys(_resolve(part, fitting, header, instances=instances) for part in split(name))
         )
     default = like(MASK, header, instances=instances)
     types = _by_preference(accept or "*/*")
@@ -82,7 +82,7 @@ def memory(names: tuple[str, ...], header: InputHeader) -> int:
 def requires(name: str | None, need: str) -> bool:
     """Whether one of the formats, by comma, needs this, whatever the input is."""
     return any(
-        need in ENCODERS[row].needs for part in _split(name or "") if (row := _canonical(part)) in ENCODERS
+        need in ENCODERS[row].needs for part in split(name or "") if (row := _canonical(part)) in ENCODERS
     )
 
 
@@ -90,20 +90,21 @@ def without(name: str | None, need: str) -> str | None:
     """The formats, by comma, without those that need this; the mask if none is left."""
     if not name:
         return name
-    return ",".join(part for part in _split(name) if not requires(part, need)) or MASK
+    return ",".join(part for part in split(name) if not requires(part, need)) or MASK
 
 
-def _split(name: str) -> list[str]:
+def split(name: str) -> list[str]:
+    """The names of a list by comma."""
     return [part.strip() for part in name.split(",")]
 
 
-def _canonical(name: str) -> str:
-    """The row of a name; the names that follow the input as for an image, any other name unchanged."""
-    return like(name, None) if name in FAMILIES else ALIASES.get(name, name)
+def _canonical(name: str, header: InputHeader | None = None, *, instances: bool = False) -> str:
+    """The row of a name: one that follows the input as for it, or as for an image; any other name unchanged."""
+    return like(name, header, instances=instances) if name in FAMILIES else ALIASES.get(name, name)
 
 
 def _resolve(name: str, fitting: list[str], header: InputHeader | None, *, instances: bool) -> str:
-    row = like(name, header, instances=instances) if name in FAMILIES else ALIASES.get(name, name)
+    row = _canonical(name, header, instances=instances)
     if row in fitting:
         return row
     allowed = [*FAMILIES, *fitting]

@@ -89,13 +89,13 @@ def write(
     with igzip.IGzipFile(fileobj=out, mode="wb", compresslevel=COMPRESSION, mtime=0) as stream:  # type: ignore[no-untyped-call]
         stream.write(start.getvalue().ljust(header.get_data_offset(), b"\0"))  # type: ignore[no-untyped-call]
         for part in parts:
-            for block in _blocks(part):
+            for block in blocks(part):
                 values = eight_bits(block, 255 * slope) if block.dtype == np.float16 else block
                 stream.write(values.astype(header.get_data_dtype(), copy=False).tobytes())  # type: ignore[no-untyped-call]
     return out.getvalue()
 
 
-def _blocks(values: Shaped[ndarray, "X Y Z"]) -> Iterator[Shaped[ndarray, " block"]]:
+def blocks(values: Shaped[ndarray, "X Y Z"]) -> Iterator[Shaped[ndarray, " block"]]:
     """Voxels in the order of the file, `BLOCK` at a time."""
     flat = values.ravel(order="F")
     return (flat[first : first + BLOCK] for first in range(0, flat.size, BLOCK))

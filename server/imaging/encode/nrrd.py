@@ -13,7 +13,7 @@ from isal import igzip
 from jaxtyping import Float64, UInt8
 from numpy import ndarray
 
-from server.imaging.encode.nifti import BLOCK, COMPRESSION
+from server.imaging.encode.nifti import COMPRESSION, blocks
 
 # NIfTI counts mm towards right and anterior, NRRD as Slicer writes it towards left and posterior.
 TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -40,9 +40,8 @@ def encode(
     out.write("\n".join(header).encode())
     # A fixed time, because the same mask must give the same bytes.
     with igzip.IGzipFile(fileobj=out, mode="wb", compresslevel=COMPRESSION, mtime=0) as stream:  # type: ignore[no-untyped-call]
-        voxels = classes.ravel(order="F")
-        for first in range(0, voxels.size, BLOCK):
-            stream.write(voxels[first : first + BLOCK].tobytes())  # type: ignore[no-untyped-call]
+        for block in blocks(classes):
+            stream.write(block.tobytes())  # type: ignore[no-untyped-call]
     return out.getvalue()
 
 
