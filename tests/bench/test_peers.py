@@ -51,8 +51,9 @@ async def server(answers: Sequence[int | bytes | None], first: int = 1) -> Async
     enough, end = asyncio.Event(), asyncio.Event()
 
     async def handle(request: web.Request) -> web.Response:
+        body = await request.read()
         answer = answers[len(seen.bodies) % len(answers)]
-        seen.bodies.append(await request.read())
+        seen.bodies.append(body)
         seen.in_flight += 1
         seen.most = max(seen.most, seen.in_flight)
         if len(seen.bodies) >= first:
