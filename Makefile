@@ -35,7 +35,7 @@ contracts: $(VENV)/.installed-dev
 prose: $(VENV)/.installed-dev
 	$(BIN)/python tools/prose.py $(PROSE)
 
-# Strict: a broken link, anchor or include fails. The variable turns off an advertisement of the theme.
+# Strict: a broken link, anchor or include fails. The variable turns off the notice of the theme.
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
