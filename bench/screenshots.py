@@ -1,4 +1,4 @@
-"""Takes the pictures of the page that the README shows.
+"""Takes the pictures of the page for the manual.
 
     python -m bench.screenshots
 
