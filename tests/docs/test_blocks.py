@@ -40,7 +40,7 @@ class Block:
 
     Attributes:
         language: word behind the fence.
-        code: what it holds.
+        code: content.
         problem: code of the problem document in the next block, which this one must be answered with, or "".
     """
 
