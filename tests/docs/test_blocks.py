@@ -1,9 +1,11 @@
 """The commands of the manual work: the shell and Python blocks of each page run in order against a real server."""
 
+import contextlib
 import itertools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -11,9 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import ROOT
+from tests.support.server import until
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -82,6 +86,30 @@ def commands(run: list[Block], answers: Path) -> Iterator[list[str]]:
             yield from ([sys.executable, "-c", block.code] for block in group)
 
 
+def execute(command: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str]:
+    """Exit status and output of a command; what it left running in the background ends with it."""
+    with (
+        (folder.parent / "output").open("w+", errors="replace") as output,
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # A process group of its own, which is ended as a whole.
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            status = process.wait(TIMEOUT_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        output.seek(0)
+        return status, output.read()
+
+
 @pytest.fixture(scope="session")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Host and port of `unetpp serve` with both bundles."""
@@ -122,23 +150,9 @@ def test_blocks_of_page_run(page: Path, address: str, checkout: Path) -> None:
     environment = inherited | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
     for command in commands(run, checkout.parent / "answers"):
         here = [argument.replace("localhost:8000", address) for argument in command]
-        done = subprocess.run(
-            here,
-            cwd=checkout,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=TIMEOUT_S,
-            check=False,
-        )
-        if done.returncode:
-            pytest.fail(
-                f"exit status {done.returncode} of a block of {page.name}:\n{done.stdout[-4000:]}",
-                pytrace=False,
-            )
+        status, output = execute(here, checkout, environment)
+        if status:
+            pytest.fail(f"exit status {status} of a block of {page.name}:\n{output[-4000:]}", pytrace=False)
 
 
 def test_block_before_a_problem_document_must_be_answered_with_it() -> None:
@@ -166,3 +180,20 @@ def test_indented_blocks_are_executed_and_console_blocks_are_not() -> None:
         ("sh", "true\n"),
         ("python", "pass\n"),
     ]
+
+
+def test_processes_in_the_background_end_with_the_page(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    block = Block("sh", "sleep 600 &\necho $!\n", "")
+    (command,) = commands([block], tmp_path / "answers")
+    status, output = execute(command, tmp_path / "folder", {**os.environ})  # noqa: TID251 - of a child
+    assert status == 0
+    pid = int(re.findall(r"^\d+$", output, re.MULTILINE)[0])
+
+    def ended() -> bool:
+        try:
+            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    until(ended)
