@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-PAGE = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "develop" / "architecture.md").read_text()
 WALK = re.findall(r"^\d+\. .*$", PAGE, re.MULTILINE)
 NAMES = sorted(set(re.findall(r"`(server\.[\w.]+)`", PAGE)))
 
