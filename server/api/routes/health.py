@@ -31,6 +31,7 @@ def router(probe: HealthProbe, runner: Runner, metrics: Metrics, stopping: Stopp
         responses={503: {"model": Problem}},
     )
     async def live() -> dict[str, bool]:
+        """Answers 503 after three test tiles in a row have failed: for liveness probes."""
         probe.check_device()
         return {"live": True}
 
@@ -40,6 +41,7 @@ def router(probe: HealthProbe, runner: Runner, metrics: Metrics, stopping: Stopp
         responses={503: {"model": Problem}},
     )
     async def ready() -> dict[str, bool]:
+        """Answers 503 while the server starts, stops or does not compute: for load balancers."""
         stopping.check()
         runner.check()
         await probe.check()
@@ -47,6 +49,7 @@ def router(probe: HealthProbe, runner: Runner, metrics: Metrics, stopping: Stopp
 
     @routes.get("/metrics", summary="Prometheus metrics", response_class=Response)
     async def scrape() -> Response:
+        """Answers in the text format of Prometheus; a scrape computes nothing."""
         return Response(await metrics.scrape(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return routes

@@ -118,6 +118,7 @@ def router(runner: Runner, max_streams: int = MAX_STREAMS) -> APIRouter:
         openapi_extra=REQUEST_BODY,
     )
     async def create(request: Request, params: Annotated[JobParams, Query()]) -> Response:
+        """Accepts a file for work that takes minutes; input and state are on disk before the answer is sent."""
         _refuse_deadline(request)
         segment_params = SegmentParams.parse(params.model_dump(exclude={"preview"}))
         check_query(segment_params, request)
@@ -136,28 +137,33 @@ def router(runner: Runner, max_streams: int = MAX_STREAMS) -> APIRouter:
         "/jobs/{id}", summary="The state and progress of a job", response_model=JobDocument, responses=UNKNOWN
     )
     async def get(id: str) -> Response:  # noqa: A002 - the contract's word
+        """Answers with the state, the windows done and in all, the place in the queue and the time left."""
         return JSONResponse(job_document(await runner.get(id)).model_dump(mode="json"), headers=PRIVATE)
 
     @routes.get(
         "/jobs/{id}/events", summary="Server-sent events", response_class=StreamingResponse, responses=EVENTS
     )
     async def events(request: Request, id: str) -> Response:  # noqa: A002 - the contract's word
+        """Streams the document of the job at each change until it is finished."""
         return await _event_stream(runner, id, request, streams, max_streams)
 
     @routes.head("/jobs/{id}/result", include_in_schema=False)
     @routes.get("/jobs/{id}/result", summary="The mask", response_class=Response, responses=FILE)
     async def result(request: Request, id: str) -> Response:  # noqa: A002 - the contract's word
+        """Answers with the finished file, as POST /segment would; Range gives a part of it."""
         return await _kept_file(runner, id, "result", request)
 
     @routes.head("/jobs/{id}/preview", include_in_schema=False)
     @routes.get("/jobs/{id}/preview", summary="The mask of level 1", response_class=Response, responses=FILE)
     async def preview(request: Request, id: str) -> Response:  # noqa: A002 - the contract's word
+        """Answers with the mask of level 1, which a job with preview=true makes first."""
         return await _kept_file(runner, id, "preview", request)
 
     @routes.delete(
         "/jobs/{id}", summary="Cancel a job, or remove a finished one", status_code=204, responses=UNKNOWN
     )
     async def delete(id: str) -> None:  # noqa: A002 - the contract's word
+        """Drops the windows that wait, and removes the files of the job."""
         await runner.delete(id)
 
     return routes

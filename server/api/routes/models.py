@@ -17,12 +17,14 @@ def router(service: SegmentationService) -> APIRouter:
 
     @routes.get("/models", summary="Models that are served")
     async def models() -> list[ModelSummary]:
+        """Answers with a summary of each bundle: levels, precisions, whether it is the default."""
         return [summary(deployment, registry.default) for deployment in registry.deployments.values()]
 
     @routes.get(
         "/models/{name}", summary="The model card with the level table", responses={404: {"model": Problem}}
     )
     async def model(name: str) -> ModelCard:
+        """Answers with the card of a bundle: input, classes, levels, calibration, licence and what serves it."""
         return card(registry.get(name), registry.default)
 
     return routes

@@ -28,6 +28,7 @@ def router(reload: Callable[[], Awaitable[list[str]]]) -> APIRouter:
         responses={409: {"model": Problem}, 422: {"model": Problem}, 503: {"model": Problem}},
     )
     async def post() -> Reloaded:
+        """Checks new and changed bundles beside the old ones, then serves them; requests end on the bundle they began with."""
         return Reloaded(changed=await reload())
 
     return routes
