@@ -50,8 +50,8 @@ class Entry:
         code: member `code` of the problem document.
         status: HTTP status; None where the error is never the answer to a request.
         section: key of `HEADINGS`.
-        cause: what is wrong, and why.
-        remedy: what to do.
+        cause: sentences of the cause.
+        remedy: sentences of the remedy.
         fields: further members that the document may have, as one line; "" where there are none.
     """
 
@@ -73,7 +73,14 @@ HTTP_ENTRIES = (
         "Send the request with an HTTP library, with fewer headers, or with a `Content-Length`.",
         "",
     ),
-    Entry("not-found", 404, CALLER, "The path does not exist.", "Look the path up in `/docs`.", ""),
+    Entry(
+        "not-found",
+        404,
+        CALLER,
+        "The path does not exist.",
+        "Look the path up in the manual, or in `/docs`.",
+        "",
+    ),
     Entry(
         "method-not-allowed",
         405,

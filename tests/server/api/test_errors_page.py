@@ -65,7 +65,7 @@ def test_page_needs_no_key_on_either_port(tmp_path: Path) -> None:
 
 
 async def test_type_is_below_the_root_path(in_process: InProcess) -> None:
-    """As behind a proxy that removes a prefix, with which uvicorn sets the root path."""
+    """A proxy that removes a prefix makes it the root path."""
     app = fake_app()
 
     async def with_root(scope: Any, receive: Any, send: Any) -> None:

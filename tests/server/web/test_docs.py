@@ -65,7 +65,8 @@ def test_try_it_out_sends_the_file_and_the_key(docs: Ui) -> None:
 
 def test_reference_is_sent_where_one_is_chosen(docs: Ui, tmp_path: Path) -> None:
     labels = tmp_path / "labels.png"
-    Pillow.new("L", Pillow.open(SAMPLES / "cells.png").size, 1).save(labels)
+    with Pillow.open(SAMPLES / "cells.png") as cells:
+        Pillow.new("L", cells.size, 1).save(labels)
     authorize(docs.page)
     answer = try_segment(docs.page, SAMPLES / "cells.png", labels)
     assert "x-segment-iou" in answer.headers
