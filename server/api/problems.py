@@ -43,8 +43,25 @@ STATUS: dict[type[errors.UnetppError], HTTPStatus] = {
     errors.DeadlinePassed: HTTPStatus.GATEWAY_TIMEOUT,
     errors.NotReady: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.StoreFull: HTTPStatus.INSUFFICIENT_STORAGE,
+    # Of a job that is over.
+    errors.Interrupted: HTTPStatus.INTERNAL_SERVER_ERROR,
     errors.TryAgain: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.UnetppError: HTTPStatus.INTERNAL_SERVER_ERROR,
+}
+
+# Errors of single routes, of the command line, and base classes.
+NOT_USUAL = {
+    errors.UnetppError,
+    errors.CallerError,
+    errors.TryAgain,
+    errors.ServerFault,
+    errors.UnknownJob,
+    errors.NotFinished,
+    errors.Interrupted,
+    errors.ReloadFailed,
+    errors.ReloadRunning,
+    errors.Misconfigured,
+    errors.TuningTooNoisy,
 }
 
 # Statuses of errors that say when to try again.
@@ -185,6 +202,9 @@ def describe(app: FastAPI) -> None:
         schema = generate()
         for operations in schema["paths"].values():
             for operation in operations.values():
+                # FastAPI adds it to every route with a parameter, also where none can be wrong.
+                if operation["responses"].get("422", {}).get("description") == "Validation Error":
+                    del operation["responses"]["422"]
                 for status, response in operation["responses"].items():
                     _describe_response(int(status), response)
         # FastAPI's own documents of errors, which this server never sends.
@@ -204,7 +224,7 @@ def _describe_response(status: int, response: dict[str, Any]) -> None:
     headers = {"X-Request-Id": "id of the request in the log; the caller's own, or a new one"}
     if status >= HTTPStatus.BAD_REQUEST:
         response["content"] = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-        if response["description"] in ("Validation Error", HTTPStatus(status).phrase):
+        if response["description"] == HTTPStatus(status).phrase:
             response["description"] = f"codes: {', '.join(_codes(status))}"
     if status in RETRY_STATUSES:
         headers["Retry-After"] = "seconds after which the request may succeed"
@@ -212,10 +232,12 @@ def _describe_response(status: int, response: dict[str, Any]) -> None:
 
 
 def _codes(status: int) -> list[str]:
-    """The codes of a status, without those of the base classes."""
-    bases = (errors.UnetppError, errors.CallerError, errors.TryAgain, errors.ServerFault)
-    kinds = [kind for kind in errors.all_codes().values() if kind not in bases]
-    codes = [kind.code for kind in kinds if status_of(kind) == status]
+    """The codes with which a status usually comes; routes with others describe them themselves."""
+    codes = [
+        kind.code
+        for kind in errors.all_codes().values()
+        if kind not in NOT_USUAL and status_of(kind) == status
+    ]
     return codes or ["internal"]
 
 

@@ -23,14 +23,14 @@ from server.jobs.job import FINISHED
 from server.jobs.runner import Runner
 from server.segment.request import SegmentParams, invalid_parameter
 
-UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": Problem}}
+UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "codes: unknown-job"}}
 REFUSED: dict[int | str, dict[str, Any]] = {
     code: {"model": Problem} for code in (404, 406, 408, 413, 415, 422, 429, 500, 503, 507)
 }
 FILE: dict[int | str, dict[str, Any]] = UNKNOWN | {
     200: {"description": "the encoded mask, with the X-Segment-* headers of POST /segment"},
     206: {"description": "the part of it that Range names"},
-    409: {"model": Problem, "description": "the file does not exist yet, or never will"},
+    409: {"model": Problem, "description": "codes: not-finished"},
     **{
         code: {"model": Problem, "description": "the job failed, and this is why"}
         for code in (406, 413, 415, 422, 500)
@@ -44,7 +44,7 @@ EVENTS: dict[int | str, dict[str, Any]] = UNKNOWN | {
     204: {
         "description": "Last-Event-ID says that the last event has arrived; tells a browser not to connect again"
     },
-    429: {"model": Problem, "description": "too many streams are open; poll the job itself"},
+    429: {"model": Problem, "description": "codes: overloaded"},
 }
 
 # Jobs are private to their owner.
@@ -113,6 +113,7 @@ def router(runner: Runner, max_streams: int = MAX_STREAMS) -> APIRouter:
         "/jobs",
         summary="Segment in the background",
         status_code=202,
+        response_description="the job; `Location` is its address",
         response_model=JobDocument,
         responses=REFUSED,
         openapi_extra=REQUEST_BODY,
@@ -134,7 +135,11 @@ def router(runner: Runner, max_streams: int = MAX_STREAMS) -> APIRouter:
         )
 
     @routes.get(
-        "/jobs/{id}", summary="The state and progress of a job", response_model=JobDocument, responses=UNKNOWN
+        "/jobs/{id}",
+        summary="The state and progress of a job",
+        response_model=JobDocument,
+        response_description="the job",
+        responses=UNKNOWN,
     )
     async def get(id: str) -> Response:  # noqa: A002 - the contract's word
         """Answers with the state, the windows done and in all, the place in the queue and the time left."""
@@ -160,7 +165,11 @@ def router(runner: Runner, max_streams: int = MAX_STREAMS) -> APIRouter:
         return await _kept_file(runner, id, "preview", request)
 
     @routes.delete(
-        "/jobs/{id}", summary="Cancel a job, or remove a finished one", status_code=204, responses=UNKNOWN
+        "/jobs/{id}",
+        summary="Cancel a job, or remove a finished one",
+        status_code=204,
+        response_description="the job is gone",
+        responses=UNKNOWN,
     )
     async def delete(id: str) -> None:  # noqa: A002 - the contract's word
         """Drops the windows that wait, and removes the files of the job."""
