@@ -6,14 +6,20 @@ python -m tools.reference
 from collections.abc import Callable
 from pathlib import Path
 
+from bench import summaries
 from tools.reference_cli import cli, settings
 from tools.reference_errors import error_codes
 from tools.reference_http import http, parameters
 from tools.reference_metrics import metrics
+from tools.reference_models import hippocampus, nuclei
 
 ROOT = Path(__file__).parents[1]
 
 PAGES: dict[str, Callable[[], str]] = {
+    "bench/results/images_sizes.md": summaries.images,
+    "bench/results/levels_summary.md": summaries.levels,
+    "docs/models/hippocampus.md": hippocampus,
+    "docs/models/nuclei.md": nuclei,
     "docs/reference/cli.md": cli,
     "docs/reference/errors.md": error_codes,
     "docs/reference/http.md": http,

@@ -9,10 +9,12 @@ from server.settings import PREFIX, SETTINGS, Settings, shown_default
 from tools.markdown import page, table
 
 CLI = """\
-`unetpp` is the one command. `unetpp COMMAND --help` prints what is below. `serve` and `key` need an installation with the
-extra `cpu` or `gpu`; `train`, `export`, `verify`, `calibrate` and `add-uncertainty` need the extra `train`.
+`unetpp` is the one command. `unetpp COMMAND --help` prints what is below.
 
-Every command exits with 0 on success and 1 on an error, which it prints as one line; a wrong option gives 2.
+- `serve`, `tune`, `segment` and `compare` need an installation with the extra `cpu` or `gpu`; `segment` and `compare`
+  with `--server` need the extra `client` alone. `train`, `export`, `verify`, `calibrate` and `add-uncertainty` need the
+  extra `train`. A command without its extra names it.
+- The exit status is 0 on success, 1 on an error, which is printed as one line, and 2 for a wrong option.
 
 """
 

@@ -92,7 +92,8 @@ def _operation(method: str, path: str, operation: dict[str, Any]) -> Iterator[st
 
 
 def _responses(responses: dict[str, Any]) -> Iterator[str]:
-    rows, headers = [], {}
+    rows: list[tuple[str, ...]] = []
+    headers: dict[str, str] = {}
     for status, response in sorted(responses.items()):
         named = {name: one["description"] for name, one in response["headers"].items()}
         retry = "; with `Retry-After`" if named.pop("Retry-After", "") else ""
