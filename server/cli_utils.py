@@ -83,7 +83,7 @@ def read_settings(
 
     if unknown := unknown_variables():
         fail(
-            f"settings in the environment that are not read: {'; '.join(unknown)}; the README lists those that exist"
+            f"settings in the environment that are not read: {'; '.join(unknown)}; docs/reference/settings.md lists those that exist"
         )
     try:
         settings = Settings()

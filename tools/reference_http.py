@@ -228,7 +228,8 @@ def _parameter(name: str, schema: dict[str, Any], inputs: str, more: str) -> tup
         if default in (None, "")
         else f"`{str(default).lower() if isinstance(default, bool) else default}`"
     )
-    meaning = f"{sentence(schema['description'])} {more}"
+    # Without a capital, because some begin with a value.
+    meaning = f"{schema['description']}. {more}"
     return (
         f'<a id="{name}"></a>`{name}`',
         _values(schema),
