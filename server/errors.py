@@ -59,7 +59,7 @@ class Unreadable(CallerError):
     grid.
     Remedy: Open the file in another program and save it again. `detail` names the field or the byte where
     reading ended.
-    Fields: reason, format, field, value, allowed, limit, actual, unit, parameter, file
+    Fields: reason, format, field, value, allowed, limit, actual, total, unit, parameter, part, file, remedy
     """
 
 

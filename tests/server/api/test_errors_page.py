@@ -1,5 +1,6 @@
 """/errors, and the address of its entries in every problem document."""
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from server import errors
 from server.api import auth
 from server.api.routes.errors import BASES, HTTP_ENTRIES, entries
+from tests.conftest import ROOT
 from tests.server.api.conftest import InProcess
 from tests.support.files import GOOD
 from tests.support.server import full_server
@@ -86,3 +88,35 @@ def test_openapi_names_headers_and_no_document_that_is_never_sent(small: httpx.C
     ours = {name for name in sent if name.startswith("x-") or name == "server-timing"}
     assert ours - {name.lower() for name in named} == set()
     assert "Retry-After" in document["paths"]["/segment"]["post"]["responses"]["429"]["headers"]
+
+
+def test_subclass_elsewhere_has_the_code_of_a_class_with_an_entry() -> None:
+    """A code without an entry would lead nowhere."""
+    kinds, queue = [], [errors.UnetppError]
+    while queue:
+        kind = queue.pop()
+        queue += kind.__subclasses__()
+        kinds += [kind] if kind.__module__.startswith("server.") else []
+    assert len(kinds) > len(errors.all_codes())
+    assert {kind.code for kind in kinds} <= set(errors.all_codes())
+
+
+def raised() -> dict[str, set[str]]:
+    """The fields with which the server's code makes errors, by class name; those of `**fields` are not seen."""
+    made: dict[str, set[str]] = {}
+    for path in (ROOT / "server").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                made.setdefault(name, set()).update(keyword.arg or "" for keyword in node.keywords)
+    return made
+
+
+def test_fields_of_an_entry_are_those_that_the_code_gives() -> None:
+    made, missing = raised(), {}
+    for kind in errors.all_codes().values():
+        given = made.get(kind.__name__, set()) - {"", "retry_after_s", "refusal"}
+        listed = {name for entry in entries() if entry.code == kind.code for name in entry.fields.split(", ")}
+        if kind is not errors.ReloadFailed and given - listed:
+            missing[kind.__name__] = sorted(given - listed)
+    assert missing == {}
