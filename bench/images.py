@@ -22,6 +22,7 @@ from typing import Any
 
 import httpx
 
+from bench import summaries
 from bench.serving import ROOT
 from bench.table import write
 
@@ -153,7 +154,7 @@ def _exercise(
 
 
 def main() -> None:
-    """Measures, prints, writes results/images.{md,json}."""
+    """Measures, prints, writes results/images.{md,json} and images_sizes.md."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -188,6 +189,7 @@ def main() -> None:
     ]
     headings = ["image", "unpacked MB", "ours MB", "Python", "base", "which was"]
     write("images", caption, headings, rows, {"sizes": [asdict(s) for s in sizes], "up": seen})
+    summaries.write("images_sizes")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import onnxruntime
 import torch
 from rich.progress import track
 
+from bench import summaries
 from bench.inputs import picture, png_of
 from bench.serving import Server, serving
 from bench.table import RESULTS, write
@@ -156,7 +157,7 @@ def plot(points: dict[str, list[tuple[str, float, float]]], path: Path) -> None:
 
 
 def main() -> None:
-    """Measures, prints, writes results/levels.{md,json,png}."""
+    """Measures, prints, writes results/levels.{md,json,png} and levels_summary.md."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -201,6 +202,7 @@ def main() -> None:
         f"IoU: {held_out.data if held_out else 'not measured'}."
     )
     write("levels", caption, headings, rows, facts)
+    summaries.write("levels_summary")
     if points:
         plot(points, RESULTS / "levels.png")
 

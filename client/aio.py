@@ -86,11 +86,15 @@ class AsyncClient:
         await self._http.aclose()
 
     async def models(self) -> list[dict[str, Any]]:
-        """Lists the models that the server serves."""
+        """Lists the models that the server serves: name, levels, precisions, whether it is the default."""
         return _json(await self.request("GET", "models"))  # type: ignore[no-any-return]
 
     async def model(self, name: str) -> dict[str, Any]:
-        """Returns the card of a model."""
+        """Returns the card of a model: levels, classes, calibration, licence, and what serves it.
+
+        Raises:
+            UnknownModel: the server has no model of that name.
+        """
         return _json(await self.request("GET", f"models/{quote(name, safe='')}"))  # type: ignore[no-any-return]
 
     async def segment(
@@ -105,15 +109,23 @@ class AsyncClient:
         """Segments an image, a stack, a volume or a zip of images.
 
         Args:
-            source: a path, the bytes of a file, an open file, or a numpy array; see
-                `client.request.file_part`.
-            formats: files that the answer shall hold; "mask" is the mask in the format of the input.
-            reference: label image or volume to score against.
-            affine: 4 × 4 voxel-to-mm matrix of a volume given as an array, and of its reference.
-            parameters: the other fields of `server.segment.request.SegmentParams`, e.g. level=2,
-                min_size_px=30.
+            source: a path, the bytes of a file, a file open for bytes, or a numpy array of numbers or booleans:
+                (H, W) grey, (H, W, 3 or 4) colour (alpha is ignored), (S, H, W) a stack, or with `affine`
+                (X, Y, Z) a volume.
+            formats: names of `format=`; "mask" is the mask in the format of the input. Each becomes an entry of
+                `Result.files`.
+            reference: labels to score against, in any form of `source`, on the grid of the input.
+            affine: (4, 4) matrix of a volume given as an array, from voxel indices to mm in RAS, and of its
+                reference.
+            parameters: further request parameters by name, e.g. `level=2`, `model="hippocampus"`,
+                `min_size_px=30`, `deadline_ms=2000`.
+
+        Returns:
+            The answer, with the mask on the grid of the input.
 
         Raises:
+            InvalidParameter: a parameter is wrong; nothing is sent.
+            TypeError, ValueError: the source is of another type or shape; nothing is sent.
             UnetppError: the request failed; its class, of `server.errors` or `client.errors`, names the
                 reason.
         """
@@ -133,9 +145,20 @@ class AsyncClient:
     ) -> "AsyncJob":
         """Submits work that takes minutes as a job.
 
-        The arguments are those of `segment` without `deadline_ms` and `min_level`, and `preview`, which
-        requests a mask of level 1 first. If the connection breaks before the response, the request is sent
-        again, and the server may have the job twice.
+        If the connection breaks before the response, the request is sent again, and the server may have the
+        job twice.
+
+        Args:
+            source: input as in `segment`.
+            formats: names of `format=`.
+            reference: labels to score against.
+            affine: (4, 4) matrix of a volume given as an array, from voxel indices to mm in RAS.
+            preview: whether a mask of level 1 is made first.
+            parameters: further request parameters by name, except `deadline_ms` and `min_level`.
+
+        Raises:
+            StoreFull: the server has no room for the job.
+            UnetppError: the request failed; its class names the reason.
         """
         params = segment_params(formats, parameters).model_dump(exclude_unset=True) | (
             {"preview": True} if preview else {}
@@ -232,7 +255,14 @@ class AsyncJob:
         self._client = client
 
     async def status(self) -> dict[str, Any]:
-        """Returns the job's document: state, stage, windows, ..."""
+        """Returns the job's document.
+
+        It has `state` (queued, running, done, failed, cancelled), `stage`, `windows` (done, total),
+        `queue_position`, `eta_s` in seconds, `error` and the times in UTC.
+
+        Raises:
+            UnknownJob: the job does not exist, or not any more.
+        """
         return _json(await self._client.request("GET", f"jobs/{self.id}"))  # type: ignore[no-any-return]
 
     async def wait(
@@ -290,7 +320,12 @@ class AsyncJob:
         return read_result(response.headers, response.content)
 
     async def save(self, path: str | Path) -> Path:
-        """Streams the answer to a file, which appears when it is complete."""
+        """Streams the answer to a file, which appears when it is complete.
+
+        Raises:
+            NotFinished: there is no answer yet.
+            OSError: the file cannot be written.
+        """
         await self._client.request("GET", f"jobs/{self.id}/result", save_as=Path(path))
         return Path(path)
 

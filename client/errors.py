@@ -1,13 +1,14 @@
 """Errors of the client: the server's own classes, rebuilt from problem documents, and those that only a client has.
 
-UnetppError               base class, exported as `client.SegmentError` ├── ...                   the tree of
-server/errors.py; over HTTP `fields` also has `status` and `request_id` ├── TransportError        no complete
-response: connection refused or closed, or a certificate that is not trusted ├── TimedOut              the
-response, or the job, took longer than the caller allows ├── BadResponse           the response does not come
-from a segmentation server └── InputError            the files on the command line cannot be processed
-together
+UnetppError             base class, exported as `client.SegmentError`
+├── ...                 the tree of server/errors.py; over HTTP `fields` also has `status` and `request_id`
+├── TransportError      no complete response: connection refused or closed, or a certificate that is not trusted
+├── TimedOut            the response, or the job, took longer than the caller allows
+├── BadResponse         the response does not come from a segmentation server
+└── InputError          the files on the command line cannot be processed together
 """
 
+import re
 from typing import Any
 
 from server import errors
@@ -59,7 +60,8 @@ def from_problem(
     """
     members: dict[str, Any] = document if isinstance(document, dict) else {}
     status = status or members.get("status")
-    code = members.get("code") or str(members.get("type")).removeprefix("urn:unetpp:")
+    # The type is "/errors#too-large"; of servers of earlier versions "urn:unetpp:too-large".
+    code = members.get("code") or re.split(r"[#:]", str(members.get("type")))[-1]
     family = (
         TryAgain
         if status in (429, 503, 504, 507)

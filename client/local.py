@@ -77,8 +77,27 @@ class AsyncLocal:
     ) -> Result:
         """Segments an image, a stack, a volume or a zip of images.
 
-        The arguments are those of `AsyncClient.segment`, and `progress`, which is called with the stage
-        (decode, infer, encode), the number of finished windows and the number of all windows.
+        Args:
+            source: a path, the bytes of a file, a file open for bytes, or a numpy array of numbers or booleans:
+                (H, W) grey, (H, W, 3 or 4) colour (alpha is ignored), (S, H, W) a stack, or with `affine`
+                (X, Y, Z) a volume.
+            formats: names of `format=`; "mask" is the mask in the format of the input. Each becomes an entry of
+                `Result.files`.
+            reference: labels to score against, in any form of `source`, on the grid of the input.
+            affine: (4, 4) matrix of a volume given as an array, from voxel indices to mm in RAS, and of its
+                reference.
+            progress: callback with the stage (decode, infer, encode), the number of finished windows and the
+                number of all windows.
+            parameters: further request parameters by name, e.g. `level=2`, `model="hippocampus"`,
+                `min_size_px=30`, `deadline_ms=2000`.
+
+        Returns:
+            The answer, with the mask on the grid of the input.
+
+        Raises:
+            InvalidParameter: a parameter is wrong.
+            TypeError, ValueError: the source is of another type or shape.
+            UnetppError: the input cannot be segmented; its class, of `server.errors`, names the reason.
         """
         params = segment_params(formats, parameters)
         deadline = math.inf if params.deadline_ms is None else time.monotonic() + params.deadline_ms / 1000
@@ -92,18 +111,38 @@ class AsyncLocal:
 
 
 class Local(Blocking[AsyncLocal]):
-    """Bundles that are opened in this process, for blocking code.
+    """Bundles that are opened in this process, for blocking code. Use it in a `with` block, or call `close`.
 
     Args:
         bundles: path of a bundle, or of a folder of bundles; UNETPP_BUNDLES if None.
-        options: further arguments of `AsyncLocal`.
+        options: further arguments of `AsyncLocal`: `settings`, `service`.
+
+    Raises:
+        UnetppError: a bundle cannot be opened; names it and the reason.
     """
 
     def __init__(self, bundles: str | os.PathLike[str] | None = None, **options: Any) -> None:
         super().__init__(AsyncLocal(bundles, **options))
 
     def segment(self, source: Source, *, progress: OnProgress = ignore_progress, **options: Any) -> Result:
-        """Segments an image, a stack, a volume or a zip of images; arguments are those of `AsyncLocal.segment`."""
+        """Segments an image, a stack, a volume or a zip of images.
+
+        Args:
+            source: a path, the bytes of a file, a file open for bytes, or a numpy array of numbers or booleans:
+                (H, W) grey, (H, W, 3 or 4) colour (alpha is ignored), (S, H, W) a stack, or with `affine`
+                (X, Y, Z) a volume.
+            progress: callback with the stage (decode, infer, encode), the number of finished windows and the
+                number of all windows, in the thread that waits.
+            options: further arguments of `AsyncLocal.segment`: `formats`, `reference`, `affine`, and the request
+                parameters by name, e.g. `level=2`.
+
+        Returns:
+            The answer, with the mask on the grid of the input.
+
+        Raises:
+            TypeError, ValueError: the source is of another type or shape.
+            UnetppError: the input cannot be segmented; its class, of `server.errors`, names the reason.
+        """
         return self.run_with_progress(
             lambda put: self._client.segment(source, progress=put, **options), progress
         )

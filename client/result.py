@@ -56,6 +56,9 @@ class Result:
     def mask(self) -> NDArray[Any]:
         """Class per pixel in the input's own grid, or object numbers where only labels were requested.
 
+        Shape (H, W) of an image, (S, H, W) of a stack, (X, Y, Z) of a volume as stored; integers: uint8 for
+        classes, uint16 or 32 bits for object numbers.
+
         Raises:
             LookupError: no requested format holds it, or the input was a zip of images.
         """
@@ -80,7 +83,7 @@ class Result:
 
     @functools.cached_property
     def images(self) -> list[dict[str, Any]]:
-        """Name, status and files of each image of a zip; empty for any other input."""
+        """Name, status and files of each image of a zip, in its order; empty for any other input."""
         return json.loads(self.files[REPORT])["images"] if REPORT in self.files else []
 
     @property

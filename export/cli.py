@@ -122,7 +122,7 @@ def calibrate(
     ] = False,
     precision: Annotated[
         list[str] | None,
-        typer.Option(help="Measure only this one anew and keep the other rows; may be repeated."),
+        typer.Option(help="Measure only this one again and keep the other rows; may be repeated."),
     ] = None,
 ) -> None:
     """Measure IoU, Dice and latency of every level and precision, and recommend a level."""

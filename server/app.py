@@ -17,7 +17,7 @@ from server.api.access import AccessLogMiddleware
 from server.api.connections import Connection, ConnectionLimits
 from server.api.limits import BodyLimit, HeadLimit
 from server.api.request_id import RequestId
-from server.api.routes import docs, health, jobs, models, page, segment
+from server.api.routes import errors, health, jobs, models, page, segment
 from server.api.routes import ops as ops_routes
 from server.api.schemas import Problem
 from server.api.stopping import DrainMiddleware, Stopping
@@ -111,20 +111,21 @@ def create_app(
     app.state.operations = Operations(
         stopping, functools.partial(_drain, runner, shadow), reload, operating, guard
     )
-    for routes in (
-        segment.router(service, settings.http.max_in_flight, settings.limits.max_wait_s),
-        jobs.router(runner),
-        models.router(service),
-    ):
+    for tag, routes in {
+        "segment": segment.router(service, settings.http.max_in_flight, settings.limits.max_wait_s),
+        "jobs": jobs.router(runner),
+        "models": models.router(service),
+    }.items():
         app.include_router(
             routes,
+            tags=[tag],
             dependencies=KEY_SCHEMES if keys else [],
             responses={401: {"model": Problem}} if keys else {},
         )
     if not has_ops_port:
-        app.include_router(operating)
+        app.include_router(operating, tags=["operate"])
     problems.describe(app)
-    app.include_router(docs.router(app.openapi))
+    app.include_router(errors.router())
     app.include_router(page.router(page.read(WEB)))
     return app
 
@@ -133,9 +134,11 @@ def create_ops_app(app: FastAPI) -> FastAPI:
     """Makes the application of the ops port: health and metrics of another application, and what only operators do."""
     operations: Operations = app.state.operations
     ops = FastAPI(title="Operate", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    operations.guard(ops, free=auth.HEALTH)
-    ops.include_router(operations.routes)
-    ops.include_router(ops_routes.router(operations.reload))
+    operations.guard(ops, free=auth.HEALTH | {problems.ERRORS_PATH})
+    for routes in (operations.routes, ops_routes.router(operations.reload)):
+        ops.include_router(routes, tags=["operate"])
+    ops.include_router(errors.router())
+    problems.describe(ops)
     return ops
 
 

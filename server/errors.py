@@ -1,35 +1,16 @@
 """All errors, free of HTTP; `api/problems.py` maps them to statuses in one table.
 
 UnetppError
-├── CallerError               the caller can fix it
-│   ├── Unreadable            a file of a known format that cannot be decoded
-│   ├── UnsupportedType       a format that is not read here
-│   ├── TooLarge              over a limit
-│   │   └── HeadTooLarge      path, query and headers over a limit
-│   ├── UploadStalled         a body that stopped coming, or comes too slowly
-│   ├── Unauthorized          no API key, or an unknown one
-│   ├── OtherSite             a browser's request for a page of another site
-│   ├── UnknownFormat         an output format that does not exist
-│   ├── InvalidParameter      mode, level, precision, reference, ...
-│   ├── DeadlineTooShort      a deadline that even an idle server would miss
-│   ├── UnknownModel          a bundle that is not served
-│   ├── UnknownJob            a job that was never accepted, was deleted or has expired
-│   ├── ReloadFailed          bundles on disk that cannot be served; the old ones are
-│   └── NotFinished           a job without a result, or without one yet
-├── TryAgain                  the same request may succeed later
-│   ├── ReloadRunning         another reload is running
-│   ├── Overloaded            too many requests at once
-│   ├── DeadlinePassed        the request's time was up before its response was ready
-│   ├── NotReady              the server is starting or stopping
-│   ├── StoreFull             no disk space for jobs and results
-│   └── Interrupted           a job that was started several times and never ended
-└── ServerFault               the operator, or we, must fix it
-    ├── BundleDamaged         a bundle that fails a check; names the file
-    ├── Misconfigured         settings that exclude each other, or that this machine cannot follow
-    ├── EngineUnavailable     an engine or provider that does not run here
-    ├── TuningTooNoisy        measurements that differ too much to be stored
-    ├── InferenceFailed       an engine that failed while serving; its text is logged, not sent
-    └── StoreBroken           a jobs folder that is in use, damaged or not writable
+├── CallerError   the caller can fix it: Unreadable, UnsupportedType, TooLarge, HeadTooLarge, UploadStalled,
+│                 Unauthorized, OtherSite, UnknownFormat, InvalidParameter, DeadlineTooShort, UnknownModel,
+│                 UnknownJob, ReloadFailed, NotFinished
+├── TryAgain      the same request may succeed later: ReloadRunning, Overloaded, DeadlinePassed, NotReady,
+│                 StoreFull, Interrupted
+└── ServerFault   the operator, or we, must fix it: BundleDamaged, Misconfigured, EngineUnavailable,
+                  TuningTooNoisy, InferenceFailed, StoreBroken
+
+The docstring of each class is its entry in the manual and on the server's page /errors: the cause, the
+remedy, and the fields that it may have.
 """
 
 import re
@@ -44,7 +25,7 @@ class UnetppError(Exception):
         fields: facts of the detail, for a program; None values are left out. They become members of the
             problem document, and tests assert them. The usual names are `parameter`, `value`, `allowed`
             (values that exist), `limit`, `actual`, `unit`, `setting` (the one that raises the limit) and
-            `remedy`. The docstring of each class lists the fields it may have.
+            `remedy`.
 
     Attributes:
         code: class name in lower case with dashes, e.g. "too-large".
@@ -57,9 +38,9 @@ class UnetppError(Exception):
     refusal = ""
 
     def __init_subclass__(cls) -> None:
-        """Derives the code from the name; a private class keeps the code of its base."""
+        """Derives the code from the name, unless the class states one; a private class keeps that of its base."""
         super().__init_subclass__()
-        if not cls.__name__.startswith("_"):
+        if "code" not in vars(cls) and not cls.__name__.startswith("_"):
             cls.code = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__).lower()
 
     def __init__(self, detail: str, **fields: Any) -> None:
@@ -72,61 +53,132 @@ class CallerError(UnetppError):
 
 
 class Unreadable(CallerError):
-    """A file of a known format cannot be decoded. Fields: format, value, limit."""
+    """A file of a known format cannot be decoded.
+
+    It is cut off, damaged, or holds what is not supported: a compression, a data type, a reference on another
+    grid.
+    Remedy: Open the file in another program and save it again. `detail` names the field or the byte where
+    reading ended.
+    Fields: reason, format, field, value, allowed, limit, actual, total, unit, parameter, part, file, remedy
+    """
 
 
 class UnsupportedType(CallerError):
-    """The file has a format that is not read here. Fields: value, allowed."""
+    """The file has a format that is not read here.
+
+    The `Content-Type` names another one, or the first bytes of the file are of no known format.
+    Remedy: Convert the file to one of the formats in `allowed`. Send `application/octet-stream`, or no
+    `Content-Type`, to have the format found from the file itself.
+    Fields: parameter, value, allowed
+    """
 
 
 class TooLarge(CallerError):
-    """A size is over a limit. Fields: parameter, limit, actual, unit, setting, remedy."""
+    """A size is over a limit.
+
+    Limits are on the bytes of the body, pixels, voxels, files of a zip, estimated memory and predicted time.
+    Remedy: Send a smaller input, e.g. a crop or fewer files. Where `setting` is given, the operator can raise
+    that limit.
+    Fields: limit, actual, unit, setting, format, field, remedy
+    """
 
     refusal = "too_large"
 
 
 class HeadTooLarge(TooLarge):
-    """Path, query and headers are too long or too many. Fields: limit, actual, unit."""
+    """Path, query and headers are too long or too many.
+
+    Remedy: Send fewer or shorter headers and a shorter query.
+    Fields: limit, actual, unit
+    """
 
 
 class UploadStalled(CallerError):
-    """The body stopped coming, or comes too slowly. Fields: limit, unit."""
+    """The body stopped coming, or comes too slowly.
+
+    Remedy: Send the request again over a faster or steadier connection.
+    Fields: limit, unit, min_bytes_per_s
+    """
 
 
 class Unauthorized(CallerError):
-    """The request has no API key, or an unknown one."""
+    """The request has no API key, or an unknown one.
+
+    Remedy: Send a key as `Authorization: Bearer KEY` or `X-API-Key: KEY`. The operator makes keys with
+    `unetpp key NAME`.
+    Fields: allowed
+    """
 
 
 class OtherSite(CallerError):
-    """A browser sends the request for a page of another site."""
+    """A browser sends the request for a page of another site.
+
+    That page could use the server without its user's knowledge.
+    Remedy: Send the request from a program, or from a page of this server. A proxy in front must pass on the
+    `Host` header.
+    """
 
 
 class UnknownFormat(CallerError):
-    """The output format does not exist, or not for this input. Fields: parameter, value, allowed."""
+    """The output format does not exist, or not for this input.
+
+    `format` names it, or `Accept` allows no other.
+    Remedy: Choose one of `allowed`.
+    Fields: parameter, value, allowed, remedy
+    """
 
 
 class InvalidParameter(CallerError):
-    """A parameter of the request is wrong. Fields: parameter, value, allowed, limit."""
+    """A parameter of the request is wrong.
+
+    It does not exist, has a wrong value, is given twice, or does not go with another one or with the input.
+    Remedy: Correct the parameter that `parameter` names; `allowed` or `limit` has what is accepted.
+    Fields: parameter, value, allowed, limit, actual, unit, format, kind, channels, remedy
+    """
 
 
 class DeadlineTooShort(CallerError):
-    """The work alone takes longer than the deadline allows. Fields: limit, actual, unit, remedy."""
+    """The work alone takes longer than the deadline allows.
+
+    An idle server would miss it, too.
+    Remedy: Allow more time, ask for a shallower level, allow one with `min_level`, send a smaller input, or
+    use `POST /jobs`.
+    Fields: limit, actual, unit, remedy
+    """
 
 
 class UnknownModel(CallerError):
-    """The bundle is not served. Fields: parameter or setting, value, allowed."""
+    """The bundle is not served.
+
+    Remedy: Choose a name from `GET /models`.
+    Fields: parameter, setting, value, allowed
+    """
 
 
 class UnknownJob(CallerError):
-    """The job was never accepted, was deleted or has expired. Fields: value."""
+    """The job was never accepted, was deleted or has expired.
+
+    Remedy: Check the id. Results are removed after `UNETPP_JOBS__KEEP_RESULTS_H` hours: send the input again.
+    Fields: parameter, value, limit, unit
+    """
 
 
 class ReloadFailed(CallerError):
-    """The bundles on disk cannot be served, and the old ones stay in service. Fields: those of the cause, for the operator."""
+    """The bundles on disk cannot be served, and the old ones stay in service.
+
+    One is damaged or misses its golden pair, or the default model is gone.
+    Remedy: Correct the bundle that `detail` names and reload again.
+    Fields: those of the cause, for the operator
+    """
 
 
 class NotFinished(CallerError):
     """The job has no result, or none yet.
+
+    It is queued or running, was cancelled, or makes no preview.
+    Remedy: Wait for `Retry-After`, or follow `GET /jobs/ID/events`. Without `Retry-After` there will be no
+    file: `detail` has the reason.
+    Fields: state, position, done, total, parameter, remedy
 
     Args:
         detail: sentence for a person.
@@ -140,7 +192,7 @@ class NotFinished(CallerError):
 
 
 class TryAgain(UnetppError):
-    """A request is refused that may succeed later.
+    """The request may succeed later.
 
     Args:
         detail: sentence for a person.
@@ -154,11 +206,19 @@ class TryAgain(UnetppError):
 
 
 class ReloadRunning(TryAgain):
-    """Another reload is running."""
+    """Another reload is running.
+
+    Remedy: Wait until it has ended, then reload again.
+    """
 
 
 class Overloaded(TryAgain):
     """Too many requests came at once.
+
+    Requests, uploads, jobs or event streams are limited, and so is the predicted wait of a request.
+    Remedy: Send the request again after the seconds in `Retry-After`. Or allow a shallower level with
+    `min_level`, or use `POST /jobs`.
+    Fields: limit, actual, unit, setting, remedy
 
     Args:
         detail: sentence for a person.
@@ -173,21 +233,41 @@ class Overloaded(TryAgain):
 
 
 class DeadlinePassed(TryAgain):
-    """The request's time was up before its response was ready. Fields: limit, unit, remedy."""
+    """The request's time was up before its response was ready.
+
+    The time is `deadline_ms`, or the limit of the server. The rest of the work was not begun.
+    Remedy: Allow more time, ask for a shallower level, or use `POST /jobs`.
+    Fields: limit, unit, remedy
+    """
 
 
 class NotReady(TryAgain):
-    """The server is starting or stopping, or its device does not answer."""
+    """The server is starting or stopping, or its device does not answer.
+
+    Remedy: Send the request again after `Retry-After`, or to another server. Where it does not end, the
+    operator finds the reason in the log.
+    """
 
     refusal = "stopping"
 
 
 class StoreFull(TryAgain):
-    """The disk space for jobs and results is used up. Fields: limit, actual, unit, setting."""
+    """The disk space for jobs and results is used up.
+
+    Inputs and results of jobs take `UNETPP_JOBS__MAX_DISK_MB`, or the disk itself is full.
+    Remedy: Delete jobs that are done with `DELETE /jobs/ID`, or send the request again after `Retry-After`.
+    The operator can raise the limit.
+    Fields: limit, actual, unit, setting
+    """
 
 
 class Interrupted(TryAgain):
-    """A job was started several times and never ended. Fields: limit, actual."""
+    """A job was started several times and never ended.
+
+    The server ended during each attempt, perhaps because of this job.
+    Remedy: Send a smaller input, and ask the operator to look into the log of the server.
+    Fields: limit, actual, unit
+    """
 
 
 class ServerFault(UnetppError):
@@ -195,27 +275,57 @@ class ServerFault(UnetppError):
 
 
 class BundleDamaged(ServerFault):
-    """A bundle cannot be read, or fails its hashes or golden pairs. Fields: file, name, limit, actual."""
+    """A bundle cannot be read, or fails its hashes or golden pairs.
+
+    Remedy: Copy the bundle again, or export it again. `unetpp verify BUNDLE` checks every file and graph.
+    Fields: file, name, graph, parameter, setting, limit, actual
+    """
 
 
 class Misconfigured(ServerFault):
-    """Settings exclude each other, or this machine cannot follow them. Fields: setting, value, remedy."""
+    """Settings exclude each other, or this machine cannot follow them.
+
+    The server does not start.
+    Remedy: Change the setting that `setting` names, as `detail` says.
+    Fields: setting, parameter, value, line, remedy
+    """
 
 
 class EngineUnavailable(ServerFault):
-    """An engine or provider does not run here. Fields: engine, provider, precision, graph, allowed."""
+    """An engine or provider does not run here.
+
+    A setting names it and it is not installed, or the device does not work.
+    Remedy: Install the extra that `detail` names, or set `UNETPP_RUNTIME__ENGINE` and
+    `UNETPP_RUNTIME__PROVIDER` to `auto`.
+    Fields: engine, engines, provider, precision, graph, allowed
+    """
 
 
 class TuningTooNoisy(ServerFault):
-    """Measurements differ too much between rounds to be stored. Fields: limit, actual, graph."""
+    """Measurements differ too much between rounds to be stored.
+
+    The machine was busy. Nothing is stored.
+    Remedy: Stop other work on the machine, the server included, and tune again.
+    Fields: limit, actual, graph
+    """
 
 
 class InferenceFailed(ServerFault):
-    """An engine failed while serving."""
+    """An engine failed while serving.
+
+    The log has its message under the id of the request.
+    Remedy: Send the request again once. If it fails again, restart the server and report the message of the
+    log.
+    """
 
 
 class StoreBroken(ServerFault):
-    """The jobs folder is in use, damaged or not writable. Fields: setting, value."""
+    """The jobs folder is in use, damaged or not writable.
+
+    Remedy: Give each server a `UNETPP_JOBS__FOLDER` of its own that it may write to. Move a damaged folder
+    away.
+    Fields: setting, value, actual, allowed
+    """
 
 
 def all_codes() -> dict[str, type[UnetppError]]:

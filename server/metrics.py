@@ -93,7 +93,7 @@ class Metrics:
         self.calibrated = Calibrated(self.registry)
         text = "a mask as served against the reference that came with its request"
         self.reference = Overlaps(self.registry, "reference", text, ("compared", "both_empty"))
-        text = "a fast mask as served against our own accurate one; this is no accuracy"
+        text = "a fast mask as served against our own accurate one; this is not accuracy"
         self.agreement = Overlaps(
             self.registry, "agreement", text, ("compared", "both_empty", "skipped", "failed")
         )
@@ -108,7 +108,10 @@ class Metrics:
         )
         for outcome in OUTCOMES[1:]:
             self.requests.labels(NONE, NONE, NONE, NONE, outcome)
-        self.in_flight = self._gauge("unetpp_requests_in_flight", "Segment requests that run or wait.")
+        self.in_flight = self._gauge(
+            "unetpp_requests_in_flight",
+            "Segment requests that run or wait; one above UNETPP_HTTP__MAX_IN_FLIGHT is refused.",
+        )
         self.refusals = self._counter(
             "unetpp_refusals",
             "Requests that were refused, by reason: too many in flight, too long a wait, no memory in time, the server is "
@@ -124,7 +127,8 @@ class Metrics:
         )
         self.degraded = self._counter(
             "unetpp_degraded",
-            "Requests that were served at a shallower level than requested, within their min_level.",
+            "Requests that were served at a shallower level than requested, as their min_level allowed, by the reason: the "
+            "deadline, or the load.",
             ("model", "requested_level", "served_level", "reason"),
         )
         self.pixels = self._counter(
@@ -150,26 +154,30 @@ class Metrics:
         )
         self.phases = self._histogram(
             "unetpp_phase_duration_seconds",
-            "Time a successful request spent in one phase.",
+            "Time that a successful request spent in one phase: opening a graph, decoding, waiting for the device, inference, "
+            "restoring the input's grid, post-processing, encoding.",
             ("phase",),
             SECONDS,
         )
         for phase in PHASES:
             self.phases.labels(phase)
         self.batches = self._histogram(
-            "unetpp_batch_size_tiles", "Tiles in one run of a graph.", ("graph",), BATCH_SIZES
+            "unetpp_batch_size_tiles",
+            "Tiles in one run of a graph, which may be of several requests.",
+            ("graph",),
+            BATCH_SIZES,
         )
         self.fill = self._histogram(
             "unetpp_batch_fill_ratio",
-            "Tiles in one run of a graph, of those that it may hold.",
+            "Tiles in one run of a graph, as a share of those that it may hold.",
             ("graph",),
             FILLS,
         )
 
     def _measure_queue(self) -> None:
-        tiles = "Tiles that wait for the device: of requests, and of jobs and samples."
+        tiles = "Tiles that wait for the device, by priority: interactive is requests, batch is jobs and shadow evaluation."
         self.queue_tiles = self._gauge("unetpp_queue_tiles", tiles, ("priority",))
-        oldest = "Time that the oldest of the waiting tiles has waited."
+        oldest = "Time that the oldest of the waiting tiles has waited, by priority."
         self.queue_oldest_s = self._gauge("unetpp_queue_oldest_seconds", oldest, ("priority",))
         backlog = "Predicted device time of all admitted requests, jobs left out."
         self.backlog_s = self._gauge("unetpp_backlog_seconds", backlog)
@@ -182,14 +190,17 @@ class Metrics:
     def _measure_jobs(self) -> None:
         jobs = "Jobs that ended, by outcome; refused: there was no room for the job, so that it was never accepted."
         self.jobs = self._counter("unetpp_jobs", jobs, ("outcome",), JOB_OUTCOMES)
-        self.jobs_queued = self._gauge("unetpp_jobs_queued", "Jobs that wait for their turn.")
+        self.jobs_queued = self._gauge("unetpp_jobs_queued", "Accepted jobs that wait for their turn.")
         self.jobs_running = self._gauge("unetpp_jobs_running", "Jobs that run.")
         self.jobs_disk_bytes = self._gauge(
             "unetpp_jobs_disk_bytes", "Size of the inputs and results of jobs."
         )
 
     def _measure_models(self) -> None:
-        instances = "1 for each graph at each precision: engine, provider, whether `auto` picks it, and the reason for that."
+        instances = (
+            "1 for each graph at each precision: engine, provider, whether precision=auto picks it, and why: settings, tuning or "
+            "rule."
+        )
         labels = ("model", "graph", "precision", "engine", "provider", "auto", "selected_by")
         self.instances = Rows(self._gauge("unetpp_model_instance_info", instances, labels))
         self.instances_open = self._gauge(
@@ -198,7 +209,8 @@ class Metrics:
         bundles = "1 for each served bundle, with the first 16 digits of its manifest's SHA-256."
         self.bundles = Rows(self._gauge("unetpp_bundle_info", bundles, ("model", "dims", "sha256")))
         self.ready = self._gauge(
-            "unetpp_ready", "1 if requests should be sent here, as in /health/ready, else 0."
+            "unetpp_ready",
+            "1 if requests should be sent here, as in /health/ready, else 0; a scrape runs no test tile to learn more.",
         )
         self.stopping = self._gauge("unetpp_stopping", "1 from the signal to stop on, else 0.")
         reloads = "Reloads of the bundles while serving; failed: the old ones are still served."

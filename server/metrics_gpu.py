@@ -13,9 +13,9 @@ from prometheus_client.registry import Collector
 TIMEOUT_S = 1.0
 
 TEXTS = {
-    "unetpp_gpu_memory_used_bytes": "Memory of the GPU that is in use, by all processes.",
-    "unetpp_gpu_memory_total_bytes": "Memory of the GPU.",
-    "unetpp_gpu_utilization_ratio": "Share of the last sample period of NVML in which a kernel ran on the GPU, of any process.",
+    "unetpp_gpu_memory_used_bytes": "Memory of the GPU that is in use, by all processes (NVML).",
+    "unetpp_gpu_memory_total_bytes": "Memory of the GPU (NVML).",
+    "unetpp_gpu_utilization_ratio": "Share of the last sample period of NVML in which a kernel ran on the GPU, of any process. Parts of a GPU (MIG) have no such figure.",
 }
 
 

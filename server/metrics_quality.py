@@ -1,9 +1,10 @@
 """Prometheus metrics of quality, in three kinds that are never mixed.
 
-calibrated  IoU and Dice that a level reached on labelled data when the bundle was made, from the manifest
-reference   masks as served against the references that came with their requests: accuracy, for callers who
-have references agreement   fast masks as served against our own accurate ones: for all callers, and no
-accuracy, because both may be wrong
+- calibrated: IoU and Dice that a level reached on labelled data when the bundle was made, from the manifest.
+- reference: masks as served against the references that came with their requests. It is accuracy, for callers
+  who have references.
+- agreement: fast masks as served against our own accurate ones, for all callers. It is not accuracy, because
+  both may be wrong.
 """
 
 from collections.abc import Iterable, Mapping
@@ -59,11 +60,11 @@ class Calibrated:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         labels = ("model", "mode", "level", "precision", "engine")
-        measured = "as calibrated on labelled data when the bundle was made"
+        measured = "as calibrated on labelled data when the bundle was made; it does not speak of your images"
         texts = {
             "unetpp_calibrated_iou": f"Foreground IoU, {measured}.",
             "unetpp_calibrated_dice": f"Foreground Dice, {measured}.",
-            "unetpp_calibrated_latency_seconds": f"Median time of one tile, {measured} (on that machine).",
+            "unetpp_calibrated_latency_seconds": "Median time of one tile on the machine that calibrated the bundle.",
         }
         self._rows = [Rows(Gauge(name, text, labels, registry=registry)) for name, text in texts.items()]
 

@@ -333,12 +333,14 @@ def otlp_endpoint_is_set() -> bool:
 def markdown_table() -> str:
     """The manual's table of settings: variable, default, meaning."""
     rows = [
-        f"| `{name}` | `{_shown(field.default)}` | {field.description} |" for name, field in SETTINGS.items()
+        f"| `{name}` | `{shown_default(field.default)}` | {field.description} |"
+        for name, field in SETTINGS.items()
     ]
     return "\n".join(["| variable | default | meaning |", "|---|---|---|", *rows]) + "\n"
 
 
-def _shown(default: object) -> str:
+def shown_default(default: object) -> str:
+    """A default as the manual shows it."""
     if default is None:
         return "unset"
     # The manual must not differ from user to user.

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 # Paths that need no key because they say nothing of images: for orchestrators and Prometheus, and
 # for people who have yet to enter a key.
 HEALTH = frozenset({"/health/live", "/health/ready", "/metrics"})
-STATIC = frozenset({"/docs", "/openapi.json"})
+STATIC = frozenset({"/docs", "/openapi.json", problems.ERRORS_PATH})
 
 # Lets scanners of published code recognise a key.
 PREFIX = "unetpp_"

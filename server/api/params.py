@@ -29,6 +29,23 @@ DEADLINE_PARAMETER: dict[str, Any] = {
     ]
 }
 
+# The headers of an answer, for the documentation; a test compares them with `headers`.
+RESPONSE_HEADERS: dict[str, str] = {
+    "X-Segment-Model": "model that served",
+    "X-Segment-Mode": "mode that served: `accurate` or `fast`",
+    "X-Segment-Level": "level that served",
+    "X-Segment-Mode-Requested": "mode that was requested, or its default",
+    "X-Segment-Level-Requested": "level that was requested, or its default",
+    "X-Segment-Precision": "precision that served: fp32, bf16, fp16 or int8",
+    "X-Segment-Degraded": "`deadline` or `load`, where min_level allowed a shallower level than requested",
+    "X-Segment-Postprocessing": "post-processing that was applied, in its order, as `threshold=0.4; fill_holes`",
+    "X-Segment-Note": "remark, e.g. that one of several channels was segmented",
+    "X-Segment-IoU": "with a reference: IoU, mean over the foreground classes",
+    "X-Segment-Dice": "with a reference: Dice, mean over the foreground classes",
+    "Server-Timing": "milliseconds of each phase: open, decode, queue, infer, restore, postprocess, encode",
+    "Content-Disposition": "file name of the answer",
+}
+
 BINARY = {"type": "string", "format": "binary"}
 REQUEST_BODY: dict[str, Any] = {
     "requestBody": {

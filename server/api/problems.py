@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from server import errors
 from server.segment.request import invalid_parameter
@@ -16,6 +17,10 @@ from server.segment.request import invalid_parameter
 log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
+
+# The page of the server with an entry per code. A relative reference (RFC 9457, section 3.1.1), because a
+# server without internet access must be able to show it.
+ERRORS_PATH = "/errors"
 
 STATUS: dict[type[errors.UnetppError], HTTPStatus] = {
     errors.Unreadable: HTTPStatus.UNPROCESSABLE_ENTITY,
@@ -38,9 +43,29 @@ STATUS: dict[type[errors.UnetppError], HTTPStatus] = {
     errors.DeadlinePassed: HTTPStatus.GATEWAY_TIMEOUT,
     errors.NotReady: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.StoreFull: HTTPStatus.INSUFFICIENT_STORAGE,
+    # Of a job that is over.
+    errors.Interrupted: HTTPStatus.INTERNAL_SERVER_ERROR,
     errors.TryAgain: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.UnetppError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
+
+# Errors of single routes, of the command line, and base classes.
+NOT_USUAL = {
+    errors.UnetppError,
+    errors.CallerError,
+    errors.TryAgain,
+    errors.ServerFault,
+    errors.UnknownJob,
+    errors.NotFinished,
+    errors.Interrupted,
+    errors.ReloadFailed,
+    errors.ReloadRunning,
+    errors.Misconfigured,
+    errors.TuningTooNoisy,
+}
+
+# Statuses of errors that say when to try again.
+RETRY_STATUSES = {409, 429, 503, 504, 507}
 
 # All that a caller learns of a fault of the server.
 INTERNAL = "The server failed on this request; its log has the details under the X-Request-Id of this answer. The input was not kept."
@@ -50,9 +75,31 @@ JOB_INTERNAL = (
 )
 
 
-def status_of(error: errors.UnetppError) -> HTTPStatus:
-    """The status of the nearest ancestor in the table."""
-    return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
+class ProblemResponse(JSONResponse):
+    """A response with a problem document, whose `type` leads below the root path of the application.
+
+    Args:
+        document: members of the problem document.
+        headers: further headers.
+    """
+
+    media_type = MEDIA_TYPE
+
+    def __init__(self, document: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(document, document["status"], headers)
+        self._document = document
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        if root := scope.get("root_path"):
+            self.body = self.render({**self._document, "type": f"{root}{self._document['type']}"})
+            self.headers["Content-Length"] = f"{len(self.body)}"
+        await super().__call__(scope, receive, send)
+
+
+def status_of(kind: type[errors.UnetppError]) -> HTTPStatus:
+    """The status of the nearest ancestor of a class in the table."""
+    return next(STATUS[cls] for cls in kind.__mro__ if cls in STATUS)
 
 
 def document(
@@ -60,7 +107,7 @@ def document(
 ) -> dict[str, Any]:
     """The members of a problem document: the standard ones, and fields, which cannot replace them."""
     standard = {
-        "type": f"urn:unetpp:{code}",
+        "type": f"{ERRORS_PATH}#{code}",
         "title": status.phrase,
         "status": status.value,
         "code": code,
@@ -75,17 +122,17 @@ def respond(
     detail: str,
     headers: dict[str, str] | None = None,
     fields: Mapping[str, Any] | None = None,
-) -> JSONResponse:
+) -> ProblemResponse:
     """Makes a response with a problem document."""
-    return JSONResponse(document(status, code, detail, fields), status.value, headers, MEDIA_TYPE)
+    return ProblemResponse(document(status, code, detail, fields), headers)
 
 
-def response_of(error: errors.UnetppError, request_id: str = "") -> JSONResponse:
+def response_of(error: errors.UnetppError, request_id: str = "") -> ProblemResponse:
     """Makes the response to a domain error.
 
     Details of a fault of the server go to the log, under the request's id.
     """
-    status = status_of(error)
+    status = status_of(type(error))
     if isinstance(error, errors.ServerFault):
         log.error("request %s failed", request_id, exc_info=error)
         return respond(status, error.code, INTERNAL)
@@ -99,15 +146,17 @@ def job_document_of(error: Exception) -> dict[str, Any]:
     if not isinstance(error, errors.UnetppError):
         return document(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", JOB_INTERNAL)
     if isinstance(error, errors.ServerFault):
-        return document(status_of(error), error.code, JOB_INTERNAL)
+        return document(status_of(type(error)), error.code, JOB_INTERNAL)
     # The job is over: even where a new request may succeed later, asking for this one again does not help.
-    status = HTTPStatus.INTERNAL_SERVER_ERROR if isinstance(error, errors.TryAgain) else status_of(error)
+    status = (
+        HTTPStatus.INTERNAL_SERVER_ERROR if isinstance(error, errors.TryAgain) else status_of(type(error))
+    )
     return document(status, error.code, str(error), error.fields)
 
 
-def replay(kept: dict[str, Any], headers: dict[str, str]) -> JSONResponse:
+def replay(kept: dict[str, Any], headers: dict[str, str]) -> ProblemResponse:
     """Makes a response with a problem document that was kept."""
-    return JSONResponse(kept, kept["status"], headers, MEDIA_TYPE)
+    return ProblemResponse(kept, headers)
 
 
 def install(app: FastAPI, count_refusal: Callable[[str], None] = lambda reason: None) -> None:
@@ -119,24 +168,24 @@ def install(app: FastAPI, count_refusal: Callable[[str], None] = lambda reason: 
     """
 
     @app.exception_handler(errors.UnetppError)
-    async def handle_domain(request: Request, error: errors.UnetppError) -> JSONResponse:
+    async def handle_domain(request: Request, error: errors.UnetppError) -> ProblemResponse:
         if error.refusal and request.method == "POST":
             count_refusal(error.refusal)
         return response_of(error, _request_id(request))
 
     @app.exception_handler(RequestValidationError)
-    async def handle_validation(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def handle_validation(_: Request, error: RequestValidationError) -> ProblemResponse:
         return response_of(invalid_parameter(error.errors()))
 
     @app.exception_handler(HTTPException)
-    async def handle_http(_: Request, error: HTTPException) -> JSONResponse:
+    async def handle_http(_: Request, error: HTTPException) -> ProblemResponse:
         status = HTTPStatus(error.status_code)
         # E.g. not-found, method-not-allowed.
         code = status.phrase.lower().replace(" ", "-")
         return respond(status, code, str(error.detail), dict(error.headers or {}))
 
     @app.exception_handler(Exception)
-    async def handle_unexpected(request: Request, error: Exception) -> JSONResponse:
+    async def handle_unexpected(request: Request, error: Exception) -> ProblemResponse:
         log.error("request %s failed unexpectedly", _request_id(request), exc_info=error)
         # Starlette raises the error once more after this response, upon which uvicorn closes the connection.
         headers = {"X-Request-Id": _request_id(request), "Connection": "close"}
@@ -144,7 +193,7 @@ def install(app: FastAPI, count_refusal: Callable[[str], None] = lambda reason: 
 
 
 def describe(app: FastAPI) -> None:
-    """Corrects the media type of errors in the OpenAPI document, which FastAPI takes for application/json."""
+    """Corrects the OpenAPI document: errors, which FastAPI takes for application/json, and headers of all responses."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -153,14 +202,43 @@ def describe(app: FastAPI) -> None:
         schema = generate()
         for operations in schema["paths"].values():
             for operation in operations.values():
+                # FastAPI adds it to every route with a parameter, also where none can be wrong.
+                if operation["responses"].get("422", {}).get("description") == "Validation Error":
+                    del operation["responses"]["422"]
                 for status, response in operation["responses"].items():
-                    if int(status) >= HTTPStatus.BAD_REQUEST:
-                        response["content"] = {
-                            MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}
-                        }
+                    _describe_response(int(status), response)
+        # FastAPI's own documents of errors, which this server never sends.
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema.get("components", {}).get("schemas", {}).pop(name, None)
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation does
+
+
+def describe_headers(texts: Mapping[str, str]) -> dict[str, Any]:
+    """The headers of a response for the OpenAPI document, by name and description."""
+    return {name: {"schema": {"type": "string"}, "description": text} for name, text in texts.items()}
+
+
+def _describe_response(status: int, response: dict[str, Any]) -> None:
+    headers = {"X-Request-Id": "id of the request in the log; the caller's own, or a new one"}
+    if status >= HTTPStatus.BAD_REQUEST:
+        response["content"] = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+        if response["description"] == HTTPStatus(status).phrase:
+            response["description"] = f"codes: {', '.join(_codes(status))}"
+    if status in RETRY_STATUSES:
+        headers["Retry-After"] = "seconds after which the request may succeed"
+    response.setdefault("headers", {}).update(describe_headers(headers))
+
+
+def _codes(status: int) -> list[str]:
+    """The codes with which a status usually comes; routes with others describe them themselves."""
+    codes = [
+        kind.code
+        for kind in errors.all_codes().values()
+        if kind not in NOT_USUAL and status_of(kind) == status
+    ]
+    return codes or ["internal"]
 
 
 def _request_id(request: Request) -> str:

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from typing import Literal, overload
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from server.jobs.active import JobStatus
 from server.runtime.bundle import HEAD_STD, Calibration, Class, Comparison, Graph, Manifest, Measured
@@ -59,11 +59,16 @@ class Problem(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    type: str
-    title: str
-    status: int
-    code: str
-    detail: str
+    type: str = Field(
+        description="address of the entry of the code, on this server", examples=["/errors#unknown-model"]
+    )
+    title: str = Field(description="the status in words", examples=["Not Found"])
+    status: int = Field(description="HTTP status", examples=[404])
+    code: str = Field(description="kind of the error, for programs", examples=["unknown-model"])
+    detail: str = Field(
+        description="what is wrong, the limit and the remedy, for people",
+        examples=["model='x' is not served here; there are: nuclei"],
+    )
 
 
 class Windows(BaseModel):

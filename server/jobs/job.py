@@ -68,8 +68,9 @@ def job_from_row(row: sqlite3.Row) -> Job:
         row[name] and json.loads(row[name]) for name in ("preview", "result", "problem")
     )
     if problem:
-        # Problem documents of the previous version have no code; their type ends with it.
+        # Problem documents of earlier versions have no code, or the type "urn:unetpp:CODE".
         problem.setdefault("code", problem["type"].rpartition(":")[2])
+        problem["type"] = problem["type"].replace("urn:unetpp:", "/errors#")
     # The column is called ticket since the first version of the table.
     spec = JobSpec(**json.loads(row["ticket"]))
     times = row["started"], row["finished"]

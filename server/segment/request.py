@@ -119,7 +119,7 @@ class SegmentParams(BaseModel):
         gt=0,
         allow_inf_nan=False,
         description="milliseconds after which the answer is of no use, also as header X-Deadline-Ms: refused at once where it cannot be "
-        "met (429, or 422 if it never could be), given up when it has passed (504)",
+        "met (429, or 422 if it never could be), cancelled when it has passed (504)",
     )
     min_level: int | None = Field(
         None,

@@ -73,7 +73,9 @@ class BoundedFile:
 
 
 class ZipTooLarge(TooLarge):
-    """Not one image is too large, but all together."""
+    """Not one image is too large, but all together. Callers see the code of its base."""
+
+    code = TooLarge.code
 
 
 class ZipFiles:

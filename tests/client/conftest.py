@@ -58,7 +58,7 @@ def problem(
 ) -> Response:
     """A problem document."""
     document = {
-        "type": f"urn:unetpp:{code}",
+        "type": f"/errors#{code}",
         "title": "Test",
         "status": status,
         "code": code,

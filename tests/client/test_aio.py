@@ -198,7 +198,7 @@ async def test_wait_while_job_runs_opens_stream_again(monkeypatch: pytest.Monkey
     assert await waited(events(event("running", 1)), running, events(event("done", 4))) == [1, 2, 4]
 
 
-FAILURE = {"type": "urn:unetpp:too-large", "status": 413, "code": "too-large", "detail": "words", "limit": 5}
+FAILURE = {"type": "/errors#too-large", "status": 413, "code": "too-large", "detail": "words", "limit": 5}
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def problem() -> Callable[..., SimpleNamespace]:
         document = response.json()
         assert document.keys() >= {"type", "title", "status", "code", "detail"}
         assert document["status"] == status
-        assert document["type"] == f"urn:unetpp:{document['code']}"
+        assert document["type"] == f"/errors#{document['code']}"
         assert document["title"]
         assert document["detail"]
         if code:

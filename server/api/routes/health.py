@@ -1,6 +1,7 @@
 """Liveness, readiness and metrics, for orchestrators and Prometheus."""
 
 import functools
+from typing import Any
 
 from fastapi import APIRouter, Response
 
@@ -10,6 +11,11 @@ from server.errors import NotReady
 from server.jobs.runner import Runner
 from server.metrics import Metrics
 from server.monitoring.health_probe import HealthProbe
+
+MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+METRICS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "the metrics", "content": {MEDIA_TYPE.partition(";")[0]: {}}}
+}
 
 
 def router(probe: HealthProbe, runner: Runner, metrics: Metrics, stopping: Stopping) -> APIRouter:
@@ -28,26 +34,31 @@ def router(probe: HealthProbe, runner: Runner, metrics: Metrics, stopping: Stopp
     @routes.get(
         "/health/live",
         summary="The process answers, and its device has not failed again and again: otherwise restart it",
+        response_description="`true`",
         responses={503: {"model": Problem}},
     )
     async def live() -> dict[str, bool]:
+        """Answers 503 after three test tiles in a row have failed: for liveness probes."""
         probe.check_device()
         return {"live": True}
 
     @routes.get(
         "/health/ready",
         summary="The default model answers a real forward pass, jobs are worked on, and the server is not stopping",
+        response_description="`true`",
         responses={503: {"model": Problem}},
     )
     async def ready() -> dict[str, bool]:
+        """Answers 503 while the server starts, stops or does not compute: for load balancers."""
         stopping.check()
         runner.check()
         await probe.check()
         return {"ready": True}
 
-    @routes.get("/metrics", summary="Prometheus metrics", response_class=Response)
+    @routes.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=METRICS)
     async def scrape() -> Response:
-        return Response(await metrics.scrape(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        """Answers in the text format of Prometheus; a scrape computes nothing."""
+        return Response(await metrics.scrape(), media_type=MEDIA_TYPE)
 
     return routes
 

@@ -23,14 +23,14 @@ from server.jobs.job import FINISHED
 from server.jobs.runner import Runner
 from server.segment.request import SegmentParams, invalid_parameter
 
-UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": Problem}}
+UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "codes: unknown-job"}}
 REFUSED: dict[int | str, dict[str, Any]] = {
     code: {"model": Problem} for code in (404, 406, 408, 413, 415, 422, 429, 500, 503, 507)
 }
 FILE: dict[int | str, dict[str, Any]] = UNKNOWN | {
     200: {"description": "the encoded mask, with the X-Segment-* headers of POST /segment"},
     206: {"description": "the part of it that Range names"},
-    409: {"model": Problem, "description": "the file does not exist yet, or never will"},
+    409: {"model": Problem, "description": "codes: not-finished"},
     **{
         code: {"model": Problem, "description": "the job failed, and this is why"}
         for code in (406, 413, 415, 422, 500)
@@ -44,7 +44,7 @@ EVENTS: dict[int | str, dict[str, Any]] = UNKNOWN | {
     204: {
         "description": "Last-Event-ID says that the last event has arrived; tells a browser not to connect again"
     },
-    429: {"model": Problem, "description": "too many streams are open; poll the job itself"},
+    429: {"model": Problem, "description": "codes: overloaded"},
 }
 
 # Jobs are private to their owner.
@@ -113,11 +113,13 @@ def router(runner: Runner, max_streams: int = MAX_STREAMS) -> APIRouter:
         "/jobs",
         summary="Segment in the background",
         status_code=202,
+        response_description="the job; `Location` is its address",
         response_model=JobDocument,
         responses=REFUSED,
         openapi_extra=REQUEST_BODY,
     )
     async def create(request: Request, params: Annotated[JobParams, Query()]) -> Response:
+        """Accepts a file for work that takes minutes; input and state are on disk before the answer is sent."""
         _refuse_deadline(request)
         segment_params = SegmentParams.parse(params.model_dump(exclude={"preview"}))
         check_query(segment_params, request)
@@ -133,31 +135,44 @@ def router(runner: Runner, max_streams: int = MAX_STREAMS) -> APIRouter:
         )
 
     @routes.get(
-        "/jobs/{id}", summary="The state and progress of a job", response_model=JobDocument, responses=UNKNOWN
+        "/jobs/{id}",
+        summary="The state and progress of a job",
+        response_model=JobDocument,
+        response_description="the job",
+        responses=UNKNOWN,
     )
     async def get(id: str) -> Response:  # noqa: A002 - the contract's word
+        """Answers with the state, the windows done and in all, the place in the queue and the time left."""
         return JSONResponse(job_document(await runner.get(id)).model_dump(mode="json"), headers=PRIVATE)
 
     @routes.get(
         "/jobs/{id}/events", summary="Server-sent events", response_class=StreamingResponse, responses=EVENTS
     )
     async def events(request: Request, id: str) -> Response:  # noqa: A002 - the contract's word
+        """Streams the document of the job at each change until it is finished."""
         return await _event_stream(runner, id, request, streams, max_streams)
 
     @routes.head("/jobs/{id}/result", include_in_schema=False)
     @routes.get("/jobs/{id}/result", summary="The mask", response_class=Response, responses=FILE)
     async def result(request: Request, id: str) -> Response:  # noqa: A002 - the contract's word
+        """Answers with the finished file, as POST /segment would; Range gives a part of it."""
         return await _kept_file(runner, id, "result", request)
 
     @routes.head("/jobs/{id}/preview", include_in_schema=False)
     @routes.get("/jobs/{id}/preview", summary="The mask of level 1", response_class=Response, responses=FILE)
     async def preview(request: Request, id: str) -> Response:  # noqa: A002 - the contract's word
+        """Answers with the mask of level 1, which a job with preview=true makes first."""
         return await _kept_file(runner, id, "preview", request)
 
     @routes.delete(
-        "/jobs/{id}", summary="Cancel a job, or remove a finished one", status_code=204, responses=UNKNOWN
+        "/jobs/{id}",
+        summary="Cancel a job, or remove a finished one",
+        status_code=204,
+        response_description="the job is gone",
+        responses=UNKNOWN,
     )
     async def delete(id: str) -> None:  # noqa: A002 - the contract's word
+        """Drops the windows that wait, and removes the files of the job."""
         await runner.delete(id)
 
     return routes

@@ -15,14 +15,19 @@ def router(service: SegmentationService) -> APIRouter:
     routes = APIRouter()
     registry = service.registry
 
-    @routes.get("/models", summary="Models that are served")
+    @routes.get("/models", summary="Models that are served", response_description="the models")
     async def models() -> list[ModelSummary]:
+        """Answers with a summary of each bundle: levels, precisions, whether it is the default."""
         return [summary(deployment, registry.default) for deployment in registry.deployments.values()]
 
     @routes.get(
-        "/models/{name}", summary="The model card with the level table", responses={404: {"model": Problem}}
+        "/models/{name}",
+        summary="The model card with the level table",
+        response_description="the model card",
+        responses={404: {"model": Problem}},
     )
     async def model(name: str) -> ModelCard:
+        """Answers with the card of a bundle: input, classes, levels, calibration, licence and what serves it."""
         return card(registry.get(name), registry.default)
 
     return routes

@@ -25,9 +25,15 @@ def router(reload: Callable[[], Awaitable[list[str]]]) -> APIRouter:
     @routes.post(
         "/reload",
         summary="Read the bundles again and serve new and changed ones; a failure changes nothing",
-        responses={409: {"model": Problem}, 422: {"model": Problem}, 503: {"model": Problem}},
+        response_description="the changes, a line per bundle",
+        responses={
+            409: {"model": Problem, "description": "codes: reload-running"},
+            422: {"model": Problem, "description": "codes: reload-failed"},
+            503: {"model": Problem},
+        },
     )
     async def post() -> Reloaded:
+        """Checks new and changed bundles beside the old ones, then serves them; requests end on the bundle they began with."""
         return Reloaded(changed=await reload())
 
     return routes

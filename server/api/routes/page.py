@@ -1,4 +1,4 @@
-"""GET /, the page, and GET /web/…, its files.
+"""GET /, the page, GET /docs, the API in Swagger UI, and GET /web/…, their files.
 
 Files are read, hashed and compressed once. Nothing is loaded from another origin because a foreign script
 could read API keys, and because hospital networks have no internet access.
@@ -29,12 +29,16 @@ TEXT_TYPES = (HTML, CSS, SCRIPT)
 
 INDEX = "index.html"
 
+# Files that are served under a path of their own, instead of below /web/.
+PAGES = {"/": INDEX, "/docs": "docs.html"}
+
 # Written by hand and served without a build step.
 MODULES = (
     "answers",
     "api",
     "card",
     "compare",
+    "docs",
     "dom",
     "download",
     "inputs",
@@ -55,16 +59,22 @@ MODULES = (
 
 # Media type by path under `server/web/`; a test compares the table with the folder.
 FILES: dict[str, str] = {
-    INDEX: HTML,
+    **dict.fromkeys(PAGES.values(), HTML),
     "style.css": CSS,
     **{f"{name}.js": SCRIPT for name in MODULES},
     "vendor/niivue.umd.js": SCRIPT,
+    "vendor/swagger-ui-bundle.js": SCRIPT,
+    "vendor/swagger-ui.css": CSS,
     "samples/cells.png": PNG,
     "samples/hippocampus.nii.gz": GZIP,
 }
 
 # SHA-256 of vendored files.
-PINNED = {"vendor/niivue.umd.js": "47b896b77ec4a5be3ef1949c33ad393b6f45629921f326c279000bcf51bdb4af"}
+PINNED = {
+    "vendor/niivue.umd.js": "47b896b77ec4a5be3ef1949c33ad393b6f45629921f326c279000bcf51bdb4af",
+    "vendor/swagger-ui-bundle.js": "e6a898692f2d768e807c3ba4626068a69a2c5dd960dd6c76f3e4d3a3de180af2",
+    "vendor/swagger-ui.css": "5ed08757e53da3e026d6cbecc61fe5d43585c9560b302d534ad56692519a273d",
+}
 
 # References between text files: "/web/x" in the page, "./x" in a module.
 REFERENCE = re.compile(r'"(/web/|\./)([\w./-]+)"')
@@ -177,7 +187,7 @@ def read(folder: Path) -> dict[str, Asset]:
 
 def paths() -> frozenset[str]:
     """The URL paths of all files. They need no API key."""
-    return frozenset({"/", *(f"/web/{path}" for path in FILES if path != INDEX)})
+    return frozenset({*PAGES, *(f"/web/{path}" for path in FILES if path not in PAGES.values())})
 
 
 def router(assets: dict[str, Asset]) -> APIRouter:
@@ -185,12 +195,13 @@ def router(assets: dict[str, Asset]) -> APIRouter:
     routes = APIRouter()
 
     @routes.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
-    async def index(request: Request) -> Response:
-        return _respond(request, assets[INDEX])
+    @routes.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
+    async def own_page(request: Request) -> Response:
+        return _respond(request, assets[PAGES[request.scope["route"].path]])
 
     @routes.api_route("/web/{path:path}", methods=["GET", "HEAD"], include_in_schema=False)
     async def file(request: Request, path: str) -> Response:
-        if path == INDEX or path not in assets:
+        if path in PAGES.values() or path not in assets:
             raise HTTPException(HTTPStatus.NOT_FOUND)
         return _respond(request, assets[path])
 

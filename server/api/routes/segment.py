@@ -18,7 +18,15 @@ from server import errors
 from server.api import upload
 from server.api.access import CLIENT_CLOSED_REQUEST
 from server.api.compression import encode_body, read_chunks
-from server.api.params import DEADLINE_PARAMETER, REQUEST_BODY, check_query, headers, read_qos
+from server.api.params import (
+    DEADLINE_PARAMETER,
+    REQUEST_BODY,
+    RESPONSE_HEADERS,
+    check_query,
+    headers,
+    read_qos,
+)
+from server.api.problems import describe_headers
 from server.api.schemas import Problem
 from server.imaging import encode
 from server.metrics import NONE, Metrics
@@ -34,6 +42,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "the mask in the input's own pixels or voxels, in the requested format",
         "content": {row.media_type: {} for row in encode.ENCODERS.values()} | {"application/zip": {}},
+        "headers": describe_headers(RESPONSE_HEADERS),
     },
     **{code: {"model": Problem} for code in (404, 406, 408, 413, 415, 422, 429, 500, 503, 504)},
 }
@@ -192,6 +201,7 @@ def router(service: SegmentationService, max_in_flight: int, timeout_s: float) -
         openapi_extra=REQUEST_BODY | DEADLINE_PARAMETER,
     )
     async def segment(request: Request, params: Annotated[SegmentParams, Query()]) -> Response:
+        """Answers with the mask of the file in the body, on the file's own pixels or voxels."""
         observation = Observation(service.metrics)
         error: BaseException | None = None
         try:

@@ -16,7 +16,7 @@ from tests.support.service import ManualClock
 
 SPEC = JobSpec({"model": None, "level": 2}, True, "fake", "fast", 2, "fp32", 12, 3.5)
 HEADERS = {"Content-Type": "image/png", "X-Segment-Level": "2"}
-PROBLEM = {"type": "urn:unetpp:internal", "title": "t", "status": 500, "code": "internal", "detail": "d"}
+PROBLEM = {"type": "/errors#internal", "title": "t", "status": 500, "code": "internal", "detail": "d"}
 Opened = Callable[..., Store]
 
 

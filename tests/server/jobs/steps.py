@@ -85,7 +85,11 @@ class Bench:
             self.service,
             self.metrics,
             lambda response: {"X-Level": f"{response.target.level}"},
-            lambda error: {"type": f"urn:unetpp:{type(error).__name__}", "detail": str(error)},
+            lambda error: {
+                "type": f"/errors#{type(error).__name__}",
+                "code": type(error).__name__,
+                "detail": str(error),
+            },
             intervals=intervals,
             clock=self.clock,
         )

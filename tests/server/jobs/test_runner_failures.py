@@ -31,7 +31,7 @@ async def test_job_that_fails_fails_alone(bench: Bench, error: BaseException) ->
         job = (await end(runner, failed)).job
         assert job.state == "failed"
         if isinstance(error, Exception):
-            assert job.problem["type"] == f"urn:unetpp:{type(error).__name__}"
+            assert job.problem["type"] == f"/errors#{type(error).__name__}"
         assert (await end(runner, good)).job.state == "done"
         runner.check()
 

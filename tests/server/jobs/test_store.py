@@ -109,6 +109,7 @@ def test_row_of_the_previous_version_is_read(store: Store, folder: Path, opened:
     ticket = {"request": request, "preview": False, "model": "nuclei", "mode": "fast", "level": 2}
     ticket |= {"precision": "fp32", "windows": 1, "seconds": 0.5}
     problem = {name: value for name, value in PROBLEM.items() if name != "code"}
+    problem["type"] = "urn:unetpp:internal"
     edit(folder, "UPDATE jobs SET ticket = ? WHERE id = ?", json.dumps(ticket), id_)
     edit(folder, "UPDATE jobs SET state = 'failed', problem = ? WHERE id = ?", json.dumps(problem), failed)
     again = opened()
@@ -118,7 +119,7 @@ def test_row_of_the_previous_version_is_read(store: Store, folder: Path, opened:
         {name: value for name, value in request.items() if name not in ("name", "accept")}
     )
     assert params.postprocessing == {"threshold": 0.4, "fill_holes": True, "min_size_px": 3}
-    assert again.get(failed).problem == PROBLEM
+    assert again.get(failed).problem == PROBLEM | {"type": "/errors#internal"}
 
 
 def test_close_puts_running_jobs_back_without_an_attempt(store: Store, opened: Opened) -> None:
