@@ -95,16 +95,10 @@ def serve(
         raise typer.Exit(1)
 
 
-# Why a graph has its engine and precision, as `server/runtime/selection.py` says it.
-REASONS = {
-    "settings": "UNETPP_RUNTIME__PRECISION",
-    "tuning": "the stored tuning",
-    "rule": "the fixed rule (no tuning is stored)",
-}
-
-
 def _describe_models(registry: Any) -> Iterator[str]:
     """Yields what `precision=auto` means for the graphs of each deployment, and why."""
+    from server.runtime.selection import REASONS
+
     for name, deployment in registry.deployments.items():
         yield f"{name} (default)" if name == registry.default else name
         selection = deployment.selection
