@@ -41,7 +41,7 @@ CPU_BATCH_PIXELS = 65_536
 REASONS = {
     "settings": "UNETPP_RUNTIME__PRECISION",
     "tuning": "the stored tuning",
-    "rule": "the fixed rule (no tuning is stored)",
+    "rule": "the fixed rule (no stored tuning fits)",
 }
 
 
