@@ -35,7 +35,9 @@ def check_settings(context: Context) -> Iterator[Check]:
     try:
         settings = parse_settings()
     except Misconfigured as error:
-        yield Check("settings", "failed", str(error), SETTINGS_PAGE)
+        # A misspelt setting of a group makes the group invalid, too, and was reported.
+        if is_complete:
+            yield Check("settings", "failed", str(error), SETTINGS_PAGE)
         return
     if context.bundles_folder is not None:
         settings = settings.model_copy(update={"bundles": context.bundles_folder})
