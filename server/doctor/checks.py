@@ -12,8 +12,8 @@ from server.doctor.context import Context, captured
 from server.doctor.redact import redactor
 from server.doctor.report import Check, Report
 
-# Seconds of one check. A driver that has lost its GPU may never answer.
-LIMIT_S = 120.0
+# Seconds of one check. A driver that has lost its GPU may never answer. Graphs are many, and take turns.
+LIMIT_S, GRAPHS_LIMIT_S = 120.0, 600.0
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,12 @@ class Row:
     Attributes:
         run: generator of results; reads and sets what later checks need in the context.
         needs_settings: whether it cannot run without valid settings.
+        limit_s: seconds after which the next check begins.
     """
 
     run: Callable[[Context], Iterator[Check]]
     needs_settings: bool = True
+    limit_s: float = LIMIT_S
 
 
 # In this order, because later checks use what earlier ones learned.
@@ -42,7 +44,7 @@ CHECKS: dict[str, Row] = {
     "bundles": Row(bundles.check_bundles),
     "cuda": Row(gpu.check_cuda),
     "tuning": Row(bundles.check_tuning),
-    "graphs": Row(bundles.check_graphs),
+    "graphs": Row(bundles.check_graphs, limit_s=GRAPHS_LIMIT_S),
     "ports": Row(operations.check_ports),
     "keys": Row(operations.check_keys),
     "tls": Row(operations.check_tls),
@@ -50,15 +52,12 @@ CHECKS: dict[str, Row] = {
 }
 
 
-def examine(
-    bundles_folder: Path | None = None, checks: Mapping[str, Row] = CHECKS, limit_s: float = LIMIT_S
-) -> Report:
+def examine(bundles_folder: Path | None = None, checks: Mapping[str, Row] = CHECKS) -> Report:
     """Runs all checks, one after the other.
 
     Args:
         bundles_folder: folder that replaces UNETPP_BUNDLES.
         checks: table of checks.
-        limit_s: seconds of one check.
 
     Returns:
         The report, without paths, hosts and users.
@@ -70,20 +69,20 @@ def examine(
             if row.needs_settings and context.settings is None:
                 report.checks.append(Check(name, "not_checked", "the settings are not valid"))
             else:
-                report.checks += _run(name, row, context, limit_s)
+                report.checks += _run(name, row, context)
     return report.redacted(redactor(context.settings))
 
 
-def _run(name: str, row: Row, context: Context, limit_s: float) -> list[Check]:
+def _run(name: str, row: Row, context: Context) -> list[Check]:
     """Runs one check in a thread, which is left behind if it does not end."""
     results: list[Check] = []
     thread = threading.Thread(
         target=_collect, args=(name, row, context, results), daemon=True, name=f"doctor {name}"
     )
     thread.start()
-    thread.join(limit_s)
+    thread.join(row.limit_s)
     if thread.is_alive():
-        text = f"it has not ended within {limit_s:g} s"
+        text = f"it has not ended within {row.limit_s:g} s"
         remedy = "try again on an idle machine; if a GPU does not answer, restart the host"
         return [*results, Check(name, "failed", text, remedy)]
     return results

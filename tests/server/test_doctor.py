@@ -257,9 +257,12 @@ def test_check_that_hangs_is_a_failed_check_and_the_others_run() -> None:
     def sound(context: Context) -> Iterator[Check]:
         yield Check("sound", "ok", "fine")
 
-    rows = {"hanging": Row(hanging, needs_settings=False), "sound": Row(sound, needs_settings=False)}
+    rows = {
+        "hanging": Row(hanging, needs_settings=False, limit_s=0.05),
+        "sound": Row(sound, needs_settings=False),
+    }
     try:
-        first, second = examine(checks=rows, limit_s=0.05).checks
+        first, second = examine(checks=rows).checks
     finally:
         gate.set()
     assert (first.name, first.status) == ("hanging", "failed")
