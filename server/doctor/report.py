@@ -62,14 +62,14 @@ class Report:
         }
 
     def redacted(self, redact: Callable[[str], str]) -> "Report":
-        """Returns the report with every text of it redacted."""
-        checks = [Check(redact(c.name), c.status, redact(c.detail), redact(c.remedy)) for c in self.checks]
+        """Returns the report with its texts redacted; names stay, because they are those of checks, bundles and packages."""
+        checks = [Check(c.name, c.status, redact(c.detail), redact(c.remedy)) for c in self.checks]
         return Report(checks, _redacted(self.facts, redact))
 
 
 def _redacted(value: Any, redact: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
-        return {redact(str(key)): _redacted(one, redact) for key, one in value.items()}
+        return {key: _redacted(one, redact) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [_redacted(one, redact) for one in value]
     return redact(value) if isinstance(value, str) else value
