@@ -48,14 +48,12 @@ def redactor(settings: Settings | None) -> Callable[[str], str]:
 
 def _known_texts(settings: Settings) -> dict[str, str]:
     known: dict[str, str] = {}
-    for name, field in SETTINGS.items():
+    for name in SETTINGS:
         value = value_of(settings, name)
         if isinstance(value, Path):
-            # A relative default says nothing of the machine.
-            texts = (
-                {str(value), str(value.resolve())} if value != field.default or value.is_absolute() else ()
-            )
-            known |= {text: f"<{name}>" for text in texts if text not in (".", os.sep)}
+            # A name without a folder says nothing of the machine, and may be a word of a sentence.
+            texts = {text for text in (str(value), str(value.resolve())) if os.sep in text.strip(os.sep)}
+            known |= {text: f"<{name}>" for text in texts}
         elif name.endswith("HOST") and value not in LOCAL_HOSTS:
             known[str(value)] = f"<{name}>"
     return known

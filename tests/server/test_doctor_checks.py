@@ -276,10 +276,14 @@ class TestRedaction:
         }
 
     def test_every_text_of_a_report_is_redacted(self) -> None:
-        report = Report([Check("a", "failed", "/x/y/z", "/x/y/z")], {"/x/y/z": ["/x/y/z", 1]})
+        report = Report([Check("a", "failed", "/x/y/z", "/x/y/z")], {"a": ["/x/y/z", {"b": "/x/y/z"}, 1]})
         assert report.redacted(redactor(None)) == Report(
-            [Check("a", "failed", ".../z", ".../z")], {".../z": [".../z", 1]}
+            [Check("a", "failed", ".../z", ".../z")], {"a": [".../z", {"b": ".../z"}, 1]}
         )
+
+    def test_folder_that_is_a_word_changes_no_sentence(self) -> None:
+        settings = Settings(bundles=Path("nuclei"))
+        assert redactor(settings)("nuclei: 18 files match") == "nuclei: 18 files match"
 
 
 def test_text_has_the_verdict_each_remedy_and_no_markup_or_colour() -> None:
