@@ -210,7 +210,7 @@ def doctor(
     else:
         print_report(report)
     sys.stdout.flush()
-    if any(thread.daemon for thread in threading.enumerate() if thread.name.startswith("doctor")):
+    if any(thread.name.startswith("doctor ") for thread in threading.enumerate()):
         # A check that hangs in a driver would keep the process alive.
         os._exit(1)
     raise typer.Exit(0 if report.healthy else 1)

@@ -1,6 +1,7 @@
 """State that the checks share: the settings, results of earlier checks, and the output of libraries."""
 
 import contextlib
+import faulthandler
 import os
 import sys
 import tempfile
@@ -67,6 +68,10 @@ def captured() -> Iterator[Callable[[], str]]:
             with contextlib.suppress(OSError):
                 kept = os.dup(descriptor)
                 stack.callback(os.close, kept)
+                if descriptor == 2 and not faulthandler.is_enabled():
+                    # A library that ends the process would leave nothing on the screen.
+                    faulthandler.enable(kept)
+                    stack.callback(faulthandler.disable)
                 os.dup2(file.fileno(), descriptor)
                 stack.callback(os.dup2, kept, descriptor)
         text = stack.enter_context(open(file.fileno(), "w", buffering=1, closefd=False, errors="replace"))

@@ -53,7 +53,7 @@ def _known_texts(settings: Settings) -> dict[str, str]:
         if isinstance(value, Path):
             # A name without a folder says nothing of the machine, and may be a word of a sentence.
             texts = {text for text in (str(value), str(value.resolve())) if os.sep in text.strip(os.sep)}
-            known |= {text: f"<{name}>" for text in texts}
+            known |= dict.fromkeys(texts, f"<{name}>")
         elif name.endswith("HOST") and value not in LOCAL_HOSTS:
             known[str(value)] = f"<{name}>"
     return known

@@ -4,6 +4,8 @@ import getpass
 import json
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -267,6 +269,44 @@ def test_check_that_hangs_is_a_failed_check_and_the_others_run() -> None:
         gate.set()
     assert (first.name, first.status) == ("hanging", "failed")
     assert second.status == "ok"
+
+
+def test_command_ends_beside_a_check_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+
+    def hanging(context: Context) -> Iterator[Check]:
+        gate.wait(60)
+        yield Check("gpu", "ok", "late")
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    for name in list(CHECKS):
+        monkeypatch.delitem(CHECKS, name)
+    monkeypatch.setitem(CHECKS, "gpu", Row(hanging, needs_settings=False, limit_s=0.05))
+    monkeypatch.setattr(cli.os, "_exit", leave)
+    try:
+        result = CliRunner().invoke(cli.app, ["doctor"])
+    finally:
+        gate.set()
+    assert result.exit_code == 1
+    assert "NOT HEALTHY (1 failed)" in result.stdout
+
+
+def test_library_that_ends_the_process_leaves_the_name_of_the_check() -> None:
+    code = """
+import ctypes
+from server.doctor.checks import Row, examine
+def crashing(context):
+    yield ctypes.string_at(0)
+examine(checks={"gpu": Row(crashing, needs_settings=False)})
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, cwd=ROOT
+    )
+    assert ran.returncode < 0
+    assert "Segmentation fault" in ran.stderr
+    assert "in crashing" in ran.stderr
 
 
 def test_manual_explains_every_check() -> None:
