@@ -1,6 +1,8 @@
 """`make gpu-check`: parts that pass, fail, hang, crash or cannot be run; and the parts themselves, on fakes and on the CPU."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 from bench import gpu_check, serving
 from bench.gpu_check import Outcome, Section, check, compare, judge, main, page, parity_rows, table
 from server.runtime.bundle import read_bundle
+from tests.conftest import ROOT
 
 NO_GPU = {"name": "cuda", "status": "not_checked", "detail": "no NVIDIA GPU was found", "remedy": ""}
 WORKS = {"name": "cuda", "status": "ok", "detail": "ONNX Runtime has run L1", "remedy": ""}
@@ -196,6 +199,12 @@ def test_every_graph_is_compared_at_every_precision_that_cuda_runs(
     expected = {(graph, precision, "cuda") for graph in graphs for precision in ("fp32", "fp16")}
     assert {row["case"] for row in rows} == expected | {("head_std", "fp32", "cuda")}
     assert total == {"total": len(rows)}
+
+
+def test_no_part_imports_torch() -> None:
+    """Its CUDA libraries have the names of those that ONNX Runtime needs, and are of another version."""
+    code = "import sys, bench.gpu_check, bench.levels, server.doctor.checks; raise SystemExit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, check=False).returncode == 0
 
 
 class TestProcess:
