@@ -15,7 +15,6 @@ from server.runtime.deployment import Deployment, ModelInstance, find_bundles, r
 from server.runtime.device import DeviceThread
 from server.runtime.engines import Engine
 from server.runtime.loader import Loader
-from server.runtime.selection import REASONS
 from server.runtime.tuning import BUNDLE_FOLDER, Tuning
 from server.service import find_default
 
@@ -152,8 +151,8 @@ def _check_graph(
     context.facts["graphs"].append({"model": deployment.name, **served, "milliseconds": milliseconds})
     side = TIMED_SIDE[deployment.manifest.dims]
     detail = (
-        f"{served['precision']} by {served['engine']} on {served['provider']}, by {REASONS[served['reason']]}; golden pairs "
-        f"agree; {milliseconds:.1f} ms per tile of {' × '.join([str(side)] * deployment.manifest.dims)}"
+        f"{served['precision']}, {served['engine']} on {served['provider']}, by {served['reason']}; golden pairs agree; "
+        f"{milliseconds:.1f} ms per {' × '.join([str(side)] * deployment.manifest.dims)}"
     )
     if problems:
         remedy = "the server answers without it; to keep what does not work out of service, name engine, provider or precision"

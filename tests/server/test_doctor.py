@@ -172,7 +172,7 @@ def test_precision_that_is_computed_badly_is_a_warning_with_what_serves_instead(
     assert report.healthy
     check = by_name(report.checks)["graphs:nuclei/L1"]
     assert check.status == "warning"
-    assert check.detail.startswith("fp32 by onnxruntime")
+    assert check.detail.startswith("fp32, onnxruntime on cpu, by rule")
 
 
 def test_jobs_folder_that_another_server_locks_fails(folder: Path) -> None:
