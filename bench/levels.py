@@ -12,21 +12,18 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
-import torch
 from rich.progress import track
 
 from bench import summaries
 from bench.inputs import picture, png_of
 from bench.serving import Server, serving
 from bench.table import RESULTS, write
-from export.graph import ServedGraph, level_networks
-from model import checkpoint
-from model.network import UNetPlusPlus
 from server.arrays import Tiles
 from server.imaging.decode import decode
 from server.imaging.decode_options import DecodeOptions
@@ -73,30 +70,48 @@ def bare_onnxruntime(path: Path, provider: str, tiles: Tiles) -> Callable[[], ob
     return lambda: session.run(None, feed)
 
 
-def torch_eager(graph: ServedGraph, tiles: Tiles) -> Callable[[], object]:
-    """Weights of the bundle in torch, float32."""
-    inputs = [torch.from_numpy(a) for a in (tiles.pixels, tiles.mean, tiles.inverse_std)]
+def torch_eager(bundle: Bundle, tiles: Tiles) -> dict[tuple[str, ...], Callable[[], object]]:
+    """Weights of the bundle in torch, float32 on the CPU, by level."""
+    # Here, because rows of a GPU are measured without torch.
+    import torch
 
-    @torch.inference_mode()
-    def run() -> torch.Tensor:
-        scores: torch.Tensor = graph(*inputs)
-        return scores
+    from export.graph import ServedGraph, level_networks
+    from model import checkpoint
+    from model.network import UNetPlusPlus
 
-    return run
-
-
-def contenders(bundle: Bundle, server: Server, side: int) -> dict[tuple[str, ...], Callable[[], object]]:
-    """Everything that is timed at one image size, by (what, graph, precision)."""
-    body = png_of(picture(side))
-    tiles = noise(side)
-    card = server.client.get(f"/models/{bundle.manifest.name}").json()
     network, _ = checkpoint.load(bundle.folder / WEIGHTS)
     if not isinstance(network, UNetPlusPlus):
         raise SystemExit("the bundle's weights are not a UNet++")
+    inputs = [torch.from_numpy(a) for a in (tiles.pixels, tiles.mean, tiles.inverse_std)]
+
+    def runner(graph: ServedGraph) -> Callable[[], object]:
+        @torch.inference_mode()
+        def run() -> torch.Tensor:
+            scores: torch.Tensor = graph(*inputs)
+            return scores
+
+        return run
+
+    return {
+        ("torch", name): runner(ServedGraph(pruned, bundle.manifest.activation).eval())
+        for name, (_, pruned) in level_networks(network).items()
+    }
+
+
+def serving_rows(bundle: Bundle, server: Server) -> list[dict[str, Any]]:
+    """Graphs and precisions that the server serves, with engine and provider, as GET /models/{name} lists them."""
+    rows: list[dict[str, Any]] = server.client.get(f"/models/{bundle.manifest.name}").json()["serving"]
+    return rows
+
+
+def contenders(
+    bundle: Bundle, server: Server, side: int, rows: Iterable[dict[str, Any]]
+) -> dict[tuple[str, ...], Callable[[], object]]:
+    """Everything of the rows that is timed at one image size, by (what, graph, precision); torch apart."""
+    body = png_of(picture(side))
+    tiles = noise(side)
     runs: dict[tuple[str, ...], Callable[[], object]] = {("codec",): codec(body, side)}
-    for name, (_, pruned) in level_networks(network).items():
-        runs["torch", name] = torch_eager(ServedGraph(pruned, bundle.manifest.activation).eval(), tiles)
-    for row in card["serving"]:
+    for row in rows:
         graph, precision = row["graph"], row["precision"]
         runs["http", graph, precision] = post(server, body, graph, precision)
         engine = ENGINES[row["engine"]].open(bundle.path(graph, precision), precision, row["provider"], 0)
@@ -167,12 +182,15 @@ def main() -> None:
     bundle = read_bundle(arguments.bundle)
     held_out = bundle.manifest.held_out
     with serving(arguments.bundle) as server:
-        card = server.client.get(f"/models/{bundle.manifest.name}").json()
-        ms = {side: measure(contenders(bundle, server, side), arguments.rounds, f"{side}²") for side in SIZES}
+        served = serving_rows(bundle, server)
+        ms = {}
+        for side in SIZES:
+            runs = contenders(bundle, server, side, served) | torch_eager(bundle, noise(side))
+            ms[side] = measure(runs, arguments.rounds, f"{side}²")
     big = ms[SIZES[-1]]
     rows, facts = [], []
     points: dict[str, list[tuple[str, float, float]]] = defaultdict(list)
-    for row in sorted(card["serving"], key=lambda r: (r["precision"], r["graph"] == "accurate", r["graph"])):
+    for row in sorted(served, key=lambda r: (r["precision"], r["graph"] == "accurate", r["graph"])):
         graph, precision, engine = row["graph"], row["precision"], row["engine"]
         http = [ms[side]["http", graph, precision] for side in SIZES]
         bare, ort = big["engine", graph, precision], big.get(("onnxruntime", graph, precision))

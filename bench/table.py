@@ -7,8 +7,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from export.calibrate import machine
-
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -27,6 +25,9 @@ def write(
     folder: Path = RESULTS,
 ) -> None:
     """Prints the table and writes FOLDER/NAME.md and FOLDER/NAME.json."""
+    # Here, because it imports torch, whose CUDA libraries would get into the way of ONNX Runtime's.
+    from export.calibrate import machine
+
     text = f"{caption}\n\nMeasured {datetime.now(UTC).date()} on {machine()}, Python {platform.python_version()}.\n\n"
     text += markdown(headings, rows)
     print(text)

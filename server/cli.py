@@ -4,9 +4,13 @@ Heavy imports happen inside the subcommands, so that `unetpp --help` is quick an
 """
 
 import contextlib
+import io
+import json
 import logging
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -95,16 +99,10 @@ def serve(
         raise typer.Exit(1)
 
 
-# Why a graph has its engine and precision, as `server/runtime/selection.py` says it.
-REASONS = {
-    "settings": "UNETPP_RUNTIME__PRECISION",
-    "tuning": "the stored tuning",
-    "rule": "the fixed rule (no tuning is stored)",
-}
-
-
 def _describe_models(registry: Any) -> Iterator[str]:
     """Yields what `precision=auto` means for the graphs of each deployment, and why."""
+    from server.runtime.selection import REASONS
+
     for name, deployment in registry.deployments.items():
         yield f"{name} (default)" if name == registry.default else name
         selection = deployment.selection
@@ -183,6 +181,39 @@ def models(
             c = manifest.calibration
             typer.echo(f"measured on {c.images} images of {c.data}, {c.machine}")
             typer.echo(f"recommended for mode=fast: level {c.recommended.level} ({c.recommended.why})")
+
+
+@app.command()
+@report_errors
+def doctor(
+    bundles: Annotated[
+        Path | None, typer.Option(help="A bundle or a folder of bundles [UNETPP_BUNDLES].")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of the text.")
+    ] = False,
+) -> None:
+    """Check this installation, and print what to paste into a bug report; exit 1 if the server would not work.
+
+    Versions, hardware, GPU, bundles, graphs, ports, keys and folders. Nothing is changed, and paths, hosts
+    and keys are left out. Warnings do not change the exit code.
+    """
+    from server.doctor.checks import examine
+    from server.doctor.report import print_report
+
+    report = examine(bundles)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Because a terminal without UTF-8 must not end the command.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if as_json:
+        typer.echo(json.dumps(report.document(), indent=1))
+    else:
+        print_report(report)
+    sys.stdout.flush()
+    if any(thread.name.startswith("doctor ") for thread in threading.enumerate()):
+        # A check that hangs in a driver would keep the process alive.
+        os._exit(1)
+    raise typer.Exit(0 if report.healthy else 1)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from server.errors import UnetppError
+from server.errors import Misconfigured, UnetppError
 
 # Which extra brings a module that a subcommand may miss.
 EXTRAS = dict.fromkeys(("torch", "monai", "safetensors", "matplotlib", "onnx", "onnxscript"), "train") | {
@@ -70,26 +70,48 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[..
         yield functools.partial(bar.update, bar.add_task(description, total=total))
 
 
+def refuse_unknown_variables() -> None:
+    """Checks that every variable with our prefix is a setting.
+
+    Raises:
+        Misconfigured: names those that are not.
+    """
+    from server.settings import unknown_variables
+
+    if unknown := unknown_variables():
+        raise Misconfigured(
+            f"settings in the environment that are not read: {'; '.join(unknown)}; the manual's page 'Settings' lists those that exist"
+        )
+
+
+def parse_settings() -> Any:
+    """Reads the settings from the environment, unknown variables aside.
+
+    Raises:
+        Misconfigured: names the settings whose values are not valid.
+    """
+    from pydantic import ValidationError
+
+    from server.settings import Settings
+
+    try:
+        return Settings()
+    except ValidationError as error:
+        lines = [f"UNETPP_{'__'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()]
+        text = "the settings in the environment are not valid: " + "; ".join(lines)
+        raise Misconfigured(text) from error
+
+
 def read_settings(
     bundles: Path | None = None, host: str | None = None, port: int | None = None, insecure: bool = False
 ) -> Any:
     """Reads the settings from the environment; options of the command line take precedence.
 
-    Exits with 1 where a variable with our prefix is not a setting, or a value is not valid.
+    Raises:
+        Misconfigured: a variable with our prefix is not a setting, or a value is not valid.
     """
-    from pydantic import ValidationError
-
-    from server.settings import Settings, unknown_variables
-
-    if unknown := unknown_variables():
-        fail(
-            f"settings in the environment that are not read: {'; '.join(unknown)}; the manual's page 'Settings' lists those that exist"
-        )
-    try:
-        settings = Settings()
-    except ValidationError as error:
-        lines = [f"UNETPP_{'__'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()]
-        fail("the settings in the environment are not valid: " + "; ".join(lines))
+    refuse_unknown_variables()
+    settings = parse_settings()
     http = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     update: dict[str, Any] = {"http": settings.http.model_copy(update=http)}
     if bundles is not None:

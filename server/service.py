@@ -32,17 +32,26 @@ def open_service(
     """
     if deployments is None:
         deployments = read_deployments(settings.bundles, settings.runtime, settings.batching)
-    default = settings.default_model
-    if default not in deployments:
-        if "default_model" in settings.model_fields_set:
-            raise UnknownModel(
-                f"UNETPP_DEFAULT_MODEL={default} is not among the bundles: {', '.join(deployments)}",
-                setting="UNETPP_DEFAULT_MODEL",
-                value=default,
-                allowed=list(deployments),
-            )
-        default = next(iter(deployments))
-    registry = Registry(deployments, default)
+    registry = Registry(deployments, find_default(settings, deployments))
     return SegmentationService(
         registry, settings.runtime, settings.batching, settings.limits, Metrics(), device, latency
     )
+
+
+def find_default(settings: Settings, deployments: Mapping[str, Deployment]) -> str:
+    """Finds the model that answers requests without `model`: the configured one, else the only or first.
+
+    Raises:
+        UnknownModel: the configured one is not among the bundles.
+    """
+    default = settings.default_model
+    if default in deployments:
+        return default
+    if "default_model" in settings.model_fields_set:
+        raise UnknownModel(
+            f"UNETPP_DEFAULT_MODEL={default} is not among the bundles: {', '.join(deployments)}",
+            setting="UNETPP_DEFAULT_MODEL",
+            value=default,
+            allowed=list(deployments),
+        )
+    return next(iter(deployments))

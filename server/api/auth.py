@@ -82,6 +82,10 @@ class Keys:
                 f"the keys file {path} holds no keys; add the line that `unetpp key NAME` prints"
             )
 
+    def __len__(self) -> int:
+        """Number of keys that were read last."""
+        return len(self._hashes)
+
     def __contains__(self, key: str) -> bool:
         """Whether the key is in the file; takes equally long for every key."""
         self._reload()

@@ -13,12 +13,15 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from server.errors import Interrupted, StoreBroken, UnknownJob, shutting_down
 from server.jobs.files import Files
 from server.jobs.job import Job, JobSpec, job_from_row
 from server.settings import JobsSettings
+
+LOCK, DATABASE = "lock", "jobs.sqlite"
 
 VERSION = 2
 SCHEMA = f"""
@@ -194,7 +197,7 @@ class Store:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with (self._folder / "lock").open("wb") as file:
+        with (self._folder / LOCK).open("wb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -207,7 +210,7 @@ class Store:
             yield
 
     def _connect(self) -> sqlite3.Connection:
-        path = self._folder / "jobs.sqlite"
+        path = self._folder / DATABASE
         # Ids are the only secret. SQLite gives its other files the mode of this one.
         path.touch(mode=0o600)
         path.chmod(0o600)
@@ -266,3 +269,39 @@ class Store:
             if self._closed:
                 raise shutting_down()
             return [job_from_row(row) for row in self._db.execute(statement, values).fetchall()]
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a server uses the folder. The lock is held for a moment, shared, and nothing is written.
+
+    Raises:
+        OSError: the lock's file cannot be opened.
+    """
+    try:
+        with (folder / LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def read_version(folder: Path) -> int | None:
+    """Reads the format of the database from its header, without opening it; None where there is no database.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not a database.
+    """
+    try:
+        with (folder / DATABASE).open("rb") as file:
+            header = file.read(100)
+    except FileNotFoundError:
+        return None
+    if not header:
+        return None
+    if not header.startswith(b"SQLite format 3\0") or len(header) < 100:
+        raise ValueError(f"{DATABASE} is not a database")
+    # `PRAGMA user_version`, where SQLite's file format puts it.
+    return int.from_bytes(header[60:64], "big")

@@ -37,6 +37,13 @@ PRECISION_ORDER = {
 # request.
 CPU_BATCH_PIXELS = 65_536
 
+# Words for `Selection.reason`.
+REASONS = {
+    "settings": "UNETPP_RUNTIME__PRECISION",
+    "tuning": "the stored tuning",
+    "rule": "the fixed rule (no stored tuning fits)",
+}
+
 
 @dataclass(frozen=True)
 class Candidate:
