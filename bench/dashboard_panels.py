@@ -194,8 +194,8 @@ def _draw_lines(axes: Axes, panel: dict[str, Any], query: Query) -> bool:
     locator = MultipleLocator(2 ** math.ceil(math.log2(highest / 4))) if unit == "bytes" else MaxNLocator(4)
     axes.yaxis.set_major_locator(locator)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_value(value, unit)))
-    axes.xaxis.set_major_locator(dates.AutoDateLocator(minticks=3, maxticks=5))
-    axes.xaxis.set_major_formatter(dates.DateFormatter("%H:%M:%S"))
+    axes.xaxis.set_major_locator(dates.MinuteLocator())
+    axes.xaxis.set_major_formatter(dates.DateFormatter("%H:%M"))
     _finish(axes, len(series))
     return True
 
@@ -324,7 +324,7 @@ def _write_block(axes: Axes, headings: list[str], cells: list[list[str]], left: 
         for start, text in zip(starts, row, strict=True):
             axes.text(
                 start,
-                1 - line / (MAX_LINES - 2),
+                1 - line / (MAX_LINES - 1),
                 text,
                 fontsize=6.5,
                 color=TEXT if line else FAINT,
