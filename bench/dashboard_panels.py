@@ -38,6 +38,9 @@ COLOURS = (
 
 FONTS = {"font.family": "DejaVu Sans", "font.size": 7.5, "text.color": TEXT, "axes.edgecolor": GRID}
 
+# A minute in days, the unit of matplotlib's dates.
+MINUTE = 1 / 1440
+
 # Longest legend, and longest table; the rest is counted.
 MAX_LEGEND, MAX_LINES = 15, 11
 
@@ -194,6 +197,9 @@ def _draw_lines(axes: Axes, panel: dict[str, Any], query: Query) -> bool:
     locator = MultipleLocator(2 ** math.ceil(math.log2(highest / 4))) if unit == "bytes" else MaxNLocator(4)
     axes.yaxis.set_major_locator(locator)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_value(value, unit)))
+    ends = [at for _, times, _ in series for at in (times[0], times[-1])]
+    # A minute at least, because of a single point matplotlib would show years, with a tick at each minute.
+    axes.set_xlim(min(ends), max(*ends, min(ends) + MINUTE))
     axes.xaxis.set_major_locator(dates.MinuteLocator())
     axes.xaxis.set_major_formatter(dates.DateFormatter("%H:%M"))
     _finish(axes, len(series))
