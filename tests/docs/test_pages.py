@@ -52,7 +52,9 @@ def test_settings_exist() -> None:
     from server.settings import markdown_table
 
     table = set(re.findall(r"`(UNETPP_\w+)`", markdown_table()))
-    assert set(re.findall(r"\bUNETPP_[A-Z_]+[A-Z]\b(?!__)", ALL)) - table == set()
+    # Without `{`: groups of settings. The page that shows what a misspelt setting is answered with names one.
+    named = set(re.findall(r"\bUNETPP_[A-Z_]+[A-Z]\b(?!__|=\{)", ALL)) - {"UNETPP_HTTP__PROT"}
+    assert named - table == set()
 
 
 def test_metrics_exist() -> None:
