@@ -11,6 +11,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from server.api.request_headers import header_list
 from server.errors import InvalidParameter, Unreadable, UnsupportedType
 from server.segment.request import Upload
 
@@ -79,7 +80,7 @@ async def receive(request: Request) -> AsyncIterator[Upload]:
                 # The file is on disk from here on, and waiting for the disk must not stop the event loop.
                 await asyncio.to_thread(file.write, chunk)
         file.seek(0)
-        yield Upload(cast("BinaryIO", file), accept=request.headers.get("accept"))
+        yield Upload(cast("BinaryIO", file), accept=header_list(request, "accept"))
 
 
 @contextlib.asynccontextmanager
@@ -102,7 +103,7 @@ async def _receive_form(request: Request) -> AsyncIterator[Upload]:
         # Without the folders of the caller's machine.
         name = re.split(r"[\\/]", files["file"].filename or "")[-1][:MAX_NAME]
         yield Upload(
-            files["file"].file, reference.file if reference else None, name, request.headers.get("accept")
+            files["file"].file, reference.file if reference else None, name, header_list(request, "accept")
         )
     finally:
         await form.close()

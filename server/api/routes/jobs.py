@@ -15,6 +15,7 @@ from server.api import problems, upload
 from server.api.access import CLIENT_CLOSED_REQUEST
 from server.api.compression import COMPRESSIBLE, GZIP, MIN_BYTES, VARY, accepts_gzip, compress_file
 from server.api.params import DEADLINE, REQUEST_BODY, check_query
+from server.api.request_headers import header_list
 from server.api.schemas import JobDocument, Problem, job_document
 from server.errors import InvalidParameter, NotFinished, Overloaded, StoreBroken, UnknownJob
 from server.jobs.active import JobStatus
@@ -264,7 +265,7 @@ def _wants_gzip(request: Request, size: int) -> bool:
     A range is one of the bytes as they are kept, and HEAD tells their number.
     """
     plain = request.method == "HEAD" or "range" in request.headers or size < MIN_BYTES
-    return not plain and accepts_gzip(request.headers.get("accept-encoding"))
+    return not plain and accepts_gzip(header_list(request, "accept-encoding"))
 
 
 def _not_finished(status: JobStatus, name: str) -> NotFinished:
