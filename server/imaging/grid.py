@@ -11,7 +11,7 @@ from numpy import ndarray
 from server.arrays import Image, InputHeader, Volume
 from server.errors import TooLarge, Unreadable
 from server.imaging.decode_options import DecodeOptions, join_notes, nonfinite_note
-from server.imaging.geometry import check_affine, nifti_header
+from server.imaging.geometry import MAX_SPACING_MM, MIN_SPACING_MM, check_affine, nifti_header
 from server.imaging.streaming import EXACT_DTYPES, Stream, decoded_dtype, read_values, skip
 
 # Values of one pixel or voxel; more would make a small volume take endless work.
@@ -116,7 +116,7 @@ class Grid:
 
 
 def affine_from_directions(
-    directions: Float64[ndarray, "3 3"], origin: Float64[ndarray, " 3"], signs: tuple[float, ...]
+    directions: Float64[ndarray, "3 3"], origin: Float64[ndarray, " 3"], signs: tuple[float, ...], fields: str
 ) -> Float64[ndarray, "4 4"]:
     """Builds the affine of a volume.
 
@@ -124,6 +124,7 @@ def affine_from_directions(
         directions: Steps in mm from voxel to voxel, a row per axis of the array.
         origin: Centre of the first voxel, in mm.
         signs: 1 or -1 per coordinate: whether it grows to the right, to the front and upwards.
+        fields: Fields of the header that they come from, for the message.
 
     Raises:
         Unreadable: The affine places voxels nowhere.
@@ -131,16 +132,17 @@ def affine_from_directions(
     affine = np.eye(4)
     affine[:3, :3], affine[:3, 3] = directions.T, origin
     affine[:3] *= np.array(signs)[:, None]
-    check_affine(affine)
+    check_affine(affine, fields)
     return affine
 
 
 def image_spacing(steps: Float64[ndarray, " 2"], *, has_unit: bool) -> tuple[float, float] | None:
-    """Returns the spacing of an image in mm, rows first; None where it is unknown.
+    """Returns the spacing of an image in mm, rows first; None where it is unknown or implausible.
 
     Writers that know no spacing write 1 × 1 without a unit, so that counts as unknown.
     """
-    if not np.isfinite(steps).all() or steps.min() <= 0 or (not has_unit and (steps == 1).all()):
+    plausible = (steps >= MIN_SPACING_MM).all() and (steps <= MAX_SPACING_MM).all()
+    if not plausible or (not has_unit and (steps == 1).all()):
         return None
     return float(steps[1]), float(steps[0])
 

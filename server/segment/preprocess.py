@@ -19,8 +19,8 @@ from server.segment import postprocess, quality
 from server.segment.request import SegmentParams, Upload
 from server.settings import LimitsSettings
 
-# Micrometres from pixel to pixel. A number outside of this range is in another unit.
-MIN_PIXEL_UM, MAX_PIXEL_UM = 1e-3, 1e5
+# Micrometres from pixel to pixel, as in files. A number outside of this range is in another unit.
+MIN_PIXEL_UM, MAX_PIXEL_UM = 1e-4, 1e5
 
 # Pixels that statistics are computed over at a time, which bounds memory.
 STATISTICS_PIXELS = 1_000_000

@@ -32,6 +32,9 @@ MAX_HEADER = 1024 * 1024
 # Bytes of the value of a field in `FIELDS`.
 MAX_VALUE = 4096
 
+# Fields that errors about the affine name.
+ADVICE = "ElementSpacing, TransformMatrix, Offset; numbers in mm"
+
 DTYPES = {
     "MET_CHAR": "i1",
     "MET_UCHAR": "u1",
@@ -214,7 +217,9 @@ def _place(
     )
     origin = _parse_numbers(fields, "Offset", stored_dims, zeros)
     # Each row is the direction of an axis of the array.
-    return affine_from_directions(matrix[:dims, :dims] * steps[:, None], origin[:dims], LPS_TO_RAS), None
+    return affine_from_directions(
+        matrix[:dims, :dims] * steps[:, None], origin[:dims], LPS_TO_RAS, ADVICE
+    ), None
 
 
 def _parse_numbers(fields: dict[str, str], name: str, count: int, default: str) -> Float64[ndarray, " n"]:

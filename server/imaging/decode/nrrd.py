@@ -27,6 +27,8 @@ from server.imaging.grid import (
 from server.imaging.nrrd_header import FORMAT, MAX_HEADER, broken, read_fields
 from server.imaging.streaming import Stream, open_bzip2, open_gzip, skip
 
+# Fields that errors about the affine name.
+ADVICE = "space directions, spacings, space origin, or the unit in space units or units"
 # Bytes or lines between the header and the voxels.
 MAX_SKIP = 16 * 1024 * 1024
 # Names of each type: in C, and with a width.
@@ -189,7 +191,7 @@ def _place(
     doubt = (
         "" if signs else "the header names no anatomical space; axes were taken as left, posterior, superior"
     )
-    return affine_from_directions(steps, origin, signs or LPS_TO_RAS), None, join_notes(note, doubt)
+    return affine_from_directions(steps, origin, signs or LPS_TO_RAS, ADVICE), None, join_notes(note, doubt)
 
 
 def _directions(
