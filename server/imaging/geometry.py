@@ -195,11 +195,17 @@ def unit_mm(source: Image | Volume) -> float | None:
     return None if source.spacing_mm is None else math.prod(source.spacing_mm)
 
 
-def nifti_header(affine: Float64[ndarray, "4 4"], size: tuple[int, ...]) -> Nifti1Header:
-    """Builds the header of NIfTI answers to volumes that came without one."""
+def nifti_header(affine: Float64[ndarray, "4 4"], size: tuple[int, ...], unit: str = "mm") -> Nifti1Header:
+    """Builds the header of NIfTI answers to volumes that came without one.
+
+    Args:
+        affine: (4, 4) voxel index to `unit`.
+        size: (X, Y, Z) in voxels.
+        unit: Unit of length as nibabel names it.
+    """
     header = (Nifti1Header if max(size) < 2**15 else Nifti2Header)()
     header.set_data_shape(size)
-    header.set_xyzt_units("mm")
+    header.set_xyzt_units(unit)
     header.set_zooms(spacing(affine))
     if not is_sheared(affine):
         # A qform cannot express shear.

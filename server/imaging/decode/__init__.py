@@ -11,8 +11,8 @@ from server.imaging.decode_options import DecodeOptions
 
 T = TypeVar("T")
 
-# Bytes by which a format is recognised.
-PREFIX_BYTES = 16
+# Bytes by which a format is recognised: few for all but MetaImage, which has no magic.
+PREFIX_BYTES = 16 * 1024
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,10 @@ def read_header(file: BinaryIO, options: DecodeOptions) -> InputHeader:
         file_header, _ = _read_file_header(stream)
     options.select_channels(1)
     dtype, size = _dtype(file_header), _size(file_header)
-    return InputHeader(size, 1, dtype.itemsize, _place(file_header, size)[0])
+    affine = _place(file_header, size)[0]
+    return InputHeader(
+        size, 1, dtype.itemsize, affine, stored_affine=_stored_affine(affine, _unit_mm(file_header))
+    )
 
 
 def decode(file: BinaryIO, options: DecodeOptions) -> Volume:
@@ -78,7 +81,8 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Volume:
     affine, place_note = _place(file_header, size)
     note = nonfinite_note(nonfinite, values.size, options.zero_nonfinite)
     voxels = values.reshape(size, order="F")[..., None]
-    return Volume(voxels, affine, as_stored, join_notes(note, place_note))
+    stored_affine = _stored_affine(affine, _unit_mm(file_header))
+    return Volume(voxels, affine, as_stored, join_notes(note, place_note), stored_affine=stored_affine)
 
 
 @contextlib.contextmanager
@@ -296,6 +300,11 @@ def _qform_note(
     if mm > AFFINE_TOLERANCE_VOXELS * min(spacing(sform)):
         return f"sform and qform lie up to {mm:.2g} mm apart; the sform was used"
     return ""
+
+
+def _stored_affine(affine: Float64[ndarray, "4 4"], unit_mm: float) -> Float64[ndarray, "4 4"] | None:
+    """Returns an affine in the header's unit; None where that is mm."""
+    return None if unit_mm == 1 else np.diag([1 / unit_mm] * 3 + [1.0]) @ affine
 
 
 def _unit_mm(file_header: Any) -> float:

@@ -83,7 +83,7 @@ ENCODERS: dict[str, Encoder] = {
     "mask.seg.nrrd": Encoder(
         "application/x-nrrd",
         "mask.seg.nrrd",
-        lambda r: nrrd.encode(r.affine, r.mask.classes, r.colors, r.names),
+        lambda r: nrrd.encode(r.affine, r.mask.classes, r.colors, r.names, r.volume.nrrd_place),
         VOLUME,
     ),
     "labels.png": Encoder(PNG, "labels.png", lambda r: png.labels(r.objects), IMAGE, OBJECTS),
