@@ -4,9 +4,7 @@ The header is a dozen lines of `Key = Value`, which are parsed here, because Sim
 paths alone, opens any file that ElementDataFile names, and inflates without a limit.
 """
 
-import contextlib
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import BinaryIO
 
@@ -16,7 +14,7 @@ from numpy import ndarray
 
 from server.arrays import Image, InputHeader, Volume
 from server.errors import TooLarge, Unreadable
-from server.imaging.decode_options import DecodeOptions
+from server.imaging.decode_options import DecodeOptions, join_notes
 from server.imaging.geometry import MM_PER_UNIT
 from server.imaging.grid import (
     LPS_TO_RAS,
@@ -28,7 +26,7 @@ from server.imaging.grid import (
     unit_note,
 )
 from server.imaging.nrrd_header import describe_place
-from server.imaging.streaming import GZIP_MAGIC, Stream, open_gzip, open_zlib
+from server.imaging.streaming import GZIP_MAGIC, Stream, finish, open_gzip, open_zlib
 
 FORMAT = "MetaImage"
 
@@ -107,11 +105,9 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Image | Volume:
     fields = _read_fields(file)
     grid = _grid(fields)
     grid.check(options)
-    with _open_values(file, fields, grid) as stream:
-        decoded = grid.read(stream, options)
-        # Reading on makes the zlib stream compare its checksum, which lies at its end.
-        stream.read(1)
-    return decoded
+    stream = _open_values(file, fields, grid)
+    decoded = grid.read(stream, options)
+    return replace(decoded, note=join_notes(decoded.note, finish(stream)))
 
 
 def _read_fields(file: BinaryIO) -> dict[str, str]:
@@ -267,8 +263,7 @@ def _is_true(fields: dict[str, str], name: str) -> bool:
     return fields.get(name, "False")[:1] in ("T", "t", "1")
 
 
-@contextlib.contextmanager
-def _open_values(file: BinaryIO, fields: dict[str, str], grid: Grid) -> Iterator[Stream]:
+def _open_values(file: BinaryIO, fields: dict[str, str], grid: Grid) -> Stream:
     """Opens the stream of the values.
 
     Raises:
@@ -281,16 +276,11 @@ def _open_values(file: BinaryIO, fields: dict[str, str], grid: Grid) -> Iterator
     compressed = _is_true(fields, "CompressedData")
     _seek_values(file, int(fields.get("HeaderSize", 0)), grid.nbytes, compressed=compressed)
     if not compressed:
-        yield file
-        return
+        return file
     start = file.tell()
     magic = file.read(len(GZIP_MAGIC))
     file.seek(start)
-    if magic == GZIP_MAGIC:
-        with open_gzip(file) as stream:
-            yield stream
-    else:
-        yield open_zlib(file)
+    return open_gzip(file) if magic == GZIP_MAGIC else open_zlib(file)
 
 
 def _seek_values(file: BinaryIO, header_size: int, nbytes: int, *, compressed: bool) -> None:

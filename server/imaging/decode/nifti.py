@@ -1,10 +1,8 @@
 """NIfTI-1 and NIfTI-2, single file, plain or gzip: every real data type, either byte order."""
 
-import contextlib
 import io
 import logging
 import math
-from collections.abc import Iterator
 from typing import Any, BinaryIO, Literal
 
 import nibabel as nib
@@ -22,6 +20,7 @@ from server.imaging.streaming import (
     GZIP_MAGIC,
     Stream,
     decoded_dtype,
+    finish,
     open_gzip,
     read_exactly,
     read_values,
@@ -55,8 +54,7 @@ def sniff(prefix: bytes) -> bool:
 
 def read_header(file: BinaryIO, options: DecodeOptions) -> InputHeader:
     """Reads shape and place from the header alone."""
-    with _inflated(file) as stream:
-        file_header, _ = _read_file_header(stream)
+    file_header, _ = _read_file_header(_inflated(file))
     options.select_channels(1)
     dtype, size = _dtype(file_header), _size(file_header)
     affine = _place(file_header, size)[0]
@@ -70,31 +68,27 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Volume:
 
     A gzip stream is never inflated further than its header promises voxels.
     """
-    with _inflated(file) as stream:
-        file_header, as_stored = _read_file_header(stream)
-        size = _size(file_header)
-        options.check_volume(size)
-        stored, dtype = file_header.get_data_dtype(), _dtype(file_header)
-        values, nonfinite = read_values(stream, stored, dtype, math.prod(size), scaling=_scaling(file_header))
-        # Reading on makes the gzip stream compare its checksum, which lies at its end.
-        stream.read(1)
+    stream = _inflated(file)
+    file_header, as_stored = _read_file_header(stream)
+    size = _size(file_header)
+    options.check_volume(size)
+    stored, dtype = file_header.get_data_dtype(), _dtype(file_header)
+    values, nonfinite = read_values(stream, stored, dtype, math.prod(size), scaling=_scaling(file_header))
+    end_note = finish(stream)
     affine, place_note = _place(file_header, size)
     note = nonfinite_note(nonfinite, values.size, options.zero_nonfinite)
     voxels = values.reshape(size, order="F")[..., None]
     stored_affine = _stored_affine(affine, _unit_mm(file_header))
-    return Volume(voxels, affine, as_stored, join_notes(note, place_note), stored_affine=stored_affine)
+    return Volume(
+        voxels, affine, as_stored, join_notes(note, place_note, end_note), stored_affine=stored_affine
+    )
 
 
-@contextlib.contextmanager
-def _inflated(file: BinaryIO) -> Iterator[Stream]:
+def _inflated(file: BinaryIO) -> Stream:
     """Opens the plain contents of a file, which stays open."""
     magic = file.read(len(GZIP_MAGIC))
     file.seek(0)
-    if magic != GZIP_MAGIC:
-        yield file
-        return
-    with open_gzip(file) as stream:
-        yield stream
+    return open_gzip(file) if magic == GZIP_MAGIC else file
 
 
 def _broken(detail: str, reason: str = "header", **fields: Any) -> Unreadable:

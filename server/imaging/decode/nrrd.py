@@ -4,8 +4,7 @@ The voxels are read here because pynrrd, which parses the header, inflates witho
 that a header names.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, BinaryIO, TypeAlias
 
@@ -27,7 +26,7 @@ from server.imaging.grid import (
     unit_note,
 )
 from server.imaging.nrrd_header import FORMAT, MAX_HEADER, broken, place_lines, read_fields
-from server.imaging.streaming import Stream, open_bzip2, open_gzip, skip
+from server.imaging.streaming import Stream, finish, open_bzip2, open_gzip, skip
 
 # Fields that errors about the affine name.
 ADVICE = "space directions, spacings, space origin, or the unit in space units or units"
@@ -67,6 +66,11 @@ SPATIAL_KINDS = ("domain", "space", "none", "???")
 COLOR_KINDS = ("rgb-color", "rgba-color", "3-color", "4-color")
 SERIES_KINDS = ("list", "time")
 
+OPENERS: dict[str, Callable[[BinaryIO], Stream]] = {
+    **dict.fromkeys(("gzip", "gz"), open_gzip),
+    **dict.fromkeys(("bzip2", "bz2"), open_bzip2),
+}
+
 ENDIANS = ("little", "big")
 
 # Steps of spatial axes and the origin in the unit of the file, length of the unit in mm per coordinate, and
@@ -91,11 +95,9 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Image | Volume:
     fields = read_fields(file)
     grid = _grid(fields, options)
     grid.check(options)
-    with _open_values(file, fields, grid) as stream:
-        decoded = grid.read(stream, options)
-        # Reading on makes the gzip stream compare its checksum, which lies at its end.
-        stream.read(1)
-    return decoded
+    stream = _open_values(file, fields, grid)
+    decoded = grid.read(stream, options)
+    return replace(decoded, note=join_notes(decoded.note, finish(stream)))
 
 
 def _grid(fields: dict[str, Any], options: DecodeOptions) -> Grid:
@@ -256,8 +258,7 @@ def _origin_of_mins(
     return origin
 
 
-@contextlib.contextmanager
-def _open_values(file: BinaryIO, fields: dict[str, Any], grid: Grid) -> Iterator[Stream]:
+def _open_values(file: BinaryIO, fields: dict[str, Any], grid: Grid) -> Stream:
     """Opens the stream of the values.
 
     Raises:
@@ -273,16 +274,8 @@ def _open_values(file: BinaryIO, fields: dict[str, Any], grid: Grid) -> Iterator
     if encoding == "raw":
         # A skip of -1 means that the values lie at the end of the file.
         file.seek(*(-grid.nbytes, 2) if skipped < 0 else (skipped, 1))
-        yield file
-    elif encoding in ("gzip", "gz"):
-        with open_gzip(file) as stream:
-            skip(stream, skipped, "voxels")
-            yield stream
-    elif encoding in ("bzip2", "bz2"):
-        stream = open_bzip2(file)
-        skip(stream, skipped, "voxels")
-        yield stream
-    else:
+        return file
+    if encoding not in OPENERS:
         raise broken(
             f"NRRD encoding {encoding!r:.20} is not read; save it as raw or gzip",
             "encoding",
@@ -290,6 +283,9 @@ def _open_values(file: BinaryIO, fields: dict[str, Any], grid: Grid) -> Iterator
             value=encoding[:20],
             allowed=["raw", "gzip", "bzip2"],
         )
+    stream = OPENERS[encoding](file)
+    skip(stream, skipped, "voxels")
+    return stream
 
 
 def _check_skips(encoding: str, lines: int, skipped: int) -> None:

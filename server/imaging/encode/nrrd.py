@@ -7,7 +7,6 @@ to compress as isal.
 import io
 import re
 
-import numpy as np
 import scipy
 from isal import igzip
 from jaxtyping import Float64, UInt8
