@@ -215,7 +215,9 @@ class _CompleteForm(MultiPartParser):
             part.content_disposition = (part.content_disposition or b"") + b'; filename=""'
         super().on_headers_finished()
         if part.file:
-            part.file.filename = _file_name(parameters) or _decode_words(part.file.filename or "")
+            # Browsers, curl and httpx write %22 for a quotation mark.
+            plain = _decode_words(part.file.filename or "").replace("%22", '"')
+            part.file.filename = _file_name(parameters) or plain
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         """Called with a piece of a part.

@@ -35,7 +35,7 @@ PNG = "\r\nContent-Type: image/png"
 WRITTEN = {
     "curl": (f'{DISPOSITION}"file"; filename="a.png"{PNG}', "a.png"),
     "curl, a quote in the name": (f'{DISPOSITION}"file"; filename="a\\"b.png"{PNG}', 'a"b.png'),
-    "browser, a quote in the name": (f'{DISPOSITION}"file"; filename="a%22b.png"{PNG}', "a%22b.png"),
+    "browser, a quote in the name": (f'{DISPOSITION}"file"; filename="a%22b.png"{PNG}', 'a"b.png'),
     "browser, UTF-8": (f'{DISPOSITION}"file"; filename="äö 日本.png"{PNG}', "äö 日本.png"),
     "browser, a blob": (f'{DISPOSITION}"file"; filename="blob"{PNG}', "blob"),
     "requests before 2.x: filename*": (
