@@ -58,6 +58,8 @@ FILES = ("file", "reference")
 MAX_PARTS = len(FILES)
 MAX_NAME = 500
 MAX_TEXT_BYTES = 1024 * 1024
+# Values of Content-Transfer-Encoding that change nothing.
+PLAIN_ENCODINGS = ("binary", "8bit", "7bit")
 # Limits of the parser, by its errors.
 PART_LIMITS = {
     "Maximum header count exceeded": (DEFAULT_MAX_HEADER_COUNT, "headers"),
@@ -163,6 +165,15 @@ async def _check_part(name: str, value: UploadFile | str, before: dict[str, Uplo
             limit=1,
         )
     _check_type(_media_type(value.content_type))
+    encoding = value.headers.get("content-transfer-encoding", "binary").strip().lower()
+    if encoding not in PLAIN_ENCODINGS:
+        raise UnsupportedType(
+            f"multipart field {name!r} has Content-Transfer-Encoding {encoding!r:.40}, which forms do not have (RFC 7578); send the "
+            "bytes of the file as they are",
+            parameter="Content-Transfer-Encoding",
+            value=encoding[:40],
+            allowed=[*PLAIN_ENCODINGS],
+        )
     return value
 
 

@@ -1,5 +1,6 @@
 """NIfTI-1 and NIfTI-2, single file, plain or gzip: every real data type, either byte order."""
 
+import contextlib
 import io
 import logging
 import math
@@ -13,6 +14,7 @@ from numpy import ndarray
 
 from server.arrays import InputHeader, Volume
 from server.errors import TooLarge, Unreadable
+from server.imaging import neighbours
 from server.imaging.decode_options import DecodeOptions, join_notes, nonfinite_note
 from server.imaging.geometry import AFFINE_TOLERANCE_VOXELS, check_affine, max_displacement, spacing
 from server.imaging.streaming import (
@@ -109,10 +111,9 @@ def _read_file_header(stream: Stream) -> tuple[Any, Any]:
     prefix = read_exactly(stream, 4, "header")
     header_type = HEADERS.get(prefix)
     if header_type is None:
-        raise _broken(
-            "a gzip file without a NIfTI header in it; send .nii.gz, or an image as it is",
-            "gzip-without-nifti",
-        )
+        with contextlib.suppress(EOFError):
+            prefix += stream.read(neighbours.PREFIX_BYTES)
+        raise _not_nifti(prefix)
     length = int(header_type.template_dtype.itemsize)
     prefix += read_exactly(stream, length - 4, "header")
     _check_magic(prefix[344:348] if header_type is nib.Nifti1Header else prefix[4:8])
@@ -126,6 +127,21 @@ def _read_file_header(stream: Stream) -> tuple[Any, Any]:
         raise _broken(f"the header is not sound: {error}; repair it, or save the file again") from error
     unchecked.extensions = repaired.extensions
     return repaired, unchecked
+
+
+def _not_nifti(prefix: bytes) -> Unreadable:
+    """Returns the error of a gzip file in which something else is."""
+    neighbour = neighbours.find(prefix)
+    if neighbour:
+        return _broken(
+            f"the gzip file holds {neighbour.name}, which this server does not read; {neighbour.remedy}",
+            "gzip-without-nifti",
+            value=neighbour.name,
+            remedy=neighbour.remedy,
+        )
+    return _broken(
+        "a gzip file without a NIfTI header in it; send .nii.gz, or an image as it is", "gzip-without-nifti"
+    )
 
 
 def _check_magic(magic: bytes) -> None:

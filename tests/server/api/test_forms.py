@@ -1,5 +1,6 @@
 """Forms as clients of every language write them."""
 
+import base64
 import json
 from collections.abc import Callable
 from typing import Any
@@ -116,6 +117,14 @@ def test_file_without_a_filename_may_be_as_large_as_a_body(small: httpx.Client, 
 def test_text_is_no_file(small: httpx.Client, problem: Checked, head: str, content: bytes) -> None:
     refused = problem(post(small, form((head, content))), 422, "invalid-parameter")
     assert refused.parameter == "file"
+
+
+@pytest.mark.parametrize("encoding", ["base64", "quoted-printable", "BASE64", "x-gzip"])
+def test_part_in_another_encoding_is_named(small: httpx.Client, problem: Checked, encoding: str) -> None:
+    head = f"{DISPOSITION}file; filename=a.png{PNG}\r\nContent-Transfer-Encoding: {encoding}"
+    refused = problem(post(small, form((head, base64.b64encode(GOOD)))), 415, "unsupported-type")
+    assert (refused.parameter, refused.value) == ("Content-Transfer-Encoding", encoding.lower())
+    assert "binary" in refused.allowed
 
 
 MANY = "\r\n".join(f"X-{k}: a" for k in range(8))
