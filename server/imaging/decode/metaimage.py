@@ -85,7 +85,7 @@ FIELDS = {
 
 
 # The first line: a name and what parts it from its value. MetaImage has no magic, and any field may come first.
-FIRST_LINE = re.compile(rb"\s*[A-Za-z][^=:\r\n\0]{0,500}[=:]")
+FIRST_LINE = re.compile(rb"\s*[\w(][^=:\r\n\0]{0,500}[=:]")
 # Names of which each header has one.
 TELLING = (b"NDims", b"ObjectType", b"DimSize")
 
