@@ -67,6 +67,14 @@ NOT_USUAL = {
 # Statuses of errors that say when to try again.
 RETRY_STATUSES = {409, 429, 503, 504, 507}
 
+# Codes of errors that HTTP itself knows; not made of the phrases of the standard library, which change with its versions.
+HTTP_CODES = {
+    HTTPStatus.BAD_REQUEST: "bad-request",
+    HTTPStatus.NOT_FOUND: "not-found",
+    HTTPStatus.METHOD_NOT_ALLOWED: "method-not-allowed",
+    HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE: "range-not-satisfiable",
+}
+
 # All that a caller learns of a fault of the server.
 INTERNAL = "The server failed on this request; its log has the details under the X-Request-Id of this answer. The input was not kept."
 JOB_INTERNAL = (
@@ -178,11 +186,13 @@ def install(app: FastAPI, count_refusal: Callable[[str], None] = lambda reason: 
         return response_of(invalid_parameter(error.errors()))
 
     @app.exception_handler(HTTPException)
-    async def handle_http(_: Request, error: HTTPException) -> ProblemResponse:
+    async def handle_http(request: Request, error: HTTPException) -> ProblemResponse:
         status = HTTPStatus(error.status_code)
-        # E.g. not-found, method-not-allowed.
-        code = status.phrase.lower().replace(" ", "-")
-        return respond(status, code, str(error.detail), dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if status is HTTPStatus.METHOD_NOT_ALLOWED:
+            headers["Allow"] = _allowed_methods(request) or headers.get("Allow", "")
+        code = HTTP_CODES.get(status, "bad-request" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "internal")
+        return respond(status, code, str(error.detail), headers)
 
     @app.exception_handler(Exception)
     async def handle_unexpected(request: Request, error: Exception) -> ProblemResponse:
@@ -239,6 +249,13 @@ def _codes(status: int) -> list[str]:
         if kind not in NOT_USUAL and status_of(kind) == status
     ]
     return codes or ["internal"]
+
+
+def _allowed_methods(request: Request) -> str:
+    """All methods of a path, of which Starlette names those of its first route alone; "" of a path without documentation."""
+    path = getattr(request.scope.get("route"), "path", "")
+    methods = {method.upper() for method in request.app.openapi()["paths"].get(path, {})}
+    return ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
 
 
 def _request_id(request: Request) -> str:

@@ -90,6 +90,14 @@ HTTP_ENTRIES = (
         "",
     ),
     Entry(
+        "range-not-satisfiable",
+        416,
+        CALLER,
+        "The header `Range` asks for bytes that lie behind the end of the file.",
+        "Ask for less; the header `Content-Range` gives the size of the file.",
+        "",
+    ),
+    Entry(
         "internal",
         500,
         OPERATOR,
@@ -163,6 +171,7 @@ def router() -> APIRouter:
     }
     page = render()
 
+    @routes.head(problems.ERRORS_PATH, include_in_schema=False)
     @routes.get(problems.ERRORS_PATH, include_in_schema=False)
     async def error_codes() -> HTMLResponse:
         return HTMLResponse(page, headers=headers)

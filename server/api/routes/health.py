@@ -31,6 +31,7 @@ def router(probe: HealthProbe, runner: Runner, metrics: Metrics, stopping: Stopp
     metrics.set_function(metrics.stopping, lambda: stopping.begun)
     metrics.set_function(metrics.ready, functools.partial(_is_ready, probe, runner, stopping))
 
+    @routes.head("/health/live", include_in_schema=False)
     @routes.get(
         "/health/live",
         summary="The process answers, and its device has not failed again and again: otherwise restart it",
@@ -42,6 +43,7 @@ def router(probe: HealthProbe, runner: Runner, metrics: Metrics, stopping: Stopp
         probe.check_device()
         return {"live": True}
 
+    @routes.head("/health/ready", include_in_schema=False)
     @routes.get(
         "/health/ready",
         summary="The default model answers a real forward pass, jobs are worked on, and the server is not stopping",
@@ -55,6 +57,7 @@ def router(probe: HealthProbe, runner: Runner, metrics: Metrics, stopping: Stopp
         await probe.check()
         return {"ready": True}
 
+    @routes.head("/metrics", include_in_schema=False)
     @routes.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=METRICS)
     async def scrape() -> Response:
         """Answers in the text format of Prometheus; a scrape computes nothing."""

@@ -15,11 +15,13 @@ def router(service: SegmentationService) -> APIRouter:
     routes = APIRouter()
     registry = service.registry
 
+    @routes.head("/models", include_in_schema=False)
     @routes.get("/models", summary="Models that are served", response_description="the models")
     async def models() -> list[ModelSummary]:
         """Answers with a summary of each bundle: levels, precisions, whether it is the default."""
         return [summary(deployment, registry.default) for deployment in registry.deployments.values()]
 
+    @routes.head("/models/{name}", include_in_schema=False)
     @routes.get(
         "/models/{name}",
         summary="The model card with the level table",

@@ -27,6 +27,7 @@ from server.api.params import (
     read_qos,
 )
 from server.api.problems import describe_headers
+from server.api.request_headers import header_list
 from server.api.schemas import Problem
 from server.imaging import encode
 from server.metrics import NONE, Metrics
@@ -218,7 +219,7 @@ def router(service: SegmentationService, max_in_flight: int, timeout_s: float) -
         request.state.timings = response.timings
         if not isinstance(response.body, bytes):
             return TempFileResponse(response.body, headers(response))
-        accept_encoding = request.headers.get("accept-encoding")
+        accept_encoding = header_list(request, "accept-encoding")
         body, sent = await encode_body(response.body, headers(response), accept_encoding)
         return Response(body, headers=sent)
 
