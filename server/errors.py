@@ -69,7 +69,7 @@ class UnsupportedType(CallerError):
     The `Content-Type` names another one, or the first bytes of the file are of no known format.
     Remedy: Convert the file to one of the formats in `allowed`. Send `application/octet-stream`, or no
     `Content-Type`, to have the format found from the file itself.
-    Fields: parameter, value, allowed
+    Fields: parameter, value, allowed, remedy
     """
 
 

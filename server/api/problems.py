@@ -191,7 +191,9 @@ def install(app: FastAPI, count_refusal: Callable[[str], None] = lambda reason: 
         headers = dict(error.headers or {})
         if status is HTTPStatus.METHOD_NOT_ALLOWED:
             headers["Allow"] = _allowed_methods(request) or headers.get("Allow", "")
-        code = HTTP_CODES.get(status, "bad-request" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "internal")
+        code = HTTP_CODES.get(
+            status, "bad-request" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "internal"
+        )
         return respond(status, code, str(error.detail), headers)
 
     @app.exception_handler(Exception)
