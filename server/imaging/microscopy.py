@@ -41,11 +41,34 @@ def describe(text: str, count: int, shape: PageShape, resolution: tuple[float, f
         )
     if text.startswith("ImageJ="):
         return _imagej(text, count, resolution)
-    if text.rstrip()[-10:].endswith("OME>"):
+    if is_ome(text):
         return ome.describe(text, count, shape)
     if text.startswith("{"):
         return _tifffile(text, count)
     return unknown_axes(count)
+
+
+def is_ome(text: str) -> bool:
+    """Returns whether a description is an OME-XML header."""
+    return text.rstrip()[-10:].endswith("OME>")
+
+
+def described_planes(text: str, values: int) -> int:
+    """Returns how many planes ImageJ's lines or tifffile's JSON count; 0 where they do not.
+
+    ImageJ writes large stacks with one page, and tifffile does so when its user wants it.
+
+    Args:
+        text: Description of the first page.
+        values: Number of values of a page.
+    """
+    try:
+        if text.startswith("ImageJ="):
+            return parse_count(_imagej_values(text), "images")
+        header = json.loads(text[:MAX_SHORT_DESCRIPTION]) if text.startswith("{") else {}
+        return math.prod(map(int, header["shape"])) // values if header.get("truncated") else 0
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        return 0
 
 
 def planes_per_page(text: str, count: int, samples: int, axes: str) -> int:
@@ -77,8 +100,7 @@ def _samples_are_planes(text: str, samples: int) -> bool:
 
 def _imagej(text: str, count: int, resolution: tuple[float, float]) -> PageAxes:
     """Reads ImageJ's lines: channels are the fastest axis, then slices, then times."""
-    lines = text[:MAX_SHORT_DESCRIPTION].splitlines()
-    values = dict(line.split("=", 1) for line in lines if "=" in line)
+    values = _imagej_values(text)
     unit = values.get("unit", "")
     lengths: dict[str, tuple[str | float, str]] = {
         letter: (1 / pixels, values.get(key, unit))
@@ -107,6 +129,11 @@ def _imagej(text: str, count: int, resolution: tuple[float, float]) -> PageAxes:
     if math.prod(sizes) != count:
         return PageAxes("Z", np.arange(count), spacing_mm)
     return PageAxes("TZC", np.arange(count).reshape(sizes), spacing_mm)
+
+
+def _imagej_values(text: str) -> dict[str, str]:
+    lines = text[:MAX_SHORT_DESCRIPTION].splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
 def _tifffile(text: str, count: int) -> PageAxes:

@@ -10,20 +10,11 @@ import tifffile
 from jaxtyping import Int64
 from numpy import ndarray
 
-from server.errors import TooLarge, Unreadable
-from server.imaging import microscopy
+from server.errors import Unreadable
+from server.imaging import microscopy, tiff_vendors
 from server.imaging.decode_options import DecodeOptions, join_notes
 from server.imaging.page_axes import PageAxes, PageShape, unknown_axes, with_axes
-
-# Pages of a stack; the tags of each are read before its first pixel.
-MAX_PAGES = 10_000
-
-# Strips or tiles of an image or a whole stack; each costs some 200 bytes and microseconds before its first
-# pixel.
-MAX_SEGMENTS = 1_000_000
-
-# Characters of the descriptions of all pages, because one is read with each page's tags.
-MAX_DESCRIPTIONS = 16 * 1024 * 1024
+from server.imaging.tiff_planes import Pages, count_planes, find_planes, stored_plane
 
 
 @dataclass(frozen=True)
@@ -31,6 +22,7 @@ class PageSelection:
     """Describes what is decoded.
 
     Attributes:
+        pages: Pages of the file, of which some are planes.
         slices: Index of each slice: that of its page; where a page holds several planes, page × planes +
             plane.
         samples: Samples of a pixel to keep, where a page holds one plane.
@@ -41,6 +33,7 @@ class PageSelection:
         planes: Planes of a page, each of which tifffile wrote as a sample; else 1.
     """
 
+    pages: Pages
     slices: list[int]
     samples: slice
     channels: int
@@ -49,10 +42,14 @@ class PageSelection:
     time_slices: int | None
     planes: int
 
-    def locate(self, index: int) -> tuple[int, slice]:
+    def locate(self, number: int) -> tuple["tifffile.TiffPage", slice]:
         """Returns the page of a slice, and its samples there."""
+        index = self.slices[number]
+        if self.pages.counted:
+            return stored_plane(self.pages.first, index), self.samples
         page, plane = divmod(index, self.planes)
-        return page, self.samples if self.planes == 1 else slice(plane, plane + 1)
+        samples = self.samples if self.planes == 1 else slice(plane, plane + 1)
+        return self.pages.page(self.pages.planes[page]), samples
 
 
 def select_pages(tiff: "tifffile.TiffFile", options: DecodeOptions) -> PageSelection:
@@ -63,14 +60,18 @@ def select_pages(tiff: "tifffile.TiffFile", options: DecodeOptions) -> PageSelec
         Unreadable: The description tells of pages that are missing.
         InvalidParameter: The requested axes or channel do not fit the file.
     """
-    _check_page_count(tiff)
-    first = tiff.pages.first
+    text = tiff.pages.first.description
+    pages = find_planes(tiff, every_page=microscopy.is_ome(text))
+    first = pages.first
+    text = first.description or text
     samples, planes = operator.index(first.samplesperpixel), 1
     if samples > 1 and first.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
-        planes = microscopy.planes_per_page(first.description, len(tiff.pages), samples, options.axes)
-    count = len(tiff.pages) * planes
+        planes = microscopy.planes_per_page(text, len(pages.planes), samples, options.axes)
+    if len(pages.planes) == planes == 1:
+        pages = dataclasses.replace(pages, counted=_count_planes(first, text, options.axes))
+    count = pages.counted or len(pages.planes) * planes
     shape = operator.index(first.imagelength), operator.index(first.imagewidth), samples // planes
-    described = _page_axes(first, count, shape, options.axes)
+    described = _page_axes(first, text, count, shape, options.axes)
     channel_axis = described.letters.find("C")
     page_channels = described.pages.shape[channel_axis] if channel_axis >= 0 else 1
     if page_channels > 1:
@@ -80,36 +81,37 @@ def select_pages(tiff: "tifffile.TiffFile", options: DecodeOptions) -> PageSelec
     else:
         selected, channels, guess = _select_samples(first, options, planes)
         page_channel = slice(0, 1)
-    pages, times, depth = _order_pages(described, page_channel.start)
+    ordered, times, depth = _order_pages(described, page_channel.start)
     note = _time_note(times, depth)
-    slices = [int(index) for index in pages.ravel()]
-    if not _have_one_shape(tiff, sorted({index // planes for index in slices})):
+    slices = [int(index) for index in ordered.ravel()]
+    if not pages.counted and not _have_one_shape(pages, {index // planes for index in slices}):
         slices, note = slices[:1], f"only the first of {count} pages was read"
     time_slices = depth if times > 1 and len(slices) > 1 else None
-    note = join_notes(described.note, guess, note)
-    return PageSelection(slices, selected, channels, described.spacing_mm, note, time_slices, planes)
+    note = join_notes(pages.note, described.note, guess, note)
+    return PageSelection(pages, slices, selected, channels, described.spacing_mm, note, time_slices, planes)
 
 
-def _check_page_count(tiff: "tifffile.TiffFile") -> None:
-    with contextlib.suppress(IndexError):
-        # Indexing seeks only this far, while len() would walk through millions of pages.
-        tiff.pages[MAX_PAGES]
-        raise TooLarge(
-            f"the TIFF has more than {MAX_PAGES:,} pages, which is the limit. Split it",
-            limit=MAX_PAGES,
-            unit="pages",
-        )
+def _count_planes(page: "tifffile.TiffPage", text: str, axes: str) -> int:
+    """Returns how many planes lie behind each other in the only page; 0 where it holds one."""
+    try:
+        return count_planes(page, microscopy.described_planes(text, page.nbytes // page.dtype.itemsize))
+    except Unreadable:
+        # The caller's axes must work for a file whose tags are wrong, because they are the remedy.
+        if axes:
+            return 0
+        raise
 
 
-def _page_axes(first: "tifffile.TiffPage", count: int, shape: PageShape, axes: str) -> PageAxes:
+def _page_axes(first: "tifffile.TiffPage", text: str, count: int, shape: PageShape, axes: str) -> PageAxes:
     """Returns the axes of the pages: those of the caller, else those of the description."""
     resolution = _resolution(first, "XResolution"), _resolution(first, "YResolution")
+    private = tiff_vendors.describe(first, count)
     if not axes:
-        return microscopy.describe(first.description, count, shape, resolution)
+        return private or microscopy.describe(text, count, shape, resolution)
     # The caller's axes must work for a file whose description is wrong, because they are the remedy.
     described = unknown_axes(count)
     with contextlib.suppress(Unreadable):
-        described = microscopy.describe(first.description, count, shape, resolution)
+        described = private or microscopy.describe(text, count, shape, resolution)
     return with_axes(described, axes, count, shape)
 
 
@@ -131,9 +133,9 @@ def _select_samples(page: "tifffile.TiffPage", options: DecodeOptions, planes: i
         count, colors = (1, False) if options.labels else (3, True)
     else:
         # Of two samples the second is alpha unless the tags say otherwise.
-        alpha = page.samplesperpixel == 2 and page.extrasamples != (0,)
+        alpha = page.samplesperpixel == 2 and page.extrasamples != (0,) and not tiff_vendors.is_lsm(page)
         count = 1 if alpha else operator.index(page.samplesperpixel)
-        colors = page.photometric == tifffile.PHOTOMETRIC.RGB
+        colors = page.photometric == tifffile.PHOTOMETRIC.RGB and not tiff_vendors.is_lsm(page)
     selected, note = options.select_channels(count, colors=colors)
     return selected, len(range(count)[selected]), note
 
@@ -158,34 +160,7 @@ def _time_note(times: int, depth: int) -> str:
     )
 
 
-def _have_one_shape(tiff: "tifffile.TiffFile", selected: list[int]) -> bool:
-    """Returns whether size, samples and type of these pages are those of the first page of the file.
-
-    Raises:
-        TooLarge: Their tags list too many strips, or too long descriptions.
-    """
-    first, segments, characters = tiff.pages.first, 0, 0
-    for number, index in enumerate(selected):
-        page = tiff.pages[index]
-        # tifffile itself groups pages of one hash to a series.
-        if page.hash != first.hash:
-            return False
-        # Both are counted here because pages may share them, so that a short file can cause unlimited work.
-        segments += len(page.dataoffsets)
-        characters += len(page.description)
-        if len(selected) > 1 and segments > MAX_SEGMENTS:
-            raise TooLarge(
-                f"the TIFF's first {number + 1:,} pages have {segments:,} strips or tiles; the limit is "
-                f"{MAX_SEGMENTS:,}. Save it with larger ones",
-                limit=MAX_SEGMENTS,
-                actual=segments,
-                unit="strips or tiles",
-            )
-        if characters > MAX_DESCRIPTIONS:
-            raise TooLarge(
-                f"the descriptions of the TIFF's pages have more than {MAX_DESCRIPTIONS:,} characters; remove them",
-                limit=MAX_DESCRIPTIONS,
-                actual=characters,
-                unit="characters",
-            )
-    return True
+def _have_one_shape(pages: Pages, selected: set[int]) -> bool:
+    """Returns whether size, samples and type of these planes are those of the first plane."""
+    # tifffile itself groups pages of one hash to a series.
+    return len({pages.hashes[pages.planes[number]] for number in selected | {0}}) == 1

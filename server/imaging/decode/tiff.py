@@ -11,7 +11,8 @@ import tifffile
 from server.arrays import Image, InputHeader, Volume
 from server.errors import TooLarge, Unreadable
 from server.imaging.decode_options import DecodeOptions, join_notes, nonfinite_note, zero_nonfinite
-from server.imaging.tiff_pages import MAX_SEGMENTS, PageSelection, select_pages
+from server.imaging.tiff_pages import PageSelection, select_pages
+from server.imaging.tiff_planes import MAX_SEGMENTS
 
 # tifffile logs what is wrong with a file. That is the caller's to know and not the operator's, whose log it
 # would fill.
@@ -56,10 +57,11 @@ def sniff(prefix: bytes) -> bool:
 def read_header(file: BinaryIO, options: DecodeOptions) -> InputHeader:
     """Reads (H, W) of an image or (X, Y, Z) of a stack from the tags."""
     with tifffile.TiffFile(file, name="upload.tif") as tiff:
-        page, selection = tiff.pages.first, select_pages(tiff, options)
+        selection = select_pages(tiff, options)
+        page = selection.pages.first
         # A tag may hold several numbers or a fraction, which operator.index refuses.
         height, width = operator.index(page.imagelength), operator.index(page.imagewidth)
-        sample_bytes = page.dtype.itemsize if page.dtype in EXACT_DTYPES else 4
+        sample_bytes = page.dtype.itemsize if page.dtype in (np.bool_, *EXACT_DTYPES) else 4
         depth = len(selection.slices)
         size = (height, width) if depth == 1 else (width, height, depth)
         return InputHeader(size, selection.channels, sample_bytes, time_slices=selection.time_slices)
@@ -74,14 +76,15 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Image | Volume:
     """
     # The name is given because that of an upload in memory is None, which tifffile cannot handle.
     with tifffile.TiffFile(file, name="upload.tif") as tiff:
-        page, selection = tiff.pages.first, select_pages(tiff, options)
+        selection = select_pages(tiff, options)
+        page = selection.pages.first
         depth = len(selection.slices)
         if depth == 1:
             options.check_image(page.imagelength, page.imagewidth)
         else:
             options.check_volume((page.imagewidth, page.imagelength, depth))
         _check_page(page, options.max_pixels)
-        stack, nonfinite = _decode_slices(tiff, selection, options)
+        stack, nonfinite = _decode_slices(selection, options)
     note = join_notes(selection.note, nonfinite_note(nonfinite, stack.size, options.zero_nonfinite))
     known = selection.spacing_mm
     if depth == 1:
@@ -93,29 +96,24 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Image | Volume:
     return Volume(voxels, None, note=note, spacing_mm=spacing_mm, time_slices=selection.time_slices)
 
 
-def _decode_slices(
-    tiff: "tifffile.TiffFile", selection: PageSelection, options: DecodeOptions
-) -> tuple[Pixels, int]:
+def _decode_slices(selection: PageSelection, options: DecodeOptions) -> tuple[Pixels, int]:
     """Returns (Z, H, W, C) values, and how many of them were not finite and became 0."""
     depth = len(selection.slices)
-    pixels, nonfinite = _decode_slice(tiff, selection, options, 0)
+    pixels, nonfinite = _decode_slice(selection, options, 0)
     if depth == 1:
         return pixels[None], nonfinite
     # The stack is filled in place, because joining a list of slices would take its memory twice.
     stack = np.empty((depth, *pixels.shape), pixels.dtype)
     stack[0] = pixels
     for number in range(1, depth):
-        stack[number], more = _decode_slice(tiff, selection, options, number)
+        stack[number], more = _decode_slice(selection, options, number)
         nonfinite += more
     return stack, nonfinite
 
 
-def _decode_slice(
-    tiff: "tifffile.TiffFile", selection: PageSelection, options: DecodeOptions, number: int
-) -> tuple[Pixels, int]:
+def _decode_slice(selection: PageSelection, options: DecodeOptions, number: int) -> tuple[Pixels, int]:
     """Returns (H, W, C) values of one slice, and how many of them were not finite and became 0."""
-    index, samples = selection.locate(selection.slices[number])
-    page = tiff.pages[index]
+    page, samples = selection.locate(number)
     # Each page is checked because the tags of a stack agree on its shape only, not on its strips.
     _check_page(page, options.max_pixels)
     if page.photometric == tifffile.PHOTOMETRIC.PALETTE and not options.labels:

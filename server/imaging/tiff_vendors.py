@@ -1,0 +1,71 @@
+"""Axes and pixel sizes in the private tags of MetaMorph (STK) and Zeiss (LSM), which tifffile reads."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tifffile
+from numpy import ndarray
+
+from server.imaging.page_axes import PageAxes, parse_count, parse_spacing
+from server.imaging.tiff_planes import UIC2
+
+UIC1, LSM_INFO = 33628, 34412
+
+# Relative difference up to which distances of planes count as equal.
+TOLERANCE = 0.01
+
+
+def is_lsm(page: "tifffile.TiffPage") -> bool:
+    """Returns whether a page is the first of a Zeiss LSM file, whose samples are channels and no colours."""
+    return LSM_INFO in page.tags
+
+
+def describe(page: "tifffile.TiffPage", count: int) -> PageAxes | None:
+    """Describes the pages of a file that has such tags; None for other files, and where they do not fit.
+
+    Args:
+        page: First page.
+        count: Number of planes.
+    """
+    lsm, stk = page.tags.valueof(LSM_INFO), page.tags.valueof(UIC2)
+    try:
+        if isinstance(lsm, dict):
+            return _lsm(lsm, count)
+        if isinstance(stk, dict):
+            calibration = page.tags.valueof(UIC1)
+            return _stk(stk, calibration if isinstance(calibration, dict) else {}, count)
+    except (ValueError, TypeError, KeyError, OverflowError):
+        pass
+    return None
+
+
+def _lsm(info: Mapping[str, Any], count: int) -> PageAxes:
+    """Reads Zeiss' header: slices follow each other, then times; a voxel is measured in metres."""
+    lengths = [parse_count(dict(info), f"Dimension{name}") for name in ("Time", "Z")]
+    spacing_mm = parse_spacing({axis: (info[f"VoxelSize{axis}"], "m") for axis in "XYZ"})
+    if np.prod(lengths) != count:
+        return PageAxes("?", np.arange(count), spacing_mm)
+    return PageAxes("TZ", np.arange(count).reshape(lengths), spacing_mm)
+
+
+def _stk(planes: Mapping[str, Any], calibration: Mapping[str, Any], count: int) -> PageAxes:
+    """Reads MetaMorph's tags: planes are slices where they have distances, else times where they have those."""
+    unit = str(calibration.get("CalibrationUnits", ""))
+    lengths = {axis: (calibration.get(f"{axis}Calibration", ""), unit) for axis in "XY"}
+    # The first plane has no distance where the others' are steps, or is the origin where they are places.
+    steps, letter = np.asarray(planes["ZDistance"], dtype=np.float64)[1:], "?"
+    if count > 1 and np.isfinite(steps).all() and (steps != 0).all():
+        letter, lengths["Z"] = "Z", (_step(steps), unit)
+    elif count > 1 and (np.diff(np.asarray(planes["TimeCreated"], dtype=np.int64)) != 0).all():
+        letter = "T"
+    return PageAxes(letter, np.arange(count), parse_spacing(lengths))
+
+
+def _step(distances: "ndarray[tuple[int], np.dtype[np.float64]]") -> float:
+    """Returns the distance of two planes, from steps or places; 0 where planes are not equally far apart."""
+    places = np.diff(distances, prepend=0.0)
+    for steps in (distances, places):
+        if np.ptp(steps) <= TOLERANCE * abs(steps[0]):
+            return float(abs(steps[0]))
+    return 0.0
