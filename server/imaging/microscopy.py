@@ -6,6 +6,7 @@ only counted.
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,19 @@ from server.imaging.page_axes import PageAxes, PageShape, parse_count, parse_spa
 
 # Characters of a description.
 MAX_DESCRIPTION = 8 * 1024 * 1024
+# ImageJ's lines that tell sizes, units and times.
+IMAGEJ_KEYS = (
+    "unit",
+    "yunit",
+    "zunit",
+    "spacing",
+    "fps",
+    "finterval",
+    "tunit",
+    "xorigin",
+    "yorigin",
+    "zorigin",
+)
 # Characters that are read of ImageJ's lines and of tifffile's JSON, both of which are short.
 MAX_SHORT_DESCRIPTION = 65536
 
@@ -110,12 +124,14 @@ def _imagej(text: str, count: int, resolution: tuple[float, float]) -> PageAxes:
     # ImageJ writes the spacing below zero for one order of slices.
     lengths["Z"] = (values.get("spacing", "").lstrip("-"), values.get("zunit", unit))
     spacing_mm = parse_spacing(lengths)
+    kept = {key: values[key] for key in IMAGEJ_KEYS if key in values}
+    words: dict[str, Any] = {"spacing_mm": spacing_mm, "dialect": "imagej", "values": kept}
     try:
         images = parse_count(values, "images")
         sizes = [parse_count(values, name) for name in ("frames", "slices", "channels")]
     except ValueError:
         note = "ImageJ's description is damaged; pages were taken as slices"
-        return PageAxes("?", np.arange(count), spacing_mm, note)
+        return PageAxes("?", np.arange(count), note=note, **words)
     if images > count:
         raise Unreadable(
             f"ImageJ's description says {images:,} images and the file lists {count:,} (written so above 4 GB, or cut "
@@ -127,8 +143,8 @@ def _imagej(text: str, count: int, resolution: tuple[float, float]) -> PageAxes:
             parameter="axes",
         )
     if math.prod(sizes) != count:
-        return PageAxes("Z", np.arange(count), spacing_mm)
-    return PageAxes("TZC", np.arange(count).reshape(sizes), spacing_mm)
+        return PageAxes("Z", np.arange(count), **words)
+    return PageAxes("TZC", np.arange(count).reshape(sizes), **words)
 
 
 def _imagej_values(text: str) -> dict[str, str]:

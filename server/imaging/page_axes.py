@@ -1,6 +1,6 @@
 """Axes of the pages of a TIFF: which page is which slice, time or channel, and how far apart pixels lie."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ MIN_PIXEL_MM, MAX_PIXEL_MM = 1e-7, 100.0
 
 LETTERS = "TZCYXS"
 
+# ImageJ's lines and OME's attributes that tell times; the others tell sizes.
+TIME_KEYS = frozenset({"fps", "finterval", "tunit", "TimeIncrement", "TimeIncrementUnit"})
+
 # Pixels of the first page: (H, W, samples).
 PageShape = tuple[int, int, int]
 
@@ -28,12 +31,18 @@ class PageAxes:
         pages: Index of each page in the file, with these axes.
         spacing_mm: Distance in mm from pixel to pixel along those of X, Y and Z for which it is known.
         note: What is in doubt about the description, for the caller.
+        dialect: "imagej" or "ome", in which an answer describes its pages; "" without a description.
+        values: What the description tells of sizes, units and times, in that dialect.
+        planes: What OME tells of each plane.
     """
 
     letters: str
     pages: Int64[ndarray, "*lengths"]
     spacing_mm: dict[str, float] = field(default_factory=dict)
     note: str = ""
+    dialect: str = ""
+    values: dict[str, str] = field(default_factory=dict)
+    planes: tuple[dict[str, str], ...] = ()
 
 
 def unknown_axes(count: int, note: str = "") -> PageAxes:
@@ -67,7 +76,7 @@ def with_axes(described: PageAxes, axes: str, count: int, shape: PageShape) -> P
     pages = np.arange(count) if len(of_pages) == 1 and count > 1 else described.pages.reshape(lengths)
     if pages.ndim != len(of_pages) or (of_samples and shape[2] < 2):
         raise _misfit(axes, count, lengths, shape)
-    return PageAxes(of_pages, pages, described.spacing_mm)
+    return replace(described, letters=of_pages, pages=pages, note="", planes=())
 
 
 def _misfit(axes: str, count: int, lengths: list[int], shape: PageShape) -> InvalidParameter:

@@ -10,10 +10,12 @@ import tifffile
 from jaxtyping import Int64
 from numpy import ndarray
 
+from server.arrays import Calibration
 from server.errors import Unreadable
-from server.imaging import microscopy, tiff_vendors
+from server.imaging import microscopy, ome, tiff_vendors
 from server.imaging.decode_options import DecodeOptions, join_notes
 from server.imaging.page_axes import PageAxes, PageShape, unknown_axes, with_axes
+from server.imaging.tiff_calibration import orientation, read_calibration
 from server.imaging.tiff_planes import Pages, count_planes, find_planes, stored_plane
 
 
@@ -27,7 +29,8 @@ class PageSelection:
             plane.
         samples: Samples of a pixel to keep, where a page holds one plane.
         channels: Number of decoded channels.
-        spacing_mm: Distance in mm from pixel to pixel along those of X, Y and Z for which it is known.
+        calibration: What the file says of sizes and times, for an answer as TIFF.
+        spacing_mm: Distances in mm as in `Image` or `Volume`; None where they are unknown.
         note: What is in doubt, for the caller.
         time_slices: Slices of each time of a time-lapse; else None.
         planes: Planes of a page, each of which tifffile wrote as a sample; else 1.
@@ -37,7 +40,8 @@ class PageSelection:
     slices: list[int]
     samples: slice
     channels: int
-    spacing_mm: dict[str, float]
+    calibration: Calibration
+    spacing_mm: tuple[float, ...] | None
     note: str
     time_slices: int | None
     planes: int
@@ -86,9 +90,29 @@ def select_pages(tiff: "tifffile.TiffFile", options: DecodeOptions) -> PageSelec
     slices = [int(index) for index in ordered.ravel()]
     if not pages.counted and not _have_one_shape(pages, {index // planes for index in slices}):
         slices, note = slices[:1], f"only the first of {count} pages was read"
+        described = dataclasses.replace(described, planes=())
+    elif len(slices) > 1 and "?" not in described.letters:
+        described = dataclasses.replace(described, dialect=described.dialect or "imagej")
     time_slices = depth if times > 1 and len(slices) > 1 else None
-    note = join_notes(pages.note, described.note, guess, note)
-    return PageSelection(pages, slices, selected, channels, described.spacing_mm, note, time_slices, planes)
+    note = join_notes(pages.note, described.note, guess, note, _orientation_note(first))
+    spacing_mm = _spacing(described.spacing_mm, len(slices), time_slices)
+    own_planes = ome.planes_of_channel(described.planes, page_channel.start)
+    known = read_calibration(first, dataclasses.replace(described, planes=own_planes), spacing_mm)
+    return PageSelection(pages, slices, selected, channels, known, spacing_mm, note, time_slices, planes)
+
+
+def _spacing(known: dict[str, float], count: int, time_slices: int | None) -> tuple[float, ...] | None:
+    """Returns the spacing along the axes of the decoded array; None where that of one is unknown."""
+    # The Z axis of a time-lapse is time, which has no distance in mm.
+    axes = "YX" if count == 1 else "XY" if time_slices == 1 else "XYZ"
+    return tuple(known[axis] for axis in axes) if known.keys() >= set(axes) else None
+
+
+def _orientation_note(page: "tifffile.TiffPage") -> str:
+    number = orientation(page)
+    if number == 1:
+        return ""
+    return f"the orientation tag ({number}) was not applied: pixels were read as stored, and a TIFF answer has the same tag"
 
 
 def _count_planes(page: "tifffile.TiffPage", text: str, axes: str) -> int:

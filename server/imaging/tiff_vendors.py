@@ -45,8 +45,9 @@ def _lsm(info: Mapping[str, Any], count: int) -> PageAxes:
     lengths = [parse_count(dict(info), f"Dimension{name}") for name in ("Time", "Z")]
     spacing_mm = parse_spacing({axis: (info[f"VoxelSize{axis}"], "m") for axis in "XYZ"})
     if np.prod(lengths) != count:
-        return PageAxes("?", np.arange(count), spacing_mm)
-    return PageAxes("TZ", np.arange(count).reshape(lengths), spacing_mm)
+        return PageAxes("?", np.arange(count), spacing_mm, dialect="imagej")
+    values = _interval(float(info.get("TimeIntervall", 0.0)))
+    return PageAxes("TZ", np.arange(count).reshape(lengths), spacing_mm, dialect="imagej", values=values)
 
 
 def _stk(planes: Mapping[str, Any], calibration: Mapping[str, Any], count: int) -> PageAxes:
@@ -54,12 +55,18 @@ def _stk(planes: Mapping[str, Any], calibration: Mapping[str, Any], count: int) 
     unit = str(calibration.get("CalibrationUnits", ""))
     lengths = {axis: (calibration.get(f"{axis}Calibration", ""), unit) for axis in "XY"}
     # The first plane has no distance where the others' are steps, or is the origin where they are places.
-    steps, letter = np.asarray(planes["ZDistance"], dtype=np.float64)[1:], "?"
+    steps, letter, values = np.asarray(planes["ZDistance"], dtype=np.float64)[1:], "?", {}
+    times_ms = np.diff(np.asarray(planes["TimeCreated"], dtype=np.int64))
     if count > 1 and np.isfinite(steps).all() and (steps != 0).all():
         letter, lengths["Z"] = "Z", (_step(steps), unit)
-    elif count > 1 and (np.diff(np.asarray(planes["TimeCreated"], dtype=np.int64)) != 0).all():
-        letter = "T"
-    return PageAxes(letter, np.arange(count), parse_spacing(lengths))
+    elif count > 1 and (times_ms != 0).all():
+        letter, values = "T", _interval(float(np.median(times_ms)) / 1e3)
+    return PageAxes(letter, np.arange(count), parse_spacing(lengths), dialect="imagej", values=values)
+
+
+def _interval(seconds: float) -> dict[str, str]:
+    """Returns ImageJ's line of the time between two frames."""
+    return {"finterval": f"{seconds:.9g}"} if 0 < seconds < np.inf else {}
 
 
 def _step(distances: "ndarray[tuple[int], np.dtype[np.float64]]") -> float:

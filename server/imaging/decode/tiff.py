@@ -3,7 +3,7 @@
 import logging
 import math
 import operator
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 import tifffile
@@ -86,14 +86,17 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Image | Volume:
         _check_page(page, options.max_pixels)
         stack, nonfinite = _decode_slices(selection, options)
     note = join_notes(selection.note, nonfinite_note(nonfinite, stack.size, options.zero_nonfinite))
-    known = selection.spacing_mm
+    known, spacing_mm = selection.calibration, selection.spacing_mm
     if depth == 1:
-        return Image(stack[0], note, (known["Y"], known["X"]) if known.keys() >= set("XY") else None)
-    # The Z axis of a time-lapse is time, which has no distance in mm.
-    axes = "XY" if selection.time_slices == 1 else "XYZ"
-    spacing_mm = tuple(known[axis] for axis in axes) if known.keys() >= set(axes) else None
-    voxels = stack.transpose(2, 1, 0, 3)
-    return Volume(voxels, None, note=note, spacing_mm=spacing_mm, time_slices=selection.time_slices)
+        return Image(stack[0], note, cast("tuple[float, float] | None", spacing_mm), known)
+    return Volume(
+        stack.transpose(2, 1, 0, 3),
+        None,
+        note=note,
+        spacing_mm=spacing_mm,
+        time_slices=selection.time_slices,
+        calibration=known,
+    )
 
 
 def _decode_slices(selection: PageSelection, options: DecodeOptions) -> tuple[Pixels, int]:
