@@ -61,12 +61,14 @@ def select_pages(tiff: "tifffile.TiffFile", options: DecodeOptions) -> PageSelec
 
     Raises:
         TooLarge: There are too many pages, strips or characters of description.
-        Unreadable: The description tells of pages that are missing.
+        Unreadable: The description tells of pages that are missing, or the file is a slide of a scanner in a
+            compression that is not read.
         InvalidParameter: The requested axes or channel do not fit the file.
     """
     text = tiff.pages.first.description
     pages = find_planes(tiff, every_page=microscopy.is_ome(text))
     first = pages.first
+    tiff_vendors.refuse_slide(first)
     text = first.description or text
     samples, planes = operator.index(first.samplesperpixel), 1
     if samples > 1 and first.planarconfig == tifffile.PLANARCONFIG.SEPARATE:

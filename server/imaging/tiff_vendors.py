@@ -1,5 +1,6 @@
 """Axes and pixel sizes in the private tags of MetaMorph (STK) and Zeiss (LSM), which tifffile reads."""
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,10 +8,24 @@ import numpy as np
 import tifffile
 from numpy import ndarray
 
+from server.errors import Unreadable
 from server.imaging.page_axes import PageAxes, parse_count, parse_spacing
 from server.imaging.tiff_planes import UIC2
 
 UIC1, LSM_INFO = 33628, 34412
+
+# Whole-slide scanners, whose files are TIFF, by what tifffile tells them by.
+SLIDES = {
+    "Aperio SVS": operator.attrgetter("is_svs"),
+    "Hamamatsu NDPI": operator.attrgetter("is_ndpi"),
+    "Leica SCN": operator.attrgetter("is_scn"),
+    "Ventana BIF": operator.attrgetter("is_bif"),
+    "Philips TIFF": operator.attrgetter("is_philips"),
+    "PerkinElmer QPTIFF": operator.attrgetter("is_qpi"),
+}
+
+# Compressions that may be read: none, fax, LZW, deflate, PackBits, LZMA and Zstandard.
+LOSSLESS = (1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 50000)
 
 # Relative difference up to which distances of planes count as equal.
 TOLERANCE = 0.01
@@ -19,6 +34,26 @@ TOLERANCE = 0.01
 def is_lsm(page: "tifffile.TiffPage") -> bool:
     """Returns whether a page is the first of a Zeiss LSM file, whose samples are channels and no colours."""
     return LSM_INFO in page.tags
+
+
+def refuse_slide(page: "tifffile.TiffPage") -> None:
+    """Refuses a slide of a scanner in a compression that is not read, by the name of its format.
+
+    Raises:
+        Unreadable: The page is the first of such a file.
+    """
+    if page.compression in LOSSLESS:
+        return
+    name = next((name for name, is_slide in SLIDES.items() if is_slide(page)), None)
+    if name is not None:
+        compression = tifffile.COMPRESSION(page.compression).name
+        raise Unreadable(
+            f"the file is {name} with compression {compression}, which is not read here; export the region that is to be "
+            "segmented as OME-TIFF or TIFF with LZW, deflate or none, e.g. with QuPath",
+            reason="compression",
+            value=compression,
+            format=name,
+        )
 
 
 def describe(page: "tifffile.TiffPage", count: int) -> PageAxes | None:
