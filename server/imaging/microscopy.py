@@ -121,8 +121,8 @@ def _imagej(text: str, count: int, resolution: tuple[float, float]) -> PageAxes:
         for letter, pixels, key in zip("XY", resolution, ("", "yunit"), strict=True)
         if pixels
     }
-    # ImageJ writes the spacing below zero for one order of slices.
-    lengths["Z"] = (values.get("spacing", "").lstrip("-"), values.get("zunit", unit))
+    # ImageJ writes no spacing where it is 1, and one below zero for one order of slices.
+    lengths["Z"] = (values.get("spacing", "1").lstrip("-"), values.get("zunit", unit))
     spacing_mm = parse_spacing(lengths)
     kept = {key: values[key] for key in IMAGEJ_KEYS if key in values}
     words: dict[str, Any] = {"spacing_mm": spacing_mm, "dialect": "imagej", "values": kept}

@@ -90,13 +90,23 @@ def select_pages(tiff: "tifffile.TiffFile", options: DecodeOptions) -> PageSelec
     ordered, times, depth = _order_pages(described, page_channel.start)
     note = _time_note(times, depth)
     slices = [int(index) for index in ordered.ravel()]
-    if not pages.counted and not _have_one_shape(pages, {index // planes for index in slices}):
+    selected_pages = {0} if pages.counted else {index // planes for index in slices}
+    if not _have_one_shape(pages, selected_pages):
         slices, note = slices[:1], f"only the first of {count} pages was read"
+        selected_pages = {slices[0] // planes}
         described = dataclasses.replace(described, planes=())
     elif len(slices) > 1 and "?" not in described.letters:
         described = dataclasses.replace(described, dialect=described.dialect or "imagej")
     time_slices = depth if times > 1 and len(slices) > 1 else None
-    note = join_notes(pages.note, described.note, guess, note, _orientation_note(first))
+    note = join_notes(
+        pages.note,
+        described.note,
+        guess,
+        note,
+        _orientation_note(first),
+        _empty_note(pages, selected_pages),
+        _colors_note(first, text, planes, options.axes),
+    )
     spacing_mm = _spacing(described.spacing_mm, len(slices), time_slices)
     own_planes = ome.planes_of_channel(described.planes, page_channel.start)
     known = read_calibration(first, dataclasses.replace(described, planes=own_planes), spacing_mm)
@@ -188,5 +198,19 @@ def _time_note(times: int, depth: int) -> str:
 
 def _have_one_shape(pages: Pages, selected: set[int]) -> bool:
     """Returns whether size, samples and type of these planes are those of the first plane."""
-    # tifffile itself groups pages of one hash to a series.
-    return len({pages.hashes[pages.planes[number]] for number in selected | {0}}) == 1
+    return len({pages.tags[pages.planes[number]].shape for number in selected | {0}}) == 1
+
+
+def _empty_note(pages: Pages, selected: set[int]) -> str:
+    """Returns the note that data is missing, as where a writer stopped; such parts decode to 0."""
+    empty = sum(pages.tags[pages.planes[number]].empty for number in selected)
+    return f"{empty:,} strips or tiles of the TIFF have no data and were read as 0" if empty else ""
+
+
+def _colors_note(page: "tifffile.TiffPage", text: str, planes: int, axes: str) -> str:
+    """Returns the note that three or four planes were taken for colours, which tifffile writes without axes."""
+    separate = page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and page.samplesperpixel > 1
+    if axes or planes > 1 or not separate or not text.startswith("{") or "axes" in text:
+        return ""
+    count = page.samplesperpixel
+    return f"the {count} planes were read as colours; axes=ZYX, TYX or CYX reads them as slices, times or channels"

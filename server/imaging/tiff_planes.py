@@ -3,7 +3,7 @@
 import copy
 import operator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import tifffile
 
@@ -26,6 +26,20 @@ REDUCED, MASK = 1, 4
 UIC2, IPLAB, NIH_IMAGE = 33629, 34122, 43314
 
 
+class PageTags(NamedTuple):
+    """Holds what is compared of a page.
+
+    Attributes:
+        kind: Bits of NewSubfileType.
+        shape: Size, samples, type and colours.
+        empty: Number of strips or tiles without data, which decode to 0.
+    """
+
+    kind: int
+    shape: tuple[object, ...]
+    empty: int
+
+
 @dataclass(frozen=True)
 class Pages:
     """Holds the pages of a file that are planes.
@@ -33,14 +47,14 @@ class Pages:
     Attributes:
         chain: Directories of the file, or those below its first page.
         planes: Index in `chain` of each page that is a plane.
-        hashes: Hash of shape, type and compression of each page of `chain`.
+        tags: Tags of each page of `chain`.
         counted: Planes that follow each other behind the first page; 0 where each has a page of its own.
         note: What is in doubt, for the caller.
     """
 
     chain: Any
     planes: list[int]
-    hashes: list[int]
+    tags: list[PageTags]
     counted: int = 0
     note: str = ""
 
@@ -72,21 +86,26 @@ def find_planes(tiff: "tifffile.TiffFile", *, every_page: bool) -> Pages:
         TooLarge: There are too many pages, strips or characters of description.
     """
     _check_page_count(tiff.pages)
-    kinds, hashes = _read_tags(tiff.pages)
-    planes = [index for index, kind in enumerate(kinds) if every_page or not kind & (REDUCED | MASK)]
+    tags = _read_tags(tiff.pages)
+    planes = list(range(len(tags))) if every_page else _planes(tags)
     if planes:
-        return Pages(tiff.pages, planes, hashes)
+        return Pages(tiff.pages, planes, tags)
     below = tiff.pages.first.pages
     if below is not None:
         # Cameras and some scanners put a thumbnail first, and the image into a directory below it.
         _check_page_count(below)
-        kinds, hashes_below = _read_tags(below)
-        planes = [index for index, kind in enumerate(kinds) if not kind & (REDUCED | MASK)]
+        tags_below = _read_tags(below)
+        planes = _planes(tags_below)
         if planes:
-            return Pages(below, planes, hashes_below)
+            return Pages(below, planes, tags_below)
     # A page that was cut out of another file may have kept its mark.
     note = "all pages are marked as thumbnails or masks (NewSubfileType), and were read as the image"
-    return Pages(tiff.pages, list(range(len(hashes))), hashes, note=note)
+    return Pages(tiff.pages, list(range(len(tags))), tags, note=note)
+
+
+def _planes(tags: list[PageTags]) -> list[int]:
+    """Returns the pages that are neither thumbnails nor masks."""
+    return [index for index, page in enumerate(tags) if not page.kind & (REDUCED | MASK)]
 
 
 def count_planes(page: "tifffile.TiffPage", described: int) -> int:
@@ -148,18 +167,18 @@ def _check_page_count(chain: Any) -> None:
     )
 
 
-def _read_tags(chain: Any) -> tuple[list[int], list[int]]:
-    """Returns the subfile type and the hash of each page.
+def _read_tags(chain: Any) -> list[PageTags]:
+    """Reads the tags of each page.
 
     Raises:
         TooLarge: The tags list too many strips, or too long descriptions.
     """
-    kinds, hashes, segments, characters = [], [], 0, 0
+    tags, segments, characters = [], 0, 0
     for number in range(len(chain)):
         page = chain[number]
         is_mask = page.photometric == tifffile.PHOTOMETRIC.MASK and len(chain) > 1
-        kinds.append(MASK if is_mask else int(page.subfiletype))
-        hashes.append(page.hash)
+        kind = MASK if is_mask else int(page.subfiletype)
+        tags.append(PageTags(kind, _shape(page), sum(not count for count in page.databytecounts)))
         # Both are counted here because pages may share them, so that a short file can cause unlimited work.
         segments += len(page.dataoffsets)
         characters += len(page.description)
@@ -178,4 +197,11 @@ def _read_tags(chain: Any) -> tuple[list[int], list[int]]:
                 actual=characters,
                 unit="characters",
             )
-    return kinds, hashes
+    return tags
+
+
+def _shape(page: "tifffile.TiffPage") -> tuple[object, ...]:
+    """Returns what planes of one stack have in common; strips and compression may differ from page to page."""
+    grey = page.photometric in (tifffile.PHOTOMETRIC.MINISWHITE, tifffile.PHOTOMETRIC.MINISBLACK)
+    colors = "grey" if grey else page.photometric
+    return page.imagelength, page.imagewidth, page.samplesperpixel, page.planarconfig, page.dtype, colors

@@ -174,6 +174,27 @@ def test_spacing_of_imagej(unit: str, mm: float) -> None:
     assert read(described(latin, 1, resolution=(4.0, 2.0))).spacing_mm == pytest.approx((mm / 2, mm / 4))
 
 
+# As ImageJ 1.52i writes them for pixels of 0.1 µm, 1/300 inch, 50 nm and 0.108 µm: no spacing where it is 1.
+BY_IMAGEJ: dict[str, tuple[tuple[int, int], int, tuple[float, ...]]] = {
+    "slices=3\nunit=cm\nloop=false": ((2147399999, 21474), 3, (1e-4, 1e-4, 10.0)),
+    "slices=3\nunit=inch\nloop=false": ((300000000, 1000000), 2, (25.4 / 300, 25.4 / 300, 25.4)),
+    "slices=3\nunit=nm\nspacing=120.0\nloop=false": ((20000, 1000000), 1, (5e-5, 5e-5, 1.2e-4)),
+    "frames=3\nunit=\\u00B5m\nfinterval=2.5\nspacing=0.3\nloop=false": (
+        (9259259, 1000000),
+        1,
+        (1.08e-4, 1.08e-4),
+    ),
+}
+
+
+@pytest.mark.parametrize("lines", BY_IMAGEJ)
+def test_spacing_as_imagej_writes_it(lines: str) -> None:
+    resolution, unit, spacing_mm = BY_IMAGEJ[lines]
+    text = f"ImageJ=1.53t\nimages=3\n{lines}\nmin=186.0\nmax=6531.0".encode()
+    data = described(text, 3, resolution=(resolution, resolution), resolutionunit=unit)
+    assert read(data).spacing_mm == pytest.approx(spacing_mm)
+
+
 @pytest.mark.parametrize(("unit", "mm"), [("µm", 1e-3), ("nm", 1e-6), ("mm", 1.0), ("cm", 10.0), ("", 1e-3)])
 def test_spacing_of_ome(unit: str, mm: float) -> None:
     sizes = {"PhysicalSizeX": 0.25, "PhysicalSizeY": 0.5, "PhysicalSizeZ": 3.0}

@@ -233,3 +233,43 @@ def test_lsm_gives_each_channel_as_times_and_slices(
     assert decoded.time_slices == (6 // lengths["T"] if "T" in axes else None)
     assert decoded.spacing_mm == pytest.approx((1e-4, 1e-4, 5e-4)[: 2 if axes == "T" else 3])
     assert (f"{channels} channels" in decoded.note) == (channels > 1)
+
+
+def test_pages_of_other_strips_and_compressions_are_one_stack() -> None:
+    """As tools write that append pages to a file of another tool."""
+    out = io.BytesIO()
+    options: list[dict[str, Any]] = [{"rowsperstrip": 5}, {"compression": "zlib"}, {"tile": (16, 16)}, {}]
+    with tifffile.TiffWriter(out) as tiff:
+        for page, more in zip(PLANES, options, strict=True):
+            tiff.write(page, metadata=None, contiguous=False, **more)
+    assert np.array_equal(stack(out.getvalue()), PLANES)
+
+
+@pytest.mark.parametrize("other", [PLANES[1, :12], PLANES[1].astype(np.uint8), np.stack([PLANES[1]] * 3, -1)])
+def test_pages_of_another_size_or_type_are_left_out_with_a_note(other: np.ndarray) -> None:
+    data = marked((FULL, PLANES[0]), (FULL, other))
+    assert np.array_equal(stack(data), PLANES[:1])
+    assert "only the first of 2 pages" in read(data).note
+
+
+@pytest.mark.parametrize("empty", [1, 3])
+def test_strips_without_data_are_noted(empty: int) -> None:
+    """As a writer leaves them that stopped half-way; libtiff and tifffile read zeros."""
+    sizes = [8 * 32 * 2 * (number >= empty) for number in range(3)]
+    tags = page_tags(PLANES[0], strips=3) | {279: long(*sizes)}
+    data = assembled(PLANES[0].tobytes(), tags)
+    expected = PLANES[0].copy()
+    expected[: 8 * empty] = 0
+    assert np.array_equal(stack(data)[0], expected)
+    assert f"{empty} strips" in read(data).note
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tifffile, which takes them for colours for now
+@pytest.mark.parametrize("count", [3, 4])
+def test_planes_that_may_be_colours_are_noted(count: int) -> None:
+    """As skimage.io.imsave writes a stack of three slices."""
+    out = io.BytesIO()
+    tifffile.imwrite(out, PLANES[:count])
+    assert f"the {count} planes were read as colours" in read(out.getvalue()).note
+    assert np.array_equal(stack(out.getvalue(), axes="ZYX"), PLANES[:count])
+    assert read(out.getvalue(), axes="YXS").note == ""
