@@ -1,5 +1,6 @@
 """Axes of the pages of a TIFF: which page is which slice, time or channel, and how far apart pixels lie."""
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -110,9 +111,14 @@ def parse_spacing(lengths: dict[str, tuple[str | float, str]]) -> dict[str, floa
     spacing_mm = {}
     for letter, (number, unit) in lengths.items():
         try:
-            mm = float(number) * MM_PER_UNIT[unit.strip().lower()]
+            mm = float(number) * MM_PER_UNIT[_unescaped(unit).strip().lower()]
         except (KeyError, ValueError):
             continue
         if MIN_PIXEL_MM <= mm <= MAX_PIXEL_MM:
             spacing_mm[letter] = mm
     return spacing_mm
+
+
+def _unescaped(text: str) -> str:
+    """Replaces letters that Java escaped, as ImageJ writes them."""
+    return re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)
