@@ -66,7 +66,8 @@ def select_pages(tiff: "tifffile.TiffFile", options: DecodeOptions) -> PageSelec
         InvalidParameter: The requested axes or channel do not fit the file.
     """
     text = tiff.pages.first.description
-    pages = find_planes(tiff, every_page=microscopy.is_ome(text))
+    # OME's numbers of pages count thumbnails too.
+    pages = find_planes(tiff, every_page=microscopy.is_ome(text) and "IFD=" in text)
     first = pages.first
     tiff_vendors.refuse_slide(first)
     text = first.description or text

@@ -80,7 +80,8 @@ def _lsm(info: Mapping[str, Any], count: int) -> PageAxes:
     lengths = [parse_count(dict(info), f"Dimension{name}") for name in ("Time", "Z")]
     spacing_mm = parse_spacing({axis: (info[f"VoxelSize{axis}"], "m") for axis in "XYZ"})
     if np.prod(lengths) != count:
-        return PageAxes("?", np.arange(count), spacing_mm, dialect="imagej")
+        note = "Zeiss' header describes other pages (several positions?); pages were taken as slices"
+        return PageAxes("?", np.arange(count), spacing_mm, note, "imagej")
     values = _interval(float(info.get("TimeIntervall", 0.0)))
     return PageAxes("TZ", np.arange(count).reshape(lengths), spacing_mm, dialect="imagej", values=values)
 

@@ -254,6 +254,12 @@ def test_description_that_does_not_help_leaves_slices(texts: list[str]) -> None:
         assert bool(read(data).note) == (texts is DAMAGED)
 
 
+def test_ome_header_in_another_file_is_named() -> None:
+    text = '<OME><BinaryOnly MetadataFile="cells.companion.ome" UUID="urn:uuid:1"/></OME>'
+    assert order(described(text)) == [0, 1, 2, 3, 4, 5]
+    assert "cells.companion.ome" in read(described(text)).note
+
+
 LAUGHS = "".join(f'<!ENTITY l{n} "{f"&l{n - 1};" * 10}">' for n in range(1, 10))
 FILE = '<!DOCTYPE OME [<!ENTITY x SYSTEM "file:///etc/passwd">]>'
 HOSTILE: dict[str, tuple[bytes, type[UnetppError], dict[str, Any] | str]] = {

@@ -74,6 +74,21 @@ def test_thumbnails_and_masks_are_no_planes(pages: tuple[str, list[tuple[int, np
     assert np.array_equal(full, PLANES)
 
 
+def test_thumbnails_between_the_planes_of_ome() -> None:
+    """Its header counts pages where it names them, and planes where it does not."""
+    pages = list(itertools.chain(*zip(WHOLE, SMALLER, strict=True)))
+    size = 'SizeX="32" SizeY="24" SizeZ="4" SizeC="1" SizeT="1" DimensionOrder="XYZCT"'
+    named = "".join(f'<TiffData IFD="{2 * z}" FirstZ="{z}" PlaneCount="1"/>' for z in range(4))
+    for where in ("", "<TiffData/>", named):
+        text = f"<OME><Image><Pixels {size}>{where}</Pixels></Image></OME>"
+        out = io.BytesIO()
+        with tifffile.TiffWriter(out) as tiff:
+            for number, (kind, page) in enumerate(pages):
+                description = None if number else text
+                tiff.write(page, subfiletype=kind, metadata=None, contiguous=False, description=description)
+        assert np.array_equal(stack(out.getvalue()), PLANES)
+
+
 @pytest.mark.parametrize(("kind", "planes"), [(1, 2), (2, 1), (3, 2)])
 def test_older_tag_for_thumbnails_is_read(kind: int, planes: int) -> None:
     """SubfileType, which came before NewSubfileType: 1 image, 2 thumbnail, 3 page."""
@@ -233,6 +248,12 @@ def test_lsm_gives_each_channel_as_times_and_slices(
     assert decoded.time_slices == (6 // lengths["T"] if "T" in axes else None)
     assert decoded.spacing_mm == pytest.approx((1e-4, 1e-4, 5e-4)[: 2 if axes == "T" else 3])
     assert (f"{channels} channels" in decoded.note) == (channels > 1)
+
+
+def test_lsm_of_several_positions_is_a_stack_with_a_note() -> None:
+    data = lsm(PLANES[:, None], SMALL, axes="TZ", lengths={"T": 1, "Z": 2})
+    assert np.array_equal(stack(data), PLANES)
+    assert "several positions" in read(data).note
 
 
 def test_pages_of_other_strips_and_compressions_are_one_stack() -> None:
