@@ -34,7 +34,7 @@ class _Header:
         tiff_data: Attributes of each of its TiffData elements.
         planes: Attributes of each of its Plane elements.
         files: Names of the files that hold its planes.
-        companion: Name of the file that holds the header itself; "" where it is here.
+        elsewhere: Whether another file holds the header itself.
         images: Number of images in the header.
         elements: Number of elements so far.
     """
@@ -44,7 +44,7 @@ class _Header:
         self.tiff_data: list[dict[str, str]] = []
         self.planes: list[dict[str, str]] = []
         self.files: set[str] = set()
-        self.companion = ""
+        self.elsewhere = False
         self.images = self.elements = 0
 
     def start_element(self, name: str, attributes: dict[str, str]) -> None:
@@ -58,8 +58,7 @@ class _Header:
             )
         local_name = name.rpartition(":")[2]
         self.images += local_name == "Image"
-        if local_name == "BinaryOnly":
-            self.companion = attributes.get("MetadataFile", "another file")
+        self.elsewhere |= local_name == "BinaryOnly"
         if self.images != 1:
             return
         if local_name == "Pixels":
@@ -97,8 +96,8 @@ def describe(text: str, count: int, shape: PageShape) -> PageAxes:
     parser.StartDoctypeDeclHandler = header.refuse_doctype
     try:
         parser.Parse(text.encode(errors="replace"), True)
-        if header.companion:
-            note = f"the OME header lies in {header.companion:.80}; pages were taken as slices, and axes= says otherwise"
+        if header.elsewhere:
+            note = "the OME header lies in another file; pages were taken as slices, and axes= says otherwise"
             return unknown_axes(count, note)
         sizes = {letter: parse_count(header.pixels, f"Size{letter}") for letter in "XYZCT"}
         order = header.pixels["DimensionOrder"]

@@ -233,6 +233,9 @@ def check(data: bytes, labels: bool, zero: bool) -> None:
     assert values.dtype in (np.uint8, np.uint16, np.int16, np.float32)
     assert values.size <= 3 * LIMIT
     assert np.isfinite(values).all()
+    # Notes are headers of HTTP, and none repeats a text of the file.
+    assert source.note.isascii()
+    assert source.note.isprintable()
     if isinstance(source, Image) or source.affine is None:
         # What a TIFF answer repeats of its source must never fail it.
         assert encoded("mask.tiff", masked(np.zeros(source.size, np.uint8), source))
