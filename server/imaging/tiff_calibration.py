@@ -75,6 +75,6 @@ def _place_tags(page: "tifffile.TiffPage") -> list[tuple[int, int, int, Any, boo
             continue
         if dtype == ASCII and not (isinstance(tag.value, str) and tag.value.isascii()):
             continue
-        # The text is counted anew, because it is read without what follows its end.
+        # tifffile counts the text itself, because it was read without what follows its end.
         kept.append((code, dtype, 0 if dtype == ASCII else tag.count, tag.value, True))
     return kept

@@ -1,4 +1,4 @@
-"""Finds the planes of a TIFF: pages that are no thumbnails and no masks, and planes that only a tag counts."""
+"""Finds the planes of a TIFF: pages without thumbnails and masks, and planes that only a tag counts."""
 
 import copy
 import operator

@@ -50,7 +50,7 @@ def series(data: bytes) -> tifffile.TiffPageSeries:
 
 
 def imagej(data: bytes) -> dict[str, Any]:
-    """What tifffile reads of ImageJ's words, and the resolution tags."""
+    """Values of ImageJ's words and of the resolution tags, read by tifffile."""
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         tags = {name: file.pages.first.tags.valueof(name) for name in ("XResolution", "YResolution")}
         return {**(file.imagej_metadata or {}), **tags, "ResolutionUnit": file.pages.first.resolutionunit}

@@ -15,7 +15,7 @@ PICTURE = Pillow.fromarray(np.arange(64 * 48, dtype=np.uint8).reshape(48, 64))
 
 
 def saved(kind: str) -> bytes:
-    """As Pillow writes it."""
+    """The picture in one of Pillow's formats."""
     out = io.BytesIO()
     PICTURE.convert("RGB" if kind in ("PDF", "PPM") else "L").save(out, kind)
     return out.getvalue()

@@ -84,7 +84,7 @@ def test_spacing_of_ome(unit: str, mm: float) -> None:
 
 @pytest.mark.parametrize("um", [1e-4, 0.05, 0.108, 325.0, 1e5])
 def test_pixels_from_a_tenth_of_a_nanometre_to_ten_centimetres_are_read(um: float) -> None:
-    """By tifffile in both dialects; half and twice the limits are no pixel sizes."""
+    """By tifffile in both dialects; half and twice the limits count as unknown."""
     for factor, known in ((1.0, True), (0.5, um > 1e-4), (2.0, um < 1e5)):
         sizes = {f"PhysicalSize{axis}": um * factor for axis in "XYZ"}
         by_ome = written(random(3), "ZYX", ome=True, metadata=sizes)

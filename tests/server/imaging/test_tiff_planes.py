@@ -129,7 +129,7 @@ def test_image_below_a_thumbnail_is_the_image() -> None:
 
 
 def test_pyramid_of_unmarked_levels_gives_the_first_with_a_note() -> None:
-    """As Aperio SVS has them: the image, a thumbnail and smaller levels, all without a mark."""
+    """Aperio SVS has the image, a thumbnail and smaller levels, all without a mark."""
     levels = [PLANES[0], PLANES[0, ::4, ::4], PLANES[0, ::2, ::2]]
     data = marked(*((FULL, level) for level in levels), description="Aperio Image Library v11.2.1")
     assert np.array_equal(stack(data), PLANES[:1])
@@ -236,7 +236,7 @@ def test_counted_planes_are_within_the_limit_of_voxels() -> None:
 def test_lsm_gives_each_channel_as_times_and_slices(
     axes: str, lengths: dict[str, int], channels: int, photometric: int
 ) -> None:
-    """The channels are no colours, though Zeiss says so of three."""
+    """The channels differ from colours, though Zeiss marks three of them as RGB."""
     planes = RNG.integers(0, 60000, (6, channels, 24, 32)).astype(np.uint16)
     data = lsm(planes, SMALL, axes=axes, lengths=lengths, photometric=photometric)
     by_tifffile = tifffile.imread(io.BytesIO(data)).reshape(planes.shape)
@@ -257,7 +257,7 @@ def test_lsm_of_several_positions_is_a_stack_with_a_note() -> None:
 
 
 def test_pages_of_other_strips_and_compressions_are_one_stack() -> None:
-    """As tools write that append pages to a file of another tool."""
+    """Tools append pages to files of other tools."""
     out = io.BytesIO()
     options: list[dict[str, Any]] = [{"rowsperstrip": 5}, {"compression": "zlib"}, {"tile": (16, 16)}, {}]
     with tifffile.TiffWriter(out) as tiff:
@@ -275,7 +275,7 @@ def test_pages_of_another_size_or_type_are_left_out_with_a_note(other: np.ndarra
 
 @pytest.mark.parametrize("empty", [1, 3])
 def test_strips_without_data_are_noted(empty: int) -> None:
-    """As a writer leaves them that stopped half-way; libtiff and tifffile read zeros."""
+    """A writer that stopped half-way leaves them; libtiff and tifffile read zeros."""
     sizes = [8 * 32 * 2 * (number >= empty) for number in range(3)]
     tags = page_tags(PLANES[0], strips=3) | {279: long(*sizes)}
     data = assembled(PLANES[0].tobytes(), tags)
@@ -288,7 +288,7 @@ def test_strips_without_data_are_noted(empty: int) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tifffile, which takes them for colours for now
 @pytest.mark.parametrize("count", [3, 4])
 def test_planes_that_may_be_colours_are_noted(count: int) -> None:
-    """As skimage.io.imsave writes a stack of three slices."""
+    """skimage.io.imsave writes a stack of three slices so."""
     out = io.BytesIO()
     tifffile.imwrite(out, PLANES[:count])
     assert f"the {count} planes were read as colours" in read(out.getvalue()).note
