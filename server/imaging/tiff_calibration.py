@@ -1,4 +1,4 @@
-"""What an answer as TIFF repeats of its source: words of ImageJ or OME, and tags that tell where pixels lie."""
+"""Calibration that a TIFF answer repeats: words of ImageJ or OME, and tags that tell where pixels lie."""
 
 from typing import Any
 

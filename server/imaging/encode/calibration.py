@@ -31,8 +31,8 @@ class Description:
     """Options of `tifffile.TiffWriter.write`.
 
     Attributes:
-        first: of the first page.
-        every: of every page.
+        first: options of the first page.
+        every: options of all pages.
     """
 
     first: dict[str, Any] = field(default_factory=dict)
