@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import operator
 from dataclasses import dataclass
 
@@ -131,7 +132,7 @@ def _orientation_note(page: "tifffile.TiffPage") -> str:
 def _count_planes(page: "tifffile.TiffPage", text: str, axes: str) -> int:
     """Returns how many planes lie behind each other in the only page; 0 where it holds one."""
     try:
-        return count_planes(page, microscopy.described_planes(text, page.nbytes // page.dtype.itemsize))
+        return count_planes(page, microscopy.described_planes(text, math.prod(page.shape)))
     except Unreadable:
         # The caller's axes must work for a file whose tags are wrong, because they are the remedy.
         if axes:

@@ -46,7 +46,8 @@ def refuse_slide(page: "tifffile.TiffPage") -> None:
         return
     name = next((name for name, is_slide in SLIDES.items() if is_slide(page)), None)
     if name is not None:
-        compression = tifffile.COMPRESSION(page.compression).name
+        known = page.compression in tifffile.COMPRESSION.__members__.values()
+        compression = tifffile.COMPRESSION(page.compression).name if known else str(int(page.compression))
         raise Unreadable(
             f"the file is {name} with compression {compression}, which is not read here; export the region that is to be "
             "segmented as OME-TIFF or TIFF with LZW, deflate or none, e.g. with QuPath",
