@@ -212,7 +212,9 @@ def _empty_note(pages: Pages, selected: set[int]) -> str:
 def _colors_note(page: "tifffile.TiffPage", text: str, planes: int, axes: str) -> str:
     """Returns the note that three or four planes were taken for colours, which tifffile writes without axes."""
     separate = page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and page.samplesperpixel > 1
-    if axes or planes > 1 or not separate or not text.startswith("{") or "axes" in text:
+    by_tifffile = text.startswith("{") and "axes" not in text
+    # Colour pictures have eight bits almost always.
+    if axes or planes > 1 or not separate or not by_tifffile or page.dtype == np.uint8:
         return ""
     count = page.samplesperpixel
     return f"the {count} planes were read as colours; axes=ZYX, TYX or CYX reads them as slices, times or channels"
