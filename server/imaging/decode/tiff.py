@@ -61,7 +61,7 @@ def read_header(file: BinaryIO, options: DecodeOptions) -> InputHeader:
         page = selection.pages.first
         # A tag may hold several numbers or a fraction, which operator.index refuses.
         height, width = operator.index(page.imagelength), operator.index(page.imagewidth)
-        sample_bytes = page.dtype.itemsize if page.dtype in (np.bool_, *EXACT_DTYPES) else 4
+        sample_bytes = page.dtype.itemsize if page.dtype in EXACT_DTYPES else 4
         depth = len(selection.slices)
         size = (height, width) if depth == 1 else (width, height, depth)
         return InputHeader(size, selection.channels, sample_bytes, time_slices=selection.time_slices)

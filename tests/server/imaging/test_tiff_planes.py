@@ -114,8 +114,10 @@ def test_mask_page_by_its_meaning_is_no_plane() -> None:
 def test_file_of_thumbnails_alone_is_read_with_a_note(kind: int) -> None:
     planes = [BITS, ~BITS] if kind & MASK else PLANES
     data = marked(*((kind, page) for page in planes))
-    assert np.array_equal(stack(data) > 0, np.asarray(planes) > 0)
-    assert "NewSubfileType" in read(data).note
+    decoded = read(data)
+    assert isinstance(decoded, Volume)
+    assert np.array_equal(decoded.voxels[..., 0].transpose(2, 1, 0) > 0, np.asarray(planes) > 0)
+    assert "NewSubfileType" in decoded.note
 
 
 def test_image_below_a_thumbnail_is_the_image() -> None:
