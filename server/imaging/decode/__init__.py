@@ -8,7 +8,6 @@ from server.arrays import Image, InputHeader, Volume
 from server.errors import InvalidParameter, UnetppError, Unreadable, UnsupportedType
 from server.imaging.decode import metaimage, nifti, nrrd, raster, tiff
 from server.imaging.decode_options import DecodeOptions
-from server.imaging.foreign import recognise
 
 T = TypeVar("T")
 
@@ -93,22 +92,6 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Image | Volume:
     return _dispatch(file, options, lambda decoder: decoder.decode(file, options))
 
 
-def _unsupported(file: BinaryIO) -> UnsupportedType:
-    """Returns the error for a file of another format, which is named where it is known."""
-    formats = ", ".join(decoder.formats for decoder in DECODERS.values())
-    foreign = recognise(file)
-    if foreign is None:
-        return UnsupportedType(
-            f"not a format that this server reads; it reads {formats}", allowed=formats.split(", ")
-        )
-    return UnsupportedType(
-        f"the file is {foreign.name}, which is not read here; {foreign.remedy}. This server reads {formats}",
-        value=foreign.name,
-        allowed=formats.split(", "),
-        remedy=foreign.remedy,
-    )
-
-
 def _dispatch(file: BinaryIO, options: DecodeOptions, function: Callable[[Decoder], T]) -> T:
     """Calls a function with the decoder of the file, and turns whatever it raises into a domain error."""
     prefix = file.read(PREFIX_BYTES)
@@ -120,7 +103,10 @@ def _dispatch(file: BinaryIO, options: DecodeOptions, function: Callable[[Decode
         )
     decoder = next((decoder for decoder in DECODERS.values() if decoder.sniff(prefix)), None)
     if decoder is None:
-        raise _unsupported(file)
+        formats = ", ".join(decoder.formats for decoder in DECODERS.values())
+        raise UnsupportedType(
+            f"not a format that this server reads; it reads {formats}", allowed=formats.split(", ")
+        )
     if options.axes and decoder is not DECODERS["tiff"]:
         raise InvalidParameter(
             f"axes is for TIFF; the axes of {decoder.formats} are known",
