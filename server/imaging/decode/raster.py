@@ -7,6 +7,7 @@ from PIL import Image as Pillow
 from PIL import ImageOps
 
 from server.arrays import Image, InputHeader
+from server.errors import Unreadable
 from server.imaging.decode_options import DecodeOptions, join_notes
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
@@ -14,7 +15,10 @@ FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 # Pillow's limit is off because ours is checked from the header, before any pixel is decoded.
 Pillow.MAX_IMAGE_PIXELS = None
 
-PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+PNG_MAGIC, JPEG_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+
+# Chunks of a WebP among which the picture is looked for; there are at most a few before it.
+MAX_CHUNKS = 100
 
 # Chunks that are compressed, and can be a thousand times as long as they look.
 COMPRESSED_CHUNKS = (b"zTXt", b"iTXt", b"iCCP")
@@ -33,7 +37,7 @@ GREY_MODES = ("1", "L", "LA", "La", "I", *SIXTEEN_BIT_MODES)
 def sniff(prefix: bytes) -> bool:
     """Returns whether a file is PNG, JPEG, BMP or WebP."""
     webp = prefix[:4] == b"RIFF" and prefix[8:12] == b"WEBP"
-    return webp or prefix.startswith((PNG_MAGIC, b"\xff\xd8\xff", b"BM"))
+    return webp or prefix.startswith((PNG_MAGIC, JPEG_MAGIC, b"BM"))
 
 
 def is_plain_png(data: bytes) -> bool:
@@ -43,6 +47,7 @@ def is_plain_png(data: bytes) -> bool:
 
 def read_header(file: BinaryIO, options: DecodeOptions) -> InputHeader:
     """Reads (H, W), upright as far as the header tells: PNG may have its EXIF behind the pixels."""
+    _check_lossless(file, options)
     with Pillow.open(file, formats=FORMATS) as picture:
         grey = picture.mode in GREY_MODES or (options.labels and picture.mode == "P")
         options.select_channels(1 if grey else 3, colors=not grey)
@@ -58,7 +63,11 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Image:
 
     Grey, 1-bit and 16-bit images keep one channel, and so do palette images decoded as labels, which are
     their indices; other palettes, CMYK and YCbCr become RGB.
+
+    Raises:
+        Unreadable: Labels are in a lossy format.
     """
+    _check_lossless(file, options)
     with Pillow.open(file, formats=FORMATS) as picture:
         options.check_image(picture.height, picture.width)
         frames = getattr(picture, "n_frames", 1)
@@ -73,6 +82,40 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Image:
     if selected != slice(0, count):
         pixels = np.ascontiguousarray(pixels[..., selected])
     return Image(pixels, join_notes(note, guess))
+
+
+def _check_lossless(file: BinaryIO, options: DecodeOptions) -> None:
+    """Refuses labels in a lossy format, whose values near an edge are none of those that were saved.
+
+    Raises:
+        Unreadable: The file is JPEG, or WebP that is lossy.
+    """
+    if not options.labels:
+        return
+    start = file.read(12)
+    lossy = "JPEG" if start.startswith(JPEG_MAGIC) else "lossy WebP" if _is_lossy_webp(start, file) else ""
+    file.seek(0)
+    if lossy:
+        raise Unreadable(
+            f"the label image is {lossy}, whose compression changes the values at each edge; send labels as PNG or TIFF",
+            reason="lossy",
+            value=lossy,
+            allowed=["PNG", "TIFF", "BMP", "lossless WebP"],
+        )
+
+
+def _is_lossy_webp(start: bytes, file: BinaryIO) -> bool:
+    """Returns whether the first picture of a WebP, among its chunks, is compressed as VP8 rather than VP8L."""
+    if start[8:12] != b"WEBP":
+        return False
+    for _ in range(MAX_CHUNKS):
+        head = file.read(8)
+        if len(head) < 8 or head[:4] in (b"VP8 ", b"VP8L"):
+            return head[:4] == b"VP8 "
+        length = int.from_bytes(head[4:], "little")
+        # A frame of an animation holds chunks itself, behind its place and duration.
+        file.seek(16 if head[:4] == b"ANMF" else length + length % 2, 1)
+    return False
 
 
 def _pixels(picture: Pillow.Image) -> "np.ndarray[tuple[int, ...], np.dtype[np.generic]]":

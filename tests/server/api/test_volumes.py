@@ -112,7 +112,7 @@ def test_segment_format_follows_the_kind_of_the_input(
         ("volume", "*/*", "application/gzip"),
         ("volume", "application/json", "application/json"),
         ("volume", "application/gzip", "application/gzip"),
-        ("volume", "image/png, application/x-npz;q=0.5", "image/png"),
+        ("volume", "image/png, application/x-npz;q=0.5", "application/x-npz"),
         ("stack", "image/*", "image/tiff"),
         ("image", "image/tiff", "image/tiff"),
         ("stack", "application/gzip;q=0.5, application/json;q=0.1", "application/json"),
@@ -132,6 +132,9 @@ def test_segment_accept_chooses_among_what_fits(
         ("stack", "?format=mask.nii.gz", "*/*"),
         ("image", "?format=mask.nii.gz", "*/*"),
         ("volume", "", "image/tiff"),
+        # A lossy or decorated picture is given by name only.
+        ("volume", "", "image/png"),
+        ("image", "", "image/jpeg"),
     ],
 )
 def test_segment_format_that_does_not_fit_is_refused(
