@@ -8,6 +8,8 @@ from PIL import ImageOps
 
 from server.arrays import Image, InputHeader
 from server.imaging.decode_options import DecodeOptions, join_notes
+from server.imaging.false_colour import as_grey
+from server.imaging.palette import ramp_note, ramp_values
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 
@@ -28,6 +30,8 @@ SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
 
 # Modes that become one channel.
 GREY_MODES = ("1", "L", "LA", "La", "I", *SIXTEEN_BIT_MODES)
+
+Pixels = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 
 
 def sniff(prefix: bytes) -> bool:
@@ -65,17 +69,29 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Image:
         picture.load()
         # The picture is turned in place because a copy of a large image takes its memory twice.
         ImageOps.exif_transpose(picture, in_place=True)
-        indices = options.labels and picture.mode == "P"
-        pixels = np.asarray(picture)[..., None] if indices else _pixels(picture)
+        pixels, ramp = _palette_values(picture, options) if picture.mode == "P" else (_pixels(picture), "")
     note = f"only the first of {frames} frames was read" if frames > 1 else ""
     count = pixels.shape[-1]
     selected, guess = options.select_channels(count, colors=count == 3)
     if selected != slice(0, count):
         pixels = np.ascontiguousarray(pixels[..., selected])
-    return Image(pixels, join_notes(note, guess))
+    pixels, colors = as_grey(pixels, [pixels], options)
+    return Image(pixels, join_notes(note, guess, ramp, colors))
 
 
-def _pixels(picture: Pillow.Image) -> "np.ndarray[tuple[int, ...], np.dtype[np.generic]]":
+def _palette_values(picture: Pillow.Image, options: DecodeOptions) -> tuple[Pixels, str]:
+    """Returns (H, W, 1) indices of labels and of ramps of colours, else (H, W, 3) RGB; and a note."""
+    indices = np.asarray(picture)
+    if options.labels:
+        return indices[..., None], ""
+    if options.channel is None:
+        palette = np.array(picture.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
+        if note := ramp_note(palette):
+            return ramp_values(indices, palette)[..., None], note
+    return _pixels(picture), ""
+
+
+def _pixels(picture: Pillow.Image) -> Pixels:
     """Returns (H, W, 1) grey or (H, W, 3) RGB."""
     mode = picture.mode
     if mode in SIXTEEN_BIT_MODES:

@@ -86,6 +86,7 @@ def tiffs() -> list[bytes]:
             for pixels in (GREY, COLOUR, GREY / np.float32(3))
             for name in names
         ),
+        *(picture_bytes(GREY > 40, "TIFF", compression=name) for name in ("tiff_ccitt", "group3", "group4")),
         tiff(DEEP, tile=(16, 16), compression="lzw", byteorder=">", bigtiff=True),
         tiff(np.moveaxis(COLOUR, -1, 0), planarconfig="separate", photometric="rgb"),
         tiff(np.stack([GREY] * 3), photometric="minisblack"),
