@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import SimpleITK
@@ -75,6 +76,8 @@ def rasters() -> list[bytes]:
         *(picture_bytes(COLOUR, kind, exif=exif.tobytes()) for kind in ("JPEG", "PNG", "WEBP")),
         *(picture_bytes(GREY, "JPEG", progressive=True), picture_bytes(indexed, "BMP")),
         picture_bytes(COLOUR, save_all=True, append_images=frames),
+        *(imagecodecs.png_encode(np.dstack([DEEP] * channels)) for channels in (2, 3, 4)),
+        picture_bytes(COLOUR * np.array([0, 0, 1], np.uint8), "JPEG"),
     ]
 
 
@@ -213,7 +216,9 @@ def check(data: bytes, labels: bool, zero: bool) -> None:
         # Of the server's insides it says nothing.
         assert not any(word in refusal for word in ("Error", "upload.tif", "/tmp", "site-packages"))  # noqa: S108
         return
-    assert values.dtype in (np.uint8, np.uint16, np.int16, np.float32)
+    # Numbers of objects are as stored.
+    numbers = labels and values.dtype.kind in "iu"
+    assert numbers or values.dtype in (np.uint8, np.uint16, np.int16, np.float32)
     assert values.size <= 3 * LIMIT
     assert np.isfinite(values).all()
 
