@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import SimpleITK
@@ -80,6 +81,8 @@ def rasters() -> list[bytes]:
         *(picture_bytes(COLOUR, kind, exif=exif.tobytes()) for kind in ("JPEG", "PNG", "WEBP")),
         *(picture_bytes(GREY, "JPEG", progressive=True), picture_bytes(indexed, "BMP")),
         picture_bytes(COLOUR, save_all=True, append_images=frames),
+        *(imagecodecs.png_encode(np.dstack([DEEP] * channels)) for channels in (2, 3, 4)),
+        picture_bytes(COLOUR * np.array([0, 0, 1], np.uint8), "JPEG"),
     ]
 
 
@@ -91,6 +94,7 @@ def tiffs() -> list[bytes]:
             for pixels in (GREY, COLOUR, GREY / np.float32(3))
             for name in names
         ),
+        *(picture_bytes(GREY > 40, "TIFF", compression=name) for name in ("tiff_ccitt", "group3", "group4")),
         tiff(DEEP, tile=(16, 16), compression="lzw", byteorder=">", bigtiff=True),
         tiff(np.moveaxis(COLOUR, -1, 0), planarconfig="separate", photometric="rgb"),
         tiff(np.stack([GREY] * 3), photometric="minisblack"),
@@ -230,7 +234,9 @@ def check(data: bytes, labels: bool, zero: bool) -> None:
         # Of the server's insides it says nothing.
         assert not any(word in refusal for word in ("Error", "upload.tif", "/tmp", "site-packages"))  # noqa: S108
         return
-    assert values.dtype in (np.uint8, np.uint16, np.int16, np.float32)
+    # Numbers of objects are as stored.
+    numbers = labels and values.dtype.kind in "iu"
+    assert numbers or values.dtype in (np.uint8, np.uint16, np.int16, np.float32)
     assert values.size <= 3 * LIMIT
     assert np.isfinite(values).all()
     # Notes are headers of HTTP, and none repeats a text of the file.
