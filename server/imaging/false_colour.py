@@ -7,14 +7,16 @@ carry one signal, its channel is the grey picture. `bench/false_colour.py` shows
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-from jaxtyping import Float32, Float64, Shaped
+from jaxtyping import Float32, Float64, Shaped, UInt8
 from numpy import ndarray
 
 from server.imaging.decode_options import DecodeOptions
 
 NAMES = ("red", "green", "blue")
-# Channels by their share in the brightness of JPEG, which is stored more exactly than the colours are.
-BY_BRIGHTNESS = (1, 0, 2)
+# Shares of the channels in the brightness of JPEG, which is stored more exactly than the colours are; channels by
+# their shares; and those whose share is large.
+BRIGHTNESS, EVEN = (0.299, 0.587, 0.114), (1.0, 1.0, 1.0)
+BY_BRIGHTNESS, BRIGHT = (1, 0, 2), (0, 1)
 
 # Pixels along each side of a block. Channels are compared by the means of blocks, because noise of cameras and
 # of JPEG, which halves the resolution of colours, is in the pixels.
@@ -42,7 +44,11 @@ SECOND_AXIS, THIRD_AXIS = 0.2, 0.05
 
 
 def as_grey(
-    values: Shaped[ndarray, "*size c"], planes: Iterable[Shaped[ndarray, "h w c"]], options: DecodeOptions
+    values: Shaped[ndarray, "*size c"],
+    planes: Iterable[Shaped[ndarray, "h w c"]],
+    options: DecodeOptions,
+    *,
+    lossy: bool = False,
 ) -> tuple[Shaped[ndarray, "*size d"], str]:
     """Returns the one channel that carries the signal of a colour input, else all channels; and a note for the caller.
 
@@ -50,26 +56,29 @@ def as_grey(
         values: Decoded channels of the whole input.
         planes: The planes of `values`, in any order.
         options: Choices; labels have no colours.
+        lossy: Whether the input is one plane of bytes whose colours were stored less exactly than its brightness.
     """
     if values.shape[-1] != 3 or options.labels:
         return values, ""
-    channel, note = find_signal(planes)
+    colors = Colors(planes)
+    channel, note = find_signal(colors)
     if channel is None:
         return values, note
+    if lossy:
+        return colors.mix(values, channel), note
     return values[..., channel : channel + 1].copy(order="K"), note
 
 
-def find_signal(planes: Iterable[Shaped[ndarray, "h w 3"]]) -> tuple[int | None, str]:
+def find_signal(colors: "Colors") -> tuple[int | None, str]:
     """Finds the channel that is the grey picture of an input in false colours.
 
     Args:
-        planes: Red, green and blue of all pixels, plane by plane.
+        colors: Statistics of all pixels.
 
     Returns:
         Index of the channel, None where the colours are real or those of several stains; and a note, "" where
         they are real.
     """
-    colors = _Colors(planes)
     strongest, second, third = colors.order
     if colors.std[second] <= NO_SECOND * colors.std[strongest]:
         return (strongest, _one_channel_note(strongest)) if colors.std[strongest] > 0 else (None, "")
@@ -77,12 +86,12 @@ def find_signal(planes: Iterable[Shaped[ndarray, "h w 3"]]) -> tuple[int | None,
         if colors.unexplained(second, strongest) <= UNEXPLAINED:
             equal = colors.std[second] >= EQUAL * colors.std[strongest]
             channel = next(k for k in BY_BRIGHTNESS if k in ((strongest, second) if equal else (strongest,)))
-            return channel, _one_signal_note(channel, second if channel == strongest else strongest)
+            return channel, _one_signal_note(*sorted((strongest, second)))
         return None, _stains_note(sorted((strongest, second)))
     return None, _stains_note([0, 1, 2]) if colors.are_two_stains() else ""
 
 
-class _Colors:
+class Colors:
     """Holds the statistics of the colours of one input.
 
     Attributes:
@@ -124,6 +133,23 @@ class _Colors:
         correlation = min(1.0, abs(float(covariance / (self.std[channel] * self.std[by]))))
         return float(np.sqrt(1 - correlation**2)) if covariance > 0 else 1.0
 
+    def mix(self, pixels: UInt8[ndarray, "H W 3"], channel: int) -> UInt8[ndarray, "H W 1"]:
+        """Mixes the grey picture of one signal from all channels of a JPEG, on the scale of one of them.
+
+        The brightness has its full resolution, which a channel has in part. Blue alone is too dark for that.
+        """
+        gains = np.array([self.covariance[other, channel] for other in range(3)]) / self.std[channel] ** 2
+        bright = any(gains[k] >= NO_SECOND for k in BRIGHT)
+        weights = np.array(BRIGHTNESS if bright else EVEN) / np.dot(BRIGHTNESS if bright else EVEN, gains)
+        offset = self.mean[channel] - np.dot(weights, self.mean)
+        grey = np.empty((*pixels.shape[:2], 1), dtype=np.uint8)
+        for first in range(0, len(pixels), ROWS):
+            part = pixels[first : first + ROWS]
+            # Written out because the order in which a matrix product adds depends on the processor.
+            mixed = sum((np.float32(weights[k]) * part[..., k] for k in range(3)), np.float32(offset))
+            grey[first : first + ROWS, :, 0] = np.clip(np.rint(mixed), 0, 255)
+        return grey
+
     def are_two_stains(self) -> bool:
         """Returns whether all three channels are mixed from two signals on a dark background."""
         third, second, first = np.sqrt(np.maximum(np.linalg.eigvalsh(self.covariance), 0))
@@ -147,16 +173,15 @@ def _block_means(plane: Shaped[ndarray, "h w 3"]) -> Iterator[Float64[ndarray, "
 def _one_channel_note(channel: int) -> str:
     others = " or ".join(f"channel={other}" for other in range(3) if other != channel)
     return (
-        f"false colour: only the {NAMES[channel]} channel carries signal; it was read as grey, as channel={channel} "
-        f"would be; {others} reads another"
+        f"false colour: only the {NAMES[channel]} channel (channel={channel}) carries signal; it was read as grey; {others} "
+        "reads another"
     )
 
 
-def _one_signal_note(channel: int, other: int) -> str:
-    first, second = sorted((channel, other))
+def _one_signal_note(first: int, second: int) -> str:
     return (
-        f"false colour: the {NAMES[first]} and {NAMES[second]} channels carry the same signal; the {NAMES[channel]} one "
-        f"was read as grey, as channel={channel} would be"
+        f"false colour: the {NAMES[first]} and {NAMES[second]} channels carry the same signal; it was read as grey; "
+        f"channel={first} or channel={second} reads one alone"
     )
 
 

@@ -50,7 +50,7 @@ class Segment:
 
 
 def walk(file: BinaryIO) -> Iterator[Segment]:
-    """Yields the segments before the first scan, and the scan's; ends where the file is no JPEG any more."""
+    """Yields the segments before the first scan, and the scan's; ends where no marker follows."""
     start = 2
     for _ in range(MAX_SEGMENTS):
         file.seek(start)

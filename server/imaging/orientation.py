@@ -36,7 +36,7 @@ def _find(data: bytes) -> int | None:
     """Finds the orientation in the first directory.
 
     Raises:
-        struct.error, KeyError: The data ends before, or is no directory.
+        struct.error, KeyError: The data ends before, or does not begin a directory.
     """
     order = ORDERS[data[:4]]
     (start,) = struct.unpack_from(f"{order}I", data, 4)

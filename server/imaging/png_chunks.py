@@ -1,6 +1,7 @@
 """Chunks of PNG: what Pillow needs of a file whose metadata it cannot read, and pixels of 16 bits, of which it keeps 8."""
 
 import io
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -11,6 +12,9 @@ from jaxtyping import UInt16
 from numpy import ndarray
 
 from server.errors import TooLarge
+
+# What is wrong with a file is the caller's to know and not the operator's, whose log it would fill.
+logging.getLogger("imagecodecs").setLevel(logging.CRITICAL)
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
 
@@ -62,7 +66,7 @@ def walk(file: BinaryIO) -> Iterator[Chunk]:
         head = file.read(BEFORE)
         if len(head) < BEFORE:
             return
-        # No more is read than there is, because memory is taken for all of what is asked for.
+        # No more is read than there is, because memory is taken for the whole length.
         length = min(int.from_bytes(head[:4], "big"), size)
         chunk = Chunk(head[4:], start, length)
         yield chunk

@@ -18,6 +18,9 @@ from server.imaging.palette import ramp_note, ramp_values
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 
+# Of Pillow's formats; a JPEG of several pictures is MPO.
+LOSSY_FORMATS = ("JPEG", "MPO")
+
 # Pillow's limit is off because ours is checked from the header, before any pixel is decoded.
 Pillow.MAX_IMAGE_PIXELS = None
 
@@ -87,17 +90,17 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Image:
         Unreadable: The file is of a kind that is not read, or labels are in a lossy format.
     """
     _check_lossless(file, options)
-    (pixels, note), skipped = _tolerant(file, lambda readable: _decode(readable, options))
+    (pixels, note, lossy), skipped = _tolerant(file, lambda readable: _decode(readable, options))
     count = pixels.shape[-1]
     selected, guess = options.select_channels(count, colors=count == 3)
     if selected != slice(0, count):
         pixels = np.ascontiguousarray(pixels[..., selected])
-    pixels, colors = as_grey(pixels, [pixels], options)
+    pixels, colors = as_grey(pixels, [pixels], options, lossy=lossy)
     return Image(pixels, join_notes(note, skipped, guess, colors))
 
 
-def _decode(file: BinaryIO, options: DecodeOptions) -> tuple[Pixels, str]:
-    """Returns the pixels, upright, and a note."""
+def _decode(file: BinaryIO, options: DecodeOptions) -> tuple[Pixels, str, bool]:
+    """Returns the pixels, upright, a note, and whether their colours were stored less exactly than their brightness."""
     deep = png_chunks.count_deep_channels(file)
     with Pillow.open(file, formats=FORMATS) as picture:
         options.check_image(picture.height, picture.width)
@@ -111,9 +114,10 @@ def _decode(file: BinaryIO, options: DecodeOptions) -> tuple[Pixels, str]:
                 _palette_values(picture, options) if picture.mode == "P" else (_pixels(picture), "")
             )
         orientation, unreadable = _orientation(picture)
+        lossy = picture.format in LOSSY_FORMATS
     note = f"only the first of {frames} frames was read" if frames > 1 else ""
     # The picture is turned when Pillow has let go of it, because it would take its memory once more.
-    return turn_upright(pixels, orientation), join_notes(note, ramp, unreadable)
+    return turn_upright(pixels, orientation), join_notes(note, ramp, unreadable), lossy
 
 
 def _orientation(picture: Pillow.Image) -> tuple[int, str]:

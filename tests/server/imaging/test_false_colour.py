@@ -100,7 +100,12 @@ def test_noise_of_jpeg_is_no_signal(tint: str, light: float) -> None:
             data = picture_bytes(tinted(grey, TINTS[tint]), "JPEG", quality=quality, subsampling=subsampling)
             image = read(data)
             assert image.values.shape[-1] == 1, (quality, subsampling)
-            assert np.corrcoef(image.values.ravel(), grey.ravel())[0, 1] > 0.9
+            alone = np.asarray(Pillow.open(io.BytesIO(data)))[..., strongest(TINTS[tint])]
+            likeness, of_channel = (
+                np.corrcoef(picture.ravel(), grey.ravel())[0, 1] for picture in (image.values, alone)
+            )
+            # The brightness of a JPEG has the resolution that its colours lack.
+            assert likeness > max(0.9, of_channel - 0.01)
 
 
 @pytest.mark.parametrize("tint", TINTS)
