@@ -46,7 +46,7 @@ class InputHeader:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a TIFF says of sizes, times and places, in its own words; an answer as TIFF repeats it.
+    """Sizes, times and places that a TIFF tells, in its own words; an answer as TIFF repeats them.
 
     Attributes:
         dialect: "imagej" or "ome" by the program whose words they are, "" where only plain tags tell.
@@ -77,7 +77,7 @@ class Image:
         pixels: (H, W, C) uint8, uint16 or float32, all finite; C = 1 grey or 3 red, green, blue.
         note: remark on the decoding for the caller, e.g. that only the first page was read.
         spacing_mm: distances in mm from row to row and from column to column; None where the file gives none.
-        calibration: what a TIFF says of sizes and times; None for other formats.
+        calibration: sizes and times that a TIFF tells, in its words; None for other formats.
     """
 
     pixels: Shaped[ndarray, "H W C"]
@@ -118,7 +118,7 @@ class Volume:
             MetaImage.
         time_slices: slices of each time of a time-lapse, because objects do not span two times; None for
             other inputs.
-        calibration: what a TIFF says of sizes and times; None for other formats.
+        calibration: sizes and times that a TIFF tells, in its words; None for other formats.
     """
 
     voxels: Shaped[ndarray, "X Y Z C"]
