@@ -49,7 +49,7 @@ class InputHeader:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a TIFF says of sizes, times and places, in its own words; an answer as TIFF repeats it.
+    """Sizes, times and places that a TIFF tells, in its own words; an answer as TIFF repeats them.
 
     Attributes:
         dialect: "imagej" or "ome" by the program whose words they are, "" where only plain tags tell.
@@ -80,7 +80,7 @@ class Image:
         pixels: (H, W, C) uint8, uint16 or float32, all finite; C = 1 grey or 3 red, green, blue.
         note: remark on the decoding for the caller, e.g. that only the first page was read.
         spacing_mm: distances in mm from row to row and from column to column; None where the file gives none.
-        calibration: what a TIFF says of sizes and times; None for other formats.
+        calibration: sizes and times that a TIFF tells, in its words; None for other formats.
     """
 
     pixels: Shaped[ndarray, "H W C"]
@@ -124,7 +124,7 @@ class Volume:
         stored_affine: the affine in the unit of the file; None where the file counts in mm.
         nrrd_place: lines of an NRRD header that place the volume, in the words of the source; empty where
             the affine says the same.
-        calibration: what a TIFF says of sizes and times; None for other formats.
+        calibration: sizes and times that a TIFF tells, in its words; None for other formats.
     """
 
     voxels: Shaped[ndarray, "X Y Z C"]
