@@ -157,7 +157,10 @@ def rivals(flat: SegmentationResult, solid: SegmentationResult) -> dict[str, tup
         "mask_1bit.png": ("Pillow", lambda: by_pillow(mask > 0)),
         "mask.tiff": ("tifffile", lambda: by_tifffile(mask)),
         "mask.nii.gz": ("nibabel", lambda: by_nibabel(solid.mask.classes, affine)),
-        "mask.seg.nrrd": ("pynrrd", lambda: by_pynrrd(solid.mask.classes, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine)),
+        "mask.seg.nrrd": (
+            "pynrrd",
+            lambda: by_pynrrd(solid.mask.classes, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine),
+        ),
         "labels.png": ("Pillow", lambda: by_pillow(wide)),
         "labels.tiff": ("tifffile", lambda: by_tifffile(wide)),
         "labels.nii.gz": ("nibabel", lambda: by_nibabel(solid.objects.labels, affine)),

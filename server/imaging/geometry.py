@@ -188,6 +188,11 @@ def spacing(affine: Float64[ndarray, "4 4"]) -> tuple[float, float, float]:
     return x, y, z
 
 
+def decimals(step: float, least: int) -> int:
+    """Returns how many decimals tell lengths apart that differ by a hundredth of a step, but at least `least`."""
+    return max(least, 2 - math.floor(math.log10(step)))
+
+
 def unit_mm(source: Image | Volume) -> float | None:
     """Returns the size of one pixel in mm² (also where each page is a time) or of one voxel in mm³; None if unknown."""
     if isinstance(source, Volume) and source.affine is not None:

@@ -1,7 +1,6 @@
 """The voxel grid that an NRRD or MetaImage header describes, and the reading of its values."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -13,7 +12,7 @@ from server.arrays import Image, InputHeader, Volume
 from server.errors import TooLarge, Unreadable
 from server.imaging.decode_options import DecodeOptions, join_notes, nonfinite_note
 from server.imaging.false_colour import as_grey
-from server.imaging.geometry import MM_PER_UNIT, check_affine, nifti_header
+from server.imaging.geometry import check_affine, nifti_header
 from server.imaging.streaming import EXACT_DTYPES, Stream, decoded_dtype, read_values, skip
 
 # Values of one pixel or voxel; more would make a small volume take endless work.
@@ -171,17 +170,19 @@ def place(
     return affine, None if (units_mm == 1).all() else stored
 
 
-def unit_note(names: Iterable[str], field: str) -> str:
+def unit_note(units_mm: Float64[ndarray, " axes"], field: str) -> str:
     """Returns the note that a file counts in another unit than mm; "" of mm.
 
     Args:
-        names: Units of the axes.
-        field: Field of the header that gives them.
+        units_mm: Length of the unit in mm, per coordinate.
+        field: Field of the header that gives the units, of which the note repeats no characters, because it
+            is sent as a header of HTTP.
     """
-    shown = ", ".join(dict.fromkeys(name for name in names if MM_PER_UNIT.get(name.lower(), 1.0) != 1))
+    if (units_mm == 1).all():
+        return ""
+    shown = " x ".join(f"{mm:g}" for mm in dict.fromkeys(units_mm.tolist()))
     return (
-        shown
-        and f"{field} is {shown:.40}, which ITK and Slicer ignore; the answer has the numbers of the source"
+        f"{field} is {shown} mm, which ITK and Slicer take for mm; the answer has the numbers of the source"
     )
 
 

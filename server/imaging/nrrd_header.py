@@ -57,6 +57,8 @@ PLACE = {
     "space origin": False,
     "space units": False,
 }
+# Fields whose items are in quotes.
+QUOTED = ("units", "space units")
 VECTOR = re.compile(r"\([^()]*\)")
 # Item of a field with one per axis: a vector, a text in quotes, or a word.
 ITEM = re.compile(r'\([^()]*\)|"(?:[^"\\]|\\.)*"|[^\s()"]+')
@@ -124,14 +126,16 @@ def place_lines(fields: dict[str, Any], spatial: list[int]) -> tuple[str, ...]:
         return ()
     lines = []
     for name, per_axis in PLACE.items():
-        text = fields.get(f"text {name}", "")
-        if per_axis and text:
-            items = ITEM.findall(text)
+        items = ITEM.findall(text) if (text := fields.get(f"text {name}", "")) else []
+        if per_axis and items:
             if len(items) != fields["dimension"]:
                 return ()
-            text = " ".join(items[axis] for axis in spatial)
-        if text:
-            lines.append(f"{name}: {text}")
+            items = [items[axis] for axis in spatial]
+        if name in QUOTED:
+            # Teem reads no others, and pynrrd does.
+            items = [item if item.startswith('"') else f'"{item}"' for item in items]
+        if items:
+            lines.append(f"{name}: {' '.join(items)}")
     return tuple(lines)
 
 

@@ -207,8 +207,8 @@ def note_resampling(source: Image | Volume, placement: Placement, manifest: Mani
     factors = (size / native for size, native in zip(placement.size, placement.native, strict=True))
     if all(1 / FAR <= factor <= FAR for factor in factors):
         return source
-    here, there = (" × ".join(map(str, size)) for size in (placement.native, placement.size))
-    mm = " × ".join(f"{step:g}" for step in manifest.spacing or ())
+    here, there = (" x ".join(map(str, size)) for size in (placement.native, placement.size))
+    mm = " x ".join(f"{step:g}" for step in manifest.spacing or ())
     note = (
         f"model {manifest.name!r} works on voxels of {mm} mm, so that {here} voxels were resampled to {there}; "
         "choose a model for this size, or repair the unit of the spacing"

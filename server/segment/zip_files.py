@@ -230,7 +230,7 @@ def is_zip(file: BinaryIO) -> bool:
 def _name(info: zipfile.ZipInfo) -> str:
     """Returns the name of a file as its packer meant it.
 
-    Many packers write UTF-8 without the flag that says so (macOS, old jar), or beside a name in
+    Many packers write UTF-8 without its flag (macOS, old jar), or beside a name in
     another character set (Info-ZIP). zipfile then takes the name for code page 437.
     """
     if info.flag_bits & IS_UTF8:

@@ -85,7 +85,7 @@ FIELDS = {
 
 
 # The first line: a name and what parts it from its value. MetaImage has no magic, and any field may come first.
-FIRST_LINE = re.compile(rb"\s*[A-Za-z][^=:\r\n\0]{0,500}[=:]")
+FIRST_LINE = re.compile(rb"\s*[\w(][^=:\r\n\0]{0,500}[=:]")
 # Names of which each header has one.
 TELLING = (b"NDims", b"ObjectType", b"DimSize")
 
@@ -243,9 +243,10 @@ def _placed(grid: Grid, fields: dict[str, str]) -> Grid:
     origin = _parse_numbers(fields, "Offset", stored_dims, zeros)
     # Each row is the direction of an axis of the array.
     directions = matrix[:dims, :dims] * steps[:, None]
-    affine, stored_affine = place(directions, origin[:dims], LPS_TO_RAS, np.full(3, unit_mm), ADVICE)
+    units_mm = np.full(3, unit_mm)
+    affine, stored_affine = place(directions, origin[:dims], LPS_TO_RAS, units_mm, ADVICE)
     lines = () if stored_affine is None else describe_place(stored_affine, unit)
-    note = unit_note([unit], "DistanceUnits")
+    note = unit_note(units_mm, "DistanceUnits")
     return replace(grid, affine=affine, stored_affine=stored_affine, note=note, nrrd_place=lines)
 
 

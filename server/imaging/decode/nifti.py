@@ -279,7 +279,7 @@ def _checked(form: Float64[ndarray, "4 4"] | Unreadable | None) -> Float64[ndarr
 
 
 def _form(file_header: Any, name: str) -> Float64[ndarray, "4 4"] | Unreadable | None:
-    """Returns an affine in mm; None without its code, and the error where it is no affine."""
+    """Returns an affine in mm; None without its code, and the error where it cannot be read."""
     getter = file_header.get_sform if name == "sform" else file_header.get_qform
     try:
         affine, code = getter(coded=True)

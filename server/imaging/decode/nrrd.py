@@ -209,7 +209,7 @@ def _placed_volume(grid: Grid, fields: dict[str, Any], spatial: list[int]) -> Gr
     )
     affine, stored_affine = place(steps, origin, signs or LPS_TO_RAS, units_mm, ADVICE)
     field = "space units" if by_directions else "units"
-    notes = join_notes(note, doubt, unit_note(fields.get(field, []), field))
+    notes = join_notes(note, doubt, unit_note(units_mm, field))
     lines = place_lines(fields, spatial)
     return replace(grid, affine=affine, stored_affine=stored_affine, note=notes, nrrd_place=lines)
 

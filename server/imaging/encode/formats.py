@@ -32,7 +32,7 @@ class Encoder:
         needs: parts that the result must hold besides the classes: "scores", "head_std", "objects", "report".
         compressible: whether the file is text, so that a zip or HTTP's Content-Encoding should compress it.
         by_name_only: whether only `format` gives it, never a header Accept: pictures that are lossy or decorated,
-            of which no program that asks for any image expects to measure the mask.
+            which a program that takes any image would measure as if it were the mask.
         outlines: whether it describes the shape of each object, which takes longer than all other formats.
         image_bytes: bytes of memory per pixel of an image during encoding, besides the file; the maximum over
             noise, stripes and dots. Volumes need none that counts, because only a small picture is made of

@@ -40,7 +40,7 @@ class _MediaRange:
     exact: bool
 
     def specificity(self, media_type: str) -> int:
-        """How closely the range names a media type; 0 if it does not match."""
+        """Returns 1 to 4, the more the closer the range names a media type; 0 if it does not match."""
         type_, _, subtype = media_type.partition("/")
         if (self.type, self.subtype) == ("*", "*"):
             return 1

@@ -70,6 +70,7 @@ SPELLINGS = {
     "ID first": spelled(first("ID", "7")),
     "name first": spelled(first("Name", "brain")),
     "modality first": spelled(first("Modality", "MET_MOD_MR")),
+    "DICOM tag first": spelled(first("0008|0060", "MR")),
     "custom first": spelled(first("Patient Position", "HFS")),
     "DICOM tag": spelled(having(1, ("0008|0060", "MR"))),
     "object type in lower case": spelled([("ObjectType", "image"), *list(FIELDS.items())[1:]]),

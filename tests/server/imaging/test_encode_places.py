@@ -254,6 +254,40 @@ def test_nrrd_answer_leaves_out_the_axis_of_channels() -> None:
     assert b'\nunits: "um" "um" "um"\n' in mask
 
 
+def test_units_without_quotes_are_quoted_in_the_answer() -> None:
+    fields = {"space": "LPS", "space directions": "(2,0,0) (0,2,0) (0,0,9)", "space units": "um um um"}
+    (mask,) = answers(volume(nrrd_by_hand(fields, VALUES, {})), "mask.seg.nrrd")
+    assert b'\nspace units: "um" "um" "um"\n' in mask
+    assert np.allclose(itk_read(mask, ".nrrd").GetSpacing(), (2, 2, 9))
+
+
+# As Slicer, unu and Windows write them; ITK reads them all.
+BY_HAND = {
+    "Slicer": "# Complete NRRD file format specification at:\n# http://teem.sourceforge.net/nrrd/format.html\ntype: short\n"
+    "dimension: 3\nspace: left-posterior-superior\nsizes: 3 4 5\nspace directions: (0.9,0,0) (0,0.9,0) (0,0,1.3)\n"
+    "kinds: domain domain domain\nendian: little\nencoding: raw\nspace origin: (1,2,3)\nmeasurement frame: (1,0,0) (0,1,0) (0,0,1)\n",
+    "upper case": "Type: int16\nDimension: 3\nSpace: LPS\nSizes: 3 4 5\nSpace Directions: (0.9,0,0) (0,0.9,0) (0,0,1.3)\n"
+    "Endian: Little\nEncoding: RAW\n",
+    "unu": "content: brain\ntype: short\ndimension: 3\nsizes: 3 4 5\nspacings: 0.5 0.5 2\naxis mins: -10 -20 -30\n"
+    'centers: cell cell cell\nlabels: "x" "y" "z"\nendian: little\nencoding: raw\n',
+    "no place": "type: short\ndimension: 3\nsizes: 3 4 5\nendian: little\nencoding: raw\n",
+    "thicknesses": "type: short\ndimension: 3\nsizes: 3 4 5\nspace: RAS\nspace directions: (1,0,0) (0,1,0) (0,0,1)\n"
+    "thicknesses: nan nan 3\nkinds: space space space\nendian: little\nencoding: raw\n",
+}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("name", BY_HAND)
+def test_nrrd_by_hand_is_answered_where_itk_reads_it(name: str, end: str) -> None:
+    head = f"NRRD0005\n{BY_HAND[name]}\n".replace("\n", end)
+    data = head.encode() + VALUES.tobytes(order="F")
+    mask, labels = answers(volume(data), "mask.seg.nrrd", "labels.nii.gz")
+    place = by_itk(data, ".nrrd")
+    assert not isinstance(place, str)
+    assert_same(place, by_itk(mask, ".nrrd"))
+    assert_same(place, by_itk(labels, ".nii.gz"))
+
+
 def test_reference_that_itk_wrote_for_a_volume_in_micrometres_fits() -> None:
     fields = {
         "space": "LPS",
