@@ -3,7 +3,7 @@
 N tiles, C channels, K score channels, H W the image, X Y Z the volume as stored, h w[ d] the tile.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,31 @@ class InputHeader:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What a TIFF says of sizes, times and places, in its own words; an answer as TIFF repeats it.
+
+    Attributes:
+        dialect: "imagej" or "ome" by the program whose words they are, "" where only plain tags tell.
+        values: lines of ImageJ's description, or attributes of OME's Pixels, that tell sizes, units and times.
+        planes: attributes of OME's Planes that tell when and where each was taken.
+        resolution: pixels per unit along X and Y, each as numerator and denominator; None if unknown.
+        resolution_unit: TIFF's number of that unit: 1 none or another, 2 inch, 3 cm.
+        orientation: TIFF's number of the way a viewer should turn the pixels; 1 is as stored.
+        tags: other tags of the first page, each as (code, type, count, value, True).
+        spacing_mm: the source's `spacing_mm` that these words give.
+    """
+
+    dialect: str = ""
+    values: Mapping[str, str] = field(default_factory=dict)
+    planes: tuple[Mapping[str, str], ...] = ()
+    resolution: tuple[tuple[int, int], tuple[int, int]] | None = None
+    resolution_unit: int = 1
+    orientation: int = 1
+    tags: tuple[tuple[int, int, int, Any, bool], ...] = ()
+    spacing_mm: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Image:
     """A decoded image.
 
@@ -52,11 +77,13 @@ class Image:
         pixels: (H, W, C) uint8, uint16 or float32, all finite; C = 1 grey or 3 red, green, blue.
         note: remark on the decoding for the caller, e.g. that only the first page was read.
         spacing_mm: distances in mm from row to row and from column to column; None where the file gives none.
+        calibration: what a TIFF says of sizes and times; None for other formats.
     """
 
     pixels: Shaped[ndarray, "H W C"]
     note: str = ""
     spacing_mm: tuple[float, float] | None = None
+    calibration: Calibration | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -91,6 +118,7 @@ class Volume:
             MetaImage.
         time_slices: slices of each time of a time-lapse, because objects do not span two times; None for
             other inputs.
+        calibration: what a TIFF says of sizes and times; None for other formats.
     """
 
     voxels: Shaped[ndarray, "X Y Z C"]
@@ -100,6 +128,7 @@ class Volume:
     spacing_mm: tuple[float, ...] | None = None
     family: str = "nifti"
     time_slices: int | None = None
+    calibration: Calibration | None = None
 
     @property
     def size(self) -> tuple[int, int, int]:

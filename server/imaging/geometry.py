@@ -26,14 +26,17 @@ MIN_SPACING_MM, MAX_SPACING_MM = 1e-4, 100.0
 
 # Length in mm of each unit that formats and microscopes write, in lower case.
 MM_PER_UNIT = {
-    **dict.fromkeys(("nm", "nanometer", "nanometers"), 1e-6),
-    **dict.fromkeys(("µm", "μm", "um", "micron", "microns", "micrometer", "micrometers"), 1e-3),
+    **dict.fromkeys(("å", "å", "angstrom", "angstroms"), 1e-7),
+    **dict.fromkeys(("nm", "nanometer", "nanometers", "nanometre", "nanometres"), 1e-6),
+    **dict.fromkeys(("µm", "μm", "um", "micron", "microns"), 1e-3),
+    **dict.fromkeys(("micrometer", "micrometers", "micrometre", "micrometres"), 1e-3),
     # µ as Java and Python escape it.
     **dict.fromkeys(("\\u00b5m", "\\u03bcm", "\\xb5m"), 1e-3),
-    **dict.fromkeys(("mm", "millimeter", "millimeters"), 1.0),
-    **dict.fromkeys(("cm", "centimeter", "centimeters"), 10.0),
-    **dict.fromkeys(("m", "meter", "meters"), 1e3),
+    **dict.fromkeys(("mm", "millimeter", "millimeters", "millimetre", "millimetres"), 1.0),
+    **dict.fromkeys(("cm", "centimeter", "centimeters", "centimetre", "centimetres"), 10.0),
+    **dict.fromkeys(("m", "meter", "meters", "metre", "metres"), 1e3),
     **dict.fromkeys(("inch", "inches", "in"), 25.4),
+    **dict.fromkeys(("pm", "picometer", "picometers", "picometre", "picometres"), 1e-9),
 }
 
 # Deviation from right angles, as a cosine, that rounding in headers causes.

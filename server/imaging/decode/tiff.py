@@ -4,7 +4,7 @@ import logging
 import math
 import operator
 from enum import IntEnum
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 import tifffile
@@ -13,7 +13,8 @@ from server.arrays import Image, InputHeader, Volume
 from server.errors import TooLarge, Unreadable
 from server.imaging.decode_options import DecodeOptions, join_notes, nonfinite_note
 from server.imaging.false_colour import as_grey
-from server.imaging.tiff_pages import MAX_SEGMENTS, PageSelection, select_pages
+from server.imaging.tiff_pages import PageSelection, select_pages
+from server.imaging.tiff_planes import MAX_SEGMENTS
 from server.imaging.tiff_values import EXACT_DTYPES, PageValues
 
 # tifffile logs what is wrong with a file. That is the caller's to know and not the operator's, whose log it
@@ -56,7 +57,8 @@ def sniff(prefix: bytes) -> bool:
 def read_header(file: BinaryIO, options: DecodeOptions) -> InputHeader:
     """Reads (H, W) of an image or (X, Y, Z) of a stack from the tags."""
     with tifffile.TiffFile(file, name="upload.tif") as tiff:
-        page, selection = tiff.pages.first, select_pages(tiff, options)
+        selection = select_pages(tiff, options)
+        page = selection.pages.first
         # A tag may hold several numbers or a fraction, which operator.index refuses.
         height, width = operator.index(page.imagelength), operator.index(page.imagewidth)
         sample_bytes = page.dtype.itemsize if page.dtype in EXACT_DTYPES or options.labels else 4
@@ -74,36 +76,38 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Image | Volume:
     """
     # The name is given because that of an upload in memory is None, which tifffile cannot handle.
     with tifffile.TiffFile(file, name="upload.tif") as tiff:
-        page, selection = tiff.pages.first, select_pages(tiff, options)
+        selection = select_pages(tiff, options)
+        page = selection.pages.first
         depth = len(selection.slices)
         if depth == 1:
             options.check_image(page.imagelength, page.imagewidth)
         else:
             options.check_volume((page.imagewidth, page.imagelength, depth))
         _check_page(page, options.max_pixels)
-        stack, note = _decode_slices(tiff, selection, options)
+        stack, note = _decode_slices(selection, options)
     note = join_notes(selection.note, note)
-    known = selection.spacing_mm
+    known, spacing_mm = selection.calibration, selection.spacing_mm
     if depth == 1:
-        return Image(stack[0], note, (known["Y"], known["X"]) if known.keys() >= set("XY") else None)
-    # The Z axis of a time-lapse is time, which has no distance in mm.
-    axes = "XY" if selection.time_slices == 1 else "XYZ"
-    spacing_mm = tuple(known[axis] for axis in axes) if known.keys() >= set(axes) else None
-    voxels = stack.transpose(2, 1, 0, 3)
-    return Volume(voxels, None, note=note, spacing_mm=spacing_mm, time_slices=selection.time_slices)
+        return Image(stack[0], note, cast("tuple[float, float] | None", spacing_mm), known)
+    return Volume(
+        stack.transpose(2, 1, 0, 3),
+        None,
+        note=note,
+        spacing_mm=spacing_mm,
+        time_slices=selection.time_slices,
+        calibration=known,
+    )
 
 
-def _decode_slices(
-    tiff: "tifffile.TiffFile", selection: PageSelection, options: DecodeOptions
-) -> tuple[Pixels, str]:
+def _decode_slices(selection: PageSelection, options: DecodeOptions) -> tuple[Pixels, str]:
     """Returns (Z, H, W, C) values, and a note on them."""
     depth, values = len(selection.slices), PageValues(options)
-    pixels, nonfinite = _decode_slice(tiff, selection, options, 0, values)
+    pixels, nonfinite = _decode_slice(selection, options, 0, values)
     # The stack is filled in place, because joining a list of slices would take its memory twice.
     stack = np.empty((depth, *pixels.shape), pixels.dtype) if depth > 1 else pixels[None]
     stack[0] = pixels
     for number in range(1, depth):
-        stack[number], more = _decode_slice(tiff, selection, options, number, values)
+        stack[number], more = _decode_slice(selection, options, number, values)
         nonfinite += more
     nonfinite_values = nonfinite_note(nonfinite, stack.size, options.zero_nonfinite)
     stack, colors = as_grey(stack, stack, options)
@@ -111,15 +115,10 @@ def _decode_slices(
 
 
 def _decode_slice(
-    tiff: "tifffile.TiffFile",
-    selection: PageSelection,
-    options: DecodeOptions,
-    number: int,
-    values: PageValues,
+    selection: PageSelection, options: DecodeOptions, number: int, values: PageValues
 ) -> tuple[Pixels, int]:
     """Returns (H, W, C) values of one slice, and how many of them were not finite and became 0."""
-    index, samples = selection.locate(selection.slices[number])
-    page = tiff.pages[index]
+    page, samples = selection.locate(number)
     # Each page is checked because the tags of a stack agree on its shape only, not on its strips.
     _check_page(page, options.max_pixels)
     return values.read(page, samples)
