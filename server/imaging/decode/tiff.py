@@ -115,10 +115,7 @@ def _decode_slices(selection: PageSelection, options: DecodeOptions) -> tuple[Pi
 
 
 def _decode_slice(
-    selection: PageSelection,
-    options: DecodeOptions,
-    number: int,
-    values: PageValues,
+    selection: PageSelection, options: DecodeOptions, number: int, values: PageValues
 ) -> tuple[Pixels, int]:
     """Returns (H, W, C) values of one slice, and how many of them were not finite and became 0."""
     page, samples = selection.locate(number)
