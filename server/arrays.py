@@ -3,7 +3,7 @@
 N tiles, C channels, K score channels, H W the image, X Y Z the volume as stored, h w[ d] the tile.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,31 @@ class InputHeader:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """Sizes, times and places that a TIFF tells, in its own words; an answer as TIFF repeats them.
+
+    Attributes:
+        dialect: "imagej" or "ome" by the program whose words they are, "" where only plain tags tell.
+        values: lines of ImageJ's description, or attributes of OME's Pixels, that tell sizes, units and times.
+        planes: attributes of OME's Planes that tell when and where each was taken.
+        resolution: pixels per unit along X and Y, each as numerator and denominator; None if unknown.
+        resolution_unit: TIFF's number of that unit: 1 none or another, 2 inch, 3 cm.
+        orientation: TIFF's number of the way a viewer should turn the pixels; 1 is as stored.
+        tags: other tags of the first page, each as (code, type, count, value, True).
+        spacing_mm: the source's `spacing_mm` that these words give.
+    """
+
+    dialect: str = ""
+    values: Mapping[str, str] = field(default_factory=dict)
+    planes: tuple[Mapping[str, str], ...] = ()
+    resolution: tuple[tuple[int, int], tuple[int, int]] | None = None
+    resolution_unit: int = 1
+    orientation: int = 1
+    tags: tuple[tuple[int, int, int, Any, bool], ...] = ()
+    spacing_mm: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Image:
     """A decoded image.
 
@@ -55,11 +80,13 @@ class Image:
         pixels: (H, W, C) uint8, uint16 or float32, all finite; C = 1 grey or 3 red, green, blue.
         note: remark on the decoding for the caller, e.g. that only the first page was read.
         spacing_mm: distances in mm from row to row and from column to column; None where the file gives none.
+        calibration: sizes and times that a TIFF tells, in its words; None for other formats.
     """
 
     pixels: Shaped[ndarray, "H W C"]
     note: str = ""
     spacing_mm: tuple[float, float] | None = None
+    calibration: Calibration | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -97,6 +124,7 @@ class Volume:
         stored_affine: the affine in the unit of the file; None where the file counts in mm.
         nrrd_place: lines of an NRRD header that place the volume, in the words of the source; empty where
             the affine says the same.
+        calibration: sizes and times that a TIFF tells, in its words; None for other formats.
     """
 
     voxels: Shaped[ndarray, "X Y Z C"]
@@ -108,6 +136,7 @@ class Volume:
     time_slices: int | None = None
     stored_affine: Float64[ndarray, "4 4"] | None = None
     nrrd_place: tuple[str, ...] = ()
+    calibration: Calibration | None = None
 
     @property
     def size(self) -> tuple[int, int, int]:

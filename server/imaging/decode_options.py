@@ -24,7 +24,8 @@ class DecodeOptions:
     Attributes:
         max_pixels: Largest height × width of an image, in pixels.
         max_voxels: Largest volume or stack, in voxels.
-        labels: Whether values are decoded as stored: the indices of a palette image instead of its colours.
+        labels: Whether values are decoded as stored: the indices of a palette image instead of its colours, and
+            whole numbers of a TIFF in their own type.
         zero_nonfinite: Whether NaN and infinite values become 0 instead of being refused.
         axes: Axes of a TIFF, slowest first, e.g. "TCYX"; "" means what its metadata says.
         channel: Index of the one channel to decode; None means all colours, or the first of other channels.

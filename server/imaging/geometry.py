@@ -37,6 +37,7 @@ MM_PER_UNIT = {
     **dict.fromkeys(("cm", "centimeter", "centimeters", "centimetre", "centimetres"), 10.0),
     **dict.fromkeys(("m", "meter", "meters", "metre", "metres"), 1e3),
     **dict.fromkeys(("inch", "inches", "in"), 25.4),
+    **dict.fromkeys(("pm", "picometer", "picometers", "picometre", "picometres"), 1e-9),
 }
 
 # Deviation from right angles, as a cosine, that rounding in headers causes.

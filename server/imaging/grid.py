@@ -11,6 +11,7 @@ from numpy import ndarray
 from server.arrays import Image, InputHeader, Volume
 from server.errors import TooLarge, Unreadable
 from server.imaging.decode_options import DecodeOptions, join_notes, nonfinite_note
+from server.imaging.false_colour import as_grey
 from server.imaging.geometry import check_affine, nifti_header
 from server.imaging.streaming import EXACT_DTYPES, Stream, decoded_dtype, read_values, skip
 
@@ -121,6 +122,9 @@ class Grid:
             flat, nonfinite = read_values(stream, self.stored, self._dtype, self.count * kept)
             values = flat.reshape(-1).reshape((*self.size, kept), order="F")
         note = join_notes(self.note, guess, nonfinite_note(nonfinite, values.size, options.zero_nonfinite))
+        planes = np.moveaxis(values, 2, 0) if values.ndim == 4 else [values]
+        values, colors = as_grey(values, planes, options)
+        note = join_notes(note, colors)
         if self.affine is None:
             return Image(np.ascontiguousarray(values.transpose(1, 0, 2)), note, self.spacing_mm)
         # ITK and Slicer take the numbers of the file for mm, so answers in NIfTI have the same numbers, of no unit.

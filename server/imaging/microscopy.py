@@ -6,6 +6,7 @@ only counted.
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,19 @@ from server.imaging.page_axes import PageAxes, PageShape, parse_count, parse_spa
 
 # Characters of a description.
 MAX_DESCRIPTION = 8 * 1024 * 1024
+# ImageJ's lines that tell sizes, units and times.
+IMAGEJ_KEYS = (
+    "unit",
+    "yunit",
+    "zunit",
+    "spacing",
+    "fps",
+    "finterval",
+    "tunit",
+    "xorigin",
+    "yorigin",
+    "zorigin",
+)
 # Characters that are read of ImageJ's lines and of tifffile's JSON, both of which are short.
 MAX_SHORT_DESCRIPTION = 65536
 
@@ -41,11 +55,34 @@ def describe(text: str, count: int, shape: PageShape, resolution: tuple[float, f
         )
     if text.startswith("ImageJ="):
         return _imagej(text, count, resolution)
-    if text.rstrip()[-10:].endswith("OME>"):
+    if is_ome(text):
         return ome.describe(text, count, shape)
     if text.startswith("{"):
         return _tifffile(text, count)
     return unknown_axes(count)
+
+
+def is_ome(text: str) -> bool:
+    """Returns whether a description is an OME-XML header."""
+    return text.rstrip()[-10:].endswith("OME>")
+
+
+def described_planes(text: str, values: int) -> int:
+    """Returns how many planes ImageJ's lines or tifffile's JSON count; 0 where they do not.
+
+    ImageJ writes large stacks with one page, and tifffile does so when its user wants it.
+
+    Args:
+        text: Description of the first page.
+        values: Number of values of a page.
+    """
+    try:
+        if text.startswith("ImageJ="):
+            return parse_count(_imagej_values(text), "images")
+        header = json.loads(text[:MAX_SHORT_DESCRIPTION]) if text.startswith("{") else {}
+        return math.prod(map(int, header["shape"])) // values if header.get("truncated") else 0
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        return 0
 
 
 def planes_per_page(text: str, count: int, samples: int, axes: str) -> int:
@@ -77,23 +114,24 @@ def _samples_are_planes(text: str, samples: int) -> bool:
 
 def _imagej(text: str, count: int, resolution: tuple[float, float]) -> PageAxes:
     """Reads ImageJ's lines: channels are the fastest axis, then slices, then times."""
-    lines = text[:MAX_SHORT_DESCRIPTION].splitlines()
-    values = dict(line.split("=", 1) for line in lines if "=" in line)
+    values = _imagej_values(text)
     unit = values.get("unit", "")
     lengths: dict[str, tuple[str | float, str]] = {
         letter: (1 / pixels, values.get(key, unit))
         for letter, pixels, key in zip("XY", resolution, ("", "yunit"), strict=True)
         if pixels
     }
-    # ImageJ writes the spacing below zero for one order of slices.
-    lengths["Z"] = (values.get("spacing", "").lstrip("-"), values.get("zunit", unit))
+    # ImageJ writes no spacing where it is 1, and one below zero for one order of slices.
+    lengths["Z"] = (values.get("spacing", "1").lstrip("-"), values.get("zunit", unit))
     spacing_mm = parse_spacing(lengths)
+    kept = {key: values[key] for key in IMAGEJ_KEYS if key in values}
+    words: dict[str, Any] = {"spacing_mm": spacing_mm, "dialect": "imagej", "values": kept}
     try:
         images = parse_count(values, "images")
         sizes = [parse_count(values, name) for name in ("frames", "slices", "channels")]
     except ValueError:
         note = "ImageJ's description is damaged; pages were taken as slices"
-        return PageAxes("?", np.arange(count), spacing_mm, note)
+        return PageAxes("?", np.arange(count), note=note, **words)
     if images > count:
         raise Unreadable(
             f"ImageJ's description says {images:,} images and the file lists {count:,} (written so above 4 GB, or cut "
@@ -105,8 +143,13 @@ def _imagej(text: str, count: int, resolution: tuple[float, float]) -> PageAxes:
             parameter="axes",
         )
     if math.prod(sizes) != count:
-        return PageAxes("Z", np.arange(count), spacing_mm)
-    return PageAxes("TZC", np.arange(count).reshape(sizes), spacing_mm)
+        return PageAxes("Z", np.arange(count), **words)
+    return PageAxes("TZC", np.arange(count).reshape(sizes), **words)
+
+
+def _imagej_values(text: str) -> dict[str, str]:
+    lines = text[:MAX_SHORT_DESCRIPTION].splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
 def _tifffile(text: str, count: int) -> PageAxes:

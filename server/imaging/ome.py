@@ -13,6 +13,18 @@ from server.imaging.page_axes import PageAxes, PageShape, parse_count, parse_spa
 # Elements of a header; one of 10,000 planes has some 30,000.
 MAX_ELEMENTS = 100_000
 
+# Attributes of Pixels, and of each Plane, that tell sizes, times and places.
+PIXELS_KEYS = (
+    *(f"PhysicalSize{end}" for end in ("X", "XUnit", "Y", "YUnit", "Z", "ZUnit")),
+    "TimeIncrement",
+    "TimeIncrementUnit",
+)
+PLANE_KEYS = (
+    *(f"Position{end}" for end in ("X", "XUnit", "Y", "YUnit", "Z", "ZUnit")),
+    "DeltaT",
+    "DeltaTUnit",
+)
+
 
 class _Header:
     """Collects the attributes of the first image while expat parses.
@@ -20,7 +32,9 @@ class _Header:
     Attributes:
         pixels: Attributes of its Pixels element.
         tiff_data: Attributes of each of its TiffData elements.
+        planes: Attributes of each of its Plane elements.
         files: Names of the files that hold its planes.
+        elsewhere: Whether another file holds the header itself.
         images: Number of images in the header.
         elements: Number of elements so far.
     """
@@ -28,7 +42,9 @@ class _Header:
     def __init__(self) -> None:
         self.pixels: dict[str, str] = {}
         self.tiff_data: list[dict[str, str]] = []
+        self.planes: list[dict[str, str]] = []
         self.files: set[str] = set()
+        self.elsewhere = False
         self.images = self.elements = 0
 
     def start_element(self, name: str, attributes: dict[str, str]) -> None:
@@ -42,12 +58,15 @@ class _Header:
             )
         local_name = name.rpartition(":")[2]
         self.images += local_name == "Image"
+        self.elsewhere |= local_name == "BinaryOnly"
         if self.images != 1:
             return
         if local_name == "Pixels":
             self.pixels = attributes
         elif local_name == "TiffData":
             self.tiff_data.append(attributes)
+        elif local_name == "Plane":
+            self.planes.append(attributes)
         elif local_name == "UUID" and "FileName" in attributes:
             self.files.add(attributes["FileName"])
 
@@ -77,6 +96,9 @@ def describe(text: str, count: int, shape: PageShape) -> PageAxes:
     parser.StartDoctypeDeclHandler = header.refuse_doctype
     try:
         parser.Parse(text.encode(errors="replace"), True)
+        if header.elsewhere:
+            note = "the OME header lies in another file; pages were taken as slices, and axes= says otherwise"
+            return unknown_axes(count, note)
         sizes = {letter: parse_count(header.pixels, f"Size{letter}") for letter in "XYZCT"}
         order = header.pixels["DimensionOrder"]
         tiff_data = [{key: parse_count(row, key) for key in row if key != "UUID"} for row in header.tiff_data]
@@ -94,7 +116,15 @@ def describe(text: str, count: int, shape: PageShape) -> PageAxes:
     if pages is None or len(header.files) > 1:
         raise _missing(math.prod(lengths.values()), count)
     note = f"only the first of {header.images} images was read" if header.images > 1 else ""
-    return PageAxes(letters, pages.reshape(list(lengths.values())), _spacing(header.pixels), note)
+    return PageAxes(
+        letters,
+        pages.reshape(list(lengths.values())),
+        _spacing(header.pixels),
+        note,
+        "ome",
+        {key: header.pixels[key] for key in PIXELS_KEYS if key in header.pixels},
+        tuple(row for row in header.planes if not row.keys().isdisjoint(PLANE_KEYS)),
+    )
 
 
 def _spacing(pixels: dict[str, str]) -> dict[str, float]:
@@ -102,6 +132,15 @@ def _spacing(pixels: dict[str, str]) -> dict[str, float]:
     names = {letter: f"PhysicalSize{letter}" for letter in "XYZ"}
     return parse_spacing(
         {letter: (pixels.get(name, ""), pixels.get(f"{name}Unit", "µm")) for letter, name in names.items()}
+    )
+
+
+def planes_of_channel(planes: tuple[dict[str, str], ...], channel: int) -> tuple[dict[str, str], ...]:
+    """Returns what an answer of one channel tells of its planes."""
+    return tuple(
+        {"TheC": "0"} | {key: row[key] for key in ("TheZ", "TheT", *PLANE_KEYS) if key in row}
+        for row in planes
+        if row.get("TheC") == str(channel)
     )
 
 

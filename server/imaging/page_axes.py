@@ -1,6 +1,7 @@
 """Axes of the pages of a TIFF: which page is which slice, time or channel, and how far apart pixels lie."""
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ from server.errors import InvalidParameter
 from server.imaging.geometry import MAX_SPACING_MM, MIN_SPACING_MM, MM_PER_UNIT
 
 LETTERS = "TZCYXS"
+
+# ImageJ's lines and OME's attributes that tell times; the others tell sizes.
+TIME_KEYS = frozenset({"fps", "finterval", "tunit", "TimeIncrement", "TimeIncrementUnit"})
 
 # Pixels of the first page: (H, W, samples).
 PageShape = tuple[int, int, int]
@@ -25,12 +29,18 @@ class PageAxes:
         pages: Index of each page in the file, with these axes.
         spacing_mm: Distance in mm from pixel to pixel along those of X, Y and Z for which it is known.
         note: What is in doubt about the description, for the caller.
+        dialect: "imagej" or "ome", in which an answer describes its pages; "" without a description.
+        values: What the description tells of sizes, units and times, in that dialect.
+        planes: What OME tells of each plane.
     """
 
     letters: str
     pages: Int64[ndarray, "*lengths"]
     spacing_mm: dict[str, float] = field(default_factory=dict)
     note: str = ""
+    dialect: str = ""
+    values: dict[str, str] = field(default_factory=dict)
+    planes: tuple[dict[str, str], ...] = ()
 
 
 def unknown_axes(count: int, note: str = "") -> PageAxes:
@@ -64,7 +74,7 @@ def with_axes(described: PageAxes, axes: str, count: int, shape: PageShape) -> P
     pages = np.arange(count) if len(of_pages) == 1 and count > 1 else described.pages.reshape(lengths)
     if pages.ndim != len(of_pages) or (of_samples and shape[2] < 2):
         raise _misfit(axes, count, lengths, shape)
-    return PageAxes(of_pages, pages, described.spacing_mm)
+    return replace(described, letters=of_pages, pages=pages, note="", planes=())
 
 
 def _misfit(axes: str, count: int, lengths: list[int], shape: PageShape) -> InvalidParameter:
@@ -98,9 +108,14 @@ def parse_spacing(lengths: dict[str, tuple[str | float, str]]) -> dict[str, floa
     spacing_mm = {}
     for letter, (number, unit) in lengths.items():
         try:
-            mm = float(number) * MM_PER_UNIT[unit.strip().lower()]
+            mm = float(number) * MM_PER_UNIT[_unescaped(unit).strip().lower()]
         except (KeyError, ValueError):
             continue
         if MIN_SPACING_MM <= mm <= MAX_SPACING_MM:
             spacing_mm[letter] = mm
     return spacing_mm
+
+
+def _unescaped(text: str) -> str:
+    """Replaces letters that Java escaped, as ImageJ writes them."""
+    return re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)

@@ -3,15 +3,19 @@
 import logging
 import math
 import operator
-from typing import BinaryIO
+from enum import IntEnum
+from typing import BinaryIO, cast
 
 import numpy as np
 import tifffile
 
 from server.arrays import Image, InputHeader, Volume
 from server.errors import TooLarge, Unreadable
-from server.imaging.decode_options import DecodeOptions, join_notes, nonfinite_note, zero_nonfinite
-from server.imaging.tiff_pages import MAX_SEGMENTS, PageSelection, select_pages
+from server.imaging.decode_options import DecodeOptions, join_notes, nonfinite_note
+from server.imaging.false_colour import as_grey
+from server.imaging.tiff_pages import PageSelection, select_pages
+from server.imaging.tiff_planes import MAX_SEGMENTS
+from server.imaging.tiff_values import EXACT_DTYPES, PageValues
 
 # tifffile logs what is wrong with a file. That is the caller's to know and not the operator's, whose log it
 # would fill.
@@ -19,18 +23,18 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 # What microscopes and scanners write. JPEG is left out because each strip brings a size of its own, which the
 # decoder would allocate whatever the page says; rarer codecs are left out because their decoders have seen
-# fewer hostile files.
+# fewer hostile files. They are numbers of the specification, because libraries name them differently.
 COMPRESSIONS = {
-    "NONE",
-    "LZW",
-    "DEFLATE",
-    "ADOBE_DEFLATE",
-    "PACKBITS",
-    "ZSTD",
-    "LZMA",
-    "CCITTRLE",
-    "CCITT_T4",
-    "CCITT_T6",
+    1: "none",
+    2: "CCITT RLE",
+    3: "CCITT T.4",
+    4: "CCITT T.6",
+    5: "LZW",
+    8: "Adobe deflate",
+    32773: "PackBits",
+    32946: "deflate",
+    34925: "LZMA",
+    50000: "Zstandard",
 }
 
 # Meanings of samples that are decoded; ink (CMYK) or CIELAB taken for RGB would give a wrong answer without a
@@ -39,9 +43,6 @@ PHOTOMETRICS = {"MINISWHITE", "MINISBLACK", "RGB", "PALETTE", "MASK"}
 
 # Bytes of a decoded page per pixel of the limit: RGB in float32, the most that an `Image` holds.
 BYTES_PER_PIXEL = 12
-
-# Types that are decoded as stored; values of all others become float32.
-EXACT_DTYPES = (np.uint8, np.uint16)
 
 MAX_SAMPLES = 64
 
@@ -56,10 +57,11 @@ def sniff(prefix: bytes) -> bool:
 def read_header(file: BinaryIO, options: DecodeOptions) -> InputHeader:
     """Reads (H, W) of an image or (X, Y, Z) of a stack from the tags."""
     with tifffile.TiffFile(file, name="upload.tif") as tiff:
-        page, selection = tiff.pages.first, select_pages(tiff, options)
+        selection = select_pages(tiff, options)
+        page = selection.pages.first
         # A tag may hold several numbers or a fraction, which operator.index refuses.
         height, width = operator.index(page.imagelength), operator.index(page.imagewidth)
-        sample_bytes = page.dtype.itemsize if page.dtype in EXACT_DTYPES else 4
+        sample_bytes = page.dtype.itemsize if page.dtype in EXACT_DTYPES or options.labels else 4
         depth = len(selection.slices)
         size = (height, width) if depth == 1 else (width, height, depth)
         return InputHeader(size, selection.channels, sample_bytes, time_slices=selection.time_slices)
@@ -74,82 +76,52 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Image | Volume:
     """
     # The name is given because that of an upload in memory is None, which tifffile cannot handle.
     with tifffile.TiffFile(file, name="upload.tif") as tiff:
-        page, selection = tiff.pages.first, select_pages(tiff, options)
+        selection = select_pages(tiff, options)
+        page = selection.pages.first
         depth = len(selection.slices)
         if depth == 1:
             options.check_image(page.imagelength, page.imagewidth)
         else:
             options.check_volume((page.imagewidth, page.imagelength, depth))
         _check_page(page, options.max_pixels)
-        stack, nonfinite = _decode_slices(tiff, selection, options)
-    note = join_notes(selection.note, nonfinite_note(nonfinite, stack.size, options.zero_nonfinite))
-    known = selection.spacing_mm
+        stack, note = _decode_slices(selection, options)
+    note = join_notes(selection.note, note)
+    known, spacing_mm = selection.calibration, selection.spacing_mm
     if depth == 1:
-        return Image(stack[0], note, (known["Y"], known["X"]) if known.keys() >= set("XY") else None)
-    # The Z axis of a time-lapse is time, which has no distance in mm.
-    axes = "XY" if selection.time_slices == 1 else "XYZ"
-    spacing_mm = tuple(known[axis] for axis in axes) if known.keys() >= set(axes) else None
-    voxels = stack.transpose(2, 1, 0, 3)
-    return Volume(voxels, None, note=note, spacing_mm=spacing_mm, time_slices=selection.time_slices)
+        return Image(stack[0], note, cast("tuple[float, float] | None", spacing_mm), known)
+    return Volume(
+        stack.transpose(2, 1, 0, 3),
+        None,
+        note=note,
+        spacing_mm=spacing_mm,
+        time_slices=selection.time_slices,
+        calibration=known,
+    )
 
 
-def _decode_slices(
-    tiff: "tifffile.TiffFile", selection: PageSelection, options: DecodeOptions
-) -> tuple[Pixels, int]:
-    """Returns (Z, H, W, C) values, and how many of them were not finite and became 0."""
-    depth = len(selection.slices)
-    pixels, nonfinite = _decode_slice(tiff, selection, options, 0)
-    if depth == 1:
-        return pixels[None], nonfinite
+def _decode_slices(selection: PageSelection, options: DecodeOptions) -> tuple[Pixels, str]:
+    """Returns (Z, H, W, C) values, and a note on them."""
+    depth, values = len(selection.slices), PageValues(options)
+    pixels, nonfinite = _decode_slice(selection, options, 0, values)
     # The stack is filled in place, because joining a list of slices would take its memory twice.
-    stack = np.empty((depth, *pixels.shape), pixels.dtype)
+    stack = np.empty((depth, *pixels.shape), pixels.dtype) if depth > 1 else pixels[None]
     stack[0] = pixels
     for number in range(1, depth):
-        stack[number], more = _decode_slice(tiff, selection, options, number)
+        stack[number], more = _decode_slice(selection, options, number, values)
         nonfinite += more
-    return stack, nonfinite
+    nonfinite_values = nonfinite_note(nonfinite, stack.size, options.zero_nonfinite)
+    stack, colors = as_grey(stack, stack, options)
+    return stack, join_notes(nonfinite_values, values.note, colors)
 
 
 def _decode_slice(
-    tiff: "tifffile.TiffFile", selection: PageSelection, options: DecodeOptions, number: int
+    selection: PageSelection, options: DecodeOptions, number: int, values: PageValues
 ) -> tuple[Pixels, int]:
     """Returns (H, W, C) values of one slice, and how many of them were not finite and became 0."""
-    index, samples = selection.locate(selection.slices[number])
-    page = tiff.pages[index]
+    page, samples = selection.locate(number)
     # Each page is checked because the tags of a stack agree on its shape only, not on its strips.
     _check_page(page, options.max_pixels)
-    if page.photometric == tifffile.PHOTOMETRIC.PALETTE and not options.labels:
-        pixels = _palette_colors(page)
-    else:
-        pixels = page.asarray(maxworkers=1)
-        if page.samplesperpixel > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
-            pixels = np.moveaxis(pixels, 0, -1)
-        white_is_zero = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
-        if white_is_zero and pixels.dtype.kind in "bu" and not options.labels:
-            pixels = np.invert(pixels)
-    return _convert(pixels.reshape(page.imagelength, page.imagewidth, -1)[..., samples])
-
-
-def _palette_colors(page: "tifffile.TiffPage") -> Pixels:
-    colors = np.asarray(page.colormap)
-    return (colors[:, page.asarray(maxworkers=1)] >> 8).astype(np.uint8).transpose(1, 2, 0)
-
-
-def _convert(pixels: Pixels) -> tuple[Pixels, int]:
-    """Converts to uint8, uint16 or finite float32, contiguous; returns how many values were not finite and became 0."""
-    if pixels.dtype == np.bool_:
-        return np.ascontiguousarray(pixels, dtype=np.uint8) * np.uint8(255), 0
-    if pixels.dtype in EXACT_DTYPES:
-        return np.ascontiguousarray(pixels), 0
-    if pixels.dtype.kind not in "iuf":
-        raise Unreadable(
-            f"TIFF samples of type {pixels.dtype} are not read; save it as 8 or 16 bits or float",
-            reason="sample-type",
-            value=str(pixels.dtype),
-        )
-    with np.errstate(over="ignore"):
-        values = np.array(pixels, dtype=np.float32, order="C")
-    return values, zero_nonfinite(values)
+    return values.read(page, samples)
 
 
 def _check_page(page: "tifffile.TiffPage", max_pixels: int) -> None:
@@ -162,17 +134,17 @@ def _check_page(page: "tifffile.TiffPage", max_pixels: int) -> None:
             limit=[1, MAX_SAMPLES],
             actual=[page.imagedepth, samples],
         )
-    compression = tifffile.COMPRESSION(page.compression).name
-    if compression not in COMPRESSIONS:
+    if page.compression not in COMPRESSIONS:
+        compression = _name(tifffile.COMPRESSION, page.compression)
         raise Unreadable(
             f"TIFF compression {compression} is not read here; save it with LZW, deflate or none",
             reason="compression",
             value=compression,
-            allowed=sorted(COMPRESSIONS),
+            allowed=sorted(COMPRESSIONS.values()),
         )
     _check_bytes(page, max_pixels)
     _check_segments(page)
-    photometric = tifffile.PHOTOMETRIC(page.photometric).name
+    photometric = _name(tifffile.PHOTOMETRIC, page.photometric)
     if photometric not in PHOTOMETRICS:
         raise Unreadable(
             f"TIFF colours {photometric} are not read here; save it as RGB or grey",
@@ -180,6 +152,14 @@ def _check_page(page: "tifffile.TiffPage", max_pixels: int) -> None:
             value=photometric,
             allowed=sorted(PHOTOMETRICS),
         )
+
+
+def _name(names: type[IntEnum], number: int) -> str:
+    """Returns the name of a value of a tag, or its number where it has none."""
+    try:
+        return names(number).name
+    except ValueError:
+        return str(int(number))
 
 
 def _check_bytes(page: "tifffile.TiffPage", max_pixels: int) -> None:

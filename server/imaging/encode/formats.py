@@ -62,7 +62,7 @@ ENCODERS: dict[str, Encoder] = {
     "mask.nii.gz": Encoder(
         NIFTI, "mask.nii.gz", lambda r: nifti.encode(r.volume, r.mask.classes, r.colors, r.names), VOLUME
     ),
-    "mask.tiff": Encoder(TIFF, "mask.tiff", lambda r: tiff.encode(r.mask.classes, r.colors), PAGES),
+    "mask.tiff": Encoder(TIFF, "mask.tiff", lambda r: tiff.encode(r.source, r.mask.classes, r.colors), PAGES),
     "json": Encoder(
         "application/json",
         "statistics.json",
@@ -87,7 +87,7 @@ ENCODERS: dict[str, Encoder] = {
         VOLUME,
     ),
     "labels.png": Encoder(PNG, "labels.png", lambda r: png.labels(r.objects), IMAGE, OBJECTS),
-    "labels.tiff": Encoder(TIFF, "labels.tiff", lambda r: tiff.labels(r.objects), PAGES, OBJECTS),
+    "labels.tiff": Encoder(TIFF, "labels.tiff", lambda r: tiff.labels(r.source, r.objects), PAGES, OBJECTS),
     "labels.nii.gz": Encoder(
         NIFTI, "labels.nii.gz", lambda r: nifti.labels(r.volume, r.objects), VOLUME, OBJECTS
     ),
@@ -125,7 +125,9 @@ ENCODERS: dict[str, Encoder] = {
     "scores_8bit.npz": Encoder(
         NPZ, "scores_8bit.npz", lambda r: npz.with_bytes(r.mask.classes, r.scores), needs=SCORES
     ),
-    "scores.tiff": Encoder(TIFF, "scores.tiff", lambda r: tiff.scores(r.scores, r.names), PAGES, SCORES),
+    "scores.tiff": Encoder(
+        TIFF, "scores.tiff", lambda r: tiff.scores(r.source, r.scores, r.names), PAGES, SCORES
+    ),
     "scores.nii.gz": Encoder(
         NIFTI, "scores.nii.gz", lambda r: nifti.scores(r.volume, r.scores), VOLUME, SCORES
     ),
@@ -143,7 +145,7 @@ ENCODERS: dict[str, Encoder] = {
         PNG, "uncertainty.png", lambda r: uncertainty.as_png(r.head_std), IMAGE, HEAD_STD
     ),
     "uncertainty.tiff": Encoder(
-        TIFF, "uncertainty.tiff", lambda r: uncertainty.as_tiff(r.head_std), PAGES, HEAD_STD
+        TIFF, "uncertainty.tiff", lambda r: uncertainty.as_tiff(r.source, r.head_std), PAGES, HEAD_STD
     ),
     "uncertainty.nii.gz": Encoder(
         NIFTI, "uncertainty.nii.gz", lambda r: uncertainty.as_nifti(r.volume, r.head_std), VOLUME, HEAD_STD

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float16
 from numpy import ndarray
 
-from server.arrays import Volume
+from server.arrays import Image, Volume
 from server.imaging.encode import nifti, png, tiff
 from server.imaging.encode.rounding import sixteen_bits
 
@@ -17,9 +17,9 @@ def as_png(head_std: Float16[ndarray, "H W"]) -> bytes:
     return png.write(sixteen_bits(head_std, LARGEST))
 
 
-def as_tiff(head_std: Float16[ndarray, "*size"]) -> bytes:
+def as_tiff(source: Image | Volume, head_std: Float16[ndarray, "*size"]) -> bytes:
     """Writes deflated pages of (H, W) float32, one per slice."""
-    return tiff.write(((page, {}) for page in tiff.pages(head_std)), np.float32)
+    return tiff.write(source, ((page, {}) for page in tiff.pages(head_std)), np.float32)
 
 
 def as_nifti(volume: Volume, head_std: Float16[ndarray, "X Y Z"]) -> bytes:

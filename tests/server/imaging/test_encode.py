@@ -44,7 +44,7 @@ READ += [("picture", "volume"), ("mask.nii.gz", "image"), ("mask.seg.nrrd", "sta
 
 
 def test_encoders_every_file_has_a_row() -> None:
-    helpers = {"__init__", "formats", "mosaic", "negotiate", "outlines", "result", "rounding"}
+    helpers = {"__init__", "calibration", "formats", "mosaic", "negotiate", "outlines", "result", "rounding"}
     files = {path.stem for path in Path(room.__file__).parent.glob("*.py")} - helpers
     assert files <= {name for row in ENCODERS.values() for name in row.encode.__code__.co_names}
 

@@ -7,6 +7,7 @@ What comes out is an image, a volume or a domain error, in bounded memory.
 
 import functools
 import gzip
+import io
 import json
 import os
 import random
@@ -20,16 +21,21 @@ import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import SimpleITK
+import tifffile
 from PIL import Image as Pillow
 
+from server.arrays import Image
 from server.errors import CallerError
 from server.imaging.decode import DECODERS
 from tests.server.imaging.builders import tiff
 from tests.server.imaging.conftest import header, nifti, read
+from tests.server.imaging.encoders import encoded, masked
 from tests.server.imaging.itk import by_itk
+from tests.server.imaging.tiff_by_hand import lsm, stk
 from tests.support.files import nifti_bytes, picture_bytes
 from tests.support.memory import memory_stays_below
 
@@ -75,6 +81,8 @@ def rasters() -> list[bytes]:
         *(picture_bytes(COLOUR, kind, exif=exif.tobytes()) for kind in ("JPEG", "PNG", "WEBP")),
         *(picture_bytes(GREY, "JPEG", progressive=True), picture_bytes(indexed, "BMP")),
         picture_bytes(COLOUR, save_all=True, append_images=frames),
+        *(imagecodecs.png_encode(np.dstack([DEEP] * channels)) for channels in (2, 3, 4)),
+        picture_bytes(COLOUR * np.array([0, 0, 1], np.uint8), "JPEG"),
     ]
 
 
@@ -86,6 +94,7 @@ def tiffs() -> list[bytes]:
             for pixels in (GREY, COLOUR, GREY / np.float32(3))
             for name in names
         ),
+        *(picture_bytes(GREY > 40, "TIFF", compression=name) for name in ("tiff_ccitt", "group3", "group4")),
         tiff(DEEP, tile=(16, 16), compression="lzw", byteorder=">", bigtiff=True),
         tiff(np.moveaxis(COLOUR, -1, 0), planarconfig="separate", photometric="rgb"),
         tiff(np.stack([GREY] * 3), photometric="minisblack"),
@@ -98,6 +107,17 @@ def stacks() -> list[bytes]:
     ome = {"ome": True, "metadata": {"UUID": "urn:uuid:0", "axes": "TZYX", "PhysicalSizeX": 0.5}}
     imagej = {"imagej": True, "resolution": (4, 2), "metadata": {"axes": "ZCYX", "unit": "um"}}
     return [tiff(values, byteorder=order, **options) for options in (ome, imagej) for order in "<>"]
+
+
+def microscopes() -> list[bytes]:
+    planes = np.stack([GREY, GREY.T.reshape(40, 30)] * 2).astype(np.uint16)
+    times = stk(planes, times_ms=[0, 5, 10, 15], pixel=(0.25, "um"))
+    slices = lsm(planes[:, None], GREY[:8, :8], axes="TZ", lengths={"T": 2, "Z": 2}, interval_s=1)
+    pyramid = io.BytesIO()
+    with tifffile.TiffWriter(pyramid) as file:
+        file.write(GREY[::4, ::4], subifds=1, subfiletype=1, extratags=[(274, 3, 1, 6, True)])
+        file.write(GREY, resolution=(4, 2))
+    return [times, slices, pyramid.getvalue()]
 
 
 def niftis() -> list[bytes]:
@@ -149,7 +169,8 @@ def starts() -> list[bytes]:
 
 
 KINDS = {
-    made.__name__: functools.cache(made) for made in (rasters, tiffs, stacks, niftis, itks, shipped, starts)
+    made.__name__: functools.cache(made)
+    for made in (rasters, tiffs, stacks, microscopes, niftis, itks, shipped, starts)
 }
 
 
@@ -204,7 +225,8 @@ def check(data: bytes, labels: bool, zero: bool) -> None:
     try:
         header(data, limit=LIMIT, voxels=LIMIT, axes=axes)
         choices = {"labels": labels, "zero_nonfinite": zero, "axes": axes}
-        values = read(data, limit=LIMIT, voxels=LIMIT, **choices).values
+        source = read(data, limit=LIMIT, voxels=LIMIT, **choices)
+        values = source.values
     except CallerError as error:
         # As a problem document: JSON, which knows no infinity.
         refusal = json.dumps({"detail": str(error), **error.fields}, allow_nan=False)
@@ -212,9 +234,17 @@ def check(data: bytes, labels: bool, zero: bool) -> None:
         # Of the server's insides it says nothing.
         assert not any(word in refusal for word in ("Error", "upload.tif", "/tmp", "site-packages"))  # noqa: S108
         return
-    assert values.dtype in (np.uint8, np.uint16, np.int16, np.float32)
+    # Numbers of objects are as stored.
+    numbers = labels and values.dtype.kind in "iu"
+    assert numbers or values.dtype in (np.uint8, np.uint16, np.int16, np.float32)
     assert values.size <= 3 * LIMIT
     assert np.isfinite(values).all()
+    # Notes are headers of HTTP, and none repeats a text of the file.
+    assert source.note.isascii()
+    assert source.note.isprintable()
+    if isinstance(source, Image) or source.affine is None:
+        # What a TIFF answer repeats of its source must never fail it.
+        assert encoded("mask.tiff", masked(np.zeros(source.size, np.uint8), source))
 
 
 def attack(goods: list[bytes], rounds: Iterable[int]) -> None:

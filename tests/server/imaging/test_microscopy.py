@@ -159,54 +159,6 @@ def test_axes_of_another_format_are_refused() -> None:
     assert_refused(data, InvalidParameter, {"parameter": "axes", "format": "NIfTI"}, by=(header,), axes="ZYX")
 
 
-# µ is written as one of two letters, by itself or as Java and Python escape it.
-MICRONS = ["micron", "um", "µm", "μm", "\\u00B5m", "\\xb5m"]
-
-
-@pytest.mark.parametrize(
-    ("unit", "mm"), [*((unit, 1e-3) for unit in MICRONS), ("nm", 1e-6), ("mm", 1.0), ("inch", 25.4)]
-)
-def test_spacing_of_imagej(unit: str, mm: float) -> None:
-    text = f"ImageJ=1.53t\nimages=6\nslices=6\nunit={unit}\nspacing=2.5\n"
-    stack = read(described(text.encode(), resolution=(4.0, 2.0)))
-    assert stack.spacing_mm == pytest.approx((mm / 4, mm / 2, 2.5 * mm))
-    latin = text.replace("=6", "=1").replace("μ", "µ").encode("latin-1")
-    assert read(described(latin, 1, resolution=(4.0, 2.0))).spacing_mm == pytest.approx((mm / 2, mm / 4))
-
-
-@pytest.mark.parametrize(("unit", "mm"), [("µm", 1e-3), ("nm", 1e-6), ("mm", 1.0), ("cm", 10.0), ("", 1e-3)])
-def test_spacing_of_ome(unit: str, mm: float) -> None:
-    sizes = {"PhysicalSizeX": 0.25, "PhysicalSizeY": 0.5, "PhysicalSizeZ": 3.0}
-    units = {f"{name}Unit": unit for name in sizes} if unit else {}
-    data = written(random(3), "ZYX", ome=True, metadata=sizes | units)
-    assert read(data).spacing_mm == pytest.approx((0.25 * mm, 0.5 * mm, 3 * mm))
-    assert read(data, axes="CYX").spacing_mm == pytest.approx((0.5 * mm, 0.25 * mm))
-
-
-@pytest.mark.parametrize(("axes", "known"), [("TYX", 2), ("TZYX", 3), ("ZYX", 3)])
-def test_spacing_of_times_is_no_distance(axes: str, known: int) -> None:
-    tags = {"imagej": True, "resolution": (4, 2), "metadata": {"spacing": 3.0, "unit": "um"}}
-    data = written(random(*(LENGTHS[letter] for letter in axes[:-2])), axes, **tags)
-    assert read(data).spacing_mm == pytest.approx((0.25e-3, 0.5e-3, 3e-3)[:known])
-
-
-OME_SIZE = (
-    '<OME><Image><Pixels SizeX="7" SizeY="9" SizeZ="1" SizeC="1" SizeT="1" DimensionOrder="XYZCT" '
-    'PhysicalSizeX="{}" PhysicalSizeY="1"/></Image></OME>'
-)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", *(f"ImageJ=1.53t\nimages=1\nunit={unit}\n" for unit in ("", "pixel", "inches?", "sec"))),
-        *(OME_SIZE.format(number) for number in ("0", "-1", "nan", "inf", "1e300", "1e-300", "x", "")),
-    ],
-)
-def test_spacing_that_is_no_length_is_unknown(text: str) -> None:
-    assert read(described(text, 1, resolution=(4.0, 2.0), resolutionunit="INCH")).spacing_mm is None
-
-
 def ome(inside: str = "", z: int = 6, c: int = 1, t: int = 1, order: str = "XYZCT") -> str:
     sizes = f'SizeX="7" SizeY="9" SizeZ="{z}" SizeC="{c}" SizeT="{t}" DimensionOrder="{order}" Type="uint8"'
     schema = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
@@ -300,6 +252,12 @@ def test_description_that_does_not_help_leaves_slices(texts: list[str]) -> None:
         data = described(text)
         assert order(data) == [0, 1, 2, 3, 4, 5]
         assert bool(read(data).note) == (texts is DAMAGED)
+
+
+def test_ome_header_in_another_file_is_noted() -> None:
+    text = '<OME><BinaryOnly MetadataFile="cells.companion.ome" UUID="urn:uuid:1"/></OME>'
+    assert order(described(text)) == [0, 1, 2, 3, 4, 5]
+    assert "lies in another file" in read(described(text)).note
 
 
 LAUGHS = "".join(f'<!ENTITY l{n} "{f"&l{n - 1};" * 10}">' for n in range(1, 10))
