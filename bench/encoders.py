@@ -36,7 +36,6 @@ from bench.inputs import picture
 from bench.table import write
 from server.arrays import Image, LabelledMask, Volume
 from server.imaging.encode import ENCODERS, SegmentationResult
-from server.imaging.encode.nrrd import TO_LPS
 from server.segment.labels import connected_components, measure
 from server.segment.report import encode_response
 
@@ -158,7 +157,10 @@ def rivals(flat: SegmentationResult, solid: SegmentationResult) -> dict[str, tup
         "mask_1bit.png": ("Pillow", lambda: by_pillow(mask > 0)),
         "mask.tiff": ("tifffile", lambda: by_tifffile(mask)),
         "mask.nii.gz": ("nibabel", lambda: by_nibabel(solid.mask.classes, affine)),
-        "mask.seg.nrrd": ("pynrrd", lambda: by_pynrrd(solid.mask.classes, TO_LPS @ affine)),
+        "mask.seg.nrrd": (
+            "pynrrd",
+            lambda: by_pynrrd(solid.mask.classes, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine),
+        ),
         "labels.png": ("Pillow", lambda: by_pillow(wide)),
         "labels.tiff": ("tifffile", lambda: by_tifffile(wide)),
         "labels.nii.gz": ("nibabel", lambda: by_nibabel(solid.objects.labels, affine)),

@@ -157,7 +157,8 @@ class AsyncClient:
     ) -> httpx.Response:
         # The server learns a file name only for COCO, whose readers need it, because it may be the name of a
         # patient.
-        name = file_name(source) if "coco" in params.get("format", "").split(",") else ""
+        formats = [part.strip() for part in params.get("format", "").split(",")]
+        name = file_name(source) if "coco" in formats else ""
         parts = file_parts(source, reference, affine, name or "upload")
         return await self.request("POST", path, params=params, parts=parts)
 

@@ -24,6 +24,8 @@ class InputHeader:
             stacks.
         family: format family of a volume: "nifti", or "nrrd" for NRRD and MetaImage.
         time_slices: slices of each time of a time-lapse; None for other inputs.
+        stored_affine: the affine in the unit of the file, as readers see it that take every number for mm;
+            None where the file counts in mm.
     """
 
     size: tuple[int, ...]
@@ -32,6 +34,7 @@ class InputHeader:
     affine: Float64[ndarray, "4 4"] | None = None
     family: str = "nifti"
     time_slices: int | None = None
+    stored_affine: Float64[ndarray, "4 4"] | None = None
 
     @property
     def planar(self) -> bool:
@@ -119,6 +122,9 @@ class Volume:
         time_slices: slices of each time of a time-lapse, because objects do not span two times; None for
             other inputs.
         calibration: what a TIFF says of sizes and times; None for other formats.
+        stored_affine: the affine in the unit of the file; None where the file counts in mm.
+        nrrd_place: lines of an NRRD header that place the volume, in the words of the source; empty where
+            the affine says the same.
     """
 
     voxels: Shaped[ndarray, "X Y Z C"]
@@ -129,6 +135,8 @@ class Volume:
     family: str = "nifti"
     time_slices: int | None = None
     calibration: Calibration | None = None
+    stored_affine: Float64[ndarray, "4 4"] | None = None
+    nrrd_place: tuple[str, ...] = ()
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -145,7 +153,13 @@ class Volume:
     def input_header(self) -> InputHeader:
         """Header of this volume or stack."""
         return InputHeader(
-            self.size, self.voxels.shape[-1], self.voxels.itemsize, self.affine, self.family, self.time_slices
+            self.size,
+            self.voxels.shape[-1],
+            self.voxels.itemsize,
+            self.affine,
+            self.family,
+            self.time_slices,
+            self.stored_affine,
         )
 
 

@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 import time
+import uuid
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -115,6 +116,7 @@ class Connection(H11Protocol):
             ("content-type", problems.MEDIA_TYPE),
             ("content-length", str(len(body))),
             ("connection", "close"),
+            ("x-request-id", uuid.uuid4().hex),
         ]
         response = h11.Response(status_code=status, headers=headers, reason=status.phrase.encode())
         for event in (response, h11.Data(data=body), h11.EndOfMessage()):

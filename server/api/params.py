@@ -8,6 +8,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from server.api.request_headers import header_list
 from server.errors import InvalidParameter
 from server.imaging import encode
 from server.segment.request import QoS, Response, SegmentParams
@@ -63,7 +64,7 @@ def check_query(params: SegmentParams, request: Request) -> None:
                 f"{name} is given {count} times; give it once", parameter=name, actual=count, limit=1
             )
     # The kind of the input may leave less to choose from.
-    encode.choose(params.format, request.headers.get("accept"), instances=params.instances)
+    encode.choose(params.format, header_list(request, "accept"), instances=params.instances)
 
 
 def read_qos(params: SegmentParams, request: Request, timeout_s: float) -> QoS:

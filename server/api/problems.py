@@ -129,11 +129,14 @@ def install(app: FastAPI, count_refusal: Callable[[str], None] = lambda reason: 
         return response_of(invalid_parameter(error.errors()))
 
     @app.exception_handler(HTTPException)
-    async def handle_http(_: Request, error: HTTPException) -> JSONResponse:
+    async def handle_http(request: Request, error: HTTPException) -> JSONResponse:
         status = HTTPStatus(error.status_code)
+        headers = dict(error.headers or {})
+        if status is HTTPStatus.METHOD_NOT_ALLOWED:
+            headers["Allow"] = _allowed_methods(request) or headers.get("Allow", "")
         # E.g. not-found, method-not-allowed.
         code = status.phrase.lower().replace(" ", "-")
-        return respond(status, code, str(error.detail), dict(error.headers or {}))
+        return respond(status, code, str(error.detail), headers)
 
     @app.exception_handler(Exception)
     async def handle_unexpected(request: Request, error: Exception) -> JSONResponse:
@@ -161,6 +164,13 @@ def describe(app: FastAPI) -> None:
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation does
+
+
+def _allowed_methods(request: Request) -> str:
+    """All methods of a path, of which Starlette names those of its first route alone; "" of a path without documentation."""
+    path = getattr(request.scope.get("route"), "path", "")
+    methods = {method.upper() for method in request.app.openapi()["paths"].get(path, {})}
+    return ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
 
 
 def _request_id(request: Request) -> str:

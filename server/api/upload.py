@@ -5,12 +5,21 @@ import contextlib
 import re
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import BinaryIO, cast
+from email.errors import HeaderParseError
+from email.header import decode_header, make_header
+from email.message import Message
+from typing import Any, BinaryIO, cast
 
-from starlette.datastructures import UploadFile
+from python_multipart.multipart import (
+    DEFAULT_MAX_HEADER_COUNT,
+    DEFAULT_MAX_HEADER_SIZE,
+    parse_options_header,
+)
+from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from server.api.request_headers import header_list
 from server.errors import InvalidParameter, Unreadable, UnsupportedType
 from server.segment.request import Upload
 
@@ -48,6 +57,14 @@ FILES = ("file", "reference")
 # Files of a form, each of which may be as large as a body; and its other fields, none of which is valid.
 MAX_PARTS = len(FILES)
 MAX_NAME = 500
+MAX_TEXT_BYTES = 1024 * 1024
+# Values of Content-Transfer-Encoding that change nothing.
+PLAIN_ENCODINGS = ("binary", "8bit", "7bit")
+# Limits of the parser, by its errors.
+PART_LIMITS = {
+    "Maximum header count exceeded": (DEFAULT_MAX_HEADER_COUNT, "headers"),
+    "Maximum header size exceeded": (DEFAULT_MAX_HEADER_SIZE, "bytes in a header"),
+}
 FIELDS = (
     "The fields are file and reference, one of each; mode, level and the other parameters belong in the URL"
 )
@@ -79,21 +96,16 @@ async def receive(request: Request) -> AsyncIterator[Upload]:
                 # The file is on disk from here on, and waiting for the disk must not stop the event loop.
                 await asyncio.to_thread(file.write, chunk)
         file.seek(0)
-        yield Upload(cast("BinaryIO", file), accept=request.headers.get("accept"))
+        yield Upload(cast("BinaryIO", file), accept=header_list(request, "accept"))
 
 
 @contextlib.asynccontextmanager
 async def _receive_form(request: Request) -> AsyncIterator[Upload]:
-    try:
-        form = await _CompleteForm(request).parse()
-    except MultiPartException as error:
-        raise Unreadable(
-            f"the multipart body cannot be read: {error.message} {FIELDS}", allowed=[*FILES]
-        ) from error
+    form = await _parse_form(request)
     try:
         files: dict[str, UploadFile] = {}
         for name, value in form.multi_items():
-            files[name] = _check_part(name, value, files)
+            files[name] = await _check_part(name, value, files)
         if "file" not in files:
             raise InvalidParameter(
                 "no file in the request; with curl write -F file=@image.png", parameter="file"
@@ -102,13 +114,34 @@ async def _receive_form(request: Request) -> AsyncIterator[Upload]:
         # Without the folders of the caller's machine.
         name = re.split(r"[\\/]", files["file"].filename or "")[-1][:MAX_NAME]
         yield Upload(
-            files["file"].file, reference.file if reference else None, name, request.headers.get("accept")
+            files["file"].file, reference.file if reference else None, name, header_list(request, "accept")
         )
     finally:
         await form.close()
 
 
-def _check_part(name: str, value: UploadFile | str, before: dict[str, UploadFile]) -> UploadFile:
+async def _parse_form(request: Request) -> FormData:
+    """Reads a form.
+
+    Raises:
+        Unreadable: the form is broken, incomplete or over a limit.
+    """
+    try:
+        return await _CompleteForm(request).parse()
+    except MultiPartException as error:
+        limit, unit = PART_LIMITS.get(str(error.__cause__), (None, ""))
+        if limit:
+            raise Unreadable(
+                f"a part of the form has more than {limit:,} {unit}; send it with fewer or shorter ones",
+                limit=limit,
+                unit=unit,
+            ) from error
+        raise Unreadable(
+            f"the multipart body cannot be read: {error.message} {FIELDS}", allowed=[*FILES]
+        ) from error
+
+
+async def _check_part(name: str, value: UploadFile | str, before: dict[str, UploadFile]) -> UploadFile:
     """Checks one part of a form.
 
     Raises:
@@ -119,7 +152,7 @@ def _check_part(name: str, value: UploadFile | str, before: dict[str, UploadFile
         raise InvalidParameter(
             f"unknown multipart field {name!r:.80}. {FIELDS}", parameter=name[:80], allowed=[*FILES]
         )
-    if not isinstance(value, UploadFile):
+    if not isinstance(value, UploadFile) or (_is_untyped(value) and await _is_text(value)):
         raise InvalidParameter(
             f"multipart field {name!r} is text, not a file; with curl write -F {name}=@image.png",
             parameter=name,
@@ -132,17 +165,87 @@ def _check_part(name: str, value: UploadFile | str, before: dict[str, UploadFile
             limit=1,
         )
     _check_type(_media_type(value.content_type))
+    encoding = value.headers.get("content-transfer-encoding", "binary").strip().lower()
+    if encoding not in PLAIN_ENCODINGS:
+        raise UnsupportedType(
+            f"multipart field {name!r} has Content-Transfer-Encoding {encoding!r:.40}, which forms do not have (RFC 7578); send the "
+            "bytes of the file as they are",
+            parameter="Content-Transfer-Encoding",
+            value=encoding[:40],
+            allowed=[*PLAIN_ENCODINGS],
+        )
     return value
 
 
+def _is_untyped(value: UploadFile) -> bool:
+    """Whether a part has neither a name nor a type, as one of .NET that is given neither, and as text of a form."""
+    return not value.filename and not value.content_type
+
+
+async def _is_text(value: UploadFile) -> bool:
+    """Whether a part holds UTF-8 alone; leaves it at its start."""
+    if (value.size or 0) > MAX_TEXT_BYTES:
+        return False
+    data = await value.read()
+    await value.seek(0)
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in data
+
+
 class _CompleteForm(MultiPartParser):
-    """Starlette's parser, which alone would silently drop a file that is cut off."""
+    """Starlette's parser, which alone would silently drop a file that is cut off, and take one without a name for text."""
 
     def __init__(self, request: Request) -> None:
         self._ended = False
         super().__init__(
             request.headers, self._until_end(request.stream()), max_files=MAX_PARTS, max_fields=MAX_PARTS
         )
+
+    def on_headers_finished(self) -> None:
+        """Called before the content of a part, which makes it a file or text.
+
+        Raises:
+            Unreadable: the form has too many parts.
+        """
+        disposition, part = Message(), self._current_part
+        disposition["Content-Disposition"] = (part.content_disposition or b"").decode("latin-1")
+        parameters = disposition.get_params([], "Content-Disposition")
+        media_type = _media_type(Headers(raw=part.item_headers).get("content-type"))
+        named = any(name == "filename" for name, _ in parameters)
+        expected = any(name == "name" and value in FILES for name, value in parameters)
+        is_file = named or (expected and not media_type.startswith("text/"))
+        count, unit = (self._current_files, "files") if is_file else (self._current_fields, "text fields")
+        if count >= MAX_PARTS:
+            raise Unreadable(
+                f"the form has more than {MAX_PARTS} {unit}. {FIELDS}", limit=MAX_PARTS, unit=unit
+            )
+        if is_file and b"filename" not in parse_options_header(part.content_disposition)[1]:
+            part.content_disposition = (part.content_disposition or b"") + b'; filename=""'
+        super().on_headers_finished()
+        if part.file:
+            # Browsers, curl and httpx write %22 for a quotation mark.
+            plain = _decode_words(part.file.filename or "").replace("%22", '"')
+            part.file.filename = _file_name(parameters) or plain
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        """Called with a piece of a part.
+
+        Raises:
+            Unreadable: the part is text that is too long.
+        """
+        part = self._current_part
+        if part.file is None and len(part.data) + end - start > MAX_TEXT_BYTES:
+            raise Unreadable(
+                f"the form's field {part.field_name!r:.80} is text of more than {MAX_TEXT_BYTES:,} bytes; a file has a filename "
+                f"or a Content-Type such as image/png. {FIELDS}",
+                limit=MAX_TEXT_BYTES,
+                unit="bytes",
+                allowed=[*FILES],
+            )
+        super().on_part_data(data, start, end)
 
     def on_end(self) -> None:
         """Called at the closing boundary."""
@@ -154,6 +257,29 @@ class _CompleteForm(MultiPartParser):
         if not self._ended:
             # Raised inside of `parse`, which then closes its files.
             raise Unreadable("the multipart body ends early; send all of it again")
+
+
+def _file_name(parameters: list[tuple[str, Any]]) -> str:
+    """The name of filename* (RFC 5987), which clients send beside an ASCII name; "" without one that can be read."""
+    for name, value in parameters:
+        # The standard library gives an extended parameter as (charset, language, bytes as Latin-1).
+        if name == "filename" and isinstance(value, tuple):
+            charset, _, text = value
+            try:
+                return str(text).encode("latin-1").decode(charset or "ascii")
+            except (LookupError, ValueError):
+                return ""
+    return ""
+
+
+def _decode_words(name: str) -> str:
+    """A name as it was before .NET wrote it as a word of RFC 2047, =?utf-8?B?...?=."""
+    if not (name.startswith("=?") and name.endswith("?=")):
+        return name
+    try:
+        return str(make_header(decode_header(name)))
+    except (HeaderParseError, LookupError, ValueError):
+        return name
 
 
 def _media_type(content_type: str | None) -> str:

@@ -21,8 +21,9 @@ from server.errors import InvalidParameter, Unreadable
 # Relative difference of two spacings below which voxels are not resampled, because that would only blur them.
 SPACING_TOLERANCE = 0.01
 
-# A spacing outside of these limits is a mistake, such as metres or micrometres without their unit.
-MIN_SPACING_MM, MAX_SPACING_MM = 1e-4, 100.0
+# A spacing outside of these limits is a mistake, such as metres or micrometres without their unit. The pixels
+# of electron microscopes are tenths of a nanometre.
+MIN_SPACING_MM, MAX_SPACING_MM = 1e-7, 100.0
 
 # Length in mm of each unit that formats and microscopes write, in lower case.
 MM_PER_UNIT = {
@@ -187,6 +188,11 @@ def spacing(affine: Float64[ndarray, "4 4"]) -> tuple[float, float, float]:
     return x, y, z
 
 
+def decimals(step: float, least: int) -> int:
+    """Returns how many decimals tell lengths apart that differ by a hundredth of a step, but at least `least`."""
+    return max(least, 2 - math.floor(math.log10(step)))
+
+
 def unit_mm(source: Image | Volume) -> float | None:
     """Returns the size of one pixel in mm² (also where each page is a time) or of one voxel in mm³; None if unknown."""
     if isinstance(source, Volume) and source.affine is not None:
@@ -195,11 +201,17 @@ def unit_mm(source: Image | Volume) -> float | None:
     return None if source.spacing_mm is None else math.prod(source.spacing_mm)
 
 
-def nifti_header(affine: Float64[ndarray, "4 4"], size: tuple[int, ...]) -> Nifti1Header:
-    """Builds the header of NIfTI answers to volumes that came without one."""
+def nifti_header(affine: Float64[ndarray, "4 4"], size: tuple[int, ...], unit: str = "mm") -> Nifti1Header:
+    """Builds the header of NIfTI answers to volumes that came without one.
+
+    Args:
+        affine: (4, 4) voxel index to `unit`.
+        size: (X, Y, Z) in voxels.
+        unit: Unit of length as nibabel names it.
+    """
     header = (Nifti1Header if max(size) < 2**15 else Nifti2Header)()
     header.set_data_shape(size)
-    header.set_xyzt_units("mm")
+    header.set_xyzt_units(unit)
     header.set_zooms(spacing(affine))
     if not is_sheared(affine):
         # A qform cannot express shear.
@@ -223,15 +235,19 @@ def max_displacement(size: tuple[int, ...], a: Float64[ndarray, "4 4"], b: Float
     return float(np.linalg.norm(corners @ (a - b).T, axis=1).max())
 
 
-def check_affine(affine: Float64[ndarray, "4 4"]) -> None:
+def check_affine(affine: Float64[ndarray, "4 4"], fields: str) -> None:
     """Refuses an affine that places voxels nowhere.
+
+    Args:
+        affine: (4, 4) voxel index to mm.
+        fields: Fields of the header that it comes from, for the message.
 
     Raises:
         Unreadable: It is not finite, its spacing is absurd, or its axes are linearly dependent.
     """
     if not np.isfinite(affine).all():
         raise Unreadable(
-            "the file's affine holds values that are not finite; repair its qform and sform",
+            f"the file's affine holds values that are not finite; repair it in the header ({fields})",
             reason="affine-nonfinite",
         )
     spacing_mm = spacing(affine)
@@ -239,7 +255,7 @@ def check_affine(affine: Float64[ndarray, "4 4"]) -> None:
         shown = " × ".join(f"{mm:.4g}" for mm in spacing_mm)
         raise Unreadable(
             f"the voxels are {shown} mm apart; between {MIN_SPACING_MM:g} and {MAX_SPACING_MM:g} mm is read. Repair the "
-            "spacing (pixdim, sform) or its unit (xyzt_units) in the header",
+            f"spacing or its unit in the header ({fields})",
             reason="spacing",
             # JSON cannot represent infinity.
             actual=[mm if math.isfinite(mm) else None for mm in spacing_mm],
@@ -248,7 +264,7 @@ def check_affine(affine: Float64[ndarray, "4 4"]) -> None:
         )
     if abs(np.linalg.det(affine[:3, :3] / np.array(spacing_mm))) < MIN_DETERMINANT:
         raise Unreadable(
-            "the file's affine is flat: two axes point the same way; repair its qform and sform",
+            f"the file's affine is flat: two axes point the same way; repair it in the header ({fields})",
             reason="affine-flat",
         )
 

@@ -39,6 +39,8 @@ class Grid:
             the next.
         colors: Whether the first three channels are red, green and blue.
         note: What is in doubt about the header, for the caller.
+        stored_affine: The affine in the unit of the file; None where that is mm.
+        nrrd_place: Lines of an NRRD header that place the volume in the words of the file.
     """
 
     size: Size
@@ -49,6 +51,8 @@ class Grid:
     interleaved: bool = True
     colors: bool = False
     note: str = ""
+    stored_affine: Float64[ndarray, "4 4"] | None = None
+    nrrd_place: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
@@ -74,7 +78,14 @@ class Grid:
         channels = len(range(self.channels)[selected])
         if self.affine is None:
             return InputHeader(self.size[::-1], channels, self._dtype.itemsize)
-        return InputHeader(self.size, channels, self._dtype.itemsize, self.affine, "nrrd")
+        return InputHeader(
+            self.size,
+            channels,
+            self._dtype.itemsize,
+            self.affine,
+            "nrrd",
+            stored_affine=self.stored_affine,
+        )
 
     def check(self, options: DecodeOptions) -> None:
         """Refuses a grid that is over a limit, before anything is inflated.
@@ -116,27 +127,63 @@ class Grid:
         note = join_notes(note, colors)
         if self.affine is None:
             return Image(np.ascontiguousarray(values.transpose(1, 0, 2)), note, self.spacing_mm)
-        return Volume(values, self.affine, nifti_header(self.affine, self.size), note, family="nrrd")
+        # ITK and Slicer take the numbers of the file for mm, so answers in NIfTI have the same numbers, of no unit.
+        numbers = self.affine if self.stored_affine is None else self.stored_affine
+        header = nifti_header(numbers, self.size, "mm" if self.stored_affine is None else "unknown")
+        return Volume(
+            values,
+            self.affine,
+            header,
+            note,
+            family="nrrd",
+            stored_affine=self.stored_affine,
+            nrrd_place=self.nrrd_place,
+        )
 
 
-def affine_from_directions(
-    directions: Float64[ndarray, "3 3"], origin: Float64[ndarray, " 3"], signs: tuple[float, ...]
-) -> Float64[ndarray, "4 4"]:
-    """Builds the affine of a volume.
+def place(
+    directions: Float64[ndarray, "3 3"],
+    origin: Float64[ndarray, " 3"],
+    signs: tuple[float, ...],
+    units_mm: Float64[ndarray, " 3"],
+    fields: str,
+) -> tuple[Float64[ndarray, "4 4"], Float64[ndarray, "4 4"] | None]:
+    """Returns the affine of a volume, and the same in the unit of the file unless that is mm.
 
     Args:
-        directions: Steps in mm from voxel to voxel, a row per axis of the array.
-        origin: Centre of the first voxel, in mm.
+        directions: Steps from voxel to voxel in the unit of the file, a row per axis of the array.
+        origin: Centre of the first voxel, in the unit of the file.
         signs: 1 or -1 per coordinate: whether it grows to the right, to the front and upwards.
+        units_mm: Length of the unit in mm, per coordinate.
+        fields: Fields of the header that they come from, for the message.
 
     Raises:
         Unreadable: The affine places voxels nowhere.
     """
-    affine = np.eye(4)
-    affine[:3, :3], affine[:3, 3] = directions.T, origin
-    affine[:3] *= np.array(signs)[:, None]
-    check_affine(affine)
-    return affine
+    stored = np.eye(4)
+    stored[:3, :3], stored[:3, 3] = directions.T, origin
+    stored[:3] *= np.array(signs)[:, None]
+    affine = stored.copy()
+    with np.errstate(over="ignore", invalid="ignore"):
+        affine[:3] *= units_mm[:, None]
+    check_affine(affine, fields)
+    return affine, None if (units_mm == 1).all() else stored
+
+
+def unit_note(units_mm: Float64[ndarray, " axes"], field: str) -> str:
+    """Returns the note that a file counts in another unit than mm; "" of mm.
+
+    Args:
+        units_mm: Length of the unit in mm, per coordinate.
+        field: Field of the header that gives the units, of which the note repeats no characters, because it
+            is sent as a header of HTTP.
+    """
+    if (units_mm == 1).all():
+        return ""
+    shown = " x ".join(f"{mm:g}" for mm in dict.fromkeys(units_mm.tolist()))
+    return (
+        f"{field} is {shown} mm, which ITK and Slicer take for mm; the answer has the numbers of the source"
+    )
 
 
 def image_spacing(steps: Float64[ndarray, " 2"], *, has_unit: bool) -> tuple[float, float] | None:

@@ -9,10 +9,7 @@ from jaxtyping import Int64
 from numpy import ndarray
 
 from server.errors import InvalidParameter
-from server.imaging.geometry import MM_PER_UNIT
-
-# A pixel size outside of these limits is a mistake.
-MIN_PIXEL_MM, MAX_PIXEL_MM = 1e-7, 100.0
+from server.imaging.geometry import MAX_SPACING_MM, MIN_SPACING_MM, MM_PER_UNIT
 
 LETTERS = "TZCYXS"
 
@@ -114,7 +111,7 @@ def parse_spacing(lengths: dict[str, tuple[str | float, str]]) -> dict[str, floa
             mm = float(number) * MM_PER_UNIT[_unescaped(unit).strip().lower()]
         except (KeyError, ValueError):
             continue
-        if MIN_PIXEL_MM <= mm <= MAX_PIXEL_MM:
+        if MIN_SPACING_MM <= mm <= MAX_SPACING_MM:
             spacing_mm[letter] = mm
     return spacing_mm
 

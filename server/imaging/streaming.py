@@ -2,22 +2,26 @@
 
 import bz2
 import contextlib
-from collections.abc import Iterator
 from typing import BinaryIO, Protocol, cast, runtime_checkable
 
 import numpy as np
-from isal import igzip, igzip_lib
+from isal import igzip_lib
 from jaxtyping import Shaped
 from numpy import ndarray
 
-from server.errors import Unreadable
+from server.errors import TooLarge, Unreadable
 from server.imaging.decode_options import zero_nonfinite
 
 GZIP_MAGIC = b"\x1f\x8b"
 # Bytes that are decoded at a time.
 BLOCK_BYTES = 8 * 1024 * 1024
-# Compressed bytes that are read at a time.
-CHUNK_BYTES = 256 * 1024
+# Compressed bytes that are read at a time. Those behind a member of a gzip stream are copied, so that they
+# must not be many.
+CHUNK_BYTES = 32 * 1024
+# Members of a gzip stream. bgzip makes one of each 64 KiB; each costs some microseconds, however short it is.
+MAX_MEMBERS = 100_000
+# Bytes behind the values that are inflated to reach the checksum.
+MAX_EXCESS = 8 * 1024 * 1024
 # Types that are decoded as stored; values of all others become float32.
 EXACT_DTYPES = ("uint8", "uint16", "int16")
 
@@ -31,30 +35,91 @@ class Stream(Protocol):
         ...
 
 
-class _ZlibReader:
-    """Inflates a zlib stream only as far as it is read."""
+class Inflater:
+    """Inflates a zlib stream, or the members of a gzip stream, only as far as it is read.
 
-    def __init__(self, file: BinaryIO, chunk_bytes: int) -> None:
+    Args:
+        file: Open file, at the stream; it stays open.
+        gzip: Whether it is a gzip stream.
+        chunk_bytes: Compressed bytes that are read at a time.
+    """
+
+    def __init__(self, file: BinaryIO, *, gzip: bool, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._file = file
+        self._gzip = gzip
         self._chunk_bytes = chunk_bytes
-        self._decompressor = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_ZLIB)
+        self._waiting = b""
+        self._members = 0
+        self._start_member()
 
     def read(self, size: int, /) -> bytes:
-        """Returns at most `size` bytes; none at the end, or where the file is truncated."""
-        while not self._decompressor.eof:
-            chunk = self._file.read(self._chunk_bytes) if self._decompressor.needs_input else b""
-            if not chunk and self._decompressor.needs_input:
-                break
-            if inflated := self._decompressor.decompress(chunk, size):
+        """Returns at most `size` bytes; none at the end.
+
+        Raises:
+            EOFError: The file is truncated.
+            TooLarge: The stream has more than `MAX_MEMBERS` members.
+        """
+        while True:
+            if self._decompressor.eof:
+                self._waiting = self._rest()
+                if self._waiting[:2] != GZIP_MAGIC:
+                    return b""
+                self._start_member()
+            if inflated := self._inflate(size):
                 return inflated
-        return b""
+
+    def finish(self) -> str:
+        """Compares the checksum behind the last byte that was read; returns the note that other bytes follow, or "".
+
+        Raises:
+            Unreadable: The file is truncated.
+        """
+        excess = 0
+        try:
+            while not self._decompressor.eof:
+                excess += len(self._inflate(CHUNK_BYTES))
+                # Some writers add bytes of their own, but an endless stream must not be inflated to its end.
+                if excess > MAX_EXCESS:
+                    return ""
+        except EOFError as error:
+            raise _truncated("voxels") from error
+        rest = self._rest()
+        foreign = rest and rest[:2] != GZIP_MAGIC
+        return "bytes behind the end of the gzip stream are none of it and were not read" if foreign else ""
+
+    def _start_member(self) -> None:
+        if self._members == MAX_MEMBERS:
+            raise TooLarge(
+                f"the gzip stream has more than {MAX_MEMBERS:,} members; compress the file again, as one",
+                limit=MAX_MEMBERS,
+                unit="members",
+            )
+        self._members += 1
+        flag = igzip_lib.DECOMP_GZIP if self._gzip else igzip_lib.DECOMP_ZLIB
+        self._decompressor = igzip_lib.IgzipDecompressor(flag=flag)
+
+    def _inflate(self, size: int) -> bytes:
+        chunk = b""
+        if self._decompressor.needs_input:
+            chunk, self._waiting = self._waiting or self._file.read(self._chunk_bytes), b""
+            if not chunk:
+                raise EOFError
+        return self._decompressor.decompress(chunk, size)
+
+    def _rest(self) -> bytes:
+        """Returns the beginning of what follows a member, without the zeros that fill blocks of tapes; "" of zlib."""
+        rest = self._decompressor.unused_data if self._gzip else b""
+        while self._gzip and len(rest := rest.lstrip(b"\0")) < len(GZIP_MAGIC):
+            following = self._file.read(self._chunk_bytes)
+            if not following:
+                break
+            rest += following
+        return rest
 
 
-@contextlib.contextmanager
-def open_gzip(file: BinaryIO) -> Iterator[Stream]:
+def open_gzip(file: BinaryIO) -> Inflater:
     """Opens the gzip stream that begins at the file's position; the file stays open."""
-    with igzip.open(file, "rb") as stream:  # type: ignore[no-untyped-call]
-        yield cast("Stream", stream)
+    return Inflater(file, gzip=True)
 
 
 def open_bzip2(file: BinaryIO) -> Stream:
@@ -62,9 +127,21 @@ def open_bzip2(file: BinaryIO) -> Stream:
     return cast("Stream", bz2.BZ2File(file))
 
 
-def open_zlib(file: BinaryIO, chunk_bytes: int = CHUNK_BYTES) -> Stream:
+def open_zlib(file: BinaryIO, chunk_bytes: int = CHUNK_BYTES) -> Inflater:
     """Opens the zlib stream that begins at the file's position; the file stays open."""
-    return _ZlibReader(file, chunk_bytes)
+    return Inflater(file, gzip=False, chunk_bytes=chunk_bytes)
+
+
+def finish(stream: Stream) -> str:
+    """Ends the reading of a stream, whose checksum lies behind its values; returns the note for the caller, or "".
+
+    Raises:
+        Unreadable: The stream is truncated.
+    """
+    if isinstance(stream, Inflater):
+        return stream.finish()
+    stream.read(1)
+    return ""
 
 
 def read_exactly(stream: Stream, count: int, part: str) -> bytes:
@@ -84,12 +161,16 @@ def read_exactly(stream: Stream, count: int, part: str) -> bytes:
             pieces.append(piece)
             missing -= len(piece)
     if missing:
-        raise Unreadable(
-            f"the file ends in the middle of its {part} (truncated?); send it again, whole",
-            reason="truncated",
-            part=part,
-        )
+        raise _truncated(part)
     return b"".join(pieces)
+
+
+def _truncated(part: str) -> Unreadable:
+    return Unreadable(
+        f"the file ends in the middle of its {part} (truncated?); send it again, whole",
+        reason="truncated",
+        part=part,
+    )
 
 
 def skip(stream: Stream, count: int, part: str) -> None:

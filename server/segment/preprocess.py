@@ -12,15 +12,18 @@ from PIL import Image as Pillow
 from server.arrays import Image, InputHeader, Volume
 from server.errors import InvalidParameter
 from server.imaging import decode, geometry
-from server.imaging.decode_options import DecodeOptions
+from server.imaging.decode_options import DecodeOptions, join_notes
 from server.imaging.geometry import Placement
 from server.runtime.bundle import Manifest
 from server.segment import postprocess, quality
 from server.segment.request import SegmentParams, Upload
 from server.settings import LimitsSettings
 
-# Micrometres from pixel to pixel. A number outside of this range is in another unit.
-MIN_PIXEL_UM, MAX_PIXEL_UM = 1e-3, 1e5
+# Micrometres from pixel to pixel, as in files. A number outside of this range is in another unit.
+MIN_PIXEL_UM, MAX_PIXEL_UM = 1e-4, 1e5
+
+# Factor between the spacing of a volume and that of the network above which their sizes have nothing in common.
+FAR = 8
 
 # Pixels that statistics are computed over at a time, which bounds memory.
 STATISTICS_PIXELS = 1_000_000
@@ -197,6 +200,20 @@ def place(header: InputHeader, manifest: Manifest, axis: str) -> Placement:
             value=axis,
         )
     return geometry.place_volume(header.size, header.affine, manifest.orientation or "RAS", manifest.spacing)
+
+
+def note_resampling(source: Image | Volume, placement: Placement, manifest: Manifest) -> Image | Volume:
+    """Notes that the voxels are of another size than those the network was trained on, by orders of magnitude."""
+    factors = (size / native for size, native in zip(placement.size, placement.native, strict=True))
+    if all(1 / FAR <= factor <= FAR for factor in factors):
+        return source
+    here, there = (" x ".join(map(str, size)) for size in (placement.native, placement.size))
+    mm = " x ".join(f"{step:g}" for step in manifest.spacing or ())
+    note = (
+        f"model {manifest.name!r} works on voxels of {mm} mm, so that {here} voxels were resampled to {there}; "
+        "choose a model for this size, or repair the unit of the spacing"
+    )
+    return dataclasses.replace(source, note=join_notes(source.note, note))
 
 
 def with_channels(pixels: Shaped[ndarray, "*size have"], channels: int) -> Shaped[ndarray, "*size want"]:

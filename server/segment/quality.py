@@ -51,7 +51,7 @@ def check_grid(image: InputHeader, reference: InputHeader) -> None:
         return
     distance = max_displacement(image.size, image.affine, reference.affine)
     limit = AFFINE_TOLERANCE_VOXELS * min(spacing(image.affine))
-    if distance > limit:
+    if distance > limit and not _same_numbers(image, reference):
         raise InvalidParameter(
             f"the reference lies up to {distance:.3g} mm away from the volume (other affine); resample it to "
             "the volume's grid",
@@ -60,6 +60,15 @@ def check_grid(image: InputHeader, reference: InputHeader) -> None:
             actual=float(distance),
             unit="mm",
         )
+
+
+def _same_numbers(image: InputHeader, reference: InputHeader) -> bool:
+    """Whether both lie in one place for readers that take every number for mm, such as ITK, which writes it so."""
+    one, other = (
+        np.asarray(header.affine if header.stored_affine is None else header.stored_affine)
+        for header in (image, reference)
+    )
+    return max_displacement(image.size, one, other) <= AFFINE_TOLERANCE_VOXELS * min(spacing(one))
 
 
 def _shown(size: tuple[int, ...]) -> str:

@@ -17,7 +17,7 @@ from server.segment import zip_batch
 from server.segment.admission import Admission, Ticket
 from server.segment.deadline import deadline
 from server.segment.estimate import Estimate, cpu_work
-from server.segment.preprocess import decode_options, decode_upload, read_headers
+from server.segment.preprocess import decode_options, decode_upload, note_resampling, read_headers
 from server.segment.registry import Registry, Target, resolve_target
 from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upload, ignore_progress
 from server.segment.response import encode_result, finish_mask, respond
@@ -154,6 +154,7 @@ class SegmentationService:
             engine = await worker.wait("open", self.loader.ensure_open(target.deployment, target.instance))
             on_progress("decode", 0, ticket.estimate.windows)
             source, reference = await worker.run("decode", decode_upload, upload, params, options)
+            source = note_resampling(source, ticket.placement, target.manifest)
             window = await worker.run("decode", _window, source, ticket, params)
             mask = await infer(window, ticket.flow, engine, self.scheduler, worker, on_progress)
             on_progress("encode", ticket.estimate.windows, ticket.estimate.windows)

@@ -8,6 +8,7 @@ from jaxtyping import Float32, Float64, Shaped
 from numpy import ndarray
 
 from server.arrays import Objects
+from server.imaging.geometry import decimals, spacing
 
 # Objects in a report, because more of them are for CSV, and the bytes that each takes while it is written:
 # 200 of text and ten times as many before.
@@ -88,8 +89,9 @@ def object_statistics(
     columns["centroid"] = np.round(centroid, 3).tolist()
     columns["box"] = np.stack([low, high], axis=1).tolist()
     if affine is not None:
-        columns["centroid_mm"] = np.round(centroid @ affine[:3, :3].T + affine[:3, 3], 3).tolist()
-        columns["box_mm"] = np.round(_box_mm(low, high, affine), 3).tolist()
+        places = decimals(min(spacing(affine)), 3)
+        columns["centroid_mm"] = np.round(centroid @ affine[:3, :3].T + affine[:3, 3], places).tolist()
+        columns["box_mm"] = np.round(_box_mm(low, high, affine), places).tolist()
     scores = objects.mean_score[first].astype(np.float64)
     columns["mean_score"] = [None] * len(scores) if np.isnan(scores).any() else np.round(scores, 4).tolist()
     columns["touches_border"] = objects.touches_border[first].tolist()

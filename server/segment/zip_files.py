@@ -6,6 +6,7 @@ of a zip.
 
 import contextlib
 import itertools
+import struct
 import tempfile
 import unicodedata
 import zipfile
@@ -27,7 +28,9 @@ LIST_BYTES = 1024 * 1024
 MAX_NAME = 500
 
 METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
-ENCRYPTED = 0x1
+ENCRYPTED, IS_UTF8 = 0x1, 0x800
+# Info-ZIP's extra field with the name in UTF-8: id and length, then version and checksum of the other name.
+UNICODE_PATH, FIELD, UNICODE_FIELD = 0x7075, struct.Struct("<HH"), struct.Struct("<BL")
 # What is worth compressing once more.
 TEXTS = (".json", ".csv", ".geojson")
 
@@ -113,7 +116,7 @@ class ZipFiles:
             raise Unreadable(
                 "the zip's list of files cannot be read (truncated or damaged?); pack it again"
             ) from error
-        infos = [(info, _plain(info.filename)) for info in self._zip.infolist()]
+        infos = [(info, _plain(_name(info))) for info in self._zip.infolist()]
         infos = [(info, name) for info, name in infos if not name.endswith("/") and not _is_hidden(name)]
         if not infos:
             raise Unreadable("the zip holds no files; pack the images themselves")
@@ -222,6 +225,31 @@ def is_zip(file: BinaryIO) -> bool:
     head = file.read(4)
     file.seek(0)
     return head in (b"PK\x03\x04", b"PK\x05\x06")
+
+
+def _name(info: zipfile.ZipInfo) -> str:
+    """Returns the name of a file as its packer meant it.
+
+    Many packers write UTF-8 without its flag (macOS, old jar), or beside a name in
+    another character set (Info-ZIP). zipfile then takes the name for code page 437.
+    """
+    if info.flag_bits & IS_UTF8:
+        return info.filename
+    raw = info.orig_filename.encode("cp437", "replace")
+    with contextlib.suppress(UnicodeDecodeError, struct.error):
+        return (_unicode_path(info.extra, raw) or raw).decode()
+    return info.filename
+
+
+def _unicode_path(extra: bytes, raw: bytes) -> bytes:
+    """Returns the name in Info-ZIP's extra field; "" without one, or where it belongs to another name."""
+    while len(extra) >= FIELD.size:
+        kind, length = FIELD.unpack_from(extra)
+        body, extra = extra[FIELD.size : FIELD.size + length], extra[FIELD.size + length :]
+        if kind == UNICODE_PATH:
+            version, checksum = UNICODE_FIELD.unpack_from(body)
+            return body[UNICODE_FIELD.size :] if (version, checksum) == (1, zlib.crc32(raw)) else b""
+    return b""
 
 
 def _plain(name: str) -> str:

@@ -61,6 +61,7 @@ def router(openapi: Callable[[], dict[str, Any]]) -> APIRouter:
         text = render(openapi())
         return text, policy(text)
 
+    @routes.head("/docs", include_in_schema=False)
     @routes.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
         text, headers = page()

@@ -25,6 +25,7 @@ def router(probe: HealthProbe, runner: Runner, metrics: Metrics, stopping: Stopp
     metrics.set_function(metrics.stopping, lambda: stopping.begun)
     metrics.set_function(metrics.ready, functools.partial(_is_ready, probe, runner, stopping))
 
+    @routes.head("/health/live", include_in_schema=False)
     @routes.get(
         "/health/live",
         summary="The process answers, and its device has not failed again and again: otherwise restart it",
@@ -34,6 +35,7 @@ def router(probe: HealthProbe, runner: Runner, metrics: Metrics, stopping: Stopp
         probe.check_device()
         return {"live": True}
 
+    @routes.head("/health/ready", include_in_schema=False)
     @routes.get(
         "/health/ready",
         summary="The default model answers a real forward pass, jobs are worked on, and the server is not stopping",
@@ -45,6 +47,7 @@ def router(probe: HealthProbe, runner: Runner, metrics: Metrics, stopping: Stopp
         await probe.check()
         return {"ready": True}
 
+    @routes.head("/metrics", include_in_schema=False)
     @routes.get("/metrics", summary="Prometheus metrics", response_class=Response)
     async def scrape() -> Response:
         return Response(await metrics.scrape(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field, create_model
 from starlette.requests import ClientDisconnect
@@ -14,7 +14,9 @@ from starlette.types import Message
 from server.api import problems, upload
 from server.api.access import CLIENT_CLOSED_REQUEST
 from server.api.compression import COMPRESSIBLE, GZIP, MIN_BYTES, VARY, accepts_gzip, compress_file
+from server.api.kept_file import KeptFileResponse
 from server.api.params import DEADLINE, REQUEST_BODY, check_query
+from server.api.request_headers import header_list
 from server.api.schemas import JobDocument, Problem, job_document
 from server.errors import InvalidParameter, NotFinished, Overloaded, StoreBroken, UnknownJob
 from server.jobs.active import JobStatus
@@ -132,12 +134,14 @@ def router(runner: Runner, max_streams: int = MAX_STREAMS) -> APIRouter:
             document.model_dump(mode="json"), 202, PRIVATE | {"Location": f"/jobs/{document.id}"}
         )
 
+    @routes.head("/jobs/{id}", include_in_schema=False)
     @routes.get(
         "/jobs/{id}", summary="The state and progress of a job", response_model=JobDocument, responses=UNKNOWN
     )
     async def get(id: str) -> Response:  # noqa: A002 - the contract's word
         return JSONResponse(job_document(await runner.get(id)).model_dump(mode="json"), headers=PRIVATE)
 
+    @routes.head("/jobs/{id}/events", include_in_schema=False)
     @routes.get(
         "/jobs/{id}/events", summary="Server-sent events", response_class=StreamingResponse, responses=EVENTS
     )
@@ -175,6 +179,8 @@ async def _event_stream(
     await runner.get(id_)
     if request.headers.get("last-event-id") == LAST_EVENT_ID:
         return Response(status_code=204, headers=PRIVATE)
+    if request.method == "HEAD":
+        return Response(headers=EVENT_STREAM, media_type="text/event-stream")
     if len(streams) >= max_streams:
         raise Overloaded(
             f"{len(streams)} event streams are open, which is the limit; poll GET /jobs/{id_} instead",
@@ -250,10 +256,10 @@ async def _kept_file(runner: Runner, id_: str, name: str, request: Request) -> R
         if kept := await runner.stat(job, name):
             path, stat = kept
             if headers["Content-Type"] not in COMPRESSIBLE:
-                return FileResponse(path, headers=headers | PRIVATE, stat_result=stat)
+                return KeptFileResponse(path, headers=headers | PRIVATE, stat_result=stat)
             if _wants_gzip(request, stat.st_size):
                 return StreamingResponse(compress_file(path), headers=headers | PRIVATE | GZIP)
-            return FileResponse(path, headers=headers | PRIVATE | VARY, stat_result=stat)
+            return KeptFileResponse(path, headers=headers | PRIVATE | VARY, stat_result=stat)
         # The file is gone since its row was read, and the row as it is now says why.
     raise StoreBroken(f"the {name} of job {short_id(id_)} is not on the disk, though its row says so")
 
@@ -264,7 +270,7 @@ def _wants_gzip(request: Request, size: int) -> bool:
     A range is one of the bytes as they are kept, and HEAD tells their number.
     """
     plain = request.method == "HEAD" or "range" in request.headers or size < MIN_BYTES
-    return not plain and accepts_gzip(request.headers.get("accept-encoding"))
+    return not plain and accepts_gzip(header_list(request, "accept-encoding"))
 
 
 def _not_finished(status: JobStatus, name: str) -> NotFinished:

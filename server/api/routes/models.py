@@ -15,10 +15,12 @@ def router(service: SegmentationService) -> APIRouter:
     routes = APIRouter()
     registry = service.registry
 
+    @routes.head("/models", include_in_schema=False)
     @routes.get("/models", summary="Models that are served")
     async def models() -> list[ModelSummary]:
         return [summary(deployment, registry.default) for deployment in registry.deployments.values()]
 
+    @routes.head("/models/{name}", include_in_schema=False)
     @routes.get(
         "/models/{name}", summary="The model card with the level table", responses={404: {"model": Problem}}
     )

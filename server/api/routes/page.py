@@ -19,6 +19,7 @@ from fastapi import APIRouter, HTTPException, Request, Response
 from isal import igzip
 
 from server.api.compression import accepts_gzip
+from server.api.request_headers import header_list
 from server.errors import Misconfigured
 from server.imaging.encode import ENCODERS
 from server.segment.request import SegmentParams
@@ -214,7 +215,7 @@ def _respond(request: Request, asset: Asset) -> Response:
     if etag in known:
         return Response(None, HTTPStatus.NOT_MODIFIED, headers)
     body = asset.body
-    if asset.gzipped and accepts_gzip(request.headers.get("accept-encoding")):
+    if asset.gzipped and accepts_gzip(header_list(request, "accept-encoding")):
         body = asset.gzipped
         headers["Content-Encoding"] = "gzip"
     return Response(body, headers=headers | {"Content-Type": asset.media_type})

@@ -18,7 +18,14 @@ from server import errors
 from server.api import upload
 from server.api.access import CLIENT_CLOSED_REQUEST
 from server.api.compression import encode_body, read_chunks
-from server.api.params import DEADLINE_PARAMETER, REQUEST_BODY, check_query, headers, read_qos
+from server.api.params import (
+    DEADLINE_PARAMETER,
+    REQUEST_BODY,
+    check_query,
+    headers,
+    read_qos,
+)
+from server.api.request_headers import header_list
 from server.api.schemas import Problem
 from server.imaging import encode
 from server.metrics import NONE, Metrics
@@ -208,7 +215,7 @@ def router(service: SegmentationService, max_in_flight: int, timeout_s: float) -
         request.state.timings = response.timings
         if not isinstance(response.body, bytes):
             return TempFileResponse(response.body, headers(response))
-        accept_encoding = request.headers.get("accept-encoding")
+        accept_encoding = header_list(request, "accept-encoding")
         body, sent = await encode_body(response.body, headers(response), accept_encoding)
         return Response(body, headers=sent)
 

@@ -6,13 +6,14 @@ from typing import BinaryIO, TypeVar
 
 from server.arrays import Image, InputHeader, Volume
 from server.errors import InvalidParameter, UnetppError, Unreadable, UnsupportedType
+from server.imaging import neighbours
 from server.imaging.decode import metaimage, nifti, nrrd, raster, tiff
 from server.imaging.decode_options import DecodeOptions
 
 T = TypeVar("T")
 
-# Bytes by which a format is recognised.
-PREFIX_BYTES = 16
+# Bytes by which a format is recognised: few for all but MetaImage, which has no magic.
+PREFIX_BYTES = 16 * 1024
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,21 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Image | Volume:
     return _dispatch(file, options, lambda decoder: decoder.decode(file, options))
 
 
+def _unsupported(prefix: bytes) -> UnsupportedType:
+    """Returns the error of a file of no format in the table, which names the format where it is known."""
+    formats = ", ".join(decoder.formats for decoder in DECODERS.values())
+    allowed = formats.split(", ")
+    neighbour = neighbours.find(prefix)
+    if neighbour is None:
+        return UnsupportedType(f"not a format that this server reads; it reads {formats}", allowed=allowed)
+    return UnsupportedType(
+        f"the file is {neighbour.name}, which this server does not read; {neighbour.remedy}. It reads {formats}",
+        value=neighbour.name,
+        remedy=neighbour.remedy,
+        allowed=allowed,
+    )
+
+
 def _dispatch(file: BinaryIO, options: DecodeOptions, function: Callable[[Decoder], T]) -> T:
     """Calls a function with the decoder of the file, and turns whatever it raises into a domain error."""
     prefix = file.read(PREFIX_BYTES)
@@ -103,10 +119,7 @@ def _dispatch(file: BinaryIO, options: DecodeOptions, function: Callable[[Decode
         )
     decoder = next((decoder for decoder in DECODERS.values() if decoder.sniff(prefix)), None)
     if decoder is None:
-        formats = ", ".join(decoder.formats for decoder in DECODERS.values())
-        raise UnsupportedType(
-            f"not a format that this server reads; it reads {formats}", allowed=formats.split(", ")
-        )
+        raise _unsupported(prefix)
     if options.axes and decoder is not DECODERS["tiff"]:
         raise InvalidParameter(
             f"axes is for TIFF; the axes of {decoder.formats} are known",

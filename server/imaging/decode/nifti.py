@@ -4,7 +4,6 @@ import contextlib
 import io
 import logging
 import math
-from collections.abc import Iterator
 from typing import Any, BinaryIO, Literal
 
 import nibabel as nib
@@ -15,6 +14,7 @@ from numpy import ndarray
 
 from server.arrays import InputHeader, Volume
 from server.errors import TooLarge, Unreadable
+from server.imaging import neighbours
 from server.imaging.decode_options import DecodeOptions, join_notes, nonfinite_note
 from server.imaging.geometry import AFFINE_TOLERANCE_VOXELS, check_affine, max_displacement, spacing
 from server.imaging.streaming import (
@@ -22,6 +22,7 @@ from server.imaging.streaming import (
     GZIP_MAGIC,
     Stream,
     decoded_dtype,
+    finish,
     open_gzip,
     read_exactly,
     read_values,
@@ -40,6 +41,8 @@ HEADERS: dict[bytes, type[Any]] = {
 MAX_VOXEL_OFFSET = 16 * 1024 * 1024
 # Each extension costs microseconds and a few hundred bytes, however short it is.
 MAX_EXTENSIONS = 1000
+# Fields that errors about the affine name.
+ADVICE = "pixdim, qform, sform, or the unit in xyzt_units"
 XYZT_UNITS_MM = {"meter": 1e3, "micron": 1e-3}
 
 # nibabel logs oddities of a header. They are silenced because notes and errors report them to the caller.
@@ -53,11 +56,13 @@ def sniff(prefix: bytes) -> bool:
 
 def read_header(file: BinaryIO, options: DecodeOptions) -> InputHeader:
     """Reads shape and place from the header alone."""
-    with _inflated(file) as stream:
-        file_header = _read_file_header(stream)
+    file_header, _ = _read_file_header(_inflated(file))
     options.select_channels(1)
-    dtype = _dtype(file_header)
-    return InputHeader(_size(file_header), 1, dtype.itemsize, _affine(file_header))
+    dtype, size = _dtype(file_header), _size(file_header)
+    affine = _place(file_header, size)[0]
+    return InputHeader(
+        size, 1, dtype.itemsize, affine, stored_affine=_stored_affine(affine, _unit_mm(file_header))
+    )
 
 
 def decode(file: BinaryIO, options: DecodeOptions) -> Volume:
@@ -65,39 +70,39 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Volume:
 
     A gzip stream is never inflated further than its header promises voxels.
     """
-    with _inflated(file) as stream:
-        file_header = _read_file_header(stream)
-        size = _size(file_header)
-        options.check_volume(size)
-        stored, dtype = file_header.get_data_dtype(), _dtype(file_header)
-        values, nonfinite = read_values(stream, stored, dtype, math.prod(size), scaling=_scaling(file_header))
-        # Reading on makes the gzip stream compare its checksum, which lies at its end.
-        stream.read(1)
+    stream = _inflated(file)
+    file_header, as_stored = _read_file_header(stream)
+    size = _size(file_header)
+    options.check_volume(size)
+    stored, dtype = file_header.get_data_dtype(), _dtype(file_header)
+    values, nonfinite = read_values(stream, stored, dtype, math.prod(size), scaling=_scaling(file_header))
+    end_note = finish(stream)
+    affine, place_note = _place(file_header, size)
     note = nonfinite_note(nonfinite, values.size, options.zero_nonfinite)
     voxels = values.reshape(size, order="F")[..., None]
+    stored_affine = _stored_affine(affine, _unit_mm(file_header))
     return Volume(
-        voxels, _affine(file_header), file_header, join_notes(note, _affine_note(file_header, size))
+        voxels, affine, as_stored, join_notes(note, place_note, end_note), stored_affine=stored_affine
     )
 
 
-@contextlib.contextmanager
-def _inflated(file: BinaryIO) -> Iterator[Stream]:
+def _inflated(file: BinaryIO) -> Stream:
     """Opens the plain contents of a file, which stays open."""
     magic = file.read(len(GZIP_MAGIC))
     file.seek(0)
-    if magic != GZIP_MAGIC:
-        yield file
-        return
-    with open_gzip(file) as stream:
-        yield stream
+    return open_gzip(file) if magic == GZIP_MAGIC else file
 
 
 def _broken(detail: str, reason: str = "header", **fields: Any) -> Unreadable:
     return Unreadable(detail, reason=reason, format=FORMAT, **fields)
 
 
-def _read_file_header(stream: Stream) -> Any:
+def _read_file_header(stream: Stream) -> tuple[Any, Any]:
     """Reads the header with its extensions, and leaves the stream at the first voxel.
+
+    Returns:
+        The header as nibabel repairs it, and as it is stored, for the answer: other readers than nibabel take
+        it as it is, and must read both files alike.
 
     Raises:
         Unreadable: The file is not a single NIfTI file, or is truncated.
@@ -106,10 +111,9 @@ def _read_file_header(stream: Stream) -> Any:
     prefix = read_exactly(stream, 4, "header")
     header_type = HEADERS.get(prefix)
     if header_type is None:
-        raise _broken(
-            "a gzip file without a NIfTI header in it; send .nii.gz, or an image as it is",
-            "gzip-without-nifti",
-        )
+        with contextlib.suppress(EOFError):
+            prefix += stream.read(neighbours.PREFIX_BYTES)
+        raise _not_nifti(prefix)
     length = int(header_type.template_dtype.itemsize)
     prefix += read_exactly(stream, length - 4, "header")
     _check_magic(prefix[344:348] if header_type is nib.Nifti1Header else prefix[4:8])
@@ -118,9 +122,26 @@ def _read_file_header(stream: Stream) -> Any:
     prefix += read_exactly(stream, offset - length, "header")
     _check_extensions(prefix[length:], "little" if unchecked.endianness == "<" else "big")
     try:
-        return header_type.from_fileobj(io.BytesIO(prefix))
+        repaired = header_type.from_fileobj(io.BytesIO(prefix))
     except HeaderDataError as error:
         raise _broken(f"the header is not sound: {error}; repair it, or save the file again") from error
+    unchecked.extensions = repaired.extensions
+    return repaired, unchecked
+
+
+def _not_nifti(prefix: bytes) -> Unreadable:
+    """Returns the error of a gzip file in which something else is."""
+    neighbour = neighbours.find(prefix)
+    if neighbour:
+        return _broken(
+            f"the gzip file holds {neighbour.name}, which this server does not read; {neighbour.remedy}",
+            "gzip-without-nifti",
+            value=neighbour.name,
+            remedy=neighbour.remedy,
+        )
+    return _broken(
+        "a gzip file without a NIfTI header in it; send .nii.gz, or an image as it is", "gzip-without-nifti"
+    )
 
 
 def _check_magic(magic: bytes) -> None:
@@ -219,21 +240,81 @@ def _size(file_header: Any) -> tuple[int, int, int]:
     return x, y, z
 
 
-def _affine(file_header: Any) -> Float64[ndarray, "4 4"]:
-    """Returns voxel index to mm: from the sform, else the qform, else the spacing alone.
+def _place(file_header: Any, size: tuple[int, ...]) -> tuple[Float64[ndarray, "4 4"], str]:
+    """Returns voxel index to mm, from the sform, else the qform, else the spacing alone, and what is in doubt.
 
     Raises:
         Unreadable: The affine places voxels nowhere.
     """
-    try:
-        affine = np.array(file_header.get_best_affine(), dtype=np.float64)
-    except (ValueError, HeaderDataError) as error:
-        raise _broken(
-            f"the file's qform is no rotation ({error}); repair its qform and sform", field="quatern_b"
-        ) from error
-    affine[:3] *= _unit_mm(file_header)
-    check_affine(affine)
+    sform, qform = _form(file_header, "sform"), _form(file_header, "qform")
+    if sform is None and qform is None:
+        affine = np.array(file_header.get_base_affine(), dtype=np.float64)
+        affine[:3] *= _unit_mm(file_header)
+        return (
+            _checked(affine),
+            "the header gives no orientation; axes were taken as left, anterior, superior",
+        )
+    if sform is None:
+        return _checked(qform), ""
+    # Some writers set the code of the sform and leave its rows at zero.
+    if qform is not None and not isinstance(sform, Unreadable) and not sform[:3, :3].any():
+        return _checked(
+            qform
+        ), "the sform has a code and no directions, its numbers are zero; the qform was used"
+    affine = _checked(sform)
+    return affine, _qform_note(size, affine, qform)
+
+
+def _checked(form: Float64[ndarray, "4 4"] | Unreadable | None) -> Float64[ndarray, "4 4"]:
+    """Returns an affine that places voxels somewhere.
+
+    Raises:
+        Unreadable: It does not.
+    """
+    if isinstance(form, Unreadable):
+        raise form
+    affine = np.asarray(form)
+    check_affine(affine, ADVICE)
     return affine
+
+
+def _form(file_header: Any, name: str) -> Float64[ndarray, "4 4"] | Unreadable | None:
+    """Returns an affine in mm; None without its code, and the error where it cannot be read."""
+    getter = file_header.get_sform if name == "sform" else file_header.get_qform
+    try:
+        affine, code = getter(coded=True)
+    except (ValueError, HeaderDataError) as error:
+        return _broken(
+            f"the file's qform is no rotation ({error}); repair its qform and sform", field="quatern_b"
+        )
+    if not code:
+        return None
+    affine = np.array(affine, dtype=np.float64)
+    affine[:3] *= _unit_mm(file_header)
+    return affine
+
+
+def _qform_note(
+    size: tuple[int, ...],
+    sform: Float64[ndarray, "4 4"],
+    qform: Float64[ndarray, "4 4"] | Unreadable | None,
+) -> str:
+    """Returns that the sform was used, where the qform says otherwise."""
+    if qform is None:
+        return ""
+    if isinstance(qform, Unreadable):
+        return "the qform is no rotation; the sform was used"
+    mm = max_displacement(size, sform, qform)
+    if not np.isfinite(mm):
+        return "the qform holds values that are not finite; the sform was used"
+    if mm > AFFINE_TOLERANCE_VOXELS * min(spacing(sform)):
+        return f"sform and qform lie up to {mm:.2g} mm apart; the sform was used"
+    return ""
+
+
+def _stored_affine(affine: Float64[ndarray, "4 4"], unit_mm: float) -> Float64[ndarray, "4 4"] | None:
+    """Returns an affine in the header's unit; None where that is mm."""
+    return None if unit_mm == 1 else np.diag([1 / unit_mm] * 3 + [1.0]) @ affine
 
 
 def _unit_mm(file_header: Any) -> float:
@@ -242,26 +323,6 @@ def _unit_mm(file_header: Any) -> float:
         return XYZT_UNITS_MM.get(file_header.get_xyzt_units()[0], 1.0)
     except KeyError:
         return 1.0
-
-
-def _affine_note(file_header: Any, size: tuple[int, ...]) -> str:
-    """Returns which affine was used, where the header leaves that in doubt."""
-    sform, sform_code = file_header.get_sform(coded=True)
-    try:
-        qform, qform_code = file_header.get_qform(coded=True)
-    except (ValueError, HeaderDataError):
-        return "the qform is no rotation; the sform was used"
-    if not sform_code and not qform_code:
-        return "the header gives no orientation; axes were taken as left, anterior, superior"
-    if not sform_code or not qform_code:
-        return ""
-    displacement = max_displacement(size, sform, qform)
-    if not np.isfinite(displacement):
-        return "the qform holds values that are not finite; the sform was used"
-    if displacement > AFFINE_TOLERANCE_VOXELS * min(spacing(sform)):
-        mm = displacement * _unit_mm(file_header)
-        return f"sform and qform lie up to {mm:.2g} mm apart; the sform was used"
-    return ""
 
 
 def _scaling(file_header: Any) -> tuple[float, float]:

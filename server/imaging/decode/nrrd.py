@@ -4,9 +4,9 @@ The voxels are read here because pynrrd, which parses the header, inflates witho
 that a header names.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from jaxtyping import Float64
@@ -19,14 +19,17 @@ from server.imaging.geometry import MM_PER_UNIT
 from server.imaging.grid import (
     LPS_TO_RAS,
     Grid,
-    affine_from_directions,
     check_channels,
     check_size,
     image_spacing,
+    place,
+    unit_note,
 )
-from server.imaging.nrrd_header import FORMAT, MAX_HEADER, broken, read_fields
-from server.imaging.streaming import Stream, open_bzip2, open_gzip, skip
+from server.imaging.nrrd_header import FORMAT, MAX_HEADER, broken, place_lines, read_fields
+from server.imaging.streaming import Stream, finish, open_bzip2, open_gzip, skip
 
+# Fields that errors about the affine name.
+ADVICE = "space directions, spacings, space origin, or the unit in space units or units"
 # Bytes or lines between the header and the voxels.
 MAX_SKIP = 16 * 1024 * 1024
 # Names of each type: in C, and with a width.
@@ -63,7 +66,18 @@ SPATIAL_KINDS = ("domain", "space", "none", "???")
 COLOR_KINDS = ("rgb-color", "rgba-color", "3-color", "4-color")
 SERIES_KINDS = ("list", "time")
 
+OPENERS: dict[str, Callable[[BinaryIO], Stream]] = {
+    **dict.fromkeys(("gzip", "gz"), open_gzip),
+    **dict.fromkeys(("bzip2", "bz2"), open_bzip2),
+}
+
 ENDIANS = ("little", "big")
+
+# Steps of spatial axes and the origin in the unit of the file, length of the unit in mm per coordinate, and
+# what is in doubt.
+Placed: TypeAlias = tuple[
+    Float64[ndarray, "axes dims"], Float64[ndarray, " dims"], Float64[ndarray, " dims"], str
+]
 
 
 def sniff(prefix: bytes) -> bool:
@@ -81,11 +95,9 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Image | Volume:
     fields = read_fields(file)
     grid = _grid(fields, options)
     grid.check(options)
-    with _open_values(file, fields, grid) as stream:
-        decoded = grid.read(stream, options)
-        # Reading on makes the gzip stream compare its checksum, which lies at its end.
-        stream.read(1)
-    return decoded
+    stream = _open_values(file, fields, grid)
+    decoded = grid.read(stream, options)
+    return replace(decoded, note=join_notes(decoded.note, finish(stream)))
 
 
 def _grid(fields: dict[str, Any], options: DecodeOptions) -> Grid:
@@ -107,11 +119,11 @@ def _grid(fields: dict[str, Any], options: DecodeOptions) -> Grid:
             parameter="channel",
         )
     check_channels(channels)
-    affine, spacing_mm, note = _place(fields, spatial)
     stored = _stored_dtype(fields)
     # Vectors of bytes count as colours because SimpleITK, which does not tell them apart, calls both vectors.
     colors = kind in COLOR_KINDS or (kind == "vector" and channels in (3, 4) and stored.itemsize == 1)
-    return Grid(size, stored, affine, spacing_mm, channels, extra == 0, colors, note)
+    grid = Grid(size, stored, channels=channels, interleaved=extra == 0, colors=colors)
+    return _placed_image(grid, fields, spatial) if len(size) == 2 else _placed_volume(grid, fields, spatial)
 
 
 def _stored_dtype(fields: dict[str, Any]) -> "np.dtype[np.generic]":
@@ -168,17 +180,23 @@ def _axes(fields: dict[str, Any], sizes: list[int]) -> tuple[list[int], int | No
     return spatial, others[0] if others else None
 
 
-def _place(
-    fields: dict[str, Any], spatial: list[int]
-) -> tuple[Float64[ndarray, "4 4"] | None, tuple[float, float] | None, str]:
-    """Returns the affine of a volume or the spacing of an image, and what is in doubt."""
+def _placed_image(grid: Grid, fields: dict[str, Any], spatial: list[int]) -> Grid:
+    """Returns the grid of an image with its spacing."""
     by_directions = "space directions" in fields
-    steps, origin, note = _directions(fields, spatial) if by_directions else _spacings(fields, spatial)
-    if len(spatial) == 2:
-        units = fields.get("space units" if by_directions else "units", [])
-        has_unit = any(unit.strip().lower() in MM_PER_UNIT for unit in units)
-        with np.errstate(over="ignore"):
-            return None, image_spacing(np.linalg.norm(steps, axis=1), has_unit=has_unit), ""
+    steps, _, units_mm, _ = _directions(fields, spatial) if by_directions else _spacings(fields, spatial)
+    units = fields.get("space units" if by_directions else "units", [])
+    has_unit = any(unit.strip().lower() in MM_PER_UNIT for unit in units)
+    with np.errstate(over="ignore"):
+        lengths = np.linalg.norm(steps * units_mm, axis=1)
+    return replace(grid, spacing_mm=image_spacing(lengths, has_unit=has_unit))
+
+
+def _placed_volume(grid: Grid, fields: dict[str, Any], spatial: list[int]) -> Grid:
+    """Returns the grid of a volume with its place, and what is in doubt."""
+    by_directions = "space directions" in fields
+    steps, origin, units_mm, note = (
+        _directions(fields, spatial) if by_directions else _spacings(fields, spatial)
+    )
     if steps.shape != (3, 3):
         raise broken(
             "the NRRD header places a volume in a space of more than three dimensions; save the file again",
@@ -189,24 +207,25 @@ def _place(
     doubt = (
         "" if signs else "the header names no anatomical space; axes were taken as left, posterior, superior"
     )
-    return affine_from_directions(steps, origin, signs or LPS_TO_RAS), None, join_notes(note, doubt)
+    affine, stored_affine = place(steps, origin, signs or LPS_TO_RAS, units_mm, ADVICE)
+    field = "space units" if by_directions else "units"
+    notes = join_notes(note, doubt, unit_note(units_mm, field))
+    lines = place_lines(fields, spatial)
+    return replace(grid, affine=affine, stored_affine=stored_affine, note=notes, nrrd_place=lines)
 
 
-def _directions(
-    fields: dict[str, Any], spatial: list[int]
-) -> tuple[Float64[ndarray, "axes dims"], Float64[ndarray, " dims"], str]:
-    """Returns the steps of spatial axes and the origin in mm, as "space directions" and "space origin" say."""
+def _directions(fields: dict[str, Any], spatial: list[int]) -> Placed:
+    """Returns what "space directions", "space origin" and "space units" say."""
     directions, units = fields["space directions"], fields.get("space units", [])
     dims = directions.shape[1]
-    scale = _mm_per_unit(units, range(dims))
-    steps = np.asarray(directions, dtype=np.float64)[spatial] * scale
+    units_mm = _mm_per_unit(units, range(dims))
     origin = np.asarray(fields.get("space origin", np.zeros(dims)), dtype=np.float64)
-    if origin.shape != scale.shape or dims < len(spatial):
+    if origin.shape != units_mm.shape or dims < len(spatial):
         raise broken(
             "the NRRD header gives space directions and space origin of different dimensions; save the file again",
             "space origin",
         )
-    return steps, origin * scale, ""
+    return np.asarray(directions, dtype=np.float64)[spatial], origin, units_mm, ""
 
 
 def _mm_per_unit(units: list[str], axes: Iterable[int]) -> Float64[ndarray, " axes"]:
@@ -216,20 +235,30 @@ def _mm_per_unit(units: list[str], axes: Iterable[int]) -> Float64[ndarray, " ax
     )
 
 
-def _spacings(
-    fields: dict[str, Any], spatial: list[int]
-) -> tuple[Float64[ndarray, "axes axes"], Float64[ndarray, " axes"], str]:
-    """Returns the steps of spatial axes and the origin in mm, as "spacings" says, and what is in doubt."""
-    units, note = fields.get("units", []), ""
-    scale = _mm_per_unit(units, spatial)
+def _spacings(fields: dict[str, Any], spatial: list[int]) -> Placed:
+    """Returns what "spacings", "axis mins" and "units" say."""
+    note = ""
     steps = np.asarray(fields.get("spacings", np.ones(max(spatial) + 1)), dtype=np.float64)[spatial]
     if not np.isfinite(steps).all():
         note, steps = "the header gives no spacing; voxels were taken as 1 mm apart", np.ones(len(spatial))
-    return np.diag(steps * scale), np.zeros(len(spatial)), note
+    units_mm = _mm_per_unit(fields.get("units", []), spatial)
+    return np.diag(steps), _origin_of_mins(fields, spatial, steps), units_mm, note
 
 
-@contextlib.contextmanager
-def _open_values(file: BinaryIO, fields: dict[str, Any], grid: Grid) -> Iterator[Stream]:
+def _origin_of_mins(
+    fields: dict[str, Any], spatial: list[int], steps: Float64[ndarray, " axes"]
+) -> Float64[ndarray, " axes"]:
+    """Returns the centre of the first voxel as Teem, and with it ITK, computes it from "axis mins"; 0 without them."""
+    mins = np.asarray(fields.get("axis mins", ()), dtype=np.float64)
+    if len(mins) <= max(spatial) or not np.isfinite(mins[spatial]).all():
+        return np.zeros(len(spatial))
+    centerings = fields.get("centerings", [])
+    nodes = [axis < len(centerings) and centerings[axis].lower() == "node" for axis in spatial]
+    origin: Float64[ndarray, " axes"] = mins[spatial] + np.where(nodes, 0.0, steps / 2)
+    return origin
+
+
+def _open_values(file: BinaryIO, fields: dict[str, Any], grid: Grid) -> Stream:
     """Opens the stream of the values.
 
     Raises:
@@ -245,16 +274,8 @@ def _open_values(file: BinaryIO, fields: dict[str, Any], grid: Grid) -> Iterator
     if encoding == "raw":
         # A skip of -1 means that the values lie at the end of the file.
         file.seek(*(-grid.nbytes, 2) if skipped < 0 else (skipped, 1))
-        yield file
-    elif encoding in ("gzip", "gz"):
-        with open_gzip(file) as stream:
-            skip(stream, skipped, "voxels")
-            yield stream
-    elif encoding in ("bzip2", "bz2"):
-        stream = open_bzip2(file)
-        skip(stream, skipped, "voxels")
-        yield stream
-    else:
+        return file
+    if encoding not in OPENERS:
         raise broken(
             f"NRRD encoding {encoding!r:.20} is not read; save it as raw or gzip",
             "encoding",
@@ -262,6 +283,9 @@ def _open_values(file: BinaryIO, fields: dict[str, Any], grid: Grid) -> Iterator
             value=encoding[:20],
             allowed=["raw", "gzip", "bzip2"],
         )
+    stream = OPENERS[encoding](file)
+    skip(stream, skipped, "voxels")
+    return stream
 
 
 def _check_skips(encoding: str, lines: int, skipped: int) -> None:

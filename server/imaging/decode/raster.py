@@ -18,11 +18,11 @@ from server.imaging.palette import ramp_note, ramp_values
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 
-# Of Pillow's formats; a JPEG of several pictures is MPO.
-LOSSY_FORMATS = ("JPEG", "MPO")
-
 # Pillow's limit is off because ours is checked from the header, before any pixel is decoded.
 Pillow.MAX_IMAGE_PIXELS = None
+
+# Chunks of a WebP among which the picture is looked for; there are at most a few before it.
+MAX_CHUNKS = 100
 
 # Chunks that are compressed, and can be a thousand times as long as they look.
 COMPRESSED_CHUNKS = (b"zTXt", b"iTXt", b"iCCP")
@@ -62,6 +62,7 @@ def is_plain_png(data: bytes) -> bool:
 
 def read_header(file: BinaryIO, options: DecodeOptions) -> InputHeader:
     """Reads (H, W), upright as far as the header tells: PNG may have its EXIF behind the pixels."""
+    _check_lossless(file, options)
     return _tolerant(file, lambda readable: _read_header(readable, options))[0]
 
 
@@ -83,19 +84,20 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Image:
     their indices, and those whose palette is a ramp of colours; other palettes, CMYK and YCbCr become RGB.
 
     Raises:
-        Unreadable: The file is of a kind that is not read.
+        Unreadable: The file is of a kind that is not read, or labels are in a lossy format.
     """
-    (pixels, note, lossy), skipped = _tolerant(file, lambda readable: _decode(readable, options))
+    _check_lossless(file, options)
+    (pixels, note), skipped = _tolerant(file, lambda readable: _decode(readable, options))
     count = pixels.shape[-1]
     selected, guess = options.select_channels(count, colors=count == 3)
     if selected != slice(0, count):
         pixels = np.ascontiguousarray(pixels[..., selected])
-    pixels, colors = as_grey(pixels, [pixels], options, lossy=lossy)
+    pixels, colors = as_grey(pixels, [pixels], options, lossy=_lossy_kind(file) != "")
     return Image(pixels, join_notes(note, skipped, guess, colors))
 
 
-def _decode(file: BinaryIO, options: DecodeOptions) -> tuple[Pixels, str, bool]:
-    """Returns the pixels, upright, a note, and whether their colours were stored less exactly than their brightness."""
+def _decode(file: BinaryIO, options: DecodeOptions) -> tuple[Pixels, str]:
+    """Returns the pixels, upright, and a note."""
     deep = png_chunks.count_deep_channels(file)
     with Pillow.open(file, formats=FORMATS) as picture:
         options.check_image(picture.height, picture.width)
@@ -109,10 +111,9 @@ def _decode(file: BinaryIO, options: DecodeOptions) -> tuple[Pixels, str, bool]:
                 _palette_values(picture, options) if picture.mode == "P" else (_pixels(picture), "")
             )
         orientation, unreadable = _orientation(picture)
-        lossy = picture.format in LOSSY_FORMATS
     note = f"only the first of {frames} frames was read" if frames > 1 else ""
     # The picture is turned when Pillow has let go of it, because it would take its memory once more.
-    return turn_upright(pixels, orientation), join_notes(note, ramp, unreadable), lossy
+    return turn_upright(pixels, orientation), join_notes(note, ramp, unreadable)
 
 
 def _orientation(picture: Pillow.Image) -> tuple[int, str]:
@@ -171,6 +172,46 @@ def _unread_bmp(file: BinaryIO) -> str:
     if compression in BMP_COMPRESSIONS:
         return f"BMP with {BMP_COMPRESSIONS[compression]}"
     return "" if bits in BMP_BITS else f"BMP of {bits} bits"
+
+
+def _check_lossless(file: BinaryIO, options: DecodeOptions) -> None:
+    """Refuses labels in a lossy format, whose values near an edge are none of those that were saved.
+
+    Raises:
+        Unreadable: The file is JPEG, or WebP that is lossy.
+    """
+    lossy = _lossy_kind(file) if options.labels else ""
+    if lossy:
+        raise Unreadable(
+            f"the label image is {lossy}, whose compression changes the values at each edge; send labels as PNG or TIFF",
+            reason="lossy",
+            value=lossy,
+            allowed=["PNG", "TIFF", "BMP", "lossless WebP"],
+        )
+
+
+def _lossy_kind(file: BinaryIO) -> str:
+    """Returns "JPEG" or "lossy WebP" for these; "" for lossless formats. The file is left at its start."""
+    file.seek(0)
+    start = file.read(12)
+    jpeg = start.startswith(jpeg_segments.MAGIC)
+    lossy = "JPEG" if jpeg else "lossy WebP" if _is_lossy_webp(start, file) else ""
+    file.seek(0)
+    return lossy
+
+
+def _is_lossy_webp(start: bytes, file: BinaryIO) -> bool:
+    """Returns whether the first picture of a WebP, among its chunks, is compressed as VP8 rather than VP8L."""
+    if start[8:12] != b"WEBP":
+        return False
+    for _ in range(MAX_CHUNKS):
+        head = file.read(8)
+        if len(head) < 8 or head[:4] in (b"VP8 ", b"VP8L"):
+            return head[:4] == b"VP8 "
+        length = int.from_bytes(head[4:], "little")
+        # A frame of an animation holds chunks itself, behind its place and duration.
+        file.seek(16 if head[:4] == b"ANMF" else length + length % 2, 1)
+    return False
 
 
 def _palette_values(picture: Pillow.Image, options: DecodeOptions) -> tuple[Pixels, str]:

@@ -31,6 +31,8 @@ class Encoder:
         kinds: kinds of input that it can answer: "image", "stack", "volume".
         needs: parts that the result must hold besides the classes: "scores", "head_std", "objects", "report".
         compressible: whether the file is text, so that a zip or HTTP's Content-Encoding should compress it.
+        by_name_only: whether only `format` gives it, never a header Accept: pictures that are lossy or decorated,
+            which a program that takes any image would measure as if it were the mask.
         outlines: whether it describes the shape of each object, which takes longer than all other formats.
         image_bytes: bytes of memory per pixel of an image during encoding, besides the file; the maximum over
             noise, stripes and dots. Volumes need none that counts, because only a small picture is made of
@@ -44,6 +46,7 @@ class Encoder:
     kinds: tuple[str, ...] = ("image", "stack", "volume")
     needs: frozenset[str] = frozenset()
     compressible: bool = False
+    by_name_only: bool = False
     outlines: bool = False
     image_bytes: int = 0
     max_bytes: int = 1 << 62
@@ -70,13 +73,17 @@ ENCODERS: dict[str, Encoder] = {
     "scores.npz": Encoder(NPZ, "scores.npz", lambda r: npz.encode(r.mask.classes, r.scores), needs=SCORES),
     "scores.png": Encoder(PNG, "scores.png", lambda r: png.scores(r.scores), IMAGE, SCORES),
     "overlay": Encoder(
-        PNG, "overlay.png", lambda r: overlay.encode(r.source, r.mask.classes, r.colors), image_bytes=17
+        PNG,
+        "overlay.png",
+        lambda r: overlay.encode(r.source, r.mask.classes, r.colors),
+        by_name_only=True,
+        image_bytes=17,
     ),
     "mask_1bit.png": Encoder(PNG, "mask_1bit.png", lambda r: png.one_bit(r.mask.classes), IMAGE),
     "mask.seg.nrrd": Encoder(
         "application/x-nrrd",
         "mask.seg.nrrd",
-        lambda r: nrrd.encode(r.affine, r.mask.classes, r.colors, r.names),
+        lambda r: nrrd.encode(r.affine, r.mask.classes, r.colors, r.names, r.volume.nrrd_place),
         VOLUME,
     ),
     "labels.png": Encoder(PNG, "labels.png", lambda r: png.labels(r.objects), IMAGE, OBJECTS),
@@ -128,9 +135,12 @@ ENCODERS: dict[str, Encoder] = {
         "image/jpeg",
         "overlay.jpg",
         lambda r: overlay.jpeg(r.source, r.mask.classes, r.colors),
+        by_name_only=True,
         image_bytes=17,
     ),
-    "picture": Encoder(PNG, "picture.png", lambda r: overlay.picture(r.image), IMAGE, image_bytes=12),
+    "picture": Encoder(
+        PNG, "picture.png", lambda r: overlay.picture(r.image), IMAGE, by_name_only=True, image_bytes=12
+    ),
     "uncertainty.png": Encoder(
         PNG, "uncertainty.png", lambda r: uncertainty.as_png(r.head_std), IMAGE, HEAD_STD
     ),

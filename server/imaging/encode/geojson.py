@@ -17,6 +17,7 @@ from msgspec import json
 from server.arrays import Image, Objects
 from server.cancel import NO_CANCEL, CancelToken
 from server.imaging.encode.outlines import Rings, trace
+from server.imaging.geometry import decimals
 
 
 def encode(
@@ -90,7 +91,8 @@ def _measurements(objects: Objects, source: Image) -> Iterator[dict[str, int | f
     """Measurements of each object; numbers only, because QuPath reads nothing else."""
     columns: dict[str, list[int | float]] = {"Area px^2": objects.pixels.tolist()}
     if source.spacing_mm is not None:
-        columns["Area µm^2"] = (objects.pixels * float(np.prod(source.spacing_mm)) * 1e6).round(4).tolist()
+        pixel_um2 = float(np.prod(source.spacing_mm)) * 1e6
+        columns["Area µm^2"] = (objects.pixels * pixel_um2).round(decimals(pixel_um2, 4)).tolist()
     if not np.isnan(objects.mean_score).any():
         columns["Mean score"] = objects.mean_score.astype(np.float64).round(4).tolist()
     return (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))

@@ -2,7 +2,8 @@
 
 import math
 import re
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
+from email.message import Message
 
 from server.arrays import InputHeader
 from server.errors import UnknownFormat
@@ -14,6 +15,38 @@ NRRD = FAMILIES[MASK]["nrrd"]
 
 # Media types that fit any format, because pages of errors, browsers and zips wrap whatever the default is.
 WRAPPERS = ("text/html", "application/problem+json", "application/zip")
+
+# An entry of a list; a comma in quotes does not end it.
+ENTRY = re.compile(r'(?:[^,"]|"(?:[^"\\]|\\.)*"?)+')
+# Weights with digits before or behind the point only, as Java writes them, besides those of RFC 9110.
+WEIGHT = re.compile(r"\d+\.?\d*|\.\d+")
+
+
+@dataclass(frozen=True)
+class _MediaRange:
+    """One entry of a header Accept.
+
+    Attributes:
+        type: type before the slash, or "*".
+        subtype: subtype behind the slash, or "*".
+        weight: quality between 0 and 1.
+        exact: whether it has no other parameters. No answer has any, so that they are read over, but a range
+            without them comes first.
+    """
+
+    type: str
+    subtype: str
+    weight: float
+    exact: bool
+
+    def specificity(self, media_type: str) -> int:
+        """Returns 1 to 4, the more the closer the range names a media type; 0 if it does not match."""
+        type_, _, subtype = media_type.partition("/")
+        if (self.type, self.subtype) == ("*", "*"):
+            return 1
+        if self.type != type_ or self.subtype not in ("*", subtype):
+            return 0
+        return 2 if self.subtype == "*" else 3 + self.exact
 
 
 def like(name: str, header: InputHeader | None, *, instances: bool = False) -> str:
@@ -50,15 +83,19 @@ def choose(
             dict.fromkeys(_resolve(part, fitting, header, instances=instances) for part in split(name))
         )
     default = like(MASK, header, instances=instances)
-    types = _by_preference(accept or "*/*")
-    for media_type in types:
-        for row in (default, *fitting):
-            if fnmatchcase(ENCODERS[row].media_type, media_type):
-                return (row,)
-    if any(media_type in WRAPPERS for media_type in types):
+    ranges = _media_ranges(accept or "") or _media_ranges("*/*")
+    ranked = [
+        (*rank, row)
+        for row in dict.fromkeys((default, *fitting))
+        if not ENCODERS[row].by_name_only and (rank := _rank(ENCODERS[row].media_type, ranges))[0] > 0
+    ]
+    if ranked:
+        # Of equal ranks the first, so that the default comes before other rows of its media type.
+        return (max(ranked, key=lambda entry: entry[:-1])[-1],)
+    if any(_rank(media_type, ranges)[0] > 0 for media_type in WRAPPERS):
         return (default,)
     raise UnknownFormat(
-        f"no format has a media type that Accept: {accept!s:.200} allows; use format with one of: "
+        f"no format that Accept may choose has a media type that Accept: {accept!s:.200} allows; use format with one of: "
         f"{', '.join(fitting)}",
         parameter="Accept",
         value=str(accept)[:200],
@@ -132,12 +169,31 @@ def _sheared(header: InputHeader) -> bool:
     return header.affine is not None and geometry.is_sheared(header.affine)
 
 
-def _by_preference(accept: str) -> list[str]:
-    """The media types of an Accept header, the most preferred first, without those of q=0."""
-    weighted: list[tuple[float, str]] = []
-    for part in accept.split(","):
-        media_type, *parameters = (piece.strip().lower() for piece in part.split(";"))
-        quality = next((p.removeprefix("q=") for p in parameters if p.startswith("q=")), "1")
-        weight = float(quality) if re.fullmatch(r"[01](\.\d{0,3})?", quality) else 1.0
-        weighted.append((weight, media_type))
-    return [media_type for weight, media_type in sorted(weighted, key=lambda pair: -pair[0]) if weight > 0]
+def _rank(media_type: str, ranges: list[_MediaRange]) -> tuple[float, int, int]:
+    """The weight of a media type, which is that of the closest range, the closeness, and the place in the header.
+
+    RFC 9110 leaves open which of several types of one weight is sent: here the one that is named most
+    closely, then the one that is named first.
+    """
+    ranks = ((range_.specificity(media_type), range_.weight, -place) for place, range_ in enumerate(ranges))
+    specificity, weight, place = max(ranks, default=(0, 0.0, 0))
+    return (weight, specificity, place) if specificity else (0.0, 0, 0)
+
+
+def _media_ranges(accept: str) -> list[_MediaRange]:
+    """The entries of a header Accept that can be read; the others are read over."""
+    return [found for entry in ENTRY.findall(accept) if (found := _media_range(entry))]
+
+
+def _media_range(entry: str) -> _MediaRange | None:
+    """The range of `image/png; q=0.5`, with names in any case and values in quotes or not; None if it cannot be read."""
+    message = Message()
+    message["Accept"] = entry.strip()
+    (media_type, _), *parameters = message.get_params([("", "")], "Accept")
+    # Java sends * for */*.
+    type_, _, subtype = ("*/*" if media_type == "*" else media_type.lower()).partition("/")
+    weights = [value.strip() for name, value in parameters if name.lower() == "q"] or ["1"]
+    if not type_ or not subtype or not WEIGHT.fullmatch(weights[0]):
+        return None
+    exact = not any(name and name.lower() != "q" for name, _ in parameters)
+    return _MediaRange(type_, subtype, min(float(weights[0]), 1.0), exact)

@@ -7,16 +7,13 @@ to compress as isal.
 import io
 import re
 
-import numpy as np
 import scipy
 from isal import igzip
 from jaxtyping import Float64, UInt8
 from numpy import ndarray
 
 from server.imaging.encode.nifti import COMPRESSION, blocks
-
-# NIfTI counts mm towards right and anterior, NRRD as Slicer writes it towards left and posterior.
-TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+from server.imaging.nrrd_header import describe_place
 
 
 def encode(
@@ -24,9 +21,11 @@ def encode(
     classes: UInt8[ndarray, "X Y Z"],
     colors: dict[int, tuple[int, int, int]],
     names: dict[int, str],
+    place: tuple[str, ...] = (),
 ) -> bytes:
     """Writes the classes and one segment per class, also for classes without voxels.
 
+    A volume that came as NRRD is placed in its own words, because readers differ in what they make of them.
     The axes must be at right angles, because ITK, and with it Slicer, reads no others.
 
     Args:
@@ -34,9 +33,15 @@ def encode(
         classes: class per voxel.
         colors: RGB per class value.
         names: class name per class value.
+        place: lines of the header that place the source; by default they are made of the affine.
     """
     out = io.BytesIO()
-    header = [*_grid(classes.shape, TO_LPS @ affine), *_segments(classes, colors, names), "", ""]
+    header = [
+        *_grid(classes.shape, place or describe_place(affine)),
+        *_segments(classes, colors, names),
+        "",
+        "",
+    ]
     out.write("\n".join(header).encode())
     # A fixed time, because the same mask must give the same bytes.
     with igzip.IGzipFile(fileobj=out, mode="wb", compresslevel=COMPRESSION, mtime=0) as stream:  # type: ignore[no-untyped-call]
@@ -45,24 +50,16 @@ def encode(
     return out.getvalue()
 
 
-def _grid(size: tuple[int, ...], affine: Float64[ndarray, "4 4"]) -> list[str]:
-    directions = " ".join(_vector(affine[:3, axis]) for axis in range(3))
+def _grid(size: tuple[int, ...], place: tuple[str, ...]) -> list[str]:
     return [
         "NRRD0004",
         "type: unsigned char",
         "dimension: 3",
-        "space: left-posterior-superior",
         f"sizes: {' '.join(map(str, size))}",
-        f"space directions: {directions}",
+        *place,
         "kinds: domain domain domain",
         "encoding: gzip",
-        f"space origin: {_vector(affine[:3, 3])}",
     ]
-
-
-def _vector(values: Float64[ndarray, "3"]) -> str:
-    # Adding zero turns -0 into 0.
-    return f"({','.join(f'{value + 0:.17g}' for value in values.tolist())})"
 
 
 def _segments(

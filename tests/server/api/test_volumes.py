@@ -10,6 +10,7 @@ import pytest
 import SimpleITK
 
 from server.imaging.encode import ENCODERS
+from tests.server.imaging.conftest import nifti
 from tests.server.imaging.itk import by_itk, itk_read
 from tests.support.files import mask_of, nifti_bytes, pages_bytes, pages_of, picture_bytes, volume_of
 from tests.support.server import serving
@@ -112,7 +113,7 @@ def test_segment_format_follows_the_kind_of_the_input(
         ("volume", "*/*", "application/gzip"),
         ("volume", "application/json", "application/json"),
         ("volume", "application/gzip", "application/gzip"),
-        ("volume", "image/png, application/x-npz;q=0.5", "image/png"),
+        ("volume", "image/png, application/x-npz;q=0.5", "application/x-npz"),
         ("stack", "image/*", "image/tiff"),
         ("image", "image/tiff", "image/tiff"),
         ("stack", "application/gzip;q=0.5, application/json;q=0.1", "application/json"),
@@ -132,6 +133,9 @@ def test_segment_accept_chooses_among_what_fits(
         ("stack", "?format=mask.nii.gz", "*/*"),
         ("image", "?format=mask.nii.gz", "*/*"),
         ("volume", "", "image/tiff"),
+        # A lossy or decorated picture is given by name only.
+        ("volume", "", "image/png"),
+        ("image", "", "image/jpeg"),
     ],
 )
 def test_segment_format_that_does_not_fit_is_refused(
@@ -241,3 +245,26 @@ def test_itk_image_is_an_image(small: httpx.Client) -> None:
     file = by_itk(SimpleITK.GetImageFromArray(VOXELS[0]), ".mha")
     first, second = (mask_of(small.post("/segment", content=content).content) for content in (file, IMAGE))
     assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("unit", ["µm", "μm", "um", "Å"])
+def test_unit_of_any_characters_is_noted(small: httpx.Client, unit: str) -> None:
+    """A header of HTTP holds no characters beyond Latin-1."""
+    units = " ".join([f'"{unit}"'] * 3)
+    lines = f"NRRD0005\ntype: uchar\ndimension: 3\nsizes: 3 4 5\nspace: LPS\nencoding: raw\nspace directions: (2,0,0) (0,2,0) (0,0,9)\nspace units: {units}\n\n"
+    answer = small.post("/segment", content=lines.encode() + bytes(60))
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-segment-note"].isascii()
+    assert "space units" in answer.headers["x-segment-note"]
+    assert f"space units: {units}\n".encode() in answer.content
+
+
+def test_objects_of_nanometres_are_told_apart(small: httpx.Client) -> None:
+    voxels = np.zeros((20, 20, 20), dtype=np.uint8)
+    voxels[2:5, 2:5, 2:5] = voxels[10:14, 10:14, 10:14] = 200
+    data = nifti(voxels, np.diag([5e-5, 5e-5, 2e-4, 1]))
+    rows = small.post("/segment?format=json", content=data).json()["objects"]
+    assert [row["centroid_mm"] for row in rows] == [
+        pytest.approx([index * 5e-5, index * 5e-5, index * 2e-4], abs=1e-7) for index in (3, 11.5)
+    ]
+    assert rows[1]["box_mm"][0] == pytest.approx([9.5 * 5e-5, 9.5 * 5e-5, 9.5 * 2e-4], abs=1e-7)

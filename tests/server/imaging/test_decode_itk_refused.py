@@ -49,7 +49,7 @@ METAIMAGE = {
     "no-pixels": [{"DimSize": "3 4 0"}, {"DimSize": "3 4 -5"}],
     "dimensions": [{"DimSize": 60, "NDims": 1}],
     "encoding BinaryData": [{"BinaryData": "False"}],
-    "header HeaderSize": [{"HeaderSize": -1}],
+    "header HeaderSize": [{"HeaderSize": -2}, {"HeaderSize": -1, "CompressedData": "True"}],
     "header ElementNumberOfChannels": [{"ElementNumberOfChannels": 0}],
     "header Offset": [{"Origin": "1 2"}, {"Offset": "0 0 0", "Origin": "1 1 1"}, {"Offset": "9" * 5000}],
     "header ElementSpacing": [{"ElementSpacing": "1 1"}],

@@ -15,6 +15,7 @@ from server.arrays import Volume
 from server.errors import TooLarge, UnetppError, Unreadable
 from tests.server.imaging.builders import REAL
 from tests.server.imaging.conftest import LIMIT, assert_refused, header, nifti, read, refusals
+from tests.server.imaging.itk import itk_read
 from tests.support.memory import memory_stays_below
 
 TURNED = np.array([[0, 0, 2, -5], [-1.5, 0, 0, 7], [0, 3, 0, 11], [0, 0, 0, 1.0]])
@@ -175,11 +176,11 @@ PARALLEL = {"srow_x": [1, 1, 0, 0], "srow_y": [1, 1, 0, 0], "srow_z": [0, 0, 1, 
         *refusals(Unreadable, {"field": "quatern_b"}, {"no rotation": nifti(ONES, TURNED, **NO_ROTATION)}),
         *refusals(Unreadable, "affine-nonfinite", {row: nifti(ONES, TURNED, srow_x=row) for row in ROWS}),
         *refusals(
-            Unreadable, "spacing", {n: nifti(ONES, TURNED, srow_x=[0, 0, n, 0]) for n in (0, 1e-5, 101)}
+            Unreadable, "spacing", {n: nifti(ONES, TURNED, srow_x=[0, 0, n, 0]) for n in (0, 1e-8, 101)}
         ),
         *refusals(
             Unreadable,
-            {"reason": "spacing", "actual": [1.5, 3, None], "limit": [1e-4, 100], "unit": "mm"},
+            {"reason": "spacing", "actual": [1.5, 3, None], "limit": [1e-7, 100], "unit": "mm"},
             {1e300: nifti(ONES, TURNED, version=2, srow_x=[0, 0, 1e300, 0])},
         ),
         *refusals(Unreadable, "affine-flat", {"parallel": nifti(ONES, TURNED, **PARALLEL)}),
@@ -245,6 +246,33 @@ def test_affine_without_codes_is_the_spacing_and_a_note() -> None:
     assert decoded.note
 
 
+def with_sform(rows: np.ndarray, **fields: Any) -> bytes:
+    named = {f"srow_{axis}": row for axis, row in zip("xyz", rows, strict=True)}
+    return nifti(ONES, TURNED, **named, **fields)
+
+
+# Rows without directions: all zero, and with a place.
+EMPTY = [np.zeros((3, 4)), np.diag([0, 0, 0, 1.0])[[3, 0, 1]]]
+
+
+@pytest.mark.parametrize("rows", EMPTY, ids=["zero", "place"])
+def test_empty_sform_leaves_the_qform_as_in_itk(rows: np.ndarray) -> None:
+    decoded = volume(with_sform(rows))
+    assert np.allclose(decoded.affine, TURNED, atol=1e-5)
+    assert "sform" in decoded.note
+    assert "qform was used" in decoded.note
+    itk = itk_read(with_sform(rows), ".nii")
+    assert np.allclose(itk.GetOrigin(), TURNED[:3, 3] * (-1, -1, 1), atol=1e-5)
+    assert np.allclose(itk.GetSpacing(), (1.5, 3, 2))
+
+
+@pytest.mark.parametrize("fields", [{"qform_code": 0}, {"quatern_b": 2.0}])
+@pytest.mark.parametrize("rows", EMPTY, ids=["zero", "place"])
+def test_empty_sform_without_a_qform_is_refused(rows: np.ndarray, fields: dict[str, Any]) -> None:
+    with pytest.raises(Unreadable, match="sform"):
+        read(with_sform(rows, **fields))
+
+
 @pytest.mark.parametrize(("unit", "scale"), [(0, 1), (1, 1000), (2, 1), (3, 0.001), (10, 1), (7, 1)])
 def test_affine_is_in_mm(unit: int, scale: float) -> None:
     rows = {f"srow_{axis}": row for axis, row in zip("xyz", TURNED[:3] / scale, strict=True)}
@@ -260,11 +288,9 @@ def assert_read_as_nibabel_reads_it(path: Path) -> None:
     assert np.array_equal(decoded.affine, image.affine)
     expected = np.nan_to_num(image.get_fdata(dtype=np.float32)).reshape(decoded.size)
     assert np.array_equal(decoded.voxels[..., 0], expected)
-    # As it lies in the file (nibabel empties some fields of an image's header), but for a qfac of 0, which
-    # means 1.
+    # As it lies in the file; nibabel empties some fields of an image's header.
     plain = gzip.decompress(data) if path.suffix == ".gz" else data
     stored = decoded.file_header.from_fileobj(io.BytesIO(plain), check=False)
-    stored["pixdim"][0] = stored["pixdim"][0] or 1
     assert decoded.file_header.binaryblock == stored.binaryblock
     return None
 

@@ -56,12 +56,20 @@ def test_odd_but_sound_file_is_read(name: str) -> None:
     assert np.array_equal(voxels(GOOD[name]), np.arange(600).reshape(10, 10, 6))
 
 
-@pytest.mark.parametrize("at", [None, *range(-8, 0)])
-def test_gzip_with_a_wrong_end_is_refused(at: int | None) -> None:
+@pytest.mark.parametrize("behind", [b"garbage" * 99, b"\n", b"\x1f", b"<html>"])
+def test_bytes_behind_gzip_are_read_over_and_noted(behind: bytes) -> None:
+    decoded = read(PACKED + behind)
+    assert np.array_equal(decoded.values[..., 0], np.arange(600).reshape(10, 10, 6))
+    assert "behind the end" in decoded.note
+    assert read(PACKED + bytes(99)).note == read(PACKED).note == ""
+
+
+@pytest.mark.parametrize("at", range(-8, 0))
+def test_gzip_with_a_wrong_end_is_refused(at: int) -> None:
     noise = np.random.default_rng(0).integers(0, 9999, (30, 30, 30), dtype=np.uint16)
     for packed_file in (PACKED, packed(nifti(noise, TURNED))):
-        data = bytearray(packed_file + b"garbage" * 99 * (at is None))
-        data[at or 0] ^= at is not None
+        data = bytearray(packed_file)
+        data[at] ^= 1
         assert_refused(bytes(data), Unreadable, "damaged")
 
 

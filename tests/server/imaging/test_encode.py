@@ -158,10 +158,9 @@ ACCEPTED = """
     image csv: text/csv, image/png;q=0.5
     stack mask.tiff: */* | image/* | text/html
     stack json: application/json | application/*
-    stack overlay: image/png, */*;q=0.1
-    stack overlay.jpg: image/jpeg
+    stack mask.tiff: image/png, */*;q=0.1 | image/jpeg, image/*;q=0.1
     volume mask.nii.gz: */* | application/gzip | application/* | text/html,application/xhtml+xml,image/webp
-    volume overlay: image/*
+    volume mask.nii.gz: image/*, */*;q=0.1 | image/webp,image/avif,video/*;q=0.8,image/png,*/*;q=0.5
     volume json: application/json, */*;q=0.9
     volume scores.npz: image/tiff, application/x-npz;q=0.5
     nrrd mask.seg.nrrd: */*

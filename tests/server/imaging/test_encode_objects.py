@@ -325,3 +325,11 @@ def test_memory_of_outlines_is_that_of_some_rows() -> None:
     )
     with memory_stays_below(30):
         outlines.trace(Objects(labels, *one, np.ones(1, np.float32), np.zeros(1, bool)))
+
+
+def test_geojson_areas_of_nanometres_are_not_zero() -> None:
+    labels = blobs()
+    image = Image(np.zeros((64, 64, 1), dtype=np.uint8), spacing_mm=(2e-6, 5e-6))
+    for number, feature in enumerate(features(labelled(labels, image)), 1):
+        expected = (labels == number).sum() * 1e-5
+        assert feature["properties"]["measurements"]["Area µm^2"] == pytest.approx(expected, rel=1e-3)

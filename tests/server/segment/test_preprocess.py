@@ -16,6 +16,7 @@ from server.segment.preprocess import (
     decode_options,
     decode_upload,
     image_statistics,
+    note_resampling,
     place,
     read_headers,
     spacing_mm,
@@ -233,3 +234,18 @@ def test_decode_upload_reference_in_colour_is_refused() -> None:
 def test_decode_upload_reference_of_another_size_is_refused() -> None:
     with pytest.raises(InvalidParameter):
         decoded(picture_bytes(np.zeros((4, 4), np.uint8)), picture_bytes(np.zeros((4, 5), np.uint8)))
+
+
+@pytest.mark.parametrize(
+    ("step", "noted"), [(1.0, False), (0.15, False), (7.5, False), (0.1, True), (5e-5, True), (20.0, True)]
+)
+def test_volume_of_another_size_than_the_networks_is_noted(step: float, noted: bool) -> None:
+    affine = np.diag([step, step, step, 1.0])
+    source = Volume(np.zeros((40, 40, 40, 1), np.uint8), affine, note="before")
+    network = manifest(dims=3, spacing=(1.0, 1.0, 1.0))
+    placement = place(source.input_header, network, "auto")
+    note = note_resampling(source, placement, network).note
+    assert note.startswith("before")
+    assert ("resampled to" in note) == noted
+    free = manifest(dims=3, spacing=None)
+    assert note_resampling(source, place(source.input_header, free, "auto"), free).note == "before"
