@@ -16,7 +16,7 @@ EXACT_DTYPES = (np.uint8, np.uint16)
 MAX_EXACT = 2**24
 
 
-Pixels = Shaped[ndarray, "H W c"]
+Pixels = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 
 
 class PageValues:

@@ -18,11 +18,11 @@ from server.imaging.palette import ramp_note, ramp_values
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 
-# Of Pillow's formats; a JPEG of several pictures is MPO.
-LOSSY_FORMATS = ("JPEG", "MPO")
-
 # Pillow's limit is off because ours is checked from the header, before any pixel is decoded.
 Pillow.MAX_IMAGE_PIXELS = None
+
+# Chunks of a WebP among which the picture is looked for; there are at most a few before it.
+MAX_CHUNKS = 100
 
 # Chunks that are compressed, and can be a thousand times as long as they look.
 COMPRESSED_CHUNKS = (b"zTXt", b"iTXt", b"iCCP")
@@ -47,9 +47,6 @@ METADATA_SKIPPED = "metadata that cannot be read was skipped"
 
 T = TypeVar("T")
 Pixels = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
-
-# Chunks of a WebP among which the picture is looked for; there are at most a few before it.
-MAX_CHUNKS = 100
 
 
 def sniff(prefix: bytes) -> bool:
@@ -90,17 +87,17 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Image:
         Unreadable: The file is of a kind that is not read, or labels are in a lossy format.
     """
     _check_lossless(file, options)
-    (pixels, note, lossy), skipped = _tolerant(file, lambda readable: _decode(readable, options))
+    (pixels, note), skipped = _tolerant(file, lambda readable: _decode(readable, options))
     count = pixels.shape[-1]
     selected, guess = options.select_channels(count, colors=count == 3)
     if selected != slice(0, count):
         pixels = np.ascontiguousarray(pixels[..., selected])
-    pixels, colors = as_grey(pixels, [pixels], options, lossy=lossy)
+    pixels, colors = as_grey(pixels, [pixels], options, lossy=_lossy_kind(file) != "")
     return Image(pixels, join_notes(note, skipped, guess, colors))
 
 
-def _decode(file: BinaryIO, options: DecodeOptions) -> tuple[Pixels, str, bool]:
-    """Returns the pixels, upright, a note, and whether their colours were stored less exactly than their brightness."""
+def _decode(file: BinaryIO, options: DecodeOptions) -> tuple[Pixels, str]:
+    """Returns the pixels, upright, and a note."""
     deep = png_chunks.count_deep_channels(file)
     with Pillow.open(file, formats=FORMATS) as picture:
         options.check_image(picture.height, picture.width)
@@ -114,10 +111,9 @@ def _decode(file: BinaryIO, options: DecodeOptions) -> tuple[Pixels, str, bool]:
                 _palette_values(picture, options) if picture.mode == "P" else (_pixels(picture), "")
             )
         orientation, unreadable = _orientation(picture)
-        lossy = picture.format in LOSSY_FORMATS
     note = f"only the first of {frames} frames was read" if frames > 1 else ""
     # The picture is turned when Pillow has let go of it, because it would take its memory once more.
-    return turn_upright(pixels, orientation), join_notes(note, ramp, unreadable), lossy
+    return turn_upright(pixels, orientation), join_notes(note, ramp, unreadable)
 
 
 def _orientation(picture: Pillow.Image) -> tuple[int, str]:
@@ -178,35 +174,13 @@ def _unread_bmp(file: BinaryIO) -> str:
     return "" if bits in BMP_BITS else f"BMP of {bits} bits"
 
 
-def _palette_values(picture: Pillow.Image, options: DecodeOptions) -> tuple[Pixels, str]:
-    """Returns (H, W, 1) indices of labels and of ramps of colours, else (H, W, 3) RGB; and a note."""
-    indices = np.asarray(picture)
-    if options.labels:
-        return indices[..., None], ""
-    if options.channel is None:
-        palette = np.array(picture.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
-        if note := ramp_note(palette):
-            return ramp_values(indices, palette)[..., None], note
-    return _pixels(picture), ""
-
-
 def _check_lossless(file: BinaryIO, options: DecodeOptions) -> None:
     """Refuses labels in a lossy format, whose values near an edge are none of those that were saved.
 
     Raises:
         Unreadable: The file is JPEG, or WebP that is lossy.
     """
-    if not options.labels:
-        return
-    start = file.read(12)
-    lossy = (
-        "JPEG"
-        if start.startswith(jpeg_segments.MAGIC)
-        else "lossy WebP"
-        if _is_lossy_webp(start, file)
-        else ""
-    )
-    file.seek(0)
+    lossy = _lossy_kind(file) if options.labels else ""
     if lossy:
         raise Unreadable(
             f"the label image is {lossy}, whose compression changes the values at each edge; send labels as PNG or TIFF",
@@ -214,6 +188,16 @@ def _check_lossless(file: BinaryIO, options: DecodeOptions) -> None:
             value=lossy,
             allowed=["PNG", "TIFF", "BMP", "lossless WebP"],
         )
+
+
+def _lossy_kind(file: BinaryIO) -> str:
+    """Returns "JPEG" or "lossy WebP" for these; "" for lossless formats. The file is left at its start."""
+    file.seek(0)
+    start = file.read(12)
+    jpeg = start.startswith(jpeg_segments.MAGIC)
+    lossy = "JPEG" if jpeg else "lossy WebP" if _is_lossy_webp(start, file) else ""
+    file.seek(0)
+    return lossy
 
 
 def _is_lossy_webp(start: bytes, file: BinaryIO) -> bool:
@@ -228,6 +212,18 @@ def _is_lossy_webp(start: bytes, file: BinaryIO) -> bool:
         # A frame of an animation holds chunks itself, behind its place and duration.
         file.seek(16 if head[:4] == b"ANMF" else length + length % 2, 1)
     return False
+
+
+def _palette_values(picture: Pillow.Image, options: DecodeOptions) -> tuple[Pixels, str]:
+    """Returns (H, W, 1) indices of labels and of ramps of colours, else (H, W, 3) RGB; and a note."""
+    indices = np.asarray(picture)
+    if options.labels:
+        return indices[..., None], ""
+    if options.channel is None:
+        palette = np.array(picture.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
+        if note := ramp_note(palette):
+            return ramp_values(indices, palette)[..., None], note
+    return _pixels(picture), ""
 
 
 def _pixels(picture: Pillow.Image) -> Pixels:
