@@ -21,7 +21,8 @@ CLI = """\
 SETTINGS_TEXT = """\
 The server reads its settings from these environment variables, once, at its start; the options of `unetpp serve` win
 over them. [Settings](../operate/settings.md) explains how to choose them. A variable that begins with `UNETPP_` and is
-not in these tables is an error, because it is most likely misspelt.
+not in these tables is an error, because it is most likely misspelt. With `UNETPP_AUTH__KEYS_FILE` all paths need a key
+except [these](../operate/security.md#paths-without-a-key).
 
 """
 
