@@ -195,8 +195,8 @@ class AuthSettings(_Group):
 
     keys_file: Path | None = Field(
         None,
-        description="lines of `unetpp key NAME`; read again when it changes. All paths except health, metrics, page and docs then "
-        "need a key",
+        description="lines of `unetpp key NAME`; read again when it changes. All paths then need a key, except health, metrics, "
+        "the page, the documentation of the API and that of errors",
     )
     insecure: bool = Field(
         False,
