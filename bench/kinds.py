@@ -5,12 +5,13 @@
 Each image of the split is sent to a server at every level and in accurate mode, at fp32, so that the figures
 do not depend on what the machine serves by itself. A level loses on an image the IoU of `accurate` with the
 reference less its own. Agreement is the IoU of a level's mask with that of `accurate`, which needs no
-reference.
+reference. `--again` writes table and plot from the kinds.json of the last run, without measuring.
 """
 
 import argparse
 import bisect
 import io
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +27,8 @@ from scipy import stats
 from bench.instances import GRAPHS
 from bench.levels import BUNDLE
 from bench.serving import Server, serving
-from bench.table import RESULTS, write
+from bench.summaries import measured
+from bench.table import RESULTS, markdown, write
 from export.data import samples
 from model.reading import Sample, read_array
 from server.segment.quality import overlap
@@ -142,6 +144,25 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def caption(rows: Sequence[Row], data: str) -> str:
+    """The sentences above the table."""
+    losing = [row for row in rows if row.loss("L1") > LOSS]
+    apart = [row for row in rows if row.agreement["L1"] < AGREEMENT]
+    order = cast(
+        "float",
+        stats.spearmanr(
+            [1 - row.agreement["L1"] for row in rows], [row.loss("L1") for row in rows]
+        ).statistic,
+    )
+    return (
+        f"{len(rows)} images ({data}), at fp32. The columns L1 to accurate are foreground IoU in %, averaged over the images. The loss of a level "
+        "on an image is the IoU of `accurate` minus its own, in points. Agreement is the IoU of the masks of L1 and `accurate`, in %; it needs no "
+        f"reference. L1 loses more than {LOSS * 100:.0f} points on {len(losing)} images. Its agreement is below {AGREEMENT * 100:.0f} % on "
+        f"{len(apart)} images, and {sum(row in apart for row in losing)} of the {len(losing)} are among these. Spearman's rank correlation "
+        f"between the loss and the lack of agreement is {order:.2f}."
+    )
+
+
 def main() -> None:
     """Measures, prints, writes results/kinds.{md,json,png}."""
     parser = argparse.ArgumentParser(
@@ -151,27 +172,19 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--column", default="stain", help="column of index.csv that names the kind")
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
+    parser.add_argument(
+        "--again", action="store_true", help="do not measure, read kinds.json; of --data only the name counts"
+    )
     options = parser.parse_args()
-    with serving(options.bundle) as server:
-        rows = [
-            measure(server, sample, options.column)
-            for sample in track(list(samples(options.data, options.split, 2)), "images")
-        ]
-    losing = [row for row in rows if row.loss("L1") > LOSS]
-    apart = [row for row in rows if row.agreement["L1"] < AGREEMENT]
-    both = sum(row in apart for row in losing)
-    order = cast(
-        "float",
-        stats.spearmanr(
-            [1 - row.agreement["L1"] for row in rows], [row.loss("L1") for row in rows]
-        ).statistic,
-    )
-    caption = (
-        f"{options.data.name}, {options.split} split, {len(rows)} images, fp32. Foreground IoU in %, averaged over the images; a level loses on an "
-        f"image the IoU of `accurate` less its own. L1 loses more than {LOSS * 100:.0f} points on {len(losing)} images, and agrees with `accurate` "
-        f"to less than {AGREEMENT * 100:.0f} % on {len(apart)}, among which are {both} of the {len(losing)}. "
-        f"Rank correlation of its disagreement with its loss: {order:.2f}."
-    )
+    if options.again:
+        rows = [Row(**row) for row in json.loads((RESULTS / "kinds.json").read_text())]
+    else:
+        with serving(options.bundle) as server:
+            rows = [
+                measure(server, sample, options.column)
+                for sample in track(list(samples(options.data, options.split, 2)), "images")
+            ]
+    text = caption(rows, f"{options.data.name}, {options.split} split")
     headings = [
         "images of", "images", *GRAPHS, *(f"{graph} loses > {LOSS * 100:.0f} points on" for graph in ("L1", "L2", "L3")),
         "median loss of L1", "largest loss of L1", "agreement of L1 with accurate",
@@ -182,7 +195,10 @@ def main() -> None:
         *grouped(rows, kinds, lambda row: row.kind),
         *grouped(rows, SIZES, lambda row: row.size),
     ]
-    write("kinds", caption, headings, lines, [asdict(row) for row in rows])
+    if options.again:
+        (RESULTS / "kinds.md").write_text(f"{text}\n\n{measured('kinds')}\n\n{markdown(headings, lines)}")
+    else:
+        write("kinds", text, headings, lines, [asdict(row) for row in rows])
     plot(rows, RESULTS / "kinds.png")
 
 

@@ -42,7 +42,7 @@ def levels() -> str:
         "multiply-accumulates against L4. `faster` is against torch eager fp32 on the same weights and machine, which "
         "decodes and encodes nothing; `at fp32` is the same for our fp32."
     )
-    return f"{caption}\n\n{_measured('levels')}\n\n{markdown(headings, rows)}"
+    return f"{caption}\n\n{measured('levels')}\n\n{markdown(headings, rows)}"
 
 
 def images() -> str:
@@ -52,7 +52,7 @@ def images() -> str:
         for size in _json("images")["sizes"]
     ]
     table = markdown(["image", "unpacked MB", "without the base image MB"], rows)
-    return f"{_measured('images')}\n\n{table}"
+    return f"{measured('images')}\n\n{table}"
 
 
 SUMMARIES: dict[str, Callable[[], str]] = {"levels_summary": levels, "images_sizes": images}
@@ -67,7 +67,7 @@ def _json(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def _measured(name: str) -> str:
+def measured(name: str) -> str:
     """The line of the run's own table that has its day and machine."""
     lines = (RESULTS / f"{name}.md").read_text().splitlines()
     return next(line for line in lines if line.startswith("Measured "))

@@ -235,8 +235,9 @@ class Overloaded(TryAgain):
 class DeadlinePassed(TryAgain):
     """The request's time was up before its response was ready.
 
-    The time is `deadline_ms`, or the limit of the server. The rest of the work was not begun.
-    Remedy: Allow more time, ask for a shallower level, or use `POST /jobs`.
+    The time is `deadline_ms`, or the header `X-Deadline-Ms`. The rest of the work was not begun.
+    Remedy: Do not repeat the request unchanged. Allow more time, a shallower level with `min_level`, or use
+    `POST /jobs`. `Retry-After` is 1 s and promises nothing about the time that the work needs.
     Fields: limit, unit, remedy
     """
 

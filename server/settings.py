@@ -74,9 +74,9 @@ class HttpSettings(_Group):
         15,
         ge=0,
         le=3600,
-        description="seconds after that in which open requests may finish; then they get 503. With `drain_s` and the time that "
-        "closing takes it fits into the 30 s after which Kubernetes kills. For long work over POST /segment raise it, and raise "
-        "the grace period (docker stop: -t) above the sum",
+        description="seconds after that in which open requests may finish; then they get 503. `drain_s`, this and up to 10 s "
+        "for closing are 30 s: give the server a grace period of 35 s (Kubernetes: terminationGracePeriodSeconds; docker stop: -t). For "
+        "long work over POST /segment raise both",
     )
 
     max_connections: int = _constant(
@@ -120,8 +120,8 @@ class RuntimeSettings(_Group):
     )
     precision: Precision = Field(
         "auto",
-        description="what precision=auto means; auto: the fastest within 0.5 points of IoU of fp32, by the stored tuning or else "
-        "by a fixed rule",
+        description="what precision=auto means; auto: the fastest within 0.5 points of IoU of fp32, by the stored tuning or else by a "
+        "fixed rule",
     )
     threads: int = Field(0, ge=0, description="threads of one graph run; 0 = all cores this process may use")
     graph_memory_mb: int = Field(
@@ -195,8 +195,8 @@ class AuthSettings(_Group):
 
     keys_file: Path | None = Field(
         None,
-        description="lines of `unetpp key NAME`; read again when it changes. All paths except health, metrics, page and docs then "
-        "need a key",
+        description="lines of `unetpp key NAME`; read again when it changes. All paths then need a key, except health, metrics, "
+        "the page, the documentation of the API and that of errors",
     )
     insecure: bool = Field(
         False,
@@ -272,7 +272,9 @@ class Settings(BaseSettings):
         Path("bundles"), description="a bundle, or a folder of bundles, all of which are served"
     )
     default_model: str = Field(
-        "nuclei", description="bundle that answers requests without `model`; else the only or first"
+        "nuclei",
+        description="bundle that answers requests without `model`; one that is set must be there, or the start fails. Not set: "
+        "nuclei if it is there, else the first folder by name",
     )
     http: HttpSettings = HttpSettings()
     batching: BatchingSettings = BatchingSettings()

@@ -20,8 +20,9 @@ CLI = """\
 
 SETTINGS_TEXT = """\
 The server reads its settings from these environment variables, once, at its start; the options of `unetpp serve` win
-over them. [Settings](../operate/settings.md) explains how to choose them. A variable that begins with `UNETPP_` and is
-not in these tables is an error, because it is most likely misspelt.
+over them. [Choose settings](../operate/settings.md) explains which to change first. A variable that begins with `UNETPP_` and is
+not in these tables is an error, because it is most likely misspelt. With `UNETPP_AUTH__KEYS_FILE` all paths need a key
+except [these](../operate/security.md#paths-without-a-key).
 
 """
 
@@ -70,7 +71,7 @@ def settings() -> str:
         kind = Settings.model_fields[group].annotation if group else None
         text = f"## `UNETPP_{group.upper()}__…`\n\n{kind.__doc__}\n\n" if kind else "## Bundles\n\n"
         parts.append(text + table(("variable", "default", "option of `serve`", "meaning"), rows))
-    return page("Settings", SETTINGS_TEXT, *parts)
+    return page("All settings", SETTINGS_TEXT, *parts)
 
 
 def _options_of_serve() -> dict[str, str]:

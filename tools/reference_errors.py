@@ -28,7 +28,7 @@ This page has an entry per code with cause and remedy; a running server has the 
 | `limit`, `actual`, `unit`, `setting` | limit, what the input has, their unit, the setting that raises the limit |
 | `remedy` | parameter, setting or route that helps |
 
-`Retry-After` gives seconds after which the same request may succeed. The Python client raises the class of the same
+`Retry-After` gives seconds after which the same request may succeed; after `deadline-passed` it needs more time, too. The Python client raises the class of the same
 name: `except TooLarge as error: error.fields["limit"]`. A `Range` that cannot be served is answered in plain text.
 
 """

@@ -25,8 +25,8 @@ INTRODUCTION = """\
 Every route of the server, with its parameters, bodies, responses and headers. A running server shows the same at
 `/docs`, where *Try it out* sends requests, and as OpenAPI 3.1 at `/openapi.json`.
 
-- A server with keys answers 401 to requests without one (`Authorization: Bearer KEY` or `X-API-Key: KEY`); health,
-  metrics, `/`, `/web/…`, `/docs`, `/openapi.json` and `/errors` need none.
+- A server with keys answers 401 to requests without one (`Authorization: Bearer KEY` or `X-API-Key: KEY`), except on
+  the [paths that need no key](../operate/security.md#paths-without-a-key).
 - Every error is a problem document (`application/problem+json`); [Error codes](errors.md) has an entry per code.
 - Every response has `X-Request-Id`: the caller's own where it is up to 64 letters, digits and `._-`, else a new one.
 - Pages for people, which are not in the tables: `GET /` is the [web page](../guides/page.md), `GET /docs` is this API,
@@ -174,7 +174,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
 
 # Defaults that a field cannot say.
 DEFAULTS = {
-    "model": "`UNETPP_DEFAULT_MODEL`, else the only or first bundle",
+    "model": "[`UNETPP_DEFAULT_MODEL`](settings.md#unetpp_default_model)",
     "mode": "`accurate`; `fast` where a level is given",
     "level": "with `mode=fast` the recommended one",
     "format": "by `Accept`, else `mask`",

@@ -54,10 +54,17 @@ class SegmentParams(BaseModel):
 
     mode: Mode | None = Field(None, description="accurate (default): mean of all heads; fast: one level")
     level: int | None = Field(
-        None, ge=1, le=5, description="depth of the network, 1 (fastest) to 4 (deepest); implies mode=fast"
+        None,
+        ge=1,
+        le=5,
+        description="depth of the network, 1 (fastest) to the deepest level of the model; implies mode=fast",
     )
     model: str | None = Field(None, max_length=63, description="bundle name; GET /models lists them")
-    precision: Precision = Field("auto", description="auto: the fastest within 0.5 points of IoU of fp32")
+    precision: Precision = Field(
+        "auto",
+        description="auto: the setting of the server, by default the fastest within 0.5 points of IoU of fp32, by the stored tuning or "
+        "else by a fixed rule",
+    )
     format: str | None = Field(
         None,
         max_length=500,
@@ -71,7 +78,8 @@ class SegmentParams(BaseModel):
         None,
         ge=0,
         le=1,
-        description="0 to 1: foreground is what scores above it; of several classes the best; else as the model card says",
+        description="foreground is what scores above it, of several classes the best one; by default that of the model card, and of several "
+        "classes the one that scores best, background included",
     )
     fill_holes: bool = Field(False, description="holes that an object encloses become part of it")
     instances: bool = Field(

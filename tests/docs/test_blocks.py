@@ -32,7 +32,11 @@ PROBLEM = re.compile(r'"status": [45]\d\d.*?"code": "(?P<code>[\w-]+)"', re.DOTA
 
 # A refused request fails the page, unless the page shows the refusal.
 QUIET = 'curl() { command curl --no-progress-meter "$@"; }'
-STRICT = 'curl() { command curl --no-progress-meter --fail-with-body "$@"; }'
+# Not beside -f, with which some versions of curl refuse it.
+STRICT = (
+    'curl() { case " $*" in *" -f"*) ;; *) set -- --fail-with-body "$@" ;; esac; '
+    'command curl --no-progress-meter "$@"; }'
+)
 
 # Ends a page that waits for what does not come.
 TIMEOUT_S = 300
@@ -158,6 +162,15 @@ def test_blocks_of_page_run(page: Path, address: str, checkout: Path) -> None:
 def test_block_before_a_problem_document_must_be_answered_with_it() -> None:
     page = '```sh\ncurl a\n```\n\n```json\n{"status": 422,\n "code": "too-deep"}\n```\n\n```sh\ncurl b\n```\n'
     assert [block.problem for block in blocks(page)] == ["too-deep", ""]
+
+
+@pytest.mark.parametrize("option", ["-s", "-f", "-fs"])
+def test_refused_request_fails_the_script_whatever_its_options(
+    tmp_path: Path, address: str, option: str
+) -> None:
+    block = Block("sh", f"curl {option} '{address}/models/none' -o none.json\n", "")
+    (command,) = commands([block], tmp_path / "answers")
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 22
 
 
 @pytest.mark.parametrize(("code", "status"), [("too-deep", 0), ("too-wide", 1)])

@@ -1,9 +1,12 @@
 """The page on extending names files, tables and tests that exist."""
 
 import re
+import types
 from pathlib import Path
 
 import pytest
+
+from server.imaging.decode import DECODERS, Decoder
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "develop" / "extending.md").read_text()
@@ -29,3 +32,17 @@ def test_named_test_exists(name: str) -> None:
 )
 def test_named_table_is_in_its_file(name: str, file: str) -> None:
     assert re.search(rf"^{name}\b", (ROOT / file).read_text(), re.MULTILINE)
+
+
+def test_example_works_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder is a module, the row stands in the table, and the test of the page passes."""
+    decoder, row, test = re.findall(
+        r'^```py(?:thon)? title="[^"]+"\n(.*?)^```', PAGE, re.MULTILINE | re.DOTALL
+    )
+    pgm, names = types.ModuleType("pgm"), {"Decoder": Decoder}
+    exec(decoder, vars(pgm))  # noqa: S102 - of our own page
+    exec(f"rows = {{{row}}}", names | {"pgm": pgm}, names)  # noqa: S102
+    monkeypatch.setitem(DECODERS, "pgm", names["rows"]["pgm"])
+    exec(test, names)  # noqa: S102
+    (run,) = (value for name, value in names.items() if name.startswith("test_"))
+    run()

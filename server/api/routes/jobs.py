@@ -29,6 +29,8 @@ UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description
 REFUSED: dict[int | str, dict[str, Any]] = {
     code: {"model": Problem} for code in (404, 406, 408, 413, 415, 422, 429, 500, 503, 507)
 }
+# Without deadline-too-short, because a job has no deadline.
+REFUSED[422] = {"model": Problem, "description": "codes: unreadable, invalid-parameter"}
 FILE: dict[int | str, dict[str, Any]] = UNKNOWN | {
     200: {"description": "the encoded mask, with the X-Segment-* headers of POST /segment"},
     206: {"description": "the part of it that Range names"},
