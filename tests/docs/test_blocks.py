@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -37,6 +38,9 @@ STRICT = (
     'curl() { case " $*" in *" -f"*) ;; *) set -- --fail-with-body "$@" ;; esac; '
     'command curl --no-progress-meter "$@"; }'
 )
+
+# Ports of servers that pages start themselves; another run of the tests may have taken them.
+OWN_PORT = re.compile(r"\b[89]0[1-9]\d\b")
 
 # Ends a page that waits for what does not come.
 TIMEOUT_S = 300
@@ -114,6 +118,15 @@ def execute(command: list[str], folder: Path, environment: dict[str, str]) -> tu
         return status, output.read()
 
 
+def free_ports(ports: set[str]) -> dict[str, str]:
+    """A free port for each of the ports that a page names."""
+    with contextlib.ExitStack() as opened:
+        sockets = {port: opened.enter_context(socket.socket()) for port in sorted(ports)}
+        for one in sockets.values():
+            one.bind(("127.0.0.1", 0))
+        return {port: str(one.getsockname()[1]) for port, one in sockets.items()}
+
+
 @pytest.fixture(scope="session")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Host and port of `unetpp serve` with both bundles."""
@@ -152,8 +165,12 @@ def test_blocks_of_page_run(page: Path, address: str, checkout: Path) -> None:
         pytest.skip(f"needs {', '.join(missing)}")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("UNETPP_")}  # noqa: TID251 - of a child
     environment = inherited | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
+    free = free_ports({port for block in run for port in OWN_PORT.findall(block.code)})
     for command in commands(run, checkout.parent / "answers"):
-        here = [argument.replace("localhost:8000", address) for argument in command]
+        here = [
+            OWN_PORT.sub(lambda port: free[port[0]], one.replace("localhost:8000", address))
+            for one in command
+        ]
         status, output = execute(here, checkout, environment)
         if status:
             pytest.fail(f"exit status {status} of a block of {page.name}:\n{output[-4000:]}", pytrace=False)
