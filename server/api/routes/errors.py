@@ -93,7 +93,7 @@ HTTP_ENTRIES = (
         "range-not-satisfiable",
         416,
         CALLER,
-        "The header `Range` asks for bytes that lie behind the end of the file.",
+        "The header `Range` requests bytes that lie behind the end of the file.",
         "Ask for less; the header `Content-Range` gives the size of the file.",
         "",
     ),
