@@ -94,7 +94,7 @@ def contenders(bundle: Bundle, server: Server, side: int) -> dict[tuple[str, ...
         raise SystemExit("the bundle's weights are not a UNet++")
     runs: dict[tuple[str, ...], Callable[[], object]] = {("codec",): codec(body, side)}
     for name, (_, pruned) in level_networks(network).items():
-        runs["torch", name] = torch_eager(ServedGraph(pruned, bundle.manifest.activation).eval(), tiles)
+        runs["torch", name] = torch_eager(ServedGraph(pruned, bundle.manifest.activation).eval(), tiles)  # type: ignore[arg-type]
     for row in card["serving"]:
         graph, precision = row["graph"], row["precision"]
         runs["http", graph, precision] = post(server, body, graph, precision)

@@ -18,14 +18,15 @@ DATA = typer.Option(
 @contextmanager
 def _errors_as_lines() -> Iterator[None]:
     """Prints errors meant for a person without a traceback, and exits with 1."""
-    from export.pack import ExportError
+    from export.card import ExportError
+    from export.importing import ImportRefused
     from export.verify import VerifyError
     from model.checkpoint import CheckpointError
     from model.reading import DataError
 
     try:
         yield
-    except (ExportError, VerifyError, CheckpointError, DataError) as error:
+    except (ExportError, ImportRefused, VerifyError, CheckpointError, DataError) as error:
         fail(str(error))
 
 
@@ -42,8 +43,8 @@ def export(
     data: Annotated[Path | None, DATA] = None,
 ) -> None:
     """Export a checkpoint as a bundle: every level and the averaged network; with --data also in int8."""
+    from export.card import read_card
     from export.pack import export as run
-    from export.pack import read_card
 
     with _errors_as_lines(), progress("exporting", _graph_files(checkpoint, int8=data is not None)) as update:
         bundle = run(
@@ -63,10 +64,10 @@ def _graph_files(checkpoint: Path, *, int8: bool) -> int | None:
     from model.network import UNetPlusPlus
 
     network, _ = load(checkpoint)
-    # A graph per head and `accurate`, in fp32, fp16 and perhaps int8; and the standard deviation of several
-    # heads.
+    # A graph per head and `accurate`, in fp32, fp16 and perhaps int8; the network; and the standard deviation of
+    # several heads.
     return (
-        (len(network.heads) + 1) * (2 + int8) + (len(network.heads) > 1)
+        (len(network.heads) + 1) * (2 + int8) + 1 + (len(network.heads) > 1)
         if isinstance(network, UNetPlusPlus)
         else None
     )

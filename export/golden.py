@@ -1,16 +1,23 @@
 """Golden pairs: synthetic inputs and the scores of torch, against which every engine is checked."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
 from numpy import ndarray
-from scipy import ndimage
+from scipy import ndimage, special
 
 from export.graph import ServedGraph
+from export.importing import HeadedGraph, open_session
+from export.tail import Tail
 from server.arrays import Scores, Tiles
+from server.runtime.bundle import ACCURATE, HEAD_STD, Preprocessing
 from server.segment.preprocess import image_statistics
+
+# Scores (N, K, *tile) of a graph by its name in the manifest.
+Reference = Callable[[str, Tiles], Scores]
 
 # (tiles, *size) per dims: two shapes, one not square, one a batch of two; sizes fit every level's divisor.
 CASES: dict[int, dict[str, tuple[int, ...]]] = {
@@ -55,7 +62,85 @@ def torch_scores(graph: ServedGraph, tiles: Tiles) -> Scores:
     return scores
 
 
-def write_golden(path: Path, graphs: dict[str, ServedGraph], channels: int, dims: int) -> None:
+class OnnxReference:
+    """Scores of a network by its uncut graph on ONNX Runtime.
+
+    Preprocessing, activation and mean are computed in NumPy: another way than the nodes of `export.tail`.
+
+    Args:
+        network: graph with all heads.
+        levels: head of each level.
+        before: what the network was trained to see.
+        after: activation and aggregation.
+    """
+
+    def __init__(
+        self, network: HeadedGraph, levels: dict[int, str], before: Preprocessing, after: Tail
+    ) -> None:
+        self._session = open_session(network.model)
+        self._strides = [network.stride(head) for head in levels.values()]
+        self._heads = [*levels.values()]
+        self._levels = [*levels]
+        self._before = before
+        self._after = after
+
+    def __call__(self, graph: str, tiles: Tiles) -> Scores:
+        """Computes the scores of a graph, (N, K, *tile) float32; of `head_std` (N, K + 1, *tile)."""
+        feed = {self._session.get_inputs()[0].name: self._preprocess(tiles)}
+        outputs = self._session.run(self._heads, feed)
+        logits = [_enlarge(one, factor) for one, factor in zip(outputs, self._strides, strict=True)]
+        scores = [self._activate(one) for one in logits]
+        if graph not in (ACCURATE, HEAD_STD):
+            return scores[self._levels.index(int(graph.removeprefix("L")))]
+        mean = np.mean(scores, axis=0)
+        if self._after.aggregation == "mean-logit":
+            mean = self._activate(np.mean(logits, axis=0))
+        elif self._after.aggregation == "last":
+            mean = scores[-1]
+        if graph == HEAD_STD:
+            deviation = np.std([score[:, :1] for score in scores], axis=0)
+            mean = np.concatenate([mean, deviation], axis=1)
+        served: Scores = mean.astype(np.float32)
+        return served
+
+    def _preprocess(self, tiles: Tiles) -> Float32[ndarray, "N C *tile"]:
+        before = self._before
+        values = (tiles.pixels.astype(np.float32) - tiles.mean) * tiles.inverse_std
+        if before.clip:
+            values = np.clip(values, *before.clip)
+        if before.channel_order:
+            values = values[:, before.channel_order]
+        ones = (1, -1, *(1,) * (values.ndim - 2))
+        if before.mean:
+            values = values - np.reshape(before.mean, ones)
+        if before.std:
+            values = values / np.reshape(before.std, ones)
+        seen: Float32[ndarray, "N C *tile"] = values.astype(np.float32)
+        return seen
+
+    def _activate(self, logits: Scores) -> Scores:
+        after = self._after
+        if after.activation == "softmax":
+            return logits if after.applied else special.softmax(logits, axis=1)
+        scores = logits if after.applied else special.expit(logits)
+        if after.activation == "sigmoid":
+            return scores
+        return np.concatenate([1 - scores.max(axis=1, keepdims=True), scores], axis=1)
+
+
+def _enlarge(logits: Scores, factor: int) -> Scores:
+    """Interpolates linearly to a whole multiple of the size; pixels are areas (half-pixel centres)."""
+    for axis in range(2, logits.ndim) if factor > 1 else ():
+        last = logits.shape[axis] - 1
+        place = np.clip((np.arange((last + 1) * factor) + 0.5) / factor - 0.5, 0, last)
+        low = np.floor(place).astype(int)
+        share = (place - low).astype(np.float32).reshape(-1, *(1,) * (logits.ndim - 1 - axis))
+        near, far = (np.take(logits, np.minimum(index, last), axis) for index in (low, low + 1))
+        logits = near * (1 - share) + far * share
+    return logits
+
+
+def write_golden(path: Path, graphs: Sequence[str], reference: Reference, channels: int, dims: int) -> None:
     """Writes inputs and expected scores (float32) of every graph."""
     arrays: dict[str, np.ndarray] = {}
     for case, (count, *size) in CASES[dims].items():
@@ -65,8 +150,7 @@ def write_golden(path: Path, graphs: dict[str, ServedGraph], channels: int, dims
             f"mean/{case}": tiles.mean,
             f"inverse_std/{case}": tiles.inverse_std,
         }
-        for name, graph in graphs.items():
-            arrays[f"scores/{name}/{case}"] = torch_scores(graph, tiles)
+        arrays |= {f"scores/{name}/{case}": reference(name, tiles) for name in graphs}
     # Through a file object: NumPy would append a suffix to a path of another name.
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Proof that a bundle computes what torch computes: on the server's own engines, per level and precision."""
+"""Proof that a bundle computes what its network computes: on the server's own engines, per level and precision."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -7,22 +7,19 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 
-from export.golden import synthetic_cells, tiles_of, torch_scores
-from export.graph import ServedGraph, level_networks
-from export.lower import PREFIX
-from model import checkpoint
-from model.network import UNetPlusPlus
+from export.cut import cut
+from export.golden import synthetic_cells, tiles_of
+from export.importing import DOMAINS
+from export.producer import Producer, from_bundle
+from export.weights import network_name, parameters
 from server.arrays import Scores, Tiles
-from server.runtime.bundle import GRAPH_PRECISIONS, HEAD_STD, WEIGHTS, Bundle
+from server.runtime.bundle import GRAPH_PRECISIONS, HEAD_STD, NETWORK, WEIGHTS, Bundle
 from server.runtime.engines import ENGINES
 from server.runtime.golden import head_std_pairs, noise, read_pairs
 
-# fp32 must equal torch except for rounding; the others must give the same class for nearly every pixel.
+# fp32 must equal the network except for rounding; the others must give the same class for nearly every pixel.
 FP32_MAX_ABS = 1e-4
 MIN_AGREEMENT = {"bf16": 0.98, "fp16": 0.995, "int8": 0.97}
-
-# ONNX's own operators, under both of its names.
-DOMAINS = {"", "ai.onnx"}
 
 # (tiles, *size) per dims; multiples of 32, the largest divisor, but one axis larger: instance normalisation
 # needs two values.
@@ -33,12 +30,12 @@ SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
 
 
 class VerifyError(ValueError):
-    """A graph differs from torch, or must not be served; the text names each."""
+    """A graph differs from its network, or must not be served; the text names each."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Comparison of one graph on one engine at one precision with torch, over all inputs.
+    """Comparison of one graph on one engine at one precision with the network, over all inputs.
 
     Attributes:
         graph: name in the manifest.
@@ -63,7 +60,9 @@ class Verdict:
 
 
 def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: None) -> list[Verdict]:
-    """Compares every graph at every precision on every installed CPU engine with torch.
+    """Compares every graph at every precision on every installed CPU engine with the network.
+
+    Of our own networks that is torch on the weights, of others the uncut graph on ONNX Runtime.
 
     Inputs are noise and synthetic cells of several sizes, and the golden pairs.
 
@@ -75,25 +74,22 @@ def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: 
         VerifyError: names every graph that differs, holds nodes of other levels or foreign parts, or has a
             wrong golden pair.
     """
-    network, _ = checkpoint.load(bundle.folder / WEIGHTS)
-    if not isinstance(network, UNetPlusPlus):
-        raise VerifyError(f"{WEIGHTS} holds a {type(network).__name__}; only UNet++ can be verified")
     manifest = bundle.manifest
-    verdicts, wrong = [], []
-    networks = {name: pruned for name, (_, pruned) in level_networks(network).items()} | (
-        {HEAD_STD: network} if manifest.head_std else {}
-    )
+    wrong = [f"{NETWORK}: {problem}" for problem in _foreign_parts_of_network(bundle)]
+    if wrong:
+        raise VerifyError("the bundle must not be served:\n  " + "\n  ".join(wrong))
+    producer = from_bundle(bundle)
+    verdicts = []
     known = [*read_pairs(bundle.golden)]
-    for name, pruned in networks.items():
-        wrong += wrong_nodes(bundle, name, pruned)
-        graph = ServedGraph(pruned, manifest.activation, head_std=name == HEAD_STD).eval()
+    for name in [graph.name for graph in manifest.all_graphs]:
+        wrong += wrong_nodes(bundle, name, producer)
         golden = (
             head_std_pairs(known)
             if name == HEAD_STD
             else [(tiles, scores) for g, tiles, scores in known if g == name]
         )
         inputs = _inputs(len(manifest.channels), manifest.dims) + [tiles for tiles, _ in golden]
-        expected = [torch_scores(graph, tiles) for tiles in inputs]
+        expected = [producer.reference(name, tiles) for tiles in inputs]
         if (
             not golden
             or largest_difference([scores for _, scores in golden], expected[-len(golden) :]) > FP32_MAX_ABS
@@ -117,7 +113,7 @@ def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: 
         if not v.passed
     ]
     if wrong:
-        raise VerifyError("the bundle does not answer as torch does:\n  " + "\n  ".join(wrong))
+        raise VerifyError("the bundle does not answer as its network does:\n  " + "\n  ".join(wrong))
     return verdicts
 
 
@@ -164,9 +160,10 @@ def agreement(answers: list[Scores], expected: list[Scores], threshold: float) -
     return same / total
 
 
-def wrong_nodes(bundle: Bundle, name: str, pruned: UNetPlusPlus) -> list[str]:
-    """Lists graph files that cannot be read, have foreign parts, or do not hold exactly the nodes of the pruned network."""
-    expected = {f"{PREFIX}{p}" for p in pruned.state_dict()}
+def wrong_nodes(bundle: Bundle, name: str, producer: Producer) -> list[str]:
+    """Lists files of a graph that cannot be read, have foreign parts, or do not hold exactly the weights of its heads."""
+    expected = {*parameters(cut(producer.network.model, producer.heads(name)))}
+    every = {*parameters(producer.network.model)}
     wrong = []
     for precision, file in bundle.manifest.graph(name).files.items():
         try:
@@ -175,12 +172,7 @@ def wrong_nodes(bundle: Bundle, name: str, pruned: UNetPlusPlus) -> list[str]:
             wrong.append(f"{file}: not an ONNX file ({error})")
             continue
         wrong += [f"{file}: {problem}" for problem in foreign_parts(proto)]
-        names = {t.name.removesuffix(".fp16") for t in proto.graph.initializer if t.name.startswith(PREFIX)}
-        names = {
-            n
-            for n in names
-            if n in expected or ("." in n and not n.endswith(("_scale", "_zero_point", "_quantized")))
-        }
+        names = {network_name(t.name) for t in proto.graph.initializer} & every
         # int8 stores biases as integers, under other names; the weights are enough to tell.
         missing = {n for n in expected - names if precision != "int8" or n.endswith(".weight")}
         if missing or names - expected:
@@ -188,6 +180,16 @@ def wrong_nodes(bundle: Bundle, name: str, pruned: UNetPlusPlus) -> list[str]:
                 f"{file}: missing {sorted(missing)[:3]}, of other levels {sorted(names - expected)[:3]}"
             )
     return wrong
+
+
+def _foreign_parts_of_network(bundle: Bundle) -> list[str]:
+    """Lists what `foreign_parts` finds in the network that the graphs are compared with, where the bundle has one."""
+    if NETWORK not in bundle.manifest.files:
+        return []
+    try:
+        return foreign_parts(onnx.load(bundle.folder / NETWORK, load_external_data=False))
+    except DecodeError as error:
+        return [f"not an ONNX file ({error})"]
 
 
 def foreign_parts(proto: onnx.ModelProto) -> list[str]:

@@ -14,6 +14,8 @@ FORMAT: Literal["unetpp.bundle/1"] = "unetpp.bundle/1"
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.npz"
+# The network with all of its heads, which is not served: `unetpp verify` compares the served graphs with it.
+NETWORK = "network.onnx"
 ACCURATE = "accurate"
 HEAD_STD = "head_std"
 
@@ -50,6 +52,22 @@ class Window(_Part):
 
     size: tuple[int, ...]
     overlap: float = Field(ge=0, le=0.75)
+
+
+class Preprocessing(_Part):
+    """What the graphs do to an image after its statistics are removed, in this order.
+
+    Attributes:
+        clip: lowest and highest value.
+        channel_order: index of the image's channel for each of the network's, e.g. (2, 1, 0) for a network trained
+            on BGR.
+        mean, std: constants per channel, in the network's order; values become (value - mean) / std.
+    """
+
+    clip: tuple[float, float] | None = None
+    channel_order: tuple[int, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
 
 class Graph(_Part):
@@ -141,6 +159,12 @@ class Manifest(_Part):
     Attributes:
         orientation: directions of the axes of a network for volumes, in nibabel's letters, e.g. "RAS".
         spacing: mm per voxel along them that volumes are resampled to; None takes any.
+        normalization: statistics of the whole image, which the server gives to the graphs. "zscore": mean and standard
+            deviation per channel; "percentile": the two `percentiles` become 0 and 1; "unit": the largest value of
+            the data type becomes 1; "none": raw values.
+        activation: what makes scores of a head's output; "sigmoid-per-class" has several classes, and a background that is
+            as likely as the best of them is not.
+        activation_included: whether `network.onnx` ends in it.
         head_std: `accurate` with one channel more: the standard deviation over the heads of the foreground
             probability. None where there is one head, or the bundle was exported by a version that had no
             such graph.
@@ -156,9 +180,12 @@ class Manifest(_Part):
     orientation: str | None = Field(None, pattern=r"^[RLAPSI]{3}$")
     spacing: tuple[float, float, float] | None = None
     channels: tuple[str, ...]
-    normalization: Literal["zscore", "none"]
-    activation: Literal["sigmoid", "softmax"]
-    aggregation: Literal["mean-probability"] = "mean-probability"
+    normalization: Literal["zscore", "percentile", "unit", "none"]
+    percentiles: tuple[float, float] | None = None
+    preprocessing: Preprocessing | None = None
+    activation: Literal["sigmoid", "softmax", "sigmoid-per-class"]
+    activation_included: bool = False
+    aggregation: Literal["mean-probability", "mean-logit", "last"] = "mean-probability"
     norm: Literal["none", "batch", "instance"] | None = None
     threshold: float = Field(0.5, gt=0, lt=1)
     classes: tuple[Class, ...] = Field(min_length=1)
@@ -253,7 +280,7 @@ class Manifest(_Part):
 
     @property
     def score_channels(self) -> int:
-        """K of the scores: one sigmoid class, or softmax over background and the foreground classes."""
+        """K of the scores: one sigmoid class, or background and the foreground classes."""
         return 1 if self.activation == "sigmoid" else len(self.classes) + 1
 
     @property

@@ -25,6 +25,9 @@ MIN_PIXEL_UM, MAX_PIXEL_UM = 1e-3, 1e5
 # Pixels that statistics are computed over at a time, which bounds memory.
 STATISTICS_PIXELS = 1_000_000
 
+# Values per channel that percentiles are computed over at most; they are copied and sorted.
+PERCENTILE_VALUES = 16_000_000
+
 
 def decode_options(params: SegmentParams, limits: LimitsSettings) -> DecodeOptions:
     """Makes the decoding options of the input."""
@@ -221,6 +224,37 @@ def with_channels(pixels: Shaped[ndarray, "*size have"], channels: int) -> Shape
         actual=have,
         limit=channels,
     )
+
+
+def normalization(
+    pixels: Shaped[ndarray, "*size C"], manifest: Manifest
+) -> tuple[Float64[ndarray, " C"], Float64[ndarray, " C"]]:
+    """What is subtracted from each channel and what it is multiplied with then, by the manifest; of the whole input."""
+    channels = pixels.shape[-1]
+    if manifest.normalization == "zscore":
+        return image_statistics(pixels)
+    if manifest.normalization == "percentile":
+        return _percentiles(pixels, manifest.percentiles or (0, 100))
+    integers = np.issubdtype(pixels.dtype, np.integer)
+    largest = np.iinfo(pixels.dtype).max if manifest.normalization == "unit" and integers else 1
+    return np.zeros(channels), np.full(channels, 1 / largest)
+
+
+def _percentiles(
+    pixels: Shaped[ndarray, "*size C"], bounds: tuple[float, float]
+) -> tuple[Float64[ndarray, " C"], Float64[ndarray, " C"]]:
+    """The lower percentile, and the inverse of the distance to the higher one, per channel.
+
+    Of more than `PERCENTILE_VALUES` values every n-th is taken, which bounds memory.
+    """
+    channels = pixels.shape[-1]
+    if pixels.strides[-1] == 0:
+        pixels = pixels[..., :1]
+    step = math.ceil((math.prod(pixels.shape[:-1]) / PERCENTILE_VALUES) ** (1 / (pixels.ndim - 1)))
+    sample = pixels[(slice(None, None, step),) * (pixels.ndim - 1)].reshape(-1, pixels.shape[-1])
+    low, high = np.percentile(sample, bounds, axis=0)
+    distance = np.where(high > low, high - low, 1)
+    return np.broadcast_to(low, channels), np.broadcast_to(1 / distance, channels)
 
 
 def image_statistics(

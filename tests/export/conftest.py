@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from export.pack import Card, export, read_card
+from export.card import Card, read_card
+from export.pack import export
 from model import checkpoint
 from model.config import UNetPlusPlusConfig
 from model.network import UNetPlusPlus
