@@ -47,6 +47,7 @@ class Candidate:
 
     Attributes:
         name: tensor, e.g. of a node X^{0,j}.
+        start: concatenation that the node begins with.
         column: j, counted from the concatenations above it; 0 where they are no triangular number.
         channels: channels of the tensor.
         stride: the input's size over the tensor's.
@@ -54,6 +55,7 @@ class Candidate:
     """
 
     name: str
+    start: str
     column: int
     channels: int
     stride: int
@@ -190,7 +192,9 @@ def find_candidates(model: onnx.ModelProto, shapes: Shapes, size: Sequence[int])
         above = sum(_joins_features(one, shapes, len(size) + 2) for one in part.graph.node)
         column = TRIANGULAR.index(above) + 1 if above in TRIANGULAR else 0
         stride = round(size[0] / shapes[name][2])
-        found.append(Candidate(name, column, shapes[name][1], stride, cost(part, shapes, size)))
+        found.append(
+            Candidate(name, node.output[0], column, shapes[name][1], stride, cost(part, shapes, size))
+        )
     return found
 
 

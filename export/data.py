@@ -1,6 +1,6 @@
 """Labelled images as the server sees them: for calibrating int8 and for measuring."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,13 @@ from server.imaging.decode import decode
 from server.imaging.decode_options import DecodeOptions
 from server.runtime.bundle import Graph, Manifest
 from server.segment.preprocess import place
-from server.segment.sliding_window import make_sliding_window
+from server.segment.sliding_window import SlidingWindow, make_sliding_window
 
 # Pixels or voxels of a file; large, because the operator has chosen the files.
 MAX_PIXELS = 1_000_000_000
+
+# Memory of decoded images that crops are cut from.
+CROPS_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,57 @@ def calibration_tiles(root: Path, manifest: Manifest, graph: Graph, count: int, 
         middle = len(window.windows) // 2
         tiles.append(window.cut(range(middle, middle + 1)))
     return tiles
+
+
+class Crops:
+    """Random crops of images or volumes, as the server would show them to a network.
+
+    Args:
+        paths: files; those that do not fit into `CROPS_BYTES` are left out.
+        manifest: channels, orientation, spacing and normalisation.
+        side: pixels per axis of a crop; a smaller image is reflected at its borders.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+
+    def __init__(self, paths: Sequence[Path], manifest: Manifest, side: int) -> None:
+        self._side, self._dims = side, manifest.dims
+        self._windows: list[SlidingWindow] = []
+        held = 0
+        for path in paths:
+            source = _decoded(path)
+            window = make_sliding_window(
+                source, place(source.input_header, manifest, "auto"), manifest, manifest.graphs[-1]
+            )
+            held += window.pixels.nbytes
+            if self._windows and held > CROPS_BYTES:
+                break
+            self._windows.append(window)
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def cut(self, index: int, random: np.random.Generator) -> Tiles:
+        """Cuts a crop (1, C, h, w[, d]) of an image at a random place."""
+        window = self._windows[index]
+        pixels = window.pixels
+        while pixels.ndim - 1 > self._dims:
+            # A stack or volume before a network of images: one of its slices.
+            pixels = pixels[random.integers(len(pixels))]
+        starts = [random.integers(max(size - self._side, 0) + 1) for size in pixels.shape[:-1]]
+        crop = pixels[tuple(slice(start, start + self._side) for start in starts)]
+        missing = [(0, self._side - size) for size in crop.shape[:-1]]
+        while any(after for _, after in missing):
+            # Reflection reaches no further than the image.
+            step = [
+                (0, min(after, size - 1 or after))
+                for (_, after), size in zip(missing, crop.shape[:-1], strict=True)
+            ]
+            mode = "reflect" if min(crop.shape[:-1]) > 1 else "edge"
+            crop = np.pad(crop, [*step, (0, 0)], mode=mode)  # type: ignore[call-overload]
+            missing = [(0, self._side - size) for size in crop.shape[:-1]]
+        return Tiles(np.ascontiguousarray(np.moveaxis(crop, -1, 0)[None]), window.mean, window.inverse_std)
 
 
 def _decoded(path: Path, *, labels: bool = False) -> Image | Volume:

@@ -86,15 +86,15 @@ class OnnxReference:
 
     def __call__(self, graph: str, tiles: Tiles) -> Scores:
         """Computes the scores of a graph, (N, K, *tile) float32; of `head_std` (N, K + 1, *tile)."""
-        feed = {self._session.get_inputs()[0].name: self._preprocess(tiles)}
+        feed = {self._session.get_inputs()[0].name: preprocessed(tiles, self._before)}
         outputs = self._session.run(self._heads, feed)
-        logits = [_enlarge(one, factor) for one, factor in zip(outputs, self._strides, strict=True)]
-        scores = [self._activate(one) for one in logits]
+        logits = [enlarged(one, factor) for one, factor in zip(outputs, self._strides, strict=True)]
+        scores = [activated(one, self._after) for one in logits]
         if graph not in (ACCURATE, HEAD_STD):
             return scores[self._levels.index(int(graph.removeprefix("L")))]
         mean = np.mean(scores, axis=0)
         if self._after.aggregation == "mean-logit":
-            mean = self._activate(np.mean(logits, axis=0))
+            mean = activated(np.mean(logits, axis=0), self._after)
         elif self._after.aggregation == "last":
             mean = scores[-1]
         if graph == HEAD_STD:
@@ -103,32 +103,34 @@ class OnnxReference:
         served: Scores = mean.astype(np.float32)
         return served
 
-    def _preprocess(self, tiles: Tiles) -> Float32[ndarray, "N C *tile"]:
-        before = self._before
-        values = (tiles.pixels.astype(np.float32) - tiles.mean) * tiles.inverse_std
-        if before.clip:
-            values = np.clip(values, *before.clip)
-        if before.channel_order:
-            values = values[:, before.channel_order]
-        ones = (1, -1, *(1,) * (values.ndim - 2))
-        if before.mean:
-            values = values - np.reshape(before.mean, ones)
-        if before.std:
-            values = values / np.reshape(before.std, ones)
-        seen: Float32[ndarray, "N C *tile"] = values.astype(np.float32)
-        return seen
 
-    def _activate(self, logits: Scores) -> Scores:
-        after = self._after
-        if after.activation == "softmax":
-            return logits if after.applied else special.softmax(logits, axis=1)
-        scores = logits if after.applied else special.expit(logits)
-        if after.activation == "sigmoid":
-            return scores
-        return np.concatenate([1 - scores.max(axis=1, keepdims=True), scores], axis=1)
+def preprocessed(tiles: Tiles, before: Preprocessing) -> Float32[ndarray, "N C *tile"]:
+    """Computes what a network sees of tiles, in NumPy."""
+    values = (tiles.pixels.astype(np.float32) - tiles.mean) * tiles.inverse_std
+    if before.clip:
+        values = np.clip(values, *before.clip)
+    if before.channel_order:
+        values = values[:, before.channel_order]
+    ones = (1, -1, *(1,) * (values.ndim - 2))
+    if before.mean:
+        values = values - np.reshape(before.mean, ones)
+    if before.std:
+        values = values / np.reshape(before.std, ones)
+    seen: Float32[ndarray, "N C *tile"] = values.astype(np.float32)
+    return seen
 
 
-def _enlarge(logits: Scores, factor: int) -> Scores:
+def activated(logits: Scores, after: Tail) -> Scores:
+    """Computes the scores of one head, in NumPy."""
+    if after.activation == "softmax":
+        return logits if after.applied else special.softmax(logits, axis=1)
+    scores = logits if after.applied else special.expit(logits)
+    if after.activation == "sigmoid":
+        return scores
+    return np.concatenate([1 - scores.max(axis=1, keepdims=True), scores], axis=1)
+
+
+def enlarged(logits: Scores, factor: int) -> Scores:
     """Interpolates linearly to a whole multiple of the size; pixels are areas (half-pixel centres)."""
     for axis in range(2, logits.ndim) if factor > 1 else ():
         last = logits.shape[axis] - 1
