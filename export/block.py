@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional
 
-from export.importing import ImportRefused
+from export.onnx_file import ImportRefused
 
 Attributes = dict[str, Any]
 

@@ -105,4 +105,14 @@ def read_card(path: Path) -> Card:
     try:
         return Card.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, ValidationError) as error:
-        raise ExportError(f"{path}: not a valid card: {error}") from error
+        raise ExportError(f"{path}: not a valid card: {in_words(error)}") from error
+
+
+def in_words(error: Exception) -> str:
+    """The text of an error; of pydantic's a sentence per field."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    wrong = [
+        (".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ")) for one in error.errors()
+    ]
+    return "; ".join(f"{field}: {message}".removeprefix(": ") for field, message in wrong)

@@ -19,7 +19,7 @@ DATA = typer.Option(
 def _errors_as_lines() -> Iterator[None]:
     """Prints errors meant for a person without a traceback, and exits with 1."""
     from export.card import ExportError
-    from export.importing import ImportRefused
+    from export.onnx_file import ImportRefused
     from export.verify import VerifyError
     from model.checkpoint import CheckpointError
     from model.reading import DataError

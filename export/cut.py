@@ -188,14 +188,17 @@ def find_candidates(model: onnx.ModelProto, shapes: Shapes, size: Sequence[int])
         if shapes[node.output[0]][2:] != finest:
             continue
         name = _end_of_block(node.output[0], readers, shapes, {value.name for value in model.graph.output})
-        part = cut(model, [name])
-        above = sum(_joins_features(one, shapes, len(size) + 2) for one in part.graph.node)
-        column = TRIANGULAR.index(above) + 1 if above in TRIANGULAR else 0
         stride = round(size[0] / shapes[name][2])
-        found.append(
-            Candidate(name, node.output[0], column, shapes[name][1], stride, cost(part, shapes, size))
-        )
+        above = cost(cut(model, [name]), shapes, size)
+        j = column(model, name, shapes, len(size) + 2)
+        found.append(Candidate(name, node.output[0], j, shapes[name][1], stride, above))
     return found
+
+
+def column(model: onnx.ModelProto, name: str, shapes: Shapes, rank: int) -> int:
+    """The column j of the node X^{0,j} above a tensor, by the concatenations above it; 0 where they are no triangular number."""
+    above = sum(_joins_features(node, shapes, rank) for node in cut(model, [name]).graph.node)
+    return TRIANGULAR.index(above) + 1 if above in TRIANGULAR else 0
 
 
 def _joins_features(node: onnx.NodeProto, shapes: Shapes, rank: int) -> bool:

@@ -1,11 +1,10 @@
 """A trained network becomes one ONNX graph with an output per head, shallowest first: from an ONNX file or a torch module."""
 
 import logging
-import math
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,30 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import onnxruntime
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
-from export.cut import Candidate, Cost, Shapes, cost, cut, find_candidates, with_outputs
+from export.cut import Candidate, Cost, Shapes, column, cost, cut, find_candidates, with_outputs
+from export.onnx_file import FLOATS, OPSET, ImportRefused, float32, opset_of, read_onnx
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-# ONNX's own operators, under both of its names.
-DOMAINS = frozenset({"", "ai.onnx"})
-
-# ONNX Runtime and OpenVINO read these. Opset 18 is what is exported from torch, because TensorRT 8.6 reads it too.
-OPSETS = range(13, 22)
-OPSET = 18
 
 # A network with more exits than this is no UNet++ of the papers (nnU-Net's has five).
 MAX_LEVELS = 5
 
 # Pixels per axis of the run that tells shapes: a multiple of every divisor that a bundle may have, one axis longer.
 PROBE = {2: (64, 96), 3: (32, 64, 32)}
-
-
-class ImportRefused(ValueError):
-    """The file or module cannot become a graph with heads; the text says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +51,7 @@ class HeadedGraph:
     @property
     def opset(self) -> int:
         """Version of ONNX's operators."""
-        return _opset(self.model)
+        return opset_of(self.model)
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -82,116 +70,13 @@ class HeadedGraph:
         """A copy of the graph, to be changed."""
         return cut(self.model, self.heads)
 
+    def column(self, tensor: str) -> int:
+        """The column j of the node X^{0,j} that a tensor is computed from; 0 where the graph is built in another way."""
+        return column(self.model, tensor, self.shapes, self.dims + 2)
+
     def candidates(self) -> list[Candidate]:
         """The places where a graph with one output can be cut."""
         return find_candidates(self.model, self.shapes, PROBE[self.dims])
-
-
-def read_onnx(path: Path) -> onnx.ModelProto:
-    """Reads an ONNX file with its weights, which may lie in files beside it, and checks what an import needs.
-
-    Raises:
-        ImportRefused: not an ONNX file, weights missing or outside of its folder, operators that are not ONNX's own, or
-            an opset that the engines do not read.
-    """
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except (DecodeError, OSError) as error:
-        raise ImportRefused(
-            f"{path.name}: not an ONNX file, or truncated ({error}); export it again"
-        ) from error
-    if not model.graph.node:
-        raise ImportRefused(f"{path.name}: holds no graph; export the network with torch.onnx.export")
-    if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
-    _check_operators(path.name, model)
-    _load_weights(path, model)
-    _constants_to_initialisers(model)
-    _check_weights(path.name, model.graph.initializer)
-    return _without_traces(model)
-
-
-def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Removes what exporters add for people, because it holds paths and grows the file; and shapes, which are measured."""
-    del model.metadata_props[:], model.graph.metadata_props[:], model.graph.value_info[:]
-    model.doc_string = model.graph.doc_string = ""
-    for part in [*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.initializer]:
-        part.doc_string = ""
-        del part.metadata_props[:]
-    model.producer_name, model.producer_version = "unetpp", ""
-    return model
-
-
-def _check_operators(name: str, model: onnx.ModelProto) -> None:
-    foreign = sorted(
-        {f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain not in DOMAINS}
-    )
-    if foreign:
-        raise ImportRefused(
-            f"{name}: uses operators that are not ONNX's own: {', '.join(foreign)[:200]}; export the network without them"
-        )
-    opset = _opset(model)
-    if opset not in OPSETS:
-        raise ImportRefused(
-            f"{name}: opset {opset}; {OPSETS.start} to {OPSETS.stop - 1} can be imported. Export with opset_version={OPSET}"
-        )
-
-
-def _opset(model: onnx.ModelProto) -> int:
-    return next((one.version for one in model.opset_import if one.domain in DOMAINS), 0)
-
-
-def _load_weights(path: Path, model: onnx.ModelProto) -> None:
-    """Reads the weights that lie in files beside the graph; never a file outside of its folder."""
-    folder = path.parent.resolve()
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key != "location":
-                continue
-            file = (folder / entry.value).resolve()
-            if folder not in file.parents:
-                raise ImportRefused(
-                    f"{path.name}: keeps weights in {entry.value!r:.80}, outside of its folder"
-                )
-            if not file.is_file():
-                raise ImportRefused(
-                    f"{path.name}: its weights lie in {entry.value!r:.80}, which is missing; copy it beside the graph"
-                )
-    try:
-        onnx.load_external_data_for_model(model, str(folder))
-    except (OSError, ValueError, onnx.checker.ValidationError) as error:
-        raise ImportRefused(
-            f"{path.name}: the file of its weights is damaged or truncated ({error})"
-        ) from error
-
-
-def _constants_to_initialisers(model: onnx.ModelProto) -> None:
-    """Makes weights that stand in Constant nodes initialisers, so that they are found and shared."""
-    kept = []
-    for node in model.graph.node:
-        value = next((a.t for a in node.attribute if a.name == "value"), None)
-        if node.op_type == "Constant" and value is not None and math.prod(value.dims) > 1:
-            tensor = model.graph.initializer.add()
-            tensor.CopyFrom(value)
-            tensor.name = node.output[0]
-        else:
-            kept.append(node)
-    del model.graph.node[:]
-    model.graph.node.extend(kept)
-
-
-def _check_weights(name: str, tensors: Iterable[onnx.TensorProto]) -> None:
-    for tensor in tensors:
-        if tensor.data_type not in (TensorProto.FLOAT, TensorProto.FLOAT16):
-            continue
-        try:
-            values = numpy_helper.to_array(tensor)
-        except ValueError as error:
-            raise ImportRefused(f"{name}: the weights {tensor.name!r:.80} are damaged ({error})") from error
-        if not np.isfinite(values).all():
-            raise ImportRefused(
-                f"{name}: the weights {tensor.name!r:.80} hold NaN or infinity; the training diverged"
-            )
 
 
 def headed(
@@ -203,23 +88,47 @@ def headed(
         model: graph of `read_onnx`.
         dims: 2 or 3, by the card.
         channels: channels of the input, by the card.
-        heads: tensors that are the heads, shallowest first; none means the graph's outputs.
+        heads: tensors that are the heads, in any order; none means the graph's outputs.
         name: name of the file, for errors.
 
     Raises:
         ImportRefused: the graph takes or gives something else than the card says, has fixed sizes, or cannot run.
     """
+    graph = opened(model, dims, channels, heads, name)
+    ordered = sorted(graph.heads, key=lambda head: graph.cost([head]).macs)
+    if ordered != graph.heads:
+        graph = HeadedGraph(cut(graph.model, ordered), dims, channels)
+    _check_heads(name, graph)
+    return graph
+
+
+def opened(
+    model: onnx.ModelProto, dims: int, channels: int, heads: Sequence[str] = (), name: str = "graph"
+) -> HeadedGraph:
+    """Makes a graph with some outputs and runs it once; whether they can be heads is not checked.
+
+    Args:
+        model: graph of `read_onnx`.
+        dims: 2 or 3.
+        channels: channels of the input.
+        heads: tensors that become the outputs; none means the graph's own.
+        name: name of the file, for errors.
+
+    Raises:
+        ImportRefused: the graph takes something else, has fixed sizes or no such tensor, or cannot run.
+    """
     _check_input(name, model, dims, channels)
-    inner = cut(model, heads or [value.name for value in model.graph.output])
-    graph = HeadedGraph(_float32(inner), dims, channels)
+    if len(set(heads)) < len(heads):
+        raise ImportRefused(f"{name}: --heads names a tensor twice")
+    try:
+        inner = cut(model, heads or [value.name for value in model.graph.output])
+    except ValueError as error:
+        raise ImportRefused(f"{name}: {error}; unetpp import {name} --inspect lists them") from error
+    graph = HeadedGraph(float32(inner), dims, channels)
     try:
         graph.shapes  # noqa: B018 - runs the graph once
     except Exception as error:  # ONNX Runtime raises its own
         raise ImportRefused(f"{name}: ONNX Runtime cannot run it: {_first_line(error)}") from error
-    ordered = sorted(graph.heads, key=lambda head: graph.cost([head]).macs)
-    if not heads and ordered != graph.heads:
-        graph = HeadedGraph(cut(graph.model, ordered), dims, channels)
-    _check_heads(name, graph)
     return graph
 
 
@@ -228,6 +137,11 @@ def _check_input(name: str, model: onnx.ModelProto, dims: int, channels: int) ->
     inputs = [value for value in model.graph.input if value.name not in weights]
     if len(inputs) != 1:
         raise ImportRefused(f"{name}: has {len(inputs)} inputs; a segmentation network takes one image")
+    kind = inputs[0].type.tensor_type.elem_type
+    if kind not in FLOATS:
+        raise ImportRefused(
+            f"{name}: takes {TensorProto.DataType.Name(kind).lower()} values; export it with a float32 input"
+        )
     shape = inputs[0].type.tensor_type.shape.dim
     if len(shape) != dims + 2:
         raise ImportRefused(
@@ -241,7 +155,7 @@ def _check_input(name: str, model: onnx.ModelProto, dims: int, channels: int) ->
             f'{k}: "{letter}"' for k, letter in zip((0, 2, 3, 4), "nhwd", strict=False) if k < dims + 2
         )
         raise ImportRefused(
-            f"{name}: its input has fixed sizes {'×'.join(map(str, fixed))}; make them dynamic: "
+            f"{name}: its input has fixed sizes {' × '.join(str(one or '?') for one in fixed)}; make them dynamic: "
             f'torch.onnx.export(…, dynamic_axes={{"{inputs[0].name}": {{{axes}}}}}), with dynamo=False'
         )
 
@@ -266,28 +180,10 @@ def _check_heads(name: str, graph: HeadedGraph) -> None:
                 f"{name}: output {head!r:.60} is {shape[2:]} for an input of {size}; it must be as large, or smaller by a whole factor"
             )
     if len(classes) > 1:
-        raise ImportRefused(f"{name}: the heads have different numbers of channels: {sorted(classes)}")
-
-
-def _float32(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Returns a float16 graph in float32, which loses nothing; others as they are."""
-    if TensorProto.FLOAT16 not in {tensor.data_type for tensor in model.graph.initializer}:
-        return model
-    wide = onnx.ModelProto()
-    wide.CopyFrom(model)
-    attributes = [attribute for node in wide.graph.node for attribute in node.attribute]
-    for tensor in [*wide.graph.initializer, *(one.t for one in attributes if one.HasField("t"))]:
-        if tensor.data_type == TensorProto.FLOAT16:
-            values = numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    for node in wide.graph.node:
-        for attribute in node.attribute if node.op_type == "Cast" else ():
-            if attribute.name == "to" and attribute.i == TensorProto.FLOAT16:
-                attribute.i = TensorProto.FLOAT
-    del wide.graph.value_info[:]
-    for value in [*wide.graph.input, *wide.graph.output]:
-        value.type.tensor_type.elem_type = TensorProto.FLOAT
-    return wide
+        raise ImportRefused(
+            f"{name}: the heads have different numbers of channels: {sorted(classes)}; features are no heads, "
+            "and unetpp add-levels makes heads for them"
+        )
 
 
 def tensor_shapes(model: onnx.ModelProto, channels: int, size: Sequence[int]) -> Shapes:

@@ -21,7 +21,7 @@ from torch.nn import functional
 from export.block import Block, state
 from export.card import ExportError
 from export.cut import cut
-from export.data import Crops
+from export.crops import Crops
 from export.golden import activated, enlarged, preprocessed
 from export.importing import open_session
 from export.producer import Producer

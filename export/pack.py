@@ -10,7 +10,7 @@ from typing import Literal
 import onnx
 from pydantic import ValidationError
 
-from export.card import Card, ExportError
+from export.card import Card, ExportError, in_words
 from export.data import calibration_tiles
 from export.golden import write_golden
 from export.importing import PROBE, HeadedGraph
@@ -82,8 +82,8 @@ def import_network(
     out: Path,
     images: Path | None = None,
     *,
-    deepest: int = 0,
     advance: Callable[[str], None] = lambda step: None,
+    skip: Callable[[str], None] = lambda line: None,
 ) -> Bundle:
     """Makes a bundle of any network with heads: `out` is complete or as it was.
 
@@ -92,20 +92,24 @@ def import_network(
         card: description, with `dims`, `input` and `activation`.
         out: folder of the bundle; an existing bundle there is replaced.
         images: folder of images that set int8's ranges; without it there are no int8 graphs.
-        deepest: level of the deepest head; 0 counts the heads.
         advance: callback with the name of each finished step.
+        skip: callback with a line on each file of the folder that is left out.
 
     Raises:
         ExportError: network and card do not fit, or `out` is something else than a bundle.
+        DataError: the folder holds no image that the network can take.
     """
     _check_out(out)
-    channels = network.shapes[network.heads[-1]][1]
-    _check_fit(card, network.channels, channels + (card.activation == "sigmoid-per-class"))
-    return write_bundle(from_heads(network, card, deepest), card, out, images, advance)
+    return write_bundle(from_heads(network, card), card, out, images, advance, skip)
 
 
 def write_bundle(
-    producer: Producer, card: Card, out: Path, images: Path | None, advance: Callable[[str], None]
+    producer: Producer,
+    card: Card,
+    out: Path,
+    images: Path | None,
+    advance: Callable[[str], None],
+    skip: Callable[[str], None] = lambda line: None,
 ) -> Bundle:
     """Writes the files of a bundle beside `out` and moves them there.
 
@@ -114,18 +118,22 @@ def write_bundle(
 
     Raises:
         ExportError: network and card make no valid manifest.
+        DataError: no image of the folder can be read.
     """
     names = [*(f"L{level}" for level in producer.levels), ACCURATE]
     precisions: tuple[Precision, ...] = ("fp32", "fp16", "int8") if images else ("fp32", "fp16")
     graphs = tuple(_describe(producer, name, precisions) for name in names)
+    manifest = _manifest(producer, card, graphs)
+    if images:
+        # Before anything is written, because the folder may hold nothing of use.
+        calibration_tiles(images, manifest, graphs[-1], 1, skip=skip)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         folder = Path(scratch) / out.name
         folder.mkdir()
         producer.save(folder / WEIGHTS)
-        manifest = _manifest(producer, card, graphs)
         for graph in graphs:
-            tiles = calibration_tiles(images, manifest, graph, INT8_IMAGES) if images else []
+            tiles = calibration_tiles(images, manifest, graph, INT8_IMAGES, skip=skip) if images else []
             origin = Source(
                 producer.network, producer.heads(graph.name), producer.before, producer.after, tiles
             )
@@ -221,7 +229,7 @@ def _with_facts(card: Card, **facts: object) -> Card:
     try:
         return Card.model_validate(card.model_dump() | facts)
     except ValidationError as error:
-        raise ExportError(f"not a valid card: {error}") from error
+        raise ExportError(f"not a valid card: {in_words(error)}") from error
 
 
 def _check_fit(card: Card, in_channels: int, classes: int) -> None:
@@ -257,7 +265,7 @@ def _manifest(producer: Producer, card: Card, graphs: tuple[Graph, ...]) -> Mani
             files={name: FileEntry(sha256="0" * 64, bytes=0) for name in _files(graphs)},
         )
     except ValidationError as error:
-        raise ExportError(f"the card and the network make no valid manifest: {error}") from error
+        raise ExportError(f"the card and the network make no valid manifest: {in_words(error)}") from error
 
 
 def write_manifest(folder: Path, manifest: Manifest, *, as_read: bool = False) -> None:

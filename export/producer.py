@@ -11,9 +11,11 @@ import numpy as np
 import torch
 
 from export.card import Card, ExportError
+from export.fit import check_fit
 from export.golden import CASES, OnnxReference, Reference, synthetic_cells, tiles_of, torch_scores
 from export.graph import ServedGraph, fold_batch_norm, level_networks, round_to_fp16
-from export.importing import MAX_LEVELS, HeadedGraph, from_torch, headed, read_onnx
+from export.importing import HeadedGraph, from_torch, headed
+from export.onnx_file import read_onnx
 from export.tail import Tail
 from export.weights import rounded, survive_float16, write_weights
 from model import checkpoint
@@ -92,28 +94,19 @@ def from_unetpp(trained: UNetPlusPlus, notes: dict[str, Any]) -> Producer:
     )
 
 
-def from_heads(network: HeadedGraph, card: Card, deepest: int = 0) -> Producer:
+def from_heads(network: HeadedGraph, card: Card) -> Producer:
     """Makes the producer of any network with heads.
 
     Args:
         network: graph with an output per head, of `export.importing`.
         card: description, with `dims`, `input` and `activation`.
-        deepest: level of the deepest head; 0 counts the heads.
 
     Raises:
-        ExportError: the card lacks what an import needs.
+        ExportError: network and card do not fit.
     """
-    missing = [name for name in ("dims", "input", "activation") if getattr(card, name) is None]
-    if card.input is None or card.activation is None or missing:
-        raise ExportError(f"the card of a network that is imported needs {', '.join(missing)}")
-    last = deepest or len(network.heads)
-    if last > MAX_LEVELS:
-        raise ExportError(f"level {last} does not exist; a bundle has levels 1 to {MAX_LEVELS}")
-    levels = dict(zip(range(last - len(network.heads) + 1, last + 1), network.heads, strict=True))
-    before, after = (
-        card.input.preprocessing(),
-        Tail(card.activation, card.aggregation, card.activation_included),
-    )
+    seen, activation = check_fit(network, card)
+    levels = dict(zip(level_numbers(network), network.heads, strict=True))
+    before, after = seen.preprocessing(), Tail(activation, card.aggregation, card.activation_included)
     half = _rounded_if_equal(network, levels, before, after)
     kept = half or network
     return Producer(
@@ -121,11 +114,19 @@ def from_heads(network: HeadedGraph, card: Card, deepest: int = 0) -> Producer:
         levels=levels,
         before=before,
         after=after,
-        normalization=card.input.normalization,
-        percentiles=card.input.percentiles,
+        normalization=seen.normalization,
+        percentiles=seen.percentiles,
         reference=OnnxReference(kept, levels, before, after),
         save=lambda path: write_weights(kept.model, path, half=half is not None, metadata={}),
     )
+
+
+def level_numbers(network: HeadedGraph) -> list[int]:
+    """The level of each head: the column j of its node X^{0,j}; heads of a network that is no UNet++ are counted."""
+    columns = [network.column(head) for head in network.heads]
+    if 0 in columns or len(set(columns)) < len(columns):
+        return [*range(1, len(columns) + 1)]
+    return columns
 
 
 def _rounded_if_equal(

@@ -1,15 +1,15 @@
 """Proof that a bundle computes what its network computes: on the server's own engines, per level and precision."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from export.cut import cut
 from export.golden import synthetic_cells, tiles_of
-from export.importing import DOMAINS
+from export.onnx_file import DOMAINS, messages
 from export.producer import Producer, from_bundle
 from export.weights import network_name, parameters
 from server.arrays import Scores, Tiles
@@ -197,9 +197,9 @@ def foreign_parts(proto: onnx.ModelProto) -> list[str]:
 
     Engines refuse most of it when they open the graph; a bundle that passes here has none of it.
     """
-    messages = list(_messages(proto))
-    domains = {m.domain for m in messages if isinstance(m, onnx.NodeProto | onnx.OperatorSetIdProto)}
-    tensors = [m for m in messages if isinstance(m, onnx.TensorProto)]
+    every = [*messages(proto)]
+    domains = {m.domain for m in every if isinstance(m, onnx.NodeProto | onnx.OperatorSetIdProto)}
+    tensors = [m for m in every if isinstance(m, onnx.TensorProto)]
     locations = {
         entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"
     }
@@ -209,17 +209,6 @@ def foreign_parts(proto: onnx.ModelProto) -> list[str]:
         *(f"has operators of the domain {domain!r:.70}" for domain in sorted(domains - DOMAINS)),
         *(f"has tensors in the file {location!r:.70}" for location in sorted(locations - {WEIGHTS})),
     ]
-
-
-def _messages(root: Message) -> Iterator[Message]:
-    """Yields a protobuf message and all messages in it: no field can be forgotten, and nesting cannot exhaust the stack."""
-    queue = [root]
-    while queue:
-        message = queue.pop()
-        yield message
-        for field, value in message.ListFields():
-            if field.message_type is not None:
-                queue += [value] if isinstance(value, Message) else value
 
 
 def _answers(bundle: Bundle, name: str, engine: str, precision: str, inputs: list[Tiles]) -> list[Scores]:

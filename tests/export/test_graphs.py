@@ -9,7 +9,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from export.importing import OPSET
+from export.onnx_file import OPSET
 from export.weights import network_name, places, point_at_weights
 from model import checkpoint
 from model.network import UNetPlusPlus
