@@ -1,5 +1,6 @@
 """A part of an ONNX graph as a torch module whose weights can be trained, and back again."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ Attributes = dict[str, Any]
 
 def _convolve(attributes: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dims = x.dim() - 2
-    pads = attributes.get("pads", [0] * 2 * dims)
+    pads = _pads(attributes, x, weight)
     if pads[:dims] == pads[dims:]:
         padding = tuple(pads[:dims])
     else:
@@ -36,11 +37,27 @@ def _convolve(attributes: Attributes, x: Tensor, weight: Tensor, bias: Tensor | 
     )
 
 
+def _pads(attributes: Attributes, x: Tensor, weight: Tensor) -> list[int]:
+    """Pixels before each axis and then after each; SAME pads so that the output is the input's size over the stride."""
+    dims = x.dim() - 2
+    auto = attributes.get("auto_pad", b"NOTSET")
+    if auto not in (b"SAME_UPPER", b"SAME_LOWER"):
+        return [*attributes.get("pads", [0] * 2 * dims)]
+    strides, dilations = (attributes.get(name, [1] * dims) for name in ("strides", "dilations"))
+    shapes = zip(x.shape[2:], weight.shape[2:], strides, dilations, strict=True)
+    total = [
+        max((math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+        for size, kernel, stride, dilation in shapes
+    ]
+    less, more = [one // 2 for one in total], [(one + 1) // 2 for one in total]
+    return less + more if auto == b"SAME_UPPER" else more + less
+
+
 def _batch_norm(
     a: Attributes, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor
 ) -> Tensor:
     # The statistics stay those of the training, as at inference.
-    return functional.batch_norm(x, mean.detach(), variance.detach(), scale, bias, eps=a.get("epsilon", 1e-5))
+    return functional.batch_norm(x, mean, variance, scale, bias, eps=a.get("epsilon", 1e-5))
 
 
 def _clip(_: Attributes, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
@@ -51,6 +68,7 @@ def _clip(_: Attributes, x: Tensor, low: Tensor | None = None, high: Tensor | No
 OPERATORS: dict[str, Callable[..., Tensor]] = {
     "BatchNormalization": _batch_norm,
     "Clip": _clip,
+    "Constant": lambda a: torch.from_numpy(numpy_helper.to_array(a["value"]).copy()),
     "Conv": _convolve,
     "Dropout": lambda _, x, *__: x,
     "Elu": lambda a, x: functional.elu(x, a.get("alpha", 1.0)),
@@ -67,6 +85,15 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "Sigmoid": lambda _, x: torch.sigmoid(x),
     "Softplus": lambda _, x: functional.softplus(x),
     "Tanh": lambda _, x: torch.tanh(x),
+}
+
+
+# Inputs of an operator that are trained; all other constants stay as they are.
+TRAINED = {
+    "BatchNormalization": (1, 2),
+    "Conv": (1, 2),
+    "InstanceNormalization": (1, 2),
+    "PRelu": (1,),
 }
 
 
@@ -96,9 +123,17 @@ class Block(nn.Module):
                 f"the block before {end!r:.60} has operators that are not rebuilt for training: {', '.join(foreign)}"
             )
         read = {name for node in self.onnx_nodes for name in node.input}
+        trained = {
+            node.input[index]
+            for node in self.onnx_nodes
+            for index in TRAINED.get(node.op_type, ())
+            if index < len(node.input)
+        }
         self.names = [tensor.name for tensor in model.graph.initializer if tensor.name in read]
         values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if t.name in read}
-        self.weights = nn.ParameterList(nn.Parameter(torch.tensor(values[name])) for name in self.names)
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.tensor(values[name]), requires_grad=name in trained) for name in self.names
+        )
         self.head = (nn.Conv2d if dims == 2 else nn.Conv3d)(channels, classes, 1)
         self._attributes = [
             {one.name: helper.get_attribute_value(one) for one in node.attribute} for node in self.onnx_nodes
@@ -159,9 +194,10 @@ def nodes_between(model: onnx.ModelProto, start: str, end: str) -> list[onnx.Nod
 def _tensor(value: Tensor | None, name: str) -> onnx.TensorProto:
     if value is None:
         raise ValueError(f"{name} has no value")
-    return numpy_helper.from_array(np.ascontiguousarray(value.detach().float().numpy()), name)
+    # Without a change of the shape: NumPy makes one axis of none.
+    return numpy_helper.from_array(np.array(value.detach().numpy(), order="C"), name)
 
 
 def state(blocks: Sequence[Block]) -> list[Tensor]:
     """All trained tensors of blocks, in a fixed order."""
-    return [parameter for block in blocks for parameter in block.parameters()]
+    return [one for block in blocks for one in block.parameters() if one.requires_grad]

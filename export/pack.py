@@ -59,7 +59,7 @@ def export(
         ExportError: the network and the card do not fit, or `out` is something else than a bundle.
         CheckpointError: `source` cannot be read.
     """
-    _check_out(out)
+    check_out(out)
     trained, notes = checkpoint.load(source)
     if not isinstance(trained, UNetPlusPlus):
         raise ExportError(f"{source} holds a {type(trained).__name__}; only UNet++ has levels to serve")
@@ -99,7 +99,7 @@ def import_network(
         ExportError: network and card do not fit, or `out` is something else than a bundle.
         DataError: the folder holds no image that the network can take.
     """
-    _check_out(out)
+    check_out(out)
     return write_bundle(from_heads(network, card), card, out, images, advance, skip)
 
 
@@ -122,7 +122,7 @@ def write_bundle(
     """
     names = [*(f"L{level}" for level in producer.levels), ACCURATE]
     precisions: tuple[Precision, ...] = ("fp32", "fp16", "int8") if images else ("fp32", "fp16")
-    graphs = tuple(_describe(producer, name, precisions) for name in names)
+    graphs = tuple(describe(producer, name, precisions) for name in names)
     manifest = _manifest(producer, card, graphs)
     if images:
         # Before anything is written, because the folder may hold nothing of use.
@@ -138,9 +138,9 @@ def write_bundle(
                 producer.network, producer.heads(graph.name), producer.before, producer.after, tiles
             )
             for precision, file in graph.files.items():
-                _save(GRAPH_PRECISIONS[precision](origin), folder, file)
+                save_graph(GRAPH_PRECISIONS[precision](origin), folder, file)
                 advance(file)
-        _save(producer.network.copy(), folder, NETWORK)
+        save_graph(producer.network.copy(), folder, NETWORK)
         advance(NETWORK)
         if len(producer.levels) > 1:
             manifest = with_head_std(folder, manifest, producer)
@@ -150,11 +150,12 @@ def write_bundle(
         )
         write_manifest(folder, _stamped(manifest))
         read_bundle(folder)
-        _replace(out, folder)
+        replace(out, folder)
     return read_bundle(out)
 
 
-def _save(model: onnx.ModelProto, folder: Path, file: str) -> None:
+def save_graph(model: onnx.ModelProto, folder: Path, file: str) -> None:
+    """Writes a graph into a bundle's folder, its weights left in the weights file there."""
     with checkpoint.atomic(folder / file) as temporary:
         onnx.save(point_at_weights(model, folder / WEIGHTS), temporary)
 
@@ -177,10 +178,10 @@ def with_head_std(folder: Path, manifest: Manifest, producer: Producer) -> Manif
         raise ExportError(
             f"{manifest.name} has one head, so that heads cannot differ; it was trained without deep supervision"
         )
-    described = _describe(producer, HEAD_STD, ("fp32",))
+    described = describe(producer, HEAD_STD, ("fp32",))
     file = described.files["fp32"]
     heads = producer.heads(HEAD_STD)
-    _save(serve(producer.network, heads, producer.before, producer.after, head_std=True), folder, file)
+    save_graph(serve(producer.network, heads, producer.before, producer.after, head_std=True), folder, file)
     files = {**manifest.files, file: FileEntry(sha256="0" * 64, bytes=0)}
     return manifest.model_copy(update={"head_std": described, "files": files})
 
@@ -201,12 +202,17 @@ def add_uncertainty(folder: Path) -> Bundle:
     return read_bundle(folder)
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
+    """Refuses a place for a bundle that is taken by something else.
+
+    Raises:
+        ExportError: says so.
+    """
     if out.exists() and not (out / MANIFEST).is_file():
         raise ExportError(f"{out} exists and is not a bundle; choose another --out")
 
 
-def _replace(out: Path, folder: Path) -> None:
+def replace(out: Path, folder: Path) -> None:
     """Moves a finished bundle to `out`; where that fails, the old one is put back."""
     # Goes with the scratch folder, but only once the new one is there.
     old = folder.with_name("replaced.old")
@@ -296,7 +302,8 @@ def _files(graphs: tuple[Graph, ...]) -> list[str]:
     return [WEIGHTS, GOLDEN, NETWORK, *(file for graph in graphs for file in graph.files.values())]
 
 
-def _describe(producer: Producer, name: str, precisions: Sequence[Precision]) -> Graph:
+def describe(producer: Producer, name: str, precisions: Sequence[Precision]) -> Graph:
+    """Describes a graph of a bundle for its manifest."""
     heads = producer.heads(name)
     cost = producer.network.cost(heads)
     return Graph(

@@ -17,7 +17,7 @@ from export.graph import ServedGraph, fold_batch_norm, level_networks, round_to_
 from export.importing import HeadedGraph, from_torch, headed
 from export.onnx_file import read_onnx
 from export.tail import Tail
-from export.weights import rounded, survive_float16, write_weights
+from export.weights import rounded, survive_float16, with_weights, write_weights
 from model import checkpoint
 from model.network import UNetPlusPlus
 from server.runtime.bundle import ACCURATE, HEAD_STD, NETWORK, WEIGHTS, Bundle, Preprocessing
@@ -57,6 +57,8 @@ class Producer:
 
     def heads(self, graph: str) -> list[str]:
         """Heads that a graph serves."""
+        if graph == ACCURATE and self.after.aggregation == "last":
+            return [*self.levels.values()][-1:]
         if graph in (ACCURATE, HEAD_STD):
             return [*self.levels.values()]
         return [self.levels[int(graph.removeprefix("L"))]]
@@ -165,7 +167,8 @@ def from_bundle(bundle: Bundle) -> Producer:
         raise ExportError(
             f"{WEIGHTS} is no checkpoint of a UNet++, and there is no {NETWORK}; export it again"
         )
-    network = headed(read_onnx(bundle.folder / NETWORK), manifest.dims, len(manifest.channels), name=NETWORK)
+    model = with_weights(read_onnx(bundle.folder / NETWORK))
+    network = headed(model, manifest.dims, len(manifest.channels), name=NETWORK)
     levels = dict(zip(manifest.levels, network.heads, strict=True))
     before = manifest.preprocessing or Preprocessing()
     after = Tail(manifest.activation, manifest.aggregation, manifest.activation_included)

@@ -133,3 +133,45 @@ def point_at_weights(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     return model
+
+
+def with_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Undoes `point_at_weights` in a graph whose weights have been loaded: plain initialisers again, in place."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name.endswith(".stored")}
+    kept = []
+    for node in model.graph.node:
+        if node.op_type != "Cast" or node.input[0] not in stored:
+            kept.append(node)
+            continue
+        tensor = stored[node.input[0]]
+        kind = helper.tensor_dtype_to_np_dtype(helper.get_attribute_value(node.attribute[0]))
+        tensor.CopyFrom(
+            numpy_helper.from_array(numpy_helper.to_array(tensor).astype(kind), name=node.output[0])
+        )
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    return model
+
+
+def repoint(
+    model: onnx.ModelProto, old: dict[str, tuple[int, int, int]], new: dict[str, tuple[int, int, int]]
+) -> onnx.ModelProto:
+    """Points a graph without loaded weights at the places that they have in another weights file, in place.
+
+    Args:
+        model: graph of `point_at_weights`.
+        old: `places` of the file that it points at.
+        new: those of a file that holds the same tensors, and others.
+
+    Raises:
+        ValueError: the new file lacks a tensor, or holds it in another kind.
+    """
+    names = {offset: name for name, (_, offset, _) in old.items()}
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "offset":
+                name = names[int(entry.value)]
+                if name not in new or (new[name][0], new[name][2]) != (old[name][0], old[name][2]):
+                    raise ValueError(f"{tensor.name}: the new weights file does not hold {name} as it was")
+                entry.value = str(new[name][1])
+    return model

@@ -6,7 +6,16 @@ from typing import Literal, overload
 from pydantic import BaseModel, ConfigDict
 
 from server.jobs.active import JobStatus
-from server.runtime.bundle import HEAD_STD, Calibration, Class, Comparison, Graph, Manifest, Measured
+from server.runtime.bundle import (
+    HEAD_STD,
+    Calibration,
+    Class,
+    Comparison,
+    Distilled,
+    Graph,
+    Manifest,
+    Measured,
+)
 from server.runtime.deployment import Deployment
 
 
@@ -49,6 +58,7 @@ class ModelCard(ModelSummary):
     calibration: Calibration | None
     held_out: Measured | None
     comparison: tuple[Comparison, ...]
+    distilled: Distilled | None
     serving: tuple[Serving, ...]
     license: dict[str, str]
     provenance: dict[str, str]
@@ -157,6 +167,7 @@ def card(deployment: Deployment, default: str) -> ModelCard:
         calibration=manifest.calibration,
         held_out=manifest.held_out,
         comparison=manifest.comparison,
+        distilled=manifest.distilled,
         serving=serving,
         license=manifest.license,
         provenance=manifest.provenance,

@@ -153,6 +153,24 @@ class Comparison(_Part):
     dice: float
 
 
+class Distilled(_Part):
+    """Levels that were added to a network with one head, and learned its deepest scores without labels.
+
+    Attributes:
+        agreement: by level: IoU with the deepest level per class, mean over crops of images that were not trained on.
+        images: number of images, those included.
+        held_out: number of images that were not trained on.
+        data: name of their folder.
+        steps: optimisation steps.
+    """
+
+    agreement: dict[int, float]
+    images: int
+    held_out: int
+    data: str
+    steps: int
+
+
 class Manifest(_Part):
     """Properties of the network; operators' choices live in settings, the caller's in the request.
 
@@ -168,6 +186,7 @@ class Manifest(_Part):
         head_std: `accurate` with one channel more: the standard deviation over the heads of the foreground
             probability. None where there is one head, or the bundle was exported by a version that had no
             such graph.
+        distilled: how levels were added by `unetpp add-levels`; None where all were trained with the network.
         norm: layers of the network that normalise. "instance" looks at all of a tile, whose scores change
             with its padding.
     """
@@ -195,6 +214,7 @@ class Manifest(_Part):
     calibration: Calibration | None = None
     held_out: Measured | None = None
     comparison: tuple[Comparison, ...] = ()
+    distilled: Distilled | None = None
     intended_use: str
     license: dict[str, str]
     provenance: dict[str, str]
@@ -249,6 +269,8 @@ class Manifest(_Part):
             raise ValueError(f"graphs need different names and one must be {ACCURATE!r}: {names}")
         if odd := [graph.name for graph in self.graphs if graph.name not in (ACCURATE, f"L{graph.level}")]:
             raise ValueError(f"graphs whose name and level differ: {odd}")
+        if self.distilled and not {*self.distilled.agreement} < {*self.levels}:
+            raise ValueError("distilled names levels that do not exist, or the deepest one")
         if self.head_std and (self.head_std.name, self.head_std.level, [*self.head_std.files]) != (
             HEAD_STD,
             self.graph(ACCURATE).level,
