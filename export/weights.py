@@ -133,3 +133,9 @@ def point_at_weights(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     return model
+
+
+def stored_kind(path: Path) -> str:
+    """The data type of the weights in a file, in words."""
+    kinds = {kind for kind, _, _ in places(path).values()}
+    return "float16" if kinds == {TensorProto.FLOAT16} else "float32"
