@@ -131,7 +131,8 @@ def calibrate(
     from rich.table import Table
 
     from export.calibrate import calibrate as run
-    from server.runtime.bundle import CalibrationRow, read_bundle
+    from server.runtime.bundle import read_bundle
+    from server.runtime.calibration import CalibrationRow
 
     table = Table("graph", "precision", "engine", "IoU", "mean IoU", "Dice", "ms")
     console = Console()
