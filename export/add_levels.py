@@ -30,13 +30,13 @@ from server.runtime.bundle import (
     NETWORK,
     WEIGHTS,
     Bundle,
-    Distilled,
     FileEntry,
     Graph,
     Manifest,
     read_bundle,
     sha256,
 )
+from server.runtime.calibration import Distilled
 
 MAX_STEPS = 400
 MIN_IMAGES = 4
@@ -271,6 +271,7 @@ def _grown(manifest: Manifest, new: tuple[Graph, ...], distilled: Distilled) -> 
             "aggregation": "last",
             "distilled": distilled,
             "calibration": None,
+            "agreement": None,
             "held_out": None,
         }
     )

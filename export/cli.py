@@ -16,7 +16,7 @@ DATA = typer.Option(
 
 
 @contextmanager
-def _errors_as_lines() -> Iterator[None]:
+def errors_as_lines() -> Iterator[None]:
     """Prints errors meant for a person without a traceback, and exits with 1."""
     from export.card import ExportError
     from export.onnx_file import ImportRefused
@@ -46,7 +46,7 @@ def export(
     from export.card import read_card
     from export.pack import export as run
 
-    with _errors_as_lines(), progress("exporting", _graph_files(checkpoint, int8=data is not None)) as update:
+    with errors_as_lines(), progress("exporting", _graph_files(checkpoint, int8=data is not None)) as update:
         bundle = run(
             checkpoint,
             read_card(card),
@@ -77,7 +77,7 @@ def add_uncertainty(bundle: Annotated[Path, BUNDLE]) -> None:
     """Add the graph behind format=uncertainty to a bundle that was exported without it; nothing else changes."""
     from export.pack import add_uncertainty as run
 
-    with _errors_as_lines():
+    with errors_as_lines():
         entry = run(bundle).manifest.files["head_std.onnx"]
     typer.echo(f"{bundle}/head_std.onnx: {entry.bytes / 1e3:.1f} kB\nnext: unetpp verify {bundle}")
 
@@ -106,7 +106,7 @@ def verify(bundle: Annotated[Path, BUNDLE]) -> None:
         update(advance=1)
 
     try:
-        with _errors_as_lines(), progress("comparing with torch") as update:
+        with errors_as_lines(), progress("comparing with torch") as update:
             opened = read_bundle(bundle)
             update(total=combinations(opened))
             run(opened, add)
@@ -131,7 +131,8 @@ def calibrate(
     from rich.table import Table
 
     from export.calibrate import calibrate as run
-    from server.runtime.bundle import CalibrationRow, read_bundle
+    from server.runtime.bundle import read_bundle
+    from server.runtime.calibration import CalibrationRow
 
     table = Table("graph", "precision", "engine", "IoU", "mean IoU", "Dice", "ms")
     console = Console()
@@ -152,7 +153,7 @@ def calibrate(
         update(completed=done, total=total)
 
     try:
-        with _errors_as_lines(), progress("measuring images") as update:
+        with errors_as_lines(), progress("measuring images") as update:
             run(
                 read_bundle(bundle),
                 data,

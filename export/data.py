@@ -112,7 +112,9 @@ def image_files(root: Path, split: str = "val", dims: int = 2) -> list[Path]:
         return [sample.image for sample in samples(root, split, dims)]
     files = [file for file in sorted(root.rglob("*")) if file.is_file() and not _hidden(file, root)]
     if not files:
-        raise DataError(f"{root}: holds no files")
+        raise DataError(
+            f"{root}: holds no files; it must be a folder of images, or of data with an index.csv"
+        )
     return files
 
 

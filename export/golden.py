@@ -14,7 +14,7 @@ from export.importing import HeadedGraph, open_session
 from export.tail import Tail
 from server.arrays import Scores, Tiles
 from server.runtime.bundle import ACCURATE, HEAD_STD, Preprocessing
-from server.segment.preprocess import image_statistics
+from server.segment.preprocess import normalization
 
 # Scores (N, K, *tile) of a graph by its name in the manifest.
 Reference = Callable[[str, Tiles], Scores]
@@ -42,12 +42,24 @@ def synthetic_cells(size: tuple[int, ...], channels: int, seed: int) -> UInt8[nd
     return pixels
 
 
-def tiles_of(images: list[UInt8[ndarray, "*size C"]]) -> Tiles:
-    """Makes tiles from images or volumes of one size, each with its own statistics."""
+def tiles_of(
+    images: list[UInt8[ndarray, "*size C"]],
+    kind: str = "zscore",
+    percentiles: tuple[float, float] | None = None,
+) -> Tiles:
+    """Makes tiles from images or volumes of one size, each with its own statistics.
+
+    Args:
+        images: (*size, C) each.
+        kind: normalization of the manifest.
+        percentiles: percentiles of the manifest.
+    """
     parts = []
     for image in images:
         shape = (1, -1, *(1,) * (image.ndim - 1))
-        mean, inverse_std = (values.reshape(shape).astype(np.float32) for values in image_statistics(image))
+        mean, inverse_std = (
+            values.reshape(shape).astype(np.float32) for values in normalization(image, kind, percentiles)
+        )
         parts.append(Tiles(np.ascontiguousarray(np.moveaxis(image, -1, 0)[None]), mean, inverse_std))
     return Tiles.stack(parts)
 
@@ -142,11 +154,30 @@ def enlarged(logits: Scores, factor: int) -> Scores:
     return logits
 
 
-def write_golden(path: Path, graphs: Sequence[str], reference: Reference, channels: int, dims: int) -> None:
-    """Writes inputs and expected scores (float32) of every graph."""
+def write_golden(
+    path: Path,
+    graphs: Sequence[str],
+    reference: Reference,
+    channels: int,
+    dims: int,
+    kind: str = "zscore",
+    percentiles: tuple[float, float] | None = None,
+) -> None:
+    """Writes inputs and expected scores (float32) of every graph.
+
+    Args:
+        path: npz file.
+        graphs: names of the graphs.
+        reference: scores of a graph.
+        channels: channels of the inputs.
+        dims: 2 or 3.
+        kind: normalization of the manifest.
+        percentiles: percentiles of the manifest.
+    """
     arrays: dict[str, np.ndarray] = {}
     for case, (count, *size) in CASES[dims].items():
-        tiles = tiles_of([synthetic_cells(tuple(size), channels, seed) for seed in range(count)])
+        cells = [synthetic_cells(tuple(size), channels, seed) for seed in range(count)]
+        tiles = tiles_of(cells, kind, percentiles)
         arrays |= {
             f"image/{case}": tiles.pixels,
             f"mean/{case}": tiles.mean,

@@ -216,7 +216,7 @@ def from_torch(module: "nn.Module", example: "Tensor", heads: Sequence[str] = ()
     Args:
         module: network in evaluation mode; it returns one tensor or several, or `heads` names submodules.
         example: (N, C, h, w[, d]) float32 input; sizes that the network can take.
-        heads: names of submodules whose outputs are the heads, shallowest first.
+        heads: names of submodules whose outputs are the heads.
 
     Raises:
         ImportRefused: a submodule does not exist, the module cannot be exported, or its outputs are no heads.
@@ -242,6 +242,9 @@ def from_torch(module: "nn.Module", example: "Tensor", heads: Sequence[str] = ()
             raise ImportRefused(
                 f"{type(module).__name__}: torch cannot export it: {_first_line(error)}"
             ) from error
+        finally:
+            for hook in getattr(network, "hooks", []):
+                hook.remove()
         return headed(read_onnx(file), dims, example.shape[1], name=type(module).__name__)
 
 
@@ -260,10 +263,12 @@ def _with_heads(module: "nn.Module", names: Sequence[str]) -> "nn.Module":
             super().__init__()
             self.module = module
             self.outputs: dict[str, Tensor] = {}
-            for name in names:
+            self.hooks = [
                 known[name].register_forward_hook(
                     lambda _, __, output, name=name: self.outputs.update({name: output})
                 )
+                for name in names
+            ]
 
         def forward(self, image: "Tensor") -> "list[Tensor]":
             self.module(image)

@@ -146,7 +146,13 @@ def write_bundle(
             manifest = with_head_std(folder, manifest, producer)
             advance(f"{HEAD_STD}.onnx")
         write_golden(
-            folder / GOLDEN, names, producer.reference, producer.network.channels, producer.network.dims
+            folder / GOLDEN,
+            names,
+            producer.reference,
+            producer.network.channels,
+            producer.network.dims,
+            producer.normalization,
+            producer.percentiles,
         )
         write_manifest(folder, _stamped(manifest))
         read_bundle(folder)

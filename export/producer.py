@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from export.card import Card, ExportError
+from export.card import Card, ExportError, Input
 from export.fit import check_fit
 from export.golden import CASES, OnnxReference, Reference, synthetic_cells, tiles_of, torch_scores
 from export.graph import ServedGraph, fold_batch_norm, level_networks, round_to_fp16
@@ -109,7 +109,7 @@ def from_heads(network: HeadedGraph, card: Card) -> Producer:
     seen, activation = check_fit(network, card)
     levels = dict(zip(level_numbers(network), network.heads, strict=True))
     before, after = seen.preprocessing(), Tail(activation, card.aggregation, card.activation_included)
-    half = _rounded_if_equal(network, levels, before, after)
+    half = _rounded_if_equal(network, levels, seen, after)
     kept = half or network
     return Producer(
         network=kept,
@@ -132,17 +132,18 @@ def level_numbers(network: HeadedGraph) -> list[int]:
 
 
 def _rounded_if_equal(
-    network: HeadedGraph, levels: dict[int, str], before: Preprocessing, after: Tail
+    network: HeadedGraph, levels: dict[int, str], seen: Input, after: Tail
 ) -> HeadedGraph | None:
     """The network with weights rounded to float16, or None where its scores differ then."""
     if not survive_float16(network.model):
         return None
     half = HeadedGraph(rounded(network.model), network.dims, network.channels)
-    answers = [OnnxReference(one, levels, before, after) for one in (network, half)]
+    answers = [OnnxReference(one, levels, seen.preprocessing(), after) for one in (network, half)]
     for count, *size in CASES[network.dims].values():
         # The largest divisor at least.
         fitting = tuple(max(side, 32) for side in size)
-        tiles = tiles_of([synthetic_cells(fitting, network.channels, seed) for seed in range(count)])
+        cells = [synthetic_cells(fitting, network.channels, seed) for seed in range(count)]
+        tiles = tiles_of(cells, seen.normalization, seen.percentiles)
         for level in levels:
             exact, near = (answer(f"L{level}", tiles) for answer in answers)
             if not np.abs(exact - near).max() <= FLOAT16_MAX_ABS:

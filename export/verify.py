@@ -1,11 +1,12 @@
 """Proof that a bundle computes what its network computes: on the server's own engines, per level and precision."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from scipy import special
 
 from export.cut import cut
 from export.golden import synthetic_cells, tiles_of
@@ -13,7 +14,7 @@ from export.onnx_file import DOMAINS, messages
 from export.producer import Producer, from_bundle
 from export.weights import network_name, parameters
 from server.arrays import Scores, Tiles
-from server.runtime.bundle import GRAPH_PRECISIONS, HEAD_STD, NETWORK, WEIGHTS, Bundle
+from server.runtime.bundle import GRAPH_PRECISIONS, HEAD_STD, NETWORK, WEIGHTS, Bundle, Manifest
 from server.runtime.engines import ENGINES
 from server.runtime.golden import head_std_pairs, noise, read_pairs
 
@@ -88,7 +89,7 @@ def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: 
             if name == HEAD_STD
             else [(tiles, scores) for g, tiles, scores in known if g == name]
         )
-        inputs = _inputs(len(manifest.channels), manifest.dims) + [tiles for tiles, _ in golden]
+        inputs = _inputs(manifest) + [tiles for tiles, _ in golden]
         expected = [producer.reference(name, tiles) for tiles in inputs]
         if (
             not golden
@@ -219,9 +220,13 @@ def _answers(bundle: Bundle, name: str, engine: str, precision: str, inputs: lis
         raise VerifyError(f"{name} at {precision} on {engine}: cannot run ({error})") from error
 
 
-def _inputs(channels: int, dims: int) -> list[Tiles]:
-    sizes = [(count, tuple(size)) for count, *size in SIZES[dims]]
-    cells = [
-        tiles_of([synthetic_cells(size, channels, seed) for seed in range(count)]) for count, size in sizes
-    ]
-    return cells + [noise(count, channels, list(size)) for count, size in sizes[:2]]
+def _inputs(manifest: Manifest) -> list[Tiles]:
+    """Synthetic cells and noise, as the server would normalise them."""
+    channels = len(manifest.channels)
+    sizes = [(count, tuple(size)) for count, *size in SIZES[manifest.dims]]
+    cells = [[synthetic_cells(size, channels, seed) for seed in range(count)] for count, size in sizes]
+    random = [noise(count, channels, list(size)) for count, size in sizes[:2]]
+    if manifest.normalization != "zscore":
+        # Between 0 and 1, because the ranges of int8 were set on images.
+        random = [replace(tiles, pixels=special.ndtr(tiles.pixels)) for tiles in random]
+    return [tiles_of(one, manifest.normalization, manifest.percentiles) for one in cells] + random

@@ -175,3 +175,9 @@ def repoint(
                     raise ValueError(f"{tensor.name}: the new weights file does not hold {name} as it was")
                 entry.value = str(new[name][1])
     return model
+
+
+def stored_kind(path: Path) -> str:
+    """The data type of the weights in a file, in words."""
+    kinds = {kind for kind, _, _ in places(path).values()}
+    return "float16" if kinds == {TensorProto.FLOAT16} else "float32"

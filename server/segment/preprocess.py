@@ -227,16 +227,22 @@ def with_channels(pixels: Shaped[ndarray, "*size have"], channels: int) -> Shape
 
 
 def normalization(
-    pixels: Shaped[ndarray, "*size C"], manifest: Manifest
+    pixels: Shaped[ndarray, "*size C"], kind: str, percentiles: tuple[float, float] | None = None
 ) -> tuple[Float64[ndarray, " C"], Float64[ndarray, " C"]]:
-    """What is subtracted from each channel and what it is multiplied with then, by the manifest; of the whole input."""
+    """What is subtracted from each channel and what it is multiplied with then, of the whole input.
+
+    Args:
+        pixels: decoded input.
+        kind: normalization of the manifest.
+        percentiles: percentiles of the manifest.
+    """
     channels = pixels.shape[-1]
-    if manifest.normalization == "zscore":
+    if kind == "zscore":
         return image_statistics(pixels)
-    if manifest.normalization == "percentile":
-        return _percentiles(pixels, manifest.percentiles or (0, 100))
+    if kind == "percentile":
+        return _percentiles(pixels, percentiles or (0, 100))
     integers = np.issubdtype(pixels.dtype, np.integer)
-    largest = np.iinfo(pixels.dtype).max if manifest.normalization == "unit" and integers else 1
+    largest = np.iinfo(pixels.dtype).max if kind == "unit" and integers else 1
     return np.zeros(channels), np.full(channels, 1 / largest)
 
 
