@@ -179,7 +179,8 @@ def _with_levels(producer: Producer, distillation: Distillation, levels: list[in
     heads = {level: _append(model, distillation, level, producer.after) for level in levels}
     heads[distillation.deepest] = distillation.output
     [deepest] = model.graph.output
-    outputs = [helper.make_tensor_value_info(heads[level], TensorProto.FLOAT, None) for level in levels]
+    shape = [None, network.shapes[distillation.output][1], *(None,) * network.dims]
+    outputs = [helper.make_tensor_value_info(heads[level], TensorProto.FLOAT, shape) for level in levels]
     outputs.append(onnx.ValueInfoProto.FromString(deepest.SerializeToString()))
     del model.graph.output[:]
     model.graph.output.extend(outputs)
