@@ -82,8 +82,19 @@ def add_uncertainty(bundle: Annotated[Path, BUNDLE]) -> None:
     typer.echo(f"{bundle}/head_std.onnx: {entry.bytes / 1e3:.1f} kB\nnext: unetpp verify {bundle}")
 
 
-def verify(bundle: Annotated[Path, BUNDLE]) -> None:
-    """Compare every level and precision with torch on the engines of this machine; exit 1 unless they agree."""
+def verify(
+    bundle: Annotated[Path, BUNDLE],
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="ONNX file that it was imported from, to be compared, too."
+        ),
+    ] = None,
+) -> None:
+    """Compare every level and precision with the network on the engines of this machine; exit 1 unless they agree.
+
+    The network of a checkpoint runs in torch, that of an imported bundle uncut on ONNX Runtime.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -106,9 +117,9 @@ def verify(bundle: Annotated[Path, BUNDLE]) -> None:
         update(advance=1)
 
     try:
-        with errors_as_lines(), progress("comparing with torch") as update:
+        with errors_as_lines(), progress("comparing with the network") as update:
             opened = read_bundle(bundle)
-            update(total=combinations(opened))
-            run(opened, add)
+            update(total=combinations(opened) + (len(opened.manifest.all_graphs) if source else 0))
+            run(opened, add, source)
     finally:
         console.print(table)

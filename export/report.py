@@ -168,6 +168,8 @@ def _plot(measured: Measured | Agreement) -> bytes:
     unlabelled = isinstance(measured, Agreement)
     axes.set(xlabel="milliseconds per tile", xscale="log")
     axes.set_ylabel("agreement with the deepest level (IoU)" if unlabelled else "IoU")
+    for which in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        which("{x:g}")
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
     file = io.BytesIO()
