@@ -109,7 +109,7 @@ class OnnxReference:
     Args:
         network: graph with all heads.
         levels: head of each level.
-        before: what the network was trained to see.
+        before: preprocessing that the network was trained with.
         after: activation and aggregation.
     """
 

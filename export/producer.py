@@ -38,7 +38,7 @@ class Producer:
     Attributes:
         network: graph with all heads, its weights as the weights file holds them.
         levels: head of each level, shallowest first.
-        before: what the network was trained to see.
+        before: preprocessing that the network was trained with.
         after: activation and aggregation.
         normalization: statistics of the whole image; a field of the manifest.
         percentiles: those of the normalization "percentile".
@@ -122,7 +122,7 @@ def from_heads(network: HeadedGraph, card: Card) -> Producer:
 
 
 def level_numbers(network: HeadedGraph) -> list[int]:
-    """The level of each head: the column j of its node X^{0,j}; heads of a network that is no UNet++ are counted."""
+    """The level of each head: the column j of its node X^{0,j}; heads of any other network are counted."""
     columns = [network.column(head) for head in network.heads]
     if 0 in columns or len(set(columns)) < len(columns):
         return [*range(1, len(columns) + 1)]

@@ -29,11 +29,11 @@ Aggregation = Literal["mean-probability", "mean-logit", "last"]
 
 @dataclass(frozen=True)
 class Tail:
-    """What follows the heads.
+    """Operations that follow the heads.
 
     Attributes:
-        activation: of a head's logits; "sigmoid-per-class" makes a background of several sigmoid classes.
-        aggregation: how the heads of `accurate` become one: mean of probabilities, mean of logits, or the deepest alone.
+        activation: function of a head's logits; "sigmoid-per-class" makes a background of several sigmoid classes.
+        aggregation: way in which the heads of `accurate` become one: mean of probabilities, mean of logits, or the deepest alone.
         applied: whether the network's own graph ends in the activation.
     """
 
@@ -82,7 +82,7 @@ def serve(
     Args:
         network: graph with all heads.
         heads: those that are served, shallowest first: one for a level, all for `accurate`.
-        before: what the network was trained to see.
+        before: preprocessing that the network was trained with.
         after: activation and aggregation.
         half: whether the network computes in float16; all else stays in float32.
         head_std: whether the standard deviation over the heads of the foreground probability follows as a last channel.

@@ -1,6 +1,6 @@
 """Proof that a bundle computes what its network computes: on the server's own engines, per level and precision."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,13 +98,7 @@ def verify(
             or largest_difference([scores for _, scores in golden], expected[-len(golden) :]) > FP32_MAX_ABS
         ):
             wrong.append(f"{bundle.golden.name}: the scores of {name} are not those of the weights")
-        compared = [
-            (engine, precision, _answers(bundle, name, engine, precision, inputs))
-            for engine, precision in _runnable_at(bundle, name)
-        ]
-        if theirs and source and {*producer.heads(name)} <= {*theirs.heads}:
-            compared.append((source.name, "fp32", [theirs(name, tiles) for tiles in inputs]))
-        for engine, precision, answers in compared:
+        for engine, precision, answers in _compared(bundle, producer, name, inputs, source, theirs):
             k = manifest.score_channels
             mine, network = ([scores[:, :k] for scores in some] for some in (answers, expected))
             verdict = Verdict(
@@ -124,6 +118,21 @@ def verify(
     if wrong:
         raise VerifyError("the bundle does not answer as its network does:\n  " + "\n  ".join(wrong))
     return verdicts
+
+
+def _compared(
+    bundle: Bundle,
+    producer: Producer,
+    name: str,
+    inputs: list[Tiles],
+    source: Path | None,
+    theirs: OnnxReference | None,
+) -> Iterator[tuple[str, str, list[Scores]]]:
+    """Yields engine, precision and scores of all that is compared with the network at one graph."""
+    for engine, precision in _runnable_at(bundle, name):
+        yield engine, precision, _answers(bundle, name, engine, precision, inputs)
+    if theirs and source and {*producer.heads(name)} <= {*theirs.heads}:
+        yield source.name, "fp32", [theirs(name, tiles) for tiles in inputs]
 
 
 def runnable(bundle: Bundle) -> list[tuple[str, str]]:

@@ -188,7 +188,7 @@ def _measured(manifest: Any) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headings of the scores in a manifest, and its rows: graph, precision, engine, scores, milliseconds."""
     scores: list[tuple[Any, tuple[float, ...]]] = []
     if manifest.agreement and not manifest.calibration:
-        # Never under the heading IoU, because the deepest level is no reference.
+        # Never under the heading IoU, because the deepest level is not a reference.
         headings: tuple[str, ...] = (f"agreement with {manifest.agreement.deepest}",)
         scores = [(row, (row.agreement,)) for row in manifest.agreement.rows]
     else:
