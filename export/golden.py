@@ -157,7 +157,7 @@ class OnnxReference:
         seen: Float32[ndarray, "N C *tile"] = values.astype(np.float32)
         return seen
 
-    def _activate(self, logits: Scores) -> Scores:
+    def _activate(self, logits: Float32[ndarray, "N heads *tile"]) -> Scores:
         after = self._after
         if after.activation == "softmax":
             return logits if after.applied else special.softmax(logits, axis=1)
@@ -167,7 +167,7 @@ class OnnxReference:
         return np.concatenate([1 - scores.max(axis=1, keepdims=True), scores], axis=1)
 
 
-def _enlarge(logits: Scores, factor: int) -> Scores:
+def _enlarge(logits: Float32[ndarray, "N heads *low"], factor: int) -> Float32[ndarray, "N heads *tile"]:
     """Interpolates linearly to a whole multiple of the size; pixels are areas (half-pixel centres)."""
     for axis in range(2, logits.ndim) if factor > 1 else ():
         last = logits.shape[axis] - 1

@@ -63,6 +63,10 @@ class _Writer:
         self.constants.append(numpy_helper.from_array(np.array(values, dtype), name))
         return name
 
+    def slice_channel(self, value: str, index: int) -> str:
+        """Adds a node that takes one channel."""
+        return self.add("Slice", value, *(self.constant([one], np.int64) for one in (index, index + 1, 1)))
+
     def per_channel(self, values: Sequence[float]) -> str:
         """Adds a constant (1, C, 1, 1[, 1])."""
         return self.constant(np.reshape(values, (1, -1, *(1,) * self.dims)))
@@ -138,7 +142,9 @@ def _preprocess(write: _Writer, before: Preprocessing) -> str:
     if before.clip:
         value = write.add("Clip", value, *(write.constant(bound) for bound in before.clip))
     if before.channel_order:
-        value = write.add("Gather", value, write.constant(before.channel_order, np.int64), axis=1)
+        # Not Gather: OpenVINO 2026.4 folds it into the first convolution, and there by the inverse of the order.
+        channels = [write.slice_channel(value, index) for index in before.channel_order]
+        value = write.add("Concat", *channels, axis=1)
     if before.mean:
         value = write.add("Sub", value, write.per_channel(before.mean))
     if before.std:
@@ -181,9 +187,7 @@ def _mean(write: _Writer, values: list[str]) -> str:
 
 def _head_std(write: _Writer, scores: list[str]) -> str:
     """Computes the standard deviation over the heads of the first channel: background deviates as foreground does."""
-    first = [
-        write.add("Slice", score, *(write.constant([one], np.int64) for one in (0, 1, 1))) for score in scores
-    ]
+    first = [write.slice_channel(score, 0) for score in scores]
     mean = _mean(write, first)
     squares = []
     for one in first:
