@@ -6,13 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from export.cli import BUNDLE, errors_as_lines
-from server.cli_utils import progress
+from server.cli_utils import fail, progress
 
 if TYPE_CHECKING:
     from export.add_levels import Added
-
-# Exit code of a command that Ctrl-C has stopped.
-INTERRUPTED = 130
 
 
 def add_levels(
@@ -55,9 +52,7 @@ def add_levels(
             options = Options(steps, min_agreement, force, seed)
             added = run(read_bundle(bundle), images, out, options, observer)
     except KeyboardInterrupt:
-        kept = f"; the same command goes on from {place}" if place.is_file() else ""
-        typer.secho(f"stopped, nothing was changed{kept}", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        fail(f"interrupted, the bundle is as it was; the same command goes on from {place}")
     _print(added, min_agreement, images)
 
 

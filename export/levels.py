@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from export.agreement import iou_with, mean_agreement
 from export.block import Block, state
 from export.card import ExportError
+from export.class_overlap import iou_with, mean_agreement
 from export.crops import Crops
 from export.cut import cut
 from export.golden import activated, enlarged, preprocessed
@@ -147,14 +147,14 @@ class Distillation:
         held_out, train = split(len(images), self._seed)
         if not self._best.agreement:
             self._best.update(self.measure(images, held_out), self.blocks)
-        on_progress(self.steps, self._best.agreement)
+        on_progress(self.steps, dict(self._best.agreement))
         while self._best.waiting < PATIENCE and self.steps < max_steps:
             for _ in range(min(ROUND, max_steps - self.steps)):
                 self.step(images, train)
-                on_progress(self.steps, self._best.agreement)
+                on_progress(self.steps, dict(self._best.agreement))
             self._best.update(self.measure(images, held_out), self.blocks)
             self.save()
-            on_progress(self.steps, self._best.agreement)
+            on_progress(self.steps, dict(self._best.agreement))
         for level, weights in self._best.weights.items():
             self.blocks[level].load_state_dict(weights)
         return dict(self._best.agreement)

@@ -186,18 +186,19 @@ def models(
 
 def _measured(manifest: Any) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headings of the scores in a manifest, and its rows: graph, precision, engine, scores, milliseconds."""
+    scores: list[tuple[Any, tuple[float, ...]]] = []
     if manifest.agreement and not manifest.calibration:
-        # Never under the heading IoU, because the deepest level is no reference.
-        rows = [
-            (r.graph, r.precision, r.engine, f"{r.agreement:.4f}", f"{r.latency_ms:.1f}")
-            for r in manifest.agreement.rows
-        ]
-        return (f"agreement with {manifest.agreement.deepest}",), rows
-    rows = [
-        (r.graph, r.precision, r.engine, f"{r.iou:.4f}", f"{r.mean_iou:.4f}", f"{r.dice:.4f}", f"{r.latency_ms:.1f}")
-        for r in (manifest.calibration.rows if manifest.calibration else ())
-    ]  # fmt: skip
-    return ("IoU", "mean IoU", "Dice"), rows
+        # Never under the heading IoU, because the deepest level is not a reference.
+        headings: tuple[str, ...] = (f"agreement with {manifest.agreement.deepest}",)
+        scores = [(row, (row.agreement,)) for row in manifest.agreement.rows]
+    else:
+        headings = ("IoU", "mean IoU", "Dice")
+        rows = manifest.calibration.rows if manifest.calibration else ()
+        scores = [(row, (row.iou, row.mean_iou, row.dice)) for row in rows]
+    return headings, [
+        (row.graph, row.precision, row.engine, *(f"{value:.4f}" for value in values), f"{row.latency_ms:.1f}")
+        for row, values in scores
+    ]
 
 
 @app.command()

@@ -52,7 +52,7 @@ class Window(Part):
 
 
 class Preprocessing(Part):
-    """What the graphs do to an image after its statistics are removed, in this order.
+    """Operations of the graphs on an image after its statistics are removed, in this order.
 
     Attributes:
         clip: lowest and highest value.
@@ -106,7 +106,7 @@ class Manifest(Part):
         normalization: statistics of the whole image, which the server gives to the graphs. "zscore": mean and standard
             deviation per channel; "percentile": the two `percentiles` become 0 and 1; "unit": the largest value of
             the data type becomes 1; "none": raw values.
-        activation: what makes scores of a head's output; "sigmoid-per-class" has several classes, and a background that is
+        activation: function that makes scores of a head's output; "sigmoid-per-class" has several classes, and a background that is
             as likely as the best of them is not.
         activation_included: whether `network.onnx` ends in it.
         head_std: `accurate` with one channel more: the standard deviation over the heads of the foreground

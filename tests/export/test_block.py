@@ -1,5 +1,6 @@
 """Blocks of a graph rebuilt in torch: the answer of ONNX Runtime for every operator, and back into the graph."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -186,6 +187,6 @@ def test_nodes_between_stops_at_the_start() -> None:
     names = ["x", "a", "b", "c"]
     nodes = [
         helper.make_node("Relu", [source], [target], f"to {target}")
-        for source, target in zip(names, names[1:], strict=False)
+        for source, target in itertools.pairwise(names)
     ]
     assert [node.name for node in nodes_between(graph(nodes, {}, 2), "a", "c")] == ["to b", "to c"]
