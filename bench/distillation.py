@@ -117,7 +117,7 @@ def main() -> None:
             folder / "images",
             folder / "distilled",
             Options(max_steps=options.steps, force=True),
-            Observer(trained=note),
+            observer=Observer(trained=note),
         )
         seconds = round(time.perf_counter() - started)
         images = list(labelled(options.data, options.split, trained.manifest))

@@ -1,4 +1,4 @@
-"""`unetpp add-levels`: writes a bundle anew with levels by distillation, and everything that it had kept as it was."""
+"""`unetpp add-levels`: writes a bundle with levels by distillation, and keeps the answers that it had to the bit."""
 
 import hashlib
 import tempfile
@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from export.card import ExportError
 from export.crops import Crops
-from export.data import calibration_tiles, image_files, pictures
+from export.data import calibration_tiles, image_files, pictures, with_labels
 from export.golden import OnnxReference, Reference
 from export.importing import HeadedGraph
 from export.levels import Distillation, split
@@ -70,7 +70,7 @@ class Options:
         max_steps: optimisation steps at most.
         min_agreement: IoU with the deepest level below which a level is not offered.
         force: whether to offer it nevertheless.
-        seed: of heads, crops and the choice of held-out images.
+        seed: seed of heads, crops and the choice of held-out images.
     """
 
     max_steps: int = MAX_STEPS
@@ -99,6 +99,7 @@ def add_levels(
     images: Path,
     out: Path | None = None,
     options: Options = Options(),
+    labels: Path | None = None,
     observer: Observer = Observer(),
 ) -> Added:
     """Adds the missing levels to a bundle of one head: `out` is complete or as it was.
@@ -107,26 +108,30 @@ def add_levels(
 
     Args:
         bundle: bundle with the deepest level alone.
-        images: folder of images or volumes, or a data folder, whose training split is taken; no labels are read.
+        images: folder of images or volumes, or a data folder, whose training split is taken.
         out: folder of the bundle with the levels; None replaces `bundle`.
         options: steps, bound and seed.
+        labels: folder of label maps, on which the levels are trained; None trains them on the deepest scores.
         observer: callbacks.
 
     Raises:
-        ExportError: the bundle has several heads or is no UNet++, there are too few images, or no level agrees enough.
+        ExportError: the bundle has several heads or is not a UNet++, there are too few images, or no level agrees enough.
         ImportRefused: a block has an operator that cannot be trained here.
         DataError: the folder holds no image that the network can take.
     """
     out = (out or bundle.folder).resolve()
     check_out(out)
     producer = from_bundle(bundle)
-    run = _identity(bundle, image_files(images, SPLIT, bundle.manifest.dims), options.seed)
-    threshold = bundle.manifest.threshold
-    progress = progress_file(out)
-    distillation = Distillation(producer, progress, run, threshold=threshold, seed=options.seed)
-    crops = Crops(
-        pictures(images, bundle.manifest, SPLIT, observer.skipped), bundle.manifest, distillation.crop_side
+    manifest, progress = bundle.manifest, progress_file(out)
+    files = image_files(images, SPLIT, manifest.dims) + (image_files(labels) if labels else [])
+    run = _identity(bundle, files, options.seed)
+    distillation = Distillation(producer, progress, run, threshold=manifest.threshold, seed=options.seed)
+    items = (
+        with_labels(images, labels, manifest, SPLIT, observer.skipped)
+        if labels
+        else pictures(images, manifest, SPLIT, observer.skipped)
     )
+    crops = Crops(items, manifest, distillation.crop_side)
     if len(crops) < MIN_IMAGES:
         raise ExportError(
             f"{images}: {len(crops)} images that can be used; at least {MIN_IMAGES} are needed, and some dozens are better"
@@ -142,6 +147,7 @@ def add_levels(
         images=len(crops),
         held_out=len(split(len(crops), options.seed)[0]),
         data=images.resolve().name,
+        labels=labels.resolve().name if labels else None,
         steps=distillation.steps,
     )
     _write(bundle, _with_levels(producer, distillation, chosen), distilled, images, out, observer)

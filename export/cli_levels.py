@@ -15,11 +15,20 @@ if TYPE_CHECKING:
 def add_levels(
     bundle: Annotated[Path, BUNDLE],
     images: Annotated[
-        Path, typer.Option(exists=True, file_okay=False, help="Folder of images or volumes, without labels.")
+        Path,
+        typer.Option(exists=True, file_okay=False, help="Folder of images or volumes; no labels are needed."),
     ],
     out: Annotated[
         Path | None,
         typer.Option(file_okay=False, help="Folder of the bundle with the levels [replaces the bundle]."),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Folder of labels named as the images: train on them instead of the deepest scores.",
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimisation steps at most.")] = 400,
     min_agreement: Annotated[
@@ -50,7 +59,7 @@ def add_levels(
                 wrote=lambda file: update(description=f"wrote {file}"),
             )
             options = Options(steps, min_agreement, force, seed)
-            added = run(read_bundle(bundle), images, out, options, observer)
+            added = run(read_bundle(bundle), images, out, options, labels, observer)
     except KeyboardInterrupt:
         fail(f"interrupted, the bundle is as it was; the same command goes on from {place}")
     _print(added, min_agreement, images)
@@ -74,7 +83,8 @@ def _print(added: "Added", min_agreement: float, images: Path) -> None:
     distilled = manifest.distilled
     if distilled:
         typer.echo(
-            f"{distilled.steps} steps on {distilled.images - distilled.held_out} images; agreement on {distilled.held_out} others"
+            f"{distilled.steps} steps on {distilled.images - distilled.held_out} images"
+            f"{' with labels' if distilled.labels else ''}; agreement on {distilled.held_out} others"
         )
     if added.left_out:
         levels = ", ".join(f"L{level}" for level in added.left_out)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
+from numpy import ndarray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -84,7 +86,7 @@ class Distillation:
         threshold: foreground is a score above it, for one class.
         progress: file where progress is kept; a run that is there goes on.
         run: name of the run, of bundle and images; progress of another run is refused.
-        seed: of the first weights of the heads, and of the crops.
+        seed: seed of the first weights of the heads, and of the crops.
 
     Raises:
         ExportError: the network has several heads, no nodes X^{0,j} are found, or the progress is of another run.
@@ -104,7 +106,7 @@ class Distillation:
         found = {one.column: one for one in network.candidates() if 0 < one.column < self.deepest}
         if not found:
             raise ExportError(
-                "no nodes X^{0,j} were found in the graph: it is no UNet++, or its blocks are not recognised"
+                "no nodes X^{0,j} were found in the graph: it is not a UNet++, or its blocks are not recognised"
             )
         self.producer = producer
         self.steps = 0
@@ -171,9 +173,13 @@ class Distillation:
         """Makes one optimisation step on a batch of crops."""
         random = np.random.default_rng((self._seed, self.steps))
         chosen = random.choice(order, BATCH[self.producer.network.dims])
-        features, target = self._teach(Tiles.stack([images.cut(int(index), random) for index in chosen]))
-        soft = torch.from_numpy(target)
-        losses = [self._loss(self._logits(level, features), soft) for level in self.blocks]
+        crops = [images.cut(int(index), random) for index in chosen]
+        features, scores = self._teach(Tiles.stack([crop.tiles for crop in crops]))
+        labels = [crop.label for crop in crops if crop.label is not None]
+        target = torch.from_numpy(
+            self._of_labels(np.concatenate(labels), scores.shape[1]) if labels else scores
+        )
+        losses = [self._loss(self._logits(level, features), target) for level in self.blocks]
         self._optimiser.zero_grad()
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
         self._optimiser.step()
@@ -188,7 +194,9 @@ class Distillation:
         agreed: dict[int, list[float | None]] = {level: [] for level in self.blocks}
         found = False
         for index in order:
-            features, target = self._teach(images.cut(index, np.random.default_rng((self._seed, index))))
+            features, target = self._teach(
+                images.cut(index, np.random.default_rng((self._seed, index))).tiles
+            )
             deepest = self._served(target)
             found |= iou_with(deepest, deepest, self._threshold) is not None
             for level, values in agreed.items():
@@ -218,6 +226,12 @@ class Distillation:
         """Scores with the background that the server has."""
         several = self.producer.after.activation == "sigmoid-per-class"
         return activated(scores, Tail("sigmoid-per-class", applied=True)) if several else scores
+
+    def _of_labels(self, labels: UInt8[ndarray, "N *tile"], channels: int) -> Scores:
+        """The scores that would be right: 1 in the channel of the class, which is the first one without a background."""
+        first = 0 if self._softmax else 1
+        right = np.stack([labels == value for value in range(first, first + channels)], axis=1)
+        return right.astype(np.float32)
 
     @property
     def _softmax(self) -> bool:

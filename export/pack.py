@@ -212,7 +212,7 @@ def check_out(out: Path) -> None:
     """Refuses a place for a bundle that is taken by something else.
 
     Raises:
-        ExportError: says so.
+        ExportError: there is something else than a bundle.
     """
     if out.exists() and not (out / MANIFEST).is_file():
         raise ExportError(f"{out} exists and is not a bundle; choose another --out")

@@ -160,8 +160,8 @@ def repoint(
 
     Args:
         model: graph of `point_at_weights`.
-        old: `places` of the file that it points at.
-        new: those of a file that holds the same tensors, and others.
+        old: places in the file that it points at, of `places`.
+        new: places in a file that holds the same tensors, and others.
 
     Raises:
         ValueError: the new file lacks a tensor, or holds it in another kind.

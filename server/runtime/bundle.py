@@ -114,7 +114,7 @@ class Manifest(Part):
             such graph.
         calibration: measured on labels.
         agreement: measured without labels, and used where there is no calibration.
-        distilled: how levels were added by `unetpp add-levels`; None where all were trained with the network.
+        distilled: levels that `unetpp add-levels` added; None where all were trained with the network.
         norm: layers of the network that normalise. "instance" looks at all of a tile, whose scores change
             with its padding.
     """

@@ -112,13 +112,14 @@ class Agreement(Part):
 
 
 class Distilled(Part):
-    """Levels that were added to a network with one head, and learned its deepest scores without labels.
+    """Levels that were added to a network with one head.
 
     Attributes:
         agreement: by level: IoU with the deepest level per class, mean over crops of images that were not trained on.
         images: number of images, those included.
         held_out: number of images that were not trained on.
         data: name of their folder.
+        labels: name of the folder of labels that they were trained on; None where they learned the deepest scores.
         steps: optimisation steps.
     """
 
@@ -126,4 +127,5 @@ class Distilled(Part):
     images: int
     held_out: int
     data: str
+    labels: str | None = None
     steps: int
