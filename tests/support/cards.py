@@ -9,17 +9,29 @@ from export.card import Card
 COLORS = ("#ff7f0e", "#1f77b4", "#2ca02c")
 
 
-def fields(dims: int = 2, channels: int = 3, classes: int = 1, **changes: Any) -> dict[str, Any]:
-    """The fields of a card; None removes one."""
+def fields(**changes: Any) -> dict[str, Any]:
+    """The fields of a card of a network for colour images with one class.
+
+    Args:
+        changes: other fields; None removes one, and a number of channels or classes stands for so many.
+    """
+    dims = 3 if changes.get("dims") == 3 else 2
+    for name, default in (("channels", 3), ("classes", 1)):
+        count = changes.get(name, default)
+        if isinstance(count, int):
+            made = (
+                [f"channel {k}" for k in range(count)]
+                if name == "channels"
+                else [{"value": k + 1, "name": f"class {k}", "color": COLORS[k]} for k in range(count)]
+            )
+            changes = changes | {name: made}
     card = {
         "name": "mine",
         "title": "Mine",
         "description": "A network.",
         "intended_use": "Tests.",
-        "channels": [f"channel {k}" for k in range(channels)],
         "dims": dims,
-        "activation": "sigmoid" if classes == 1 else "softmax",
-        "classes": [{"value": k + 1, "name": f"class {k}", "color": COLORS[k]} for k in range(classes)],
+        "activation": "sigmoid" if len(changes["classes"]) == 1 else "softmax",
         "input": {"normalization": "zscore"},
         "window": {"size": [32] * dims, "overlap": 0.25},
         "license": {"weights": "MIT"},
