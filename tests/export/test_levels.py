@@ -10,18 +10,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from export import levels
 from export.block import state
 from export.card import ExportError
 from export.class_overlap import iou_with, mean_agreement
 from export.crops import Crops
 from export.data import Labelled, pictures
-from export.levels import ROUND, Distillation, split
+from export.levels import Distillation, split
 from export.producer import from_bundle
 from export.tail import Tail
 from server.arrays import Image as PlainImage
 from server.runtime.bundle import Bundle, read_bundle
 
 SIDE = 64
+
+# Steps between two measurements in these tests.
+ROUND = 8
+
+
+@pytest.fixture(autouse=True)
+def short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measures more often than a real run."""
+    monkeypatch.setattr(levels, "ROUND", ROUND)
 
 
 def crops_of(bundle: Bundle, folder: Path) -> Crops:
@@ -44,7 +54,7 @@ def test_agreement_rises_on_held_out_images(deep_kept: Path, disc_images: Path, 
     bundle = read_bundle(deep_kept)
     one, crops = distillation(bundle, tmp_path / "progress"), crops_of(bundle, disc_images)
     before = one.measure(crops, split(len(crops), 0)[0])
-    after = one.train(crops, 2 * ROUND, ignore)
+    after = one.train(crops, 40, ignore)
     assert before.keys() == after.keys() == {1, 2}
     assert all(after[level] > before[level] for level in after), (before, after)
     # The blocks have the weights that were measured.
@@ -92,7 +102,7 @@ def test_resumed_run_gives_the_same_as_an_uninterrupted_one(
 
     def stop(steps: int, agreement: dict[int, float]) -> None:
         # In the middle of the second round.
-        if steps == ROUND + 7:
+        if steps == ROUND + 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
