@@ -9,12 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import typer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
 from export import agreement as agreement_module
 from export import calibrate as calibrate_module
 from export.agreement import deepest_masks, measure_agreement, recommend
+from export.calibrate import mean_overlap
 from export.cli_calibrate import calibrate
 from export.data import pictures
 from export.report import LEVEL_ONLY, REFERENCE_ONLY, _picture, _worst_of, write_report
@@ -194,3 +197,29 @@ def test_worst_images_come_first_and_are_coloured_where_they_differ(small_bundle
     for part, colour in ((image[:20], LEVEL_ONLY), (image[-20:], REFERENCE_ONLY)):
         tint = part.mean((0, 1)) - image[100:140].mean((0, 1))
         assert np.corrcoef(tint, colour)[0, 1] > 0.9
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3))
+def test_agreement_bounds_what_any_labels_could_tell(seed, classes):
+    """The rule by which precisions are enabled without labels: IoU falls by no more than 1 - agreement."""
+    random = np.random.default_rng(seed)
+    values = [*range(1, classes + 1)]
+    exact = random.integers(0, classes + 1, 12).astype(np.uint8)
+    near = np.where(random.random(12) < random.random(), random.integers(0, classes + 1, 12), exact)
+    label = random.integers(0, classes + 1, 12).astype(np.uint8)
+    lost = mean_overlap(exact, label, values)[0] - mean_overlap(near.astype(np.uint8), label, values)[0]
+    assert lost <= 1 - mean_overlap(near.astype(np.uint8), exact, values)[0] + 1e-9
+
+
+def test_unetpp_models_shows_agreement_under_its_own_heading(small_bundle, discs):
+    from server.cli import app as unetpp
+
+    assert run(small_bundle.folder, "--images", discs / "images").exit_code == 0
+    result = CliRunner().invoke(
+        unetpp, ["models", "--bundles", str(small_bundle.folder)], env={"COLUMNS": "200"}
+    )
+    assert result.exit_code == 0, result.output
+    assert "agreement with L2" in result.output
+    assert "IoU ┃" not in result.output
+    assert "5 images of images without labels" in result.output
