@@ -20,7 +20,9 @@ def add_levels(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(file_okay=False, help="Folder of the bundle with the levels [replaces the bundle]."),
+        typer.Option(
+            file_okay=False, help="Folder of the bundle with the levels; without it the bundle is replaced."
+        ),
     ] = None,
     labels: Annotated[
         Path | None,
@@ -59,18 +61,23 @@ def add_levels(
                 wrote=lambda file: update(description=f"wrote {file}"),
             )
             options = Options(steps, min_agreement, force, seed)
-            added = run(read_bundle(bundle), images, out, options, labels, observer)
+            before = read_bundle(bundle)
+            added = run(before, images, out, options, labels, observer)
     except KeyboardInterrupt:
         fail(f"interrupted, the bundle is as it was; the same command goes on from {place}")
-    _print(added, min_agreement, images)
+    _print(added, min_agreement)
+    old, folder = before.manifest, added.bundle.folder
+    if old.calibration or old.agreement or old.held_out:
+        typer.echo("measurements of the bundle were removed, because they miss the new levels")
+    typer.echo(f"next: unetpp verify {folder}, then unetpp calibrate {folder} --images {images}")
 
 
-def _print(added: "Added", min_agreement: float, images: Path) -> None:
-    """Prints the table of levels, and what to do next."""
+def _print(added: "Added", min_agreement: float) -> None:
+    """Prints the table of levels, and on what they stand."""
     from rich.console import Console
     from rich.table import Table
 
-    manifest, folder = added.bundle.manifest, added.bundle.folder
+    manifest = added.bundle.manifest
     table = Table("level", "agreement with the deepest", "work", "offered")
     whole = manifest.graph("accurate").macs_per_pixel
     shares = {graph.name: graph.macs_per_pixel / whole for graph in manifest.graphs}
@@ -89,7 +96,3 @@ def _print(added: "Added", min_agreement: float, images: Path) -> None:
     if added.left_out:
         levels = ", ".join(f"L{level}" for level in added.left_out)
         typer.echo(f"{levels}: below --min-agreement {min_agreement:g}, not added")
-    typer.echo(
-        f"{folder}: measurements of earlier levels were removed from the manifest\n"
-        f"next: unetpp verify {folder}, then unetpp calibrate {folder} --images {images}"
-    )
