@@ -22,6 +22,7 @@ from export.add_levels import Observer, Options, add_levels
 from export.calibrate import mean_overlap
 from export.card import Card
 from export.data import Labelled, labelled, samples
+from export.levels import ROUND
 from export.pack import export
 from model import checkpoint
 from model.config import UNetPlusPlusConfig
@@ -97,7 +98,6 @@ def main() -> None:
     options = parser.parse_args()
     trained = read_bundle(options.bundle)
     values = [one.value for one in trained.manifest.classes]
-    curve: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "images").mkdir()
@@ -107,10 +107,8 @@ def main() -> None:
         started = time.perf_counter()
 
         def note(steps: int, agreement: dict[int, float]) -> None:
-            if not curve or curve[-1]["agreement"] != agreement:
-                seconds = round(time.perf_counter() - started)
-                curve.append({"steps": steps, "seconds": seconds, "agreement": agreement})
-                print(curve[-1], flush=True)
+            if steps % ROUND == 0:
+                print(steps, {level: round(value, 3) for level, value in agreement.items()}, flush=True)
 
         added = add_levels(
             last,
@@ -129,14 +127,13 @@ def main() -> None:
             table["trained"][name] = judge(masks(trained, name, images), deepest, images, values)
             if level in added.agreement:
                 table["distilled"][name] = judge(masks(added.bundle, name, images), deepest, images, values)
-    report(options, added.bundle, table, curve, seconds, len(images))
+    report(options, added.bundle, table, seconds, len(images))
 
 
 def report(
     options: argparse.Namespace,
     bundle: Bundle,
     table: dict[str, dict[str, Quality]],
-    curve: list[dict[str, object]],
     seconds: int,
     images: int,
 ) -> None:
@@ -178,7 +175,6 @@ def report(
         "seconds": seconds,
         "split": options.split,
         "images": images,
-        "curve": curve,
         "levels": {kind: {name: asdict(one) for name, one in rows.items()} for kind, rows in table.items()},
     }
     write("distillation", caption, headings, rows, facts)
