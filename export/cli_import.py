@@ -142,7 +142,8 @@ def _check(bundle: "Bundle", images: Path, labels: Path | None, skip: Callable[[
     if labels:
         items = with_labels(images, labels, manifest, "train", skip)
     try:
-        findings = check(bundle, [*islice(items, IMAGES)])
+        with progress("checking the card on images"):
+            findings = check(bundle, [*islice(items, IMAGES)])
     except DataError as error:
         # The bundle is written and may well be right.
         _warn(f"not checked: {error}")
@@ -163,6 +164,8 @@ def _print_inspection(model: Path) -> None:
         "tensor", "what", "node", "channels", "stride", "MACs", "parameters",
         title=f"{model.name}: {dims}D, {channels} channel{'s' if channels > 1 else ''}, opset {found.network.opset}",
     )  # fmt: skip
+    # Whole names, because --heads takes them.
+    table.columns[0].overflow = "fold"
     for place in found.places:
         node = f"X^{{0,{place.column}}}" if place.column else "–"
         table.add_row(

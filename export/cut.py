@@ -181,7 +181,7 @@ def find_candidates(model: onnx.ModelProto, shapes: Shapes, size: Sequence[int])
     for node in model.graph.node:
         for name in node.input:
             readers[name].append(node)
-    joins = [node for node in model.graph.node if _joins_features(node, shapes, len(size) + 2)]
+    joins = _joins(model, shapes, len(size) + 2)
     finest = max((shapes[node.output[0]][2:] for node in joins), default=())
     found = []
     for node in joins:
@@ -197,8 +197,21 @@ def find_candidates(model: onnx.ModelProto, shapes: Shapes, size: Sequence[int])
 
 def column(model: onnx.ModelProto, name: str, shapes: Shapes, rank: int) -> int:
     """The column j of the node X^{0,j} above a tensor, by the concatenations above it; 0 where their count is not triangular."""
-    above = sum(_joins_features(node, shapes, rank) for node in cut(model, [name]).graph.node)
+    above = len(_joins(cut(model, [name]), shapes, rank))
     return TRIANGULAR.index(above) + 1 if above in TRIANGULAR else 0
+
+
+def _joins(model: onnx.ModelProto, shapes: Shapes, rank: int) -> list[onnx.NodeProto]:
+    """Returns the nodes that concatenate feature maps along their channels; several that follow each other count as the last."""
+    every = [node for node in model.graph.node if _joins_features(node, shapes, rank)]
+    names = {node.output[0] for node in every}
+    readers: dict[str, list[str]] = defaultdict(list)
+    for node in model.graph.node:
+        for name in names.intersection(node.input):
+            readers[name].append(node.output[0])
+    return [
+        node for node in every if not readers[node.output[0]] or not names.issuperset(readers[node.output[0]])
+    ]
 
 
 def _joins_features(node: onnx.NodeProto, shapes: Shapes, rank: int) -> bool:
