@@ -54,7 +54,7 @@ def test_agreement_rises_on_held_out_images(deep_kept: Path, disc_images: Path, 
     bundle = read_bundle(deep_kept)
     one, crops = distillation(bundle, tmp_path / "progress"), crops_of(bundle, disc_images)
     before = one.measure(crops, split(len(crops), 0)[0])
-    after = one.train(crops, 40, ignore)
+    after = one.train(crops, 80, ignore)
     assert before.keys() == after.keys() == {1, 2}
     assert all(after[level] > before[level] for level in after), (before, after)
     # The blocks have the weights that were measured.
