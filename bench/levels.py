@@ -93,7 +93,7 @@ def torch_eager(bundle: Bundle, tiles: Tiles) -> dict[tuple[str, ...], Callable[
         return run
 
     return {
-        ("torch", name): runner(ServedGraph(pruned, bundle.manifest.activation).eval())
+        ("torch", name): runner(ServedGraph(pruned, bundle.manifest.activation).eval())  # type: ignore[arg-type]
         for name, (_, pruned) in level_networks(network).items()
     }
 

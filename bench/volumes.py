@@ -217,7 +217,8 @@ def many_classes(folder: Path, manifest: Manifest) -> Path:
     """A bundle of an untrained network of the shipped one's shape with 25 classes."""
     import torch
 
-    from export.pack import Card, export
+    from export.card import Card
+    from export.pack import export
     from model import checkpoint
     from model.network import UNetPlusPlus
 

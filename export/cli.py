@@ -16,16 +16,17 @@ DATA = typer.Option(
 
 
 @contextmanager
-def _errors_as_lines() -> Iterator[None]:
+def errors_as_lines() -> Iterator[None]:
     """Prints errors meant for a person without a traceback, and exits with 1."""
-    from export.pack import ExportError
+    from export.card import ExportError
+    from export.onnx_file import ImportRefused
     from export.verify import VerifyError
     from model.checkpoint import CheckpointError
     from model.reading import DataError
 
     try:
         yield
-    except (ExportError, VerifyError, CheckpointError, DataError) as error:
+    except (ExportError, ImportRefused, VerifyError, CheckpointError, DataError) as error:
         fail(str(error))
 
 
@@ -42,10 +43,10 @@ def export(
     data: Annotated[Path | None, DATA] = None,
 ) -> None:
     """Export a checkpoint as a bundle: every level and the averaged network; with --data also in int8."""
+    from export.card import read_card
     from export.pack import export as run
-    from export.pack import read_card
 
-    with _errors_as_lines(), progress("exporting", _graph_files(checkpoint, int8=data is not None)) as update:
+    with errors_as_lines(), progress("exporting", _graph_files(checkpoint, int8=data is not None)) as update:
         bundle = run(
             checkpoint,
             read_card(card),
@@ -63,10 +64,10 @@ def _graph_files(checkpoint: Path, *, int8: bool) -> int | None:
     from model.network import UNetPlusPlus
 
     network, _ = load(checkpoint)
-    # A graph per head and `accurate`, in fp32, fp16 and perhaps int8; and the standard deviation of several
-    # heads.
+    # A graph per head and `accurate`, in fp32, fp16 and perhaps int8; the network; and the standard deviation of
+    # several heads.
     return (
-        (len(network.heads) + 1) * (2 + int8) + (len(network.heads) > 1)
+        (len(network.heads) + 1) * (2 + int8) + 1 + (len(network.heads) > 1)
         if isinstance(network, UNetPlusPlus)
         else None
     )
@@ -76,13 +77,24 @@ def add_uncertainty(bundle: Annotated[Path, BUNDLE]) -> None:
     """Add the graph behind format=uncertainty to a bundle that was exported without it; nothing else changes."""
     from export.pack import add_uncertainty as run
 
-    with _errors_as_lines():
+    with errors_as_lines():
         entry = run(bundle).manifest.files["head_std.onnx"]
     typer.echo(f"{bundle}/head_std.onnx: {entry.bytes / 1e3:.1f} kB\nnext: unetpp verify {bundle}")
 
 
-def verify(bundle: Annotated[Path, BUNDLE]) -> None:
-    """Compare every level and precision with torch on the engines of this machine; exit 1 unless they agree."""
+def verify(
+    bundle: Annotated[Path, BUNDLE],
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="ONNX file that it was imported from, to be compared, too."
+        ),
+    ] = None,
+) -> None:
+    """Compare every level and precision with the network on the engines of this machine; exit 1 unless they agree.
+
+    The network of a checkpoint runs in torch, that of an imported bundle uncut on ONNX Runtime.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -105,68 +117,9 @@ def verify(bundle: Annotated[Path, BUNDLE]) -> None:
         update(advance=1)
 
     try:
-        with _errors_as_lines(), progress("comparing with torch") as update:
+        with errors_as_lines(), progress("comparing with the network") as update:
             opened = read_bundle(bundle)
-            update(total=combinations(opened))
-            run(opened, add)
+            update(total=combinations(opened) + (len(opened.manifest.all_graphs) if source else 0))
+            run(opened, add, source)
     finally:
         console.print(table)
-
-
-def calibrate(
-    bundle: Annotated[Path, BUNDLE],
-    data: Annotated[Path, DATA],
-    split: Annotated[str, typer.Option(help="Split of index.csv to measure on.")] = "val",
-    held_out: Annotated[
-        bool, typer.Option("--held-out", help="Record as the held-out result, which decides nothing.")
-    ] = False,
-    precision: Annotated[
-        list[str] | None,
-        typer.Option(help="Measure only this one again and keep the other rows; may be repeated."),
-    ] = None,
-) -> None:
-    """Measure IoU, Dice and latency of every level and precision, and recommend a level."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from export.calibrate import calibrate as run
-    from server.runtime.bundle import CalibrationRow, read_bundle
-
-    table = Table("graph", "precision", "engine", "IoU", "mean IoU", "Dice", "ms")
-    console = Console()
-
-    def add(r: CalibrationRow) -> None:
-        table.add_row(
-            r.graph,
-            r.precision,
-            r.engine,
-            f"{r.iou:.4f}",
-            f"{r.mean_iou:.4f}",
-            f"{r.dice:.4f}",
-            f"{r.latency_ms:.1f}",
-        )
-        update(description=f"measured {r.graph} at {r.precision} on {r.engine}")
-
-    def show(done: int, total: int) -> None:
-        update(completed=done, total=total)
-
-    try:
-        with _errors_as_lines(), progress("measuring images") as update:
-            run(
-                read_bundle(bundle),
-                data,
-                split,
-                held_out=held_out,
-                precisions=precision or (),
-                advance=add,
-                on_progress=show,
-            )
-    finally:
-        # Printed even after an interruption, because measuring takes minutes.
-        if table.row_count:
-            console.print(table)
-    manifest = read_bundle(bundle).manifest
-    if manifest.calibration and not held_out:
-        typer.echo(
-            f"recommended: level {manifest.calibration.recommended.level}: {manifest.calibration.recommended.why}"
-        )

@@ -1,84 +1,52 @@
 """Writes a bundle: weights, graphs, golden pairs and manifest; then reads it back as the server does."""
 
-import copy
 import datetime
+import math
 import tempfile
-import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import onnx
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
+from export.card import Card, ExportError, in_words
 from export.data import calibration_tiles
 from export.golden import write_golden
-from export.graph import ServedGraph, fold_batch_norm, level_networks, round_to_fp16
-from export.lower import point_at_weights
-from export.precision import GRAPH_PRECISIONS, Source, fp32
+from export.importing import PROBE, HeadedGraph
+from export.precision import GRAPH_PRECISIONS, Source
+from export.producer import Producer, from_heads, from_unetpp
+from export.tail import serve
+from export.weights import point_at_weights
 from model import checkpoint
-from model.config import UNetPlusPlusConfig
-from model.cost import macs, parameters
 from model.network import UNetPlusPlus
 from server.runtime.bundle import (
+    ACCURATE,
     FORMAT,
     GOLDEN,
     HEAD_STD,
     MANIFEST,
+    NETWORK,
     WEIGHTS,
     Bundle,
-    Class,
     FileEntry,
     Graph,
     Manifest,
-    Window,
+    Preprocessing,
     read_bundle,
     sha256,
 )
 
-# Training images whose middle windows set the activation ranges of int8.
+# Images whose middle windows set the activation ranges of int8.
 INT8_IMAGES = 48
 
-
-class ExportError(ValueError):
-    """The checkpoint or card cannot become a bundle."""
-
-
-class Card(BaseModel):
-    """Description of a network by a person, in TOML; the fields are those of `Manifest`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    title: str
-    description: str
-    intended_use: str
-    channels: tuple[str, ...]
-    classes: tuple[Class, ...]
-    window: Window
-    license: dict[str, str]
-    provenance: dict[str, str]
-
-
-def read_card(path: Path) -> Card:
-    """Reads a card.
-
-    Raises:
-        ExportError: names the wrong field.
-    """
-    try:
-        return Card.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, ValidationError) as error:
-        raise ExportError(f"{path}: not a valid card: {error}") from error
+Precision = Literal["fp32", "fp16", "int8"]
 
 
 def export(
     source: Path, card: Card, out: Path, data: Path | None, advance: Callable[[str], None] = lambda step: None
 ) -> Bundle:
     """Exports a checkpoint as a bundle: `out` is complete or as it was.
-
-    Only a kill in the moment between the two renames leaves no `out`; the old bundle then lies whole beside
-    it, in a folder `.<name>.*/replaced.old`.
 
     Args:
         source: checkpoint from `unetpp train`.
@@ -91,52 +59,120 @@ def export(
         ExportError: the network and the card do not fit, or `out` is something else than a bundle.
         CheckpointError: `source` cannot be read.
     """
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise ExportError(f"{out} exists and is not a bundle; choose another --out")
+    check_out(out)
     trained, notes = checkpoint.load(source)
     if not isinstance(trained, UNetPlusPlus):
         raise ExportError(f"{source} holds a {type(trained).__name__}; only UNet++ has levels to serve")
-    config = trained.config
-    _check_fit(config, card)
-    network = round_to_fp16(fold_batch_norm(trained))
-    activation: Literal["sigmoid", "softmax"] = "sigmoid" if config.classes == 1 else "softmax"
-    levels = level_networks(network)
-    served = {name: ServedGraph(pruned, activation).eval() for name, (_, pruned) in levels.items()}
-    precisions: tuple[Literal["fp32", "fp16", "int8"], ...] = (
-        ("fp32", "fp16", "int8") if data else ("fp32", "fp16")
+    config, volumes = trained.config, trained.config.dims == 3
+    card = _with_facts(
+        card,
+        dims=config.dims,
+        activation="sigmoid" if config.classes == 1 else "softmax",
+        # As training reads volumes (model/reading.py); what a network has seen is not a matter of the card.
+        orientation="RAS" if volumes else None,
+        spacing=notes.get("recipe", {}).get("data", {}).get("spacing") if volumes else None,
     )
-    graphs = tuple(_describe(name, level, pruned, precisions) for name, (level, pruned) in levels.items())
+    _check_fit(card, config.in_channels, config.classes)
+    return write_bundle(from_unetpp(trained, notes), card, out, data, advance)
 
+
+def import_network(
+    network: HeadedGraph,
+    card: Card,
+    out: Path,
+    images: Path | None = None,
+    *,
+    advance: Callable[[str], None] = lambda step: None,
+    skip: Callable[[str], None] = lambda line: None,
+) -> Bundle:
+    """Makes a bundle of any network with heads: `out` is complete or as it was.
+
+    Args:
+        network: graph with an output per head, of `export.importing`.
+        card: description, with `dims`, `input` and `activation`.
+        out: folder of the bundle; an existing bundle there is replaced.
+        images: folder of images that set int8's ranges; without it there are no int8 graphs.
+        advance: callback with the name of each finished step.
+        skip: callback with a line on each file of the folder that is left out.
+
+    Raises:
+        ExportError: network and card do not fit, or `out` is something else than a bundle.
+        DataError: the folder holds no image that the network can take.
+    """
+    check_out(out)
+    return write_bundle(from_heads(network, card), card, out, images, advance, skip)
+
+
+def write_bundle(
+    producer: Producer,
+    card: Card,
+    out: Path,
+    images: Path | None,
+    advance: Callable[[str], None],
+    skip: Callable[[str], None] = lambda line: None,
+) -> Bundle:
+    """Writes the files of a bundle beside `out` and moves them there.
+
+    Only a kill in the moment between the two renames leaves no `out`; the old bundle then lies whole beside
+    it, in a folder `.<name>.*/replaced.old`.
+
+    Raises:
+        ExportError: network and card make no valid manifest.
+        DataError: no image of the folder can be read.
+    """
+    names = [*(f"L{level}" for level in producer.levels), ACCURATE]
+    precisions: tuple[Precision, ...] = ("fp32", "fp16", "int8") if images else ("fp32", "fp16")
+    graphs = tuple(describe(producer, name, precisions) for name in names)
+    manifest = _manifest(producer, card, graphs)
+    if images:
+        # Before anything is written, because the folder may hold nothing of use.
+        calibration_tiles(images, manifest, graphs[-1], 1, skip=skip)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         folder = Path(scratch) / out.name
         folder.mkdir()
-        checkpoint.save(copy.deepcopy(network).half(), folder / WEIGHTS, {"trained": notes})
-        manifest = _manifest(card, config, _spacing(notes), activation, graphs)
+        producer.save(folder / WEIGHTS)
         for graph in graphs:
-            tiles = calibration_tiles(data, manifest, graph, INT8_IMAGES) if data else []
-            origin = Source(served[graph.name], tiles)
+            tiles = calibration_tiles(images, manifest, graph, INT8_IMAGES, skip=skip) if images else []
+            origin = Source(
+                producer.network, producer.heads(graph.name), producer.before, producer.after, tiles
+            )
             for precision, file in graph.files.items():
-                proto = GRAPH_PRECISIONS[precision](origin)
-                onnx.save(point_at_weights(proto, folder / WEIGHTS), folder / file)
+                save_graph(GRAPH_PRECISIONS[precision](origin), folder, file)
                 advance(file)
-        if len(config.heads) > 1:
-            manifest = with_head_std(folder, manifest, network)
+        save_graph(producer.network.copy(), folder, NETWORK)
+        advance(NETWORK)
+        if len(producer.levels) > 1:
+            manifest = with_head_std(folder, manifest, producer)
             advance(f"{HEAD_STD}.onnx")
-        write_golden(folder / GOLDEN, served, config.in_channels, config.dims)
+        write_golden(
+            folder / GOLDEN,
+            names,
+            producer.reference,
+            producer.network.channels,
+            producer.network.dims,
+            producer.normalization,
+            producer.percentiles,
+        )
         write_manifest(folder, _stamped(manifest))
         read_bundle(folder)
-        _replace(out, folder)
+        replace(out, folder)
     return read_bundle(out)
 
 
-def with_head_std(folder: Path, manifest: Manifest, network: UNetPlusPlus) -> Manifest:
+def save_graph(model: onnx.ModelProto, folder: Path, file: str) -> None:
+    """Writes a graph into a bundle's folder, its weights left in the weights file there."""
+    with checkpoint.atomic(folder / file) as temporary:
+        onnx.save(point_at_weights(model, folder / WEIGHTS), temporary)
+
+
+def with_head_std(folder: Path, manifest: Manifest, producer: Producer) -> Manifest:
     """Writes the graph `head_std`, whose golden scores follow from those of the levels.
 
     Args:
         folder: folder of the bundle, whose weights are the network's.
         manifest: manifest without the graph.
-        network: the whole network, as in its weights file.
+        producer: the network.
 
     Returns:
         The manifest with the graph; size and hash of its file are still to be written.
@@ -144,15 +180,14 @@ def with_head_std(folder: Path, manifest: Manifest, network: UNetPlusPlus) -> Ma
     Raises:
         ExportError: the network has one head.
     """
-    if len(network.config.heads) < 2:
+    if len(producer.levels) < 2:
         raise ExportError(
             f"{manifest.name} has one head, so that heads cannot differ; it was trained without deep supervision"
         )
-    described = _describe(HEAD_STD, network.config.depth, network, ("fp32",))
+    described = describe(producer, HEAD_STD, ("fp32",))
     file = described.files["fp32"]
-    proto = fp32(Source(ServedGraph(network, manifest.activation, head_std=True).eval()))
-    with checkpoint.atomic(folder / file) as temporary:
-        onnx.save(point_at_weights(proto, folder / WEIGHTS), temporary)
+    heads = producer.heads(HEAD_STD)
+    save_graph(serve(producer.network, heads, producer.before, producer.after, head_std=True), folder, file)
     files = {**manifest.files, file: FileEntry(sha256="0" * 64, bytes=0)}
     return manifest.model_copy(update={"head_std": described, "files": files})
 
@@ -168,11 +203,22 @@ def add_uncertainty(folder: Path) -> Bundle:
     network, _ = checkpoint.load(folder / WEIGHTS)
     if not isinstance(network, UNetPlusPlus):
         raise ExportError(f"{folder} holds a {type(network).__name__}; only UNet++ has heads that can differ")
-    write_manifest(folder, with_head_std(folder, bundle.manifest, network), as_read=True)
+    manifest = with_head_std(folder, bundle.manifest, from_unetpp(network, {}))
+    write_manifest(folder, manifest, as_read=True)
     return read_bundle(folder)
 
 
-def _replace(out: Path, folder: Path) -> None:
+def check_out(out: Path) -> None:
+    """Refuses a place for a bundle that is taken by something else.
+
+    Raises:
+        ExportError: there is something else than a bundle.
+    """
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise ExportError(f"{out} exists and is not a bundle; choose another --out")
+
+
+def replace(out: Path, folder: Path) -> None:
     """Moves a finished bundle to `out`; where that fails, the old one is put back."""
     # Goes with the scratch folder, but only once the new one is there.
     old = folder.with_name("replaced.old")
@@ -186,60 +232,52 @@ def _replace(out: Path, folder: Path) -> None:
         raise
 
 
-def _check_fit(config: UNetPlusPlusConfig, card: Card) -> None:
+def _with_facts(card: Card, **facts: object) -> Card:
+    """A card with what the network itself tells.
+
+    Raises:
+        ExportError: names the wrong field.
+    """
+    try:
+        return Card.model_validate(card.model_dump() | facts)
+    except ValidationError as error:
+        raise ExportError(f"not a valid card: {in_words(error)}") from error
+
+
+def _check_fit(card: Card, in_channels: int, classes: int) -> None:
     """Refuses a card that describes another network.
 
     Raises:
         ExportError: says what differs.
     """
-    if len(card.channels) != config.in_channels:
+    if len(card.channels) != in_channels:
+        raise ExportError(f"the card names {len(card.channels)} channels, the network takes {in_channels}")
+    if len(card.classes) != max(classes - 1, 1):
         raise ExportError(
-            f"the card names {len(card.channels)} channels, the network takes {config.in_channels}"
-        )
-    if len(card.classes) != max(config.classes - 1, 1):
-        raise ExportError(
-            f"the card names {len(card.classes)} foreground classes, the network has {max(config.classes - 1, 1)}"
-        )
-    if [c.value for c in card.classes] != list(range(1, len(card.classes) + 1)):
-        raise ExportError(
-            f"the values of the card's classes must be 1, 2, ...: got {[c.value for c in card.classes]}"
+            f"the card names {len(card.classes)} foreground classes, the network has {max(classes - 1, 1)}"
         )
 
 
-def _spacing(notes: dict[str, Any]) -> tuple[float, float, float] | None:
-    """The spacing that the network was trained at: what a network has seen is not a matter of the card."""
-    spacing: tuple[float, float, float] | None = notes.get("recipe", {}).get("data", {}).get("spacing")
-    return spacing
-
-
-def _manifest(
-    card: Card,
-    config: UNetPlusPlusConfig,
-    spacing: tuple[float, float, float] | None,
-    activation: Literal["sigmoid", "softmax"],
-    graphs: tuple[Graph, ...],
-) -> Manifest:
+def _manifest(producer: Producer, card: Card, graphs: tuple[Graph, ...]) -> Manifest:
     """The manifest, its files still without sizes and hashes.
 
     Raises:
         ExportError: the card does not make one.
     """
+    fields = card.model_dump(exclude={"input"})
     try:
         return Manifest(
-            **card.model_dump(),
+            **fields,
             format=FORMAT,
-            dims=config.dims,
-            # As training reads volumes; see model/reading.py.
-            orientation="RAS" if config.dims == 3 else None,
-            spacing=spacing if config.dims == 3 else None,
-            normalization="zscore",
-            norm=config.norm,
-            activation=activation,
+            normalization=producer.normalization,
+            percentiles=producer.percentiles,
+            preprocessing=None if producer.before == Preprocessing() else producer.before,
+            norm=producer.norm,
             graphs=graphs,
             files={name: FileEntry(sha256="0" * 64, bytes=0) for name in _files(graphs)},
         )
     except ValidationError as error:
-        raise ExportError(f"the card and the network make no valid manifest: {error}") from error
+        raise ExportError(f"the card and the network make no valid manifest: {in_words(error)}") from error
 
 
 def write_manifest(folder: Path, manifest: Manifest, *, as_read: bool = False) -> None:
@@ -267,20 +305,18 @@ def _stamped(manifest: Manifest) -> Manifest:
 
 
 def _files(graphs: tuple[Graph, ...]) -> list[str]:
-    return [WEIGHTS, GOLDEN, *(file for graph in graphs for file in graph.files.values())]
+    return [WEIGHTS, GOLDEN, NETWORK, *(file for graph in graphs for file in graph.files.values())]
 
 
-def _describe(
-    name: str, level: int, network: UNetPlusPlus, precisions: Sequence[Literal["fp32", "fp16", "int8"]]
-) -> Graph:
-    config = network.config
-    side = 2 ** (config.depth + 3)
-    size = [side] * config.dims
+def describe(producer: Producer, name: str, precisions: Sequence[Precision]) -> Graph:
+    """Describes a graph of a bundle for its manifest."""
+    heads = producer.heads(name)
+    cost = producer.network.cost(heads)
     return Graph(
         name=name,
-        level=level,
-        divisor=config.divisor(level),
-        parameters=parameters(network),
-        macs_per_pixel=macs(network, config.in_channels, size) / side**config.dims,
+        level=max(level for level, head in producer.levels.items() if head in heads),
+        divisor=max(cost.divisor, 2),
+        parameters=cost.parameters,
+        macs_per_pixel=cost.macs / math.prod(PROBE[producer.network.dims]),
         files={p: f"{name}.onnx" if p == "fp32" else f"{name}.{p}.onnx" for p in precisions},
     )

@@ -1,10 +1,8 @@
-"""One function per precision, which makes the ONNX graph from the float32 `ServedGraph`."""
+"""One function per precision, which makes the ONNX graph that is served from a network and some of its heads."""
 
-import copy
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import onnx
@@ -17,40 +15,44 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from export.graph import ServedGraph
-from export.lower import PREFIX, to_onnx
+from export.importing import HeadedGraph
+from export.tail import OURS, Tail, serve
 from server.arrays import Tiles
+from server.runtime.bundle import Preprocessing
 
-# Operators that are quantised; all others (normalisation, sigmoid, averaging) stay in float32.
-INT8_OPERATORS = ["Conv", "ConvTranspose", "MaxPool", "Concat", "Relu"]
+# Operators that are quantised; all others, and all that are not the network's own, stay in float32.
+INT8_OPERATORS = ["Conv", "ConvTranspose", "MaxPool", "Concat", "Relu", "LeakyRelu", "Resize", "Add"]
+
+CONVOLUTIONS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Source of all precisions of a graph.
+    """Ingredients that all precisions of a graph are made from.
 
     Attributes:
-        graph: the float32 graph.
-        tiles: training tiles that set the ranges of int8 activations.
+        network: graph with all heads and float32 weights.
+        heads: those that are served.
+        before: preprocessing.
+        after: activation and aggregation.
+        tiles: tiles of images that set the ranges of int8 activations.
     """
 
-    graph: ServedGraph
+    network: HeadedGraph
+    heads: Sequence[str]
+    before: Preprocessing
+    after: Tail
     tiles: list[Tiles] = field(default_factory=list)
-
-    @cached_property
-    def exported(self) -> onnx.ModelProto:
-        """The graph in ONNX; exported once, because that takes seconds."""
-        return to_onnx(self.graph)
 
 
 def fp32(source: Source) -> onnx.ModelProto:
     """Computes in float32."""
-    return copy.deepcopy(source.exported)
+    return serve(source.network, source.heads, source.before, source.after)
 
 
 def fp16(source: Source) -> onnx.ModelProto:
-    """Computes convolutions in float16, normalisation and activation in float32."""
-    return to_onnx(ServedGraph(copy.deepcopy(source.graph.network).half(), source.graph.activation))
+    """Computes the network in float16, preprocessing, activation and mean in float32."""
+    return serve(source.network, source.heads, source.before, source.after, half=True)
 
 
 def int8(source: Source) -> onnx.ModelProto:
@@ -65,11 +67,9 @@ def int8(source: Source) -> onnx.ModelProto:
         original, prepared, target = (
             Path(folder) / name for name in ("fp32.onnx", "prepared.onnx", "int8.onnx")
         )
-        onnx.save(source.exported, original)
+        graph = fp32(source)
+        onnx.save(graph, original)
         quant_pre_process(original, prepared, skip_optimization=True, skip_symbolic_shape=True)
-        in_float = (f"{PREFIX}heads.", f"{PREFIX}nodes.0_0.0.")
-        nodes = onnx.load(prepared).graph.node
-        excluded = [node.name for node in nodes if any(name.startswith(in_float) for name in node.input)]
         quantize_static(
             prepared,
             target,
@@ -80,12 +80,38 @@ def int8(source: Source) -> onnx.ModelProto:
             per_channel=True,
             calibrate_method=CalibrationMethod.MinMax,
             op_types_to_quantize=INT8_OPERATORS,
-            nodes_to_exclude=excluded,
+            nodes_to_exclude=first_and_last(graph),
             extra_options={"AddQDQPairToWeight": True, "CalibMovingAverage": True},
         )
         proto = onnx.load(target)
     del proto.graph.value_info[:]
     return proto
+
+
+def first_and_last(graph: onnx.ModelProto) -> list[str]:
+    """Names of the nodes that stay in float32: convolutions above or below which there is no other, and what is ours."""
+    above = _reached(graph.graph.node, lambda node: (node.input, node.output))
+    below = _reached([*reversed(graph.graph.node)], lambda node: (node.output, node.input))
+    ends = [
+        node.name
+        for node in graph.graph.node
+        if node.op_type in CONVOLUTIONS
+        and (not above.intersection(node.input) or not below.intersection(node.output))
+    ]
+    return [*ends, *(node.name for node in graph.graph.node if node.name.startswith(OURS))]
+
+
+def _reached(
+    nodes: Sequence[onnx.NodeProto],
+    ends: Callable[[onnx.NodeProto], tuple[Sequence[str], Sequence[str]]],
+) -> set[str]:
+    """Returns the tensors between which and the start of the walk there is a convolution."""
+    behind: set[str] = set()
+    for node in nodes:
+        start, end = ends(node)
+        if node.op_type in CONVOLUTIONS or behind.intersection(start):
+            behind.update(end)
+    return behind
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]

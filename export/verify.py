@@ -1,44 +1,36 @@
-"""Proof that a bundle computes what torch computes: on the server's own engines, per level and precision."""
+"""Proof that a bundle computes what its network computes: on the server's own engines, per level and precision."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from export.golden import synthetic_cells, tiles_of, torch_scores
-from export.graph import ServedGraph, level_networks
-from export.lower import PREFIX
-from model import checkpoint
-from model.network import UNetPlusPlus
+from export.cut import cut
+from export.golden import OnnxReference, check_inputs
+from export.importing import headed
+from export.onnx_file import DOMAINS, messages, read_onnx
+from export.producer import Producer, from_bundle
+from export.weights import network_name, parameters
 from server.arrays import Scores, Tiles
-from server.runtime.bundle import GRAPH_PRECISIONS, HEAD_STD, WEIGHTS, Bundle
+from server.runtime.bundle import GRAPH_PRECISIONS, HEAD_STD, NETWORK, WEIGHTS, Bundle
 from server.runtime.engines import ENGINES
-from server.runtime.golden import head_std_pairs, noise, read_pairs
+from server.runtime.golden import head_std_pairs, read_pairs
 
-# fp32 must equal torch except for rounding; the others must give the same class for nearly every pixel.
+# fp32 must equal the network except for rounding; the others must give the same class for nearly every pixel.
 FP32_MAX_ABS = 1e-4
 MIN_AGREEMENT = {"bf16": 0.98, "fp16": 0.995, "int8": 0.97}
 
-# ONNX's own operators, under both of its names.
-DOMAINS = {"", "ai.onnx"}
-
-# (tiles, *size) per dims; multiples of 32, the largest divisor, but one axis larger: instance normalisation
-# needs two values.
-SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
-    2: ((1, 32, 64), (3, 64, 96), (1, 256, 256)),
-    3: ((1, 32, 32, 64), (2, 32, 64, 32), (1, 64, 64, 64)),
-}
-
 
 class VerifyError(ValueError):
-    """A graph differs from torch, or must not be served; the text names each."""
+    """A graph differs from its network, or must not be served; the text names each."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Comparison of one graph on one engine at one precision with torch, over all inputs.
+    """Comparison of one graph on one engine at one precision with the network, over all inputs.
 
     Attributes:
         graph: name in the manifest.
@@ -62,53 +54,60 @@ class Verdict:
         return self.agreement >= MIN_AGREEMENT[self.precision]
 
 
-def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: None) -> list[Verdict]:
-    """Compares every graph at every precision on every installed CPU engine with torch.
+def verify(
+    bundle: Bundle,
+    advance: Callable[[Verdict], None] = lambda verdict: None,
+    source: Path | None = None,
+) -> list[Verdict]:
+    """Compares every graph at every precision on every installed CPU engine with the network.
+
+    Of our own networks that is torch on the weights, of others the uncut graph on ONNX Runtime.
 
     Inputs are noise and synthetic cells of several sizes, and the golden pairs.
 
     Args:
         bundle: bundle to verify.
         advance: callback with each verdict.
+        source: ONNX file that the bundle was imported from, to be compared, too; under its name as engine.
 
     Raises:
+        ImportRefused: the source cannot be read.
         VerifyError: names every graph that differs, holds nodes of other levels or foreign parts, or has a
             wrong golden pair.
     """
-    network, _ = checkpoint.load(bundle.folder / WEIGHTS)
-    if not isinstance(network, UNetPlusPlus):
-        raise VerifyError(f"{WEIGHTS} holds a {type(network).__name__}; only UNet++ can be verified")
     manifest = bundle.manifest
-    verdicts, wrong = [], []
-    networks = {name: pruned for name, (_, pruned) in level_networks(network).items()} | (
-        {HEAD_STD: network} if manifest.head_std else {}
-    )
+    wrong = [f"{NETWORK}: {problem}" for problem in _foreign_parts_of_network(bundle)]
+    if wrong:
+        raise VerifyError("the bundle must not be served:\n  " + "\n  ".join(wrong))
+    producer = from_bundle(bundle)
+    theirs = _source_reference(source, producer) if source else None
+    fixed = check_inputs(len(manifest.channels), manifest.dims, manifest.normalization, manifest.percentiles)
+    verdicts = []
     known = [*read_pairs(bundle.golden)]
-    for name, pruned in networks.items():
-        wrong += wrong_nodes(bundle, name, pruned)
-        graph = ServedGraph(pruned, manifest.activation, head_std=name == HEAD_STD).eval()
+    for name in [graph.name for graph in manifest.all_graphs]:
+        wrong += wrong_nodes(bundle, name, producer)
         golden = (
             head_std_pairs(known)
             if name == HEAD_STD
             else [(tiles, scores) for g, tiles, scores in known if g == name]
         )
-        inputs = _inputs(len(manifest.channels), manifest.dims) + [tiles for tiles, _ in golden]
-        expected = [torch_scores(graph, tiles) for tiles in inputs]
+        inputs = [*fixed, *(tiles for tiles, _ in golden)]
+        expected = [producer.reference(name, tiles) for tiles in inputs]
         if (
             not golden
             or largest_difference([scores for _, scores in golden], expected[-len(golden) :]) > FP32_MAX_ABS
         ):
             wrong.append(f"{bundle.golden.name}: the scores of {name} are not those of the weights")
-        for engine, precision in _runnable_at(bundle, name):
-            answers = _answers(bundle, name, engine, precision, inputs)
-            difference = largest_difference(answers, expected)
+        for engine, precision, answers in _compared(bundle, producer, name, inputs, source, theirs):
             k = manifest.score_channels
-            same = agreement(
-                [scores[:, :k] for scores in answers],
-                [scores[:, :k] for scores in expected],
-                manifest.threshold,
+            mine, network = ([scores[:, :k] for scores in some] for some in (answers, expected))
+            verdict = Verdict(
+                name,
+                precision,
+                engine,
+                largest_difference(answers, expected),
+                agreement(mine, network, manifest.threshold),
             )
-            verdict = Verdict(name, precision, engine, difference, same)
             verdicts.append(verdict)
             advance(verdict)
     wrong += [
@@ -117,8 +116,23 @@ def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: 
         if not v.passed
     ]
     if wrong:
-        raise VerifyError("the bundle does not answer as torch does:\n  " + "\n  ".join(wrong))
+        raise VerifyError("the bundle does not answer as its network does:\n  " + "\n  ".join(wrong))
     return verdicts
+
+
+def _compared(
+    bundle: Bundle,
+    producer: Producer,
+    name: str,
+    inputs: list[Tiles],
+    source: Path | None,
+    theirs: OnnxReference | None,
+) -> Iterator[tuple[str, str, list[Scores]]]:
+    """Yields engine, precision and scores of all that is compared with the network at one graph."""
+    for engine, precision in _runnable_at(bundle, name):
+        yield engine, precision, _answers(bundle, name, engine, precision, inputs)
+    if theirs and source and {*producer.heads(name)} <= {*theirs.heads}:
+        yield source.name, "fp32", [theirs(name, tiles) for tiles in inputs]
 
 
 def runnable(bundle: Bundle) -> list[tuple[str, str]]:
@@ -164,9 +178,27 @@ def agreement(answers: list[Scores], expected: list[Scores], threshold: float) -
     return same / total
 
 
-def wrong_nodes(bundle: Bundle, name: str, pruned: UNetPlusPlus) -> list[str]:
-    """Lists graph files that cannot be read, have foreign parts, or do not hold exactly the nodes of the pruned network."""
-    expected = {f"{PREFIX}{p}" for p in pruned.state_dict()}
+def _source_reference(source: Path, producer: Producer) -> OnnxReference:
+    """The scores of a person's own file, of those heads that it has: others were added to the bundle later.
+
+    Raises:
+        VerifyError: it has none of them.
+    """
+    model = read_onnx(source)
+    made = {name for node in model.graph.node for name in node.output}
+    levels = {level: head for level, head in producer.levels.items() if head in made}
+    if not levels:
+        heads = ", ".join(producer.levels.values())
+        raise VerifyError(f"{source.name}: has no tensor of {heads[:100]}; was the bundle imported from it?")
+    network = producer.network
+    theirs = headed(model, network.dims, network.channels, [*levels.values()], source.name)
+    return OnnxReference(theirs, levels, producer.before, producer.after)
+
+
+def wrong_nodes(bundle: Bundle, name: str, producer: Producer) -> list[str]:
+    """Lists files of a graph that cannot be read, have foreign parts, or do not hold exactly the weights of its heads."""
+    expected = {*parameters(cut(producer.network.model, producer.heads(name)))}
+    every = {*parameters(producer.network.model)}
     wrong = []
     for precision, file in bundle.manifest.graph(name).files.items():
         try:
@@ -175,12 +207,7 @@ def wrong_nodes(bundle: Bundle, name: str, pruned: UNetPlusPlus) -> list[str]:
             wrong.append(f"{file}: not an ONNX file ({error})")
             continue
         wrong += [f"{file}: {problem}" for problem in foreign_parts(proto)]
-        names = {t.name.removesuffix(".fp16") for t in proto.graph.initializer if t.name.startswith(PREFIX)}
-        names = {
-            n
-            for n in names
-            if n in expected or ("." in n and not n.endswith(("_scale", "_zero_point", "_quantized")))
-        }
+        names = {network_name(t.name) for t in proto.graph.initializer} & every
         # int8 stores biases as integers, under other names; the weights are enough to tell.
         missing = {n for n in expected - names if precision != "int8" or n.endswith(".weight")}
         if missing or names - expected:
@@ -190,14 +217,24 @@ def wrong_nodes(bundle: Bundle, name: str, pruned: UNetPlusPlus) -> list[str]:
     return wrong
 
 
+def _foreign_parts_of_network(bundle: Bundle) -> list[str]:
+    """Lists what `foreign_parts` finds in the network that the graphs are compared with, where the bundle has one."""
+    if NETWORK not in bundle.manifest.files:
+        return []
+    try:
+        return foreign_parts(onnx.load(bundle.folder / NETWORK, load_external_data=False))
+    except DecodeError as error:
+        return [f"not an ONNX file ({error})"]
+
+
 def foreign_parts(proto: onnx.ModelProto) -> list[str]:
     """Lists what reaches beyond ONNX's own operators and the bundle's weights file: code of others, or other files.
 
     Engines refuse most of it when they open the graph; a bundle that passes here has none of it.
     """
-    messages = list(_messages(proto))
-    domains = {m.domain for m in messages if isinstance(m, onnx.NodeProto | onnx.OperatorSetIdProto)}
-    tensors = [m for m in messages if isinstance(m, onnx.TensorProto)]
+    every = [*messages(proto)]
+    domains = {m.domain for m in every if isinstance(m, onnx.NodeProto | onnx.OperatorSetIdProto)}
+    tensors = [m for m in every if isinstance(m, onnx.TensorProto)]
     locations = {
         entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"
     }
@@ -209,28 +246,9 @@ def foreign_parts(proto: onnx.ModelProto) -> list[str]:
     ]
 
 
-def _messages(root: Message) -> Iterator[Message]:
-    """Yields a protobuf message and all messages in it: no field can be forgotten, and nesting cannot exhaust the stack."""
-    queue = [root]
-    while queue:
-        message = queue.pop()
-        yield message
-        for field, value in message.ListFields():
-            if field.message_type is not None:
-                queue += [value] if isinstance(value, Message) else value
-
-
 def _answers(bundle: Bundle, name: str, engine: str, precision: str, inputs: list[Tiles]) -> list[Scores]:
     try:
         opened = ENGINES[engine].open(bundle.path(name, precision), precision, "cpu", 0)
         return [opened.run(tiles) for tiles in inputs]
     except Exception as error:  # every engine raises its own
         raise VerifyError(f"{name} at {precision} on {engine}: cannot run ({error})") from error
-
-
-def _inputs(channels: int, dims: int) -> list[Tiles]:
-    sizes = [(count, tuple(size)) for count, *size in SIZES[dims]]
-    cells = [
-        tiles_of([synthetic_cells(size, channels, seed) for seed in range(count)]) for count, size in sizes
-    ]
-    return cells + [noise(count, channels, list(size)) for count, size in sizes[:2]]

@@ -6,7 +6,8 @@ from typing import Literal, overload
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.jobs.active import JobStatus
-from server.runtime.bundle import HEAD_STD, Calibration, Class, Comparison, Graph, Manifest, Measured
+from server.runtime.bundle import HEAD_STD, Class, Comparison, Graph, Manifest
+from server.runtime.calibration import Agreement, Calibration, Distilled, Measured
 from server.runtime.deployment import Deployment
 
 
@@ -47,8 +48,10 @@ class ModelCard(ModelSummary):
     classes: tuple[Class, ...]
     graphs: tuple[Graph, ...]
     calibration: Calibration | None
+    agreement: Agreement | None
     held_out: Measured | None
     comparison: tuple[Comparison, ...]
+    distilled: Distilled | None
     serving: tuple[Serving, ...]
     license: dict[str, str]
     provenance: dict[str, str]
@@ -160,8 +163,10 @@ def card(deployment: Deployment, default: str) -> ModelCard:
         classes=manifest.classes,
         graphs=manifest.graphs,
         calibration=manifest.calibration,
+        agreement=manifest.agreement,
         held_out=manifest.held_out,
         comparison=manifest.comparison,
+        distilled=manifest.distilled,
         serving=serving,
         license=manifest.license,
         provenance=manifest.provenance,

@@ -28,6 +28,9 @@ FAR = 8
 # Pixels that statistics are computed over at a time, which bounds memory.
 STATISTICS_PIXELS = 1_000_000
 
+# Values per channel that percentiles are computed over at most; they are copied and sorted.
+PERCENTILE_VALUES = 16_000_000
+
 
 def decode_options(params: SegmentParams, limits: LimitsSettings) -> DecodeOptions:
     """Makes the decoding options of the input."""
@@ -238,6 +241,43 @@ def with_channels(pixels: Shaped[ndarray, "*size have"], channels: int) -> Shape
         actual=have,
         limit=channels,
     )
+
+
+def normalization(
+    pixels: Shaped[ndarray, "*size C"], kind: str, percentiles: tuple[float, float] | None = None
+) -> tuple[Float64[ndarray, " C"], Float64[ndarray, " C"]]:
+    """Returns the value that is subtracted from each channel, and the one that it is multiplied with then, of the whole input.
+
+    Args:
+        pixels: decoded input.
+        kind: normalization of the manifest.
+        percentiles: percentiles of the manifest.
+    """
+    channels = pixels.shape[-1]
+    if kind == "zscore":
+        return image_statistics(pixels)
+    if kind == "percentile":
+        return _percentiles(pixels, percentiles or (0, 100))
+    integers = np.issubdtype(pixels.dtype, np.integer)
+    largest = np.iinfo(pixels.dtype).max if kind == "unit" and integers else 1
+    return np.zeros(channels), np.full(channels, 1 / largest)
+
+
+def _percentiles(
+    pixels: Shaped[ndarray, "*size C"], bounds: tuple[float, float]
+) -> tuple[Float64[ndarray, " C"], Float64[ndarray, " C"]]:
+    """The lower percentile, and the inverse of the distance to the higher one, per channel.
+
+    Of more than `PERCENTILE_VALUES` values every n-th is taken, which bounds memory.
+    """
+    channels = pixels.shape[-1]
+    if pixels.strides[-1] == 0:
+        pixels = pixels[..., :1]
+    step = math.ceil((math.prod(pixels.shape[:-1]) / PERCENTILE_VALUES) ** (1 / (pixels.ndim - 1)))
+    sample = pixels[(slice(None, None, step),) * (pixels.ndim - 1)].reshape(-1, pixels.shape[-1])
+    low, high = np.percentile(sample, bounds, axis=0)
+    distance = np.where(high > low, high - low, 1)
+    return np.broadcast_to(low, channels), np.broadcast_to(1 / distance, channels)
 
 
 def image_statistics(

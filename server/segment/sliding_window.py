@@ -18,7 +18,7 @@ from server.runtime.engines import Engine
 from server.runtime.flow import Flow, InferenceResult
 from server.runtime.scheduler import Scheduler
 from server.segment.merge import WindowMerger
-from server.segment.preprocess import image_statistics, place, with_channels
+from server.segment.preprocess import normalization, place, with_channels
 from server.segment.request import OnProgress, ignore_progress
 from server.segment.windows import Windows, lay_windows
 from server.segment.workers import Worker
@@ -92,8 +92,7 @@ def make_sliding_window(
     pixels = with_channels(placement.resample(placement.view(source.values)), len(manifest.channels))
     windows = lay_windows(pixels.shape[:-1], manifest, graph, flat=placement.flat)
     channels = pixels.shape[-1]
-    zscore = manifest.normalization == "zscore"
-    mean, inverse_std = image_statistics(pixels) if zscore else (np.zeros(channels), np.ones(channels))
+    mean, inverse_std = normalization(pixels, manifest.normalization, manifest.percentiles)
     ones = (1, channels, *(1,) * manifest.dims)
     classes = np.empty(source.size, dtype=np.uint8, order="C" if isinstance(source, Image) else "F")
     scores = (

@@ -9,9 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from export.pack import Card, export, read_card
+from export.card import Card, read_card
+from export.golden import synthetic_cells
+from export.pack import export
 from model import checkpoint
 from model.config import UNetPlusPlusConfig
+from model.losses import deep_supervision_loss
 from model.network import UNetPlusPlus
 from server.runtime.bundle import Bundle, Window, read_bundle
 
@@ -140,3 +143,41 @@ def volume_kept(tmp_path_factory: pytest.TempPathFactory, balls: Path) -> Path:
 def small_bundle(small_kept: Path, tmp_path: Path) -> Bundle:
     """A copy of it, for tests that change it."""
     return read_bundle(Path(shutil.copytree(small_kept, tmp_path / "small")))
+
+
+@pytest.fixture(scope="session")
+def disc_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six images of discs, in a folder without an index."""
+    root = tmp_path_factory.mktemp("images") / "discs"
+    root.mkdir()
+    for seed in range(6):
+        Image.fromarray(synthetic_cells((64, 77), 3, seed)).save(root / f"{seed}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def deep_kept(tmp_path_factory: pytest.TempPathFactory, card: Card, disc_images: Path) -> Path:
+    """A bundle of depth 3 whose loss stood on the last head alone, in fp32, fp16 and int8; do not write there."""
+    folder = tmp_path_factory.mktemp("bundles")
+    torch.manual_seed(0)
+    config = UNetPlusPlusConfig(in_channels=3, widths=(4, 6, 8, 10), deep_supervision=False, norm="batch")
+    network = UNetPlusPlus(config).train()
+    optimiser = torch.optim.Adam(network.parameters(), lr=1e-2)
+    for step in range(60):
+        pixels = np.stack([synthetic_cells((48, 48), 3, 100 + 4 * step + k) for k in range(4)])
+        values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
+        labels = (values.mean(1) > 70).long()
+        spread, mean = torch.std_mean(values, dim=(2, 3), keepdim=True)
+        loss = deep_supervision_loss(network((values - mean) / spread), labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    checkpoint.save(network.eval(), folder / "deep.safetensors", {"epoch": 1})
+    export(folder / "deep.safetensors", card, folder / "deep", disc_images)
+    return folder / "deep"
+
+
+@pytest.fixture
+def deep(deep_kept: Path, tmp_path: Path) -> Bundle:
+    """A copy of it."""
+    return read_bundle(Path(shutil.copytree(deep_kept, tmp_path / "deep")))

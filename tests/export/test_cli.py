@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from export import calibrate as calibrate_module
 from export import cli as export_cli
-from export import pack
+from export import cli_calibrate, pack
 from export import verify as verify_module
 from export.pack import write_manifest
 from server.cli import app
@@ -55,14 +55,14 @@ def empty_graphs(monkeypatch):
     monkeypatch.setattr(
         pack, "GRAPH_PRECISIONS", dict.fromkeys(("fp32", "fp16", "int8"), lambda source: proto)
     )
-    monkeypatch.setattr(pack, "fp32", lambda source: proto)
+    monkeypatch.setattr(pack, "serve", lambda *_, **__: proto)
 
 
 @pytest.mark.usefixtures("empty_graphs")
 def test_export_says_what_it_wrote_and_what_is_next(small_checkpoint, tmp_path):
     out = tmp_path / "out"
     output = passed("export", small_checkpoint, "--card", CARD, "--out", out)
-    assert f"{out}: 9 files" in output
+    assert f"{out}: 10 files" in output
     assert f"next: unetpp verify {out}" in output
     assert read_bundle(out).manifest.name == "nuclei"
 
@@ -143,13 +143,14 @@ def test_progress_bars_end_at_their_total(small_checkpoint, small_bundle, discs,
         bars.append(bar.tasks[0])
         yield functools.partial(bar.update, task)
 
-    monkeypatch.setattr(export_cli, "progress", progress)
+    for module in (export_cli, cli_calibrate):
+        monkeypatch.setattr(module, "progress", progress)
     passed("export", small_checkpoint, "--card", CARD, "--out", tmp_path / "out", "--data", discs)
     passed("verify", small_bundle.folder)
     passed("calibrate", small_bundle.folder, "--data", discs)
     # Three graphs: files of three precisions; pairs; both with head_std at fp32; and rows (two, as fp32 has
     # one) of two images.
-    assert [(bar.completed, bar.total) for bar in bars] == [(10, 10), (11, 11), (12, 12)]
+    assert [(bar.completed, bar.total) for bar in bars] == [(11, 11), (11, 11), (12, 12)]
 
 
 def test_add_uncertainty_says_what_is_next(small_bundle):

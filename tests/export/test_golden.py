@@ -33,7 +33,9 @@ def test_written_pairs_are_read_by_the_server(tmp_path, make_network, dims):
         "L1": ServedGraph(network.prune(1), "sigmoid").eval(),
         "accurate": ServedGraph(network, "sigmoid").eval(),
     }
-    write_golden(tmp_path / "golden.npz", graphs, 3, dims)
+    write_golden(
+        tmp_path / "golden.npz", [*graphs], lambda name, tiles: torch_scores(graphs[name], tiles), 3, dims
+    )
     pairs = list(read_pairs(tmp_path / "golden.npz"))
     assert len(pairs) == 2 * len(CASES[dims])
     for name, tiles, scores in pairs:

@@ -8,7 +8,8 @@ import pytest
 from onnx import helper
 
 from export import pack
-from export.pack import ExportError, add_uncertainty, export, read_card, write_manifest
+from export.card import ExportError, read_card
+from export.pack import add_uncertainty, export, write_manifest
 from export.verify import verify
 from model import checkpoint
 from model.baselines import UNet
@@ -29,7 +30,7 @@ def empty_graphs(monkeypatch):
     """Graphs without nodes, because the graphs themselves are not at stake."""
     proto = helper.make_model(helper.make_graph([], "empty", [], []))
     monkeypatch.setattr(pack, "GRAPH_PRECISIONS", dict.fromkeys(("fp32", "fp16"), lambda source: proto))
-    monkeypatch.setattr(pack, "fp32", lambda source: proto)
+    monkeypatch.setattr(pack, "serve", lambda *arguments, **options: proto)
 
 
 def test_export_writes_a_whole_bundle(small_kept, small_checkpoint):
@@ -38,6 +39,7 @@ def test_export_writes_a_whole_bundle(small_kept, small_checkpoint):
     }
     assert set(content(small_kept)) == names | {
         "head_std.onnx",
+        "network.onnx",
         "weights.safetensors",
         "golden.npz",
         "manifest.json",
@@ -159,7 +161,7 @@ def test_export_replaces_the_old_bundle_whole(small_checkpoint, card, small_bund
     assert not [name for name in content(small_bundle.folder) if "int8" in name]
     assert [p.name for p in small_bundle.folder.parent.iterdir()] == ["small"]
     graphs = [f"{graph}{suffix}.onnx" for graph in ("L1", "L2", "accurate") for suffix in ("", ".fp16")]
-    assert steps == [*graphs, "head_std.onnx"]
+    assert steps == [*graphs, "network.onnx", "head_std.onnx"]
 
 
 def test_read_card_takes_the_shipped_one():
@@ -219,7 +221,7 @@ class TestAddUncertainty:
 
     def test_add_uncertainty_that_fails_leaves_the_old_bundle(self, older, monkeypatch):
         before = content(older)
-        monkeypatch.setattr(pack, "fp32", lambda *_: 1 / 0)
+        monkeypatch.setattr(pack, "serve", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             add_uncertainty(older)
         assert content(older) == before

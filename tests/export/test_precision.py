@@ -3,13 +3,17 @@
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto
 
-from export.lower import PREFIX
+from export.importing import from_torch
+from export.producer import from_bundle
+from export.tail import Tail
 from export.verify import wrong_nodes
+from export.weights import network_name
 from model import checkpoint
 from server.arrays import Tiles
-from server.runtime.bundle import WEIGHTS, read_bundle
+from server.runtime.bundle import WEIGHTS, Preprocessing, read_bundle
 from server.runtime.engines import ENGINES
 from server.runtime.golden import read_pairs
 
@@ -24,8 +28,8 @@ def test_int8_weights_come_from_the_weights_file(small_kept, name):
     graph = graph_of(small_kept, f"{name}.int8.onnx")
     network, _ = checkpoint.load(small_kept / WEIGHTS)
     pruned = network if name == "accurate" else network.prune(int(name[1]))
-    weights = {f"{PREFIX}{n}.fp16" for n in pruned.state_dict() if n.endswith(".weight")}
-    external = {t.name for t in graph.initializer if t.external_data}
+    weights = {n for n in pruned.state_dict() if n.endswith(".weight")}
+    external = {network_name(t.name) for t in graph.initializer if t.external_data}
     assert weights <= external
     assert all(
         {e.key: e.value for e in t.external_data}["location"] == WEIGHTS
@@ -35,7 +39,7 @@ def test_int8_weights_come_from_the_weights_file(small_kept, name):
     # What is stored beside them are scales, zero points and integer biases: no second copy of a weight.
     inline = [t for t in graph.initializer if not t.external_data]
     assert all(np.prod(t.dims) <= 16 for t in inline)
-    assert wrong_nodes(bundle, name, pruned) == []
+    assert wrong_nodes(bundle, name, from_bundle(bundle)) == []
 
 
 def test_int8_quantises_all_but_the_first_convolution_and_the_heads(small_kept):
@@ -44,8 +48,8 @@ def test_int8_quantises_all_but_the_first_convolution_and_the_heads(small_kept):
     convolutions = [node for node in graph.node if node.op_type in ("Conv", "ConvTranspose")]
     assert len(convolutions) == 2 * 6 + 3 + 2
     for node in convolutions:
-        head = any(f"{PREFIX}heads." in name for name in node.input)
-        first = any(f"{PREFIX}nodes.0_0.0." in name for name in node.input)
+        head = any(name.startswith("heads.") for name in node.input)
+        first = any(name.startswith("nodes.0_0.0.") for name in node.input)
         image, weight = (made_by[name].op_type for name in node.input[:2])
         # Their weights are used as they are, at float32, and a normalised image is not squeezed into 256
         # steps.
@@ -56,7 +60,7 @@ def test_int8_quantises_all_but_the_first_convolution_and_the_heads(small_kept):
     for node in graph.node:
         if node.op_type == "QuantizeLinear":
             scale, zero = stored[node.input[1]], stored[node.input[2]]
-            weight = node.input[0].startswith(PREFIX) and node.input[0].endswith("weight")
+            weight = node.input[0].endswith(".weight")
             assert zero.data_type == (TensorProto.INT8 if weight else TensorProto.UINT8)
             assert (np.prod(scale.dims) > 1) == weight
 
@@ -66,7 +70,9 @@ def test_fp16_has_half_weights_and_float_inputs_and_scores(small_kept):
     assert all(t.data_type == TensorProto.FLOAT16 for t in graph.initializer if t.external_data)
     assert {v.type.tensor_type.elem_type for v in [*graph.input, *graph.output]} == {TensorProto.FLOAT}
     # No float32 weights, so no casts of weights.
-    assert not [n for n in graph.node if n.op_type == "Cast" and n.input[0].startswith(PREFIX)]
+    assert not [
+        n for n in graph.node if n.op_type == "Cast" and n.input[0].startswith(("nodes.", "ups.", "heads."))
+    ]
 
 
 def test_fp32_casts_every_weight(small_kept):
@@ -91,7 +97,6 @@ def test_int8_nearly_equals_fp32_on_cells(small_kept, engine):
 
 
 def test_int8_leaves_nothing_in_the_working_folder(tmp_path, monkeypatch, make_network):
-    from export.graph import ServedGraph
     from export.precision import Source, int8
 
     monkeypatch.chdir(tmp_path)
@@ -101,7 +106,8 @@ def test_int8_leaves_nothing_in_the_working_folder(tmp_path, monkeypatch, make_n
         Tiles(np.random.default_rng(n).standard_normal((1, 3, 16, 16), dtype=np.float32), ones * 0, ones)
         for n in range(2)
     ]
-    proto = int8(Source(ServedGraph(network, "sigmoid").eval(), tiles))
+    graph = from_torch(network, torch.rand(1, 3, 16, 16))
+    proto = int8(Source(graph, graph.heads, Preprocessing(), Tail("sigmoid"), tiles))
     assert list(tmp_path.iterdir()) == []
     assert not proto.graph.value_info
     # Sizes stay dynamic after calibration on tiles of one size.

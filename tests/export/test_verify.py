@@ -22,8 +22,8 @@ from onnx import (
 from export import verify as verify_module
 from export.golden import torch_scores
 from export.graph import ServedGraph, level_networks
-from export.lower import offsets
 from export.pack import write_manifest
+from export.producer import from_bundle
 from export.verify import (
     Verdict,
     VerifyError,
@@ -34,6 +34,7 @@ from export.verify import (
     verify,
     wrong_nodes,
 )
+from export.weights import places
 from model import checkpoint
 from server.runtime.bundle import WEIGHTS, read_bundle
 from server.runtime.engines import ENGINES, EngineRow
@@ -96,8 +97,8 @@ class TestDamaged:
     def test_verify_graph_of_another_level_is_named_by_nodes_and_scores(self, small_bundle):
         shutil.copy(small_bundle.folder / "L2.onnx", small_bundle.folder / "L1.onnx")
         text = self.failure(small_bundle)
-        assert "L1.onnx: missing ['network.heads.1.bias'" in text
-        assert "of other levels ['network.heads.2" in text
+        assert "L1.onnx: missing ['heads.1.bias'" in text
+        assert "of other levels ['heads.2" in text
         assert "L1 at fp32 on onnxruntime: largest difference" in text
         assert "L2" not in text.replace("L2.onnx", "")
         assert "accurate" not in text
@@ -109,7 +110,7 @@ class TestDamaged:
     def test_verify_changed_weight_is_named_by_the_golden_scores(self, small_bundle):
         """Torch and the graphs read the same file and still agree."""
         path = small_bundle.folder / WEIGHTS
-        start, _ = offsets(path)["heads.1.weight"]
+        _, start, _ = places(path)["heads.1.weight"]
         content = bytearray(path.read_bytes())
         value = np.frombuffer(content[start : start + 2], np.float16)[0] + 0.25
         content[start : start + 2] = np.float16(value).tobytes()
@@ -119,11 +120,11 @@ class TestDamaged:
         assert "scores of L2" not in text
 
     def test_verify_initialiser_that_points_elsewhere_is_named(self, small_bundle):
-        places = offsets(small_bundle.folder / WEIGHTS)
+        known = places(small_bundle.folder / WEIGHTS)
         proto = onnx.load(small_bundle.folder / "L2.onnx", load_external_data=False)
         # The bias of the second convolution, taken from the first.
         [tensor] = [t for t in proto.graph.initializer if "nodes.0_0.2.bias" in t.name]
-        next(e for e in tensor.external_data if e.key == "offset").value = str(places["nodes.0_0.0.bias"][0])
+        next(e for e in tensor.external_data if e.key == "offset").value = str(known["nodes.0_0.0.bias"][1])
         onnx.save(proto, small_bundle.folder / "L2.onnx")
         text = self.failure(small_bundle)
         assert "L2 at fp32 on onnxruntime: largest difference" in text
@@ -154,8 +155,7 @@ class TestDamaged:
         proto = onnx.load(path, load_external_data=False)
         change(proto)
         path.write_bytes(proto.SerializeToString())
-        network, _ = checkpoint.load(small_bundle.folder / WEIGHTS)
-        (problem,) = wrong_nodes(small_bundle, "L1", level_networks(network)["L1"][1])
+        (problem,) = wrong_nodes(small_bundle, "L1", from_bundle(small_bundle))
         assert problem.startswith("L1.onnx: has ")
         assert "evil" in problem
 

@@ -36,8 +36,26 @@ async def test_card_has_the_calibration(in_process: InProcess) -> None:
     calibration = calibrated([("L1", "fp32", 0.5)], recommended=1)
     async with in_process(fake_app(changes={"calibration": calibration})) as client:
         card = (await client.get("/models/fake")).json()
-    assert card["calibration"]["rows"] == [row | {"class_dice": []} for row in calibration["rows"]]
+    assert card["calibration"]["rows"] == [
+        row | {"class_dice": [], "class_iou": []} for row in calibration["rows"]
+    ]
     assert card["recommended_level"] == 1
+
+
+async def test_card_tells_which_levels_were_distilled(in_process: InProcess) -> None:
+    distilled = {
+        "agreement": {"1": 0.9},
+        "images": 59,
+        "held_out": 12,
+        "data": "mine",
+        "labels": None,
+        "steps": 150,
+    }
+    async with in_process(fake_app(changes={"distilled": distilled})) as client:
+        card = (await client.get("/models/fake")).json()
+    assert card["distilled"] == distilled
+    async with in_process(fake_app()) as client:
+        assert (await client.get("/models/fake")).json()["distilled"] is None
 
 
 def test_card_of_an_unknown_model_is_a_problem(client: httpx.Client, problem: Callable[..., Any]) -> None:

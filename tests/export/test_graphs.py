@@ -9,7 +9,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from export.lower import OPSET, PREFIX, offsets, point_at_weights
+from export.onnx_file import OPSET
+from export.weights import network_name, places, point_at_weights
 from model import checkpoint
 from model.network import UNetPlusPlus
 from server.runtime.bundle import WEIGHTS, read_bundle
@@ -26,7 +27,7 @@ def load(path):
 def test_graph_holds_exactly_its_nodes(small_kept, name, level, heads, suffix):
     graph = load(small_kept / f"{name}{suffix}.onnx").graph
     nodes = {f"{i}_{j}" for i in range(level + 1) for j in range(level + 1 - i)}
-    names = {t.name.removesuffix(".fp16").removeprefix(PREFIX) for t in graph.initializer if t.external_data}
+    names = {network_name(t.name) for t in graph.initializer if t.external_data}
     parts = {tuple(n.split(".")[:2]) for n in names}
     assert {n for kind, n in parts if kind == "nodes"} == nodes
     assert {n for kind, n in parts if kind == "ups"} == {n for n in nodes if not n.endswith("_0")}
@@ -59,16 +60,16 @@ def test_weights_file_holds_every_parameter_once_in_half_precision(small_kept, s
     network, notes = checkpoint.load(weights)
     assert isinstance(network, UNetPlusPlus)
     assert (network.config.norm, notes) == ("none", {"trained": {"epoch": 7}})
-    content, places, state = weights.read_bytes(), offsets(weights), network.state_dict()
+    content, known, state = weights.read_bytes(), places(weights), network.state_dict()
     assert len(content) == 8 + int.from_bytes(content[:8], "little") + 2 * sum(
         p.numel() for p in network.parameters()
     )
     for path in [*small_kept.glob("L?.onnx"), *small_kept.glob("*.fp16.onnx")]:
         for tensor in load(path).graph.initializer:
-            name = tensor.name.removesuffix(".fp16").removeprefix(PREFIX)
+            name = network_name(tensor.name)
             if not tensor.external_data:
                 # Constants such as the number of heads, never weights.
-                assert name not in places
+                assert name not in known
                 assert np.prod(tensor.dims) <= 16
                 continue
             entry = {e.key: e.value for e in tensor.external_data}
@@ -101,15 +102,15 @@ def test_batch_and_size_are_dynamic(small_kept, file):
             np.testing.assert_allclose(scores, np.repeat(alone, count, axis=0), atol=1e-5)
 
 
-def test_offsets_point_at_the_tensors(tmp_path):
+def test_places_point_at_the_tensors(tmp_path):
     from safetensors.torch import save_file
 
     tensors = {"a": torch.arange(3, dtype=torch.float16), "b": torch.arange(4, dtype=torch.float16) + 10}
     save_file(tensors, tmp_path / "w", {"k": "v"})
-    content, places = (tmp_path / "w").read_bytes(), offsets(tmp_path / "w")
+    content, known = (tmp_path / "w").read_bytes(), places(tmp_path / "w")
     read = {
         name: np.frombuffer(content[at : at + size], np.float16).tolist()
-        for name, (at, size) in places.items()
+        for name, (_, at, size) in known.items()
     }
     assert read == {name: tensor.tolist() for name, tensor in tensors.items()}
 
