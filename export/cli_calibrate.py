@@ -38,7 +38,7 @@ def calibrate(
     ] = False,
     precision: Annotated[
         list[str] | None,
-        typer.Option(help="Measure only this one anew and keep the other rows; may be repeated."),
+        typer.Option(help="Measure only this one again and keep the other rows; may be repeated."),
     ] = None,
 ) -> None:
     """Measure every level and precision, and recommend a level: with labels IoU and Dice, without them agreement."""

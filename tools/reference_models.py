@@ -6,7 +6,8 @@ from pathlib import Path
 from statistics import mean
 
 from bench.table import RESULTS
-from server.runtime.bundle import Graph, Manifest, Measured, read_bundle
+from server.runtime.bundle import Graph, Manifest, read_bundle
+from server.runtime.calibration import Measured
 from server.runtime.selection import is_enabled
 from tools.markdown import page, table
 
