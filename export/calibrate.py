@@ -4,7 +4,7 @@ import itertools
 import platform
 import statistics
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +15,8 @@ from export.data import Labelled, labelled
 from export.pack import write_manifest
 from export.verify import runnable
 from model.reading import DataError
-from server.runtime.bundle import (
-    Bundle,
-    Calibration,
-    CalibrationRow,
-    Graph,
-    Manifest,
-    Measured,
-    Recommended,
-    read_bundle,
-)
+from server.runtime.bundle import Bundle, Graph, Manifest, read_bundle
+from server.runtime.calibration import Calibration, CalibrationRow, Measured, Recommended
 from server.runtime.engines import ENGINES, Engine
 from server.runtime.golden import noise
 from server.runtime.machine import count_cores
@@ -60,9 +52,44 @@ def calibrate(
     Raises:
         DataError: the data cannot be read, or rows to keep were measured on other data or another machine.
     """
+    images = list(labelled(data, split, bundle.manifest))
+    return measure(
+        bundle,
+        images,
+        f"{data.name}, {split} split",
+        held_out=held_out,
+        precisions=precisions,
+        advance=advance,
+        on_progress=on_progress,
+    )
+
+
+def measure(
+    bundle: Bundle,
+    images: Sequence[Labelled],
+    data: str,
+    *,
+    held_out: bool,
+    precisions: Collection[str] = (),
+    advance: Callable[[CalibrationRow], None] = lambda row: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Measured:
+    """Measures every graph on images with labels, as `calibrate` does.
+
+    Args:
+        bundle: bundle to measure; its manifest is rewritten.
+        images: images with labels.
+        data: text that tells what they are.
+        held_out: whether to write the table as the held-out result.
+        precisions: precisions to measure again; none means all.
+        advance: callback with each row.
+        on_progress: callback after each image of each row.
+
+    Raises:
+        DataError: rows to keep were measured on other data or another machine.
+    """
     manifest = bundle.manifest
-    images = list(labelled(data, split, manifest))
-    facts = {"data": f"{data.name}, {split} split", "images": len(images), "machine": machine()}
+    facts = {"data": data, "images": len(images), "machine": machine()}
     rows = (
         _kept(manifest.held_out if held_out else manifest.calibration, facts, precisions)
         if precisions
@@ -73,18 +100,19 @@ def calibrate(
     total = len(manifest.graphs) * (len(measured_once) + sum(p != "fp32" for _, p in pairs)) * len(images)
     scored = itertools.count(1)
     for graph in manifest.graphs:
-        for precision, engines in _engines(bundle, graph, pairs):
+        for precision, engines in open_engines(bundle, graph, pairs):
             timed = sorted(
-                ((_latency(engine, manifest), engine) for engine in engines), key=lambda pair: pair[0]
+                ((latency_of(engine, manifest), engine) for engine in engines), key=lambda pair: pair[0]
             )
             # At fp32 only the fastest is scored, because `verify` proves that all engines agree to 1e-4.
             for latency, engine in timed[:1] if precision == "fp32" else timed:
                 iou, mean_iou, dice, *by_class = _quality(
                     engine, manifest, graph, images, lambda: on_progress(next(scored), total)
                 )
+                classes = len(manifest.classes) if len(manifest.classes) > 1 else 0
                 row = CalibrationRow(
                     graph=graph.name, precision=precision, engine=engine.name, iou=iou, mean_iou=mean_iou, dice=dice,
-                    class_dice=tuple(by_class) if len(by_class) > 1 else (), latency_ms=round(latency * 1e3, 3),
+                    class_dice=tuple(by_class[:classes]), class_iou=tuple(by_class[len(by_class) - classes :]), latency_ms=round(latency * 1e3, 3),
                 )  # fmt: skip
                 rows.append(row)
                 advance(row)
@@ -137,12 +165,18 @@ def recommend(manifest: Manifest, measured: Measured) -> Recommended:
 def mean_overlap(
     classes: UInt8[ndarray, "*size"], label: UInt8[ndarray, "*size"], values: list[int]
 ) -> list[float]:
-    """Returns foreground IoU, IoU averaged with the background, foreground Dice, and Dice per class, of one image."""
+    """Returns foreground IoU, IoU averaged with the background, foreground Dice, Dice and IoU per class, of one image."""
     foreground = [overlap(classes == value, label == value) for value in values]
     background = overlap(classes == 0, label == 0)
     iou = float(np.mean([o.iou for o in foreground]))
     with_background = float(np.mean([*[o.iou for o in foreground], background.iou]))
-    return [iou, with_background, float(np.mean([o.dice for o in foreground])), *(o.dice for o in foreground)]
+    return [
+        iou,
+        with_background,
+        float(np.mean([o.dice for o in foreground])),
+        *(o.dice for o in foreground),
+        *(o.iou for o in foreground),
+    ]
 
 
 def machine() -> str:
@@ -159,7 +193,9 @@ def machine() -> str:
     return name
 
 
-def _engines(bundle: Bundle, graph: Graph, pairs: list[tuple[str, str]]) -> list[tuple[str, list[Engine]]]:
+def open_engines(
+    bundle: Bundle, graph: Graph, pairs: list[tuple[str, str]]
+) -> list[tuple[str, list[Engine]]]:
     """Opens the engines of (engine, precision) pairs, by precision."""
     opened: dict[str, list[Engine]] = {}
     for engine, precision in pairs:
@@ -169,7 +205,8 @@ def _engines(bundle: Bundle, graph: Graph, pairs: list[tuple[str, str]]) -> list
     return list(opened.items())
 
 
-def _latency(engine: Engine, manifest: Manifest) -> float:
+def latency_of(engine: Engine, manifest: Manifest) -> float:
+    """Median seconds of one run of one tile."""
     tiles = noise(1, len(manifest.channels), [LATENCY_SIDE[manifest.dims]] * manifest.dims)
     engine.run(tiles)
     times = []
@@ -181,7 +218,7 @@ def _latency(engine: Engine, manifest: Manifest) -> float:
 
 
 def _quality(
-    engine: Engine, manifest: Manifest, graph: Graph, images: list[Labelled], advance: Callable[[], None]
+    engine: Engine, manifest: Manifest, graph: Graph, images: Sequence[Labelled], advance: Callable[[], None]
 ) -> list[float]:
     values = [c.value for c in manifest.classes]
     scores = []

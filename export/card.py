@@ -15,7 +15,7 @@ class ExportError(ValueError):
 
 
 class Input(Preprocessing):
-    """What the network was trained to see: statistics of the whole image are removed first, then constants.
+    """Preprocessing that the network was trained with: statistics of the whole image are removed first, then constants.
 
     Attributes:
         normalization: one of `Manifest.normalization`.
@@ -49,10 +49,10 @@ class Card(BaseModel):
         dims: 2 for images, 3 for volumes. It and the following are needed to import a network; a checkpoint of
             `unetpp train` tells them itself.
         input: preprocessing.
-        activation: what makes scores of a head's output: "softmax" (the first channel is background), "sigmoid" (one
+        activation: function that makes scores of a head's output: "softmax" (the first channel is background), "sigmoid" (one
             class), "sigmoid-per-class" (several classes, no background channel).
         activation_included: whether the network's graph ends in the activation.
-        aggregation: how the heads of `accurate` become one.
+        aggregation: way in which the heads of `accurate` become one.
         orientation: directions of the axes of a network for volumes, in nibabel's letters, e.g. "RAS".
         spacing: mm per voxel that a network for volumes was trained at; None takes any.
         threshold: foreground is a score above it, for one class.

@@ -82,8 +82,19 @@ def add_uncertainty(bundle: Annotated[Path, BUNDLE]) -> None:
     typer.echo(f"{bundle}/head_std.onnx: {entry.bytes / 1e3:.1f} kB\nnext: unetpp verify {bundle}")
 
 
-def verify(bundle: Annotated[Path, BUNDLE]) -> None:
-    """Compare every level and precision with torch on the engines of this machine; exit 1 unless they agree."""
+def verify(
+    bundle: Annotated[Path, BUNDLE],
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="ONNX file that it was imported from, to be compared, too."
+        ),
+    ] = None,
+) -> None:
+    """Compare every level and precision with the network on the engines of this machine; exit 1 unless they agree.
+
+    The network of a checkpoint runs in torch, that of an imported bundle uncut on ONNX Runtime.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -106,68 +117,9 @@ def verify(bundle: Annotated[Path, BUNDLE]) -> None:
         update(advance=1)
 
     try:
-        with errors_as_lines(), progress("comparing with torch") as update:
+        with errors_as_lines(), progress("comparing with the network") as update:
             opened = read_bundle(bundle)
-            update(total=combinations(opened))
-            run(opened, add)
+            update(total=combinations(opened) + (len(opened.manifest.all_graphs) if source else 0))
+            run(opened, add, source)
     finally:
         console.print(table)
-
-
-def calibrate(
-    bundle: Annotated[Path, BUNDLE],
-    data: Annotated[Path, DATA],
-    split: Annotated[str, typer.Option(help="Split of index.csv to measure on.")] = "val",
-    held_out: Annotated[
-        bool, typer.Option("--held-out", help="Record as the held-out result, which decides nothing.")
-    ] = False,
-    precision: Annotated[
-        list[str] | None,
-        typer.Option(help="Measure only this one anew and keep the other rows; may be repeated."),
-    ] = None,
-) -> None:
-    """Measure IoU, Dice and latency of every level and precision, and recommend a level."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from export.calibrate import calibrate as run
-    from server.runtime.bundle import CalibrationRow, read_bundle
-
-    table = Table("graph", "precision", "engine", "IoU", "mean IoU", "Dice", "ms")
-    console = Console()
-
-    def add(r: CalibrationRow) -> None:
-        table.add_row(
-            r.graph,
-            r.precision,
-            r.engine,
-            f"{r.iou:.4f}",
-            f"{r.mean_iou:.4f}",
-            f"{r.dice:.4f}",
-            f"{r.latency_ms:.1f}",
-        )
-        update(description=f"measured {r.graph} at {r.precision} on {r.engine}")
-
-    def show(done: int, total: int) -> None:
-        update(completed=done, total=total)
-
-    try:
-        with errors_as_lines(), progress("measuring images") as update:
-            run(
-                read_bundle(bundle),
-                data,
-                split,
-                held_out=held_out,
-                precisions=precision or (),
-                advance=add,
-                on_progress=show,
-            )
-    finally:
-        # Printed even after an interruption, because measuring takes minutes.
-        if table.row_count:
-            console.print(table)
-    manifest = read_bundle(bundle).manifest
-    if manifest.calibration and not held_out:
-        typer.echo(
-            f"recommended: level {manifest.calibration.recommended.level}: {manifest.calibration.recommended.why}"
-        )

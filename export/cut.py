@@ -47,7 +47,7 @@ class Candidate:
 
     Attributes:
         name: tensor, e.g. of a node X^{0,j}.
-        column: j, counted from the concatenations above it; 0 where they are no triangular number.
+        column: j, counted from the concatenations above it; 0 where their count is not triangular.
         channels: channels of the tensor.
         stride: the input's size over the tensor's.
         cost: cost of the part above it.
@@ -195,7 +195,7 @@ def find_candidates(model: onnx.ModelProto, shapes: Shapes, size: Sequence[int])
 
 
 def column(model: onnx.ModelProto, name: str, shapes: Shapes, rank: int) -> int:
-    """The column j of the node X^{0,j} above a tensor, by the concatenations above it; 0 where they are no triangular number."""
+    """The column j of the node X^{0,j} above a tensor, by the concatenations above it; 0 where their count is not triangular."""
     above = sum(_joins_features(node, shapes, rank) for node in cut(model, [name]).graph.node)
     return TRIANGULAR.index(above) + 1 if above in TRIANGULAR else 0
 

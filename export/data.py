@@ -226,7 +226,7 @@ def _label_map(path: Path, image: Image | Volume, classes: int) -> UInt8[ndarray
     """Reads a label map on the grid of its image.
 
     Raises:
-        DataError: it is a colour picture, or has values that are no classes.
+        DataError: it is a colour picture, or has values other than the classes.
         UnetppError: it lies on another grid.
     """
     label = _decoded(path, labels=True)

@@ -1,5 +1,6 @@
 """Golden pairs: synthetic inputs and the scores of torch, against which every engine is checked."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from export.importing import HeadedGraph, open_session
 from export.tail import Tail
 from server.arrays import Scores, Tiles
 from server.runtime.bundle import ACCURATE, HEAD_STD, Preprocessing
+from server.runtime.golden import noise
 from server.segment.preprocess import normalization
 
 # Scores (N, K, *tile) of a graph by its name in the manifest.
@@ -23,6 +25,13 @@ Reference = Callable[[str, Tiles], Scores]
 CASES: dict[int, dict[str, tuple[int, ...]]] = {
     2: {"square": (1, 64, 64), "wide": (2, 32, 96)},
     3: {"cube": (1, 32, 32, 32), "long": (2, 16, 48, 16)},
+}
+
+# (tiles, *size) per dims, for comparisons; multiples of 32, the largest divisor, but one axis larger: instance normalisation
+# needs two values.
+SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
+    2: ((1, 32, 64), (3, 64, 96), (1, 256, 256)),
+    3: ((1, 32, 32, 64), (2, 32, 64, 32), (1, 64, 64, 64)),
 }
 
 # Discs or balls: probability that one begins at a pixel, and its radius.
@@ -64,6 +73,24 @@ def tiles_of(
     return Tiles.stack(parts)
 
 
+def check_inputs(channels: int, dims: int, kind: str, percentiles: tuple[float, float] | None) -> list[Tiles]:
+    """Returns synthetic cells and noise, normalised as the server does.
+
+    Args:
+        channels: channels of the inputs.
+        dims: 2 or 3.
+        kind: normalization of the manifest.
+        percentiles: percentiles of the manifest.
+    """
+    sizes = [(count, tuple(size)) for count, *size in SIZES[dims]]
+    cells = [[synthetic_cells(size, channels, seed) for seed in range(count)] for count, size in sizes]
+    random = [noise(count, channels, list(size)) for count, size in sizes[:2]]
+    if kind != "zscore":
+        # Between 0 and 1, because the ranges of int8 were set on images.
+        random = [dataclasses.replace(tiles, pixels=special.ndtr(tiles.pixels)) for tiles in random]
+    return [tiles_of(one, kind, percentiles) for one in cells] + random
+
+
 def torch_scores(graph: ServedGraph, tiles: Tiles) -> Scores:
     """Computes the scores in torch, in float32."""
     with torch.no_grad():
@@ -75,14 +102,14 @@ def torch_scores(graph: ServedGraph, tiles: Tiles) -> Scores:
 
 
 class OnnxReference:
-    """Scores of a network by its uncut graph on ONNX Runtime.
+    """Scores of a network by its uncut graph on ONNX Runtime; `heads` are its heads, shallowest first.
 
     Preprocessing, activation and mean are computed in NumPy: another way than the nodes of `export.tail`.
 
     Args:
         network: graph with all heads.
         levels: head of each level.
-        before: what the network was trained to see.
+        before: preprocessing that the network was trained with.
         after: activation and aggregation.
     """
 
@@ -91,7 +118,7 @@ class OnnxReference:
     ) -> None:
         self._session = open_session(network.model)
         self._strides = [network.stride(head) for head in levels.values()]
-        self._heads = [*levels.values()]
+        self.heads = [*levels.values()]
         self._levels = [*levels]
         self._before = before
         self._after = after
@@ -99,7 +126,7 @@ class OnnxReference:
     def __call__(self, graph: str, tiles: Tiles) -> Scores:
         """Computes the scores of a graph, (N, K, *tile) float32; of `head_std` (N, K + 1, *tile)."""
         feed = {self._session.get_inputs()[0].name: self._preprocess(tiles)}
-        outputs = self._session.run(self._heads, feed)
+        outputs = self._session.run(self.heads, feed)
         logits = [_enlarge(one, factor) for one, factor in zip(outputs, self._strides, strict=True)]
         scores = [self._activate(one) for one in logits]
         if graph not in (ACCURATE, HEAD_STD):
@@ -130,7 +157,7 @@ class OnnxReference:
         seen: Float32[ndarray, "N C *tile"] = values.astype(np.float32)
         return seen
 
-    def _activate(self, logits: Scores) -> Scores:
+    def _activate(self, logits: Float32[ndarray, "N heads *tile"]) -> Scores:
         after = self._after
         if after.activation == "softmax":
             return logits if after.applied else special.softmax(logits, axis=1)
@@ -140,7 +167,7 @@ class OnnxReference:
         return np.concatenate([1 - scores.max(axis=1, keepdims=True), scores], axis=1)
 
 
-def _enlarge(logits: Scores, factor: int) -> Scores:
+def _enlarge(logits: Float32[ndarray, "N heads *low"], factor: int) -> Float32[ndarray, "N heads *tile"]:
     """Interpolates linearly to a whole multiple of the size; pixels are areas (half-pixel centres)."""
     for axis in range(2, logits.ndim) if factor > 1 else ():
         last = logits.shape[axis] - 1

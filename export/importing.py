@@ -21,7 +21,7 @@ from export.onnx_file import FLOATS, OPSET, ImportRefused, float32, opset_of, re
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# A network with more exits than this is no UNet++ of the papers (nnU-Net's has five).
+# A network with more exits than this is not a UNet++ of the papers (nnU-Net's has five).
 MAX_LEVELS = 5
 
 # Pixels per axis of the run that tells shapes: a multiple of every divisor that a bundle may have, one axis longer.
@@ -219,7 +219,7 @@ def from_torch(module: "nn.Module", example: "Tensor", heads: Sequence[str] = ()
         heads: names of submodules whose outputs are the heads.
 
     Raises:
-        ImportRefused: a submodule does not exist, the module cannot be exported, or its outputs are no heads.
+        ImportRefused: a submodule does not exist, the module cannot be exported, or its outputs cannot be heads.
     """
     import torch
 

@@ -39,7 +39,7 @@ class Inspection:
     Attributes:
         network: graph with its own outputs.
         places: nodes, then outputs.
-        odd: outputs that are no maps of the input's size or a whole fraction of it.
+        odd: outputs that are not maps of scores per pixel.
     """
 
     network: HeadedGraph
@@ -85,7 +85,7 @@ def _of_input(name: str, model: onnx.ModelProto) -> tuple[int, int]:
     """Dims and channels of the network, by the rank of its input, and where that leaves the channels open by its first weights.
 
     Raises:
-        ImportRefused: the input is no image or volume.
+        ImportRefused: the input is neither image nor volume.
     """
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in weights]

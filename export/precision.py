@@ -28,12 +28,13 @@ CONVOLUTIONS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 
 @dataclass(frozen=True)
 class Source:
-    """What all precisions of a graph are made from.
+    """Ingredients that all precisions of a graph are made from.
 
     Attributes:
         network: graph with all heads and float32 weights.
         heads: those that are served.
-        before, after: what surrounds the network.
+        before: preprocessing.
+        after: activation and aggregation.
         tiles: tiles of images that set the ranges of int8 activations.
     """
 

@@ -12,7 +12,7 @@ import torch
 
 from export.card import Card, ExportError, Input
 from export.fit import check_fit
-from export.golden import CASES, OnnxReference, Reference, synthetic_cells, tiles_of, torch_scores
+from export.golden import OnnxReference, Reference, check_inputs, torch_scores
 from export.graph import ServedGraph, fold_batch_norm, level_networks, round_to_fp16
 from export.importing import HeadedGraph, from_torch, headed
 from export.onnx_file import read_onnx
@@ -22,8 +22,8 @@ from model import checkpoint
 from model.network import UNetPlusPlus
 from server.runtime.bundle import ACCURATE, HEAD_STD, NETWORK, WEIGHTS, Bundle, Preprocessing
 
-# Largest difference of a score for which weights are stored in float16.
-FLOAT16_MAX_ABS = 1e-4
+# Largest difference of a score for which weights are stored in float16: below what `unetpp verify` allows.
+FLOAT16_MAX_ABS = 8e-5
 
 # Layers that look at all of a tile, so that its padding changes its scores.
 TILE_STATISTICS = {
@@ -38,7 +38,7 @@ class Producer:
     Attributes:
         network: graph with all heads, its weights as the weights file holds them.
         levels: head of each level, shallowest first.
-        before: what the network was trained to see.
+        before: preprocessing that the network was trained with.
         after: activation and aggregation.
         normalization: statistics of the whole image; a field of the manifest.
         percentiles: those of the normalization "percentile".
@@ -122,7 +122,7 @@ def from_heads(network: HeadedGraph, card: Card) -> Producer:
 
 
 def level_numbers(network: HeadedGraph) -> list[int]:
-    """The level of each head: the column j of its node X^{0,j}; heads of a network that is no UNet++ are counted."""
+    """The level of each head: the column j of its node X^{0,j}; heads of any other network are counted."""
     columns = [network.column(head) for head in network.heads]
     if 0 in columns or len(set(columns)) < len(columns):
         return [*range(1, len(columns) + 1)]
@@ -137,11 +137,8 @@ def _rounded_if_equal(
         return None
     half = HeadedGraph(rounded(network.model), network.dims, network.channels)
     answers = [OnnxReference(one, levels, seen.preprocessing(), after) for one in (network, half)]
-    for count, *size in CASES[network.dims].values():
-        # The largest divisor at least.
-        fitting = tuple(max(side, 32) for side in size)
-        cells = [synthetic_cells(fitting, network.channels, seed) for seed in range(count)]
-        tiles = tiles_of(cells, seen.normalization, seen.percentiles)
+    # Those of `unetpp verify`, which compares with the file that was imported.
+    for tiles in check_inputs(network.channels, network.dims, seen.normalization, seen.percentiles):
         for level in levels:
             exact, near = (answer(f"L{level}", tiles) for answer in answers)
             if not np.abs(exact - near).max() <= FLOAT16_MAX_ABS:

@@ -39,7 +39,7 @@ class Finding:
     """A sentence for the person who wrote the card.
 
     Attributes:
-        text: what was seen, and the likely reason.
+        text: observation and likely reason.
         warning: whether the bundle is likely wrong.
     """
 

@@ -29,11 +29,11 @@ Aggregation = Literal["mean-probability", "mean-logit", "last"]
 
 @dataclass(frozen=True)
 class Tail:
-    """What follows the heads.
+    """Operations that follow the heads.
 
     Attributes:
-        activation: of a head's logits; "sigmoid-per-class" makes a background of several sigmoid classes.
-        aggregation: how the heads of `accurate` become one: mean of probabilities, mean of logits, or the deepest alone.
+        activation: function of a head's logits; "sigmoid-per-class" makes a background of several sigmoid classes.
+        aggregation: way in which the heads of `accurate` become one: mean of probabilities, mean of logits, or the deepest alone.
         applied: whether the network's own graph ends in the activation.
     """
 
@@ -63,6 +63,10 @@ class _Writer:
         self.constants.append(numpy_helper.from_array(np.array(values, dtype), name))
         return name
 
+    def slice_channel(self, value: str, index: int) -> str:
+        """Adds a node that takes one channel."""
+        return self.add("Slice", value, *(self.constant([one], np.int64) for one in (index, index + 1, 1)))
+
     def per_channel(self, values: Sequence[float]) -> str:
         """Adds a constant (1, C, 1, 1[, 1])."""
         return self.constant(np.reshape(values, (1, -1, *(1,) * self.dims)))
@@ -82,7 +86,7 @@ def serve(
     Args:
         network: graph with all heads.
         heads: those that are served, shallowest first: one for a level, all for `accurate`.
-        before: what the network was trained to see.
+        before: preprocessing that the network was trained with.
         after: activation and aggregation.
         half: whether the network computes in float16; all else stays in float32.
         head_std: whether the standard deviation over the heads of the foreground probability follows as a last channel.
@@ -138,7 +142,9 @@ def _preprocess(write: _Writer, before: Preprocessing) -> str:
     if before.clip:
         value = write.add("Clip", value, *(write.constant(bound) for bound in before.clip))
     if before.channel_order:
-        value = write.add("Gather", value, write.constant(before.channel_order, np.int64), axis=1)
+        # Not Gather: OpenVINO 2026.4 folds it into the first convolution, and there by the inverse of the order.
+        channels = [write.slice_channel(value, index) for index in before.channel_order]
+        value = write.add("Concat", *channels, axis=1)
     if before.mean:
         value = write.add("Sub", value, write.per_channel(before.mean))
     if before.std:
@@ -181,9 +187,7 @@ def _mean(write: _Writer, values: list[str]) -> str:
 
 def _head_std(write: _Writer, scores: list[str]) -> str:
     """Computes the standard deviation over the heads of the first channel: background deviates as foreground does."""
-    first = [
-        write.add("Slice", score, *(write.constant([one], np.int64) for one in (0, 1, 1))) for score in scores
-    ]
+    first = [write.slice_channel(score, 0) for score in scores]
     mean = _mean(write, first)
     squares = []
     for one in first:

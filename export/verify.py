@@ -1,33 +1,27 @@
 """Proof that a bundle computes what its network computes: on the server's own engines, per level and precision."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from scipy import special
 
 from export.cut import cut
-from export.golden import synthetic_cells, tiles_of
-from export.onnx_file import DOMAINS, messages
+from export.golden import OnnxReference, check_inputs
+from export.importing import headed
+from export.onnx_file import DOMAINS, messages, read_onnx
 from export.producer import Producer, from_bundle
 from export.weights import network_name, parameters
 from server.arrays import Scores, Tiles
-from server.runtime.bundle import GRAPH_PRECISIONS, HEAD_STD, NETWORK, WEIGHTS, Bundle, Manifest
+from server.runtime.bundle import GRAPH_PRECISIONS, HEAD_STD, NETWORK, WEIGHTS, Bundle
 from server.runtime.engines import ENGINES
-from server.runtime.golden import head_std_pairs, noise, read_pairs
+from server.runtime.golden import head_std_pairs, read_pairs
 
 # fp32 must equal the network except for rounding; the others must give the same class for nearly every pixel.
 FP32_MAX_ABS = 1e-4
 MIN_AGREEMENT = {"bf16": 0.98, "fp16": 0.995, "int8": 0.97}
-
-# (tiles, *size) per dims; multiples of 32, the largest divisor, but one axis larger: instance normalisation
-# needs two values.
-SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
-    2: ((1, 32, 64), (3, 64, 96), (1, 256, 256)),
-    3: ((1, 32, 32, 64), (2, 32, 64, 32), (1, 64, 64, 64)),
-}
 
 
 class VerifyError(ValueError):
@@ -60,7 +54,11 @@ class Verdict:
         return self.agreement >= MIN_AGREEMENT[self.precision]
 
 
-def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: None) -> list[Verdict]:
+def verify(
+    bundle: Bundle,
+    advance: Callable[[Verdict], None] = lambda verdict: None,
+    source: Path | None = None,
+) -> list[Verdict]:
     """Compares every graph at every precision on every installed CPU engine with the network.
 
     Of our own networks that is torch on the weights, of others the uncut graph on ONNX Runtime.
@@ -70,8 +68,10 @@ def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: 
     Args:
         bundle: bundle to verify.
         advance: callback with each verdict.
+        source: ONNX file that the bundle was imported from, to be compared, too; under its name as engine.
 
     Raises:
+        ImportRefused: the source cannot be read.
         VerifyError: names every graph that differs, holds nodes of other levels or foreign parts, or has a
             wrong golden pair.
     """
@@ -80,6 +80,8 @@ def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: 
     if wrong:
         raise VerifyError("the bundle must not be served:\n  " + "\n  ".join(wrong))
     producer = from_bundle(bundle)
+    theirs = _source_reference(source, producer) if source else None
+    fixed = check_inputs(len(manifest.channels), manifest.dims, manifest.normalization, manifest.percentiles)
     verdicts = []
     known = [*read_pairs(bundle.golden)]
     for name in [graph.name for graph in manifest.all_graphs]:
@@ -89,23 +91,23 @@ def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: 
             if name == HEAD_STD
             else [(tiles, scores) for g, tiles, scores in known if g == name]
         )
-        inputs = _inputs(manifest) + [tiles for tiles, _ in golden]
+        inputs = [*fixed, *(tiles for tiles, _ in golden)]
         expected = [producer.reference(name, tiles) for tiles in inputs]
         if (
             not golden
             or largest_difference([scores for _, scores in golden], expected[-len(golden) :]) > FP32_MAX_ABS
         ):
             wrong.append(f"{bundle.golden.name}: the scores of {name} are not those of the weights")
-        for engine, precision in _runnable_at(bundle, name):
-            answers = _answers(bundle, name, engine, precision, inputs)
-            difference = largest_difference(answers, expected)
+        for engine, precision, answers in _compared(bundle, producer, name, inputs, source, theirs):
             k = manifest.score_channels
-            same = agreement(
-                [scores[:, :k] for scores in answers],
-                [scores[:, :k] for scores in expected],
-                manifest.threshold,
+            mine, network = ([scores[:, :k] for scores in some] for some in (answers, expected))
+            verdict = Verdict(
+                name,
+                precision,
+                engine,
+                largest_difference(answers, expected),
+                agreement(mine, network, manifest.threshold),
             )
-            verdict = Verdict(name, precision, engine, difference, same)
             verdicts.append(verdict)
             advance(verdict)
     wrong += [
@@ -116,6 +118,21 @@ def verify(bundle: Bundle, advance: Callable[[Verdict], None] = lambda verdict: 
     if wrong:
         raise VerifyError("the bundle does not answer as its network does:\n  " + "\n  ".join(wrong))
     return verdicts
+
+
+def _compared(
+    bundle: Bundle,
+    producer: Producer,
+    name: str,
+    inputs: list[Tiles],
+    source: Path | None,
+    theirs: OnnxReference | None,
+) -> Iterator[tuple[str, str, list[Scores]]]:
+    """Yields engine, precision and scores of all that is compared with the network at one graph."""
+    for engine, precision in _runnable_at(bundle, name):
+        yield engine, precision, _answers(bundle, name, engine, precision, inputs)
+    if theirs and source and {*producer.heads(name)} <= {*theirs.heads}:
+        yield source.name, "fp32", [theirs(name, tiles) for tiles in inputs]
 
 
 def runnable(bundle: Bundle) -> list[tuple[str, str]]:
@@ -159,6 +176,23 @@ def agreement(answers: list[Scores], expected: list[Scores], threshold: float) -
         same += int(equal.sum())
         total += equal.size
     return same / total
+
+
+def _source_reference(source: Path, producer: Producer) -> OnnxReference:
+    """The scores of a person's own file, of those heads that it has: others were added to the bundle later.
+
+    Raises:
+        VerifyError: it has none of them.
+    """
+    model = read_onnx(source)
+    made = {name for node in model.graph.node for name in node.output}
+    levels = {level: head for level, head in producer.levels.items() if head in made}
+    if not levels:
+        heads = ", ".join(producer.levels.values())
+        raise VerifyError(f"{source.name}: has no tensor of {heads[:100]}; was the bundle imported from it?")
+    network = producer.network
+    theirs = headed(model, network.dims, network.channels, [*levels.values()], source.name)
+    return OnnxReference(theirs, levels, producer.before, producer.after)
 
 
 def wrong_nodes(bundle: Bundle, name: str, producer: Producer) -> list[str]:
@@ -218,15 +252,3 @@ def _answers(bundle: Bundle, name: str, engine: str, precision: str, inputs: lis
         return [opened.run(tiles) for tiles in inputs]
     except Exception as error:  # every engine raises its own
         raise VerifyError(f"{name} at {precision} on {engine}: cannot run ({error})") from error
-
-
-def _inputs(manifest: Manifest) -> list[Tiles]:
-    """Synthetic cells and noise, as the server would normalise them."""
-    channels = len(manifest.channels)
-    sizes = [(count, tuple(size)) for count, *size in SIZES[manifest.dims]]
-    cells = [[synthetic_cells(size, channels, seed) for seed in range(count)] for count, size in sizes]
-    random = [noise(count, channels, list(size)) for count, size in sizes[:2]]
-    if manifest.normalization != "zscore":
-        # Between 0 and 1, because the ranges of int8 were set on images.
-        random = [replace(tiles, pixels=special.ndtr(tiles.pixels)) for tiles in random]
-    return [tiles_of(one, manifest.normalization, manifest.percentiles) for one in cells] + random

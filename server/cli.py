@@ -166,23 +166,39 @@ def models(
     for folder in find_bundles(read_settings(bundles).bundles):
         manifest = read_bundle(folder).manifest
         table = Table("graph", "parameters", "kMAC/pixel", title=f"{manifest.name}: {manifest.title}")
-        for heading in ("precision", "engine", "IoU", "mean IoU", "Dice", "ms"):
+        headings, measured = _measured(manifest)
+        for heading in ("precision", "engine", *headings, "ms"):
             table.add_column(heading)
-        measured = manifest.calibration.rows if manifest.calibration else ()
         for graph in manifest.graphs:
-            rows = [row for row in measured if row.graph == graph.name]
+            rows = [cells for name, *cells in measured if name == graph.name]
             facts = (graph.name, f"{graph.parameters:,}", f"{graph.macs_per_pixel / 1e3:.0f}")
-            for row in rows:
-                scores = (f"{row.iou:.4f}", f"{row.mean_iou:.4f}", f"{row.dice:.4f}", f"{row.latency_ms:.1f}")
-                table.add_row(*facts, row.precision, row.engine, *scores)
+            for cells in rows:
+                table.add_row(*facts, *cells)
                 facts = ("", "", "")
             if not rows:
                 table.add_row(*facts, "-", "-", "not calibrated")
         Console().print(table)
-        if manifest.calibration:
-            c = manifest.calibration
-            typer.echo(f"measured on {c.images} images of {c.data}, {c.machine}")
+        if c := manifest.calibration or manifest.agreement:
+            labels = "" if manifest.calibration else " without labels"
+            typer.echo(f"measured on {c.images} images of {c.data}{labels}, {c.machine}")
             typer.echo(f"recommended for mode=fast: level {c.recommended.level} ({c.recommended.why})")
+
+
+def _measured(manifest: Any) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings of the scores in a manifest, and its rows: graph, precision, engine, scores, milliseconds."""
+    scores: list[tuple[Any, tuple[float, ...]]] = []
+    if manifest.agreement and not manifest.calibration:
+        # Never under the heading IoU, because the deepest level is not a reference.
+        headings: tuple[str, ...] = (f"agreement with {manifest.agreement.deepest}",)
+        scores = [(row, (row.agreement,)) for row in manifest.agreement.rows]
+    else:
+        headings = ("IoU", "mean IoU", "Dice")
+        rows = manifest.calibration.rows if manifest.calibration else ()
+        scores = [(row, (row.iou, row.mean_iou, row.dice)) for row in rows]
+    return headings, [
+        (row.graph, row.precision, row.engine, *(f"{value:.4f}" for value in values), f"{row.latency_ms:.1f}")
+        for row, values in scores
+    ]
 
 
 @app.command()

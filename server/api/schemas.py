@@ -6,7 +6,8 @@ from typing import Literal, overload
 from pydantic import BaseModel, ConfigDict
 
 from server.jobs.active import JobStatus
-from server.runtime.bundle import HEAD_STD, Calibration, Class, Comparison, Graph, Manifest, Measured
+from server.runtime.bundle import HEAD_STD, Class, Comparison, Graph, Manifest
+from server.runtime.calibration import Agreement, Calibration, Measured
 from server.runtime.deployment import Deployment
 
 
@@ -47,6 +48,7 @@ class ModelCard(ModelSummary):
     classes: tuple[Class, ...]
     graphs: tuple[Graph, ...]
     calibration: Calibration | None
+    agreement: Agreement | None
     held_out: Measured | None
     comparison: tuple[Comparison, ...]
     serving: tuple[Serving, ...]
@@ -155,6 +157,7 @@ def card(deployment: Deployment, default: str) -> ModelCard:
         classes=manifest.classes,
         graphs=manifest.graphs,
         calibration=manifest.calibration,
+        agreement=manifest.agreement,
         held_out=manifest.held_out,
         comparison=manifest.comparison,
         serving=serving,

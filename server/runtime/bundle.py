@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from server.errors import BundleDamaged
+from server.runtime.calibration import Agreement, Calibration, Measured, Part
 
 FORMAT: Literal["unetpp.bundle/1"] = "unetpp.bundle/1"
 MANIFEST = "manifest.json"
@@ -28,18 +29,14 @@ GRAPH_PRECISIONS = {"fp32": "fp32", "bf16": "fp32", "fp16": "fp16", "int8": "int
 MEMORY_ADDRESS = b"_ORT_MEM_ADDR_"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FileEntry(_Part):
+class FileEntry(Part):
     """Size and hash of one file of the bundle."""
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     bytes: int = Field(ge=0)
 
 
-class Class(_Part):
+class Class(Part):
     """One foreground class: its value in the mask, name and colour."""
 
     value: int = Field(ge=1, le=255)
@@ -47,15 +44,15 @@ class Class(_Part):
     color: str = Field(pattern=r"^#[0-9a-f]{6}$")
 
 
-class Window(_Part):
+class Window(Part):
     """Largest tile of one graph run, and the least share by which neighbouring windows overlap."""
 
     size: tuple[int, ...]
     overlap: float = Field(ge=0, le=0.75)
 
 
-class Preprocessing(_Part):
-    """What the graphs do to an image after its statistics are removed, in this order.
+class Preprocessing(Part):
+    """Operations of the graphs on an image after its statistics are removed, in this order.
 
     Attributes:
         clip: lowest and highest value.
@@ -70,7 +67,7 @@ class Preprocessing(_Part):
     std: tuple[float, ...] = ()
 
 
-class Graph(_Part):
+class Graph(Part):
     """One level, or the averaged network, with or without the spread of its heads.
 
     Attributes:
@@ -90,60 +87,7 @@ class Graph(_Part):
     files: dict[Literal["fp32", "fp16", "int8"], str]
 
 
-class CalibrationRow(_Part):
-    """One measured point: a graph at a precision on an engine.
-
-    Attributes:
-        graph: name of the graph.
-        precision: fp32, bf16, fp16 or int8.
-        engine: engine that produced the scores and the time.
-        iou: foreground IoU per image, averaged over images (and classes); both empty counts 1.
-        mean_iou: IoU per image, averaged over images and classes with the background, as in the paper.
-        dice: foreground Dice per image, averaged.
-        class_dice: Dice per class, averaged over images, in the order of the manifest's classes.
-        latency_ms: median milliseconds of one run of a 256 x 256 tile (64^3 for volumes), batch 1.
-    """
-
-    graph: str
-    precision: Literal["fp32", "bf16", "fp16", "int8"]
-    engine: str
-    iou: float = Field(ge=0, le=1)
-    mean_iou: float = Field(ge=0, le=1)
-    dice: float = Field(ge=0, le=1)
-    class_dice: tuple[float, ...] = ()
-    latency_ms: float = Field(gt=0)
-
-
-class Recommended(_Part):
-    """Level served for `mode=fast` without a level, the precision it was judged at, and why."""
-
-    level: int
-    precision: str
-    why: str
-
-
-class Measured(_Part):
-    """Measured points, with the data and the machine that they were measured on."""
-
-    data: str
-    images: int
-    machine: str
-    rows: tuple[CalibrationRow, ...]
-
-    def row(self, graph: str, precision: str, engine: str | None = None) -> CalibrationRow | None:
-        """The point measured on the engine, else the one with the lowest IoU on any, so that decisions are safe; or None."""
-        rows = [r for r in self.rows if (r.graph, r.precision) == (graph, precision)]
-        own = [r for r in rows if r.engine == engine]
-        return min(own or rows, key=lambda r: r.iou, default=None)
-
-
-class Calibration(Measured):
-    """Measurements that decisions rest on: the recommended level, and which precisions `auto` may pick."""
-
-    recommended: Recommended
-
-
-class Comparison(_Part):
+class Comparison(Part):
     """Another network trained the same way and measured on the held-out data, e.g. a U-Net."""
 
     network: str
@@ -153,7 +97,7 @@ class Comparison(_Part):
     dice: float
 
 
-class Manifest(_Part):
+class Manifest(Part):
     """Properties of the network; operators' choices live in settings, the caller's in the request.
 
     Attributes:
@@ -162,12 +106,14 @@ class Manifest(_Part):
         normalization: statistics of the whole image, which the server gives to the graphs. "zscore": mean and standard
             deviation per channel; "percentile": the two `percentiles` become 0 and 1; "unit": the largest value of
             the data type becomes 1; "none": raw values.
-        activation: what makes scores of a head's output; "sigmoid-per-class" has several classes, and a background that is
+        activation: function that makes scores of a head's output; "sigmoid-per-class" has several classes, and a background that is
             as likely as the best of them is not.
         activation_included: whether `network.onnx` ends in it.
         head_std: `accurate` with one channel more: the standard deviation over the heads of the foreground
             probability. None where there is one head, or the bundle was exported by a version that had no
             such graph.
+        calibration: measured on labels.
+        agreement: measured without labels, and used where there is no calibration.
         norm: layers of the network that normalise. "instance" looks at all of a tile, whose scores change
             with its padding.
     """
@@ -193,6 +139,7 @@ class Manifest(_Part):
     graphs: tuple[Graph, ...] = Field(min_length=1)
     head_std: Graph | None = None
     calibration: Calibration | None = None
+    agreement: Agreement | None = None
     held_out: Measured | None = None
     comparison: tuple[Comparison, ...] = ()
     intended_use: str
@@ -226,7 +173,7 @@ class Manifest(_Part):
             raise ValueError("window.size must be a multiple of every graph's divisor")
         if "fp32" not in set.intersection(*(set(graph.files) for graph in self.graphs)):
             raise ValueError("every graph needs an fp32 file")
-        if self.calibration and self.calibration.recommended.level not in self.levels:
+        if self.recommended_level not in self.levels:
             raise ValueError("the recommended level does not exist")
         return self
 
@@ -285,8 +232,9 @@ class Manifest(_Part):
 
     @property
     def recommended_level(self) -> int:
-        """The calibrated recommendation, else the deepest level."""
-        return self.calibration.recommended.level if self.calibration else self.levels[-1]
+        """The recommendation of the calibration, else of the agreement, else the deepest level."""
+        measured = self.calibration or self.agreement
+        return measured.recommended.level if measured else self.levels[-1]
 
     @property
     def graph_precisions(self) -> tuple[str, ...]:

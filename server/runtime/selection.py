@@ -2,7 +2,8 @@
 
 1. A GPU that this installation can use is preferred to the processor; `settings.provider` names another.
 2. A precision is enabled for a graph if its calibrated IoU is within `IOU_TOLERANCE` of fp32. int8 needs a
-    calibration.
+    calibration. Without labels it is enough that its mask agrees with that of fp32 so well that no label
+    could tell more of a difference.
 3. Of several engines that offer an enabled precision, the faster one in the stored tuning serves it; without
    a tuning the first in `ENGINE_ORDER`.
 4. `auto` is the precision that the settings name; else the fastest calibrated one in the stored tuning; else
@@ -82,11 +83,16 @@ class Selection:
 def within_tolerance(
     manifest: Manifest, graph: str, precision: str, engine: str | None = None
 ) -> bool | None:
-    """Whether the calibrated IoU is within the tolerance of fp32; None where it was not measured."""
+    """Whether the IoU is within the tolerance of fp32; None where that is not known."""
     calibration = manifest.calibration
     row = calibration.row(graph, precision, engine) if calibration else None
     reference = calibration.row(graph, "fp32") if calibration else None
-    return row.iou >= reference.iou - IOU_TOLERANCE if row and reference else None
+    if row and reference:
+        return row.iou >= reference.iou - IOU_TOLERANCE
+    compared = manifest.agreement.row(graph, precision, engine) if manifest.agreement else None
+    # 1 - IoU obeys the triangle inequality (it is the Jaccard distance): against any labels the loss is not larger
+    # than 1 - agreement. Less agreement may lose nothing, so that it decides nothing.
+    return True if compared and compared.fp32_agreement >= 1 - IOU_TOLERANCE else None
 
 
 def is_enabled(manifest: Manifest, graph: str, precision: str, engine: str | None = None) -> bool:

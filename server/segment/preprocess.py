@@ -229,7 +229,7 @@ def with_channels(pixels: Shaped[ndarray, "*size have"], channels: int) -> Shape
 def normalization(
     pixels: Shaped[ndarray, "*size C"], kind: str, percentiles: tuple[float, float] | None = None
 ) -> tuple[Float64[ndarray, " C"], Float64[ndarray, " C"]]:
-    """What is subtracted from each channel and what it is multiplied with then, of the whole input.
+    """Returns the value that is subtracted from each channel, and the one that it is multiplied with then, of the whole input.
 
     Args:
         pixels: decoded input.

@@ -7,28 +7,30 @@ const millions = (number) => (number >= 1e6 ? `${(number / 1e6).toFixed(2)} M` :
 export function cardNodes(card) {
   const row = (term, text) => (text ? [h("dt", {}, term), h("dd", {}, text)] : []);
   const pairs = (object) => Object.entries(object).map(([name, text]) => `${name}: ${text}`).join(" · ");
-  const { calibration } = card;
+  const measured = card.calibration ?? card.agreement;
   return [
     h("p", {}, card.description), ...(card.intended_use ? [h("p", { className: "note" }, card.intended_use)] : []), levelTable(card),
     h("dl", {},
       ...row("input", `${card.dims}D, ${card.channels.join(", ")}${card.spacing ? `, ${card.spacing.join(" × ")} mm` : ""}`),
-      ...row("measured on", calibration && `${calibration.data}, ${calibration.images} inputs; ${calibration.machine}`),
+      ...row("measured on", measured && `${measured.data}, ${measured.images} inputs${card.calibration ? "" : " without labels"}; ${measured.machine}`),
       ...row("recommended", `L${card.recommended_level}`), ...row("licence", pairs(card.license)), ...row("provenance", pairs(card.provenance))),
   ];
 }
 
-function levelTable({ graphs, calibration, serving }) {
+/** Without labels the column is the agreement with the deepest level, which is not a quality. */
+function levelTable({ graphs, calibration, agreement, serving }) {
+  const table = calibration ?? agreement;
   const rows = graphs.map((graph) => {
     const served = serving.find((row) => row.graph === graph.name && row.auto);
-    const calibrated = calibration?.rows.filter((row) => row.graph === graph.name) ?? [];
+    const calibrated = table?.rows.filter((row) => row.graph === graph.name) ?? [];
     const measured = calibrated.find((row) => row.precision === served?.precision && row.engine === served?.engine)
       ?? calibrated.find((row) => row.precision === "fp32");
     return [
       levelName(graph.name === "accurate" ? "accurate" : graph.level), millions(graph.parameters), millions(graph.macs_per_pixel),
-      measured?.iou.toFixed(3) ?? "–", measured ? formatDuration(measured.latency_ms) : "–", served?.precision ?? "–",
+      (measured?.iou ?? measured?.agreement)?.toFixed(3) ?? "–", measured ? formatDuration(measured.latency_ms) : "–", served?.precision ?? "–",
     ];
   });
-  const head = ["level", "params", "MACs/px", "IoU", "time", ""];
+  const head = ["level", "params", "MACs/px", calibration || !agreement ? "IoU" : `agreement with ${agreement.deepest}`, "time", ""];
   return h("div", { className: "wide" }, h("table", {},
     h("thead", {}, h("tr", {}, ...head.map((text) => h("th", { scope: "col" }, text)))),
     h("tbody", {}, ...rows.map(([name, ...cells]) => h("tr", {}, h("th", { scope: "row" }, name), ...cells.map((cell) => h("td", {}, cell)))))));

@@ -11,7 +11,8 @@ from export import calibrate as calibrate_module
 from export.calibrate import calibrate, mean_overlap, recommend
 from export.verify import runnable
 from model.reading import DataError
-from server.runtime.bundle import CalibrationRow, Measured, read_bundle
+from server.runtime.bundle import read_bundle
+from server.runtime.calibration import CalibrationRow, Measured
 
 
 @pytest.fixture(autouse=True)
@@ -158,11 +159,11 @@ def test_bad_data_leaves_the_manifest_alone(small_bundle, discs, tmp_path):
 
 @pytest.mark.parametrize(("mask", "truth", "values", "expected"), [
     # Foreground: 1 of 3 pixels; background: 1 of 3; Dice 2 * 1 / 4.
-    ([1, 1, 0, 0], [0, 1, 1, 0], [1], [1 / 3, 1 / 3, 1 / 2, 1 / 2]),
+    ([1, 1, 0, 0], [0, 1, 1, 0], [1], [1 / 3, 1 / 3, 1 / 2, 1 / 2, 1 / 3]),
     # Both empty counts one.
-    ([0, 0], [0, 0], [1], [1, 1, 1, 1]), ([1, 1], [0, 0], [1], [0, 0, 0, 0]), ([1, 1], [1, 1], [1], [1, 1, 1, 1]),
+    ([0, 0], [0, 0], [1], [1] * 5), ([1, 1], [0, 0], [1], [0] * 5), ([1, 1], [1, 1], [1], [1] * 5),
     # IoU of class 1: 1/2, of class 2: 1/2, of class 3, in neither: 1; background 1.
-    ([1, 1, 2, 0], [1, 2, 2, 0], [1, 2, 3], [2 / 3, 3 / 4, (2 / 3 + 2 / 3 + 1) / 3, 2 / 3, 2 / 3, 1]),
+    ([1, 1, 2, 0], [1, 2, 2, 0], [1, 2, 3], [2 / 3, 3 / 4, (2 / 3 + 2 / 3 + 1) / 3, 2 / 3, 2 / 3, 1, 1 / 2, 1 / 2, 1]),
 ])  # fmt: skip
 def test_mean_overlap_by_hand(mask, truth, values, expected):
     assert mean_overlap(np.array([mask], np.uint8), np.array([truth], np.uint8), values) == pytest.approx(
@@ -217,4 +218,5 @@ def test_volumes_of_several_classes_have_a_dice_for_each(volume_kept, balls, tmp
     for row in measured.rows:
         assert len(row.class_dice) == 2
         assert row.dice == pytest.approx(np.mean(row.class_dice), abs=1e-4)
+        assert row.iou == pytest.approx(np.mean(row.class_iou), abs=1e-4)
     assert read_bundle(folder).manifest.calibration.rows == measured.rows

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from export import calibrate as calibrate_module
 from export import cli as export_cli
-from export import pack
+from export import cli_calibrate, pack
 from export import verify as verify_module
 from export.pack import write_manifest
 from server.cli import app
@@ -143,7 +143,8 @@ def test_progress_bars_end_at_their_total(small_checkpoint, small_bundle, discs,
         bars.append(bar.tasks[0])
         yield functools.partial(bar.update, task)
 
-    monkeypatch.setattr(export_cli, "progress", progress)
+    for module in (export_cli, cli_calibrate):
+        monkeypatch.setattr(module, "progress", progress)
     passed("export", small_checkpoint, "--card", CARD, "--out", tmp_path / "out", "--data", discs)
     passed("verify", small_bundle.folder)
     passed("calibrate", small_bundle.folder, "--data", discs)
