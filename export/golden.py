@@ -117,7 +117,7 @@ class OnnxReference:
         self, network: HeadedGraph, levels: dict[int, str], before: Preprocessing, after: Tail
     ) -> None:
         self._session = open_session(network.model)
-        self._strides = [network.stride(head) for head in levels.values()]
+        self._strides = [network.strides(head) for head in levels.values()]
         self.heads = [*levels.values()]
         self._levels = [*levels]
         self._before = before
@@ -127,7 +127,7 @@ class OnnxReference:
         """Computes the scores of a graph, (N, K, *tile) float32; of `head_std` (N, K + 1, *tile)."""
         feed = {self._session.get_inputs()[0].name: self._preprocess(tiles)}
         outputs = self._session.run(self.heads, feed)
-        logits = [_enlarge(one, factor) for one, factor in zip(outputs, self._strides, strict=True)]
+        logits = [_enlarge(one, factors) for one, factors in zip(outputs, self._strides, strict=True)]
         scores = [self._activate(one) for one in logits]
         if graph not in (ACCURATE, HEAD_STD):
             return scores[self._levels.index(int(graph.removeprefix("L")))]
@@ -167,9 +167,13 @@ class OnnxReference:
         return np.concatenate([1 - scores.max(axis=1, keepdims=True), scores], axis=1)
 
 
-def _enlarge(logits: Float32[ndarray, "N heads *low"], factor: int) -> Float32[ndarray, "N heads *tile"]:
+def _enlarge(
+    logits: Float32[ndarray, "N heads *low"], factors: Sequence[int]
+) -> Float32[ndarray, "N heads *tile"]:
     """Interpolates linearly to a whole multiple of the size; pixels are areas (half-pixel centres)."""
-    for axis in range(2, logits.ndim) if factor > 1 else ():
+    for axis, factor in enumerate(factors, start=2):
+        if factor == 1:
+            continue
         last = logits.shape[axis] - 1
         place = np.clip((np.arange((last + 1) * factor) + 0.5) / factor - 0.5, 0, last)
         low = np.floor(place).astype(int)
