@@ -163,6 +163,8 @@ def _print_inspection(model: Path) -> None:
         "tensor", "what", "node", "channels", "stride", "MACs", "parameters",
         title=f"{model.name}: {dims}D, {channels} channel{'s' if channels > 1 else ''}, opset {found.network.opset}",
     )  # fmt: skip
+    # Whole names, because --heads takes them.
+    table.columns[0].overflow = "fold"
     for place in found.places:
         node = f"X^{{0,{place.column}}}" if place.column else "–"
         table.add_row(

@@ -5,7 +5,7 @@ Cutting is dead-code elimination: the nodes that remain are the same nodes, so t
 """
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -210,11 +210,16 @@ def column(model: onnx.ModelProto, name: str, shapes: Shapes, rank: int) -> int:
 
 
 def _joins(model: onnx.ModelProto, shapes: Shapes, rank: int) -> list[onnx.NodeProto]:
-    """The nodes that concatenate feature maps along their channels; one for a chain that adds map after map."""
-    joins = [node for node in model.graph.node if _joins_features(node, shapes, rank)]
-    reads = Counter(name for node in model.graph.node for name in node.input)
-    inner = {name for node in joins for name in node.input if reads[name] == 1}
-    return [node for node in joins if node.output[0] not in inner]
+    """Returns the nodes that concatenate feature maps along their channels; several that follow each other count as the last."""
+    every = [node for node in model.graph.node if _joins_features(node, shapes, rank)]
+    names = {node.output[0] for node in every}
+    readers: dict[str, list[str]] = defaultdict(list)
+    for node in model.graph.node:
+        for name in names.intersection(node.input):
+            readers[name].append(node.output[0])
+    return [
+        node for node in every if not readers[node.output[0]] or not names.issuperset(readers[node.output[0]])
+    ]
 
 
 def _joins_features(node: onnx.NodeProto, shapes: Shapes, rank: int) -> bool:

@@ -157,7 +157,7 @@ def _check_input(name: str, model: onnx.ModelProto, dims: int, channels: int) ->
         )
         raise ImportRefused(
             f"{name}: its input has fixed sizes {' × '.join(str(one or '?') for one in fixed)}; make them dynamic: "
-            f'torch.onnx.export(…, dynamic_axes={{"{inputs[0].name}": {{{axes}}}}}), with dynamo=False'
+            f'torch.onnx.export(…, input_names=["image"], dynamic_axes={{"image": {{{axes}}}}}, dynamo=False)'
         )
 
 

@@ -5,9 +5,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import UInt8
 from numpy import ndarray
 
 from export.calibrate import mean_overlap
@@ -47,6 +48,14 @@ class Finding:
     warning: bool = True
 
 
+class Range(NamedTuple):
+    """Lowest and highest score, and the largest distance of one from 0 and 1."""
+
+    low: float
+    high: float
+    between: float
+
+
 def check(bundle: Bundle, items: Sequence[Picture | Labelled]) -> list[Finding]:
     """Runs every level at fp32 on some images and tells what cannot be right.
 
@@ -58,8 +67,10 @@ def check(bundle: Bundle, items: Sequence[Picture | Labelled]) -> list[Finding]:
     deepest = f"L{manifest.levels[-1]}"
     engine = _open(bundle, deepest)
     sources = [item.image for item in items]
-    masks = [infer_offline(one, manifest, manifest.graph(deepest), engine).classes for one in sources]
-    scores = np.concatenate([_scores(one, manifest, deepest, engine) for one in sources], axis=None)
+    answers = [_segment(one, manifest, deepest, engine) for one in sources]
+    masks = [classes for classes, _ in answers]
+    ranges = np.array([scores for _, scores in answers])
+    scores = Range(ranges[:, 0].min(), ranges[:, 1].max(), ranges[:, 2].max())
     findings = [*_of_scores(scores, manifest), *_of_masks(masks)]
     if any(mask.any() for mask in masks):
         findings += _of_levels(bundle, sources, masks)
@@ -72,20 +83,23 @@ def _open(bundle: Bundle, graph: str) -> Engine:
     return ENGINES[name].open(Path(bundle.path(graph, "fp32")), "fp32", "cpu", count_cores())
 
 
-def _scores(
-    source: Image | Volume, manifest: Manifest, graph: str, engine: Engine
-) -> Float32[ndarray, "..."]:
-    """The scores of the middle window, flat."""
+def _segment(source: Image | Volume, manifest: Manifest, graph: str, engine: Engine) -> tuple[Class, Range]:
+    """The classes of an image, and the range of the scores of its windows."""
     window = make_sliding_window(
         source, place(source.input_header, manifest, "auto"), manifest, manifest.graph(graph)
     )
-    middle = len(window.windows) // 2
-    scores: Float32[ndarray, "..."] = engine.run(window.cut(range(middle, middle + 1))).ravel()
-    return scores
+    ranges = []
+    for chunk in window.windows.chunks:
+        tiles = window.cut(chunk)
+        scores = [engine.run(tiles.one(index))[0] for index in range(len(tiles))]
+        ranges += [(one.min(), one.max(), np.minimum(one, 1 - one).max()) for one in scores]
+        window.merger.merge(chunk, scores)
+    low, high, between = np.array(ranges).T
+    return window.finish().classes, Range(low.min(), high.max(), between.max())
 
 
-def _of_scores(scores: Float32[ndarray, "..."], manifest: Manifest) -> Iterator[Finding]:
-    low, high = float(scores.min()), float(scores.max())
+def _of_scores(scores: Range, manifest: Manifest) -> Iterator[Finding]:
+    low, high, between = scores
     if math.isnan(low):
         yield Finding("scores are not numbers: the values overflow; check [input] of the card")
     elif low < -FLAT or high > 1 + FLAT:
@@ -94,13 +108,14 @@ def _of_scores(scores: Float32[ndarray, "..."], manifest: Manifest) -> Iterator[
         )
     elif high - low < FLAT:
         yield Finding(
-            f"scores are {low:.3f} everywhere: the network sees almost constant values; check normalization, mean and std"
+            f"scores are {low:.3f} everywhere: the network sees almost constant values (check normalization, mean and std), "
+            "or these images show nothing"
         )
     elif manifest.activation == "sigmoid" and low >= 0.5 and high <= 0.7311:
         yield Finding(
             "scores lie between 0.5 and 0.73: the sigmoid is applied twice; write activation_included = true"
         )
-    elif np.minimum(scores, 1 - scores).max() < SATURATED:
+    elif between < SATURATED:
         yield Finding(
             "scores are all 0 or 1: the values are likely far larger than in training; check normalization, mean and std "
             "(0 to 255 before a network that was trained on 0 to 1?)"

@@ -202,9 +202,10 @@ def test_work_and_parameters_by_hand():
     assert found.macs == 4 * 3 * 9 * 8 * 12 + 4 * 4 * 6
 
 
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("heads", [(1, 2, 3), (3,)])
-def test_nodes_of_the_first_row_are_found(heads):
-    model = unetpp(heads=heads)
+def test_nodes_of_the_first_row_are_found(heads, nested):
+    model = unetpp(heads=heads, nested=nested)
     size = (64, 96)
     shapes = tensor_shapes(model, 3, size)
     candidates = find_candidates(model, shapes, size)

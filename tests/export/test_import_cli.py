@@ -224,7 +224,7 @@ def with_double():
 @pytest.mark.parametrize(("model", "words"), [
     (unetpp(opset=12), "opset 12; 13 to 21 can be imported. Export with opset_version=18"),
     (unetpp(opset=22), "opset 22; 13 to 21"),
-    (unetpp(sizes=[1, 3, 64, 96]), 'fixed sizes 1 × 64 × 96; make them dynamic: torch.onnx.export(…, dynamic_axes={"input": {0: "n", 2: "h", 3: "w"}})'),
+    (unetpp(sizes=[1, 3, 64, 96]), 'fixed sizes 1 × 64 × 96; make them dynamic: torch.onnx.export(…, input_names=["image"], dynamic_axes={"image": {0: "n", 2: "h", 3: "w"}}, dynamo=False)'),
     (unetpp(sizes=[1, 3, "h", "w"]), "fixed sizes 1 × ? × ?"),
     (sequence(("Magic", ["input"], ["out"], {"domain": "vendor"}), outputs=["out"]), "not ONNX's own: vendor.Magic"),
     (sequence(("Add", ["input", "second"], ["out"]), outputs=["out"], inputs=("input", "second")), "has 2 inputs"),

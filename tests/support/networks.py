@@ -71,6 +71,7 @@ def unetpp(
     before: Sequence[tuple[str, float]] = (),
     sizes: Sequence[Any] = (),
     seed: int = 0,
+    nested: bool = False,
 ) -> onnx.ModelProto:
     """A UNet++ with a head per column of `heads`, named head1, head2, ...
 
@@ -80,6 +81,7 @@ def unetpp(
         end: operator that ends every head, e.g. "Sigmoid".
         before: operators and constants applied to the input first.
         sizes: fixed shape of the input.
+        nested: whether the skips are concatenated first and then with what comes from below, as in MONAI.
     """
     build = Builder(dims, opset, seed)
     value = "input"
@@ -93,6 +95,8 @@ def unetpp(
         for row in range(len(widths) - column):
             up = build.enlarge(nodes[row + 1, column - 1], f"up{row}_{column}")
             parts = [*(nodes[row, k] for k in range(column)), up]
+            if nested and column > 1:
+                parts = [build.add("Concat", *parts[:-1], name=f"skips{row}_{column}", axis=1), up]
             joined = build.add("Concat", *parts, name=f"cat{row}_{column}", axis=1)
             width = column * widths[row] + widths[row + 1]
             nodes[row, column] = build.block(joined, width, widths[row], f"x{row}_{column}")

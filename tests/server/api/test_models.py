@@ -36,7 +36,9 @@ async def test_card_has_the_calibration(in_process: InProcess) -> None:
     calibration = calibrated([("L1", "fp32", 0.5)], recommended=1)
     async with in_process(fake_app(changes={"calibration": calibration})) as client:
         card = (await client.get("/models/fake")).json()
-    assert card["calibration"]["rows"] == [row | {"class_dice": []} for row in calibration["rows"]]
+    assert card["calibration"]["rows"] == [
+        row | {"class_dice": [], "class_iou": []} for row in calibration["rows"]
+    ]
     assert card["recommended_level"] == 1
 
 

@@ -299,3 +299,60 @@ def test_is_enabled_without_calibration() -> None:
         precision: is_enabled(document, "L1", precision) for precision in ("fp32", "bf16", "fp16", "int8")
     }
     assert enabled == {"fp32": True, "bf16": True, "fp16": True, "int8": False}
+
+
+def agreed(rows: list[tuple[Any, ...]]) -> dict[str, Any]:
+    """An agreement from (graph, precision, agreement with fp32[, engine])."""
+    return {
+        "data": "images",
+        "images": 1,
+        "machine": "none",
+        "deepest": "L2",
+        "rows": [
+            {
+                "graph": graph,
+                "precision": precision,
+                "engine": engine[0] if engine else "onnxruntime",
+                "agreement": 0.7,
+                "fp32_agreement": same,
+                "latency_ms": 1,
+            }
+            for graph, precision, same, *engine in rows
+        ],
+        "recommended": {"level": 1, "precision": "fp32", "why": "a test"},
+    }
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "int8"])
+@pytest.mark.parametrize(("same", "verdict"), [(1, True), (0.995, True), (0.9949, None), (0.1, None)])
+def test_without_labels_a_precision_is_proved_by_its_agreement_with_fp32(
+    precision: str, same: float, verdict: bool | None
+) -> None:
+    document = bundle(agreement=agreed([("L1", "fp32", 1), ("L1", precision, same)]))
+    assert within_tolerance(document, "L1", precision) is verdict
+    # Less agreement may lose nothing, so that it is as if nothing had been measured.
+    assert is_enabled(document, "L1", precision) is (precision != "int8" or verdict is True)
+
+
+def test_without_labels_the_row_of_the_engine_counts_else_the_worst() -> None:
+    rows = [("L1", "int8", 1, "onnxruntime"), ("L1", "int8", 0.9, "openvino")]
+    document = bundle(agreement=agreed(rows))
+    enabled = {
+        engine: is_enabled(document, "L1", "int8", engine) for engine in ("onnxruntime", "openvino", None)
+    }
+    assert enabled == {"onnxruntime": True, "openvino": False, None: False}
+
+
+def test_labels_decide_where_there_are_both() -> None:
+    document = bundle(LOSSY, agreement=agreed([("L1", "int8", 1)]))
+    assert within_tolerance(document, "L1", "int8") is False
+    # Calibrated at other precisions alone: the agreement tells of this one.
+    document = bundle([("L1", "fp32", 0.9)], agreement=agreed([("L1", "int8", 1)]))
+    assert within_tolerance(document, "L1", "int8") is True
+
+
+def test_recommended_level_of_calibration_then_agreement_then_the_deepest() -> None:
+    assert bundle().recommended_level == 2
+    assert bundle(agreement=agreed([])).recommended_level == 1
+    both = bundle(SAFE, agreement=agreed([]))
+    assert both.recommended_level == both.calibration.recommended.level  # type: ignore[union-attr]
