@@ -1,6 +1,7 @@
 """Golden pairs: synthetic inputs and the scores of torch, against which every engine is checked."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from server.segment.preprocess import normalization
 # Scores (N, K, *tile) of a graph by its name in the manifest.
 Reference = Callable[[str, Tiles], Scores]
 
-# (tiles, *size) per dims: two shapes, one not square, one a batch of two; sizes fit every level's divisor.
+# (tiles, *size) per dims: two shapes, one not square, one a batch of two; multiples of 16.
 CASES: dict[int, dict[str, tuple[int, ...]]] = {
     2: {"square": (1, 64, 64), "wide": (2, 32, 96)},
     3: {"cube": (1, 32, 32, 32), "long": (2, 16, 48, 16)},
@@ -191,6 +192,7 @@ def write_golden(
     dims: int,
     kind: str = "zscore",
     percentiles: tuple[float, float] | None = None,
+    divisor: int = 16,
 ) -> None:
     """Writes inputs and expected scores (float32) of every graph.
 
@@ -202,10 +204,12 @@ def write_golden(
         dims: 2 or 3.
         kind: normalization of the manifest.
         percentiles: percentiles of the manifest.
+        divisor: largest divisor of a graph; sides of `CASES` are rounded up to it.
     """
     arrays: dict[str, np.ndarray] = {}
-    for case, (count, *size) in CASES[dims].items():
-        cells = [synthetic_cells(tuple(size), channels, seed) for seed in range(count)]
+    for case, (count, *sides) in CASES[dims].items():
+        size = tuple(math.ceil(side / divisor) * divisor for side in sides)
+        cells = [synthetic_cells(size, channels, seed) for seed in range(count)]
         tiles = tiles_of(cells, kind, percentiles)
         arrays |= {
             f"image/{case}": tiles.pixels,

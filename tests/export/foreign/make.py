@@ -187,7 +187,14 @@ def without_traces(file: Path) -> None:
     import onnx
 
     model = onnx.load(file)
-    for part in [model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info]:
+    for part in [
+        model,
+        model.graph,
+        *model.graph.node,
+        *model.graph.input,
+        *model.graph.output,
+        *model.graph.value_info,
+    ]:
         del part.metadata_props[:]
     onnx.save(model, file)
 
