@@ -155,6 +155,8 @@ def shuffle(network: Any) -> Any:
                 tensor.add_(torch.randn_like(tensor) * 0.2)
             elif tensor.is_floating_point():
                 torch.nn.init.kaiming_normal_(tensor, nonlinearity="relu")
+                # Logits of a size at which float32 is exact to 1e-5.
+                tensor.mul_(0.2 if name.startswith(("decoder.seg_layers", "seg_outputs")) else 1)
     return network.eval()
 
 
@@ -254,7 +256,7 @@ def make_keras(checkout: Path) -> None:
     keras.layers.merge = keras.layers.concatenate
     keras.backend.image_dim_ordering = lambda: "tf"
     made = source(checkout / "keras" / "helper_functions.py", "[32,64,128,256,512]", "[3,4,5,6,7]")
-    made.Model = lambda input, output: keras.Model(input, output)  # noqa: A002 - its own names
+    made.Model = lambda **both: keras.Model(both["input"], both["output"])
     network = made.UNetPlusPlus(None, None, color_type=1, num_class=2, deep_supervision=True)
     random = np.random.default_rng(0)
     network.set_weights([value + random.normal(0, 0.1, value.shape) for value in network.get_weights()])
