@@ -142,7 +142,8 @@ def _check(bundle: "Bundle", images: Path, labels: Path | None, skip: Callable[[
     if labels:
         items = with_labels(images, labels, manifest, "train", skip)
     try:
-        findings = check(bundle, [*islice(items, IMAGES)])
+        with progress("checking the card on images"):
+            findings = check(bundle, [*islice(items, IMAGES)])
     except DataError as error:
         # The bundle is written and may well be right.
         _warn(f"not checked: {error}")

@@ -29,6 +29,9 @@ SATURATED, FLAT = 1e-4, 1e-3
 # Agreement (IoU) with the deepest level below which a head was likely never trained.
 UNTRAINED = 0.1
 
+# IoU with labels below which a card is likely wrong.
+WRONG = 0.1
+
 # Difference of IoU that tells which of two orders of channels is right.
 CLEAR = 0.02
 
@@ -156,28 +159,34 @@ def _of_labels(
         return
     labels = [item.label for item in items]
     given = _mean_iou(masks, labels, manifest)
-    yield Finding(f"IoU with the labels of {len(items)} images: {given:.3f}", warning=False)
-    if any(item.image.values.shape[-1] != 3 for item in items) or len(manifest.channels) != 3:
-        return
-    graph = manifest.graph(f"L{manifest.levels[-1]}")
-    other = [infer_offline(_reversed(item.image), manifest, graph, engine).classes for item in items]
-    turned = _mean_iou(other, labels, manifest)
-    if turned > given + CLEAR:
+    text = f"IoU with the labels of {len(items)} images: {given:.3f}"
+    turned = _turned_iou(items, labels, manifest, engine)
+    if turned is not None and turned > given + CLEAR:
         order = manifest.preprocessing.channel_order if manifest.preprocessing else ()
         remedy = "remove channel_order" if order else "write channel_order = [2, 1, 0]"
         yield Finding(
-            f"with the channels in the other order (BGR against RGB) IoU is {turned:.3f}; {remedy} in [input] of the card"
+            f"{text}; with the channels in the other order (BGR against RGB) it is {turned:.3f}: {remedy} in [input] of the card"
         )
-    elif turned != given:
+        return
+    if given < WRONG:
+        text += ", so little that the card or the order of the classes is likely wrong"
+    yield Finding(text, warning=given < WRONG)
+    if turned is not None and turned < given - CLEAR:
         yield Finding(
-            f"with the channels in the other order (BGR against RGB) IoU is {turned:.3f}: "
-            + (
-                "the card's order is better"
-                if turned < given - CLEAR
-                else "these images do not tell which is right"
-            ),
+            f"with the channels in the other order (BGR against RGB) it is {turned:.3f}: the card's order is better",
             warning=False,
         )
+
+
+def _turned_iou(
+    items: list[Labelled], labels: list[Class], manifest: Manifest, engine: Engine
+) -> float | None:
+    """IoU with the three channels in the other order; None where there are no colours."""
+    if len(manifest.channels) != 3 or any(item.image.values.shape[-1] != 3 for item in items):
+        return None
+    graph = manifest.graph(f"L{manifest.levels[-1]}")
+    other = [infer_offline(_reversed(item.image), manifest, graph, engine).classes for item in items]
+    return _mean_iou(other, labels, manifest)
 
 
 def _mean_iou(masks: list[Class], references: list[Class], manifest: Manifest) -> float:

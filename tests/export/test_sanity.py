@@ -70,14 +70,15 @@ def test_a_right_card_gives_no_warning(findings):
     assert warnings == []
     assert notes == [
         "IoU with the labels of 3 images: 1.000",
-        "with the channels in the other order (BGR against RGB) IoU is 0.000: the card's order is better",
+        "with the channels in the other order (BGR against RGB) it is 0.000: the card's order is better",
     ]
 
 
 def test_colours_in_the_other_order_are_told_by_labels(findings):
     bgr = ((-12.0, 0.0, 12.0), -6.0)
     ((warning,), _) = findings(detector(bgr), labels=True)
-    assert "IoU is 1.000; write channel_order = [2, 1, 0] in [input]" in warning
+    assert "IoU with the labels of 3 images: 0.000" in warning
+    assert "it is 1.000: write channel_order = [2, 1, 0] in [input]" in warning
     right = {"normalization": "unit", "channel_order": [2, 1, 0]}
     assert findings(detector(bgr), labels=True, input=right)[0] == []
     ((warning,), _) = findings(detector(), labels=True, input=right)
@@ -117,3 +118,11 @@ def test_a_sigmoid_applied_twice(findings):
     out = build.add("Mul", score, build.constant(1.0, "one"), name="out")
     warnings, _ = findings(headed(build.model(3, [out]), 2, 3))
     assert any("scores lie between 0.5 and 0.73: the sigmoid is applied twice" in one for one in warnings)
+
+
+def test_little_overlap_with_labels_is_told(findings):
+    green = ((0.0, 12.0, 0.0), -3.0)
+    warnings, _ = findings(detector(green), labels=True)
+    assert any(
+        "0.000, so little that the card or the order of the classes is likely wrong" in w for w in warnings
+    )
