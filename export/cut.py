@@ -137,11 +137,14 @@ def cost(model: onnx.ModelProto, shapes: Shapes, size: Sequence[int]) -> Cost:
     }
     every = {**shapes, **weights}
     macs = sum(_macs(node, every) for node in model.graph.node)
+    # A single pixel is the mean of a whole map, as in squeeze-and-excitation, whatever the size of the input.
     features = [
         shapes[name]
         for node in model.graph.node
         for name in node.output
-        if node.op_type in ("Conv", "ConvTranspose") and len(shapes.get(name, ())) == len(size) + 2
+        if node.op_type in ("Conv", "ConvTranspose")
+        and len(shapes.get(name, ())) == len(size) + 2
+        and max(shapes[name][2:]) > 1
     ]
     strides = [
         math.ceil(full / side) for shape in features for full, side in zip(size, shape[2:], strict=True)
@@ -196,9 +199,15 @@ def find_candidates(model: onnx.ModelProto, shapes: Shapes, size: Sequence[int])
 
 
 def column(model: onnx.ModelProto, name: str, shapes: Shapes, rank: int) -> int:
-    """The column j of the node X^{0,j} above a tensor, by the concatenations above it; 0 where their count is not triangular."""
-    above = len(_joins(cut(model, [name]), shapes, rank))
-    return TRIANGULAR.index(above) + 1 if above in TRIANGULAR else 0
+    """The column j of the node X^{0,j} above a tensor, by the concatenations above it; 0 where it is no such node.
+
+    Of its j (j + 1) / 2 concatenations j are at the finest size: a plain U-Net may have as many, but one at each size.
+    """
+    above = [shapes[node.output[0]][2:] for node in _joins(cut(model, [name]), shapes, rank)]
+    if len(above) not in TRIANGULAR:
+        return 0
+    j = TRIANGULAR.index(len(above)) + 1
+    return j if above.count(max(above)) == j else 0
 
 
 def _joins(model: onnx.ModelProto, shapes: Shapes, rank: int) -> list[onnx.NodeProto]:
@@ -215,7 +224,6 @@ def _joins(model: onnx.ModelProto, shapes: Shapes, rank: int) -> list[onnx.NodeP
 
 
 def _joins_features(node: onnx.NodeProto, shapes: Shapes, rank: int) -> bool:
-    """Whether a node concatenates feature maps along their channels."""
     axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
     return node.op_type == "Concat" and len(shapes.get(node.output[0], ())) == rank and axis % rank == 1
 

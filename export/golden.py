@@ -1,6 +1,7 @@
 """Golden pairs: synthetic inputs and the scores of torch, against which every engine is checked."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from server.segment.preprocess import normalization
 # Scores (N, K, *tile) of a graph by its name in the manifest.
 Reference = Callable[[str, Tiles], Scores]
 
-# (tiles, *size) per dims: two shapes, one not square, one a batch of two; sizes fit every level's divisor.
+# (tiles, *size) per dims: two shapes, one not square, one a batch of two; multiples of 16.
 CASES: dict[int, dict[str, tuple[int, ...]]] = {
     2: {"square": (1, 64, 64), "wide": (2, 32, 96)},
     3: {"cube": (1, 32, 32, 32), "long": (2, 16, 48, 16)},
@@ -117,7 +118,7 @@ class OnnxReference:
         self, network: HeadedGraph, levels: dict[int, str], before: Preprocessing, after: Tail
     ) -> None:
         self._session = open_session(network.model)
-        self._strides = [network.stride(head) for head in levels.values()]
+        self._strides = [network.strides(head) for head in levels.values()]
         self.heads = [*levels.values()]
         self._levels = [*levels]
         self._before = before
@@ -127,7 +128,7 @@ class OnnxReference:
         """Computes the scores of a graph, (N, K, *tile) float32; of `head_std` (N, K + 1, *tile)."""
         feed = {self._session.get_inputs()[0].name: preprocessed(tiles, self._before)}
         outputs = self._session.run(self.heads, feed)
-        logits = [enlarged(one, factor) for one, factor in zip(outputs, self._strides, strict=True)]
+        logits = [enlarged(one, factors) for one, factors in zip(outputs, self._strides, strict=True)]
         scores = [activated(one, self._after) for one in logits]
         if graph not in (ACCURATE, HEAD_STD):
             return scores[self._levels.index(int(graph.removeprefix("L")))]
@@ -169,9 +170,13 @@ def activated(logits: Float32[ndarray, "N heads *tile"], after: Tail) -> Scores:
     return np.concatenate([1 - scores.max(axis=1, keepdims=True), scores], axis=1)
 
 
-def enlarged(logits: Float32[ndarray, "N heads *low"], factor: int) -> Float32[ndarray, "N heads *tile"]:
+def enlarged(
+    logits: Float32[ndarray, "N heads *low"], factors: Sequence[int]
+) -> Float32[ndarray, "N heads *tile"]:
     """Interpolates linearly to a whole multiple of the size; pixels are areas (half-pixel centres)."""
-    for axis in range(2, logits.ndim) if factor > 1 else ():
+    for axis, factor in enumerate(factors, start=2):
+        if factor == 1:
+            continue
         last = logits.shape[axis] - 1
         place = np.clip((np.arange((last + 1) * factor) + 0.5) / factor - 0.5, 0, last)
         low = np.floor(place).astype(int)
@@ -189,6 +194,7 @@ def write_golden(
     dims: int,
     kind: str = "zscore",
     percentiles: tuple[float, float] | None = None,
+    divisor: int = 16,
 ) -> None:
     """Writes inputs and expected scores (float32) of every graph.
 
@@ -200,10 +206,12 @@ def write_golden(
         dims: 2 or 3.
         kind: normalization of the manifest.
         percentiles: percentiles of the manifest.
+        divisor: largest divisor of a graph; sides of `CASES` are rounded up to it.
     """
     arrays: dict[str, np.ndarray] = {}
-    for case, (count, *size) in CASES[dims].items():
-        cells = [synthetic_cells(tuple(size), channels, seed) for seed in range(count)]
+    for case, (count, *sides) in CASES[dims].items():
+        size = tuple(math.ceil(side / divisor) * divisor for side in sides)
+        cells = [synthetic_cells(size, channels, seed) for seed in range(count)]
         tiles = tiles_of(cells, kind, percentiles)
         arrays |= {
             f"image/{case}": tiles.pixels,

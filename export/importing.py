@@ -62,9 +62,10 @@ class HeadedGraph:
         """Parameters, multiply-accumulates of an input of `PROBE`, and divisor of the part above some heads."""
         return cost(cut(self.model, heads), self.shapes, PROBE[self.dims])
 
-    def stride(self, head: str) -> int:
-        """The input's size over that of a head: 1, or more where the head lies at a lower resolution."""
-        return PROBE[self.dims][0] // self.shapes[head][2]
+    def strides(self, head: str) -> tuple[int, ...]:
+        """The input's size over that of a head per axis: 1, or more where the head lies at a lower resolution."""
+        pairs = zip(PROBE[self.dims], self.shapes[head][2:], strict=True)
+        return tuple(full // side for full, side in pairs)
 
     def copy(self) -> onnx.ModelProto:
         """A copy of the graph, to be changed."""
@@ -174,8 +175,7 @@ def _check_heads(name: str, graph: HeadedGraph) -> None:
                 f"{name}: output {head!r:.60} of shape {shape} is no map of scores per pixel; this is no segmentation network, "
                 "or --heads has to name other tensors"
             )
-        strides = {full / side for full, side in zip(size, shape[2:], strict=True)}
-        if len(strides) > 1 or not all(one.is_integer() and one >= 1 for one in strides):
+        if any(full % side for full, side in zip(size, shape[2:], strict=True)):
             raise ImportRefused(
                 f"{name}: output {head!r:.60} is {shape[2:]} for an input of {size}; it must be as large, or smaller by a whole factor"
             )

@@ -19,7 +19,7 @@ class Place:
         kind: "output" of the graph, or "node", the end of a block.
         column: j of X^{0,j}; 0 where the graph is built in another way.
         channels: channels of the tensor.
-        stride: the input's size over the tensor's.
+        stride: the input's size over the tensor's, along the axis where it is largest.
         macs, parameters: share of the whole graph's that the part above it keeps.
     """
 
@@ -75,7 +75,7 @@ def _place(network: HeadedGraph, name: str, kind: str, macs: int, parameters: in
         kind,
         network.column(name),
         network.shapes[name][1],
-        network.stride(name),
+        max(network.strides(name)),
         cost.macs / max(macs, 1),
         cost.parameters / max(parameters, 1),
     )

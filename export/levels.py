@@ -218,7 +218,7 @@ class Distillation:
         # Several sigmoid classes are learned without the background that is made of them.
         several = producer.after.activation == "sigmoid-per-class"
         after: Tail = dataclasses.replace(producer.after, activation="sigmoid") if several else producer.after
-        scores = activated(enlarged(logits, producer.network.stride(self.output)), after)
+        scores = activated(enlarged(logits, producer.network.strides(self.output)), after)
         named = zip(self._outputs, features, strict=False)
         return {name: torch.from_numpy(value) for name, value in named}, scores
 

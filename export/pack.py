@@ -153,6 +153,7 @@ def write_bundle(
             producer.network.dims,
             producer.normalization,
             producer.percentiles,
+            max(graph.divisor for graph in graphs),
         )
         write_manifest(folder, _stamped(manifest))
         read_bundle(folder)

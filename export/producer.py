@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 import torch
 
 from export.card import Card, ExportError, Input
@@ -66,8 +67,14 @@ class Producer:
     @property
     def norm(self) -> Literal["none", "instance"]:
         """The manifest's field of the name."""
-        kinds = {node.op_type for node in self.network.model.graph.node}
-        return "instance" if kinds & TILE_STATISTICS else "none"
+        nodes = self.network.model.graph.node
+        return "instance" if any(_looks_at_all_of_a_tile(node) for node in nodes) else "none"
+
+
+def _looks_at_all_of_a_tile(node: onnx.NodeProto) -> bool:
+    """Whether the size of a tile changes all of a node's output; aligned corners lay their samples by it."""
+    modes = {a.s for a in node.attribute if a.name == "coordinate_transformation_mode"}
+    return node.op_type in TILE_STATISTICS or b"align_corners" in modes
 
 
 def from_unetpp(trained: UNetPlusPlus, notes: dict[str, Any]) -> Producer:

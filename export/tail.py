@@ -103,7 +103,7 @@ def serve(
     logits = []
     for output, head in zip(body.graph.output, heads, strict=True):
         value = write.add("Cast", output.name, to=TensorProto.FLOAT) if half else output.name
-        logits.append(_enlarged(write, value, network.stride(head)))
+        logits.append(_enlarged(write, value, network.strides(head)))
     scores = [_activated(write, value, after) for value in logits]
     result = scores[-1] if after.aggregation == "last" else _mean(write, scores)
     if after.aggregation == "mean-logit" and len(logits) > 1:
@@ -152,11 +152,11 @@ def _preprocess(write: _Writer, before: Preprocessing) -> str:
     return value
 
 
-def _enlarged(write: _Writer, value: str, factor: int) -> str:
+def _enlarged(write: _Writer, value: str, factors: Sequence[int]) -> str:
     """Interpolates the logits of a head at a lower resolution linearly to the input's."""
-    if factor == 1:
+    if max(factors) == 1:
         return value
-    scales = write.constant([1, 1, *(factor,) * write.dims])
+    scales = write.constant([1, 1, *factors])
     return write.add("Resize", value, "", scales, mode="linear", coordinate_transformation_mode="half_pixel")
 
 

@@ -121,7 +121,7 @@ def test_an_activation_inside_is_not_applied_again(activation, classes, end, tmp
 @pytest.mark.parametrize("strides", [(1,), (2, 1), (8, 4, 2, 1)])
 def test_heads_at_lower_resolutions_are_enlarged(dims, strides, tmp_path):
     network = exits(strides, classes=2, dims=dims)
-    assert {network.stride(head) for head in network.heads} == {*strides}
+    assert {network.strides(head) for head in network.heads} == {(one,) * dims for one in strides}
     compare(network, Preprocessing(), Tail("softmax"), tiles(dims), tmp_path)
 
 
