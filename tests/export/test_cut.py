@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.cut import column, cost, cut, find_candidates
 from export.importing import open_session, tensor_shapes
-from tests.support.networks import unetpp
+from tests.support.networks import Builder, unetpp
 
 UNARY, BINARY = ("Relu", "Sigmoid", "Neg", "Abs"), ("Add", "Mul", "Sub", "Max")
 SHAPE = (1, 3, 4, 5)
