@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.cut import column, cost, cut, find_candidates
 from export.importing import open_session, tensor_shapes
-from tests.support.networks import unetpp
+from tests.support.networks import Builder, unetpp
 
 UNARY, BINARY = ("Relu", "Sigmoid", "Neg", "Abs"), ("Add", "Mul", "Sub", "Max")
 SHAPE = (1, 3, 4, 5)
@@ -222,3 +222,21 @@ def test_a_network_without_concatenations_has_no_columns():
     shapes = tensor_shapes(model, 3, (8, 8))
     assert find_candidates(model, shapes, (8, 8)) == []
     assert column(model, "x", shapes, 4) == 0
+
+
+def test_a_plain_unet_has_no_columns_and_a_pooled_pixel_is_no_stride():
+    """Three concatenations, as X^{0,2} has, but each at a size of its own; and squeeze-and-excitation at the end."""
+    build = Builder(2, 18)
+    rows = [build.block("input", 3, 4, "x0")]
+    for k in (1, 2, 3):
+        rows.append(build.block(build.pool(rows[-1], f"down{k}"), 4, 4, f"x{k}"))
+    value = rows[-1]
+    for k in (2, 1, 0):
+        joined = build.add("Concat", rows[k], build.enlarge(value, f"up{k}"), name=f"cat{k}", axis=1)
+        value = build.block(joined, 8, 4, f"y{k}")
+    pooled = build.conv(build.add("GlobalAveragePool", value, name="pooled"), 4, 4, "squeeze", kernel=1)
+    value = build.add("Mul", value, pooled, name="scaled")
+    model = build.model(3, [build.conv(value, 4, 1, "scores", kernel=1)])
+    shapes = tensor_shapes(model, 3, (64, 96))
+    assert column(model, "scores", shapes, 4) == 0
+    assert cost(model, shapes, (64, 96)).divisor == 8
