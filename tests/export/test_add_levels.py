@@ -158,7 +158,7 @@ def test_imported_network_with_strided_levels_and_activation_inside(
     verify(added.bundle)
     producer = from_bundle(added.bundle)
     assert producer.after.applied
-    assert [producer.network.stride(head) for head in producer.levels.values()] == [1, 1, 1]
+    assert [producer.network.strides(head) for head in producer.levels.values()] == [(1, 1)] * 3
     ends = [producer.network.model.graph.node[-1].op_type]
     assert ends == ["Sigmoid"]
     # The bundle itself was not touched.
