@@ -141,14 +141,12 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A folder like a checkout after `make serve`: copies of the samples, links to the bundles and the environment."""
+    """A folder like a checkout after `make serve`: copies of samples and bundles, a link to the environment."""
     folder = tmp_path / "checkout"
     samples = Path("server", "web", "samples")
     shutil.copytree(ROOT / samples, folder / samples)
-    (folder / "bundles").mkdir()
-    # The folder itself is real, so that a page which renames a bundle renames a link.
-    for bundle in (ROOT / "bundles").iterdir():
-        (folder / "bundles" / bundle.name).symlink_to(bundle)
+    # Copies, because a page may change a bundle.
+    shutil.copytree(ROOT / "bundles", folder / "bundles")
     (folder / ".venv").symlink_to(sys.prefix)
     return folder
 
@@ -227,3 +225,10 @@ def test_processes_in_the_background_end_with_the_page(tmp_path: Path) -> None:
             return True
 
     until(ended)
+
+
+def test_page_that_changes_a_bundle_changes_a_copy(checkout: Path) -> None:
+    shutil.copytree(checkout / "bundles", checkout / "live")
+    for manifest in checkout.glob("*/*/manifest.json"):
+        manifest.write_text("changed")
+    assert not [one for one in ROOT.glob("bundles/*/manifest.json") if one.read_text() == "changed"]
