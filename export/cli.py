@@ -124,14 +124,25 @@ def calibrate(
         list[str] | None,
         typer.Option(help="Measure only this one again and keep the other rows; may be repeated."),
     ] = None,
+    curve: Annotated[
+        bool,
+        typer.Option(
+            "--curve", help="Measure only the curve of mode=auto; --data may then be images without labels."
+        ),
+    ] = False,
 ) -> None:
-    """Measure IoU, Dice and latency of every level and precision, and recommend a level."""
+    """Measure IoU, Dice and latency of every level and precision, recommend a level, and fit the curve of mode=auto."""
     from rich.console import Console
     from rich.table import Table
 
     from export.calibrate import calibrate as run
+    from export.cli_curve import calibrate_curve
     from server.runtime.bundle import CalibrationRow, read_bundle
 
+    if curve:
+        with _errors_as_lines():
+            calibrate_curve(bundle, data, split)
+        return
     table = Table("graph", "precision", "engine", "IoU", "mean IoU", "Dice", "ms")
     console = Console()
 
@@ -170,3 +181,6 @@ def calibrate(
         typer.echo(
             f"recommended: level {manifest.calibration.recommended.level}: {manifest.calibration.recommended.why}"
         )
+    if not held_out and not precision:
+        with _errors_as_lines():
+            calibrate_curve(bundle, data, split)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from model.reading import DataError, Sample, misplaced, read_index, read_label
+from model.reading import SUFFIXES, DataError, Sample, misplaced, read_index, read_label
 from server.arrays import Image, Tiles, Volume
 from server.errors import UnetppError
 from server.imaging.decode import decode
@@ -30,6 +30,15 @@ class Labelled:
     label: UInt8[ndarray, "*size"]
 
 
+@dataclass(frozen=True)
+class Unlabelled:
+    """An image or volume, through the server's own decoder."""
+
+    id: str
+    image: Image | Volume
+    label: None = None
+
+
 def labelled(root: Path, split: str, manifest: Manifest) -> Iterator[Labelled]:
     """Yields the images or volumes of a split.
 
@@ -46,6 +55,20 @@ def labelled(root: Path, split: str, manifest: Manifest) -> Iterator[Labelled]:
         if label.shape != image.size:
             raise DataError(f"{sample.id}: image is {image.size}, label is {label.shape}")
         yield Labelled(sample.id, image, label)
+
+
+def unlabelled(root: Path, dims: int) -> Iterator[Unlabelled]:
+    """Yields the images or volumes in a folder, or in its folder images/, by name.
+
+    Raises:
+        DataError: a file is unreadable, or there are none.
+    """
+    folder = root / "images" if (root / "images").is_dir() else root
+    files = sorted(file for file in folder.iterdir() if file.name.endswith(SUFFIXES[dims]))
+    if not files:
+        raise DataError(f"{folder}: no images there; their names end in {', '.join(SUFFIXES[dims])}")
+    for file in files:
+        yield Unlabelled(file.name, _decoded(file))
 
 
 def samples(root: Path, split: str, dims: int) -> list[Sample]:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.jobs.active import JobStatus
 from server.runtime.bundle import HEAD_STD, Calibration, Class, Comparison, Graph, Manifest, Measured
+from server.runtime.curve import DepthCurve
 from server.runtime.deployment import Deployment
 
 
@@ -31,6 +32,7 @@ class ModelSummary(BaseModel):
     recommended_level: int
     precisions: tuple[str, ...]
     uncertainty: bool
+    auto: bool
     default: bool
 
 
@@ -49,6 +51,7 @@ class ModelCard(ModelSummary):
     calibration: Calibration | None
     held_out: Measured | None
     comparison: tuple[Comparison, ...]
+    depth_curve: DepthCurve | None
     serving: tuple[Serving, ...]
     license: dict[str, str]
     provenance: dict[str, str]
@@ -162,6 +165,7 @@ def card(deployment: Deployment, default: str) -> ModelCard:
         calibration=manifest.calibration,
         held_out=manifest.held_out,
         comparison=manifest.comparison,
+        depth_curve=manifest.depth_curve,
         serving=serving,
         license=manifest.license,
         provenance=manifest.provenance,
@@ -177,6 +181,7 @@ def _summary(manifest: Manifest, deployment: Deployment, default: str) -> dict[s
         "recommended_level": manifest.recommended_level,
         "precisions": deployment.precisions,
         "uncertainty": manifest.head_std is not None,
+        "auto": manifest.depth_curve is not None,
         "default": manifest.name == default,
     }
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from server.errors import BundleDamaged
+from server.runtime.curve import DepthCurve
 
 FORMAT: Literal["unetpp.bundle/1"] = "unetpp.bundle/1"
 MANIFEST = "manifest.json"
@@ -144,6 +145,7 @@ class Manifest(_Part):
         head_std: `accurate` with one channel more: the standard deviation over the heads of the foreground
             probability. None where there is one head, or the bundle was exported by a version that had no
             such graph.
+        depth_curve: chains of levels from which `mode=auto` chooses.
         norm: layers of the network that normalise. "instance" looks at all of a tile, whose scores change
             with its padding.
     """
@@ -167,6 +169,7 @@ class Manifest(_Part):
     head_std: Graph | None = None
     calibration: Calibration | None = None
     held_out: Measured | None = None
+    depth_curve: DepthCurve | None = None
     comparison: tuple[Comparison, ...] = ()
     intended_use: str
     license: dict[str, str]
@@ -234,6 +237,8 @@ class Manifest(_Part):
 
     @model_validator(mode="after")
     def _check_classes(self) -> "Manifest":
+        if self.depth_curve and not self.depth_curve.levels <= set(self.levels):
+            raise ValueError("depth_curve has a level that does not exist")
         values = [c.value for c in self.classes]
         if values != list(range(1, len(values) + 1)):
             raise ValueError(f"values of classes must be 1, 2, ...: {values}")

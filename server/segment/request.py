@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from server.arrays import Overlap
     from server.segment.registry import Target
 
-Mode = Literal["accurate", "fast"]
+Mode = Literal["accurate", "fast", "auto"]
 Priority = Literal["interactive", "batch"]
 
 OnProgress = Callable[[str, int, int], None]
@@ -52,9 +52,18 @@ class SegmentParams(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mode: Mode | None = Field(None, description="accurate (default): mean of all heads; fast: one level")
+    mode: Mode | None = Field(
+        None,
+        description="accurate (default): mean of all heads; fast: one level; auto: a level that suits each input",
+    )
     level: int | None = Field(
         None, ge=1, le=5, description="depth of the network, 1 (fastest) to 4 (deepest); implies mode=fast"
+    )
+    max_loss: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="points of IoU that mode=auto may lose against the deepest level on average, 0.25 if not given; implies mode=auto",
     )
     model: str | None = Field(None, max_length=63, description="bundle name; GET /models lists them")
     precision: Precision = Field("auto", description="auto: the fastest within 0.5 points of IoU of fp32")
@@ -247,6 +256,7 @@ class Response:
         overlaps: IoU and Dice with the reference per class value; empty without one.
         note: remark for the caller, e.g. that further pages were not read.
         postprocessing: applied post-processing by parameter name.
+        uncertain_share: share of uncertain pixels in the answer of `mode=auto`, else None.
     """
 
     body: bytes | BinaryIO
@@ -259,6 +269,7 @@ class Response:
     overlaps: dict[int, "Overlap"] = field(default_factory=dict)
     note: str = ""
     postprocessing: Mapping[str, Any] = field(default_factory=dict)
+    uncertain_share: float | None = None
 
     def close(self) -> None:
         """Removes the temporary file, if there is one."""

@@ -17,6 +17,7 @@ from server.runtime.bundle import HEAD_STD, Graph, Manifest
 from server.runtime.engines import Engine
 from server.runtime.flow import Flow, InferenceResult
 from server.runtime.scheduler import Scheduler
+from server.segment.certainty import Certainty
 from server.segment.merge import WindowMerger
 from server.segment.preprocess import image_statistics, place, with_channels
 from server.segment.request import OnProgress, ignore_progress
@@ -78,6 +79,7 @@ def make_sliding_window(
     graph: Graph,
     needs: frozenset[str] = frozenset(),
     threshold: float | None = None,
+    certainty: Certainty | None = None,
 ) -> SlidingWindow:
     """Lays windows over an input and prepares its mask.
 
@@ -88,6 +90,7 @@ def make_sliding_window(
         graph: graph to be run; `head_std` also fills the mask's standard deviation over the heads.
         needs: parts of the mask that the output formats need: "scores", "head_std", "objects", "report".
         threshold: foreground is a score above it; None for the manifest's own decision.
+        certainty: counts of uncertain pixels, added to while the mask is written.
     """
     pixels = with_channels(placement.resample(placement.view(source.values)), len(manifest.channels))
     windows = lay_windows(pixels.shape[:-1], manifest, graph, flat=placement.flat)
@@ -111,6 +114,7 @@ def make_sliding_window(
         None if scores is None else placement.view(scores, leading=1),
         None if head_std is None else placement.view(head_std),
         None if confidence is None else placement.view(confidence),
+        certainty,
     )
     return SlidingWindow(
         source,
@@ -123,10 +127,16 @@ def make_sliding_window(
     )
 
 
-def infer_offline(source: Image | Volume, manifest: Manifest, graph: Graph, engine: Engine) -> Mask:
+def infer_offline(
+    source: Image | Volume,
+    manifest: Manifest,
+    graph: Graph,
+    engine: Engine,
+    certainty: Certainty | None = None,
+) -> Mask:
     """Segments a decoded input tile by tile without a queue, for calibration and benchmarks."""
     placement = place(source.input_header, manifest, "auto")
-    window = make_sliding_window(source, placement, manifest, graph)
+    window = make_sliding_window(source, placement, manifest, graph, certainty=certainty)
     for chunk in window.windows.chunks:
         tiles = window.cut(chunk)
         window.merger.merge(chunk, [engine.run(tiles.one(index))[0] for index in range(len(tiles))])

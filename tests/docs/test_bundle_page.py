@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from server.runtime import bundle
+from server.runtime import bundle, curve
 
 PAGE = (Path(__file__).parents[2] / "docs" / "models" / "bundle.md").read_text()
 CLASSES = [
@@ -17,7 +17,7 @@ CLASSES = [
     and one.__module__ == bundle.__name__
     # The base of all, and the base of `Calibration`, whose fields that page has there.
     and one not in (bundle._Part, bundle.Measured)
-]
+] + [curve.DepthCurve, curve.CurvePoint]
 
 
 @pytest.mark.parametrize("model", CLASSES, ids=lambda one: one.__name__)
