@@ -22,7 +22,7 @@ def calibrate_curve(bundle: Path, data: Path, split: str) -> None:
     chosen = curve.choose()
     typer.echo(
         f"mode=auto: levels {_chain(chosen.chain)}, {chosen.work:.0%} of the work of the deepest, "
-        f"{chosen.loss:.2f} points lost (at most {MAX_LOSS:g}; {curve.reference}, {curve.data}, {curve.images} inputs)"
+        f"{chosen.loss:.2f} ± {chosen.error:.2f} points lost (at most {MAX_LOSS:g}; {curve.reference}, {curve.data}, {curve.images} inputs)"
     )
 
 
@@ -34,7 +34,7 @@ def _table(curve: DepthCurve) -> Table:
             " ".join(f"{threshold:.4f}" for threshold in point.thresholds) or "-",
             " ".join(f"{share:.0%}" for share in point.going_on) or "-",
             f"{point.work:.2f}",
-            f"{point.loss:.2f}",
+            f"{point.loss:.2f} ± {point.error:.2f}",
         )
     return table
 

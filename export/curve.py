@@ -30,7 +30,7 @@ QUANTILES = {0: 1, 1: 41, 2: 13}
 FOLDS, DIVISIONS = 5, 20
 
 # Points of IoU that thresholds are chosen to lose at most.
-AIMS = (*np.arange(0, 1, 0.05), *np.arange(1, 3, 0.25), 3.0, 4.0, 5.0, 7.0, 10.0)
+AIMS = (*np.arange(-3, 0, 0.25), *np.arange(0, 1, 0.05), *np.arange(1, 3, 0.25), 3.0, 4.0, 5.0, 7.0, 10.0)
 
 METHOD = (
     f"thresholds chosen on {FOLDS - 1} of {FOLDS} parts of the inputs, loss measured on the part left out, "
@@ -137,13 +137,15 @@ def fit(observed: Observed) -> tuple[CurvePoint, ...]:
     losses = (observed.iou[-1] - iou) * 100
     work = np.stack([option.work for option in options])
     held_out = _held_out_losses(losses, work)
-    points = [_point(options[-1], 0.0)]
+    points = [_point(options[-1], 0.0, 0.0)]
     for aim, loss in zip(AIMS, held_out, strict=True):
         chosen = _cheapest(losses.mean(axis=1), work.mean(axis=1), aim)
-        points.append(_point(options[chosen], max(loss, float(losses[chosen].mean()))))
+        if chosen != len(options) - 1:
+            error = float(losses[chosen].std()) / max(1, losses.shape[1] - 1) ** 0.5
+            points.append(_point(options[chosen], max(loss, float(losses[chosen].mean())), error))
     kept: list[CurvePoint] = []
-    for point in sorted(points, key=lambda point: (point.work, point.loss)):
-        if not kept or point.loss < kept[-1].loss:
+    for point in sorted(points, key=lambda point: (point.work, point.likely_loss)):
+        if not kept or point.likely_loss < kept[-1].likely_loss:
             kept.append(point)
     return tuple(kept)
 
@@ -164,9 +166,9 @@ def _held_out_losses(losses: Float64[ndarray, "O N"], work: Float64[ndarray, "O 
 
 
 def _cheapest(losses: Float64[ndarray, " O"], work: Float64[ndarray, " O"], aim: float) -> int:
-    """Index of the option with the least work that loses at most `aim`; the last option loses nothing."""
-    allowed = losses <= max(aim, losses[-1])
-    return int(np.argmin(np.where(allowed, work, np.inf)))
+    """Index of the option with the least work that loses at most `aim`, else of the last one, which is the deepest level."""
+    allowed = losses <= aim
+    return int(np.argmin(np.where(allowed, work, np.inf))) if allowed.any() else len(losses) - 1
 
 
 def _options(observed: Observed) -> Iterator[Option]:
@@ -199,11 +201,12 @@ def _option(observed: Observed, chain: tuple[int, ...], thresholds: tuple[float,
     )
 
 
-def _point(option: Option, loss: float) -> CurvePoint:
+def _point(option: Option, loss: float, error: float) -> CurvePoint:
     return CurvePoint(
         chain=option.chain,
         thresholds=option.thresholds,
         work=round(float(option.work.mean()), 4),
         loss=round(loss, 3) + 0.0,
+        error=round(error, 3),
         going_on=tuple(round(float((option.depth > step).mean()), 4) for step in range(1, len(option.chain))),
     )

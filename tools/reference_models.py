@@ -197,14 +197,14 @@ def _depth_curve(manifest: Manifest) -> str:
             ", ".join(f"{threshold:.4f}" for threshold in point.thresholds) or "–",
             ", ".join(f"{share:.0%}" for share in point.going_on) or "–",
             f"{point.work:.0%}",
-            f"{point.loss:.2f}",
+            f"{point.loss:.2f} ± {point.error:.2f}",
             "yes" if point == chosen else "",
         )
         for point in curve.points
     )
     text = (
-        f"Measured at fp32 on {curve.images} {what} ({curve.data}): {curve.method}. Points are of IoU, against L{manifest.levels[-1]}; "
-        f"`max_loss` chooses another row than the default of {MAX_LOSS:g}. [Depth that chooses itself](../pruning.md#depth-that-chooses-itself) explains "
+        f"Measured at fp32 on {curve.images} {what} ({curve.data}): {curve.method}. Points are of IoU, against L{manifest.levels[-1]}, with "
+        f"their standard error. `mode=auto` takes the first row whose loss and standard error are together at most {MAX_LOSS:g}; `max_loss` sets another limit. [Depth that chooses itself](../pruning.md#depth-that-chooses-itself) explains "
         "the columns.\n\n"
     )
     headings = ("levels", "goes on above", f"{what} that go on", "work", "points lost", "default")

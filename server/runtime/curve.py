@@ -23,7 +23,8 @@ class CurvePoint(_Part):
         thresholds: by level of the chain but the last: an input goes on to the next level where the share of its
             uncertain pixels is above it; 1 lets none go on, -1 all.
         work: mean multiply-accumulates of an input, as a share of those of the deepest level.
-        loss: points of IoU that are lost against the deepest level, on inputs that thresholds were not chosen on.
+        loss: points of IoU that are lost against the deepest level, mean over inputs that thresholds were not chosen on.
+        error: standard error of that mean, in points.
         going_on: by level of the chain but the first: share of the inputs for which it is run.
     """
 
@@ -31,6 +32,7 @@ class CurvePoint(_Part):
     thresholds: tuple[float, ...]
     work: float = Field(gt=0)
     loss: float
+    error: float = Field(ge=0)
     going_on: tuple[float, ...]
 
     @model_validator(mode="after")
@@ -42,6 +44,11 @@ class CurvePoint(_Part):
         if any(not -1 <= threshold <= 1 for threshold in self.thresholds):
             raise ValueError(f"thresholds are shares, or -1: {self.thresholds}")
         return self
+
+    @property
+    def likely_loss(self) -> float:
+        """Points of IoU that should not be exceeded: one standard error above the mean."""
+        return self.loss + self.error
 
     def limited(self, steps: slice) -> "CurvePoint":
         """The place with a part of its chain; its work and loss are those of the whole."""
@@ -74,7 +81,7 @@ class DepthCurve(_Part):
 
     @model_validator(mode="after")
     def _check(self) -> "DepthCurve":
-        if self.points[-1].loss > 0:
+        if self.points[-1].likely_loss > 0:
             raise ValueError("the last point of the curve must lose nothing, as the deepest level does")
         if [point.work for point in self.points] != sorted(point.work for point in self.points):
             raise ValueError("points of the curve are sorted by work")
@@ -86,5 +93,5 @@ class DepthCurve(_Part):
         return {level for point in self.points for level in point.chain}
 
     def choose(self, max_loss: float = MAX_LOSS) -> CurvePoint:
-        """The place with the least work that loses at most so many points of IoU."""
-        return next(point for point in self.points if point.loss <= max_loss)
+        """The place with the least work whose likely loss is at most so many points of IoU."""
+        return next(point for point in self.points if point.likely_loss <= max_loss)

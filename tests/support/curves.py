@@ -3,10 +3,13 @@
 from typing import Any
 
 
-def point(chain: tuple[int, ...], *thresholds: float, work: float = 0.5, loss: float = 0.1) -> dict[str, Any]:
+def point(
+    chain: tuple[int, ...], *thresholds: float, work: float = 0.5, loss: float = 0.1, error: float = 0.0
+) -> dict[str, Any]:
     """A place on a curve; half of the inputs go on at each step."""
     going_on = tuple(0.5 ** (step + 1) for step in range(len(thresholds)))
-    return {"chain": chain, "thresholds": thresholds, "work": work, "loss": loss, "going_on": going_on}
+    places = {"chain": chain, "thresholds": thresholds, "going_on": going_on}
+    return places | {"work": work, "loss": loss, "error": error}
 
 
 def curve(*points: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,11 @@ def test_choose_takes_the_least_work_within_the_loss(max_loss: float, chain: tup
     assert CURVE.choose(max_loss).chain == chain
 
 
+def test_choose_counts_a_standard_error_as_lost() -> None:
+    uncertain = DepthCurve.model_validate(curve(point((2, 3), 0.1, loss=0.2, error=0.1)))
+    assert (uncertain.choose(0.29).chain, uncertain.choose(0.31).chain) == ((4,), (2, 3))
+
+
 def test_choose_loses_a_quarter_of_a_point_by_default() -> None:
     assert CURVE.choose() == CURVE.choose(0.25)
 
