@@ -127,6 +127,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
             "[Depth that chooses itself](../pruning.md#depth-that-chooses-itself).",
         ),
         "max_loss": ("all", "Does not go with `accurate` or `fast`."),
+        "tta": ("all", "In every mode; [Test-time augmentation](../pruning.md#test-time-augmentation)."),
         "level": ("all", "`GET /models/NAME` has the recommended one."),
         "precision": (
             "all",

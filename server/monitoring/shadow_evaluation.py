@@ -100,7 +100,7 @@ class ShadowEvaluation:
         # What a caller does with a mask tells nothing of its level.
         if (
             ticket.target.mode == "accurate"
-            or params.postprocessing
+            or params.changes_mask
             or self._closed
             or self._draw() >= self._share
         ):

@@ -12,6 +12,7 @@ from server.imaging.geometry import Placement
 from server.runtime.bundle import Graph, Manifest
 from server.runtime.latency import UNKNOWN, Prediction
 from server.segment import postprocess
+from server.segment.flips import flips
 from server.segment.request import SegmentParams
 from server.segment.statistics import LISTED_BYTES, MAX_LISTED
 from server.segment.windows import CHUNK_PIXELS, tile_grid
@@ -27,7 +28,7 @@ class Estimate:
 
     Attributes:
         pixels: pixels or voxels of the input, or of the network's grid where that has more.
-        windows: windows to be run.
+        windows: windows to be run, each copy of one counted.
         tile_pixels: pixels of each window.
         padding: pixels of all windows that are not the input's.
         memory_bytes: peak in bytes of the decoded input, the open scores, the mask and its encoding.
@@ -92,6 +93,7 @@ def estimate_work(
     """
     grid = tile_grid(placement.size, manifest, graph, flat=placement.flat)
     windows, tile_pixels = math.prod(grid.counts), math.prod(grid.tile)
+    copies = len(flips(params.tta, manifest.dims))
     pixels, network, k = math.prod(header.size), math.prod(placement.size), manifest.score_channels
     needs = encoding.needs(formats)
     # The network's own copy: resampled, or colours averaged to grey.
@@ -105,7 +107,7 @@ def estimate_work(
     open_channels = k + ("head_std" in needs)
     open_rows = math.prod(sides) * 4 * (2 * open_channels + 3)
     chunks = (
-        max(CHUNK_PIXELS, tile_pixels) * 4 * (len(manifest.channels) + open_channels) * 2
+        max(CHUNK_PIXELS, tile_pixels) * copies * 4 * (len(manifest.channels) + open_channels) * 2
         + WINDOW_BYTES * windows
     )
     compared = (
@@ -115,7 +117,8 @@ def estimate_work(
     memory = pixels * (header.channels * header.sample_bytes + 2) + copied + open_rows + chunks + compared
     memory += _output_bytes(header, pixels, k, needs, formats, params)
     covered = math.prod(min(s, t) for s, t in zip(placement.size, grid.tile, strict=True))
-    return Estimate(max(pixels, network), windows, tile_pixels, windows * (tile_pixels - covered), memory)
+    tiles = windows * copies
+    return Estimate(max(pixels, network), tiles, tile_pixels, tiles * (tile_pixels - covered), memory)
 
 
 def check_limits(estimate: Estimate, header: InputHeader, limits: LimitsSettings) -> None:

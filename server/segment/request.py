@@ -76,6 +76,11 @@ class SegmentParams(BaseModel):
     include_mask: bool = Field(
         False, description="with format=json: the mask in base64, under a name that says its file type"
     )
+    tta: Literal["none", "flips"] = Field(
+        "none",
+        description="test-time augmentation; flips: each window is also run mirrored along its axes, and the scores are averaged, which "
+        "takes 4 times the work for images and 8 times for volumes",
+    )
     threshold: float | None = Field(
         None,
         ge=0,
@@ -160,6 +165,11 @@ class SegmentParams(BaseModel):
         """Requested post-processing by parameter name, in the order in which it is applied."""
         values = ((name, getattr(self, name)) for name in POSTPROCESSING)
         return {name: value for name, value in values if value is not None and value is not False}
+
+    @property
+    def changes_mask(self) -> bool:
+        """Whether the mask is another than the level's own, so that it tells nothing of the level."""
+        return bool(self.postprocessing) or self.tta != "none"
 
     @property
     def min_sizes(self) -> dict[str, int | float]:

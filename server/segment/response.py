@@ -58,8 +58,9 @@ def encode_result(result: SegmentationResult, ticket: Ticket, params: SegmentPar
         InvalidParameter: there are too many objects to describe.
         Cancelled: the caller has left.
     """
+    served = facts(ticket) | ({"tta": params.tta} if params.tta != "none" else {})
     return report.encode_response(
-        result, ticket.formats, facts(ticket), filename=name, include_mask=params.include_mask
+        result, ticket.formats, served, filename=name, include_mask=params.include_mask
     )
 
 

@@ -20,6 +20,7 @@ from server.segment.admission import Admission
 from server.segment.certainty import Certainty
 from server.segment.deadline import deadline
 from server.segment.estimate import Estimate, cpu_work
+from server.segment.flips import flips
 from server.segment.preprocess import decode_options, decode_upload, read_headers
 from server.segment.registry import Registry, Target, resolve_target
 from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upload, ignore_progress
@@ -206,7 +207,7 @@ class SegmentationService:
                 share = certainty.share if certainty else None
                 if share is None or not ticket.target.goes_on(step, share):
                     break
-                done += len(window.windows)
+                done += window.tile_count
                 # Before the next answer takes its memory.
                 del window, mask
         ticket.flow.later_s = 0.0
@@ -239,7 +240,7 @@ class SegmentationService:
             levels = (f"{requested.level}", f"{target.level}")
             self.metrics.degraded.labels(target.model, *levels, ticket.degraded).inc()
         # What a caller does with a mask tells nothing of how good the level is.
-        if response.overlaps and not params.postprocessing:
+        if response.overlaps and not params.changes_mask:
             named = {c.name: response.overlaps[c.value] for c in target.manifest.classes}
             self.metrics.reference.observe((target.model, target.mode, f"{target.level}"), named)
 
@@ -270,4 +271,7 @@ def _window(
         # It may have been turned upright (EXIF) since its header was read.
         placement = geometry.place_image(source.size)
     graph, needs = target.instance.graph, encoding.needs(ticket.formats)
-    return make_sliding_window(source, placement, target.manifest, graph, needs, params.threshold, certainty)
+    copies = flips(params.tta, target.manifest.dims)
+    return make_sliding_window(
+        source, placement, target.manifest, graph, needs, params.threshold, certainty, copies
+    )

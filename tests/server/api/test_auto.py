@@ -138,3 +138,22 @@ def test_shipped_bundle_serves_the_sample(client: httpx.Client) -> None:
     assert answer.headers["x-segment-level"] == f"{report['level']}"
     fixed = client.post(f"/segment?level={report['level']}&instances=true&format=mask", content=CELLS)
     assert body == fixed.content
+
+
+@pytest.mark.parametrize("query", ["level=1", "mode=accurate", "mode=auto", "format=uncertainty"])
+def test_flips_of_the_shipped_bundle_change_little_in_every_mode(client: httpx.Client, query: str) -> None:
+    plain = client.post(f"/segment?{query}", content=CELLS).raise_for_status()
+    mirrored = client.post(f"/segment?{query}&tta=flips", content=CELLS).raise_for_status()
+    assert mirrored.headers["x-segment-mode"] == plain.headers["x-segment-mode"]
+    again = client.post(f"/segment?{query}&tta=flips", content=CELLS)
+    assert again.content == mirrored.content != plain.content
+
+
+def test_flips_of_a_job_count_as_windows_and_its_preview_has_none(auto: httpx.Client) -> None:
+    job = post(auto, "?level=2&tta=flips&preview=true", HARD)
+    assert job["windows"]["total"] == 4
+    assert last_event(auto, job["id"])[1]["windows"] == {"done": 4, "total": 4}
+    assert (
+        auto.get(job["links"]["self"] + "/preview").content
+        == auto.post("/segment?level=1", content=HARD).content
+    )
