@@ -96,12 +96,16 @@ def decode(body: bytes, dims: int) -> NDArray[np.uint8]:
     return np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(body)).dataobj, dtype=np.uint8)
 
 
-def measure(server: Server, manifest: Manifest, inputs: list[Case], rounds: int) -> list[Measured]:
-    """Sends every input in every mode, one request at a time, and then many at once."""
-    modes = {
-        name: f"/segment?model={manifest.name}&format=mask&{query}"
-        for name, query in queries(manifest).items()
-    }
+def measure(
+    server: Server,
+    manifest: Manifest,
+    inputs: list[Case],
+    rounds: int,
+    asked: dict[str, str],
+    seconds: float = SECONDS,
+) -> list[Measured]:
+    """Sends every input with every query, one request at a time, and then for some seconds many at once; 0 for not."""
+    modes = {name: f"/segment?model={manifest.name}&format=mask&{query}" for name, query in asked.items()}
     headers = {"Content-Type": TYPES[manifest.dims]}
     times: dict[tuple[str, int], list[float]] = {}
     answers: dict[tuple[str, int], tuple[bytes, str]] = {}
@@ -119,13 +123,25 @@ def measure(server: Server, manifest: Manifest, inputs: list[Case], rounds: int)
             ).raise_for_status()
             times.setdefault((name, index), []).append((time.perf_counter() - begun) * 1e3)
             answers[name, index] = answer.content, answer.headers["x-segment-level"]
-    return [_measured(name, url, server, manifest, inputs, times, answers) for name, url in modes.items()]
+    rows = []
+    for name, url in modes.items():
+        bodies, address = [one.body for one in inputs], f"{server.client.base_url}".rstrip("/") + url
+        per_s = throughput(Target(address, bodies, TYPES[manifest.dims]), seconds) if seconds else 0.0
+        rows.append(_measured(name, per_s, manifest, inputs, times, answers))
+    return rows
+
+
+def throughput(target: Target, seconds: float) -> float:
+    """Answers per second at `CONCURRENCY` requests at once."""
+    summary = summarise(closed_loop(target, CONCURRENCY, seconds))
+    if summary.errors:
+        raise SystemExit(f"{target.url}: {summary.errors}")
+    return summary.throughput
 
 
 def _measured(
     name: str,
-    url: str,
-    server: Server,
+    per_s: float,
     manifest: Manifest,
     inputs: list[Case],
     times: dict[tuple[str, int], list[float]],
@@ -136,18 +152,12 @@ def _measured(
     masks = [decode(answers[name, index][0], manifest.dims) for index in every]
     ious = [mean_overlap(mask, one.label, values)[0] for mask, one in zip(masks, inputs, strict=True)]
     served = [f"L{answers[name, index][1]}" for index in every]
-    target = Target(
-        f"{server.client.base_url}".rstrip("/") + url, [one.body for one in inputs], TYPES[manifest.dims]
-    )
-    summary = summarise(closed_loop(target, CONCURRENCY, SECONDS))
-    if summary.errors:
-        raise SystemExit(f"{name}: {summary.errors}")
     return Measured(
         name,
         statistics.mean(statistics.median(times[name, index]) for index in every),
         float(np.mean(ious)),
         {level: served.count(level) for level in sorted({*served})},
-        summary.throughput,
+        per_s,
     )
 
 
@@ -209,6 +219,7 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--inputs", type=int, default=10_000, help="most inputs per model")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of many requests at once, per mode")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     folders = {"nuclei": arguments.data} | ({"hippocampus": arguments.volumes} if arguments.volumes else {})
@@ -221,7 +232,9 @@ def main() -> None:
             )
         inputs = cases(data, arguments.split, manifest, arguments.inputs)
         with serving(BUNDLES / model) as server:
-            lines[model] = measure(server, manifest, inputs, arguments.rounds)
+            lines[model] = measure(
+                server, manifest, inputs, arguments.rounds, queries(manifest), arguments.seconds
+            )
         by_name = {row.name: row for row in lines[model]}
         figures = goals(manifest.depth_curve, by_name)
         facts.append(

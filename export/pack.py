@@ -113,6 +113,7 @@ def export(
         folder.mkdir()
         checkpoint.save(copy.deepcopy(network).half(), folder / WEIGHTS, {"trained": notes})
         manifest = _manifest(card, config, _spacing(notes), activation, graphs)
+        manifest = manifest.model_copy(update={"mirror_axes": _mirror_axes(notes)})
         for graph in graphs:
             tiles = calibration_tiles(data, manifest, graph, INT8_IMAGES) if data else []
             origin = Source(served[graph.name], tiles)
@@ -210,6 +211,12 @@ def _spacing(notes: dict[str, Any]) -> tuple[float, float, float] | None:
     """The spacing that the network was trained at: what a network has seen is not a matter of the card."""
     spacing: tuple[float, float, float] | None = notes.get("recipe", {}).get("data", {}).get("spacing")
     return spacing
+
+
+def _mirror_axes(notes: dict[str, Any]) -> tuple[int, ...] | None:
+    """Axes along which tiles were mirrored in training; None where the notes do not tell."""
+    axes = notes.get("recipe", {}).get("data", {}).get("flip")
+    return None if axes is None else tuple(axes)
 
 
 def _manifest(

@@ -46,6 +46,7 @@ class ModelCard(ModelSummary):
     orientation: str | None
     spacing: tuple[float, float, float] | None
     normalization: str
+    mirror_axes: tuple[int, ...] | None
     classes: tuple[Class, ...]
     graphs: tuple[Graph, ...]
     calibration: Calibration | None
@@ -160,6 +161,7 @@ def card(deployment: Deployment, default: str) -> ModelCard:
         orientation=manifest.orientation,
         spacing=manifest.spacing,
         normalization=manifest.normalization,
+        mirror_axes=manifest.mirror_axes,
         classes=manifest.classes,
         graphs=manifest.graphs,
         calibration=manifest.calibration,

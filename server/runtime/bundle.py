@@ -146,6 +146,8 @@ class Manifest(_Part):
             probability. None where there is one head, or the bundle was exported by a version that had no
             such graph.
         depth_curve: chains of levels from which `mode=auto` chooses.
+        mirror_axes: axes along which the network was trained on mirrored inputs, from 0, in its own orientation; None
+            where that is not known.
         norm: layers of the network that normalise. "instance" looks at all of a tile, whose scores change
             with its padding.
     """
@@ -165,6 +167,7 @@ class Manifest(_Part):
     threshold: float = Field(0.5, gt=0, lt=1)
     classes: tuple[Class, ...] = Field(min_length=1)
     window: Window
+    mirror_axes: tuple[int, ...] | None = None
     graphs: tuple[Graph, ...] = Field(min_length=1)
     head_std: Graph | None = None
     calibration: Calibration | None = None
@@ -214,6 +217,8 @@ class Manifest(_Part):
             raise ValueError(
                 f"orientation names each of right/left, anterior/posterior, superior/inferior once: {self.orientation}"
             )
+        if any(not 0 <= axis < self.dims for axis in self.mirror_axes or ()):
+            raise ValueError(f"mirror_axes count from 0 to {self.dims - 1}: {self.mirror_axes}")
         if self.spacing and (self.dims == 2 or min(self.spacing) <= 0):
             raise ValueError("spacing belongs to networks for volumes and is positive")
         return self

@@ -93,7 +93,7 @@ def estimate_work(
     """
     grid = tile_grid(placement.size, manifest, graph, flat=placement.flat)
     windows, tile_pixels = math.prod(grid.counts), math.prod(grid.tile)
-    copies = len(flips(params.tta, manifest.dims))
+    copies = len(flips(params.tta, manifest.mirror_axes))
     pixels, network, k = math.prod(header.size), math.prod(placement.size), manifest.score_channels
     needs = encoding.needs(formats)
     # The network's own copy: resampled, or colours averaged to grey.

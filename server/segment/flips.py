@@ -13,12 +13,18 @@ Flips = tuple[tuple[int, ...], ...]
 NO_FLIPS: Flips = ((),)
 
 
-def flips(tta: str, dims: int) -> Flips:
-    """The copies of each window: itself alone, or for tta="flips" all mirrors along its axes, 4 in 2D and 8 in 3D."""
+def flips(tta: str, mirror_axes: Sequence[int] | None) -> Flips:
+    """The copies of each window: itself alone, or for tta="flips" all mirrors along axes, 4 of two and 8 of three.
+
+    Args:
+        tta: "none" or "flips".
+        mirror_axes: axes of the network, from 0, along which it knows mirrored inputs.
+    """
     if tta == "none":
         return NO_FLIPS
-    axes = range(1, dims + 1)
-    return tuple(chosen for count in range(dims + 1) for chosen in itertools.combinations(axes, count))
+    # Before the axes of a tile comes that of its channels.
+    axes = [axis + 1 for axis in sorted({*(mirror_axes or ())})]
+    return tuple(chosen for count in range(len(axes) + 1) for chosen in itertools.combinations(axes, count))
 
 
 def mirrored(tile: Shaped[ndarray, "C *tile"], copies: Flips) -> list[Shaped[ndarray, "C *tile"]]:

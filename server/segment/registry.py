@@ -221,10 +221,26 @@ def resolve_target(deployment: Deployment, params: SegmentParams) -> Target:
     Raises:
         InvalidParameter: lists what exists.
     """
+    _check_tta(deployment, params)
     target = MODES[_mode(params)](deployment, params)
     if encoding.requires(params.format, HEAD_STD):
         return _with_head_std(target, params)
     return _with_alternatives(target.at_precision(params.precision), params)
+
+
+def _check_tta(deployment: Deployment, params: SegmentParams) -> None:
+    """Refuses mirrors for a network that may not know them, whose answers would be worthless.
+
+    Raises:
+        InvalidParameter: the manifest names no axis.
+    """
+    if params.tta == "flips" and not deployment.manifest.mirror_axes:
+        raise InvalidParameter(
+            f"tta=flips needs a network that was trained on mirrored inputs, and the manifest of {deployment.name!r} names no axis "
+            "(mirror_axes); leave tta out",
+            parameter="tta",
+            value=params.tta,
+        )
 
 
 def _mode(params: SegmentParams) -> str:

@@ -78,8 +78,8 @@ class SegmentParams(BaseModel):
     )
     tta: Literal["none", "flips"] = Field(
         "none",
-        description="test-time augmentation; flips: each window is also run mirrored along its axes, and the scores are averaged, which "
-        "takes 4 times the work for images and 8 times for volumes",
+        description="test-time augmentation; flips: each window is also run mirrored along the axes that the network knows mirrored, and the "
+        "scores are averaged: 4 runs for two axes, 8 for three",
     )
     threshold: float | None = Field(
         None,

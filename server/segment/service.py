@@ -271,7 +271,7 @@ def _window(
         # It may have been turned upright (EXIF) since its header was read.
         placement = geometry.place_image(source.size)
     graph, needs = target.instance.graph, encoding.needs(ticket.formats)
-    copies = flips(params.tta, target.manifest.dims)
+    copies = flips(params.tta, target.manifest.mirror_axes)
     return make_sliding_window(
         source, placement, target.manifest, graph, needs, params.threshold, certainty, copies
     )

@@ -163,6 +163,12 @@ class TestAuto:
         assert [(one.mode, [run.graph for run in one.runs]) for one in target.alternatives] == alternatives
 
 
+@pytest.mark.parametrize("axes", [None, ()])
+def test_flips_of_a_network_that_may_not_know_them_are_refused(axes: tuple[int, ...] | None) -> None:
+    assert fields({"mirror_axes": axes}, tta="flips") == {"parameter": "tta", "value": "flips"}
+    assert resolve({"mirror_axes": axes}).mode == "accurate"
+
+
 class TestAlternatives:
     @pytest.mark.parametrize(
         ("params", "graphs"),
