@@ -30,7 +30,7 @@ class Row:
     """The answer of one graph.
 
     Attributes:
-        name: "L1", ... or "accurate".
+        name: "L1", ..., "auto (L2)" with the level that served, or "accurate".
         result: answer of the quickest run.
         overlay: PNG of the mask over the input.
         agreement: IoU with the mask of accurate, mean over the foreground classes.
@@ -62,7 +62,14 @@ async def compare(
     parameters: Mapping[str, Any],
     progress: Callable[[str], None],
 ) -> tuple[list[Row], bytes | None]:
-    """Segments an input at every level and in mode accurate, and calls `progress` with the name of each graph.
+    """Segments an input at every level, in mode auto where the model has a curve, and in mode accurate.
+
+    Args:
+        segmenter: server or service.
+        card: card of the model.
+        path: input.
+        parameters: request parameters; max_loss is for mode auto alone.
+        progress: callback with the name of each graph, before it is run.
 
     Returns:
         One row per graph, and the input as PNG if it is an image.
@@ -70,24 +77,28 @@ async def compare(
     graphs: dict[str, dict[str, Any]] = {
         f"L{level}": {"mode": "fast", "level": level} for level in card["levels"]
     }
+    common = {name: value for name, value in parameters.items() if name != "max_loss"}
+    if card.get("auto"):
+        graphs["auto"] = {"mode": "auto", "max_loss": parameters.get("max_loss")}
     graphs["accurate"] = {"mode": "accurate"}
     results: dict[str, Result] = {}
     overlays: dict[str, bytes] = {}
     for name, graph in graphs.items():
         progress(name)
-        runs = [await segmenter.segment(path, formats=("mask", "overlay"), **parameters, **graph)]
+        runs = [await segmenter.segment(path, formats=("mask", "overlay"), **common, **graph)]
         overlays[name] = next(data for file, data in runs[0].files.items() if file.startswith("overlay."))
         while len(runs) < RUNS and runs[0].total_ms < LONG_MS:
-            runs.append(await segmenter.segment(path, formats=("mask",), **parameters, **graph))
+            runs.append(await segmenter.segment(path, formats=("mask",), **common, **graph))
         results[name] = min(runs, key=lambda run: run.total_ms)
     best, values, rows = results["accurate"], [one["value"] for one in card["classes"]], []
     for name, one in results.items():
         overlap, speed_up = agreement(one.mask, best.mask, values), best.total_ms / max(one.total_ms, 1e-9)
-        rows.append(Row(name, one, overlays[name], overlap, speed_up))
+        shown = f"auto (L{one.level})" if name == "auto" else name
+        rows.append(Row(shown, one, overlays[name], overlap, speed_up))
     if best.mask.ndim > 2:
         return rows, None
     graph = next(iter(graphs.values()))
-    result = await segmenter.segment(path, formats=("picture",), **parameters, **graph)
+    result = await segmenter.segment(path, formats=("picture",), **common, **graph)
     return rows, next(iter(result.files.values()))
 
 

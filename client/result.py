@@ -29,7 +29,7 @@ class Result:
         files: bytes of each requested format by the server's file name: "mask.png", "statistics.json",
             "objects.csv", ...
         model: name of the bundle.
-        mode: "accurate" or "fast", as served.
+        mode: "accurate", "fast" or "auto", as served.
         level: depth of the network, as served.
         precision: precision of the graph, as served.
         timings_ms: milliseconds per phase on the server.

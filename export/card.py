@@ -55,6 +55,7 @@ class Card(BaseModel):
         aggregation: way in which the heads of `accurate` become one.
         orientation: directions of the axes of a network for volumes, in nibabel's letters, e.g. "RAS".
         spacing: mm per voxel that a network for volumes was trained at; None takes any.
+        mirror_axes: axes along which the network was trained on mirrored inputs, from 0; without them there is no `tta`.
         threshold: foreground is a score above it, for one class.
     """
 
@@ -76,6 +77,7 @@ class Card(BaseModel):
     aggregation: Aggregation = "mean-probability"
     orientation: str | None = None
     spacing: tuple[float, float, float] | None = None
+    mirror_axes: tuple[int, ...] | None = None
     threshold: float = Field(0.5, gt=0, lt=1)
 
     @model_validator(mode="after")

@@ -40,12 +40,16 @@ def calibrate(
         list[str] | None,
         typer.Option(help="Measure only this one again and keep the other rows; may be repeated."),
     ] = None,
+    curve: Annotated[bool, typer.Option("--curve", help="Measure only the curve of mode=auto.")] = False,
 ) -> None:
-    """Measure every level and precision, and recommend a level: with labels IoU and Dice, without them agreement."""
+    """Measure every level and precision, recommend a level, and fit the curve of mode=auto; without labels by agreement."""
     from server.runtime.bundle import read_bundle
 
     _check_options(data, images, labels, held_out, precision)
     opened = read_bundle(bundle)
+    if curve:
+        _curve(opened, data, images, labels, split)
+        return
     if images and report is None:
         # Not into the bundle, because the page shows images, and bundles are copied to servers.
         report = Path(f"calibration-{opened.manifest.name}.html")
@@ -53,6 +57,8 @@ def calibrate(
         _without_labels(opened, images, split, report)
     else:
         _with_labels(opened, data, images, labels, split, report, held_out, precision or [])
+    if not held_out and not precision:
+        _curve(opened, data, images, labels, split)
     if report:
         typer.echo(f"report: {report} (it shows images: keep it where they may be seen)")
 
@@ -120,6 +126,20 @@ def _with_labels(
             Console().print(table)
     if calibration and not held_out:
         _print_recommended(calibration.recommended.level, calibration.recommended.why)
+
+
+def _curve(bundle: "Bundle", data: Path | None, images: Path | None, labels: Path | None, split: str) -> None:
+    from export.agreement import deepest_masks
+    from export.cli_curve import calibrate_curve
+    from export.cli_import import skipped_once
+    from export.data import pictures
+
+    with errors_as_lines():
+        if images and not labels:
+            items = deepest_masks(bundle, [*pictures(images, bundle.manifest, split, skipped_once())])
+            calibrate_curve(bundle.folder, items, images.resolve().name, "deepest level")
+        else:
+            calibrate_curve(bundle.folder, *_labelled(bundle, data, images, labels, split), "labels")
 
 
 def _labelled(

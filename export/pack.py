@@ -64,13 +64,15 @@ def export(
     if not isinstance(trained, UNetPlusPlus):
         raise ExportError(f"{source} holds a {type(trained).__name__}; only UNet++ has levels to serve")
     config, volumes = trained.config, trained.config.dims == 3
+    known = notes.get("recipe", {}).get("data", {})
     card = _with_facts(
         card,
         dims=config.dims,
         activation="sigmoid" if config.classes == 1 else "softmax",
         # As training reads volumes (model/reading.py); what a network has seen is not a matter of the card.
         orientation="RAS" if volumes else None,
-        spacing=notes.get("recipe", {}).get("data", {}).get("spacing") if volumes else None,
+        spacing=known.get("spacing") if volumes else None,
+        mirror_axes=known.get("flip"),
     )
     _check_fit(card, config.in_channels, config.classes)
     return write_bundle(from_unetpp(trained, notes), card, out, data, advance)

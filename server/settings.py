@@ -225,7 +225,7 @@ class QualitySettings(_Group):
         0.01,
         ge=0,
         le=1,
-        description="share of the fast answers that is computed again in accurate mode and compared (`unetpp_agreement_*`), one at "
+        description="share of the answers of the modes fast and auto that is computed again in accurate mode and compared (`unetpp_agreement_*`), one at "
         "a time, when the device is free. Accurate costs up to nine times as much, so that 0.01 is at most a tenth more work; 0 "
         "compares none",
     )

@@ -123,8 +123,11 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "model": ("all", ""),
         "mode": (
             "all",
-            "`accurate` and `level` exclude each other.",
+            "`level` does not go with `accurate` or `auto`. `auto` needs a bundle with a curve: "
+            "[Depth that chooses itself](../pruning.md#depth-that-chooses-itself).",
         ),
+        "max_loss": ("all", "Does not go with `accurate` or `fast`."),
+        "tta": ("all", "In every mode; [Test-time augmentation](../pruning.md#test-time-augmentation)."),
         "level": ("all", "`GET /models/NAME` has the recommended one."),
         "precision": (
             "all",
@@ -175,7 +178,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
 # Defaults that a field cannot say.
 DEFAULTS = {
     "model": "[`UNETPP_DEFAULT_MODEL`](settings.md#unetpp_default_model)",
-    "mode": "`accurate`; `fast` where a level is given",
+    "mode": "`accurate`; `fast` where a level is given, `auto` where max_loss is",
     "level": "with `mode=fast` the recommended one",
     "format": "by `Accept`, else `mask`",
     "pixel_size_um": "from OME or ImageJ metadata, else unknown",

@@ -8,6 +8,7 @@ from statistics import mean
 from bench.table import RESULTS
 from server.runtime.bundle import Graph, Manifest, read_bundle
 from server.runtime.calibration import Measured
+from server.runtime.curve import MAX_LOSS
 from server.runtime.selection import is_enabled
 from tools.markdown import page, table
 
@@ -63,6 +64,7 @@ def card(name: str) -> str:
         _levels(manifest),
         *_measured(manifest),
         _recommended(manifest),
+        _depth_curve(manifest),
         "## Limits\n\n"
         + "".join(f"- {text}\n" for text in (*_kinds(name), *LIMITS[name], *COMMON_LIMITS))
         + "\n",
@@ -202,6 +204,32 @@ def _recommended(manifest: Manifest) -> str:
         f"## Recommended level\n\n`mode=fast` without `level` serves level {best.level}. It was chosen on {calibration.images} "
         f"{what} ({calibration.data}): {best.why}. [Calibrate](calibrate.md) describes the rule.\n\n"
     )
+
+
+def _depth_curve(manifest: Manifest) -> str:
+    """The places on the curve of `mode=auto`."""
+    curve, what = manifest.depth_curve, "volumes" if manifest.dims == 3 else "images"
+    if curve is None:
+        return ""
+    chosen = curve.choose()
+    rows = (
+        (
+            " → ".join(f"L{level}" for level in point.chain),
+            ", ".join(f"{threshold:.4f}" for threshold in point.thresholds) or "–",
+            ", ".join(f"{share:.0%}" for share in point.going_on) or "–",
+            f"{point.work:.0%}",
+            f"{point.loss:.2f} ± {point.error:.2f}",
+            "yes" if point == chosen else "",
+        )
+        for point in curve.points
+    )
+    text = (
+        f"Measured at fp32 on {curve.images} {what} ({curve.data}): {curve.method}. Points are of IoU, against L{manifest.levels[-1]}, with "
+        f"their standard error. `mode=auto` takes the first row whose loss and standard error are together at most {MAX_LOSS:g}; `max_loss` sets another limit. [Depth that chooses itself](../pruning.md#depth-that-chooses-itself) explains "
+        "the columns.\n\n"
+    )
+    headings = ("levels", "goes on above", f"{what} that go on", "work", "points lost", "default")
+    return f"## Chains of mode=auto\n\n{text}" + table(headings, rows)
 
 
 def _provenance(manifest: Manifest, sha256: str) -> Iterator[tuple[str, str]]:

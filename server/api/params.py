@@ -33,10 +33,10 @@ DEADLINE_PARAMETER: dict[str, Any] = {
 # The headers of an answer, for the documentation; a test compares them with `headers`.
 RESPONSE_HEADERS: dict[str, str] = {
     "X-Segment-Model": "model that served",
-    "X-Segment-Mode": "mode that served: `accurate` or `fast`",
+    "X-Segment-Mode": "mode that served: `accurate`, `fast` or `auto`",
     "X-Segment-Level": "level that served",
     "X-Segment-Mode-Requested": "mode that was requested, or its default",
-    "X-Segment-Level-Requested": "level that was requested, or its default",
+    "X-Segment-Level-Requested": "level that was requested, or its default; of mode `auto` the deepest that it may serve",
     "X-Segment-Precision": "precision that served: fp32, bf16, fp16 or int8",
     "X-Segment-Degraded": "`deadline` or `load`, where min_level allowed a shallower level than requested",
     "X-Segment-Postprocessing": "post-processing that was applied, in its order, as `threshold=0.4; fill_holes`",

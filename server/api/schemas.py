@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from server.jobs.active import JobStatus
 from server.runtime.bundle import HEAD_STD, Class, Comparison, Graph, Manifest
 from server.runtime.calibration import Agreement, Calibration, Distilled, Measured
+from server.runtime.curve import DepthCurve
 from server.runtime.deployment import Deployment
 
 
@@ -32,6 +33,7 @@ class ModelSummary(BaseModel):
     recommended_level: int
     precisions: tuple[str, ...]
     uncertainty: bool
+    auto: bool
     default: bool
 
 
@@ -45,6 +47,7 @@ class ModelCard(ModelSummary):
     orientation: str | None
     spacing: tuple[float, float, float] | None
     normalization: str
+    mirror_axes: tuple[int, ...] | None
     classes: tuple[Class, ...]
     graphs: tuple[Graph, ...]
     calibration: Calibration | None
@@ -52,6 +55,7 @@ class ModelCard(ModelSummary):
     held_out: Measured | None
     comparison: tuple[Comparison, ...]
     distilled: Distilled | None
+    depth_curve: DepthCurve | None
     serving: tuple[Serving, ...]
     license: dict[str, str]
     provenance: dict[str, str]
@@ -160,6 +164,7 @@ def card(deployment: Deployment, default: str) -> ModelCard:
         orientation=manifest.orientation,
         spacing=manifest.spacing,
         normalization=manifest.normalization,
+        mirror_axes=manifest.mirror_axes,
         classes=manifest.classes,
         graphs=manifest.graphs,
         calibration=manifest.calibration,
@@ -167,6 +172,7 @@ def card(deployment: Deployment, default: str) -> ModelCard:
         held_out=manifest.held_out,
         comparison=manifest.comparison,
         distilled=manifest.distilled,
+        depth_curve=manifest.depth_curve,
         serving=serving,
         license=manifest.license,
         provenance=manifest.provenance,
@@ -182,6 +188,7 @@ def _summary(manifest: Manifest, deployment: Deployment, default: str) -> dict[s
         "recommended_level": manifest.recommended_level,
         "precisions": deployment.precisions,
         "uncertainty": manifest.head_std is not None,
+        "auto": manifest.depth_curve is not None,
         "default": manifest.name == default,
     }
 

@@ -131,4 +131,5 @@ def _log_failure(job: Job, error: Exception) -> None:
 def preview_params(params: SegmentParams) -> SegmentParams:
     """The parameters of the preview: level 1, without formats that need all heads."""
     formats = encoding.without(params.format, "head_std")
-    return params.model_copy(update={"mode": "fast", "level": 1, "min_level": None, "format": formats})
+    own = {"mode": "fast", "level": 1, "max_loss": None, "tta": "none", "min_level": None, "format": formats}
+    return params.model_copy(update=own)

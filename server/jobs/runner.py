@@ -211,7 +211,7 @@ class Runner:
         if preview:
             seconds += (await self._service.estimate(upload, preview_params(params))).seconds
         # The target as it is now, whatever the default or the recommended level is when the job runs.
-        level = None if target.mode == "accurate" else target.level
+        level = target.level if target.mode == "fast" else None
         request = params.model_dump() | {"model": target.model, "mode": target.mode, "level": level}
         # COCO alone repeats the file name, which may be a patient's.
         named = "coco" in encode.split(params.format or "")

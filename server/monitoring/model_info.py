@@ -16,6 +16,8 @@ def _describe(name: str, deployment: Deployment) -> ModelInfo:
     rows = manifest.calibration.rows if manifest.calibration else ()
     routes = [("accurate", manifest.graph("accurate").level, "accurate")]
     routes += [("fast", level, f"L{level}") for level in manifest.levels]
+    if manifest.depth_curve:
+        routes += [("auto", level, f"L{level}") for level in sorted(manifest.depth_curve.levels)]
     return ModelInfo(
         model=name,
         dims=manifest.dims,

@@ -1,4 +1,4 @@
-"""Shadow evaluation: a share of the fast answers is computed again in accurate mode and compared.
+"""Shadow evaluation: a share of the answers that are not accurate is computed again in accurate mode and compared.
 
 It shows what speed costs on the inputs that really come. It measures agreement between two of our own
 answers, not accuracy, because the true mask is not known. The caller has its answer long before. The decoded
@@ -20,10 +20,10 @@ from server.arrays import Image, Mask, Volume
 from server.errors import CallerError, TryAgain
 from server.metrics import Metrics
 from server.segment import quality
-from server.segment.admission import Ticket
 from server.segment.registry import Target
 from server.segment.request import QoS, SegmentParams
 from server.segment.service import SegmentationService
+from server.segment.ticket import Ticket
 from server.settings import QualitySettings
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ MEMORY_WAIT_S = 300.0
 
 @dataclass(frozen=True)
 class Sample:
-    """A fast answer, with the data that computing it again needs.
+    """An answer, with the data that computing it again needs.
 
     Attributes:
         target: target that was served.
@@ -57,7 +57,7 @@ class ShadowEvaluation:
     """Samples the answers of a service; use as `async with`. All methods belong to the event loop's thread.
 
     Args:
-        settings: share of the fast answers.
+        settings: share of the answers of the modes fast and auto.
         service: calls `offer` for each answer, and computes samples again.
         metrics: counters of the outcomes.
         draw: a number in [0, 1), each time another.
@@ -99,8 +99,8 @@ class ShadowEvaluation:
         """Takes an answer as a sample, if it is drawn and no other is in flight."""
         # What a caller does with a mask tells nothing of its level.
         if (
-            ticket.target.mode != "fast"
-            or params.postprocessing
+            ticket.target.mode == "accurate"
+            or params.changes_mask
             or self._closed
             or self._draw() >= self._share
         ):

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from server.errors import BundleDamaged
 from server.runtime.calibration import Agreement, Calibration, Distilled, Measured, Part
+from server.runtime.curve import DepthCurve
 
 FORMAT: Literal["unetpp.bundle/1"] = "unetpp.bundle/1"
 MANIFEST = "manifest.json"
@@ -115,6 +116,9 @@ class Manifest(Part):
         calibration: measured on labels.
         agreement: measured without labels, and used where there is no calibration.
         distilled: levels that `unetpp add-levels` added; None where all were trained with the network.
+        depth_curve: chains of levels from which `mode=auto` chooses.
+        mirror_axes: axes along which the network was trained on mirrored inputs, from 0, in its own orientation; None
+            where that is not known.
         norm: layers of the network that normalise. "instance" looks at all of a tile, whose scores change
             with its padding.
     """
@@ -137,11 +141,13 @@ class Manifest(Part):
     threshold: float = Field(0.5, gt=0, lt=1)
     classes: tuple[Class, ...] = Field(min_length=1)
     window: Window
+    mirror_axes: tuple[int, ...] | None = None
     graphs: tuple[Graph, ...] = Field(min_length=1)
     head_std: Graph | None = None
     calibration: Calibration | None = None
     agreement: Agreement | None = None
     held_out: Measured | None = None
+    depth_curve: DepthCurve | None = None
     comparison: tuple[Comparison, ...] = ()
     distilled: Distilled | None = None
     intended_use: str
@@ -187,6 +193,8 @@ class Manifest(Part):
             raise ValueError(
                 f"orientation names each of right/left, anterior/posterior, superior/inferior once: {self.orientation}"
             )
+        if any(not 0 <= axis < self.dims for axis in self.mirror_axes or ()):
+            raise ValueError(f"mirror_axes count from 0 to {self.dims - 1}: {self.mirror_axes}")
         if self.spacing and (self.dims == 2 or min(self.spacing) <= 0):
             raise ValueError("spacing belongs to networks for volumes and is positive")
         return self
@@ -212,6 +220,8 @@ class Manifest(Part):
 
     @model_validator(mode="after")
     def _check_classes(self) -> "Manifest":
+        if self.depth_curve and not self.depth_curve.levels <= set(self.levels):
+            raise ValueError("depth_curve has a level that does not exist")
         values = [c.value for c in self.classes]
         if values != list(range(1, len(values) + 1)):
             raise ValueError(f"values of classes must be 1, 2, ...: {values}")

@@ -52,6 +52,7 @@ class Flow:
         submitted: tiles submitted so far.
         executed: tiles whose run has begun.
         virtual_time: device time charged so far, in seconds.
+        later_s: seconds that deeper graphs should take for the request, weighed by how often they are run.
     """
 
     instance: ModelInstance
@@ -63,6 +64,7 @@ class Flow:
     submitted: int = 0
     executed: int = 0
     virtual_time: float = 0.0
+    later_s: float = 0.0
 
     @property
     def remaining_s(self) -> float:
@@ -70,7 +72,7 @@ class Flow:
         if not self.tile.confident:
             return 0.0
         # An image that lies on its side (EXIF) may turn out to have other windows than its header promised.
-        return max(0, self.expected - self.executed) * self.tile.seconds
+        return max(0, self.expected - self.executed) * self.tile.seconds + self.later_s
 
 
 @dataclass(eq=False)

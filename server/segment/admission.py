@@ -5,17 +5,15 @@ Predictions start at zero: work that has not been observed often enough counts 0
 queue can refuse a request, and an idle server refuses none.
 """
 
-import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Hashable
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Hashable, Iterator
+from dataclasses import replace
 
 from server.arrays import InputHeader
-from server.errors import CallerError, DeadlinePassed, DeadlineTooShort, Overloaded, TooLarge
+from server.errors import DeadlinePassed, DeadlineTooShort, Overloaded, TooLarge
 from server.imaging import encode as encoding
-from server.imaging.decode_options import DecodeOptions
 from server.imaging.geometry import Placement
 from server.metrics import Metrics
 from server.runtime.flow import Flow
@@ -23,11 +21,12 @@ from server.runtime.latency import LatencyModel
 from server.runtime.scheduler import Scheduler
 from server.segment import postprocess, quality
 from server.segment.deadline import timeout
-from server.segment.estimate import Estimate, cpu_work, estimate_work
+from server.segment.estimate import Estimate, chain_estimate, check_limits, cpu_work, estimate_work
 from server.segment.memory_budget import MemoryBudget
 from server.segment.preprocess import check_pixel_size, place
 from server.segment.registry import Target
 from server.segment.request import Priority, QoS, SegmentParams
+from server.segment.ticket import Ticket, drop_reason
 from server.settings import LimitsSettings
 
 # A request is admitted if so many times its predicted time is left, because a queue that is filled exactly up
@@ -37,31 +36,6 @@ SAFETY = 1.5
 # Once requests are served at a shallower level, a deeper one must fit into this share of the time before it
 # is used again, so that answers do not flicker between levels.
 RETURN = 0.7
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """An admitted request.
-
-    Attributes:
-        requested: target that the request resolved to.
-        target: target that is served.
-        degraded: "deadline" or "load" where they differ, else "".
-        formats: canonical names of the output formats.
-        placement: position of the network's grid in the input.
-        estimate: predicted work.
-        flow: place in the queue.
-        memory_wait_s: seconds that the request waited for a share of the memory budget.
-    """
-
-    requested: Target
-    target: Target
-    degraded: str
-    formats: tuple[str, ...]
-    placement: Placement
-    estimate: Estimate
-    flow: Flow
-    memory_wait_s: float = 0.0
 
 
 class Admission:
@@ -168,22 +142,42 @@ class Admission:
         degraded = (
             ("deadline" if qos.remaining_s < qos.timeout_s else "load") if target is not requested else ""
         )
-        flow = Flow(target.instance, qos.priority, qos.deadline, estimate.windows, estimate.tile)
+        first, instance = estimate.first, target.runs[0].instance
+        # Others wait for the whole chain only as often as it is run.
+        flow = Flow(instance, qos.priority, qos.deadline, first.windows, first.tile, later_s=estimate.later_s)
         try:
             with self._scheduler.join(flow):
                 async with self._hold(self._budgets[headers[0].kind == "image", qos.priority], estimate, qos):
-                    self._metrics.pixels.labels("input").inc(
-                        estimate.windows * estimate.tile_pixels - estimate.padding
-                    )
-                    self._metrics.pixels.labels("padding").inc(estimate.padding)
+                    self._count_pixels(first)
                     flow.arriving = qos.priority == "interactive"
                     waited_s = time.perf_counter() - started
                     yield Ticket(requested, target, degraded, formats, placement, estimate, flow, waited_s)
         except BaseException as error:
-            self._metrics.dropped.labels(_drop_reason(error, flow)).inc(
-                max(0, estimate.windows - flow.executed)
-            )
+            self._metrics.dropped.labels(drop_reason(error, flow)).inc(max(0, first.windows - flow.executed))
             raise
+
+    @contextlib.contextmanager
+    def go_on(self, ticket: Ticket, step: int) -> Iterator[Flow]:
+        """Holds the place in the queue of a further target of the chain, for the block."""
+        before, work, target = ticket.flow, ticket.estimate.steps[step], ticket.target.runs[step]
+        flow = Flow(target.instance, before.priority, before.deadline, work.windows, work.tile)
+        # What was run already is not forgotten: a hard input would have more than its share of the device.
+        flow.virtual_time = before.virtual_time
+        before.later_s = 0.0
+        try:
+            with self._scheduler.join(flow):
+                self._count_pixels(work)
+                yield flow
+        except BaseException as error:
+            self._count_dropped(error, flow)
+            raise
+
+    def _count_dropped(self, error: BaseException, flow: Flow) -> None:
+        self._metrics.dropped.labels(drop_reason(error, flow)).inc(max(0, flow.expected - flow.executed))
+
+    def _count_pixels(self, work: Estimate) -> None:
+        self._metrics.pixels.labels("input").inc(work.windows * work.tile_pixels - work.padding)
+        self._metrics.pixels.labels("padding").inc(work.padding)
 
     def observe_cpu(self, header: InputHeader, ticket: Ticket, params: SegmentParams, seconds: float) -> None:
         """Learns how long the work beside the device took."""
@@ -214,6 +208,25 @@ class Admission:
         target: Target,
         params: SegmentParams,
     ) -> Estimate:
+        """Windows, memory and times of a target, of a chain those of all of its levels.
+
+        Whether an input goes on is known only after a level was run. A deadline must hold for those that do, so
+        that each is admitted at the price of the whole chain.
+
+        Raises:
+            TooLarge: names the limit and the size.
+        """
+        steps = [self._estimate_one(headers, placement, formats, one, params) for one in target.runs]
+        return chain_estimate(steps, target.point.going_on) if target.point else steps[0]
+
+    def _estimate_one(
+        self,
+        headers: tuple[InputHeader, InputHeader | None],
+        placement: Placement,
+        formats: tuple[str, ...],
+        target: Target,
+        params: SegmentParams,
+    ) -> Estimate:
         """Windows, memory and times at one level.
 
         Raises:
@@ -234,24 +247,8 @@ class Admission:
             fastest_s=work.windows * tile.fastest_s + cpu.fastest_s if known else 0.0,
             observed=observed,
         )
-        self._check_limits(estimate, header)
+        check_limits(estimate, header, self._limits)
         return estimate
-
-    def _check_limits(self, estimate: Estimate, header: InputHeader) -> None:
-        if header.kind != "image":
-            DecodeOptions(0, self._limits.max_voxels).check_volume(
-                header.size, f"Here it would take {estimate}. "
-            )
-        limit_mb = self._limits.max_memory_mb
-        if estimate.memory_bytes > limit_mb * 1e6:
-            raise TooLarge(
-                f"this would take {estimate}; the limit is {limit_mb:,} MB. Crop the input, ask for fewer formats, of which "
-                "the mask takes least, or raise UNETPP_LIMITS__MAX_MEMORY_MB on the server",
-                limit=limit_mb,
-                actual=round(estimate.memory_bytes / 1e6),
-                unit="MB",
-                setting="UNETPP_LIMITS__MAX_MEMORY_MB",
-            )
 
     def _choose(
         self,
@@ -277,6 +274,7 @@ class Admission:
                 candidates.append((target, self._estimate(headers, placement, formats, target, params)))
         kind = (
             requested.model,
+            requested.mode,
             requested.graph,
             estimate.pixels.bit_length(),
             math.frexp(max(qos.remaining_s, 1e-9))[1],
@@ -338,13 +336,3 @@ class Admission:
                     remedy="POST /jobs",
                 ) from error
             yield
-
-
-def _drop_reason(error: BaseException, flow: Flow) -> str:
-    """The reason that windows of an admitted request are not run."""
-    # Timers of event loops go by milliseconds, and may be early by one.
-    if isinstance(error, DeadlinePassed) or time.monotonic() + 0.002 >= flow.deadline:
-        return "late"
-    if isinstance(error, asyncio.CancelledError):
-        return "cancelled"
-    return "unreadable" if isinstance(error, CallerError) else "error"

@@ -1,18 +1,22 @@
 """Estimate of the work of a request, from its header alone."""
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from server.arrays import InputHeader
+from server.errors import TooLarge
 from server.imaging import encode as encoding
+from server.imaging.decode_options import DecodeOptions
 from server.imaging.geometry import Placement
 from server.runtime.bundle import Graph, Manifest
 from server.runtime.latency import UNKNOWN, Prediction
 from server.segment import postprocess
+from server.segment.flips import flips
 from server.segment.request import SegmentParams
 from server.segment.statistics import LISTED_BYTES, MAX_LISTED
 from server.segment.windows import CHUNK_PIXELS, tile_grid
+from server.settings import LimitsSettings
 
 # Bytes of the place of one window; a stack of tiny slices has more windows than pixels in one.
 WINDOW_BYTES = 100
@@ -24,7 +28,7 @@ class Estimate:
 
     Attributes:
         pixels: pixels or voxels of the input, or of the network's grid where that has more.
-        windows: windows to be run.
+        windows: windows to be run, each copy of one counted.
         tile_pixels: pixels of each window.
         padding: pixels of all windows that are not the input's.
         memory_bytes: peak in bytes of the decoded input, the open scores, the mask and its encoding.
@@ -35,6 +39,8 @@ class Estimate:
             observed to refuse a request because of it.
         observed: keys and sizes of the latency model that the times rest on.
         tile: predicted seconds of one window.
+        steps: estimates of the targets of a chain; the other attributes are those of all of them together.
+        later_s: predicted seconds on the device after the first target of a chain, weighed by how often it goes on.
     """
 
     pixels: int
@@ -47,6 +53,13 @@ class Estimate:
     fastest_s: float = 0.0
     observed: tuple[tuple[Hashable, int], ...] = ()
     tile: Prediction = UNKNOWN
+    steps: tuple["Estimate", ...] = ()
+    later_s: float = 0.0
+
+    @property
+    def first(self) -> "Estimate":
+        """The estimate of what is run first."""
+        return self.steps[0] if self.steps else self
 
     @property
     def seconds(self) -> float:
@@ -80,6 +93,7 @@ def estimate_work(
     """
     grid = tile_grid(placement.size, manifest, graph, flat=placement.flat)
     windows, tile_pixels = math.prod(grid.counts), math.prod(grid.tile)
+    copies = len(flips(params.tta, manifest.mirror_axes))
     pixels, network, k = math.prod(header.size), math.prod(placement.size), manifest.score_channels
     needs = encoding.needs(formats)
     # The network's own copy: resampled, or colours averaged to grey.
@@ -93,7 +107,7 @@ def estimate_work(
     open_channels = k + ("head_std" in needs)
     open_rows = math.prod(sides) * 4 * (2 * open_channels + 3)
     chunks = (
-        max(CHUNK_PIXELS, tile_pixels) * 4 * (len(manifest.channels) + open_channels) * 2
+        max(CHUNK_PIXELS, tile_pixels) * copies * 4 * (len(manifest.channels) + open_channels) * 2
         + WINDOW_BYTES * windows
     )
     compared = (
@@ -103,7 +117,28 @@ def estimate_work(
     memory = pixels * (header.channels * header.sample_bytes + 2) + copied + open_rows + chunks + compared
     memory += _output_bytes(header, pixels, k, needs, formats, params)
     covered = math.prod(min(s, t) for s, t in zip(placement.size, grid.tile, strict=True))
-    return Estimate(max(pixels, network), windows, tile_pixels, windows * (tile_pixels - covered), memory)
+    tiles = windows * copies
+    return Estimate(max(pixels, network), tiles, tile_pixels, tiles * (tile_pixels - covered), memory)
+
+
+def check_limits(estimate: Estimate, header: InputHeader, limits: LimitsSettings) -> None:
+    """Compares a request with the limits of one.
+
+    Raises:
+        TooLarge: names the limit and the size.
+    """
+    if header.kind != "image":
+        DecodeOptions(0, limits.max_voxels).check_volume(header.size, f"Here it would take {estimate}. ")
+    limit_mb = limits.max_memory_mb
+    if estimate.memory_bytes > limit_mb * 1e6:
+        raise TooLarge(
+            f"this would take {estimate}; the limit is {limit_mb:,} MB. Crop the input, ask for fewer formats, of which "
+            "the mask takes least, or raise UNETPP_LIMITS__MAX_MEMORY_MB on the server",
+            limit=limit_mb,
+            actual=round(estimate.memory_bytes / 1e6),
+            unit="MB",
+            setting="UNETPP_LIMITS__MAX_MEMORY_MB",
+        )
 
 
 def _output_bytes(
@@ -139,6 +174,30 @@ def cpu_work(header: InputHeader, formats: tuple[str, ...], params: SegmentParam
     else:
         work = "mask"
     return "cpu", header.kind, work
+
+
+def chain_estimate(steps: Sequence[Estimate], going_on: Sequence[float]) -> Estimate:
+    """The estimate of an input that goes all the way through a chain.
+
+    Args:
+        steps: estimates of its targets.
+        going_on: by target but the first: share of the inputs for which it is run.
+    """
+    last = steps[-1]
+    known = all(step.fastest_s for step in steps)
+    # The work beside the device is done once, but for cutting and merging.
+    before_s = sum(step.windows * step.tile.fastest_s for step in steps[:-1])
+    return replace(
+        last,
+        windows=sum(step.windows for step in steps),
+        padding=sum(step.padding for step in steps),
+        memory_bytes=max(step.memory_bytes for step in steps),
+        device_s=sum(step.device_s for step in steps),
+        fastest_s=before_s + last.fastest_s if known else 0.0,
+        observed=tuple(dict.fromkeys(pair for step in steps for pair in step.observed)),
+        steps=tuple(steps),
+        later_s=math.fsum(step.device_s * share for step, share in zip(steps[1:], going_on, strict=True)),
+    )
 
 
 def times(estimate: Estimate, count: int) -> Estimate:

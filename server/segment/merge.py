@@ -14,6 +14,7 @@ from jaxtyping import Float32, Shaped, UInt8
 from numpy import ndarray
 
 from server.imaging.geometry import lerp, linear_weights
+from server.segment.certainty import Certainty
 from server.segment.windows import Windows
 
 # Standard deviation of the weights as a share of the tile, and the least weight, as is usual for
@@ -42,6 +43,7 @@ class WindowMerger:
             deviation over the heads; None where windows have no such channel.
         confidence: float16, written to in the same axes and size: the score of the best foreground class,
             also where background won; or None.
+        certainty: counts of uncertain pixels, added to; or None.
 
     Attributes:
         largest: (K,) the highest score of each channel so far; only with `confidence`.
@@ -56,6 +58,7 @@ class WindowMerger:
         scores: Shaped[ndarray, "K *size"] | None = None,
         head_std: Shaped[ndarray, "*size"] | None = None,
         confidence: Shaped[ndarray, "*size"] | None = None,
+        certainty: Certainty | None = None,
     ) -> None:
         self.largest = np.zeros(channels, dtype=np.float32)
         self._windows = windows
@@ -64,6 +67,7 @@ class WindowMerger:
         self._scores = None if scores is None else np.moveaxis(scores, windows.axis + 1, 1)
         self._head_std = None if head_std is None else np.moveaxis(head_std, windows.axis, 0)
         self._confidence = None if confidence is None else np.moveaxis(confidence, windows.axis, 0)
+        self._certainty = certainty
         self._channels = channels
         self._rows, *self._across = self._rows_first(windows.size)
         rows, *across = self._rows_first(windows.tile)
@@ -139,6 +143,8 @@ class WindowMerger:
         """
         sums = total[: self._channels]
         self._classes[place], best = _decide(sums, weight, self._threshold)
+        if self._certainty is not None:
+            self._certainty.add(sums, weight)
         if self._scores is not None:
             self._scores[:, *place] = sums / weight
         if self._head_std is not None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from server.arrays import Overlap
     from server.segment.registry import Target
 
-Mode = Literal["accurate", "fast"]
+Mode = Literal["accurate", "fast", "auto"]
 Priority = Literal["interactive", "batch"]
 
 OnProgress = Callable[[str, int, int], None]
@@ -52,12 +52,21 @@ class SegmentParams(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mode: Mode | None = Field(None, description="accurate (default): mean of all heads; fast: one level")
+    mode: Mode | None = Field(
+        None,
+        description="accurate (default): mean of all heads; fast: one level; auto: a level that suits each input",
+    )
     level: int | None = Field(
         None,
         ge=1,
         le=5,
         description="depth of the network, 1 (fastest) to the deepest level of the model; implies mode=fast",
+    )
+    max_loss: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="points of IoU that mode=auto may lose against the deepest level on average, 0.25 if not given; implies mode=auto",
     )
     model: str | None = Field(None, max_length=63, description="bundle name; GET /models lists them")
     precision: Precision = Field(
@@ -73,6 +82,11 @@ class SegmentParams(BaseModel):
     )
     include_mask: bool = Field(
         False, description="with format=json: the mask in base64, under a name that says its file type"
+    )
+    tta: Literal["none", "flips"] = Field(
+        "none",
+        description="test-time augmentation; flips: each window is also run mirrored along the axes that the network knows mirrored, and the "
+        "scores are averaged: 4 runs for two axes, 8 for three",
     )
     threshold: float | None = Field(
         None,
@@ -159,6 +173,11 @@ class SegmentParams(BaseModel):
         """Requested post-processing by parameter name, in the order in which it is applied."""
         values = ((name, getattr(self, name)) for name in POSTPROCESSING)
         return {name: value for name, value in values if value is not None and value is not False}
+
+    @property
+    def changes_mask(self) -> bool:
+        """Whether the mask is another than the level's own, so that it tells nothing of the level."""
+        return bool(self.postprocessing) or self.tta != "none"
 
     @property
     def min_sizes(self) -> dict[str, int | float]:
@@ -255,6 +274,7 @@ class Response:
         overlaps: IoU and Dice with the reference per class value; empty without one.
         note: remark for the caller, e.g. that further pages were not read.
         postprocessing: applied post-processing by parameter name.
+        uncertain_share: share of uncertain pixels in the answer of `mode=auto`, else None.
     """
 
     body: bytes | BinaryIO
@@ -267,6 +287,7 @@ class Response:
     overlaps: dict[int, "Overlap"] = field(default_factory=dict)
     note: str = ""
     postprocessing: Mapping[str, Any] = field(default_factory=dict)
+    uncertain_share: float | None = None
 
     def close(self) -> None:
         """Removes the temporary file, if there is one."""

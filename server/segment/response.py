@@ -8,11 +8,11 @@ from server.imaging import encode as encoding
 from server.imaging import geometry
 from server.imaging.encode import Encoded, SegmentationResult
 from server.segment import report
-from server.segment.admission import Ticket
 from server.segment.postprocess import postprocess
 from server.segment.preprocess import spacing_mm
 from server.segment.request import Response, SegmentParams
 from server.segment.sliding_window import SlidingWindow
+from server.segment.ticket import Ticket
 from server.segment.workers import Worker
 
 
@@ -58,8 +58,9 @@ def encode_result(result: SegmentationResult, ticket: Ticket, params: SegmentPar
         InvalidParameter: there are too many objects to describe.
         Cancelled: the caller has left.
     """
+    served = facts(ticket) | ({"tta": params.tta} if params.tta != "none" else {})
     return report.encode_response(
-        result, ticket.formats, facts(ticket), filename=name, include_mask=params.include_mask
+        result, ticket.formats, served, filename=name, include_mask=params.include_mask
     )
 
 
@@ -73,6 +74,8 @@ def facts(ticket: Ticket) -> dict[str, Any]:
         "precision": target.precision,
         "engine": target.instance.choice.candidate.engine,
     }
+    if ticket.uncertain_share is not None:
+        served["uncertain_share"] = round(ticket.uncertain_share, 4)
     if ticket.degraded:
         served |= {
             "requested": {"mode": requested.mode, "level": requested.level},
@@ -100,4 +103,5 @@ def respond(
         dict(result.overlaps),
         result.source.note,
         params.postprocessing,
+        ticket.uncertain_share,
     )

@@ -1,7 +1,8 @@
 """One request, from bytes to bytes. Every door calls `SegmentationService.segment`: HTTP, jobs, zips, the command line."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from server.arrays import Image, InputHeader, Mask, Volume
 from server.errors import EngineUnavailable
@@ -10,18 +11,22 @@ from server.imaging import geometry
 from server.imaging.decode import is_quick
 from server.metrics import Metrics
 from server.runtime.device import DeviceRunner, DeviceThread
+from server.runtime.engines import Engine
 from server.runtime.latency import LatencyModel
 from server.runtime.loader import Loader
 from server.runtime.scheduler import Scheduler
 from server.segment import zip_batch
-from server.segment.admission import Admission, Ticket
+from server.segment.admission import Admission
+from server.segment.certainty import Certainty
 from server.segment.deadline import deadline
 from server.segment.estimate import Estimate, cpu_work
+from server.segment.flips import flips
 from server.segment.preprocess import decode_options, decode_upload, note_resampling, read_headers
 from server.segment.registry import Registry, Target, resolve_target
 from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upload, ignore_progress
 from server.segment.response import encode_result, finish_mask, respond
 from server.segment.sliding_window import SlidingWindow, infer, make_sliding_window
+from server.segment.ticket import Ticket
 from server.segment.workers import Pool, Worker, Workers
 from server.segment.zip_files import is_zip
 from server.settings import BatchingSettings, LimitsSettings, RuntimeSettings
@@ -148,15 +153,14 @@ class SegmentationService:
         options = decode_options(params, self.limits)
         worker = self.workers.task(_pool(upload))
         headers = await worker.run("decode", read_headers, upload, options)
-        async with self.admission.admit(headers, requested, params, qos, upload.accept) as ticket:
-            worker.admitted(ticket.memory_wait_s, _threads(worker, headers[0], ticket, params))
-            target = ticket.target
-            engine = await worker.wait("open", self.loader.ensure_open(target.deployment, target.instance))
-            on_progress("decode", 0, ticket.estimate.windows)
+        async with self.admission.admit(headers, requested, params, qos, upload.accept) as admitted:
+            worker.admitted(admitted.memory_wait_s, _threads(worker, headers[0], admitted, params))
+            # Before anything is decoded, because it may fail.
+            await worker.wait("open", self._open(admitted.target.runs[0]))
+            on_progress("decode", 0, admitted.estimate.windows)
             source, reference = await worker.run("decode", decode_upload, upload, params, options)
-            source = note_resampling(source, ticket.placement, target.manifest)
-            window = await worker.run("decode", _window, source, ticket, params)
-            mask = await infer(window, ticket.flow, engine, self.scheduler, worker, on_progress)
+            source = note_resampling(source, admitted.placement, admitted.target.manifest)
+            ticket, window, mask = await self._infer(source, admitted, params, worker, on_progress)
             on_progress("encode", ticket.estimate.windows, ticket.estimate.windows)
             result = await worker.run(
                 "postprocess", finish_mask, window, mask, reference, ticket, params, worker
@@ -178,9 +182,40 @@ class SegmentationService:
         header = source.input_header
         worker = self.workers.task("image" if header.kind == "image" else "volume")
         async with self.admission.admit((header, None), target, params, qos) as ticket:
-            engine = await self.loader.ensure_open(target.deployment, target.instance)
-            window = await worker.run("decode", _window, source, ticket, params)
-            return await infer(window, ticket.flow, engine, self.scheduler, worker)
+            return (await self._infer(source, ticket, params, worker))[2]
+
+    async def _infer(
+        self,
+        source: Image | Volume,
+        ticket: Ticket,
+        params: SegmentParams,
+        worker: Worker,
+        on_progress: OnProgress = ignore_progress,
+    ) -> tuple[Ticket, SlidingWindow, Mask]:
+        """Runs what the ticket says: one graph, or those of a chain one after another until an answer is certain enough."""
+        done = 0
+
+        def show(stage: str, windows: int, _: int) -> None:
+            on_progress(stage, done + windows, ticket.estimate.windows)
+
+        with contextlib.ExitStack() as places:
+            for step, target in enumerate(ticket.target.runs):
+                flow = places.enter_context(self.admission.go_on(ticket, step)) if step else ticket.flow
+                engine = await worker.wait("open", self._open(target))
+                certainty = Certainty() if target.mode == "auto" else None
+                window = await worker.run("decode", _window, source, ticket, target, params, certainty)
+                mask = await infer(window, flow, engine, self.scheduler, worker, show)
+                share = certainty.share if certainty else None
+                if share is None or not ticket.target.goes_on(step, share):
+                    break
+                done += window.tile_count
+                # Before the next answer takes its memory.
+                del window, mask
+        ticket.flow.later_s = 0.0
+        return ticket.served(step, share), window, mask
+
+    def _open(self, target: Target) -> Awaitable[Engine]:
+        return self.loader.ensure_open(target.deployment, target.instance)
 
     async def estimate(self, upload: Upload, params: SegmentParams) -> Estimate:
         """Estimates what a request would take; leaves the file at its start.
@@ -206,7 +241,7 @@ class SegmentationService:
             levels = (f"{requested.level}", f"{target.level}")
             self.metrics.degraded.labels(target.model, *levels, ticket.degraded).inc()
         # What a caller does with a mask tells nothing of how good the level is.
-        if response.overlaps and not params.postprocessing:
+        if response.overlaps and not params.changes_mask:
             named = {c.name: response.overlaps[c.value] for c in target.manifest.classes}
             self.metrics.reference.observe((target.model, target.mode, f"{target.level}"), named)
 
@@ -225,10 +260,19 @@ def _threads(worker: Worker, header: InputHeader, ticket: Ticket, params: Segmen
     return "inline" if quick and math.prod(header.size) <= INLINE_PIXELS else "image"
 
 
-def _window(source: Image | Volume, ticket: Ticket, params: SegmentParams) -> SlidingWindow:
+def _window(
+    source: Image | Volume,
+    ticket: Ticket,
+    target: Target,
+    params: SegmentParams,
+    certainty: Certainty | None,
+) -> SlidingWindow:
     placement = ticket.placement
     if isinstance(source, Image):
         # It may have been turned upright (EXIF) since its header was read.
         placement = geometry.place_image(source.size)
-    graph, needs = ticket.target.instance.graph, encoding.needs(ticket.formats)
-    return make_sliding_window(source, placement, ticket.target.manifest, graph, needs, params.threshold)
+    graph, needs = target.instance.graph, encoding.needs(ticket.formats)
+    copies = flips(params.tta, target.manifest.mirror_axes)
+    return make_sliding_window(
+        source, placement, target.manifest, graph, needs, params.threshold, certainty, copies
+    )

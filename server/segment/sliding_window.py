@@ -17,6 +17,8 @@ from server.runtime.bundle import HEAD_STD, Graph, Manifest
 from server.runtime.engines import Engine
 from server.runtime.flow import Flow, InferenceResult
 from server.runtime.scheduler import Scheduler
+from server.segment.certainty import Certainty
+from server.segment.flips import NO_FLIPS, Flips, averaged, mirrored
 from server.segment.merge import WindowMerger
 from server.segment.preprocess import normalization, place, with_channels
 from server.segment.request import OnProgress, ignore_progress
@@ -36,6 +38,7 @@ class SlidingWindow:
         inverse_std: (1, C, 1, 1[, 1]) float32; 1 for a constant channel.
         mask: mask that the merger writes.
         merger: merger of the scores of the windows.
+        flips: axes along which each copy of a window is mirrored.
     """
 
     source: Image | Volume
@@ -45,17 +48,23 @@ class SlidingWindow:
     inverse_std: Float32[ndarray, "1 C *ones"]
     mask: Mask
     merger: WindowMerger
+    flips: Flips = NO_FLIPS
+
+    @property
+    def tile_count(self) -> int:
+        """Tiles that are run: each window as often as it has copies."""
+        return len(self.windows) * len(self.flips)
 
     def cut(self, chunk: range) -> Tiles:
-        """Cuts the windows of one chunk: tiles (N, C, h, w[, d]) in the input's dtype."""
-        tiles = np.stack([self._window(self.windows.starts[index]) for index in chunk])
-        return Tiles(
-            tiles, np.repeat(self.mean, len(chunk), axis=0), np.repeat(self.inverse_std, len(chunk), axis=0)
-        )
+        """Cuts the windows of one chunk, with their copies: tiles (N, C, h, w[, d]) in the input's dtype."""
+        windows = (self._window(self.windows.starts[index]) for index in chunk)
+        tiles = np.stack([tile for window in windows for tile in mirrored(window, self.flips)])
+        count = len(tiles)
+        return Tiles(tiles, np.repeat(self.mean, count, axis=0), np.repeat(self.inverse_std, count, axis=0))
 
     def merge(self, chunk: range, result: InferenceResult) -> None:
         """Blends the scores of one chunk into the mask; chunks come in order, each once."""
-        self.merger.merge(chunk, result.scores)
+        self.merger.merge(chunk, averaged(result.scores, self.flips))
 
     def finish(self) -> Mask:
         """Completes the mask after the last chunk."""
@@ -78,6 +87,8 @@ def make_sliding_window(
     graph: Graph,
     needs: frozenset[str] = frozenset(),
     threshold: float | None = None,
+    certainty: Certainty | None = None,
+    copies: Flips = NO_FLIPS,
 ) -> SlidingWindow:
     """Lays windows over an input and prepares its mask.
 
@@ -88,6 +99,8 @@ def make_sliding_window(
         graph: graph to be run; `head_std` also fills the mask's standard deviation over the heads.
         needs: parts of the mask that the output formats need: "scores", "head_std", "objects", "report".
         threshold: foreground is a score above it; None for the manifest's own decision.
+        certainty: counts of uncertain pixels, added to while the mask is written.
+        copies: axes along which each copy of a window is mirrored.
     """
     pixels = with_channels(placement.resample(placement.view(source.values)), len(manifest.channels))
     windows = lay_windows(pixels.shape[:-1], manifest, graph, flat=placement.flat)
@@ -110,6 +123,7 @@ def make_sliding_window(
         None if scores is None else placement.view(scores, leading=1),
         None if head_std is None else placement.view(head_std),
         None if confidence is None else placement.view(confidence),
+        certainty,
     )
     return SlidingWindow(
         source,
@@ -119,13 +133,20 @@ def make_sliding_window(
         inverse_std.reshape(ones).astype(np.float32),
         Mask(classes, scores, head_std, confidence=confidence),
         merger,
+        copies,
     )
 
 
-def infer_offline(source: Image | Volume, manifest: Manifest, graph: Graph, engine: Engine) -> Mask:
+def infer_offline(
+    source: Image | Volume,
+    manifest: Manifest,
+    graph: Graph,
+    engine: Engine,
+    certainty: Certainty | None = None,
+) -> Mask:
     """Segments a decoded input tile by tile without a queue, for calibration and benchmarks."""
     placement = place(source.input_header, manifest, "auto")
-    window = make_sliding_window(source, placement, manifest, graph)
+    window = make_sliding_window(source, placement, manifest, graph, certainty=certainty)
     for chunk in window.windows.chunks:
         tiles = window.cut(chunk)
         window.merger.merge(chunk, [engine.run(tiles.one(index))[0] for index in range(len(tiles))])
@@ -150,7 +171,7 @@ async def infer(
         worker: worker that runs the CPU work, and collects timings.
         on_progress: callback after each chunk.
     """
-    chunks, total = window.windows.chunks, len(window.windows)
+    chunks, total = window.windows.chunks, window.tile_count
     running: deque[asyncio.Task[InferenceResult]] = deque()
     device_free = 0.0
 
@@ -164,7 +185,7 @@ async def infer(
         worker.add("infer", result.ended - max(result.started, device_free))
         device_free = result.ended
         await worker.run("restore", window.merge, chunk, result)
-        on_progress("infer", chunk.stop, total)
+        on_progress("infer", chunk.stop * len(window.flips), total)
 
     try:
         for number, chunk in enumerate(chunks):

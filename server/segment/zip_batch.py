@@ -232,7 +232,11 @@ class _ZipBatch:
             files = await worker.run("encode", zips.add, entry, _answer_files(response))
         self._timings.update(response.timings)
         target = response.target
-        optional = {"postprocessing": dict(response.postprocessing), "note": response.note}
+        optional: dict[str, Any] = {
+            "postprocessing": dict(response.postprocessing) or None,
+            "note": response.note or None,
+            "uncertain_share": response.uncertain_share,
+        }
         return {
             "status": "ok",
             "files": files,
@@ -240,7 +244,7 @@ class _ZipBatch:
             "mode": target.mode,
             "level": target.level,
             "precision": target.precision,
-            **{name: value for name, value in optional.items() if value},
+            **{name: value for name, value in optional.items() if value is not None},
         }
 
 

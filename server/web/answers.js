@@ -8,7 +8,7 @@ const IMAGE = ["mask.png", "json"], OVERLAY = ["overlay", "json"], VOLUME = ["ma
 /**
  * The answer of one level.
  * @typedef {Object} Answer
- * @property {number|"accurate"} level
+ * @property {number|"auto"|"accurate"} level
  * @property {number[]} size (width, height) or (x, y, z)
  * @property {Uint8Array|null} mask class values; null where the server draws the overlay
  * @property {Uint16Array|null} labels object numbers, with instances=true

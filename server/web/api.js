@@ -3,7 +3,7 @@ import { readZip } from "./zip.js";
 
 /**
  * The parameters of a request.
- * @typedef {{model: string, level: number|"accurate", options: Object<string, string>}} SegmentRequest
+ * @typedef {{model: string, level: number|"auto"|"accurate", options: Object<string, string>}} SegmentRequest
  */
 
 /**
@@ -56,7 +56,7 @@ export const getCard = (name) => getJson(`/models/${encodeURIComponent(name)}`);
  * @param {string[]} formats
  */
 export function query({ model, level, options }, formats, more = {}) {
-  const depth = level === "accurate" ? { mode: "accurate" } : { mode: "fast", level: String(level) };
+  const depth = typeof level === "number" ? { mode: "fast", level: String(level) } : { mode: level };
   const all = { model, ...depth, ...options, format: formats.join(","), ...more };
   return new URLSearchParams(all).toString().replaceAll("%2C", ",");
 }

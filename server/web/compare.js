@@ -22,9 +22,9 @@ export function thumbnail({ mask, labels, size: [width, height] }, z) {
 
 /**
  * Shows a figure per level.
- * @param {{level: number|"accurate", answer: import("./answers.js").Answer|undefined, size: number[]|undefined, painted: {area: ImageData, edge: ImageData}|null, agreement: number|null}[]} columns
+ * @param {{level: number|"auto"|"accurate", answer: import("./answers.js").Answer|undefined, size: number[]|undefined, painted: {area: ImageData, edge: ImageData}|null, agreement: number|null}[]} columns
  * @param {{picture: CanvasImageSource|null, flipped: boolean, opacity: number, outline: boolean}} display
- * @param {(level: number|"accurate") => void} onSelect
+ * @param {(level: number|"auto"|"accurate") => void} onSelect
  */
 export function renderComparison(columns, display, onSelect) {
   const longest = Math.max(...columns.map(({ answer }) => answer?.facts.server_ms ?? 0));

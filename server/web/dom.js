@@ -51,5 +51,5 @@ export const formatMeasure = (number) => (number >= 100 ? formatCount(Math.round
 /** Formats an IoU or Dice in [0, 1]; only an exact 1 is shown as 1. */
 export const formatOverlap = (value) => (value === 1 ? "1" : Math.min(value, 0.999).toFixed(3));
 
-/** Names a level: "L2", or "accurate". */
-export const levelName = (level) => (level === "accurate" ? "accurate" : `L${level}`);
+/** Names a level: "L2", "auto" or "accurate". */
+export const levelName = (level) => (typeof level === "number" ? `L${level}` : level);

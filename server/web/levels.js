@@ -1,17 +1,17 @@
 /** The level slider, and under each of its ticks the time and quality of that level on the current input. */
 import { $, formatDuration, formatOverlap, h, levelName, setShare } from "./dom.js";
 
-/** The positions of the slider: the levels of the model, then "accurate". */
+/** The positions of the slider: the levels of the model, "auto" where it has a curve, then "accurate". */
 let positions = [];
 
 /**
  * Sets the levels of another model and selects one.
- * @param {number[]} levels
- * @param {number|"accurate"} selected
+ * @param {{levels: number[], auto: boolean}} card
+ * @param {number|"auto"|"accurate"} selected
  * @param {() => void} onSelect
  */
-export function setLevels(levels, selected, onSelect) {
-  positions = [...levels, "accurate"];
+export function setLevels({ levels, auto }, selected, onSelect) {
+  positions = [...levels, ...(auto ? ["auto"] : []), "accurate"];
   $("slider").max = positions.length - 1;
   $("scale").style.setProperty("--positions", positions.length);
   $("ticks").replaceChildren(...positions.map((level) => h("li", { onclick: () => { selectLevel(level); onSelect(); } },
@@ -36,7 +36,7 @@ export function renderSelection() {
 
 /**
  * Writes time and IoU under the ticks.
- * @param {(level: number|"accurate") => {ms: number, iou: number|null}|null} facts null where the level has no answer yet
+ * @param {(level: number|"auto"|"accurate") => {ms: number, iou: number|null}|null} facts null where the level has no answer yet
  */
 export function renderTicks(facts) {
   const rows = positions.map(facts), longest = Math.max(1e-9, ...rows.map((row) => row?.ms ?? 0));

@@ -18,9 +18,16 @@ let input = null, comparing = false, controller = new AbortController(), busyTim
 // Signal of the task that opens another input; until it is done, levels are only selected because opening ends with a request.
 let opening = null;
 
-const requestFor = (level = selectedLevel()) => ({ model: models.card().name, level, options: changedOptions() });
+const requestFor = (level = selectedLevel()) => ({ model: models.card().name, level, options: optionsFor(level) });
 const cached = (level) => answers.cached(requestFor(level));
 const accurate = () => cached("accurate");
+const depth = () => Math.max(...models.card().levels);
+
+/** The options of a request; max_loss is for auto alone. */
+function optionsFor(level) {
+  const { max_loss: maxLoss, ...others } = changedOptions();
+  return level === "auto" && maxLoss !== undefined ? { max_loss: maxLoss, ...others } : others;
+}
 
 /** Cancels the current task; gives the signal of the next one. */
 function restart() {
@@ -73,7 +80,7 @@ async function fetchAnswer(level, signal) {
 function segment() {
   comparing = false;
   $("compare-all").setAttribute("aria-pressed", "false");
-  highlightNetwork(selectedLevel(), allLevels().length - 1);
+  highlightNetwork(selectedLevel(), depth());
   if (!input || opening) return null;
   return run(async (signal) => {
     const answer = await fetchAnswer(selectedLevel(), signal);
@@ -99,6 +106,7 @@ function showNumbers(answer, remark = "") {
     redraw();
   });
   updateTicks();
+  if (answer.level === "auto" && selectedLevel() === "auto") highlightNetwork(Number(answer.facts.level), depth());
   $("status").textContent = [summary(answer, agreement), remark].filter(Boolean).join(" · ");
   downloads.renderCommand(input, requestFor(answer.level));
 }
@@ -184,11 +192,11 @@ function openInput(file, reference = null) {
 
 function setModel(name) {
   models.setModel(name);
-  const { classes, levels, recommended_level: recommended } = models.card();
+  const { classes, recommended_level: recommended } = models.card();
   viewer.setClasses(classes);
-  setLevels(levels, recommended, segment);
-  drawNetwork(Math.max(...levels));
-  highlightNetwork(selectedLevel(), Math.max(...levels));
+  setLevels(models.card(), recommended, segment);
+  drawNetwork(depth());
+  highlightNetwork(selectedLevel(), depth());
 }
 
 /** Loads the models once; a task that needs them may come before they are there. */

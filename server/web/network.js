@@ -25,14 +25,14 @@ export function drawNetwork(depth) {
   drawing.replaceChildren(...edges, ...nodes);
 }
 
-/** Highlights the nodes that a level computes; `accurate` uses all heads. */
+/** Highlights the nodes that a level computes; `accurate` uses all heads, and `auto` any until its answer is there. */
 export function highlightNetwork(level, depth) {
-  const served = level === "accurate" ? depth : level;
+  const served = typeof level === "number" ? level : depth;
   for (const part of $("network").children) {
     const head = Number(part.dataset.head);
     part.classList.toggle("computed", Number(part.dataset.depth) <= served);
-    part.classList.toggle("head", head > 0 && (level === "accurate" || head === level));
+    part.classList.toggle("head", head > 0 && (typeof level === "string" || head === level));
   }
   const nodes = ((served + 1) * (served + 2)) / 2, all = ((depth + 1) * (depth + 2)) / 2;
-  $("network").setAttribute("aria-label", `${level === "accurate" ? "accurate" : `Level ${level}`} computes ${nodes} of the network's ${all} nodes`);
+  $("network").setAttribute("aria-label", `${typeof level === "string" ? level : `Level ${level}`} computes ${nodes} of the network's ${all} nodes`);
 }

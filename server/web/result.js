@@ -29,6 +29,9 @@ function figure(value, label, title = "") {
 export function showResult(answer, agreement, classes, hidden, onToggle) {
   const { facts, statistics } = answer;
   const figures = [figure(formatDuration(facts.server_ms), "on the server", `${formatDuration(facts.round_trip_ms)} with the transfer`)];
+  if (answer.level === "auto") {
+    figures.push(figure(`L${facts.level}`, "chosen level", `uncertain pixels among foreground and uncertain ones: ${formatPercent(statistics.uncertain_share)}`));
+  }
   if (answer.level !== "accurate" && answer.mask) {
     figures.push(figure(agreement ? formatOverlap(agreement.mean) : "–", "agreement with accurate", "IoU of this mask and the one of mode accurate, mean over the classes"));
   }
@@ -94,7 +97,8 @@ function table(columns, rows, head, mark = () => null) {
 export function summary(answer, agreement) {
   const { facts, statistics } = answer;
   const objects = statistics.classes.map((row) => `${formatCount(row.objects)} ${row.name}`).join(", ");
-  const parts = [`${levelName(answer.level)} in ${formatDuration(facts.server_ms)}: ${objects}`];
+  const name = answer.level === "auto" ? `auto (L${facts.level})` : levelName(answer.level);
+  const parts = [`${name} in ${formatDuration(facts.server_ms)}: ${objects}`];
   if (agreement && answer.level !== "accurate") parts.push(`agreement with accurate ${formatOverlap(agreement.mean)}`);
   if (facts.iou !== null) parts.push(`IoU with the reference ${formatOverlap(facts.iou)}`);
   parts.push(`${statistics.model}, ${facts.precision} on ${statistics.engine}`);

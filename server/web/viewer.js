@@ -113,9 +113,9 @@ export function agreementWith(answer, accurate) {
 
 /**
  * Shows all levels side by side; of a volume one slice.
- * @param {(number|"accurate")[]} levels
- * @param {(level: number|"accurate") => import("./answers.js").Answer|undefined} cached
- * @param {(level: number|"accurate") => void} onSelect
+ * @param {(number|"auto"|"accurate")[]} levels
+ * @param {(level: number|"auto"|"accurate") => import("./answers.js").Answer|undefined} cached
+ * @param {(level: number|"auto"|"accurate") => void} onSelect
  */
 export function showComparison(levels, cached, onSelect) {
   showPane("compare");

@@ -115,6 +115,7 @@ class FakeServer:
 
     Attributes:
         requests: path and file name of each upload.
+        queries: request parameters of each upload.
         hold: requests with a body wait while it is not set, after the first `free` ones.
         held: set while a request waits.
         key: API key that is required, if any.
@@ -123,6 +124,7 @@ class FakeServer:
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, str]] = []
+        self.queries: list[dict[str, str]] = []
         self.jobs: dict[str, Response] = {}
         self.hold, self.held, self.cancelled = threading.Event(), threading.Event(), threading.Event()
         self.hold.set()
@@ -161,6 +163,7 @@ class FakeServer:
             upload = form["file"]
             data, name, scored = await upload.read(), str(upload.filename), "reference" in form  # type: ignore[union-attr]
         self.requests.append((request.url.path, name))
+        self.queries.append(dict(request.query_params))
         while not self.hold.is_set() and len(self.requests) > self.free:
             self.held.set()
             if await request.is_disconnected():

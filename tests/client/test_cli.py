@@ -13,7 +13,7 @@ import pytest
 from PIL import Image as Pillow
 
 from client.files import sha256
-from tests.client.conftest import FakeServer, run, zipped
+from tests.client.conftest import CARD, FakeServer, run, zipped
 from tests.conftest import ROOT
 from tests.support.files import pages_bytes, pages_of, picture_bytes
 
@@ -249,6 +249,21 @@ def test_compare_shows_every_level(folder: Path, fake_server: FakeServer, tmp_pa
     done = run(*arguments, "--reference", folder / "b.png", "-o", tmp_path / "x.png")
     assert "Dice" in done.stdout
     assert (tmp_path / "x.png").exists()
+
+
+def test_compare_shows_auto_where_the_model_has_a_curve(
+    folder: Path, fake_server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["compare", folder / "a.png", "--server", fake_server.url]
+    assert "auto (" not in run(*arguments).stdout
+    monkeypatch.setitem(CARD, "auto", True)
+    fake_server.queries.clear()
+    assert "auto (L2)" in run(*arguments, "--max-loss", 0.5).stdout
+    assert {one["mode"]: one.get("max_loss") for one in fake_server.queries} == {
+        "fast": None,
+        "auto": "0.5",
+        "accurate": None,
+    }
 
 
 def test_compare_of_stack_shows_mosaics(tmp_path: Path, fake_server: FakeServer) -> None:

@@ -34,6 +34,32 @@ def test_server_process_and_shell_give_the_same_mask(
     assert (tmp_path / "tissue_mask.png").read_bytes() == expected.files["mask.png"]
 
 
+def test_auto_is_the_same_through_every_door(
+    client: httpx.Client, shipped_bundle: Path, ihc: np.ndarray, tmp_path: Path
+) -> None:
+    path = tmp_path / "tissue.png"
+    path.write_bytes(picture_bytes(ihc[:100, :120]))
+    options = {"formats": "mask", "mode": "auto", "max_loss": 0.5, "precision": "fp32"}
+    with Client(str(client.base_url)) as remote:
+        expected = remote.segment(path, **options)
+    with Local(shipped_bundle) as local:
+        result = local.segment(path, **options)
+    run(
+        "segment",
+        path,
+        "--mode",
+        "auto",
+        "--max-loss",
+        0.5,
+        "--precision",
+        "fp32",
+        "--bundles",
+        shipped_bundle,
+    )
+    assert (result.mode, result.level, result.files) == ("auto", expected.level, expected.files)
+    assert (tmp_path / "tissue_mask.png").read_bytes() == expected.files["mask.png"]
+
+
 def test_every_picture_of_the_server_is_decoded_and_known_as_an_answer() -> None:
     from server.imaging.encode import ENCODERS
 

@@ -130,7 +130,9 @@ def volume_kept(tmp_path_factory: pytest.TempPathFactory, balls: Path) -> Path:
     folder = tmp_path_factory.mktemp("bundles")
     network = lively(dims=3, in_channels=1, classes=3, widths=(3, 4, 5), norm="batch")
     checkpoint.save(
-        network, folder / "volume.safetensors", {"recipe": {"data": {"spacing": [1.0, 1.0, 1.0]}}}
+        network,
+        folder / "volume.safetensors",
+        {"recipe": {"data": {"spacing": [1.0, 1.0, 1.0], "flip": [0]}}},
     )
     card = read_card(CARDS / "hippocampus.toml").model_copy(
         update={"name": "volume", "window": Window(size=(16, 16, 16), overlap=0.5)}

@@ -106,6 +106,14 @@ def test_calibrate_recommends_and_held_out_does_not(small_bundle, discs):
     assert manifest.held_out.data == "discs, train split"
 
 
+def test_calibrate_curve_alone_keeps_the_table(small_bundle, discs):
+    before = read_bundle(small_bundle.folder).manifest
+    assert "mode=auto: levels" in passed("calibrate", small_bundle.folder, "--data", discs, "--curve")
+    after = read_bundle(small_bundle.folder).manifest
+    assert after.depth_curve
+    assert after.calibration == before.calibration
+
+
 def test_calibrate_interrupted_shows_what_was_measured_and_writes_nothing(small_bundle, discs, monkeypatch):
     quality = calibrate_module._quality
 

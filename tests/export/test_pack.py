@@ -61,6 +61,11 @@ def test_export_of_volumes_says_where_axes_point(volume_kept):
     assert (manifest.activation, manifest.score_channels) == ("softmax", 3)
 
 
+def test_export_keeps_the_axes_that_training_mirrored(volume_kept, small_kept):
+    assert read_bundle(volume_kept).manifest.mirror_axes == (0,)
+    assert read_bundle(small_kept).manifest.mirror_axes is None
+
+
 def test_export_of_another_network_verifies(tmp_path, make_network, card):
     """Softmax over three classes, instance normalisation, strided and interpolated, one channel, one head."""
     fields = {

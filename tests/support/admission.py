@@ -14,9 +14,10 @@ from server.runtime.engines import Engine
 from server.runtime.flow import Flow
 from server.runtime.latency import LatencyModel, Prediction
 from server.runtime.scheduler import Scheduler
-from server.segment.admission import Admission, Ticket
+from server.segment.admission import Admission
 from server.segment.registry import Registry, Target
 from server.segment.request import Priority, QoS, SegmentParams
+from server.segment.ticket import Ticket
 from server.settings import LimitsSettings
 from tests.support.service import FakeDevice, FixedLatency, ManualClock, engine_of, fake_deployment
 

@@ -144,6 +144,7 @@ def manifest(**changes: Any) -> Manifest:
         "license": {},
         "provenance": {},
     }
+    fields["mirror_axes"] = [*range(changes.get("dims", 2))]
     if changes.get("dims") == 3:
         fields |= {"orientation": "RAS", "window": {"size": [32, 32, 32], "overlap": 0.5}}
     fields |= changes

@@ -197,7 +197,9 @@ def test_model_info_describes_routes_engines_and_calibration(shipped_bundle: Any
     (info,) = model_info.describe({"nuclei": deployment})
     assert (info.model, info.dims, info.sha256) == ("nuclei", 2, deployment.bundle.sha256)
     assert info.routes[0] == ("accurate", 4, "accurate")
-    assert [route[1:] for route in info.routes[1:]] == [(level, f"L{level}") for level in (1, 2, 3, 4)]
+    levels = [(level, f"L{level}") for level in (1, 2, 3, 4)]
+    assert [route[1:] for route in info.routes[1:]] == levels * 2
+    assert [route[0] for route in info.routes[1:]] == ["fast"] * 4 + ["auto"] * 4
     auto = [(graph, precision) for graph, precision, _, _, is_auto, _ in info.engines if is_auto == "true"]
     assert dict(auto) == dict(deployment.selection.auto)
     assert {reason for *_, reason in info.engines} == {"rule"}

@@ -14,6 +14,7 @@ from server.monitoring import model_info
 from server.monitoring.shadow_evaluation import MAX_PIXELS, ShadowEvaluation
 from server.segment.request import QoS, SegmentParams
 from server.settings import QualitySettings
+from tests.support.curves import curve, point
 from tests.support.files import nifti_bytes, pages_bytes, picture_bytes
 from tests.support.service import (
     FakeDevice,
@@ -191,6 +192,16 @@ async def test_accurate_answers_are_not_compared() -> None:
     async with scene() as made:
         await made.answer()
     assert (made.counts(), made.ran) == ({}, ["accurate"])
+
+
+@pytest.mark.parametrize(("threshold", "level"), [(1.0, 1), (-1.0, 2)])
+async def test_answers_of_auto_are_compared_by_the_level_that_served(threshold: float, level: int) -> None:
+    async with scene(depth_curve=curve(point((1, 2), threshold))) as made:
+        await made.answer(mode="auto")
+        await made.settled()
+        labels = {"model": "fake", "mode": "auto", "level": f"{level}", "class": "bright"}
+        get = made.service.metrics.registry.get_sample_value
+        assert get("unetpp_agreement_iou_sum", labels) == IOU
 
 
 async def test_degraded_answers_and_those_of_jobs_are_compared() -> None:

@@ -11,6 +11,7 @@ from server.runtime.machine import Machine
 from server.segment.registry import MODES, Registry, Target
 from server.segment.request import SegmentParams
 from server.settings import BatchingSettings, RuntimeSettings
+from tests.support.curves import curve, point
 from tests.support.service import calibrated, manifest
 
 HEAD_STD = {
@@ -89,6 +90,83 @@ def test_resolve_precision_that_is_not_served_is_refused() -> None:
 
 def test_resolve_model_that_does_not_exist_is_refused() -> None:
     assert fields(model="other") == {"parameter": "model", "value": "other", "allowed": ["fake"]}
+
+
+AUTO = {"depth_curve": curve(point((1, 2), 0.3, work=0.2, loss=1.0), point((2, 3), 0.1, loss=0.2))}
+
+
+class TestAuto:
+    @pytest.mark.parametrize(
+        ("params", "chain"),
+        [
+            ({"mode": "auto"}, ["L2", "L3"]),
+            ({"mode": "auto", "max_loss": 1.0}, ["L1", "L2"]),
+            ({"max_loss": 0.0}, ["L4"]),
+        ],
+    )
+    def test_auto_is_the_chain_with_the_least_work_within_the_loss(
+        self, params: dict[str, Any], chain: list[str]
+    ) -> None:
+        target = resolve(AUTO, **params)
+        assert [one.graph for one in target.runs] == chain
+        assert {one.mode for one in (target, *target.runs)} == {"auto"}
+        assert (target.graph, target.level) == (chain[-1], int(chain[-1][1]))
+
+    @pytest.mark.parametrize(("share", "goes_on"), [(0.0, False), (0.1, False), (0.11, True)])
+    def test_auto_goes_on_above_the_threshold(self, share: float, goes_on: bool) -> None:
+        target = resolve(AUTO, mode="auto")
+        assert target.goes_on(0, share) is goes_on
+        assert not target.goes_on(1, share)
+
+    def test_other_modes_never_go_on(self) -> None:
+        assert not resolve(AUTO, level=2).goes_on(0, 1.0)
+
+    def test_auto_precision_is_that_of_every_level(self) -> None:
+        assert [one.precision for one in resolve(AUTO, mode="auto").runs] == ["fp32", "bf16"]
+        named = resolve(AUTO, mode="auto", precision="fp32")
+        assert [one.precision for one in (*named.runs, named)] == ["fp32"] * 3
+
+    @pytest.mark.parametrize(
+        ("changes", "params", "parameter"),
+        [
+            ({}, {"mode": "auto"}, "mode"),
+            (AUTO, {"mode": "auto", "level": 2}, "level"),
+            (AUTO, {"max_loss": 1.0, "level": 2}, "level"),
+            (AUTO, {"mode": "fast", "max_loss": 1.0}, "max_loss"),
+            (AUTO, {"mode": "accurate", "max_loss": 1.0}, "max_loss"),
+            (AUTO, {"mode": "auto", "min_level": 4}, "min_level"),
+            (AUTO, {"mode": "auto", "precision": "bf16"}, "precision"),
+            (AUTO | {"head_std": HEAD_STD}, {"mode": "auto", "format": UNCERTAINTY}, "mode"),
+        ],
+    )
+    def test_auto_does_not_go_with_some_parameters(
+        self, changes: dict[str, Any], params: dict[str, Any], parameter: str
+    ) -> None:
+        assert fields(changes, **params)["parameter"] == parameter
+
+    def test_auto_without_a_curve_names_the_command(self) -> None:
+        assert fields(mode="auto")["remedy"] == "unetpp calibrate BUNDLE --data DATA --curve"
+
+    @pytest.mark.parametrize(
+        ("min_level", "chain", "alternatives"),
+        [
+            (1, ["L2", "L3"], [("auto", ["L2"]), ("fast", ["L1"])]),
+            (2, ["L2", "L3"], [("auto", ["L2"])]),
+            (3, ["L3"], []),
+        ],
+    )
+    def test_auto_alternatives_are_shorter_chains_and_then_levels(
+        self, min_level: int, chain: list[str], alternatives: list[tuple[str, list[str]]]
+    ) -> None:
+        target = resolve(AUTO, mode="auto", min_level=min_level)
+        assert [one.graph for one in target.runs] == chain
+        assert [(one.mode, [run.graph for run in one.runs]) for one in target.alternatives] == alternatives
+
+
+@pytest.mark.parametrize("axes", [None, ()])
+def test_flips_of_a_network_that_may_not_know_them_are_refused(axes: tuple[int, ...] | None) -> None:
+    assert fields({"mirror_axes": axes}, tta="flips") == {"parameter": "tta", "value": "flips"}
+    assert resolve({"mirror_axes": axes}).mode == "accurate"
 
 
 class TestAlternatives:

@@ -34,6 +34,7 @@ from tests.server.segment.inputs import (
     counted,
     thirds,
 )
+from tests.support.curves import curve, point
 from tests.support.files import Sent, nifti_bytes, pages_bytes, picture_bytes
 from tests.support.memory import memory_stays_below
 from tests.support.service import FakeDevice, FixedLatency, bright, engine_of, opened_service, segment
@@ -110,6 +111,11 @@ class TestOnce:
             (TWO, {"format": "json", "axis": "0"}),
             ({"dims": 3, **TWO}, {"format": "csv", "instances": True}),
             (TWO, {"fill_holes": True, "keep_largest": True, "threshold": 0.2}),
+            ({"dims": 3, **TWO}, {"tta": "flips"}),
+            (
+                {"dims": 3, **TWO, "depth_curve": curve(point((1, 2), -1.0))},
+                {"mode": "auto", "format": "npz"},
+            ),
         ],
     )
     async def test_memory_is_no_more_than_estimated(

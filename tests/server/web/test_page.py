@@ -19,7 +19,7 @@ from tests.support.files import mask_of, pages_bytes, picture_bytes
 from tests.support.server import full_server, until
 
 CELLS = SAMPLES / "cells.png"
-LEVELS = ["L1", "L2", "L3", "L4", "accurate"]
+LEVELS = ["L1", "L2", "L3", "L4", "auto", "accurate"]
 
 COLORED_PIXELS = """(() => {
   const canvas = document.getElementById("picture");
@@ -39,6 +39,7 @@ def masks(server: httpx.Client, cells: Path) -> dict[str, np.ndarray]:
     """The server's mask of `cells` per level."""
     queries = {
         "accurate": {"mode": "accurate"},
+        "auto": {"mode": "auto"},
         **{f"L{level}": {"level": str(level)} for level in range(1, 5)},
     }
     return {name: mask_of(post(server, cells, **query).content) for name, query in queries.items()}
@@ -73,18 +74,44 @@ class TestAnswers:
         ui.wait(f"{COLORED_PIXELS} === 0")
 
     def test_each_level_is_requested_once(self, on_cells: Ui, masks: dict[str, np.ndarray]) -> None:
-        keys = ("ArrowLeft", "L2"), ("Home", "L1"), ("End", "accurate"), ("ArrowLeft", "L4"), ("Home", "L1")
+        keys = (
+            ("ArrowLeft", "L2"),
+            ("Home", "L1"),
+            ("End", "accurate"),
+            ("ArrowLeft", "auto"),
+            ("ArrowLeft", "L4"),
+            ("Home", "L1"),
+        )
         for key, level in keys:
             on_cells.page.locator("#slider").press(key)
-            on_cells.settle(level)
+            on_cells.settle(r"auto \(L\d\)" if level == "auto" else level)
             assert on_cells.page.locator("#slider").get_attribute("aria-valuetext") == level
-        levels = [re.search(r"level=(\d)", url) for url in on_cells.urls("POST")]
-        assert sorted(f"L{match[1]}" if match else "accurate" for match in levels) == LEVELS
+        levels = [re.search(r"level=(\d)|mode=(auto|accurate)", url) for url in on_cells.urls("POST")]
+        assert sorted(f"L{match[1]}" if match[1] else match[2] for match in levels if match) == sorted(LEVELS)
         for level, text in zip(
             LEVELS[:-1], on_cells.page.locator("#ticks li").all_inner_texts(), strict=False
         ):
             assert agreement(masks, level) in text
             assert re.search(r"\d m?s\b", text)
+
+    def test_auto_shows_the_level_that_served_and_sends_max_loss_alone(
+        self, on_cells: Ui, server: httpx.Client, cells: Path
+    ) -> None:
+        served = post(server, cells, mode="auto").headers["x-segment-level"]
+        on_cells.select(4)
+        on_cells.settle(rf"auto \(L{served}\)")
+        assert f"L{served}" in on_cells.text("headline")
+        assert on_cells.page.locator("#network").get_attribute("aria-label").startswith(f"Level {served} ")
+        on_cells.expand("options")
+        on_cells.page.locator("#option-max_loss").fill("100")
+        on_cells.page.locator("#option-max_loss").press("Enter")
+        on_cells.settle(r"auto \(L1\)")
+        on_cells.select(1)
+        on_cells.settle("L2")
+        assert [("max_loss=100" in url, "mode=auto" in url) for url in on_cells.urls("POST")[-2:]] == [
+            (True, True),
+            (False, False),
+        ]
 
     def test_late_response_is_ignored(self, on_cells: Ui) -> None:
         held = on_cells.hold(r"/segment\?.*level=1")
@@ -109,7 +136,7 @@ class TestAnswers:
         assert on_cells.text("file") == "cells.tif"
 
     def test_compare_shows_all_levels(self, on_cells: Ui, masks: dict[str, np.ndarray]) -> None:
-        for level, text in zip(LEVELS, on_cells.compare(bars=9), strict=True):
+        for level, text in zip(LEVELS, on_cells.compare(bars=11), strict=True):
             assert re.search(rf"{level}\s+[\d.]+ m?s\b", text)
             assert level == "accurate" or f"agreement {agreement(masks, level)}" in text
         button = on_cells.page.get_by_role("button", name="Compare all levels")
@@ -134,7 +161,7 @@ class TestAnswers:
     def test_differences_have_a_key(self, on_cells: Ui) -> None:
         on_cells.page.get_by_label("differences").check()
         assert on_cells.page.get_by_text("only in this mask").is_visible()
-        on_cells.select(4)
+        on_cells.select(5)
         on_cells.settle("accurate")
         assert on_cells.page.get_by_text("only in this mask").is_hidden()
 
@@ -302,7 +329,7 @@ class TestAccess:
         ui.settle("L2")
         tab_to(f"{focused}.id === 'compare-all'")
         ui.page.keyboard.press("Space")
-        ui.wait("document.querySelectorAll('#compare figure').length === 5")
+        ui.wait("document.querySelectorAll('#compare figure').length === 6")
         tab_to(f"{focused}.textContent === 'Options '")
         ui.page.keyboard.press("Enter")
         tab_to(f"{focused}.name === 'threshold'")
@@ -321,7 +348,7 @@ class TestAccess:
         assert ui.page.evaluate(fits)
         assert ui.page.evaluate(NAMELESS_CONTROLS) == []
         assert ui.page.locator("#status").get_attribute("aria-live") == "polite"
-        ui.compare(bars=9)
+        ui.compare(bars=11)
         assert ui.page.evaluate(fits)
         assert ui.page.evaluate(f"{style}.backgroundColor") == "rgb(20, 23, 23)"
         ui.page.emulate_media(color_scheme="light")

@@ -115,7 +115,7 @@ class TestViewer:
         ui.open(VOLUME, reference)
         settle(ui, "L2")
         ui.wait_for_text("headline", f"{mean_iou(masks['L2'], masks['L1']):.3f}.*IoU with the reference")
-        for level, text in zip(("L1", "L2", "L3", "L4"), ui.compare(bars=14), strict=False):
+        for level, text in zip(("L1", "L2", "L3", "L4"), ui.compare(bars=17), strict=False):
             assert f"agreement {mean_iou(masks[level], masks['accurate']):.3f}" in text
 
     def test_requests_may_come_while_the_viewer_loads(self, ui: Ui, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ class TestViewer:
         ui.open(other)
         ui.open(VOLUME)
         ui.page.locator("#compare-all:enabled").wait_for()
-        ui.compare(bars=9)
+        ui.compare(bars=11)
         ui.page.get_by_role("button", name="show L1").click()
         settle(ui, "L1")
         assert ui.text("file") == VOLUME.name
@@ -193,7 +193,7 @@ class TestViewer:
         ui.open(VOLUME)
         settle(ui, "L2")
         assert sum(map(colored, quarters(ui, "picture"))) > 500
-        ui.compare(bars=5)
+        ui.compare(bars=6)
         context.close()
         assert [message.split(":")[0] for message in ui.errors] == ["The server draws this volume"]
 
