@@ -85,7 +85,7 @@ def write_curve(
         bundle: bundle to measure.
         images: images with labels, or with the masks of the deepest level in their place.
         data: text that tells what they are.
-        reference: what the labels are.
+        reference: kind of the labels.
         advance: callback after each image of each level, with the number of images done and in all.
     """
     points = fit(observe(bundle, images, advance))
