@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # A network with more exits than this is not a UNet++ of the papers (nnU-Net's has five).
 MAX_LEVELS = 5
 
+# Largest divisor of `server.runtime.bundle.Graph`.
+MAX_DIVISOR = 32
+
 # Pixels per axis of the run that tells shapes: a multiple of every divisor that a bundle may have, one axis longer.
 PROBE = {2: (64, 96), 3: (32, 64, 32)}
 
@@ -100,7 +103,18 @@ def headed(
     if ordered != graph.heads:
         graph = HeadedGraph(cut(graph.model, ordered), dims, channels)
     _check_heads(name, graph)
+    _check_cost(name, graph)
     return graph
+
+
+def _check_cost(name: str, graph: HeadedGraph) -> None:
+    cost = graph.cost(graph.heads)
+    if cost.divisor > MAX_DIVISOR:
+        raise ImportRefused(
+            f"{name}: reduces its input {cost.divisor}-fold; a bundle holds networks up to {MAX_DIVISOR}-fold, so cut it at a shallower head"
+        )
+    if not cost.macs or not cost.parameters:
+        raise ImportRefused(f"{name}: has no convolutions with weights; this is no trained network")
 
 
 def opened(
@@ -167,6 +181,7 @@ def _check_heads(name: str, graph: HeadedGraph) -> None:
         raise ImportRefused(
             f"{name}: has {len(graph.heads)} heads; 1 to {MAX_LEVELS} become levels. Name them: --heads a,b,c,d"
         )
+    kinds = {one.name: one.type for one in open_session(graph.model).get_outputs()}
     classes = {graph.shapes[head][1] for head in graph.heads if len(graph.shapes[head]) > 1}
     for head in graph.heads:
         shape = graph.shapes[head]
@@ -174,6 +189,10 @@ def _check_heads(name: str, graph: HeadedGraph) -> None:
             raise ImportRefused(
                 f"{name}: output {head!r:.60} of shape {shape} is no map of scores per pixel; this is no segmentation network, "
                 "or --heads has to name other tensors"
+            )
+        if kinds[head] != "tensor(float)":
+            raise ImportRefused(
+                f"{name}: output {head!r:.60} holds {kinds[head]}, no scores; export the network before the class is chosen (ArgMax)"
             )
         if any(full % side for full, side in zip(size, shape[2:], strict=True)):
             raise ImportRefused(
@@ -199,14 +218,17 @@ def tensor_shapes(model: onnx.ModelProto, channels: int, size: Sequence[int]) ->
 def open_session(model: onnx.ModelProto) -> Any:
     """Opens a graph with its weights inside on ONNX Runtime's CPU provider."""
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     if model.ByteSize() < onnx.checker.MAXIMUM_PROTOBUF:
         return onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "graph.onnx"
-        onnx.save(model, file, save_as_external_data=True)
+        # A copy, because saving moves the weights out of the message.
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        onnx.save(copy, file, save_as_external_data=True)
         return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
@@ -225,7 +247,12 @@ def from_torch(module: "nn.Module", example: "Tensor", heads: Sequence[str] = ()
 
     dims = example.dim() - 2
     axes = dict(zip((0, *range(2, dims + 2)), ("n", "h", "w", "d"), strict=False))
+    if dims not in PROBE:
+        raise ImportRefused(
+            f"the example has {example.dim()} axes; it must be (N, C, h, w) or (N, C, h, w, d)"
+        )
     network = _with_heads(module, heads) if heads else module
+    training = module.training
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         # Because the exporter reports packages that are not needed here.
@@ -243,7 +270,8 @@ def from_torch(module: "nn.Module", example: "Tensor", heads: Sequence[str] = ()
                 f"{type(module).__name__}: torch cannot export it: {_first_line(error)}"
             ) from error
         finally:
-            for hook in getattr(network, "hooks", []):
+            module.train(training)
+            for hook in network.hooks if heads else ():  # type: ignore[union-attr]
                 hook.remove()
         return headed(read_onnx(file), dims, example.shape[1], name=type(module).__name__)
 

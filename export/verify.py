@@ -207,7 +207,7 @@ def wrong_nodes(bundle: Bundle, name: str, producer: Producer) -> list[str]:
             wrong.append(f"{file}: not an ONNX file ({error})")
             continue
         wrong += [f"{file}: {problem}" for problem in foreign_parts(proto)]
-        names = {network_name(t.name) for t in proto.graph.initializer} & every
+        names = {network_name(t.name, every) for t in proto.graph.initializer} & every
         # int8 stores biases as integers, under other names; the weights are enough to tell.
         missing = {n for n in expected - names if precision != "int8" or n.endswith(".weight")}
         if missing or names - expected:

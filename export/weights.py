@@ -5,7 +5,7 @@ Where a graph computes in another precision than the file holds, a Cast follows,
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +50,15 @@ def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def network_name(name: str) -> str:
-    """Name of a tensor in the network, of its name in a served graph; earlier versions wrote a prefix and another suffix."""
-    return name.removesuffix(".stored").removesuffix(".fp16").removeprefix("network.")
+def network_name(name: str, known: Container[str]) -> str:
+    """Name of a tensor in the network, of its name in a served graph.
+
+    Args:
+        name: name in the graph; earlier versions wrote a prefix and another suffix.
+        known: names of the network's tensors.
+    """
+    bare = name.removesuffix(".stored")
+    return bare if bare in known else bare.removesuffix(".fp16").removeprefix("network.")
 
 
 def survive_float16(model: onnx.ModelProto) -> bool:
@@ -107,7 +113,8 @@ def point_at_weights(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     casts = []
     for tensor in model.graph.initializer:
         if tensor.name not in known:
-            if len(tensor.raw_data) > 64 * LARGE:
+            # Tables of integers stay in the graph.
+            if tensor.data_type in KINDS.values() and len(tensor.raw_data) > 64 * LARGE:
                 raise ValueError(
                     f"initialiser {tensor.name} of {len(tensor.raw_data)} bytes is not in the weights file"
                 )

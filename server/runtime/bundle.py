@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -48,7 +48,7 @@ class Class(Part):
 class Window(Part):
     """Largest tile of one graph run, and the least share by which neighbouring windows overlap."""
 
-    size: tuple[int, ...]
+    size: tuple[Annotated[int, Field(ge=2, le=65_536)], ...]
     overlap: float = Field(ge=0, le=0.75)
 
 
@@ -206,7 +206,7 @@ class Manifest(Part):
             raise ValueError(f"graphs need different names and one must be {ACCURATE!r}: {names}")
         if odd := [graph.name for graph in self.graphs if graph.name not in (ACCURATE, f"L{graph.level}")]:
             raise ValueError(f"graphs whose name and level differ: {odd}")
-        if self.distilled and not {*self.distilled.agreement} < {*self.levels}:
+        if self.distilled and not {*self.distilled.agreement} <= {*self.levels[:-1]}:
             raise ValueError("distilled names levels that do not exist, or the deepest one")
         if self.head_std and (self.head_std.name, self.head_std.level, [*self.head_std.files]) != (
             HEAD_STD,

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Shaped, UInt8
@@ -244,7 +245,10 @@ def with_channels(pixels: Shaped[ndarray, "*size have"], channels: int) -> Shape
 
 
 def normalization(
-    pixels: Shaped[ndarray, "*size C"], kind: str, percentiles: tuple[float, float] | None = None
+    pixels: Shaped[ndarray, "*size C"],
+    kind: str,
+    percentiles: tuple[float, float] | None = None,
+    stored: np.dtype[Any] | None = None,
 ) -> tuple[Float64[ndarray, " C"], Float64[ndarray, " C"]]:
     """Returns the value that is subtracted from each channel, and the one that it is multiplied with then, of the whole input.
 
@@ -252,14 +256,15 @@ def normalization(
         pixels: decoded input.
         kind: normalization of the manifest.
         percentiles: percentiles of the manifest.
+        stored: data type of the file, because resampling and averaging make floats; None for that of the pixels.
     """
     channels = pixels.shape[-1]
     if kind == "zscore":
         return image_statistics(pixels)
     if kind == "percentile":
         return _percentiles(pixels, percentiles or (0, 100))
-    integers = np.issubdtype(pixels.dtype, np.integer)
-    largest = np.iinfo(pixels.dtype).max if kind == "unit" and integers else 1
+    dtype = stored or pixels.dtype
+    largest = np.iinfo(dtype).max if kind == "unit" and np.issubdtype(dtype, np.integer) else 1
     return np.zeros(channels), np.full(channels, 1 / largest)
 
 
@@ -273,8 +278,10 @@ def _percentiles(
     channels = pixels.shape[-1]
     if pixels.strides[-1] == 0:
         pixels = pixels[..., :1]
-    step = math.ceil((math.prod(pixels.shape[:-1]) / PERCENTILE_VALUES) ** (1 / (pixels.ndim - 1)))
-    sample = pixels[(slice(None, None, step),) * (pixels.ndim - 1)].reshape(-1, pixels.shape[-1])
+    # Along the longest axis, because others may be one pixel thin.
+    step = math.ceil(math.prod(pixels.shape[:-1]) / PERCENTILE_VALUES)
+    longest = int(np.argmax(pixels.shape[:-1]))
+    sample = pixels[(slice(None),) * longest + (slice(None, None, step),)].reshape(-1, pixels.shape[-1])
     low, high = np.percentile(sample, bounds, axis=0)
     distance = np.where(high > low, high - low, 1)
     return np.broadcast_to(low, channels), np.broadcast_to(1 / distance, channels)

@@ -105,7 +105,9 @@ def make_sliding_window(
     pixels = with_channels(placement.resample(placement.view(source.values)), len(manifest.channels))
     windows = lay_windows(pixels.shape[:-1], manifest, graph, flat=placement.flat)
     channels = pixels.shape[-1]
-    mean, inverse_std = normalization(pixels, manifest.normalization, manifest.percentiles)
+    mean, inverse_std = normalization(
+        pixels, manifest.normalization, manifest.percentiles, source.values.dtype
+    )
     ones = (1, channels, *(1,) * manifest.dims)
     classes = np.empty(source.size, dtype=np.uint8, order="C" if isinstance(source, Image) else "F")
     scores = (

@@ -27,7 +27,7 @@ def load(path):
 def test_graph_holds_exactly_its_nodes(small_kept, name, level, heads, suffix):
     graph = load(small_kept / f"{name}{suffix}.onnx").graph
     nodes = {f"{i}_{j}" for i in range(level + 1) for j in range(level + 1 - i)}
-    names = {network_name(t.name) for t in graph.initializer if t.external_data}
+    names = {network_name(t.name, ()) for t in graph.initializer if t.external_data}
     parts = {tuple(n.split(".")[:2]) for n in names}
     assert {n for kind, n in parts if kind == "nodes"} == nodes
     assert {n for kind, n in parts if kind == "ups"} == {n for n in nodes if not n.endswith("_0")}
@@ -66,7 +66,7 @@ def test_weights_file_holds_every_parameter_once_in_half_precision(small_kept, s
     )
     for path in [*small_kept.glob("L?.onnx"), *small_kept.glob("*.fp16.onnx")]:
         for tensor in load(path).graph.initializer:
-            name = network_name(tensor.name)
+            name = network_name(tensor.name, ())
             if not tensor.external_data:
                 # Constants such as the number of heads, never weights.
                 assert name not in known

@@ -220,3 +220,62 @@ def test_weights_that_do_not_survive_float16_stay_float32(tmp_path):
     tiles = check_inputs(3, 2, "zscore", None)[0]
     engine = ENGINES["onnxruntime"].open(bundle.path("L2", "fp32"), "fp32", "cpu", 1)
     assert np.abs(engine.run(tiles) - reference("L2", tiles)).max() < 1e-5
+
+
+def test_heads_that_are_classes_already_are_refused():
+    model = unetpp(heads=(3,))
+    model.graph.node.append(helper.make_node("ArgMax", ["head3"], ["classes"], axis=1, keepdims=1))
+    del model.graph.output[:]
+    model.graph.output.append(helper.make_tensor_value_info("classes", TensorProto.INT64, None))
+    with pytest.raises(ImportRefused, match="ArgMax"):
+        headed(model, 2, 3)
+
+
+def test_a_large_graph_is_opened_without_losing_its_weights(monkeypatch):
+    monkeypatch.setattr(onnx.checker, "MAXIMUM_PROTOBUF", 100)
+    model = unetpp()
+    before = model.SerializeToString()
+    first, second = scores(model), scores(model)
+    assert model.SerializeToString() == before
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_module_keeps_its_mode_and_its_own_hooks():
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 1, 1))
+            self.hooks = ["mine"]
+
+        def forward(self, image):
+            return self.network(image)
+
+    module = Module().train()
+    assert from_torch(module, torch.rand(1, 3, 32, 32)).heads == ["head1"]
+    assert module.training
+    assert module.hooks == ["mine"]
+    with pytest.raises(ImportRefused, match="3 axes"):
+        from_torch(module, torch.rand(3, 32, 32))
+
+
+def test_weights_named_network_pass_verify(tmp_path):
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 1, 1))
+
+        def forward(self, image):
+            return self.network(image)
+
+    graph = from_torch(Module(), torch.rand(1, 3, 32, 32))
+    bundle = import_network(graph, make_card(), tmp_path / "bundle")
+    assert verify(bundle)
+
+
+@pytest.mark.parametrize(("network", "match"), [
+    (nn.Identity(), "no convolutions"),
+    (nn.Sequential(*[nn.Conv2d(3, 3, 2, 2) for _ in range(6)], nn.Upsample(scale_factor=64)), "64-fold|cannot run|whole factor"),
+], ids=["identity", "deep"])  # fmt: skip
+def test_networks_that_a_bundle_cannot_hold_are_refused(network, match):
+    with pytest.raises(ImportRefused, match=match):
+        from_torch(network, torch.rand(1, 3, 64, 64))

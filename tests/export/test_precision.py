@@ -29,7 +29,7 @@ def test_int8_weights_come_from_the_weights_file(small_kept, name):
     network, _ = checkpoint.load(small_kept / WEIGHTS)
     pruned = network if name == "accurate" else network.prune(int(name[1]))
     weights = {n for n in pruned.state_dict() if n.endswith(".weight")}
-    external = {network_name(t.name) for t in graph.initializer if t.external_data}
+    external = {network_name(t.name, ()) for t in graph.initializer if t.external_data}
     assert weights <= external
     assert all(
         {e.key: e.value for e in t.external_data}["location"] == WEIGHTS

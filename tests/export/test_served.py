@@ -188,3 +188,17 @@ def test_a_bundle_holds_only_what_the_manifest_lists(tmp_path):
     bundle = import_network(headed(unetpp(), 2, 3), make_card(), tmp_path / "mine")
     assert {path.name for path in bundle.folder.iterdir()} == {*bundle.manifest.files, "manifest.json"}
     assert read_bundle(bundle.folder).manifest == bundle.manifest
+
+
+def test_unit_is_the_range_of_the_file_also_where_pixels_become_floats(tmp_path, pixels):
+    """A grey network sees the mean of the colours, and resampled volumes are floats: both still have the file's range."""
+    grey = np.repeat(pixels[..., :1], 3, axis=-1)
+    card = make_card(channels=1, input={"normalization": "unit"})
+    bundle = import_network(headed(unetpp(channels=1), 2, 1), card, tmp_path / "bundle")
+    manifest = bundle.manifest
+    windows = [
+        make_sliding_window(image, place(image.input_header, manifest, "auto"), manifest, manifest.graphs[0])
+        for image in (arrays.Image(grey), arrays.Image(grey[..., :1]))
+    ]
+    assert np.array_equal(windows[0].inverse_std, windows[1].inverse_std)
+    assert windows[0].inverse_std == pytest.approx(1 / 255)
