@@ -11,6 +11,7 @@ from export.calibrate import latency_of, machine, mean_overlap, open_engines
 from export.data import Labelled, Picture
 from export.pack import write_manifest
 from export.verify import runnable
+from model.reading import DataError
 from server.runtime.bundle import Bundle, Graph, Manifest, read_bundle
 from server.runtime.calibration import Agreement, AgreementRow, Recommended
 from server.runtime.engines import ENGINES, Engine
@@ -28,7 +29,11 @@ Classes = UInt8[ndarray, "*size"]
 def deepest_masks(
     bundle: Bundle, images: Sequence[Picture], advance: Callable[[], None] = lambda: None
 ) -> list[Labelled]:
-    """Returns the images with the mask of the deepest level at fp32 in the place of a label."""
+    """Returns the images with the mask of the deepest level at fp32 in the place of a label.
+
+    Raises:
+        DataError: all masks are empty, with which any level that finds nothing would agree.
+    """
     manifest = bundle.manifest
     name = next(name for name, row in ENGINES.items() if row.installed)
     graph = manifest.graph(f"L{manifest.levels[-1]}")
@@ -37,6 +42,11 @@ def deepest_masks(
     for item in images:
         made.append(Labelled(item.id, item.image, infer_offline(item.image, manifest, graph, engine).classes))
         advance()
+    if not any(item.label.any() for item in made):
+        raise DataError(
+            f"the deepest level finds nothing in {len(made)} images, so that levels cannot be compared; "
+            "use images that hold what it segments, and check the card"
+        )
     return made
 
 

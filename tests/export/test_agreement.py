@@ -20,6 +20,7 @@ from export.agreement import deepest_masks, measure_agreement, recommend
 from export.calibrate import mean_overlap
 from export.cli_calibrate import calibrate
 from export.data import pictures
+from export.pack import write_manifest
 from export.report import LEVEL_ONLY, REFERENCE_ONLY, _picture, _worst_of, write_report
 from server.cli_utils import report_errors
 from server.runtime.bundle import read_bundle
@@ -80,6 +81,18 @@ def test_the_table_by_hand(small_bundle, discs):
     assert read.agreement == measured
     assert read.calibration is None
     assert read.recommended_level == measured.recommended.level
+
+
+def test_empty_masks_decide_nothing(small_bundle, discs):
+    """An empty mask agrees with an empty mask, so that any level would be recommended."""
+    manifest = small_bundle.manifest.model_copy(update={"threshold": 0.9999})
+    write_manifest(small_bundle.folder, manifest)
+    before = (small_bundle.folder / "manifest.json").read_bytes()
+    for option in ((), ("--curve",)):
+        result = run(small_bundle.folder, "--images", discs / "images", *option)
+        assert result.exit_code == 1
+        assert "the deepest level finds nothing in 5 images" in result.stderr
+    assert (small_bundle.folder / "manifest.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(("rows", "level", "precision"), [
