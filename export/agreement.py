@@ -9,10 +9,10 @@ from numpy import ndarray
 
 from export.calibrate import latency_of, machine, mean_overlap, open_engines
 from export.data import Labelled, Picture
-from export.pack import write_manifest
+from export.pack import update_manifest
 from export.verify import runnable
 from model.reading import DataError
-from server.runtime.bundle import Bundle, Graph, Manifest, read_bundle
+from server.runtime.bundle import Bundle, Graph, Manifest
 from server.runtime.calibration import Agreement, AgreementRow, Recommended
 from server.runtime.engines import ENGINES, Engine
 from server.runtime.machine import count_cores
@@ -65,6 +65,9 @@ def measure_agreement(
         data: text that tells what they are.
         advance: callback with each row.
         on_progress: callback after each image of each row, with the number of images done and in all.
+
+    Raises:
+        ExportError, BundleDamaged: the bundle was changed meanwhile.
     """
     manifest = bundle.manifest
     pairs = runnable(bundle)
@@ -94,8 +97,7 @@ def measure_agreement(
         rows=tuple(rows),
         recommended=recommend(manifest, rows),
     )
-    write_manifest(bundle.folder, manifest.model_copy(update={"agreement": measured}))
-    read_bundle(bundle.folder)
+    update_manifest(bundle, agreement=measured)
     return measured
 
 

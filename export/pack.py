@@ -296,10 +296,30 @@ def write_manifest(folder: Path, manifest: Manifest, *, as_read: bool = False) -
         name: FileEntry(sha256=sha256(folder / name), bytes=(folder / name).stat().st_size)
         for name in sorted(manifest.files)
     }
-    final = manifest.model_copy(update={"files": files})
-    Manifest.model_validate(final.model_dump())
+    _save(folder, manifest.model_copy(update={"files": files}), as_read)
+
+
+def update_manifest(bundle: Bundle, **fields: object) -> None:
+    """Writes fields into the manifest as it is now, and takes over no file that is not the one that was read.
+
+    Measuring takes minutes, in which another process may write other fields.
+
+    Raises:
+        ExportError: the files are not those of `bundle`.
+        BundleDamaged: a file differs from the manifest.
+    """
+    now = read_bundle(bundle.folder).manifest
+    if now.files != bundle.manifest.files:
+        raise ExportError(f"{bundle.folder}: was changed meanwhile; calibrate again")
+    _save(bundle.folder, now.model_copy(update=fields), as_read=True)
+
+
+def _save(folder: Path, manifest: Manifest, as_read: bool) -> None:
+    Manifest.model_validate(manifest.model_dump())
     with checkpoint.atomic(folder / MANIFEST) as temporary:
-        temporary.write_text(final.model_dump_json(indent=1, exclude_none=True, exclude_unset=as_read) + "\n")
+        temporary.write_text(
+            manifest.model_dump_json(indent=1, exclude_none=True, exclude_unset=as_read) + "\n"
+        )
 
 
 def _stamped(manifest: Manifest) -> Manifest:

@@ -18,11 +18,14 @@ from export import agreement as agreement_module
 from export import calibrate as calibrate_module
 from export.agreement import deepest_masks, measure_agreement, recommend
 from export.calibrate import mean_overlap
+from export.card import ExportError
 from export.cli_calibrate import calibrate
+from export.curve import write_curve
 from export.data import pictures
 from export.pack import write_manifest
 from export.report import LEVEL_ONLY, REFERENCE_ONLY, _picture, _worst_of, write_report
 from server.cli_utils import report_errors
+from server.errors import BundleDamaged
 from server.runtime.bundle import read_bundle
 from server.runtime.calibration import AgreementRow
 from server.runtime.engines import ENGINES
@@ -93,6 +96,42 @@ def test_empty_masks_decide_nothing(small_bundle, discs):
         assert result.exit_code == 1
         assert "the deepest level finds nothing in 5 images" in result.stderr
     assert (small_bundle.folder / "manifest.json").read_bytes() == before
+
+
+def test_what_was_written_meanwhile_stays(small_bundle, discs):
+    """Two commands at once: the bundle was read before the other one wrote its table."""
+    items = deepest_masks(small_bundle, [*pictures(discs, small_bundle.manifest)])
+    measured = measure_agreement(small_bundle, items, "discs")
+    calibrated = calibrate_module.measure(small_bundle, items, "discs", held_out=False)
+    held_out = calibrate_module.measure(small_bundle, items, "others", held_out=True)
+    curve = write_curve(small_bundle, items, "discs", "deepest level")
+    read = read_bundle(small_bundle.folder).manifest
+    assert (read.agreement, read.held_out, read.depth_curve) == (measured, held_out, curve)
+    assert read.calibration.rows == calibrated.rows
+
+
+@pytest.mark.parametrize("what", ["agreement", "calibration", "curve"])
+def test_files_that_changed_meanwhile_are_not_taken_over(small_bundle, discs, what):
+    """Neither a damaged file, nor a file of another export with its own manifest."""
+    items = deepest_masks(small_bundle, [*pictures(discs, small_bundle.manifest)])
+
+    def run_one():
+        if what == "agreement":
+            measure_agreement(small_bundle, items, "discs")
+        elif what == "calibration":
+            calibrate_module.measure(small_bundle, items, "discs", held_out=False)
+        else:
+            write_curve(small_bundle, items, "discs", "deepest level")
+
+    written = (small_bundle.folder / "manifest.json").read_bytes()
+    with small_bundle.golden.open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(BundleDamaged):
+        run_one()
+    assert (small_bundle.folder / "manifest.json").read_bytes() == written
+    write_manifest(small_bundle.folder, small_bundle.manifest)
+    with pytest.raises(ExportError, match="was changed meanwhile; calibrate again"):
+        run_one()
 
 
 @pytest.mark.parametrize(("rows", "level", "precision"), [
