@@ -150,7 +150,7 @@ def add_levels(
         labels=labels.resolve().name if labels else None,
         steps=distillation.steps,
     )
-    _write(bundle, _with_levels(producer, distillation, chosen), distilled, images, out, observer)
+    _write(bundle, _with_levels(producer, distillation, chosen), distilled, images, labels, out, observer)
     progress.unlink(missing_ok=True)
     return Added(read_bundle(out), agreement, tuple(level for level in agreement if level not in chosen))
 
@@ -234,7 +234,13 @@ def _append(model: onnx.ModelProto, distillation: Distillation, level: int, afte
 
 
 def _write(
-    bundle: Bundle, producer: Producer, distilled: Distilled, images: Path, out: Path, observer: Observer
+    bundle: Bundle,
+    producer: Producer,
+    distilled: Distilled,
+    images: Path,
+    labels: Path | None,
+    out: Path,
+    observer: Observer,
 ) -> None:
     """Writes the bundle beside `out` and moves it there; the served graphs that exist are pointed at the new weights."""
     manifest = bundle.manifest
@@ -250,7 +256,7 @@ def _write(
         _copy_graphs(bundle, folder)
         for graph in new:
             tiles = (
-                calibration_tiles(images, manifest, graph, INT8_IMAGES, skip=observer.skipped)
+                calibration_tiles(images, manifest, graph, INT8_IMAGES, skip=observer.skipped, labels=labels)
                 if "int8" in precisions
                 else []
             )

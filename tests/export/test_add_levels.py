@@ -277,6 +277,19 @@ def test_levels_trained_on_labels_say_so(deep: Bundle, disc_images: Path, tmp_pa
         Image.fromarray(np.uint8(grey > 70)).save(labels / path.name)
     added = add_levels(deep, disc_images, tmp_path / "out", Options(max_steps=1, force=True), labels)
     assert added.bundle.manifest.distilled.labels == "labels"
+    inside = Path(shutil.copytree(disc_images, tmp_path / "images"))
+    shutil.copytree(labels, inside / "labels")
+    (inside / "labels" / "notes.txt").write_text("not an image")
+    lines: list[str] = []
+    add_levels(
+        deep,
+        inside,
+        tmp_path / "inside",
+        Options(max_steps=1, force=True),
+        inside / "labels",
+        Observer(skipped=lines.append),
+    )
+    assert lines == []
     (labels / "0.png").unlink()
     again = add_levels(deep, disc_images, tmp_path / "five", Options(max_steps=1, force=True), labels)
     assert again.bundle.manifest.distilled.images == 5
