@@ -323,16 +323,22 @@ def test_command_goes_on_after_ctrl_c(
     step = Distillation.step
 
     def stop(self: Distillation, *arguments) -> None:
-        if self.steps == 11:
+        if self.steps == stop_at:
             raise KeyboardInterrupt
         step(self, *arguments)
 
     monkeypatch.setattr(Distillation, "step", stop)
     arguments = (deep.folder, "--images", disc_images, "--steps", 12, "--force")
+    stop_at = 1
+    result = command(*arguments)
+    assert (result.exit_code, "the same command starts anew" in result.stderr) == (1, True)
+    assert not progress_file(deep.folder).exists()
+    stop_at = 11
     result = command(*arguments)
     assert (result.exit_code, "interrupted, the bundle is as it was" in result.stderr) == (1, True)
     assert (deep.folder / "manifest.json").read_bytes() == before
     assert progress_file(deep.folder).is_file()
+    assert "the same command goes on from" in result.stderr
     monkeypatch.setattr(Distillation, "step", step)
     other = command(*arguments, "--seed", 1)
     assert (other.exit_code, "another seed" in other.stderr) == (1, True)
