@@ -141,7 +141,7 @@ def add_levels(
         agreement = distillation.round_to_float16(crops)
     chosen = [level for level, value in agreement.items() if options.force or value >= options.min_agreement]
     if not chosen:
-        raise ExportError(_none_agrees(agreement, options, distillation.steps))
+        raise ExportError(_none_agrees(agreement, options, distillation))
     distilled = Distilled(
         agreement={level: round(agreement[level], 5) for level in chosen},
         images=len(crops),
@@ -160,11 +160,16 @@ def progress_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.add-levels.safetensors")
 
 
-def _none_agrees(agreement: Mapping[int, float], options: Options, steps: int) -> str:
+def _none_agrees(agreement: Mapping[int, float], options: Options, distillation: Distillation) -> str:
     values = ", ".join(f"L{level} {value:.2f}" for level, value in agreement.items())
+    advice = (
+        "training stopped because no level improved any more: give more images"
+        if distillation.stalled
+        else f"--steps {2 * options.max_steps} trains on"
+    )
     return (
-        f"no level agrees with the deepest by {options.min_agreement:g} or more: {values} after {steps} steps. Nothing was "
-        f"changed; --steps {2 * options.max_steps} trains on, --force offers them nevertheless"
+        f"no level agrees with the deepest by {options.min_agreement:g} or more: {values} after {distillation.steps} "
+        f"steps. Nothing was changed; {advice}, or --force offers them nevertheless"
     )
 
 

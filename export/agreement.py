@@ -160,7 +160,9 @@ def recommend(manifest: Manifest, rows: Sequence[AgreementRow]) -> Recommended:
         if row.graph == f"L{level}" and (row.precision == "fp32" or row.fp32_agreement >= 1 - IOU_TOLERANCE)
     ]  # fmt: skip
     row = min(safe, key=lambda one: one.latency_ms)
-    if row.graph == deepest:
+    if len(manifest.levels) == 1:
+        why = "the only level"
+    elif row.graph == deepest:
         why = f"no shallower level agrees with it to {RECOMMENDED_AGREEMENT:g} (IoU of the masks)"
     else:
         why = (

@@ -248,7 +248,7 @@ def _classes(path: Path, values: np.ndarray, classes: int) -> UInt8[ndarray, "*s
         return (values > 0).astype(np.uint8)
     label = values.astype(np.uint8)
     if (label != values).any() or label.max(initial=0) > classes:
-        raise DataError(f"labels/{path.name}: values other than the classes 0 to {classes}")
+        raise DataError(f"{path}: values other than the classes 0 to {classes}")
     return label
 
 

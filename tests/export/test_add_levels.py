@@ -216,12 +216,17 @@ def test_level_below_the_bound_is_left_out_unless_forced(
     forced = add_levels(deep, disc_images, tmp_path / "forced", Options(max_steps=1, force=True))
     assert (forced.bundle.manifest.levels, forced.left_out) == ((1, 2, 3), ())
     with pytest.raises(
-        ExportError, match=r"no level agrees .* L1 0.30, L2 0.90 after 1 steps. Nothing was changed"
+        ExportError,
+        match=r"no level agrees .* L1 0.30, L2 0.90 after 1 steps. Nothing was changed; --steps 2 trains on",
     ):
         add_levels(deep, disc_images, tmp_path / "none", Options(max_steps=1, min_agreement=0.95))
     assert not (tmp_path / "none").exists()
     # What was trained is not lost.
     assert progress_file(tmp_path / "none").is_file()
+    # Further steps help only where it was the steps that ended.
+    monkeypatch.setattr(levels, "PATIENCE", 0)
+    with pytest.raises(ExportError, match="no level improved any more: give more images, or --force"):
+        add_levels(deep, disc_images, tmp_path / "none", Options(max_steps=9, min_agreement=0.95))
 
 
 def test_refusals(deep: Bundle, small_kept: Path, disc_images: Path, tmp_path: Path, card: Card) -> None:

@@ -152,6 +152,13 @@ def test_recommendation(small_kept, rows, level, precision):
     assert recommended.why.endswith("how good the masks are is not known")
 
 
+def test_recommendation_of_one_level(deep):
+    row = AgreementRow(
+        graph="L3", precision="fp32", engine="any", agreement=1, fp32_agreement=1, latency_ms=2
+    )
+    assert recommend(deep.manifest, [row]).why.startswith("the only level; at fp32 it takes 2.0 ms")
+
+
 def test_without_labels(small_bundle, discs, tmp_path):
     result = run(small_bundle.folder, "--images", discs / "images")
     assert result.exit_code == 0, result.output
