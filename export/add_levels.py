@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from export.card import ExportError
-from export.crops import Crops
-from export.data import calibration_tiles, image_files, pictures, with_labels
+from export.crops import read_crops
+from export.data import calibration_tiles, image_files
 from export.golden import OnnxReference, Reference
 from export.importing import HeadedGraph
 from export.levels import Distillation, split
@@ -123,15 +123,10 @@ def add_levels(
     check_out(out)
     producer = from_bundle(bundle)
     manifest, progress = bundle.manifest, progress_file(out)
-    files = image_files(images, SPLIT, manifest.dims) + (image_files(labels) if labels else [])
-    run = _identity(bundle, files, options.seed)
+    files = image_files(images, SPLIT, manifest.dims, labels)
+    run = _identity(bundle, files + (image_files(labels) if labels else []), options.seed)
     distillation = Distillation(producer, progress, run, threshold=manifest.threshold, seed=options.seed)
-    items = (
-        with_labels(images, labels, manifest, SPLIT, observer.skipped)
-        if labels
-        else pictures(images, manifest, SPLIT, observer.skipped)
-    )
-    crops = Crops(items, manifest, distillation.crop_side)
+    crops = read_crops(images, labels, manifest, SPLIT, distillation.crop_side, observer.skipped)
     if len(crops) < MIN_IMAGES:
         raise ExportError(
             f"{images}: {len(crops)} images that can be used; at least {MIN_IMAGES} are needed, and some dozens are better"

@@ -275,28 +275,19 @@ def test_operators_that_are_not_rebuilt_are_refused(card: Card, disc_images: Pat
 
 
 def test_levels_trained_on_labels_say_so(deep: Bundle, disc_images: Path, tmp_path: Path) -> None:
-    labels = tmp_path / "labels"
+    images = Path(shutil.copytree(disc_images, tmp_path / "images"))
+    # Below the images, where they are no images.
+    labels = images / "labels"
     labels.mkdir()
     for path in disc_images.iterdir():
         grey = np.asarray(Image.open(path)).mean(axis=-1)
         Image.fromarray(np.uint8(grey > 70)).save(labels / path.name)
-    added = add_levels(deep, disc_images, tmp_path / "out", Options(max_steps=1, force=True), labels)
-    assert added.bundle.manifest.distilled.labels == "labels"
-    inside = Path(shutil.copytree(disc_images, tmp_path / "images"))
-    shutil.copytree(labels, inside / "labels")
-    (inside / "labels" / "notes.txt").write_text("not an image")
-    lines: list[str] = []
-    add_levels(
-        deep,
-        inside,
-        tmp_path / "inside",
-        Options(max_steps=1, force=True),
-        inside / "labels",
-        Observer(skipped=lines.append),
-    )
-    assert lines == []
+    (labels / "notes.txt").write_text("no image")
+    options, lines = Options(max_steps=1, force=True), []
+    added = add_levels(deep, images, tmp_path / "out", options, labels, Observer(skipped=lines.append))
+    assert (added.bundle.manifest.distilled.labels, lines) == ("labels", [])
     (labels / "0.png").unlink()
-    again = add_levels(deep, disc_images, tmp_path / "five", Options(max_steps=1, force=True), labels)
+    again = add_levels(deep, images, tmp_path / "five", options, labels)
     assert again.bundle.manifest.distilled.images == 5
 
 

@@ -213,6 +213,7 @@ def test_mistakes_are_named(small_bundle, discs):
         ((), "either --data"),
         (("--data", discs, "--images", discs), "either --data"),
         (("--data", discs, "--labels", discs), "--labels needs --images"),
+        (("--images", discs, "--report", "nowhere/r.html"), "the folder nowhere does not exist"),
         (("--images", discs, "--held-out"), "--held-out and --precision need labels"),
         (("--images", small_bundle.folder), "no file that 'small' can take"),
         (("--images", discs / "images", "--labels", small_bundle.folder), "no image with a label"),
