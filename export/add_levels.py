@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from export.card import ExportError
-from export.crops import Crops
-from export.data import calibration_tiles, image_files, pictures, with_labels
+from export.crops import read_crops
+from export.data import calibration_tiles, image_files
 from export.golden import OnnxReference, Reference
 from export.importing import HeadedGraph
 from export.levels import Distillation, split
@@ -123,15 +123,10 @@ def add_levels(
     check_out(out)
     producer = from_bundle(bundle)
     manifest, progress = bundle.manifest, progress_file(out)
-    files = image_files(images, SPLIT, manifest.dims) + (image_files(labels) if labels else [])
-    run = _identity(bundle, files, options.seed)
+    files = image_files(images, SPLIT, manifest.dims, labels)
+    run = _identity(bundle, files + (image_files(labels) if labels else []), options.seed)
     distillation = Distillation(producer, progress, run, threshold=manifest.threshold, seed=options.seed)
-    items = (
-        with_labels(images, labels, manifest, SPLIT, observer.skipped)
-        if labels
-        else pictures(images, manifest, SPLIT, observer.skipped)
-    )
-    crops = Crops(items, manifest, distillation.crop_side)
+    crops = read_crops(images, labels, manifest, SPLIT, distillation.crop_side, observer.skipped)
     if len(crops) < MIN_IMAGES:
         raise ExportError(
             f"{images}: {len(crops)} images that can be used; at least {MIN_IMAGES} are needed, and some dozens are better"
@@ -141,7 +136,7 @@ def add_levels(
         agreement = distillation.round_to_float16(crops)
     chosen = [level for level, value in agreement.items() if options.force or value >= options.min_agreement]
     if not chosen:
-        raise ExportError(_none_agrees(agreement, options, distillation.steps))
+        raise ExportError(_none_agrees(agreement, options, distillation))
     distilled = Distilled(
         agreement={level: round(agreement[level], 5) for level in chosen},
         images=len(crops),
@@ -150,7 +145,7 @@ def add_levels(
         labels=labels.resolve().name if labels else None,
         steps=distillation.steps,
     )
-    _write(bundle, _with_levels(producer, distillation, chosen), distilled, images, out, observer)
+    _write(bundle, _with_levels(producer, distillation, chosen), distilled, images, labels, out, observer)
     progress.unlink(missing_ok=True)
     return Added(read_bundle(out), agreement, tuple(level for level in agreement if level not in chosen))
 
@@ -160,11 +155,16 @@ def progress_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.add-levels.safetensors")
 
 
-def _none_agrees(agreement: Mapping[int, float], options: Options, steps: int) -> str:
+def _none_agrees(agreement: Mapping[int, float], options: Options, distillation: Distillation) -> str:
     values = ", ".join(f"L{level} {value:.2f}" for level, value in agreement.items())
+    advice = (
+        "training stopped because no level improved any more: give more images"
+        if distillation.stalled
+        else f"--steps {2 * options.max_steps} trains on"
+    )
     return (
-        f"no level agrees with the deepest by {options.min_agreement:g} or more: {values} after {steps} steps. Nothing was "
-        f"changed; --steps {2 * options.max_steps} trains on, --force offers them nevertheless"
+        f"no level agrees with the deepest by {options.min_agreement:g} or more: {values} after {distillation.steps} "
+        f"steps. Nothing was changed; {advice}, or --force offers them nevertheless"
     )
 
 
@@ -234,7 +234,13 @@ def _append(model: onnx.ModelProto, distillation: Distillation, level: int, afte
 
 
 def _write(
-    bundle: Bundle, producer: Producer, distilled: Distilled, images: Path, out: Path, observer: Observer
+    bundle: Bundle,
+    producer: Producer,
+    distilled: Distilled,
+    images: Path,
+    labels: Path | None,
+    out: Path,
+    observer: Observer,
 ) -> None:
     """Writes the bundle beside `out` and moves it there; the served graphs that exist are pointed at the new weights."""
     manifest = bundle.manifest
@@ -250,7 +256,7 @@ def _write(
         _copy_graphs(bundle, folder)
         for graph in new:
             tiles = (
-                calibration_tiles(images, manifest, graph, INT8_IMAGES, skip=observer.skipped)
+                calibration_tiles(images, manifest, graph, INT8_IMAGES, skip=observer.skipped, labels=labels)
                 if "int8" in precisions
                 else []
             )

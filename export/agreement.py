@@ -9,9 +9,10 @@ from numpy import ndarray
 
 from export.calibrate import latency_of, machine, mean_overlap, open_engines
 from export.data import Labelled, Picture
-from export.pack import write_manifest
+from export.pack import update_manifest
 from export.verify import runnable
-from server.runtime.bundle import Bundle, Graph, Manifest, read_bundle
+from model.reading import DataError
+from server.runtime.bundle import Bundle, Graph, Manifest
 from server.runtime.calibration import Agreement, AgreementRow, Recommended
 from server.runtime.engines import ENGINES, Engine
 from server.runtime.machine import count_cores
@@ -28,7 +29,11 @@ Classes = UInt8[ndarray, "*size"]
 def deepest_masks(
     bundle: Bundle, images: Sequence[Picture], advance: Callable[[], None] = lambda: None
 ) -> list[Labelled]:
-    """Returns the images with the mask of the deepest level at fp32 in the place of a label."""
+    """Returns the images with the mask of the deepest level at fp32 in the place of a label.
+
+    Raises:
+        DataError: all masks are empty, with which any level that finds nothing would agree.
+    """
     manifest = bundle.manifest
     name = next(name for name, row in ENGINES.items() if row.installed)
     graph = manifest.graph(f"L{manifest.levels[-1]}")
@@ -37,6 +42,11 @@ def deepest_masks(
     for item in images:
         made.append(Labelled(item.id, item.image, infer_offline(item.image, manifest, graph, engine).classes))
         advance()
+    if not any(item.label.any() for item in made):
+        raise DataError(
+            f"the deepest level finds nothing in {len(made)} images, so that levels cannot be compared; "
+            "use images that hold what it segments, and check the card"
+        )
     return made
 
 
@@ -55,6 +65,9 @@ def measure_agreement(
         data: text that tells what they are.
         advance: callback with each row.
         on_progress: callback after each image of each row, with the number of images done and in all.
+
+    Raises:
+        ExportError, BundleDamaged: the bundle was changed meanwhile.
     """
     manifest = bundle.manifest
     pairs = runnable(bundle)
@@ -84,8 +97,7 @@ def measure_agreement(
         rows=tuple(rows),
         recommended=recommend(manifest, rows),
     )
-    write_manifest(bundle.folder, manifest.model_copy(update={"agreement": measured}))
-    read_bundle(bundle.folder)
+    update_manifest(bundle, agreement=measured)
     return measured
 
 
@@ -148,7 +160,9 @@ def recommend(manifest: Manifest, rows: Sequence[AgreementRow]) -> Recommended:
         if row.graph == f"L{level}" and (row.precision == "fp32" or row.fp32_agreement >= 1 - IOU_TOLERANCE)
     ]  # fmt: skip
     row = min(safe, key=lambda one: one.latency_ms)
-    if row.graph == deepest:
+    if len(manifest.levels) == 1:
+        why = "the only level"
+    elif row.graph == deepest:
         why = f"no shallower level agrees with it to {RECOMMENDED_AGREEMENT:g} (IoU of the masks)"
     else:
         why = (

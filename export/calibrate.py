@@ -12,10 +12,10 @@ from jaxtyping import UInt8
 from numpy import ndarray
 
 from export.data import Labelled, labelled
-from export.pack import write_manifest
+from export.pack import update_manifest
 from export.verify import runnable
 from model.reading import DataError
-from server.runtime.bundle import Bundle, Graph, Manifest, read_bundle
+from server.runtime.bundle import Bundle, Graph, Manifest
 from server.runtime.calibration import Calibration, CalibrationRow, Measured, Recommended
 from server.runtime.engines import ENGINES, Engine
 from server.runtime.golden import noise
@@ -51,6 +51,7 @@ def calibrate(
 
     Raises:
         DataError: the data cannot be read, or rows to keep were measured on other data or another machine.
+        ExportError, BundleDamaged: the bundle was changed meanwhile.
     """
     images = list(labelled(data, split, bundle.manifest))
     return measure(
@@ -87,6 +88,7 @@ def measure(
 
     Raises:
         DataError: rows to keep were measured on other data or another machine.
+        ExportError, BundleDamaged: the bundle was changed meanwhile.
     """
     manifest = bundle.manifest
     facts = {"data": data, "images": len(images), "machine": machine()}
@@ -119,15 +121,13 @@ def measure(
     order = [graph.name for graph in manifest.graphs]
     rows.sort(key=lambda row: (order.index(row.graph), PRECISIONS.index(row.precision), row.latency_ms))
     measured = Measured.model_validate({**facts, "rows": tuple(rows)})
-    update: dict[str, object] = {"held_out": measured}
-    if not held_out:
-        update = {
-            "calibration": Calibration.model_validate(
-                {**dict(measured), "recommended": recommend(manifest, measured)}
-            )
-        }
-    write_manifest(bundle.folder, manifest.model_copy(update=update))
-    read_bundle(bundle.folder)
+    if held_out:
+        update_manifest(bundle, held_out=measured)
+    else:
+        recommended = recommend(manifest, measured)
+        update_manifest(
+            bundle, calibration=Calibration.model_validate({**dict(measured), "recommended": recommended})
+        )
     return measured
 
 

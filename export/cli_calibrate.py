@@ -45,7 +45,7 @@ def calibrate(
     """Measure every level and precision, recommend a level, and fit the curve of mode=auto; without labels by agreement."""
     from server.runtime.bundle import read_bundle
 
-    _check_options(data, images, labels, held_out, precision)
+    _check_options(data, images, labels, report, held_out, precision)
     opened = read_bundle(bundle)
     if curve:
         _curve(opened, data, images, labels, split)
@@ -64,7 +64,12 @@ def calibrate(
 
 
 def _check_options(
-    data: Path | None, images: Path | None, labels: Path | None, held_out: bool, precision: list[str] | None
+    data: Path | None,
+    images: Path | None,
+    labels: Path | None,
+    report: Path | None,
+    held_out: bool,
+    precision: list[str] | None,
 ) -> None:
     if (data is None) == (images is None):
         fail("give either --data (a folder with index.csv) or --images (any folder)")
@@ -72,6 +77,8 @@ def _check_options(
         fail("--labels needs --images; a folder of --data has its labels")
     if images and not labels and (held_out or precision):
         fail("--held-out and --precision need labels")
+    if report and not report.parent.is_dir():
+        fail(f"--report {report}: the folder {report.parent} does not exist; make it first")
 
 
 def _with_labels(

@@ -69,6 +69,7 @@ def import_network(
             images,
             advance=lambda file: update(advance=1, description=f"wrote {file}"),
             skip=skip,
+            labels=labels,
         )
     _print_bundle(bundle, model)
     for warning in warnings(network, description):

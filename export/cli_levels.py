@@ -64,7 +64,9 @@ def add_levels(
             before = read_bundle(bundle)
             added = run(before, images, out, options, labels, observer)
     except KeyboardInterrupt:
-        fail(f"interrupted, the bundle is as it was; the same command goes on from {place}")
+        # Before the first measurement there is nothing to go on from.
+        advice = f"goes on from {place}" if place.is_file() else "starts anew"
+        fail(f"interrupted, the bundle is as it was; the same command {advice}")
     _print(added, min_agreement)
     old, folder = before.manifest, added.bundle.folder
     if old.calibration or old.agreement or old.held_out:

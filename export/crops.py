@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
 from numpy import ndarray
 
-from export.data import Labelled, Picture
+from export.data import Labelled, Picture, Skip, image_files, pictures, with_labels
 from server.arrays import Tiles
 from server.imaging.geometry import Placement
 from server.runtime.bundle import Manifest
@@ -38,18 +39,23 @@ class Crops:
         items: images or volumes, with labels or without; those that do not fit into `MAX_BYTES` are left out.
         manifest: channels, orientation, spacing and normalisation.
         side: pixels per axis of a crop; a smaller image is reflected at its borders.
+
+    Attributes:
+        full: whether `items` held more than fits, of which nothing further was read.
     """
 
     def __init__(self, items: Iterable[Picture | Labelled], manifest: Manifest, side: int) -> None:
         self._side, self._dims = side, manifest.dims
         self._windows: list[SlidingWindow] = []
         self._labels: list[UInt8[ndarray, "*size"] | None] = []
+        self.full = False
         held = 0
         for item in items:
             placement = place(item.image.input_header, manifest, "auto")
             window = make_sliding_window(item.image, placement, manifest, manifest.graphs[-1])
             held += window.pixels.nbytes
             if self._windows and held > MAX_BYTES:
+                self.full = True
                 break
             self._windows.append(window)
             label = item.label if isinstance(item, Labelled) else None
@@ -85,6 +91,42 @@ class Crops:
             mode = "reflect" if min(crop.shape[:-1]) > 1 else "edge"
             crop = np.pad(crop, [*((0, one) for one in after), (0, 0)], mode=mode)  # type: ignore[call-overload]
         return crop
+
+
+def read_crops(
+    images: Path, labels: Path | None, manifest: Manifest, split: str, side: int, skip: Skip
+) -> Crops:
+    """Reads as many images of a folder as fit into memory.
+
+    Args:
+        images: folder of images or volumes, or a data folder.
+        labels: folder of their label maps.
+        manifest: of the network.
+        split: split of a data folder.
+        side: pixels per axis of a crop.
+        skip: callback with a line on each file that is left out, and on the number of those that do not fit.
+
+    Raises:
+        DataError: the folder holds no image that the network can take.
+    """
+    skipped: list[str] = []
+
+    def leave_out(line: str) -> None:
+        skipped.append(line)
+        skip(line)
+
+    items = (
+        with_labels(images, labels, manifest, split, leave_out)
+        if labels
+        else pictures(images, manifest, split, leave_out)
+    )
+    crops = Crops(items, manifest, side)
+    if crops.full:
+        rest = len(image_files(images, split, manifest.dims, labels)) - len(crops) - len(skipped)
+        skip(
+            f"{rest} further files: the {len(crops)} images before them fill {MAX_BYTES >> 20} MiB of memory"
+        )
+    return crops
 
 
 def _placed(label: UInt8[ndarray, "*size"], placement: Placement, classes: int) -> UInt8[ndarray, "*placed"]:

@@ -11,9 +11,9 @@ from numpy import ndarray
 
 from export.calibrate import mean_overlap
 from export.data import Labelled
-from export.pack import write_manifest
+from export.pack import update_manifest
 from export.verify import runnable
-from server.runtime.bundle import Bundle, read_bundle
+from server.runtime.bundle import Bundle
 from server.runtime.curve import CurvePoint, DepthCurve
 from server.runtime.engines import ENGINES
 from server.runtime.machine import count_cores
@@ -87,11 +87,13 @@ def write_curve(
         data: text that tells what they are.
         reference: kind of the labels.
         advance: callback after each image of each level, with the number of images done and in all.
+
+    Raises:
+        ExportError, BundleDamaged: the bundle was changed meanwhile.
     """
     points = fit(observe(bundle, images, advance))
     curve = DepthCurve(data=data, images=len(images), reference=reference, method=METHOD, points=points)
-    write_manifest(bundle.folder, bundle.manifest.model_copy(update={"depth_curve": curve}), as_read=True)
-    read_bundle(bundle.folder)
+    update_manifest(bundle, depth_curve=curve)
     return curve
 
 

@@ -72,6 +72,7 @@ def calibration_tiles(
     count: int,
     seed: int = 0,
     skip: Skip = lambda line: None,
+    labels: Path | None = None,
 ) -> list[Tiles]:
     """Cuts the middle windows of randomly chosen images or volumes.
 
@@ -82,11 +83,12 @@ def calibration_tiles(
         count: number of images.
         seed: seed of the choice.
         skip: callback with a line on each file of a folder of images that is left out.
+        labels: folder of labels, whose files are not images where it lies in `root`.
     """
     if (root / "index.csv").is_file():
         files = [sample.image for sample in samples(root, "train", manifest.dims)]
     else:
-        files = image_files(root)
+        files = image_files(root, labels=labels)
     chosen = [files[index] for index in np.random.default_rng(seed).permutation(len(files))]
     sources = (
         (_decoded(file) for file in chosen)
@@ -102,8 +104,14 @@ def calibration_tiles(
     return tiles
 
 
-def image_files(root: Path, split: str = "val", dims: int = 2) -> list[Path]:
+def image_files(root: Path, split: str = "val", dims: int = 2, labels: Path | None = None) -> list[Path]:
     """Returns the files of a folder and of the folders in it, hidden ones left out; of a data folder the images of a split.
+
+    Args:
+        root: the folder.
+        split: split of a data folder.
+        dims: axes of its images.
+        labels: folder in it that is left out.
 
     Raises:
         DataError: there are none.
@@ -111,6 +119,8 @@ def image_files(root: Path, split: str = "val", dims: int = 2) -> list[Path]:
     if (root / "index.csv").is_file():
         return [sample.image for sample in samples(root, split, dims)]
     files = [file for file in sorted(root.rglob("*")) if file.is_file() and not _hidden(file, root)]
+    if labels:
+        files = [file for file in files if labels.resolve() not in file.resolve().parents]
     if not files:
         raise DataError(
             f"{root}: holds no files; it must be a folder of images, or of data with an index.csv"
@@ -165,11 +175,7 @@ def with_labels(
         DataError: there is none; says why.
     """
     known = {_key(file, labels): file for file in image_files(labels)}
-    files = [
-        file
-        for file in image_files(root, split, manifest.dims)
-        if labels.resolve() not in file.resolve().parents
-    ]
+    files = image_files(root, split, manifest.dims, labels)
     base = root / "images" if (root / "index.csv").is_file() else root
     left_out: list[str] = []
 
@@ -242,7 +248,7 @@ def _classes(path: Path, values: np.ndarray, classes: int) -> UInt8[ndarray, "*s
         return (values > 0).astype(np.uint8)
     label = values.astype(np.uint8)
     if (label != values).any() or label.max(initial=0) > classes:
-        raise DataError(f"labels/{path.name}: values other than the classes 0 to {classes}")
+        raise DataError(f"{path}: values other than the classes 0 to {classes}")
     return label
 
 

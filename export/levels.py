@@ -127,6 +127,11 @@ class Distillation:
         self._resume()
 
     @property
+    def stalled(self) -> bool:
+        """Whether training has ended because no level improved any more."""
+        return self._best.waiting >= PATIENCE
+
+    @property
     def crop_side(self) -> int:
         """Pixels per axis of a crop: the smallest feature map has two, because instance normalisation needs them."""
         divisor = self.producer.network.cost([self.output]).divisor
@@ -150,7 +155,7 @@ class Distillation:
         if not self._best.agreement:
             self._best.update(self.measure(images, held_out), self.blocks)
         on_progress(self.steps, dict(self._best.agreement))
-        while self._best.waiting < PATIENCE and self.steps < max_steps:
+        while not self.stalled and self.steps < max_steps:
             for _ in range(min(ROUND, max_steps - self.steps)):
                 self.step(images, train)
                 on_progress(self.steps, dict(self._best.agreement))

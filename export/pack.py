@@ -86,6 +86,7 @@ def import_network(
     *,
     advance: Callable[[str], None] = lambda step: None,
     skip: Callable[[str], None] = lambda line: None,
+    labels: Path | None = None,
 ) -> Bundle:
     """Makes a bundle of any network with heads: `out` is complete or as it was.
 
@@ -96,13 +97,14 @@ def import_network(
         images: folder of images that set int8's ranges; without it there are no int8 graphs.
         advance: callback with the name of each finished step.
         skip: callback with a line on each file of the folder that is left out.
+        labels: folder of their labels, which are not images where it lies in `images`.
 
     Raises:
         ExportError: network and card do not fit, or `out` is something else than a bundle.
         DataError: the folder holds no image that the network can take.
     """
     check_out(out)
-    return write_bundle(from_heads(network, card), card, out, images, advance, skip)
+    return write_bundle(from_heads(network, card), card, out, images, advance, skip, labels)
 
 
 def write_bundle(
@@ -112,6 +114,7 @@ def write_bundle(
     images: Path | None,
     advance: Callable[[str], None],
     skip: Callable[[str], None] = lambda line: None,
+    labels: Path | None = None,
 ) -> Bundle:
     """Writes the files of a bundle beside `out` and moves them there.
 
@@ -128,14 +131,14 @@ def write_bundle(
     manifest = _manifest(producer, card, graphs)
     if images:
         # Before anything is written, because the folder may hold nothing of use.
-        calibration_tiles(images, manifest, graphs[-1], 1, skip=skip)
+        calibration_tiles(images, manifest, graphs[-1], 1, skip=skip, labels=labels)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         folder = Path(scratch) / out.name
         folder.mkdir()
         producer.save(folder / WEIGHTS)
         for graph in graphs:
-            tiles = calibration_tiles(images, manifest, graph, INT8_IMAGES, skip=skip) if images else []
+            tiles = calibration_tiles(images, manifest, graph, INT8_IMAGES, 0, skip, labels) if images else []
             origin = Source(
                 producer.network, producer.heads(graph.name), producer.before, producer.after, tiles
             )
@@ -296,10 +299,30 @@ def write_manifest(folder: Path, manifest: Manifest, *, as_read: bool = False) -
         name: FileEntry(sha256=sha256(folder / name), bytes=(folder / name).stat().st_size)
         for name in sorted(manifest.files)
     }
-    final = manifest.model_copy(update={"files": files})
-    Manifest.model_validate(final.model_dump())
+    _save(folder, manifest.model_copy(update={"files": files}), as_read)
+
+
+def update_manifest(bundle: Bundle, **fields: object) -> None:
+    """Writes fields into the manifest as it is now, and takes over no file that is not the one that was read.
+
+    Measuring takes minutes, in which another process may write other fields.
+
+    Raises:
+        ExportError: the files are not those of `bundle`.
+        BundleDamaged: a file differs from the manifest.
+    """
+    now = read_bundle(bundle.folder).manifest
+    if now.files != bundle.manifest.files:
+        raise ExportError(f"{bundle.folder}: was changed meanwhile; calibrate again")
+    _save(bundle.folder, now.model_copy(update=fields), as_read=True)
+
+
+def _save(folder: Path, manifest: Manifest, as_read: bool) -> None:
+    Manifest.model_validate(manifest.model_dump())
     with checkpoint.atomic(folder / MANIFEST) as temporary:
-        temporary.write_text(final.model_dump_json(indent=1, exclude_none=True, exclude_unset=as_read) + "\n")
+        temporary.write_text(
+            manifest.model_dump_json(indent=1, exclude_none=True, exclude_unset=as_read) + "\n"
+        )
 
 
 def _stamped(manifest: Manifest) -> Manifest:

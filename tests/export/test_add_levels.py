@@ -216,12 +216,17 @@ def test_level_below_the_bound_is_left_out_unless_forced(
     forced = add_levels(deep, disc_images, tmp_path / "forced", Options(max_steps=1, force=True))
     assert (forced.bundle.manifest.levels, forced.left_out) == ((1, 2, 3), ())
     with pytest.raises(
-        ExportError, match=r"no level agrees .* L1 0.30, L2 0.90 after 1 steps. Nothing was changed"
+        ExportError,
+        match=r"no level agrees .* L1 0.30, L2 0.90 after 1 steps. Nothing was changed; --steps 2 trains on",
     ):
         add_levels(deep, disc_images, tmp_path / "none", Options(max_steps=1, min_agreement=0.95))
     assert not (tmp_path / "none").exists()
     # What was trained is not lost.
     assert progress_file(tmp_path / "none").is_file()
+    # Further steps help only where it was the steps that ended.
+    monkeypatch.setattr(levels, "PATIENCE", 0)
+    with pytest.raises(ExportError, match="no level improved any more: give more images, or --force"):
+        add_levels(deep, disc_images, tmp_path / "none", Options(max_steps=9, min_agreement=0.95))
 
 
 def test_refusals(deep: Bundle, small_kept: Path, disc_images: Path, tmp_path: Path, card: Card) -> None:
@@ -270,15 +275,19 @@ def test_operators_that_are_not_rebuilt_are_refused(card: Card, disc_images: Pat
 
 
 def test_levels_trained_on_labels_say_so(deep: Bundle, disc_images: Path, tmp_path: Path) -> None:
-    labels = tmp_path / "labels"
+    images = Path(shutil.copytree(disc_images, tmp_path / "images"))
+    # Below the images, where they are no images.
+    labels = images / "labels"
     labels.mkdir()
     for path in disc_images.iterdir():
         grey = np.asarray(Image.open(path)).mean(axis=-1)
         Image.fromarray(np.uint8(grey > 70)).save(labels / path.name)
-    added = add_levels(deep, disc_images, tmp_path / "out", Options(max_steps=1, force=True), labels)
-    assert added.bundle.manifest.distilled.labels == "labels"
+    (labels / "notes.txt").write_text("no image")
+    options, lines = Options(max_steps=1, force=True), []
+    added = add_levels(deep, images, tmp_path / "out", options, labels, Observer(skipped=lines.append))
+    assert (added.bundle.manifest.distilled.labels, lines) == ("labels", [])
     (labels / "0.png").unlink()
-    again = add_levels(deep, disc_images, tmp_path / "five", Options(max_steps=1, force=True), labels)
+    again = add_levels(deep, images, tmp_path / "five", options, labels)
     assert again.bundle.manifest.distilled.images == 5
 
 
@@ -310,16 +319,22 @@ def test_command_goes_on_after_ctrl_c(
     step = Distillation.step
 
     def stop(self: Distillation, *arguments) -> None:
-        if self.steps == 11:
+        if self.steps == stop_at:
             raise KeyboardInterrupt
         step(self, *arguments)
 
     monkeypatch.setattr(Distillation, "step", stop)
     arguments = (deep.folder, "--images", disc_images, "--steps", 12, "--force")
+    stop_at = 1
+    result = command(*arguments)
+    assert (result.exit_code, "the same command starts anew" in result.stderr) == (1, True)
+    assert not progress_file(deep.folder).exists()
+    stop_at = 11
     result = command(*arguments)
     assert (result.exit_code, "interrupted, the bundle is as it was" in result.stderr) == (1, True)
     assert (deep.folder / "manifest.json").read_bytes() == before
     assert progress_file(deep.folder).is_file()
+    assert "the same command goes on from" in result.stderr
     monkeypatch.setattr(Distillation, "step", step)
     other = command(*arguments, "--seed", 1)
     assert (other.exit_code, "another seed" in other.stderr) == (1, True)

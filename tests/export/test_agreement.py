@@ -18,10 +18,14 @@ from export import agreement as agreement_module
 from export import calibrate as calibrate_module
 from export.agreement import deepest_masks, measure_agreement, recommend
 from export.calibrate import mean_overlap
+from export.card import ExportError
 from export.cli_calibrate import calibrate
+from export.curve import write_curve
 from export.data import pictures
+from export.pack import write_manifest
 from export.report import LEVEL_ONLY, REFERENCE_ONLY, _picture, _worst_of, write_report
 from server.cli_utils import report_errors
+from server.errors import BundleDamaged
 from server.runtime.bundle import read_bundle
 from server.runtime.calibration import AgreementRow
 from server.runtime.engines import ENGINES
@@ -82,6 +86,54 @@ def test_the_table_by_hand(small_bundle, discs):
     assert read.recommended_level == measured.recommended.level
 
 
+def test_empty_masks_decide_nothing(small_bundle, discs):
+    """An empty mask agrees with an empty mask, so that any level would be recommended."""
+    manifest = small_bundle.manifest.model_copy(update={"threshold": 0.9999})
+    write_manifest(small_bundle.folder, manifest)
+    before = (small_bundle.folder / "manifest.json").read_bytes()
+    for option in ((), ("--curve",)):
+        result = run(small_bundle.folder, "--images", discs / "images", *option)
+        assert result.exit_code == 1
+        assert "the deepest level finds nothing in 5 images" in result.stderr
+    assert (small_bundle.folder / "manifest.json").read_bytes() == before
+
+
+def test_what_was_written_meanwhile_stays(small_bundle, discs):
+    """Two commands at once: the bundle was read before the other one wrote its table."""
+    items = deepest_masks(small_bundle, [*pictures(discs, small_bundle.manifest)])
+    measured = measure_agreement(small_bundle, items, "discs")
+    calibrated = calibrate_module.measure(small_bundle, items, "discs", held_out=False)
+    held_out = calibrate_module.measure(small_bundle, items, "others", held_out=True)
+    curve = write_curve(small_bundle, items, "discs", "deepest level")
+    read = read_bundle(small_bundle.folder).manifest
+    assert (read.agreement, read.held_out, read.depth_curve) == (measured, held_out, curve)
+    assert read.calibration.rows == calibrated.rows
+
+
+@pytest.mark.parametrize("what", ["agreement", "calibration", "curve"])
+def test_files_that_changed_meanwhile_are_not_taken_over(small_bundle, discs, what):
+    """Neither a damaged file, nor a file of another export with its own manifest."""
+    items = deepest_masks(small_bundle, [*pictures(discs, small_bundle.manifest)])
+
+    def run_one():
+        if what == "agreement":
+            measure_agreement(small_bundle, items, "discs")
+        elif what == "calibration":
+            calibrate_module.measure(small_bundle, items, "discs", held_out=False)
+        else:
+            write_curve(small_bundle, items, "discs", "deepest level")
+
+    written = (small_bundle.folder / "manifest.json").read_bytes()
+    with small_bundle.golden.open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(BundleDamaged):
+        run_one()
+    assert (small_bundle.folder / "manifest.json").read_bytes() == written
+    write_manifest(small_bundle.folder, small_bundle.manifest)
+    with pytest.raises(ExportError, match="was changed meanwhile; calibrate again"):
+        run_one()
+
+
 @pytest.mark.parametrize(("rows", "level", "precision"), [
     ({"L1_fp32": (0.96, 1, 2), "L2_fp32": (1, 1, 6)}, 1, "fp32"),
     ({"L1_fp32": (0.94, 1, 2), "L2_fp32": (1, 1, 6)}, 2, "fp32"),
@@ -98,6 +150,13 @@ def test_recommendation(small_kept, rows, level, precision):
     recommended = recommend(read_bundle(small_kept).manifest, table)
     assert (recommended.level, recommended.precision) == (level, precision)
     assert recommended.why.endswith("how good the masks are is not known")
+
+
+def test_recommendation_of_one_level(deep):
+    row = AgreementRow(
+        graph="L3", precision="fp32", engine="any", agreement=1, fp32_agreement=1, latency_ms=2
+    )
+    assert recommend(deep.manifest, [row]).why.startswith("the only level; at fp32 it takes 2.0 ms")
 
 
 def test_without_labels(small_bundle, discs, tmp_path):
@@ -154,6 +213,7 @@ def test_mistakes_are_named(small_bundle, discs):
         ((), "either --data"),
         (("--data", discs, "--images", discs), "either --data"),
         (("--data", discs, "--labels", discs), "--labels needs --images"),
+        (("--images", discs, "--report", "nowhere/r.html"), "the folder nowhere does not exist"),
         (("--images", discs, "--held-out"), "--held-out and --precision need labels"),
         (("--images", small_bundle.folder), "no file that 'small' can take"),
         (("--images", discs / "images", "--labels", small_bundle.folder), "no image with a label"),

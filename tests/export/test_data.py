@@ -1,5 +1,6 @@
 """Labelled images through the server's decoder; training and serving see the same pixels."""
 
+import re
 import shutil
 
 import nibabel as nib
@@ -174,5 +175,5 @@ def test_a_label_volume_with_other_classes_is_named(balls, tmp_path, volume_kept
     nib.Nifti1Image(np.full((24, 20, 16), 7, np.uint8), np.eye(4)).to_filename(
         folder / "labels" / "val0.nii.gz"
     )
-    with pytest.raises(DataError, match=r"labels/val0\.nii\.gz: values other than the classes 0 to 2"):
+    with pytest.raises(DataError, match=re.escape(f"{folder / 'labels' / 'val0.nii.gz'}: values")):
         list(labelled(folder, "val", read_bundle(volume_kept).manifest))

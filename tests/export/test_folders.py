@@ -98,6 +98,13 @@ def test_labels_inside_of_the_images_are_not_images(folder, manifest):
     assert [item.id for item in found] == ["b.png"]
 
 
+def test_labels_inside_of_the_images_give_no_tiles(folder, manifest):
+    picture(folder / "labels" / "b.png", channels=1, value=0)
+    graph = manifest.graph("L1")
+    assert len(calibration_tiles(folder, manifest, graph, 48)) == 5
+    assert len(calibration_tiles(folder, manifest, graph, 48, labels=folder / "labels")) == 4
+
+
 def test_labels_of_nnunet_lack_the_channel(tmp_path, volume_kept):
     manifest = read_bundle(volume_kept).manifest
     for name, values in (("imagesTr/case_0000", np.zeros), ("labelsTr/case", np.ones)):

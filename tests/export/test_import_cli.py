@@ -68,6 +68,19 @@ def test_it_says_what_it_wrote_and_what_is_next(place):
     assert "left out: notes.txt: not a format" in result.stderr
 
 
+def test_labels_inside_of_the_images_do_not_set_int8(place):
+    """A label is an image, too, with which int8 would be calibrated; a file that is none is told of where it is tried."""
+    labels = place / "images" / "labels" / "plate 1" / "deep"
+    labels.mkdir(parents=True)
+    for number in range(3):
+        Image.fromarray(np.eye(40 + number, 37, dtype=np.uint8)).save(labels / f"{number}.png")
+    (labels / "notes.txt").write_text("not an image")
+    result = do(place, "--images", place / "images", "--labels", place / "images" / "labels")
+    assert result.exit_code == 0, result.output
+    assert "left out: notes.txt" in result.stderr
+    assert "left out: labels" not in result.stderr
+
+
 def test_without_images_there_is_no_int8(place):
     assert do(place).exit_code == 0
     assert read_bundle(place / "out" / "mine").manifest.graph_precisions == ("fp32", "fp16")
