@@ -11,6 +11,7 @@ from numpy import ndarray
 
 from server.errors import TooLarge, Unreadable
 from server.imaging.decode_options import zero_nonfinite
+from server.imaging.far_values import FarValues
 
 GZIP_MAGIC = b"\x1f\x8b"
 # Bytes that are decoded at a time.
@@ -199,9 +200,12 @@ def read_values(
     scaling: tuple[float, float] = (1.0, 0.0),
     channels: int = 1,
     selected: slice = slice(None),
+    labels: bool = False,
     block_bytes: int = BLOCK_BYTES,
 ) -> tuple[Shaped[ndarray, "count c"], int]:
     """Reads values in the order of the stream, and counts those that were not finite and became 0.
+
+    Values that float32 would round, because they lie close together and far from 0, are counted from the smallest.
 
     Args:
         stream: Stream at the first value.
@@ -211,6 +215,7 @@ def read_values(
         scaling: Slope and intercept that are applied to each value.
         channels: Number of values of each voxel, which follow each other.
         selected: Channels to keep.
+        labels: Whether the values are labels, which are never counted from another number than 0.
         block_bytes: Bytes that are decoded at a time.
 
     Raises:
@@ -218,7 +223,12 @@ def read_values(
     """
     slope, intercept = scaling
     values = np.empty((count, len(range(channels)[selected])), dtype=dtype)
-    length, nonfinite = max(1, block_bytes // max(stored.itemsize * channels, 8)), 0
+    scaled = scaling != (1.0, 0.0)
+    may_round = dtype == np.float32 and (
+        scaled or stored.itemsize > 4 or (stored.kind in "iu" and stored.itemsize > 2)
+    )
+    far = FarValues(values) if may_round and not labels else None
+    length = max(1, block_bytes // max(stored.itemsize * channels, 8))
     for first in range(0, count, length):
         block = values[first : first + length]
         raw = np.frombuffer(
@@ -227,6 +237,13 @@ def read_values(
         raw = raw.reshape(-1, channels)[:, selected]
         # Values beyond float32 become infinite here, and are counted as such.
         with np.errstate(over="ignore", invalid="ignore"):
-            block[:] = raw if scaling == (1.0, 0.0) else raw.astype(np.float64) * slope + intercept
-        nonfinite += zero_nonfinite(block) if dtype == np.float32 else 0
-    return values, nonfinite
+            raw = raw.astype(np.float64) * slope + intercept if scaled else raw
+            if far:
+                far.add(raw)
+            else:
+                block[:] = raw
+    if far:
+        far.finish()
+    if dtype != np.float32:
+        return values, 0
+    return values, sum(zero_nonfinite(values[first : first + length]) for first in range(0, count, length))
