@@ -22,15 +22,21 @@ def is_narrow(low: int | float, high: int | float) -> bool:
 
 def finite_range(values: Shaped[ndarray, "..."]) -> tuple[int | float, int | float] | None:
     """Returns the smallest and the largest value, exactly; None where no value is finite."""
-    if values.dtype.kind == "f":
-        values = values[np.abs(values) <= MAX_ABS_VALUE]
-    return (values.min().item(), values.max().item()) if values.size else None
+    if values.dtype.kind != "f":
+        return (values.min().item(), values.max().item()) if values.size else None
+    # Of double precision, because the limit is infinite in half precision.
+    limit = np.float64(MAX_ABS_VALUE)
+    finite = (values >= -limit) & (values <= limit)
+    low = values.min(where=finite, initial=np.inf).item()
+    high = values.max(where=finite, initial=-np.inf).item()
+    return (low, high) if low <= high else None
 
 
 def differences(values: Shaped[ndarray, "..."], zero: int | float) -> Shaped[ndarray, "..."]:
     """Returns values counted from a number, without rounding of whole numbers."""
     if values.dtype.kind == "f":
-        return values.astype(np.float64) - zero
+        floats: Shaped[ndarray, "..."] = np.subtract(values, zero, dtype=np.float64)
+        return floats
     # Unsigned arithmetic wraps around, so that differences are exact and those below 0 are negative.
     wide = np.uint64 if values.dtype.kind == "u" else np.int64
     return (values.astype(wide) - wide(zero)).view(np.int64)

@@ -9,6 +9,7 @@ import pytest
 import SimpleITK
 
 from server.imaging.far_values import FarValues
+from tests.server.imaging.builders import tiff
 from tests.server.imaging.conftest import nifti, read
 from tests.server.imaging.itk import by_itk
 
@@ -75,6 +76,31 @@ def test_values_far_from_zero_are_counted_from_the_smallest(written: str, name: 
 def test_other_values_are_as_they_are(written: str, name: str) -> None:
     values = read(FORMATS[written](NEAR[name])).values[..., 0]
     assert np.array_equal(values, NEAR[name])
+
+
+@pytest.mark.parametrize("name", ["float64", "float64, fractions"])
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+def test_tiff_of_double_precision_is_counted_from_the_first_page(photometric: str, name: str) -> None:
+    stored = np.moveaxis(FAR[name], 2, 0).copy()
+    stored[1] += 300
+    sign = 1 if photometric == "minisblack" else -1
+    values = read(tiff(sign * stored, photometric=photometric), axes="ZYX").values[..., 0]
+    assert values.dtype == np.float32
+    assert np.array_equal(values.transpose(2, 1, 0), stored - stored[0].min())
+
+
+@pytest.mark.parametrize("name", ["float64, one number", "float64, CT", "float32"])
+def test_tiff_of_other_floats_is_as_it_is(name: str) -> None:
+    stored = NEAR[name][..., 0]
+    assert np.array_equal(read(tiff(stored)).values[..., 0], stored)
+
+
+def test_tiff_of_double_precision_takes_the_range_of_finite_values() -> None:
+    stored = FAR["float64"][..., 0].copy()
+    stored[0], stored[1, 0] = np.nan, 1e300
+    values = read(tiff(stored), zero_nonfinite=True).values[..., 0]
+    assert np.array_equal(values[2:], stored[2:] - stored[1:, 1:].min())
+    assert not values[0].any()
 
 
 @pytest.mark.parametrize("written", FORMATS)
