@@ -84,9 +84,22 @@ class Inflater:
                     return ""
         except EOFError as error:
             raise _truncated("voxels") from error
-        rest = self._rest()
-        foreign = rest and rest[:2] != GZIP_MAGIC
-        return "bytes behind the end of the gzip stream are none of it and were not read" if foreign else ""
+        return "bytes behind the end of the voxels' gzip stream were not read" if self._goes_on() else ""
+
+    def _goes_on(self) -> bool:
+        """Returns whether other bytes follow than zeros and members of no bytes, of which bgzip writes one."""
+        while rest := self._rest():
+            if rest[:2] != GZIP_MAGIC or self._members == MAX_MEMBERS:
+                return True
+            self._waiting = rest
+            self._start_member()
+            try:
+                while not self._decompressor.eof:
+                    if self._inflate(1):
+                        return True
+            except (EOFError, igzip_lib.IsalError):
+                return True
+        return False
 
     def _start_member(self) -> None:
         if self._members == MAX_MEMBERS:

@@ -65,7 +65,12 @@ MEMBERS = {
 BEHIND = {
     "nothing": (b"", False),
     "zeros": (bytes(10240), False),
-    "another member": (gzip.compress(b"more"), False),
+    "another member": (gzip.compress(b"more"), True),
+    "an empty member": (gzip.compress(b""), False),
+    "an empty member and text": (gzip.compress(b"") + b"x", True),
+    "a magic and text": (b"\x1f\x8bjunk", True),
+    "half a member": (gzip.compress(b"more")[:15], True),
+    "a damaged member": (gzip.compress(b"")[:-8] + b"damaged!", True),
     "text": (b"trailing", True),
     "line feed": (b"\n", True),
     "half a magic": (b"\x1f", True),
@@ -96,6 +101,11 @@ def test_gzip_that_is_cut_anywhere_is_refused(name: str) -> None:
         with pytest.raises(Unreadable) as caught:
             whole_values(open_gzip(Sent(whole[:length])))
         assert caught.value.fields == {"reason": "truncated", "part": "voxels"}
+
+
+def test_gzip_of_endless_empty_members_is_not_inflated_to_its_end() -> None:
+    stream = open_gzip(Sent(MEMBERS["one"] + gzip.compress(b"") * (MAX_MEMBERS + 1)))
+    assert whole_values(stream)[1]
 
 
 def test_gzip_of_too_many_members_is_refused() -> None:
