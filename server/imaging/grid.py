@@ -114,12 +114,20 @@ class Grid:
         kept = len(range(self.channels)[selected])
         if self.interleaved or self.channels == 1:
             flat, nonfinite = read_values(
-                stream, self.stored, self._dtype, self.count, channels=self.channels, selected=selected
+                stream,
+                self.stored,
+                self._dtype,
+                self.count,
+                channels=self.channels,
+                selected=selected,
+                labels=options.labels,
             )
             values = np.moveaxis(flat.reshape(-1).reshape((kept, *self.size), order="F"), 0, -1)
         else:
             skip(stream, self.count * selected.start * self.stored.itemsize, "voxels")
-            flat, nonfinite = read_values(stream, self.stored, self._dtype, self.count * kept)
+            flat, nonfinite = read_values(
+                stream, self.stored, self._dtype, self.count * kept, labels=options.labels
+            )
             values = flat.reshape(-1).reshape((*self.size, kept), order="F")
         note = join_notes(self.note, guess, nonfinite_note(nonfinite, values.size, options.zero_nonfinite))
         planes = np.moveaxis(values, 2, 0) if values.ndim == 4 else [values]

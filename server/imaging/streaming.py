@@ -2,7 +2,8 @@
 
 import bz2
 import contextlib
-from typing import BinaryIO, Protocol, cast, runtime_checkable
+from collections.abc import Callable
+from typing import BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from isal import igzip_lib
@@ -11,6 +12,7 @@ from numpy import ndarray
 
 from server.errors import TooLarge, Unreadable
 from server.imaging.decode_options import zero_nonfinite
+from server.imaging.far_values import FarValues
 
 GZIP_MAGIC = b"\x1f\x8b"
 # Bytes that are decoded at a time.
@@ -35,18 +37,60 @@ class Stream(Protocol):
         ...
 
 
+class Decompressor(Protocol):
+    """Describes what igzip and bz2 inflate one member with."""
+
+    @property
+    def eof(self) -> bool:
+        """Whether the member has ended."""
+        ...
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether the next bytes need more of the file."""
+        ...
+
+    @property
+    def unused_data(self) -> bytes:
+        """Bytes behind the member in the last chunk."""
+        ...
+
+    def decompress(self, data: bytes, max_length: int, /) -> bytes:
+        """Returns at most `max_length` bytes."""
+        ...
+
+
+class Compression(NamedTuple):
+    """Holds how one kind of stream is inflated.
+
+    Attributes:
+        name: Name, for notes.
+        magic: First bytes of a member; b"" where a stream has but one.
+        start: Makes the decompressor of a member.
+    """
+
+    name: str
+    magic: bytes
+    start: Callable[[], Decompressor]
+
+
+GZIP = Compression("gzip", GZIP_MAGIC, lambda: igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP))
+ZLIB = Compression("zlib", b"", lambda: igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_ZLIB))
+BZIP2 = Compression("bzip2", b"BZh", bz2.BZ2Decompressor)
+
+
 class Inflater:
-    """Inflates a zlib stream, or the members of a gzip stream, only as far as it is read.
+    """Inflates a zlib stream, or the members of a gzip or bzip2 stream, only as far as it is read.
 
     Args:
         file: Open file, at the stream; it stays open.
-        gzip: Whether it is a gzip stream.
+        compression: Kind of the stream.
         chunk_bytes: Compressed bytes that are read at a time.
     """
 
-    def __init__(self, file: BinaryIO, *, gzip: bool, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, file: BinaryIO, compression: Compression, *, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._file = file
-        self._gzip = gzip
+        self._compression = compression
         self._chunk_bytes = chunk_bytes
         self._waiting = b""
         self._members = 0
@@ -62,7 +106,7 @@ class Inflater:
         while True:
             if self._decompressor.eof:
                 self._waiting = self._rest()
-                if self._waiting[:2] != GZIP_MAGIC:
+                if not self._is_member(self._waiting):
                     return b""
                 self._start_member()
             if inflated := self._inflate(size):
@@ -83,20 +127,37 @@ class Inflater:
                     return ""
         except EOFError as error:
             raise _truncated("voxels") from error
-        rest = self._rest()
-        foreign = rest and rest[:2] != GZIP_MAGIC
-        return "bytes behind the end of the gzip stream are none of it and were not read" if foreign else ""
+        name = self._compression.name
+        return f"bytes behind the end of the voxels' {name} stream were not read" if self._goes_on() else ""
+
+    def _is_member(self, rest: bytes) -> bool:
+        magic = self._compression.magic
+        return bool(magic) and rest.startswith(magic)
+
+    def _goes_on(self) -> bool:
+        """Returns whether other bytes follow than zeros and members of no bytes, of which bgzip writes one."""
+        while rest := self._rest():
+            if not self._is_member(rest) or self._members == MAX_MEMBERS:
+                return True
+            self._waiting = rest
+            self._start_member()
+            try:
+                while not self._decompressor.eof:
+                    if self._inflate(1):
+                        return True
+            except (EOFError, OSError, igzip_lib.IsalError):  # type: ignore[misc]  # The stub calls it a value.
+                return True
+        return False
 
     def _start_member(self) -> None:
         if self._members == MAX_MEMBERS:
             raise TooLarge(
-                f"the gzip stream has more than {MAX_MEMBERS:,} members; compress the file again, as one",
+                f"the {self._compression.name} stream has more than {MAX_MEMBERS:,} members; compress the file again, as one",
                 limit=MAX_MEMBERS,
                 unit="members",
             )
         self._members += 1
-        flag = igzip_lib.DECOMP_GZIP if self._gzip else igzip_lib.DECOMP_ZLIB
-        self._decompressor = igzip_lib.IgzipDecompressor(flag=flag)
+        self._decompressor = self._compression.start()
 
     def _inflate(self, size: int) -> bytes:
         chunk = b""
@@ -107,9 +168,9 @@ class Inflater:
         return self._decompressor.decompress(chunk, size)
 
     def _rest(self) -> bytes:
-        """Returns the beginning of what follows a member, without the zeros that fill blocks of tapes; "" of zlib."""
-        rest = self._decompressor.unused_data if self._gzip else b""
-        while self._gzip and len(rest := rest.lstrip(b"\0")) < len(GZIP_MAGIC):
+        """Returns the beginning of what follows a member, without the zeros that fill blocks of tapes."""
+        rest = self._decompressor.unused_data
+        while len(rest := rest.lstrip(b"\0")) < max(1, len(self._compression.magic)):
             following = self._file.read(self._chunk_bytes)
             if not following:
                 break
@@ -119,17 +180,17 @@ class Inflater:
 
 def open_gzip(file: BinaryIO) -> Inflater:
     """Opens the gzip stream that begins at the file's position; the file stays open."""
-    return Inflater(file, gzip=True)
+    return Inflater(file, GZIP)
 
 
-def open_bzip2(file: BinaryIO) -> Stream:
+def open_bzip2(file: BinaryIO) -> Inflater:
     """Opens the bzip2 stream that begins at the file's position; the file stays open."""
-    return cast("Stream", bz2.BZ2File(file))
+    return Inflater(file, BZIP2)
 
 
 def open_zlib(file: BinaryIO, chunk_bytes: int = CHUNK_BYTES) -> Inflater:
     """Opens the zlib stream that begins at the file's position; the file stays open."""
-    return Inflater(file, gzip=False, chunk_bytes=chunk_bytes)
+    return Inflater(file, ZLIB, chunk_bytes=chunk_bytes)
 
 
 def finish(stream: Stream) -> str:
@@ -199,9 +260,12 @@ def read_values(
     scaling: tuple[float, float] = (1.0, 0.0),
     channels: int = 1,
     selected: slice = slice(None),
+    labels: bool = False,
     block_bytes: int = BLOCK_BYTES,
 ) -> tuple[Shaped[ndarray, "count c"], int]:
     """Reads values in the order of the stream, and counts those that were not finite and became 0.
+
+    Values that float32 would round, because they lie close together and far from 0, are counted from the smallest.
 
     Args:
         stream: Stream at the first value.
@@ -211,6 +275,7 @@ def read_values(
         scaling: Slope and intercept that are applied to each value.
         channels: Number of values of each voxel, which follow each other.
         selected: Channels to keep.
+        labels: Whether the values are labels, which are never counted from another number than 0.
         block_bytes: Bytes that are decoded at a time.
 
     Raises:
@@ -218,7 +283,12 @@ def read_values(
     """
     slope, intercept = scaling
     values = np.empty((count, len(range(channels)[selected])), dtype=dtype)
-    length, nonfinite = max(1, block_bytes // max(stored.itemsize * channels, 8)), 0
+    scaled = scaling != (1.0, 0.0)
+    may_round = dtype == np.float32 and (
+        scaled or stored.itemsize > 4 or (stored.kind in "iu" and stored.itemsize > 2)
+    )
+    far = FarValues(values) if may_round and not labels else None
+    length = max(1, block_bytes // max(stored.itemsize * channels, 8))
     for first in range(0, count, length):
         block = values[first : first + length]
         raw = np.frombuffer(
@@ -227,6 +297,13 @@ def read_values(
         raw = raw.reshape(-1, channels)[:, selected]
         # Values beyond float32 become infinite here, and are counted as such.
         with np.errstate(over="ignore", invalid="ignore"):
-            block[:] = raw if scaling == (1.0, 0.0) else raw.astype(np.float64) * slope + intercept
-        nonfinite += zero_nonfinite(block) if dtype == np.float32 else 0
-    return values, nonfinite
+            raw = raw.astype(np.float64) * slope + intercept if scaled else raw
+            if far:
+                far.add(raw)
+            else:
+                block[:] = raw
+    if far:
+        far.finish()
+    if dtype != np.float32:
+        return values, 0
+    return values, sum(zero_nonfinite(values[first : first + length]) for first in range(0, count, length))

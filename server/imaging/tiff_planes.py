@@ -2,6 +2,7 @@
 
 import copy
 import operator
+import struct
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -143,15 +144,31 @@ def count_planes(page: "tifffile.TiffPage", described: int) -> int:
 
 def _tagged_planes(page: "tifffile.TiffPage") -> int:
     """Returns the planes that a tag counts; 0 without such a tag."""
-    metamorph = page.tags.get(UIC2)
+    metamorph = _entry_count(page, UIC2)
     if metamorph is not None:
-        return int(metamorph.count)
+        return metamorph
     try:
         header = page.tags.valueof(NIH_IMAGE, {})
         count = header["nSlices"] if header else page.tags.valueof(IPLAB, 0)
         return max(0, operator.index(count))
     except (TypeError, KeyError, ValueError, IndexError):
         return 0
+
+
+def _entry_count(page: "tifffile.TiffPage", code: int) -> int | None:
+    """Returns the count of a tag, also where tifffile drops the tag because its values lie beyond the file."""
+    tag = page.tags.get(code)
+    if tag is not None:
+        return int(tag.count)
+    tiff, file = page.parent.tiff, page.parent.filehandle
+    file.seek(page.offset)
+    (length,) = struct.unpack(tiff.tagnoformat, file.read(tiff.tagnosize))
+    # tifffile has read the directory, so that it is whole and not long.
+    entries = file.read(length * tiff.tagsize)
+    for found, _, count, _ in struct.iter_unpack(tiff.tagheaderformat, entries):
+        if found == code:
+            return int(count)
+    return None
 
 
 def _check_page_count(chain: Any) -> None:

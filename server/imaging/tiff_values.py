@@ -6,15 +6,12 @@ from jaxtyping import Shaped, UInt8
 from numpy import ndarray
 
 from server.errors import Unreadable
-from server.imaging.decode_options import MAX_ABS_VALUE, DecodeOptions, zero_nonfinite
+from server.imaging.decode_options import DecodeOptions, zero_nonfinite
+from server.imaging.far_values import MAX_EXACT, differences, finite_range, is_narrow
 from server.imaging.palette import ramp_note, ramp_values
 
 # Types that are decoded as stored; values of all others become float32.
 EXACT_DTYPES = (np.uint8, np.uint16)
-
-# Whole numbers up to here are exact in float32.
-MAX_EXACT = 2**24
-
 
 Pixels = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 
@@ -91,15 +88,31 @@ class PageValues:
         return np.ascontiguousarray(pixels) if pixels.dtype in EXACT_DTYPES else self._whole_numbers(pixels)
 
     def _floats(self, pixels: Pixels, white_is_zero: bool) -> Pixels:
-        """Returns float32; white that is zero becomes the largest value of the first page."""
-        with np.errstate(over="ignore"):
-            values = np.array(pixels, dtype=np.float32, order="C")
+        """Returns float32; white that is zero becomes the largest value of the first page.
+
+        Numbers of double precision count from the smallest value of the first page where float32 would round them.
+        """
+        if self._zero is None:
+            self._zero = self._float_zero(pixels, white_is_zero)
+        # Values beyond float32 become infinite here, and are counted as such.
+        with np.errstate(over="ignore", invalid="ignore"):
+            if white_is_zero:
+                pixels = np.subtract(self._zero, pixels, dtype=np.float64)
+            elif self._zero:
+                pixels = differences(pixels, self._zero)
+            return np.array(pixels, dtype=np.float32, order="C")
+
+    @staticmethod
+    def _float_zero(pixels: Pixels, white_is_zero: bool) -> int | float:
+        wide = pixels.dtype.itemsize > 4
+        found = finite_range(pixels) if wide or white_is_zero else None
+        if found is None:
+            return 0
+        low, high = found
+        far = wide and low < high and is_narrow(low, high)
         if white_is_zero:
-            if self._zero is None:
-                finite = np.abs(values) <= np.float32(MAX_ABS_VALUE)
-                self._zero = float(values.max(where=finite, initial=0))
-            np.subtract(np.float32(self._zero), values, out=values)
-        return values
+            return high if far else max(0, high)
+        return low if far else 0
 
     def _whole_numbers(self, pixels: Pixels) -> Pixels:
         """Returns float32, counted from the smallest value of the first page where that is too large for it."""
@@ -108,10 +121,7 @@ class PageValues:
             self._zero = low if max(abs(low), abs(high)) > MAX_EXACT else 0
         if not self._zero:
             return np.array(pixels, dtype=np.float32, order="C")
-        # Differences of whole numbers are exact, in unsigned arithmetic also those that are negative.
-        wide = np.uint64 if pixels.dtype.kind == "u" else np.int64
-        differences = (pixels.astype(wide) - wide(self._zero)).view(np.int64)
-        return np.array(differences, dtype=np.float32, order="C")
+        return np.array(differences(pixels, self._zero), dtype=np.float32, order="C")
 
 
 def _palette(page: "tifffile.TiffPage") -> UInt8[ndarray, "n 3"]:

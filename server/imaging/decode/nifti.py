@@ -75,7 +75,14 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Volume:
     size = _size(file_header)
     options.check_volume(size)
     stored, dtype = file_header.get_data_dtype(), _dtype(file_header)
-    values, nonfinite = read_values(stream, stored, dtype, math.prod(size), scaling=_scaling(file_header))
+    values, nonfinite = read_values(
+        stream,
+        stored,
+        dtype,
+        math.prod(size),
+        scaling=_scaling(file_header),
+        labels=options.labels,
+    )
     end_note = finish(stream)
     affine, place_note = _place(file_header, size)
     note = nonfinite_note(nonfinite, values.size, options.zero_nonfinite)

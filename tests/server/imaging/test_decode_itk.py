@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import itertools
 import zlib
 from pathlib import Path
@@ -271,3 +272,12 @@ def test_metaimage_that_is_compressed_is_read(pack: Any) -> None:
 def test_metaimage_spacing_may_be_an_element_size_and_its_header_long() -> None:
     assert read(mha_file(VALUES[0], ElementSize="2 3")).spacing_mm == (3, 2)
     assert isinstance(volume(mha_file(np.zeros((40_000, 1, 1), np.uint8))).file_header, nib.Nifti2Header)
+
+
+def test_bytes_behind_compressed_values_are_noted() -> None:
+    image = SimpleITK.GetImageFromArray(np.arange(60, dtype=np.uint16).reshape(3, 4, 5))
+    out = io.BytesIO()
+    nrrd.write(out, np.arange(60, dtype=np.uint16).reshape(3, 4, 5), {"encoding": "bzip2"})
+    for data, name in ((by_itk(image, ".mha", packed=True), "zlib"), (out.getvalue(), "bzip2")):
+        assert "behind" not in read(data).note
+        assert f"behind the end of the voxels' {name} stream" in read(data + b"trailing").note

@@ -9,6 +9,7 @@ import pytest
 
 from server.errors import TooLarge, Unreadable
 from server.imaging.streaming import (
+    GZIP,
     MAX_MEMBERS,
     Inflater,
     Stream,
@@ -65,7 +66,12 @@ MEMBERS = {
 BEHIND = {
     "nothing": (b"", False),
     "zeros": (bytes(10240), False),
-    "another member": (gzip.compress(b"more"), False),
+    "another member": (gzip.compress(b"more"), True),
+    "an empty member": (gzip.compress(b""), False),
+    "an empty member and text": (gzip.compress(b"") + b"x", True),
+    "a magic and text": (b"\x1f\x8bjunk", True),
+    "half a member": (gzip.compress(b"more")[:15], True),
+    "a damaged member": (gzip.compress(b"")[:-8] + b"damaged!", True),
     "text": (b"trailing", True),
     "line feed": (b"\n", True),
     "half a magic": (b"\x1f", True),
@@ -79,7 +85,7 @@ BEHIND = {
 @pytest.mark.parametrize("chunk_bytes", [1, 7, 32 * 1024])
 def test_gzip_is_read_to_its_end_and_no_further(name: str, behind: str, chunk_bytes: int) -> None:
     more, noted = BEHIND[behind]
-    stream = Inflater(Sent(MEMBERS[name] + more), gzip=True, chunk_bytes=chunk_bytes)
+    stream = Inflater(Sent(MEMBERS[name] + more), GZIP, chunk_bytes=chunk_bytes)
     values, note = whole_values(stream)
     assert values == bytes(range(100))
     assert bool(note) == noted
@@ -89,6 +95,26 @@ def whole_values(stream: Stream) -> tuple[bytes, str]:
     return read_exactly(stream, 100, "voxels"), finish(stream)
 
 
+@pytest.mark.parametrize("pack", [bz2.compress, zlib.compress])
+@pytest.mark.parametrize(
+    "behind", [b"", bytes(99), b"x", b"trailing" * 9999, b"BZhjunk", bytes(40_000) + b"x"]
+)
+def test_bytes_behind_bzip2_and_zlib_are_read_over_and_noted(
+    pack: Callable[[bytes], bytes], behind: bytes
+) -> None:
+    opened = open_bzip2 if pack is bz2.compress else open_zlib
+    values, note = whole_values(opened(Sent(pack(bytes(range(100))) + behind)))
+    assert values == bytes(range(100))
+    assert bool(note) == bool(behind.strip(b"\0"))
+
+
+def test_bzip2_of_several_members_is_one_stream() -> None:
+    data = b"".join(bz2.compress(bytes(range(first, first + 20))) for first in range(0, 100, 20))
+    assert whole_values(open_bzip2(Sent(data))) == (bytes(range(100)), "")
+    assert whole_values(open_bzip2(Sent(data + bz2.compress(b""))))[1] == ""
+    assert whole_values(open_bzip2(Sent(data + bz2.compress(b"more"))))[1]
+
+
 @pytest.mark.parametrize("name", ["one", "two", "with a name"])
 def test_gzip_that_is_cut_anywhere_is_refused(name: str) -> None:
     whole = MEMBERS[name]
@@ -96,6 +122,11 @@ def test_gzip_that_is_cut_anywhere_is_refused(name: str) -> None:
         with pytest.raises(Unreadable) as caught:
             whole_values(open_gzip(Sent(whole[:length])))
         assert caught.value.fields == {"reason": "truncated", "part": "voxels"}
+
+
+def test_gzip_of_endless_empty_members_is_not_inflated_to_its_end() -> None:
+    stream = open_gzip(Sent(MEMBERS["one"] + gzip.compress(b"") * (MAX_MEMBERS + 1)))
+    assert whole_values(stream)[1]
 
 
 def test_gzip_of_too_many_members_is_refused() -> None:

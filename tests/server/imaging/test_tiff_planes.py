@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import struct
 from typing import Any
 
 import imageio.v3 as imageio
@@ -209,6 +210,16 @@ def test_planes_that_only_a_tag_counts_are_read(data: bytes) -> None:
     assert read(data).note == ""
 
 
+def values_beyond_the_file(data: bytes) -> bytes:
+    """A MetaMorph stack whose tag UIC2 points behind its end."""
+    entry = data.index(struct.pack("<2H", 33629, 5))
+    return data[: entry + 8] + struct.pack("<I", len(data) + 100) + data[entry + 12 :]
+
+
+def test_planes_that_a_tag_without_values_counts_are_read() -> None:
+    assert np.array_equal(stack(values_beyond_the_file(stk(PLANES))), PLANES)
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -218,6 +229,8 @@ def test_planes_that_only_a_tag_counts_are_read(data: bytes) -> None:
         pytest.param(stk(PLANES, count=5), id="MetaMorph: cut off"),
         pytest.param(stk(PLANES, compression=32773), id="MetaMorph: compressed"),
         pytest.param(iplab(2**31), id="IPLab: endless"),
+        pytest.param(stk(PLANES, count=2**31 - 1), id="MetaMorph: endless"),
+        pytest.param(values_beyond_the_file(stk(PLANES[:2], count=4)), id="MetaMorph: cut off, values lost"),
     ],
 )
 def test_planes_that_are_counted_and_not_there_are_refused_unless_the_caller_names_the_axes(
