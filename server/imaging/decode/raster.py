@@ -10,7 +10,7 @@ from PIL import Image as Pillow
 
 from server.arrays import Image, InputHeader
 from server.errors import UnetppError, Unreadable
-from server.imaging import jpeg_segments, png_chunks
+from server.imaging import jpeg_ends, jpeg_segments, png_chunks
 from server.imaging.decode_options import DecodeOptions, join_notes
 from server.imaging.false_colour import as_grey
 from server.imaging.orientation import QUARTER_TURNS, TAG, UPRIGHT, read_orientation, turn_upright
@@ -99,7 +99,7 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Image:
 def _decode(file: BinaryIO, options: DecodeOptions) -> tuple[Pixels, str]:
     """Returns the pixels, upright, and a note."""
     deep = png_chunks.count_deep_channels(file)
-    with Pillow.open(file, formats=FORMATS) as picture:
+    with jpeg_ends.with_end(file) as ended, Pillow.open(ended, formats=FORMATS) as picture:
         options.check_image(picture.height, picture.width)
         frames = getattr(picture, "n_frames", 1)
         if deep:
@@ -107,6 +107,7 @@ def _decode(file: BinaryIO, options: DecodeOptions) -> tuple[Pixels, str]:
             picture.info.setdefault("exif", png_chunks.read_exif(file))
         else:
             picture.load()
+            jpeg_ends.check_whole(ended, picture)
             pixels, ramp = (
                 _palette_values(picture, options) if picture.mode == "P" else (_pixels(picture), "")
             )
