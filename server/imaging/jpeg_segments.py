@@ -14,7 +14,9 @@ ALONE = (0x01, *range(0xD0, 0xD9))
 START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
 # Markers of metadata. JFIF (0xE0) and Adobe's (0xEE) say what the colours are.
 METADATA = (*range(0xE2, 0xEE), 0xEF, 0xFE)
-JFIF, MIN_JFIF, EXIF = 0xE0, 16, 0xE1
+JFIF, ADOBE, EXIF = 0xE0, 0xEE, 0xE1
+# Bytes, with the two of the length, of those that say what the colours are; shorter ones say nothing.
+MIN_LENGTHS = {JFIF: 16, ADOBE: 14}
 
 # Segments and fill bytes that are looked at; a profile may have 255.
 MAX_SEGMENTS = 100_000
@@ -108,4 +110,4 @@ def _is_dropped(file: BinaryIO, segment: Segment) -> bool:
         file.seek(segment.start + 4)
         data = file.read(segment.length - 2)
         return not data.startswith(b"Exif\0\0") or bool(read_orientation(data)[1])
-    return segment.marker in METADATA or (segment.marker == JFIF and segment.length < MIN_JFIF)
+    return segment.marker in METADATA or segment.length < MIN_LENGTHS.get(segment.marker, 0)

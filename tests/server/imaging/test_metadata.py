@@ -156,6 +156,7 @@ JPEG_METADATA = {
     "short MPF": segment(0xE2, b"MPF\0"),
     "FlashPix": segment(0xE2, b"FPXR\0"),
     "Photoshop": segment(0xED, b"Photoshop 3.0\x008BIM\x04\x04\0\0\xff\xff\xff\xff"),
+    "short Adobe": segment(0xEE, b"Adobe\0"),
     "short Photoshop": segment(0xED, b"Photoshop 3.0\x008BIM\x03\xed\0\0\0\0\0\2??"),
     "comment": segment(0xFE, b"\xff\xfe\0 no text"),
     "empty comment": segment(0xFE, b""),
