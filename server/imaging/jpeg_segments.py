@@ -21,9 +21,10 @@ MIN_LENGTHS = {JFIF: 16, ADOBE: 14}
 # Segments and fill bytes that are looked at; a profile may have 255.
 MAX_SEGMENTS = 100_000
 
-# Start of frame: kinds that libjpeg does not read.
+# Start of frame: kinds that libjpeg does not read; of lossless JPEG it reads some.
+LOSSLESS = 0xC3
 UNREAD = {
-    0xC3: "lossless JPEG",
+    LOSSLESS: "lossless JPEG",
     0xC5: "hierarchical JPEG",
     0xC6: "hierarchical JPEG",
     0xC7: "hierarchical JPEG",
@@ -86,6 +87,21 @@ def unread_kind(file: BinaryIO) -> str:
     if bits != 8:
         return f"{bits}-bit JPEG"
     return "" if components in (1, 3, 4) else f"JPEG with {components} components"
+
+
+def is_lossless(file: BinaryIO) -> bool:
+    """Returns whether a JPEG has the values that were saved: it is predictive, and no bits of them were dropped.
+
+    The position is changed.
+    """
+    segments = {segment.marker: segment for segment in walk(file)}
+    scan = segments.get(START_OF_SCAN)
+    if LOSSLESS not in segments or scan is None:
+        return False
+    # The low four bits of the scan's last byte count the bits that were dropped.
+    file.seek(scan.start + 1 + scan.length)
+    dropped = file.read(1)
+    return dropped != b"" and dropped[0] & 0x0F == 0
 
 
 def copy_without_metadata(file: BinaryIO, out: BinaryIO) -> bool:

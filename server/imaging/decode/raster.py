@@ -179,7 +179,7 @@ def _check_lossless(file: BinaryIO, options: DecodeOptions) -> None:
     """Refuses labels in a lossy format, whose values near an edge are none of those that were saved.
 
     Raises:
-        Unreadable: The file is JPEG, or WebP that is lossy.
+        Unreadable: The file is JPEG or WebP, and lossy.
     """
     lossy = _lossy_kind(file) if options.labels else ""
     if lossy:
@@ -192,10 +192,10 @@ def _check_lossless(file: BinaryIO, options: DecodeOptions) -> None:
 
 
 def _lossy_kind(file: BinaryIO) -> str:
-    """Returns "JPEG" or "lossy WebP" for these; "" for lossless formats. The file is left at its start."""
+    """Returns "JPEG" or "lossy WebP" for these where they are lossy; "" for lossless files. The file is left at its start."""
     file.seek(0)
     start = file.read(12)
-    jpeg = start.startswith(jpeg_segments.MAGIC)
+    jpeg = start.startswith(jpeg_segments.MAGIC) and not jpeg_segments.is_lossless(file)
     lossy = "JPEG" if jpeg else "lossy WebP" if _is_lossy_webp(start, file) else ""
     file.seek(0)
     return lossy
