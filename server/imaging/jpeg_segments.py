@@ -14,14 +14,17 @@ ALONE = (0x01, *range(0xD0, 0xD9))
 START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
 # Markers of metadata. JFIF (0xE0) and Adobe's (0xEE) say what the colours are.
 METADATA = (*range(0xE2, 0xEE), 0xEF, 0xFE)
-JFIF, MIN_JFIF, EXIF = 0xE0, 16, 0xE1
+JFIF, ADOBE, EXIF = 0xE0, 0xEE, 0xE1
+# Bytes, with the two of the length, of those that say what the colours are; shorter ones say nothing.
+MIN_LENGTHS = {JFIF: 16, ADOBE: 14}
 
 # Segments and fill bytes that are looked at; a profile may have 255.
 MAX_SEGMENTS = 100_000
 
-# Start of frame: kinds that libjpeg does not read.
+# Start of frame: kinds that libjpeg does not read; of lossless JPEG it reads some.
+LOSSLESS = 0xC3
 UNREAD = {
-    0xC3: "lossless JPEG",
+    LOSSLESS: "lossless JPEG",
     0xC5: "hierarchical JPEG",
     0xC6: "hierarchical JPEG",
     0xC7: "hierarchical JPEG",
@@ -86,6 +89,21 @@ def unread_kind(file: BinaryIO) -> str:
     return "" if components in (1, 3, 4) else f"JPEG with {components} components"
 
 
+def is_lossless(file: BinaryIO) -> bool:
+    """Returns whether a JPEG has the values that were saved: it is predictive, and no bits of them were dropped.
+
+    The position is changed.
+    """
+    segments = {segment.marker: segment for segment in walk(file)}
+    scan = segments.get(START_OF_SCAN)
+    if LOSSLESS not in segments or scan is None:
+        return False
+    # The low four bits of the scan's last byte count the bits that were dropped.
+    file.seek(scan.start + 1 + scan.length)
+    dropped = file.read(1)
+    return dropped != b"" and dropped[0] & 0x0F == 0
+
+
 def copy_without_metadata(file: BinaryIO, out: BinaryIO) -> bool:
     """Writes the file without profiles, comments and EXIF that cannot be read.
 
@@ -108,4 +126,4 @@ def _is_dropped(file: BinaryIO, segment: Segment) -> bool:
         file.seek(segment.start + 4)
         data = file.read(segment.length - 2)
         return not data.startswith(b"Exif\0\0") or bool(read_orientation(data)[1])
-    return segment.marker in METADATA or (segment.marker == JFIF and segment.length < MIN_JFIF)
+    return segment.marker in METADATA or segment.length < MIN_LENGTHS.get(segment.marker, 0)

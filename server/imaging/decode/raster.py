@@ -10,7 +10,7 @@ from PIL import Image as Pillow
 
 from server.arrays import Image, InputHeader
 from server.errors import UnetppError, Unreadable
-from server.imaging import jpeg_segments, png_chunks
+from server.imaging import jpeg_ends, jpeg_segments, png_chunks
 from server.imaging.decode_options import DecodeOptions, join_notes
 from server.imaging.false_colour import as_grey
 from server.imaging.orientation import QUARTER_TURNS, TAG, UPRIGHT, read_orientation, turn_upright
@@ -99,7 +99,7 @@ def decode(file: BinaryIO, options: DecodeOptions) -> Image:
 def _decode(file: BinaryIO, options: DecodeOptions) -> tuple[Pixels, str]:
     """Returns the pixels, upright, and a note."""
     deep = png_chunks.count_deep_channels(file)
-    with Pillow.open(file, formats=FORMATS) as picture:
+    with jpeg_ends.with_end(file) as ended, Pillow.open(ended, formats=FORMATS) as picture:
         options.check_image(picture.height, picture.width)
         frames = getattr(picture, "n_frames", 1)
         if deep:
@@ -107,6 +107,7 @@ def _decode(file: BinaryIO, options: DecodeOptions) -> tuple[Pixels, str]:
             picture.info.setdefault("exif", png_chunks.read_exif(file))
         else:
             picture.load()
+            jpeg_ends.check_whole(ended, picture)
             pixels, ramp = (
                 _palette_values(picture, options) if picture.mode == "P" else (_pixels(picture), "")
             )
@@ -178,7 +179,7 @@ def _check_lossless(file: BinaryIO, options: DecodeOptions) -> None:
     """Refuses labels in a lossy format, whose values near an edge are none of those that were saved.
 
     Raises:
-        Unreadable: The file is JPEG, or WebP that is lossy.
+        Unreadable: The file is JPEG or WebP, and lossy.
     """
     lossy = _lossy_kind(file) if options.labels else ""
     if lossy:
@@ -191,10 +192,10 @@ def _check_lossless(file: BinaryIO, options: DecodeOptions) -> None:
 
 
 def _lossy_kind(file: BinaryIO) -> str:
-    """Returns "JPEG" or "lossy WebP" for these; "" for lossless formats. The file is left at its start."""
+    """Returns "JPEG" or "lossy WebP" for these where they are lossy; "" for lossless files. The file is left at its start."""
     file.seek(0)
     start = file.read(12)
-    jpeg = start.startswith(jpeg_segments.MAGIC)
+    jpeg = start.startswith(jpeg_segments.MAGIC) and not jpeg_segments.is_lossless(file)
     lossy = "JPEG" if jpeg else "lossy WebP" if _is_lossy_webp(start, file) else ""
     file.seek(0)
     return lossy

@@ -11,6 +11,7 @@ import tifffile
 
 from server.arrays import Image, InputHeader, Volume
 from server.errors import TooLarge, Unreadable
+from server.imaging import tiff_fax
 from server.imaging.decode_options import DecodeOptions, join_notes, nonfinite_note
 from server.imaging.false_colour import as_grey
 from server.imaging.tiff_pages import PageSelection, select_pages
@@ -121,6 +122,7 @@ def _decode_slice(
     page, samples = selection.locate(number)
     # Each page is checked because the tags of a stack agree on its shape only, not on its strips.
     _check_page(page, options.max_pixels)
+    tiff_fax.check_whole(page)
     return values.read(page, samples)
 
 

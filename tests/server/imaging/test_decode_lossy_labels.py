@@ -3,6 +3,7 @@
 import io
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pytest
 from PIL import Image as Pillow
@@ -38,7 +39,13 @@ LOSSY = {
     "WebP with a profile": saved("WEBP", "RGB", icc_profile=b"odd"),
     "animated WebP": animated(lossless=False),
 }
+# The last byte of the header of a scan says how many bits of each value were dropped.
+PREDICTIVE = imagecodecs.jpeg8_encode(LABELS, lossless=True)
+SCAN_END = PREDICTIVE.index(b"\xff\xda") + 9
+LOSSY["lossless JPEG of fewer bits"] = PREDICTIVE[:SCAN_END] + b"\x02" + PREDICTIVE[SCAN_END + 1 :]
 LOSSLESS = {
+    "lossless JPEG": PREDICTIVE,
+    "lossless JPEG of another library": imagecodecs.ljpeg_encode(LABELS, bitspersample=8),
     "PNG": saved("PNG"),
     "palette PNG": saved("PNG", "P"),
     "BMP": saved("BMP"),
