@@ -14,7 +14,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from server.errors import Unreadable
 from server.imaging import jpeg_segments
 
-END = b"\xff\xd9"
+END, SCAN = b"\xff\xd9", b"\xff\xda"
+CUT = "the JPEG ends before its last pixel (truncated?); send it again, whole"
 
 # What is put before the end marker of a copy. A picture that is whole is decoded before it, and one that is cut
 # goes on in it with other pixels than grey, also where it was cut before one of the eight restart markers.
@@ -25,12 +26,18 @@ PADDING = _CODES[0].tobytes() + b"".join(
 
 # Start of frame: Huffman codes and one pass, where a picture that is cut has grey in its last pixel.
 SEQUENTIAL = (0xC0, 0xC1)
+PROGRESSIVE = 0xC2
+LAST_COEFFICIENT = 63
 MISSING = {"L": 128, "RGB": (128, 128, 128)}
 
 
 @contextlib.contextmanager
 def with_end(file: BinaryIO) -> Iterator[BinaryIO]:
-    """Yields a copy of a JPEG that has no end marker, with one; else the file. They are at their start."""
+    """Yields a copy of a JPEG that has no end marker, with one; else the file. They are at their start.
+
+    Raises:
+        Unreadable: The file is progressive, has no end marker and lacks the scans before it.
+    """
     file.seek(0)
     start = file.read(len(jpeg_segments.MAGIC))
     scan = _first_scan(file) if start == jpeg_segments.MAGIC else 0
@@ -40,6 +47,8 @@ def with_end(file: BinaryIO) -> Iterator[BinaryIO]:
     if not scan or data.find(END, scan) >= 0:
         yield file
         return
+    if _lacks_scans(file, data, scan):
+        raise Unreadable(CUT, reason="truncated")
     with tempfile.SpooledTemporaryFile(len(data) + len(END)) as copy:
         copy.write(data + END)
         copy.seek(0)
@@ -66,15 +75,31 @@ def check_whole(file: BinaryIO, picture: Pillow.Image) -> None:
     with JpegImageFile(io.BytesIO(codes + PADDING + END)) as padded:
         cut = ImageChops.difference(padded, picture).getbbox(alpha_only=False) is not None
     if cut:
-        raise Unreadable(
-            "the JPEG ends before its last pixel (truncated?); send it again, whole", reason="truncated"
-        )
+        raise Unreadable(CUT, reason="truncated")
 
 
 def _first_scan(file: BinaryIO) -> int:
     """Returns the offset of the first scan; 0 where there is none. The position is changed."""
     segments = jpeg_segments.walk(file)
     return next((s.start for s in segments if s.marker == jpeg_segments.START_OF_SCAN), 0)
+
+
+def _lacks_scans(file: BinaryIO, data: bytes, scan: int) -> bool:
+    """Returns whether a progressive JPEG ends before the last scan of a colour. The position is changed."""
+    frame = next((s.start for s in jpeg_segments.walk(file) if s.marker == PROGRESSIVE), None)
+    if frame is None:
+        return False
+    colors = data[frame + 10 : frame + 10 + 3 * data[frame + 9] : 3]
+    complete: set[tuple[int, int]] = set()
+    while scan >= 0:
+        count = data[scan + 4]
+        chosen = data[scan + 5 : scan + 5 + 2 * count : 2]
+        first, last, bits = data[scan + 5 + 2 * count : scan + 8 + 2 * count]
+        # The low four bits count those of each value that are left to a later scan.
+        if bits & 0x0F == 0:
+            complete.update((color, end) for color in chosen for end in (first, last))
+        scan = data.find(SCAN, scan + 2)
+    return any((color, end) not in complete for color in colors for end in (0, LAST_COEFFICIENT))
 
 
 def _has_last_pixel(file: BinaryIO, picture: Pillow.Image) -> bool:

@@ -66,3 +66,13 @@ def test_cut_before_a_restart_marker_is_refused() -> None:
         at = data.index(bytes([0xFF, 0xD0 + number]))
         assert_refused(data[:at] + END, Unreadable, "truncated")
         assert_refused(data[: at + 2] + END, Unreadable, "truncated")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_progressive_file_that_is_cut_between_two_scans_is_refused(mode: str) -> None:
+    data = jpeg(PICTURE, mode, "progressive")
+    tables = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xc4"]
+    scan = data.index(b"\xff\xda")
+    for at in tables:
+        if at > scan:
+            assert_refused(data[:at], Unreadable, "truncated")
