@@ -101,7 +101,7 @@ def read_crops(
     Args:
         images: folder of images or volumes, or a data folder.
         labels: folder of their label maps.
-        manifest: of the network.
+        manifest: manifest of the network.
         split: split of a data folder.
         side: pixels per axis of a crop.
         skip: callback with a line on each file that is left out, and on the number of those that do not fit.
