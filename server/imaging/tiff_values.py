@@ -118,7 +118,9 @@ class PageValues:
         """Returns float32, counted from the smallest value of the first page where that is too large for it."""
         if self._zero is None:
             low, high = int(pixels.min()), int(pixels.max())
-            self._zero = low if max(abs(low), abs(high)) > MAX_EXACT else 0
+            largest = max(abs(low), abs(high))
+            # Where the range is as long, as with a mark of -2**31 among small numbers, it would round those.
+            self._zero = low if largest > MAX_EXACT and high - low < largest else 0
         if not self._zero:
             return np.array(pixels, dtype=np.float32, order="C")
         return np.array(differences(pixels, self._zero), dtype=np.float32, order="C")

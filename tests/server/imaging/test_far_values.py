@@ -30,10 +30,10 @@ NEAR: dict[str, np.ndarray] = {
     "uint32, small": np.uint32(70_000) + GREY,
     "int32, at the limit": np.int32(2**24 - 200) + GREY,
     "int32, a mark first": np.where(
-        np.arange(GREY.size).reshape(GREY.shape, order="F") < 500, -(2**31), GREY
+        np.arange(GREY.size).reshape(GREY.shape, order="F") < 500, np.int64(-(2**31)), GREY
     ).astype("i4"),
     "int32, a mark last": np.where(
-        np.arange(GREY.size).reshape(GREY.shape, order="F") > 900, -(2**31), GREY
+        np.arange(GREY.size).reshape(GREY.shape, order="F") > 900, np.int64(-(2**31)), GREY
     ).astype("i4"),
     "float64, one number": np.full(GREY.shape, 1e6),
     "float64, CT": GREY.astype(np.float64) - 1024,
@@ -89,9 +89,19 @@ def test_tiff_of_double_precision_is_counted_from_the_first_page(photometric: st
     assert np.array_equal(values.transpose(2, 1, 0), stored - stored[0].min())
 
 
-@pytest.mark.parametrize("name", ["float64, one number", "float64, CT", "float32"])
-def test_tiff_of_other_floats_is_as_it_is(name: str) -> None:
-    stored = NEAR[name][..., 0]
+@pytest.mark.parametrize(
+    "name",
+    [
+        "float64, one number",
+        "float64, CT",
+        "float32",
+        "uint32, small",
+        "int32, a mark first",
+        "int32, a mark last",
+    ],
+)
+def test_tiff_of_other_values_is_as_it_is(name: str) -> None:
+    stored = NEAR[name].reshape(13 * 17, 5)
     assert np.array_equal(read(tiff(stored)).values[..., 0], stored)
 
 
