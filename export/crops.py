@@ -53,7 +53,7 @@ class Crops:
         for item in items:
             placement = place(item.image.input_header, manifest, "auto")
             window = make_sliding_window(item.image, placement, manifest, manifest.graphs[-1])
-            held += window.pixels.nbytes
+            held += window.input.pixels.nbytes
             if self._windows and held > MAX_BYTES:
                 self.full = True
                 break
@@ -69,13 +69,14 @@ class Crops:
     def cut(self, index: int, random: np.random.Generator) -> Crop:
         """Cuts a crop of an image at a random place."""
         window, label = self._windows[index], self._labels[index]
-        pixels = window.pixels
+        seen = window.input
+        pixels = seen.pixels
         # A stack or volume before a network of images: one of its slices.
         whole = pixels.shape[: pixels.ndim - 1 - self._dims]
         slices = tuple(int(random.integers(size)) for size in whole)
         starts = [random.integers(max(size - self._side, 0) + 1) for size in pixels[slices].shape[:-1]]
         crop = self._region(pixels[slices], starts)
-        tiles = Tiles(np.ascontiguousarray(np.moveaxis(crop, -1, 0)[None]), window.mean, window.inverse_std)
+        tiles = Tiles(np.ascontiguousarray(np.moveaxis(crop, -1, 0)[None]), seen.mean, seen.inverse_std)
         return Crop(
             tiles, None if label is None else self._region(label[slices][..., None], starts)[None, ..., 0]
         )

@@ -153,7 +153,7 @@ class Admission:
                     waited_s = time.perf_counter() - started
                     yield Ticket(requested, target, degraded, formats, placement, estimate, flow, waited_s)
         except BaseException as error:
-            self._metrics.dropped.labels(drop_reason(error, flow)).inc(max(0, first.windows - flow.executed))
+            self._count_dropped(error, flow)
             raise
 
     @contextlib.contextmanager

@@ -25,7 +25,7 @@ from server.segment.preprocess import decode_options, decode_upload, note_resamp
 from server.segment.registry import Registry, Target, resolve_target
 from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upload, ignore_progress
 from server.segment.response import encode_result, finish_mask, respond
-from server.segment.sliding_window import SlidingWindow, infer, make_sliding_window
+from server.segment.sliding_window import NetworkInput, SlidingWindow, infer, make_sliding_window
 from server.segment.ticket import Ticket
 from server.segment.workers import Pool, Worker, Workers
 from server.segment.zip_files import is_zip
@@ -194,6 +194,7 @@ class SegmentationService:
     ) -> tuple[Ticket, SlidingWindow, Mask]:
         """Runs what the ticket says: one graph, or those of a chain one after another until an answer is certain enough."""
         done = 0
+        prepared: NetworkInput | None = None
 
         def show(stage: str, windows: int, _: int) -> None:
             on_progress(stage, done + windows, ticket.estimate.windows)
@@ -203,12 +204,14 @@ class SegmentationService:
                 flow = places.enter_context(self.admission.go_on(ticket, step)) if step else ticket.flow
                 engine = await worker.wait("open", self._open(target))
                 certainty = Certainty() if target.mode == "auto" else None
-                window = await worker.run("decode", _window, source, ticket, target, params, certainty)
+                window = await worker.run(
+                    "decode", _window, source, ticket, target, params, certainty, prepared
+                )
                 mask = await infer(window, flow, engine, self.scheduler, worker, show)
                 share = certainty.share if certainty else None
                 if share is None or not ticket.target.goes_on(step, share):
                     break
-                done += window.tile_count
+                done, prepared = done + window.tile_count, window.input
                 # Before the next answer takes its memory.
                 del window, mask
         ticket.flow.later_s = 0.0
@@ -266,6 +269,7 @@ def _window(
     target: Target,
     params: SegmentParams,
     certainty: Certainty | None,
+    prepared: NetworkInput | None,
 ) -> SlidingWindow:
     placement = ticket.placement
     if isinstance(source, Image):
@@ -274,5 +278,5 @@ def _window(
     graph, needs = target.instance.graph, encoding.needs(ticket.formats)
     copies = flips(params.tta, target.manifest.mirror_axes)
     return make_sliding_window(
-        source, placement, target.manifest, graph, needs, params.threshold, certainty, copies
+        source, placement, target.manifest, graph, needs, params.threshold, certainty, copies, prepared
     )

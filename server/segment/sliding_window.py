@@ -27,25 +27,36 @@ from server.segment.workers import Worker
 
 
 @dataclass(frozen=True)
+class NetworkInput:
+    """One decoded input as the network sees it, which is the same for all of its graphs.
+
+    Attributes:
+        pixels: (*size, C) on the network's grid.
+        mean: (1, C, 1, 1[, 1]) float32, per channel, of the whole input.
+        inverse_std: (1, C, 1, 1[, 1]) float32; 1 for a constant channel.
+    """
+
+    pixels: Shaped[ndarray, "*size C"]
+    mean: Float32[ndarray, "1 C *ones"]
+    inverse_std: Float32[ndarray, "1 C *ones"]
+
+
+@dataclass(frozen=True)
 class SlidingWindow:
     """Windows over one decoded input, and the mask under construction.
 
     Attributes:
         source: the decoded input.
-        pixels: (*size, C) as the network sees them.
+        input: what the network sees of it.
         windows: positions of the windows.
-        mean: (1, C, 1, 1[, 1]) float32, per channel, of the whole input.
-        inverse_std: (1, C, 1, 1[, 1]) float32; 1 for a constant channel.
         mask: mask that the merger writes.
         merger: merger of the scores of the windows.
         flips: axes along which each copy of a window is mirrored.
     """
 
     source: Image | Volume
-    pixels: Shaped[ndarray, "*size C"]
+    input: NetworkInput
     windows: Windows
-    mean: Float32[ndarray, "1 C *ones"]
-    inverse_std: Float32[ndarray, "1 C *ones"]
     mask: Mask
     merger: WindowMerger
     flips: Flips = NO_FLIPS
@@ -60,7 +71,8 @@ class SlidingWindow:
         windows = (self._window(self.windows.starts[index]) for index in chunk)
         tiles = np.stack([tile for window in windows for tile in mirrored(window, self.flips)])
         count = len(tiles)
-        return Tiles(tiles, np.repeat(self.mean, count, axis=0), np.repeat(self.inverse_std, count, axis=0))
+        mean, inverse_std = self.input.mean, self.input.inverse_std
+        return Tiles(tiles, np.repeat(mean, count, axis=0), np.repeat(inverse_std, count, axis=0))
 
     def merge(self, chunk: range, result: InferenceResult) -> None:
         """Blends the scores of one chunk into the mask; chunks come in order, each once."""
@@ -73,11 +85,29 @@ class SlidingWindow:
 
     def _window(self, start: tuple[int, ...]) -> Shaped[ndarray, "C *tile"]:
         tile = self.windows.tile
-        window = self.pixels[tuple(slice(s, s + side) for s, side in zip(start, tile, strict=True))]
+        window = self.input.pixels[tuple(slice(s, s + side) for s, side in zip(start, tile, strict=True))]
         missing = [(0, side - have) for side, have in zip(tile, window.shape, strict=False)]
         if any(after for _, after in missing):
             window = np.pad(window, [*missing, (0, 0)], mode="reflect")
         return np.moveaxis(window[0] if self.windows.flat else window, -1, 0)
+
+
+def prepare_input(source: Image | Volume, placement: Placement, manifest: Manifest) -> NetworkInput:
+    """Resamples an input to the network's grid, and computes the statistics of all of it.
+
+    Args:
+        source: decoded input.
+        placement: position of the network's grid in the input.
+        manifest: manifest of the network.
+    """
+    pixels = with_channels(placement.resample(placement.view(source.values)), len(manifest.channels))
+    mean, inverse_std = normalization(
+        pixels, manifest.normalization, manifest.percentiles, source.values.dtype
+    )
+    ones = (1, pixels.shape[-1], *(1,) * manifest.dims)
+    return NetworkInput(
+        pixels, mean.reshape(ones).astype(np.float32), inverse_std.reshape(ones).astype(np.float32)
+    )
 
 
 def make_sliding_window(
@@ -89,6 +119,7 @@ def make_sliding_window(
     threshold: float | None = None,
     certainty: Certainty | None = None,
     copies: Flips = NO_FLIPS,
+    prepared: NetworkInput | None = None,
 ) -> SlidingWindow:
     """Lays windows over an input and prepares its mask.
 
@@ -101,14 +132,10 @@ def make_sliding_window(
         threshold: foreground is a score above it; None for the manifest's own decision.
         certainty: counts of uncertain pixels, added to while the mask is written.
         copies: axes along which each copy of a window is mirrored.
+        prepared: the input as an earlier graph of the same network saw it; None prepares it.
     """
-    pixels = with_channels(placement.resample(placement.view(source.values)), len(manifest.channels))
-    windows = lay_windows(pixels.shape[:-1], manifest, graph, flat=placement.flat)
-    channels = pixels.shape[-1]
-    mean, inverse_std = normalization(
-        pixels, manifest.normalization, manifest.percentiles, source.values.dtype
-    )
-    ones = (1, channels, *(1,) * manifest.dims)
+    prepared = prepared or prepare_input(source, placement, manifest)
+    windows = lay_windows(prepared.pixels.shape[:-1], manifest, graph, flat=placement.flat)
     classes = np.empty(source.size, dtype=np.uint8, order="C" if isinstance(source, Image) else "F")
     scores = (
         np.empty((manifest.score_channels, *source.size), dtype=np.float16) if "scores" in needs else None
@@ -129,10 +156,8 @@ def make_sliding_window(
     )
     return SlidingWindow(
         source,
-        pixels,
+        prepared,
         windows,
-        mean.reshape(ones).astype(np.float32),
-        inverse_std.reshape(ones).astype(np.float32),
         Mask(classes, scores, head_std, confidence=confidence),
         merger,
         copies,

@@ -124,7 +124,7 @@ def normalised(path, bundle):
     manifest = read_bundle(bundle).manifest
     placement = place(source.input_header, manifest, "auto")
     window = make_sliding_window(source, placement, manifest, manifest.graph("L1"))
-    return ((window.pixels - window.mean.ravel()) * window.inverse_std.ravel())[..., 0]
+    return ((window.input.pixels - window.input.mean.ravel()) * window.input.inverse_std.ravel())[..., 0]
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LAS", "PSR", "IPL"])

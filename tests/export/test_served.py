@@ -200,5 +200,5 @@ def test_unit_is_the_range_of_the_file_also_where_pixels_become_floats(tmp_path,
         make_sliding_window(image, place(image.input_header, manifest, "auto"), manifest, manifest.graphs[0])
         for image in (arrays.Image(grey), arrays.Image(grey[..., :1]))
     ]
-    assert np.array_equal(windows[0].inverse_std, windows[1].inverse_std)
-    assert windows[0].inverse_std == pytest.approx(1 / 255)
+    assert np.array_equal(windows[0].input.inverse_std, windows[1].input.inverse_std)
+    assert windows[0].input.inverse_std == pytest.approx(1 / 255)

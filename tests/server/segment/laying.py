@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from server.arrays import Image, Mask
 from server.runtime.bundle import Manifest
 from server.segment.merge import WindowMerger
-from server.segment.sliding_window import SlidingWindow
+from server.segment.sliding_window import NetworkInput, SlidingWindow
 from server.segment.windows import (
     Windows,
     lay_windows,
@@ -53,7 +53,8 @@ def cut(windows: Windows, pixels: np.ndarray, part: range | None = None) -> np.n
     ones = np.ones((1, pixels.shape[-1], *[1] * (pixels.ndim - 1 - windows.flat)), np.float32)
     classes = np.zeros(windows.size, np.uint8)
     merger = WindowMerger(windows, 1, 0.5, classes)
-    window = SlidingWindow(Image(np.zeros((1, 1, 1))), pixels, windows, ones * 0, ones, Mask(classes), merger)
+    seen = NetworkInput(pixels, ones * 0, ones)
+    window = SlidingWindow(Image(np.zeros((1, 1, 1))), seen, windows, Mask(classes), merger)
     return window.cut(range(len(windows)) if part is None else part).pixels
 
 

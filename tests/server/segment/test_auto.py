@@ -10,7 +10,9 @@ import pytest
 
 from server.arrays import Tiles
 from server.errors import DeadlinePassed, DeadlineTooShort, EngineUnavailable, InferenceFailed
+from server.segment import sliding_window
 from server.segment.request import QoS, SegmentParams, Upload
+from server.segment.sliding_window import prepare_input
 from tests.server.segment.inputs import CLASSES, OBLIQUE, TWO, counted
 from tests.server.segment.zips import packed, unpacked
 from tests.support.curves import curve, point
@@ -340,3 +342,20 @@ async def test_infer_decoded_goes_the_same_way() -> None:
         mask = await service.infer_decoded(source, service.registry.resolve(params), params, QoS())
     assert ticket.target.level == 3
     assert np.array_equal(mask.classes, mask_of(body))
+
+
+async def test_statistics_and_resampling_of_the_input_are_computed_once_for_all_levels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def counting(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return prepare_input(*arguments)
+
+    monkeypatch.setattr(sliding_window, "prepare_input", counting)
+    with opened(THREE) as service:
+        engines = with_engines(service)
+        await segment(service, picture_bytes(HARD), **AUTO)
+    assert runs(engines) == {"L1": 1, "L2": 1, "L4": 1}
+    assert len(calls) == 1

@@ -58,15 +58,15 @@ class TestMakeSlidingWindow:
             else geometry.place_volume(size, np.eye(4), "RAS", None)
         )  # fmt: skip
         window = make_sliding_window(source, placement, made, made.graph("L1"))
-        assert window.mean.shape == window.inverse_std.shape == (1, 2, *(1,) * ones)
-        assert np.allclose(window.mean.ravel(), pixels.reshape(-1, 2).mean(axis=0))
-        assert (window.cut(range(1)).mean == window.mean).all()
+        assert window.input.mean.shape == window.input.inverse_std.shape == (1, 2, *(1,) * ones)
+        assert np.allclose(window.input.mean.ravel(), pixels.reshape(-1, 2).mean(axis=0))
+        assert (window.cut(range(1)).mean == window.input.mean).all()
 
     def test_normalization_none_means_raw_values(self) -> None:
         made = manifest(normalization="none")
         pixels = np.full((8, 8, 1), 9, np.uint8)
         window = make_sliding_window(Image(pixels), geometry.place_image((8, 8)), made, made.graph("L1"))
-        assert (window.mean, window.inverse_std) == (0, 1)
+        assert (window.input.mean, window.input.inverse_std) == (0, 1)
 
     def test_infer_offline_is_the_mask_of_the_whole(self, rng: np.random.Generator) -> None:
         pixels = rng.integers(0, 256, (90, 70, 1), dtype=np.uint8)
