@@ -4,6 +4,7 @@ import copy
 import operator
 import struct
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, NamedTuple, cast
 
 import tifffile
@@ -25,6 +26,23 @@ REDUCED, MASK = 1, 4
 
 # Tags of programs that write one page and count its planes: MetaMorph (UIC2), IPLab, NIH Image.
 UIC2, IPLAB, NIH_IMAGE = 33629, 34122, 43314
+
+
+# What microscopes and scanners write. JPEG is left out because each strip brings a size of its own, which the
+# decoder would allocate whatever the page says; rarer codecs are left out because their decoders have seen
+# fewer hostile files. They are numbers of the specification, because libraries name them differently.
+COMPRESSIONS = {
+    1: "none",
+    2: "CCITT RLE",
+    3: "CCITT T.4",
+    4: "CCITT T.6",
+    5: "LZW",
+    8: "Adobe deflate",
+    32773: "PackBits",
+    32946: "deflate",
+    34925: "LZMA",
+    50000: "Zstandard",
+}
 
 
 class PageTags(NamedTuple):
@@ -67,6 +85,14 @@ class Pages:
     def page(self, index: int) -> "tifffile.TiffPage":
         """Returns a page of the chain."""
         return cast("tifffile.TiffPage", self.chain[index])
+
+
+def tag_value_name(names: type[IntEnum], number: int) -> str:
+    """Returns the name of a value of a tag, or its number where it has none."""
+    try:
+        return names(number).name
+    except ValueError:
+        return str(int(number))
 
 
 def stored_plane(page: "tifffile.TiffPage", number: int) -> "tifffile.TiffPage":

@@ -10,7 +10,7 @@ from numpy import ndarray
 
 from server.errors import Unreadable
 from server.imaging.page_axes import PageAxes, parse_count, parse_spacing
-from server.imaging.tiff_planes import UIC2
+from server.imaging.tiff_planes import COMPRESSIONS, UIC2, tag_value_name
 
 UIC1, LSM_INFO = 33628, 34412
 
@@ -23,9 +23,6 @@ SLIDES = {
     "Philips TIFF": operator.attrgetter("is_philips"),
     "PerkinElmer QPTIFF": operator.attrgetter("is_qpi"),
 }
-
-# Compressions that may be read: none, fax, LZW, deflate, PackBits, LZMA and Zstandard.
-LOSSLESS = (1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 50000)
 
 # Relative difference up to which distances of planes count as equal.
 TOLERANCE = 0.01
@@ -42,12 +39,11 @@ def refuse_slide(page: "tifffile.TiffPage") -> None:
     Raises:
         Unreadable: The page is the first of such a file.
     """
-    if page.compression in LOSSLESS:
+    if page.compression in COMPRESSIONS:
         return
     name = next((name for name, is_slide in SLIDES.items() if is_slide(page)), None)
     if name is not None:
-        known = page.compression in tifffile.COMPRESSION.__members__.values()
-        compression = tifffile.COMPRESSION(page.compression).name if known else str(int(page.compression))
+        compression = tag_value_name(tifffile.COMPRESSION, page.compression)
         raise Unreadable(
             f"the file is {name} with compression {compression}, which is not read here; export the region that is to be "
             "segmented as OME-TIFF or TIFF with LZW, deflate or none, e.g. with QuPath",

@@ -3,7 +3,6 @@
 import logging
 import math
 import operator
-from enum import IntEnum
 from typing import BinaryIO, cast
 
 import numpy as np
@@ -15,28 +14,12 @@ from server.imaging import tiff_fax
 from server.imaging.decode_options import DecodeOptions, join_notes, nonfinite_note
 from server.imaging.false_colour import as_grey
 from server.imaging.tiff_pages import PageSelection, select_pages
-from server.imaging.tiff_planes import MAX_SEGMENTS
+from server.imaging.tiff_planes import COMPRESSIONS, MAX_SEGMENTS, tag_value_name
 from server.imaging.tiff_values import EXACT_DTYPES, PageValues
 
 # tifffile logs what is wrong with a file. That is the caller's to know and not the operator's, whose log it
 # would fill.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-
-# What microscopes and scanners write. JPEG is left out because each strip brings a size of its own, which the
-# decoder would allocate whatever the page says; rarer codecs are left out because their decoders have seen
-# fewer hostile files. They are numbers of the specification, because libraries name them differently.
-COMPRESSIONS = {
-    1: "none",
-    2: "CCITT RLE",
-    3: "CCITT T.4",
-    4: "CCITT T.6",
-    5: "LZW",
-    8: "Adobe deflate",
-    32773: "PackBits",
-    32946: "deflate",
-    34925: "LZMA",
-    50000: "Zstandard",
-}
 
 # Meanings of samples that are decoded; ink (CMYK) or CIELAB taken for RGB would give a wrong answer without a
 # word.
@@ -137,7 +120,7 @@ def _check_page(page: "tifffile.TiffPage", max_pixels: int) -> None:
             actual=[page.imagedepth, samples],
         )
     if page.compression not in COMPRESSIONS:
-        compression = _name(tifffile.COMPRESSION, page.compression)
+        compression = tag_value_name(tifffile.COMPRESSION, page.compression)
         raise Unreadable(
             f"TIFF compression {compression} is not read here; save it with LZW, deflate or none",
             reason="compression",
@@ -146,7 +129,7 @@ def _check_page(page: "tifffile.TiffPage", max_pixels: int) -> None:
         )
     _check_bytes(page, max_pixels)
     _check_segments(page)
-    photometric = _name(tifffile.PHOTOMETRIC, page.photometric)
+    photometric = tag_value_name(tifffile.PHOTOMETRIC, page.photometric)
     if photometric not in PHOTOMETRICS:
         raise Unreadable(
             f"TIFF colours {photometric} are not read here; save it as RGB or grey",
@@ -154,14 +137,6 @@ def _check_page(page: "tifffile.TiffPage", max_pixels: int) -> None:
             value=photometric,
             allowed=sorted(PHOTOMETRICS),
         )
-
-
-def _name(names: type[IntEnum], number: int) -> str:
-    """Returns the name of a value of a tag, or its number where it has none."""
-    try:
-        return names(number).name
-    except ValueError:
-        return str(int(number))
 
 
 def _check_bytes(page: "tifffile.TiffPage", max_pixels: int) -> None:
