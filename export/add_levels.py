@@ -1,5 +1,6 @@
 """`unetpp add-levels`: writes a bundle with levels by distillation, and keeps the answers that it had to the bit."""
 
+import dataclasses
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -21,8 +22,8 @@ from export.levels import Distillation, split
 from export.pack import INT8_IMAGES, check_out, describe, replace, save_graph, write_manifest
 from export.precision import GRAPH_PRECISIONS, Source
 from export.producer import Producer, from_bundle
-from export.tail import Tail
-from export.weights import parameters, places, repoint
+from export.tail import NodeWriter, Tail, activate, enlarge
+from export.weights import parameters, places, repoint, stored_kind
 from model.checkpoint import atomic
 from server.arrays import Tiles
 from server.runtime.bundle import (
@@ -132,7 +133,7 @@ def add_levels(
             f"{images}: {len(crops)} images that can be used; at least {MIN_IMAGES} are needed, and some dozens are better"
         )
     agreement = distillation.train(crops, options.max_steps, observer.trained)
-    if _stored_in_float16(bundle):
+    if stored_kind(bundle.folder / WEIGHTS) == "float16":
         agreement = distillation.round_to_float16(crops)
     chosen = [level for level, value in agreement.items() if options.force or value >= options.min_agreement]
     if not chosen:
@@ -174,10 +175,6 @@ def _identity(bundle: Bundle, files: list[Path], seed: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _stored_in_float16(bundle: Bundle) -> bool:
-    return TensorProto.FLOAT16 in {kind for kind, _, _ in places(bundle.folder / WEIGHTS).values()}
-
-
 def _with_levels(producer: Producer, distillation: Distillation, levels: list[int]) -> Producer:
     """The network with the trained blocks and heads of some levels; what computes the deepest level is as it was."""
     network = producer.network
@@ -191,16 +188,13 @@ def _with_levels(producer: Producer, distillation: Distillation, levels: list[in
     del model.graph.output[:]
     model.graph.output.extend(outputs)
     grown = HeadedGraph(model, network.dims, network.channels)
-    after = Tail(producer.after.activation, "last", producer.after.applied)
-    return Producer(
+    after = dataclasses.replace(producer.after, aggregation="last")
+    return dataclasses.replace(
+        producer,
         network=grown,
         levels=heads,
-        before=producer.before,
         after=after,
-        normalization=producer.normalization,
-        percentiles=producer.percentiles,
         reference=OnnxReference(grown, heads, producer.before, after),
-        save=producer.save,
     )
 
 
@@ -210,26 +204,13 @@ def _append(model: onnx.ModelProto, distillation: Distillation, level: int, afte
     tensor = distillation.blocks[level].append_to(model, prefix)
     if not after.applied:
         return tensor
-    factor = distillation.strides[level]
-    if factor > 1:
-        scales = f"{prefix}head.scales"
-        values = np.array([1, 1, *(factor,) * distillation.producer.network.dims], np.float32)
-        model.graph.initializer.append(numpy_helper.from_array(values, scales))
-        large = f"{prefix}head.large"
-        model.graph.node.append(
-            helper.make_node(
-                "Resize", [tensor, "", scales], [large], f"{prefix}resize", mode="linear",
-                coordinate_transformation_mode="half_pixel",
-            )
-        )  # fmt: skip
-        tensor = large
-    scores = f"{prefix}head.scores"
-    node = (
-        helper.make_node("Softmax", [tensor], [scores], f"{prefix}softmax", axis=1)
-        if after.activation == "softmax"
-        else helper.make_node("Sigmoid", [tensor], [scores], f"{prefix}sigmoid")
-    )
-    model.graph.node.append(node)
+    network = distillation.producer.network
+    write = NodeWriter(network.dims, network.opset, prefix)
+    large = enlarge(write, tensor, [distillation.strides[level]] * network.dims)
+    # Of several sigmoid classes the background is made when the network is served.
+    scores = activate(write, large, Tail("softmax" if after.activation == "softmax" else "sigmoid"))
+    model.graph.node.extend(write.nodes)
+    model.graph.initializer.extend(write.constants)
     return scores
 
 
@@ -292,12 +273,11 @@ def _grown(manifest: Manifest, new: tuple[Graph, ...], distilled: Distilled) -> 
 
 def _write_weights(old: Path, new: Path, producer: Producer) -> None:
     """Writes the tensors of the old file and those of the new levels, in the old file's kind."""
-    half = TensorProto.FLOAT16 in {kind for kind, _, _ in places(old).values()}
     with safe_open(old, framework="numpy") as file:
         # No longer the checkpoint of a UNet++, which has no such layers.
         metadata = {key: value for key, value in (file.metadata() or {}).items() if key == "notes"}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    dtype = np.float16 if half else np.float32
+    dtype = stored_kind(old)
     for name, values in parameters(producer.network.model).items():
         if name.startswith("distilled/"):
             tensors[name] = np.ascontiguousarray(values, dtype)

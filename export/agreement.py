@@ -7,15 +7,14 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from export.calibrate import latency_of, machine, mean_overlap, open_engines
+from export.calibrate import latency_of, machine, mean_overlap, open_engines, open_fp32
 from export.data import Labelled, Picture
 from export.pack import update_manifest
 from export.verify import runnable
 from model.reading import DataError
 from server.runtime.bundle import Bundle, Graph, Manifest
 from server.runtime.calibration import Agreement, AgreementRow, Recommended
-from server.runtime.engines import ENGINES, Engine
-from server.runtime.machine import count_cores
+from server.runtime.engines import Engine
 from server.runtime.selection import IOU_TOLERANCE, PRECISIONS
 from server.segment.sliding_window import infer_offline
 
@@ -35,9 +34,8 @@ def deepest_masks(
         DataError: all masks are empty, with which any level that finds nothing would agree.
     """
     manifest = bundle.manifest
-    name = next(name for name, row in ENGINES.items() if row.installed)
     graph = manifest.graph(f"L{manifest.levels[-1]}")
-    engine = ENGINES[name].open(bundle.path(graph.name, "fp32"), "fp32", "cpu", count_cores())
+    engine = open_fp32(bundle, graph.name)
     made = []
     for item in images:
         made.append(Labelled(item.id, item.image, infer_offline(item.image, manifest, graph, engine).classes))

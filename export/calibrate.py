@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from export.data import Labelled, labelled
+from export.data import Labelled
 from export.pack import update_manifest
 from export.verify import runnable
 from model.reading import DataError
@@ -30,8 +30,8 @@ LATENCY_RUNS = 11
 
 def calibrate(
     bundle: Bundle,
-    data: Path,
-    split: str,
+    images: Sequence[Labelled],
+    data: str,
     *,
     held_out: bool,
     precisions: Collection[str] = (),
@@ -42,49 +42,12 @@ def calibrate(
 
     Args:
         bundle: bundle to measure; its manifest is rewritten.
-        data: folder with images/, labels/ and index.csv.
-        split: split of index.csv; decisions belong on validation data.
+        images: images with labels; decisions belong on validation data.
+        data: text that tells what they are.
         held_out: whether to write the table as the held-out result, which decides nothing.
         precisions: precisions to measure again, the other rows of the table are kept; none means all.
         advance: callback with each row.
         on_progress: callback after each image of each row, with the number of images done and in all.
-
-    Raises:
-        DataError: the data cannot be read, or rows to keep were measured on other data or another machine.
-        ExportError, BundleDamaged: the bundle was changed meanwhile.
-    """
-    images = list(labelled(data, split, bundle.manifest))
-    return measure(
-        bundle,
-        images,
-        f"{data.name}, {split} split",
-        held_out=held_out,
-        precisions=precisions,
-        advance=advance,
-        on_progress=on_progress,
-    )
-
-
-def measure(
-    bundle: Bundle,
-    images: Sequence[Labelled],
-    data: str,
-    *,
-    held_out: bool,
-    precisions: Collection[str] = (),
-    advance: Callable[[CalibrationRow], None] = lambda row: None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Measured:
-    """Measures every graph on images with labels, as `calibrate` does.
-
-    Args:
-        bundle: bundle to measure; its manifest is rewritten.
-        images: images with labels.
-        data: text that tells what they are.
-        held_out: whether to write the table as the held-out result.
-        precisions: precisions to measure again; none means all.
-        advance: callback with each row.
-        on_progress: callback after each image of each row.
 
     Raises:
         DataError: rows to keep were measured on other data or another machine.
@@ -203,6 +166,12 @@ def open_engines(
             ENGINES[engine].open(bundle.path(graph.name, precision), precision, "cpu", count_cores())
         )
     return list(opened.items())
+
+
+def open_fp32(bundle: Bundle, graph: str) -> Engine:
+    """Opens a graph at fp32 on the first installed engine; `verify` proves that all agree to 1e-4."""
+    name = next(name for name, row in ENGINES.items() if row.installed)
+    return ENGINES[name].open(bundle.path(graph, "fp32"), "fp32", "cpu", count_cores())
 
 
 def latency_of(engine: Engine, manifest: Manifest) -> float:

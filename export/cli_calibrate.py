@@ -10,9 +10,14 @@ from export.cli import BUNDLE, DATA, errors_as_lines
 from server.cli_utils import fail, progress
 
 if TYPE_CHECKING:
-    from export.data import Labelled, Skip
+    from typing import Literal
+
+    from export.data import Labelled
     from server.runtime.bundle import Bundle
     from server.runtime.calibration import AgreementRow, CalibrationRow
+
+    # Images with labels, the text that tells what they are, and what the labels are.
+    Evaluated = tuple[list[Labelled], str, Literal["labels", "deepest level"]]
 
 
 def calibrate(
@@ -47,19 +52,22 @@ def calibrate(
 
     _check_options(data, images, labels, report, held_out, precision)
     opened = read_bundle(bundle)
-    if curve:
-        _curve(opened, data, images, labels, split)
-        return
     if images and report is None:
         # Not into the bundle, because the page shows images, and bundles are copied to servers.
         report = Path(f"calibration-{opened.manifest.name}.html")
-    if images and not labels:
-        _without_labels(opened, images, split, report)
+    if curve:
+        with errors_as_lines():
+            evaluated = _read(opened, data, images, labels, split)
+    elif images and not labels:
+        evaluated = _without_labels(opened, images, split, report)
     else:
-        _with_labels(opened, data, images, labels, split, report, held_out, precision or [])
-    if not held_out and not precision:
-        _curve(opened, data, images, labels, split)
-    if report:
+        evaluated = _with_labels(opened, data, images, labels, split, report, held_out, precision or [])
+    if curve or not (held_out or precision):
+        from export.cli_curve import calibrate_curve
+
+        with errors_as_lines():
+            calibrate_curve(opened.folder, *evaluated)
+    if report and not curve:
         typer.echo(f"report: {report} (it shows images: keep it where they may be seen)")
 
 
@@ -90,11 +98,11 @@ def _with_labels(
     report: Path | None,
     held_out: bool,
     precisions: list[str],
-) -> None:
+) -> "Evaluated":
     from rich.console import Console
     from rich.table import Table
 
-    from export.calibrate import measure
+    from export.calibrate import calibrate as measure
     from export.report import write_report
     from server.runtime.bundle import read_bundle
 
@@ -113,7 +121,7 @@ def _with_labels(
 
     try:
         with errors_as_lines(), progress("measuring images") as update:
-            items, what = _labelled(bundle, data, images, labels, split)
+            items, what, kind = _read(bundle, data, images, labels, split)
             measured = measure(
                 bundle,
                 items,
@@ -133,44 +141,34 @@ def _with_labels(
             Console().print(table)
     if calibration and not held_out:
         _print_recommended(calibration.recommended.level, calibration.recommended.why)
+    return items, what, kind
 
 
-def _curve(bundle: "Bundle", data: Path | None, images: Path | None, labels: Path | None, split: str) -> None:
-    from export.agreement import deepest_masks
-    from export.cli_curve import calibrate_curve
-    from export.cli_import import skipped_once
-    from export.data import pictures
-
-    with errors_as_lines():
-        if images and not labels:
-            items = deepest_masks(bundle, [*pictures(images, bundle.manifest, split, skipped_once())])
-            calibrate_curve(bundle.folder, items, images.resolve().name, "deepest level")
-        else:
-            calibrate_curve(bundle.folder, *_labelled(bundle, data, images, labels, split), "labels")
-
-
-def _labelled(
+def _read(
     bundle: "Bundle", data: Path | None, images: Path | None, labels: Path | None, split: str
-) -> "tuple[list[Labelled], str]":
-    """Reads the labelled images of either kind of folder, with the text that tells what they are."""
+) -> "Evaluated":
+    """Reads the images of any kind of folder; without labels the masks of the deepest level stand in their place."""
+    from export.agreement import deepest_masks
     from export.cli_import import skipped_once
-    from export.data import labelled, with_labels
+    from export.data import labelled, pictures, with_labels
 
+    manifest, skip = bundle.manifest, skipped_once()
     if data:
-        return [*labelled(data, split, bundle.manifest)], f"{data.name}, {split} split"
-    if images is None or labels is None:
-        raise ValueError("images and labels belong together")
-    items = [*with_labels(images, labels, bundle.manifest, split, skipped_once())]
-    return items, f"{images.resolve().name} with labels of {labels.resolve().name}"
+        return [*labelled(data, split, manifest)], f"{data.name}, {split} split", "labels"
+    if images is None:
+        raise ValueError("there is a folder of data or one of images")
+    name = images.resolve().name
+    if labels:
+        items = [*with_labels(images, labels, manifest, split, skip)]
+        return items, f"{name} with labels of {labels.resolve().name}", "labels"
+    return deepest_masks(bundle, [*pictures(images, manifest, split, skip)]), name, "deepest level"
 
 
-def _without_labels(bundle: "Bundle", images: Path, split: str, report: Path | None) -> None:
+def _without_labels(bundle: "Bundle", images: Path, split: str, report: Path | None) -> "Evaluated":
     from rich.console import Console
     from rich.table import Table
 
-    from export.agreement import deepest_masks, measure_agreement
-    from export.cli_import import skipped_once
-    from export.data import pictures
+    from export.agreement import measure_agreement
     from export.report import write_report
 
     manifest = bundle.manifest
@@ -188,11 +186,10 @@ def _without_labels(bundle: "Bundle", images: Path, split: str, report: Path | N
         )  # fmt: skip
         update(description=f"measured {r.graph} at {r.precision} on {r.engine}")
 
-    skip: Skip = skipped_once()
     try:
         with errors_as_lines(), progress(f"masks of {deepest}") as update:
-            items = deepest_masks(bundle, [*pictures(images, manifest, split, skip)])
-            measured = measure_agreement(bundle, items, images.resolve().name, add, _shown(update))
+            items, what, kind = _read(bundle, None, images, None, split)
+            measured = measure_agreement(bundle, items, what, add, _shown(update))
             if report:
                 update(description="writing the report")
                 write_report(report, bundle, items, measured)
@@ -202,6 +199,7 @@ def _without_labels(bundle: "Bundle", images: Path, split: str, report: Path | N
     _print_recommended(measured.recommended.level, measured.recommended.why)
     if manifest.calibration:
         typer.echo("the bundle keeps its calibration with labels, which decides")
+    return items, what, kind
 
 
 def _shown(update: Callable[..., None]) -> Callable[[int, int], None]:

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from export.importing import HeadedGraph
     from server.runtime.bundle import Bundle
 
-FOLDER = {"exists": True, "file_okay": False}
-
 
 def import_network(
     model: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="ONNX file of a network.")],

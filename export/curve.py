@@ -9,14 +9,11 @@ import numpy as np
 from jaxtyping import Float64, Int64
 from numpy import ndarray
 
-from export.calibrate import mean_overlap
+from export.calibrate import mean_overlap, open_fp32
 from export.data import Labelled
 from export.pack import update_manifest
-from export.verify import runnable
 from server.runtime.bundle import Bundle
 from server.runtime.curve import CurvePoint, DepthCurve
-from server.runtime.engines import ENGINES
-from server.runtime.machine import count_cores
 from server.segment.certainty import Certainty
 from server.segment.sliding_window import infer_offline
 
@@ -106,10 +103,9 @@ def observe(
     levels = manifest.levels
     iou, uncertain = np.empty((2, len(levels), len(images)))
     done = itertools.count(1)
-    engine_name = next(name for name, precision in runnable(bundle) if precision == "fp32")
     for row in range(len(levels)):
         graph = manifest.graph(f"L{levels[row]}")
-        engine = ENGINES[engine_name].open(bundle.path(graph.name, "fp32"), "fp32", "cpu", count_cores())
+        engine = open_fp32(bundle, graph.name)
         for column, item in enumerate(images):
             certainty = Certainty()
             classes = infer_offline(item.image, manifest, graph, engine, certainty).classes

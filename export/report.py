@@ -15,14 +15,12 @@ from jaxtyping import Float64, Shaped, UInt8
 from numpy import ndarray
 from PIL import Image as Pillow
 
-from export.calibrate import mean_overlap
+from export.calibrate import mean_overlap, open_fp32
 from export.data import Labelled
 from model.checkpoint import atomic
 from server.arrays import Image
 from server.runtime.bundle import Bundle, Manifest
 from server.runtime.calibration import Agreement, AgreementRow, CalibrationRow, Measured
-from server.runtime.engines import ENGINES
-from server.runtime.machine import count_cores
 from server.segment.sliding_window import infer_offline
 
 # Worst images shown per level, and pixels of the longer side of each.
@@ -181,8 +179,7 @@ def _worst_of(bundle: Bundle, level: int, images: Sequence[Labelled]) -> str:
     """The images on which a level at fp32 differs most from the references."""
     manifest = bundle.manifest
     graph = manifest.graph(f"L{level}")
-    name = next(name for name, row in ENGINES.items() if row.installed)
-    engine = ENGINES[name].open(bundle.path(graph.name, "fp32"), "fp32", "cpu", count_cores())
+    engine = open_fp32(bundle, graph.name)
     values = [one.value for one in manifest.classes]
     worst: list[tuple[float, int, Shown]] = []
     for number, item in enumerate(images):

@@ -4,19 +4,17 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from export.calibrate import mean_overlap
+from export.calibrate import mean_overlap, open_fp32
 from export.data import Labelled, Picture
 from server.arrays import Image, Volume
 from server.runtime.bundle import Bundle, Manifest
-from server.runtime.engines import ENGINES, Engine
-from server.runtime.machine import count_cores
+from server.runtime.engines import Engine
 from server.segment.preprocess import place
 from server.segment.sliding_window import infer_offline, make_sliding_window
 
@@ -68,7 +66,7 @@ def check(bundle: Bundle, items: Sequence[Picture | Labelled]) -> list[Finding]:
     """
     manifest = bundle.manifest
     deepest = f"L{manifest.levels[-1]}"
-    engine = _open(bundle, deepest)
+    engine = open_fp32(bundle, deepest)
     sources = [item.image for item in items]
     answers = [_segment(one, manifest, deepest, engine) for one in sources]
     masks = [classes for classes, _ in answers]
@@ -79,11 +77,6 @@ def check(bundle: Bundle, items: Sequence[Picture | Labelled]) -> list[Finding]:
         findings += _of_levels(bundle, sources, masks)
     labelled = [item for item in items if isinstance(item, Labelled)]
     return [*findings, *_of_labels(labelled, masks, manifest, engine)]
-
-
-def _open(bundle: Bundle, graph: str) -> Engine:
-    name = next(name for name, row in ENGINES.items() if row.installed)
-    return ENGINES[name].open(Path(bundle.path(graph, "fp32")), "fp32", "cpu", count_cores())
 
 
 def _segment(source: Image | Volume, manifest: Manifest, graph: str, engine: Engine) -> tuple[Class, Range]:
@@ -141,7 +134,7 @@ def _of_levels(bundle: Bundle, sources: list[Image | Volume], masks: list[Class]
     manifest = bundle.manifest
     for level in manifest.levels[:-1]:
         graph = manifest.graph(f"L{level}")
-        engine = _open(bundle, graph.name)
+        engine = open_fp32(bundle, graph.name)
         own = [infer_offline(one, manifest, graph, engine).classes for one in sources]
         same = _mean_iou(own, masks, manifest)
         if same < UNTRAINED:

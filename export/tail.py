@@ -42,24 +42,31 @@ class Tail:
     applied: bool = False
 
 
-class _Writer:
-    """Nodes and constants around a network, in the order in which they are added."""
+class NodeWriter:
+    """Nodes and constants that are added to a network, in their order.
 
-    def __init__(self, dims: int, opset: int) -> None:
+    Args:
+        dims: 2 or 3.
+        opset: version of ONNX's operators.
+        prefix: beginning of the names of all that is added.
+    """
+
+    def __init__(self, dims: int, opset: int, prefix: str = OURS) -> None:
         self.dims = dims
         self.opset = opset
+        self._prefix = prefix
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
 
     def add(self, kind: str, *inputs: str, name: str = "", **attributes: Any) -> str:
         """Adds a node of one output, and returns the name of that."""
-        own = f"{OURS}{kind}_{len(self.nodes)}"
+        own = f"{self._prefix}{kind}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, inputs, [name or own], name=own, **attributes))
         return name or own
 
     def constant(self, values: object, dtype: type = np.float32) -> str:
         """Adds a constant, and returns its name."""
-        name = f"{OURS}constant_{len(self.constants)}"
+        name = f"{self._prefix}constant_{len(self.constants)}"
         self.constants.append(numpy_helper.from_array(np.array(values, dtype), name))
         return name
 
@@ -95,7 +102,7 @@ def serve(
         heads = heads[-1:]
     body = cut(network.model, heads)
     body = convert_float_to_float16(body, disable_shape_infer=True) if half else body
-    write = _Writer(network.dims, network.opset)
+    write = NodeWriter(network.dims, network.opset)
     entry = _preprocess(write, before)
     entry = write.add("Cast", entry, to=TensorProto.FLOAT16) if half else entry
     _rename(body, {name: f"network/{name}" for name in (*INPUTS, SCORES)} | {body.graph.input[0].name: entry})
@@ -103,11 +110,11 @@ def serve(
     logits = []
     for output, head in zip(body.graph.output, heads, strict=True):
         value = write.add("Cast", output.name, to=TensorProto.FLOAT) if half else output.name
-        logits.append(_enlarged(write, value, network.strides(head)))
-    scores = [_activated(write, value, after) for value in logits]
+        logits.append(enlarge(write, value, network.strides(head)))
+    scores = [activate(write, value, after) for value in logits]
     result = scores[-1] if after.aggregation == "last" else _mean(write, scores)
     if after.aggregation == "mean-logit" and len(logits) > 1:
-        result = _activated(write, _mean(write, logits), after)
+        result = activate(write, _mean(write, logits), after)
     if head_std:
         result = write.add("Concat", result, _head_std(write, scores), axis=1)
     write.add("Identity", result, name=SCORES)
@@ -137,7 +144,7 @@ def _input(name: str, network: HeadedGraph) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tiles", network.channels, *axes])
 
 
-def _preprocess(write: _Writer, before: Preprocessing) -> str:
+def _preprocess(write: NodeWriter, before: Preprocessing) -> str:
     value = write.add("Mul", write.add("Sub", "image", "mean"), "inverse_std")
     if before.clip:
         value = write.add("Clip", value, *(write.constant(bound) for bound in before.clip))
@@ -152,7 +159,7 @@ def _preprocess(write: _Writer, before: Preprocessing) -> str:
     return value
 
 
-def _enlarged(write: _Writer, value: str, factors: Sequence[int]) -> str:
+def enlarge(write: NodeWriter, value: str, factors: Sequence[int]) -> str:
     """Interpolates the logits of a head at a lower resolution linearly to the input's."""
     if max(factors) == 1:
         return value
@@ -160,7 +167,7 @@ def _enlarged(write: _Writer, value: str, factors: Sequence[int]) -> str:
     return write.add("Resize", value, "", scales, mode="linear", coordinate_transformation_mode="half_pixel")
 
 
-def _activated(write: _Writer, value: str, after: Tail) -> str:
+def activate(write: NodeWriter, value: str, after: Tail) -> str:
     """Makes probabilities; of several sigmoid classes also a background, which is as likely as the best of them is not."""
     if after.activation == "softmax":
         return value if after.applied else write.add("Softmax", value, axis=1)
@@ -175,7 +182,7 @@ def _activated(write: _Writer, value: str, after: Tail) -> str:
     return write.add("Concat", write.add("Sub", write.constant(1), best), scores, axis=1)
 
 
-def _mean(write: _Writer, values: list[str]) -> str:
+def _mean(write: NodeWriter, values: list[str]) -> str:
     """Averages tensors of one shape, summed in their order."""
     if len(values) == 1:
         return values[0]
@@ -185,7 +192,7 @@ def _mean(write: _Writer, values: list[str]) -> str:
     return write.add("Div", total, write.constant(len(values)))
 
 
-def _head_std(write: _Writer, scores: list[str]) -> str:
+def _head_std(write: NodeWriter, scores: list[str]) -> str:
     """Computes the standard deviation over the heads of the first channel: background deviates as foreground does."""
     first = [write.slice_channel(score, 0) for score in scores]
     mean = _mean(write, first)

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from export.class_overlap import class_map
 from export.cut import cut
 from export.golden import OnnxReference, check_inputs
 from export.importing import headed
@@ -172,7 +173,7 @@ def agreement(answers: list[Scores], expected: list[Scores], threshold: float) -
     """Returns the share of pixels whose class is the same."""
     same = total = 0
     for a, e in zip(answers, expected, strict=True):
-        equal = (a > threshold) == (e > threshold) if a.shape[1] == 1 else a.argmax(1) == e.argmax(1)
+        equal = class_map(a, threshold) == class_map(e, threshold)
         same += int(equal.sum())
         total += equal.size
     return same / total

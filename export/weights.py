@@ -7,6 +7,7 @@ import json
 import struct
 from collections.abc import Container, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -184,7 +185,7 @@ def repoint(
     return model
 
 
-def stored_kind(path: Path) -> str:
-    """The data type of the weights in a file, in words."""
+def stored_kind(path: Path) -> Literal["float16", "float32"]:
+    """The data type of the weights in a file, by its name in NumPy."""
     kinds = {kind for kind, _, _ in places(path).values()}
     return "float16" if kinds == {TensorProto.FLOAT16} else "float32"

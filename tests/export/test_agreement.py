@@ -102,8 +102,8 @@ def test_what_was_written_meanwhile_stays(small_bundle, discs):
     """Two commands at once: the bundle was read before the other one wrote its table."""
     items = deepest_masks(small_bundle, [*pictures(discs, small_bundle.manifest)])
     measured = measure_agreement(small_bundle, items, "discs")
-    calibrated = calibrate_module.measure(small_bundle, items, "discs", held_out=False)
-    held_out = calibrate_module.measure(small_bundle, items, "others", held_out=True)
+    calibrated = calibrate_module.calibrate(small_bundle, items, "discs", held_out=False)
+    held_out = calibrate_module.calibrate(small_bundle, items, "others", held_out=True)
     curve = write_curve(small_bundle, items, "discs", "deepest level")
     read = read_bundle(small_bundle.folder).manifest
     assert (read.agreement, read.held_out, read.depth_curve) == (measured, held_out, curve)
@@ -119,7 +119,7 @@ def test_files_that_changed_meanwhile_are_not_taken_over(small_bundle, discs, wh
         if what == "agreement":
             measure_agreement(small_bundle, items, "discs")
         elif what == "calibration":
-            calibrate_module.measure(small_bundle, items, "discs", held_out=False)
+            calibrate_module.calibrate(small_bundle, items, "discs", held_out=False)
         else:
             write_curve(small_bundle, items, "discs", "deepest level")
 

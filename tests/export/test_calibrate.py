@@ -8,11 +8,18 @@ import pytest
 from PIL import Image
 
 from export import calibrate as calibrate_module
-from export.calibrate import calibrate, mean_overlap, recommend
+from export.calibrate import mean_overlap, recommend
+from export.data import labelled
 from export.verify import runnable
 from model.reading import DataError
 from server.runtime.bundle import read_bundle
 from server.runtime.calibration import CalibrationRow, Measured
+
+
+def calibrate(bundle, data, split, **options):
+    """Calibrates on a split of a data folder."""
+    images = [*labelled(data, split, bundle.manifest)]
+    return calibrate_module.calibrate(bundle, images, f"{data.name}, {split} split", **options)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ import shutil
 import numpy as np
 import pytest
 
-from export import curve as curve_module
 from export.agreement import deepest_masks
 from export.curve import Observed, fit, observe, write_curve
 from export.data import labelled, pictures
@@ -84,12 +83,6 @@ def test_fit_of_one_level_is_that_level():
     assert [p.chain for p in fit(one)] == [(1,)]
 
 
-@pytest.fixture
-def onnxruntime_alone(monkeypatch):
-    monkeypatch.setattr(curve_module, "runnable", lambda bundle: [("onnxruntime", "fp32")])
-
-
-@pytest.mark.usefixtures("onnxruntime_alone")
 def test_write_curve_changes_nothing_else(small_kept, discs, tmp_path):
     folder = shutil.copytree(small_kept, tmp_path / "small")
     before, seen = read_bundle(folder).manifest, []
@@ -103,7 +96,6 @@ def test_write_curve_changes_nothing_else(small_kept, discs, tmp_path):
     assert curve.choose(100).work <= curve.choose(0).work
 
 
-@pytest.mark.usefixtures("onnxruntime_alone")
 def test_write_curve_without_labels_compares_with_the_deepest_level(small_kept, discs, tmp_path):
     folder, images = shutil.copytree(small_kept, tmp_path / "small"), tmp_path / "mine"
     shutil.copytree(discs / "images", images)
