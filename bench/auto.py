@@ -209,22 +209,32 @@ def plot(lines: dict[str, list[Measured]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main() -> None:
-    """Measures, prints, writes results/auto.{md,json,png}."""
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Makes the command line of a benchmark that sends the inputs of a split."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="data folder of nuclei")
     parser.add_argument("--volumes", type=Path, help="data folder of hippocampus")
     parser.add_argument("--split", default="test")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--inputs", type=int, default=10_000, help="most inputs per model")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of many requests at once, per mode")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser
+
+
+def folders(arguments: argparse.Namespace) -> dict[str, Path]:
+    """The data folder of each model that is measured."""
+    return {"nuclei": arguments.data} | ({"hippocampus": arguments.volumes} if arguments.volumes else {})
+
+
+def main() -> None:
+    """Measures, prints, writes results/auto.{md,json,png}."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of many requests at once, per mode")
     arguments = parser.parse_args()
-    folders = {"nuclei": arguments.data} | ({"hippocampus": arguments.volumes} if arguments.volumes else {})
     lines, rows, facts = {}, [], []
-    for model, data in folders.items():
+    for model, data in folders(arguments).items():
         manifest = read_bundle(BUNDLES / model).manifest
         if manifest.depth_curve is None:
             raise SystemExit(

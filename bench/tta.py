@@ -6,12 +6,9 @@ Each input is sent at each level with and without mirrors, in random order; the 
 of the rounds.
 """
 
-import argparse
-from pathlib import Path
-
-from bench.auto import BUNDLES, Measured, cases, measure
+from bench.auto import BUNDLES, Measured, cases, folders, make_parser, measure
 from bench.serving import serving
-from bench.table import RESULTS, write
+from bench.table import write
 from server.runtime.bundle import Manifest, read_bundle
 
 
@@ -41,19 +38,9 @@ def table(model: str, by_name: dict[str, Measured]) -> list[list[str]]:
 
 def main() -> None:
     """Measures, prints, writes results/tta.{md,json}."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True, help="data folder of nuclei")
-    parser.add_argument("--volumes", type=Path, help="data folder of hippocampus")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--inputs", type=int, default=10_000, help="most inputs per model")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    folders = {"nuclei": arguments.data} | ({"hippocampus": arguments.volumes} if arguments.volumes else {})
+    arguments = make_parser(__doc__).parse_args()
     rows, facts = [], []
-    for model, data in folders.items():
+    for model, data in folders(arguments).items():
         manifest = read_bundle(BUNDLES / model).manifest
         inputs = cases(data, arguments.split, manifest, arguments.inputs)
         with serving(BUNDLES / model) as server:

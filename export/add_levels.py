@@ -229,6 +229,11 @@ def _write(
     levels = sorted(distilled.agreement)
     new = tuple(describe(producer, f"L{level}", precisions) for level in levels)  # type: ignore[arg-type]
     grown = _grown(manifest, new, distilled)
+    tiles = (
+        calibration_tiles(images, manifest, new, INT8_IMAGES, skip=observer.skipped, labels=labels)
+        if "int8" in precisions
+        else {}
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         folder = Path(scratch) / out.name
@@ -236,13 +241,9 @@ def _write(
         _write_weights(bundle.folder / WEIGHTS, folder / WEIGHTS, producer)
         _copy_graphs(bundle, folder)
         for graph in new:
-            tiles = (
-                calibration_tiles(images, manifest, graph, INT8_IMAGES, skip=observer.skipped, labels=labels)
-                if "int8" in precisions
-                else []
-            )
             heads = producer.heads(graph.name)
-            source = Source(producer.network, heads, producer.before, producer.after, tiles)
+            own = tiles.get(graph.name, [])
+            source = Source(producer.network, heads, producer.before, producer.after, own)
             for precision, file in graph.files.items():
                 save_graph(GRAPH_PRECISIONS[precision](source), folder, file)
                 observer.wrote(file)

@@ -1,6 +1,6 @@
 """Images as the server sees them, with or without labels: for calibrating int8 and for measuring."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,8 @@ from server.imaging.decode_options import DecodeOptions
 from server.runtime.bundle import Graph, Manifest
 from server.segment import quality
 from server.segment.preprocess import place, with_channels
-from server.segment.sliding_window import make_sliding_window
+from server.segment.sliding_window import make_sliding_window, prepare_input
+from server.segment.windows import Windows
 
 # Pixels or voxels of a file; large, because the operator has chosen the files.
 MAX_PIXELS = 1_000_000_000
@@ -68,18 +69,18 @@ def samples(root: Path, split: str, dims: int) -> list[Sample]:
 def calibration_tiles(
     root: Path,
     manifest: Manifest,
-    graph: Graph,
+    graphs: Sequence[Graph],
     count: int,
     seed: int = 0,
     skip: Skip = lambda line: None,
     labels: Path | None = None,
-) -> list[Tiles]:
-    """Cuts the middle windows of randomly chosen images or volumes.
+) -> dict[str, list[Tiles]]:
+    """Cuts the middle windows of randomly chosen images or volumes, for each graph by its name.
 
     Args:
         root: data folder, whose training split is taken; or any folder of images.
         manifest: channels, window and normalisation.
-        graph: the graph, which sets the divisor.
+        graphs: graphs, whose divisors may make the windows of a small image different.
         count: number of images.
         seed: seed of the choice.
         skip: callback with a line on each file of a folder of images that is left out.
@@ -95,12 +96,19 @@ def calibration_tiles(
         if (root / "index.csv").is_file()
         else (item.image for item in _fitting(root, chosen, manifest, skip))
     )
-    tiles = []
+    tiles: dict[str, list[Tiles]] = {graph.name: [] for graph in graphs}
     for source in islice(sources, count):
-        window = make_sliding_window(source, place(source.input_header, manifest, "auto"), manifest, graph)
-        # The middle one, because the corners of a large volume are air.
-        middle = len(window.windows) // 2
-        tiles.append(window.cut(range(middle, middle + 1)))
+        placement = place(source.input_header, manifest, "auto")
+        prepared = prepare_input(source, placement, manifest)
+        # Most graphs have the same windows; their tiles are then one in memory.
+        known: dict[Windows, Tiles] = {}
+        for graph in graphs:
+            window = make_sliding_window(source, placement, manifest, graph, prepared=prepared)
+            if window.windows not in known:
+                # The middle one, because the corners of a large volume are air.
+                middle = len(window.windows) // 2
+                known[window.windows] = window.cut(range(middle, middle + 1))
+            tiles[graph.name].append(known[window.windows])
     return tiles
 
 

@@ -33,10 +33,7 @@ def check_fit(network: HeadedGraph, card: Card) -> tuple[Input, Activation]:
         raise ExportError(f"the card of a network that is imported needs {', '.join(missing)}")
     if card.dims != network.dims:
         raise ExportError(f"the card says dims = {card.dims}, the network has {network.dims}")
-    if len(card.channels) != network.channels:
-        raise ExportError(
-            f"the card names {len(card.channels)} channels, the network takes {network.channels}"
-        )
+    check_channels(card, network.channels)
     if len(network.heads) > MAX_LEVELS:
         raise ExportError(
             f"the network has {len(network.heads)} heads; a bundle has levels 1 to {MAX_LEVELS}"
@@ -45,6 +42,16 @@ def check_fit(network: HeadedGraph, card: Card) -> tuple[Input, Activation]:
     for head in network.heads:
         _check_activation(network, head, card)
     return card.input, card.activation
+
+
+def check_channels(card: Card, channels: int) -> None:
+    """Refuses a card that names another number of channels than a network takes.
+
+    Raises:
+        ExportError: says both numbers.
+    """
+    if len(card.channels) != channels:
+        raise ExportError(f"the card names {len(card.channels)} channels, the network takes {channels}")
 
 
 def _check_classes(channels: int, classes: int, activation: Activation) -> None:

@@ -123,12 +123,12 @@ class OnnxReference:
         self._levels = [*levels]
         self._before = before
         self._after = after
+        # One run of the network gives all of its heads; graphs are compared one after another.
+        self._last: tuple[Tiles, list[Scores]] | None = None
 
     def __call__(self, graph: str, tiles: Tiles) -> Scores:
         """Computes the scores of a graph, (N, K, *tile) float32; of `head_std` (N, K + 1, *tile)."""
-        feed = {self._session.get_inputs()[0].name: preprocessed(tiles, self._before)}
-        outputs = self._session.run(self.heads, feed)
-        logits = [enlarged(one, factors) for one, factors in zip(outputs, self._strides, strict=True)]
+        logits = self._logits(tiles)
         scores = [activated(one, self._after) for one in logits]
         if graph not in (ACCURATE, HEAD_STD):
             return scores[self._levels.index(int(graph.removeprefix("L")))]
@@ -142,6 +142,14 @@ class OnnxReference:
             mean = np.concatenate([mean, deviation], axis=1)
         served: Scores = mean.astype(np.float32)
         return served
+
+    def _logits(self, tiles: Tiles) -> list[Scores]:
+        if self._last is None or self._last[0] is not tiles:
+            feed = {self._session.get_inputs()[0].name: preprocessed(tiles, self._before)}
+            outputs = self._session.run(self.heads, feed)
+            strides = zip(outputs, self._strides, strict=True)
+            self._last = tiles, [enlarged(one, factors) for one, factors in strides]
+        return self._last[1]
 
 
 def preprocessed(tiles: Tiles, before: Preprocessing) -> Float32[ndarray, "N C *tile"]:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from export.card import Card, ExportError, in_words
 from export.data import calibration_tiles
+from export.fit import check_channels
 from export.golden import write_golden
 from export.importing import PROBE, HeadedGraph
 from export.precision import GRAPH_PRECISIONS, Source
@@ -74,7 +75,8 @@ def export(
         spacing=known.get("spacing") if volumes else None,
         mirror_axes=known.get("flip"),
     )
-    _check_fit(card, config.in_channels, config.classes)
+    check_channels(card, config.in_channels)
+    _check_classes(card, config.classes)
     return write_bundle(from_unetpp(trained, notes), card, out, data, advance)
 
 
@@ -129,18 +131,20 @@ def write_bundle(
     precisions: tuple[Precision, ...] = ("fp32", "fp16", "int8") if images else ("fp32", "fp16")
     graphs = tuple(describe(producer, name, precisions) for name in names)
     manifest = _manifest(producer, card, graphs)
-    if images:
-        # Before anything is written, because the folder may hold nothing of use.
-        calibration_tiles(images, manifest, graphs[-1], 1, skip=skip, labels=labels)
+    # Before anything is written, because the folder may hold nothing of use.
+    tiles = calibration_tiles(images, manifest, graphs, INT8_IMAGES, 0, skip, labels) if images else {}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         folder = Path(scratch) / out.name
         folder.mkdir()
         producer.save(folder / WEIGHTS)
         for graph in graphs:
-            tiles = calibration_tiles(images, manifest, graph, INT8_IMAGES, 0, skip, labels) if images else []
             origin = Source(
-                producer.network, producer.heads(graph.name), producer.before, producer.after, tiles
+                producer.network,
+                producer.heads(graph.name),
+                producer.before,
+                producer.after,
+                tiles.get(graph.name, []),
             )
             for precision, file in graph.files.items():
                 save_graph(GRAPH_PRECISIONS[precision](origin), folder, file)
@@ -250,14 +254,12 @@ def _with_facts(card: Card, **facts: object) -> Card:
         raise ExportError(f"not a valid card: {in_words(error)}") from error
 
 
-def _check_fit(card: Card, in_channels: int, classes: int) -> None:
-    """Refuses a card that describes another network.
+def _check_classes(card: Card, classes: int) -> None:
+    """Refuses a card that names other classes than a checkpoint has.
 
     Raises:
-        ExportError: says what differs.
+        ExportError: says both numbers.
     """
-    if len(card.channels) != in_channels:
-        raise ExportError(f"the card names {len(card.channels)} channels, the network takes {in_channels}")
     if len(card.classes) != max(classes - 1, 1):
         raise ExportError(
             f"the card names {len(card.classes)} foreground classes, the network has {max(classes - 1, 1)}"

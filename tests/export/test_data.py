@@ -9,6 +9,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from export import data as data_module
 from export.data import calibration_tiles, labelled, samples
 from model.data import Split
 from model.reading import DataError, read_image, read_volume
@@ -50,7 +51,7 @@ def test_an_unreadable_training_image_is_named(damaged, small_kept):
     (damaged / "images" / "train2.png").write_bytes(b"")
     manifest = read_bundle(small_kept).manifest
     with pytest.raises(DataError, match=r"images/train2\.png"):
-        calibration_tiles(damaged, manifest, manifest.graph("L1"), 3)
+        calibration_tiles(damaged, manifest, [manifest.graph("L1")], 3)
 
 
 def test_a_label_of_another_size_is_named(damaged, small_kept):
@@ -63,15 +64,15 @@ def test_a_label_of_another_size_is_named(damaged, small_kept):
 def test_calibration_tiles(discs, small_kept):
     manifest = read_bundle(small_kept).manifest
     graph = manifest.graph("L2")
-    tiles = calibration_tiles(discs, manifest, graph, 48)
+    tiles = calibration_tiles(discs, manifest, [graph], 48)[graph.name]
     assert len(tiles) == 3
     # Whole images, padded to the few sides that tiles have: 48 x 48, 40 x 56, 33 x 47.
     assert {t.pixels.shape for t in tiles} == {(1, 3, 48, 48), (1, 3, 48, 64)}
     for t in tiles:
         assert t.pixels.dtype == np.uint8
         assert t.mean.shape == t.inverse_std.shape == (1, 3, 1, 1)
-    assert len(calibration_tiles(discs, manifest, graph, 2)) == 2
-    again = calibration_tiles(discs, manifest, graph, 48)
+    assert len(calibration_tiles(discs, manifest, [graph], 2)[graph.name]) == 2
+    again = calibration_tiles(discs, manifest, [graph], 48)[graph.name]
     assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(tiles, again, strict=True))
 
 
@@ -166,7 +167,7 @@ def test_volumes_and_their_labels(balls, volume_kept):
     items = list(labelled(balls, "val", manifest))
     assert [item.label.shape for item in items] == [item.image.size for item in items]
     assert set(np.unique(items[0].label)) == {0, 1, 2}
-    tiles = calibration_tiles(balls, manifest, manifest.graph("L2"), 2)
+    tiles = calibration_tiles(balls, manifest, [manifest.graph("L2")], 2)["L2"]
     assert [t.pixels.ndim for t in tiles] == [5, 5]
 
 
@@ -177,3 +178,20 @@ def test_a_label_volume_with_other_classes_is_named(balls, tmp_path, volume_kept
     )
     with pytest.raises(DataError, match=re.escape(f"{folder / 'labels' / 'val0.nii.gz'}: values")):
         list(labelled(folder, "val", read_bundle(volume_kept).manifest))
+
+
+def test_calibration_tiles_of_several_graphs_decode_each_image_once(discs, small_kept, monkeypatch):
+    decoded = []
+
+    def counting(file, options):
+        decoded.append(file)
+        return decode(file, options)
+
+    monkeypatch.setattr(data_module, "decode", counting)
+    manifest = read_bundle(small_kept).manifest
+    tiles = calibration_tiles(discs, manifest, manifest.graphs, 48)
+    assert len(decoded) == 3
+    for graph in manifest.graphs:
+        (alone,) = calibration_tiles(discs, manifest, [graph], 48).values()
+        for one, other in zip(tiles[graph.name], alone, strict=True):
+            assert np.array_equal(one.pixels, other.pixels)

@@ -69,10 +69,10 @@ def test_of_a_data_folder_the_split(discs, manifest):
 
 def test_tiles_for_int8_of_a_folder(folder, manifest):
     lines = []
-    tiles = calibration_tiles(folder, manifest, manifest.graph("L1"), 48, skip=lines.append)
+    tiles = calibration_tiles(folder, manifest, [manifest.graph("L1")], 48, skip=lines.append)["L1"]
     assert len(tiles) == 4
     assert len(lines) == 2
-    assert len(calibration_tiles(folder, manifest, manifest.graph("L1"), 2)) == 2
+    assert len(calibration_tiles(folder, manifest, [manifest.graph("L1")], 2)["L1"]) == 2
 
 
 def test_labels_have_the_same_path_with_any_suffix(folder, manifest, tmp_path):
@@ -101,8 +101,8 @@ def test_labels_inside_of_the_images_are_not_images(folder, manifest):
 def test_labels_inside_of_the_images_give_no_tiles(folder, manifest):
     picture(folder / "labels" / "b.png", channels=1, value=0)
     graph = manifest.graph("L1")
-    assert len(calibration_tiles(folder, manifest, graph, 48)) == 5
-    assert len(calibration_tiles(folder, manifest, graph, 48, labels=folder / "labels")) == 4
+    assert len(calibration_tiles(folder, manifest, [graph], 48)[graph.name]) == 5
+    assert len(calibration_tiles(folder, manifest, [graph], 48, labels=folder / "labels")[graph.name]) == 4
 
 
 def test_labels_of_nnunet_lack_the_channel(tmp_path, volume_kept):
