@@ -12,7 +12,7 @@ from numpy import ndarray
 
 from server.errors import TooLarge, Unreadable
 from server.imaging.decode_options import zero_nonfinite
-from server.imaging.far_values import FarValues
+from server.imaging.value_offset import OffsetConverter
 
 GZIP_MAGIC = b"\x1f\x8b"
 # Bytes that are decoded at a time.
@@ -287,7 +287,7 @@ def read_values(
     may_round = dtype == np.float32 and (
         scaled or stored.itemsize > 4 or (stored.kind in "iu" and stored.itemsize > 2)
     )
-    far = FarValues(values) if may_round and not labels else None
+    offset = OffsetConverter(values) if may_round and not labels else None
     length = max(1, block_bytes // max(stored.itemsize * channels, 8))
     for first in range(0, count, length):
         block = values[first : first + length]
@@ -298,12 +298,12 @@ def read_values(
         # Values beyond float32 become infinite here, and are counted as such.
         with np.errstate(over="ignore", invalid="ignore"):
             raw = raw.astype(np.float64) * slope + intercept if scaled else raw
-            if far:
-                far.add(raw)
+            if offset:
+                offset.add(raw)
             else:
                 block[:] = raw
-    if far:
-        far.finish()
+    if offset:
+        offset.finish()
     if dtype != np.float32:
         return values, 0
     return values, sum(zero_nonfinite(values[first : first + length]) for first in range(0, count, length))

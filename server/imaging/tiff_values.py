@@ -7,8 +7,8 @@ from numpy import ndarray
 
 from server.errors import Unreadable
 from server.imaging.decode_options import DecodeOptions, zero_nonfinite
-from server.imaging.far_values import MAX_EXACT, differences, finite_range, is_narrow
 from server.imaging.palette import ramp_note, ramp_values
+from server.imaging.value_offset import MAX_EXACT, differences, finite_range, is_narrow
 
 # Types that are decoded as stored; values of all others become float32.
 EXACT_DTYPES = (np.uint8, np.uint16)

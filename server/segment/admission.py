@@ -157,7 +157,7 @@ class Admission:
             raise
 
     @contextlib.contextmanager
-    def go_on(self, ticket: Ticket, step: int) -> Iterator[Flow]:
+    def continue_chain(self, ticket: Ticket, step: int) -> Iterator[Flow]:
         """Holds the place in the queue of a further target of the chain, for the block."""
         before, work, target = ticket.flow, ticket.estimate.steps[step], ticket.target.runs[step]
         flow = Flow(target.instance, before.priority, before.deadline, work.windows, work.tile)

@@ -78,7 +78,7 @@ class Target:
         """Targets that are run for this one: those of its chain, or itself."""
         return self.chain or (self,)
 
-    def goes_on(self, step: int, share: float) -> bool:
+    def continues_after(self, step: int, share: float) -> bool:
         """Whether the next target of the chain is run after the one at index `step`.
 
         Args:

@@ -201,7 +201,9 @@ class SegmentationService:
 
         with contextlib.ExitStack() as places:
             for step, target in enumerate(ticket.target.runs):
-                flow = places.enter_context(self.admission.go_on(ticket, step)) if step else ticket.flow
+                flow = (
+                    places.enter_context(self.admission.continue_chain(ticket, step)) if step else ticket.flow
+                )
                 engine = await worker.wait("open", self._open(target))
                 certainty = Certainty() if target.mode == "auto" else None
                 window = await worker.run(
@@ -209,7 +211,7 @@ class SegmentationService:
                 )
                 mask = await infer(window, flow, engine, self.scheduler, worker, show)
                 share = certainty.share if certainty else None
-                if share is None or not ticket.target.goes_on(step, share):
+                if share is None or not ticket.target.continues_after(step, share):
                     break
                 done, prepared = done + window.tile_count, window.input
                 # Before the next answer takes its memory.

@@ -47,7 +47,7 @@ class SlidingWindow:
 
     Attributes:
         source: the decoded input.
-        input: what the network sees of it.
+        input: its pixels on the network's grid, and their statistics.
         windows: positions of the windows.
         mask: mask that the merger writes.
         merger: merger of the scores of the windows.

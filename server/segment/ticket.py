@@ -47,7 +47,7 @@ class Ticket:
         if uncertain_share is None:
             return self
         # A shorter chain that ends where the requested one would have ended gives the same answer.
-        same = self.target.chain and not self.requested.goes_on(step, uncertain_share)
+        same = self.target.chain and not self.requested.continues_after(step, uncertain_share)
         return replace(
             self,
             target=self.target.runs[step],

@@ -115,11 +115,11 @@ class TestAuto:
     @pytest.mark.parametrize(("share", "goes_on"), [(0.0, False), (0.1, False), (0.11, True)])
     def test_auto_goes_on_above_the_threshold(self, share: float, goes_on: bool) -> None:
         target = resolve(AUTO, mode="auto")
-        assert target.goes_on(0, share) is goes_on
-        assert not target.goes_on(1, share)
+        assert target.continues_after(0, share) is goes_on
+        assert not target.continues_after(1, share)
 
     def test_other_modes_never_go_on(self) -> None:
-        assert not resolve(AUTO, level=2).goes_on(0, 1.0)
+        assert not resolve(AUTO, level=2).continues_after(0, 1.0)
 
     def test_auto_precision_is_that_of_every_level(self) -> None:
         assert [one.precision for one in resolve(AUTO, mode="auto").runs] == ["fp32", "bf16"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from server.imaging.far_values import FarValues
+from server.imaging.value_offset import OffsetConverter
 from tests.server.imaging.builders import tiff
 from tests.server.imaging.conftest import nifti, read
 from tests.server.imaging.itk import by_itk
@@ -140,7 +140,7 @@ def test_values_that_are_not_finite_become_the_smallest() -> None:
 def test_blocks_of_any_length_give_the_same(name: str, rows: int) -> None:
     stored = (FAR | NEAR)[name].reshape(-1, 1)
     out = np.empty(stored.shape, dtype=np.float32)
-    values = FarValues(out)
+    values = OffsetConverter(out)
     for first in range(0, len(stored), rows):
         values.add(stored[first : first + rows])
     values.finish()

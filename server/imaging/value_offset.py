@@ -1,4 +1,4 @@
-"""Values far from 0 whose differences single precision would round: they are counted from the smallest one."""
+"""Subtracts an offset (a pedestal) from values whose differences single precision would round."""
 
 import numpy as np
 from jaxtyping import Float32, Shaped
@@ -42,7 +42,7 @@ def differences(values: Shaped[ndarray, "..."], zero: int | float) -> Shaped[nda
     return (values.astype(wide) - wide(zero)).view(np.int64)
 
 
-class FarValues:
+class OffsetConverter:
     """Converts one file's values to float32 block by block, in one pass and without a second copy.
 
     Blocks are counted from the first value as long as all values are narrow, and converted plainly from the
