@@ -89,5 +89,5 @@ class Up(nn.Sequential):
 
 
 def head(config: UNetPlusPlusConfig) -> nn.Module:
-    """The 1x1 convolution from row 0 to the classes; its output is logits."""
-    return CONV[config.dims](config.widths[0], config.classes, kernel_size=1)
+    """The 1x1 convolution from row 0 to the classes and the channels of objects; its output is logits."""
+    return CONV[config.dims](config.widths[0], config.head_channels, kernel_size=1)

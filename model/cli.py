@@ -30,6 +30,14 @@ def train(
         list[str] | None,
         typer.Option("--set", help="Override, e.g. --set optimisation.epochs=10 --set architecture=unet."),
     ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Checkpoint, or weights.safetensors of a bundle, that a new run begins from.",
+        ),
+    ] = None,
 ) -> None:
     """Train a UNet++ (or a U-Net the same way), deep supervision on all heads; resumable."""
     from rich.console import Console
@@ -39,7 +47,7 @@ def train(
     from model.train import train as run
 
     try:
-        best = run(read_recipe(recipe, override or []), data, out, Console())
+        best = run(read_recipe(recipe, override or []), data, out, Console(), weights)
     except (DataError, RecipeError) as error:
         fail(str(error))
     except KeyboardInterrupt:

@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+ObjectTarget = Literal["distance", "boundary"]
+
 PAPER_WIDTHS = (32, 64, 128, 256, 512)
 
 
@@ -16,7 +18,9 @@ class UNetPlusPlusConfig(BaseModel):
     Attributes:
         dims: 2 for images (N, C, H, W), 3 for volumes (N, C, H, W, D).
         in_channels: C, channels of the input.
-        classes: K, channels of every head; 1 = one sigmoid foreground class, more = softmax.
+        classes: K, classes of every head; 1 = one sigmoid foreground class, more = softmax.
+        objects: a further sigmoid channel of every head, after the class, that tells touching objects apart.
+            "distance": how far inside its object a pixel lies; "boundary": its outermost pixels (model/objects.py).
         widths: channels of the nodes in each row; its length is depth + 1.
         convs_per_node: 3x3(x3) convolutions in a node.
         norm: normalisation after each convolution.
@@ -32,6 +36,7 @@ class UNetPlusPlusConfig(BaseModel):
     dims: Literal[2, 3] = 2
     in_channels: int = Field(default=1, ge=1)
     classes: int = Field(default=1, ge=1)
+    objects: tuple[ObjectTarget, ...] = Field(default=(), max_length=1)
     widths: tuple[int, ...] = PAPER_WIDTHS
     convs_per_node: int = Field(default=2, ge=1, le=4)
     norm: Literal["none", "batch", "instance"] = "none"
@@ -42,12 +47,19 @@ class UNetPlusPlusConfig(BaseModel):
     deep_supervision: bool = True
 
     @model_validator(mode="after")
-    def _check_widths(self) -> "UNetPlusPlusConfig":
+    def _check(self) -> "UNetPlusPlusConfig":
         if not 2 <= len(self.widths) <= 6 or min(self.widths) < 1:
             raise ValueError(
                 f"widths must list 2 to 6 positive numbers, one per row (depth 1 to 5): got {list(self.widths)}"
             )
+        if self.objects and self.classes > 1:
+            raise ValueError(f"objects needs a network of one class, this one has {self.classes}")
         return self
+
+    @property
+    def head_channels(self) -> int:
+        """Channels of a head: the classes, then those of objects."""
+        return self.classes + len(self.objects)
 
     @property
     def depth(self) -> int:

@@ -1,8 +1,9 @@
 """Training samples: a split kept in memory, checked before the first step, and random tiles of it, augmented with MONAI."""
 
+import math
 from collections import Counter
-from collections.abc import Iterable
-from typing import Annotated
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from monai.transforms import (
     RandFlipd,
     RandGaussianNoised,
     RandGaussianSmoothd,
+    RandGridDistortiond,
+    RandomizableTransform,
     RandRotate90d,
     RandScaleIntensityd,
     RandShiftIntensityd,
@@ -24,7 +27,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from model.reading import DataError, Sample, misplaced, read_image, read_label, read_volume, report
+from model import objects
+from model.reading import (
+    DataError,
+    Sample,
+    misplaced,
+    read_image,
+    read_label,
+    read_numbers,
+    read_volume,
+    report,
+)
 
 Millimetres = Annotated[float, Field(gt=0)]
 
@@ -46,6 +59,12 @@ class DataConfig(BaseModel):
         spacing: mm per voxel along right, anterior, superior, to which volumes are resampled; None trusts
             that all agree.
         invert: probability of inverted intensities (dark-on-bright from bright-on-dark).
+        large_tile: side of the tiles of every second epoch, whose batches shrink to about the same number of pixels;
+            None for one size.
+        elastic: probability of a grid distortion.
+        colour: probability that the channels are mixed, as other stains and cameras mix them.
+        small_objects: largest weight of an object's pixels in the cross-entropies, reached by objects far smaller than
+            the others of their tile; 1 weighs all alike.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,10 +79,15 @@ class DataConfig(BaseModel):
     flip: tuple[int, ...] = (0, 1)
     spacing: tuple[Millimetres, Millimetres, Millimetres] | None = None
     invert: float = Field(default=0.15, ge=0, le=1)
+    large_tile: Annotated[int, Field(ge=16)] | None = None
+    elastic: float = Field(default=0, ge=0, le=1)
+    colour: float = Field(default=0, ge=0, le=1)
+    small_objects: float = Field(default=1, ge=1)
 
-    def tile_shape(self, dims: int) -> tuple[int, ...]:
+    def tile_shape(self, dims: int, *, large: bool = False) -> tuple[int, ...]:
         """Lengths of a tile, one per axis of the image or volume."""
-        return (self.tile,) * dims if isinstance(self.tile, int) else self.tile
+        tile = self.large_tile if large and self.large_tile else self.tile
+        return (tile,) * dims if isinstance(tile, int) else tile
 
 
 class Split:
@@ -78,8 +102,11 @@ class Split:
         *,
         dims: int = 2,
         spacing: tuple[float, float, float] | None = None,
+        numbered: bool = False,
     ) -> None:
         """Reads and checks every file: images, or volumes where `dims` is 3.
+
+        With `numbered` the labels are maps of object numbers, kept beside the foreground.
 
         Raises:
             DataError: names every file that cannot be read, has other channels than the network, whose
@@ -91,6 +118,7 @@ class Split:
             raise DataError(f"the split {name!r} has no samples in index.csv")
         self.images: list[NDArray[np.float32]] = []
         self.labels: list[NDArray[np.uint8]] = []
+        self.numbers: list[NDArray[np.int32]] | None = [] if numbered else None
         wrong = []
         for sample in self.samples:
             try:
@@ -98,6 +126,8 @@ class Split:
                     read_image(sample.image, channels) if dims == 2 else read_volume(sample.image, spacing)
                 )
                 label = read_label(sample.label, classes, spacing)
+                if self.numbers is not None:
+                    self.numbers.append(read_numbers(sample.label, spacing))
                 apart = misplaced(sample) if dims == 3 else ""
             except DataError as error:
                 wrong.append(str(error))
@@ -132,10 +162,28 @@ def _problem(
     return ""
 
 
-def augmentation(config: DataConfig, dims: int = 2) -> Compose:
-    """Random tiles (C, h, w[, d]): crop, rotation, zoom, flips, contrast, noise, blur."""
+class RandMixChannelsd(RandomizableTransform):  # type: ignore[misc]
+    """Mixes the channels of an image: each becomes itself and up to 0.3 of each, more or less.
+
+    Args:
+        prob: probability of a mixture.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
+        """`data` with another "image" (C, h, w[, d])."""
+        self.randomize(None)
+        image = data["image"]
+        if not self._do_transform:
+            return dict(data)
+        mixture = np.eye(len(image)) + self.R.uniform(-0.3, 0.3, (len(image),) * 2)
+        mixed = torch.tensordot(torch.from_numpy(mixture).to(image.dtype), torch.as_tensor(image), dims=1)
+        return {**data, "image": mixed}
+
+
+def augmentation(config: DataConfig, dims: int = 2, *, large: bool = False) -> Compose:
+    """Random tiles (C, h, w[, d]): crop, rotation, zoom, distortion, flips, contrast, colour, noise, blur."""
     both = ["image", "label"]
-    tile = config.tile_shape(dims)
+    tile = config.tile_shape(dims, large=large)
     # Wide enough that a rotated, zoomed-out tile still lies inside the crop.
     reach = [int(np.ceil(side * 1.5 / 2) * 2) for side in tile]
     rotation = np.deg2rad(config.rotate_degrees)
@@ -163,12 +211,21 @@ def augmentation(config: DataConfig, dims: int = 2) -> Compose:
                 mode=("bilinear", "nearest"),
                 padding_mode="reflection",
             ),
+            RandGridDistortiond(
+                both,
+                num_cells=4,
+                prob=config.elastic,
+                distort_limit=0.2,
+                mode=("bilinear", "nearest"),
+                padding_mode="reflection",
+            ),
             *(RandFlipd(both, prob=0.5, spatial_axis=axis) for axis in config.flip),
             RandRotate90d(both, prob=0.5 * config.rotate90),
             RandAdjustContrastd("image", prob=0.3, gamma=(0.6, 1.6)),
             RandScaleIntensityd("image", factors=0.4, prob=0.5),
             RandShiftIntensityd("image", offsets=0.3, prob=0.5),
             RandScaleIntensityd("image", factors=0.15, prob=0.3, channel_wise=True),
+            RandMixChannelsd(prob=config.colour),
             RandScaleIntensityd("image", factors=(-2.0, -2.0), prob=config.invert),
             RandGaussianSmoothd("image", prob=0.15, **blur),
             RandGaussianNoised("image", std=0.15, prob=0.25),
@@ -176,39 +233,77 @@ def augmentation(config: DataConfig, dims: int = 2) -> Compose:
     )
 
 
-class Tiles(Dataset[tuple[Tensor, Tensor]]):
+class Tile(NamedTuple):
+    """One tile, or a batch of them, each with a leading N.
+
+    Attributes:
+        image: (C, h, w[, d]) float32.
+        label: (h, w[, d]) uint8, class per pixel.
+        objects: (M, h, w[, d]) float32, targets of the channels of objects; M may be 0.
+        weight: (h, w[, d]) float32, weight of each pixel in the cross-entropies.
+    """
+
+    image: Tensor
+    label: Tensor
+    objects: Tensor
+    weight: Tensor
+
+
+class Tiles(Dataset[Tile]):
     """Random training tiles. Item i of epoch e depends on (seed, e, i) alone.
 
     So a resumed run draws exactly what an uninterrupted one would have drawn, whatever the number of
     loader processes.
     """
 
-    def __init__(self, split: Split, config: DataConfig, seed: int, dims: int = 2) -> None:
+    def __init__(
+        self, split: Split, config: DataConfig, seed: int, dims: int = 2, channels: tuple[str, ...] = ()
+    ) -> None:
+        """Args: `channels` names the channels of objects, for which `split` must be numbered."""
         self._split = split
         self._seed = seed
         self._epoch = 0
-        self._augment = augmentation(config, dims)
+        self._large = config.large_tile is not None
+        self._augment = [
+            augmentation(config, dims, large=large) for large in (False, True)[: 1 + self._large]
+        ]
         self._length = len(split) * config.tiles_per_image
+        # As many steps in each epoch.
+        small, large = (math.prod(config.tile_shape(dims, large=large)) for large in (False, True))
+        self._shrink = max(round(large / small), 1)
         self._weights = _weights(split, config.balance)
+        self._channels = channels
+        self._small_objects = config.small_objects
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose tiles are drawn."""
+    def set_epoch(self, epoch: int) -> int:
+        """Chooses the epoch whose tiles are drawn; returns by what the batch shrinks in it."""
         self._epoch = epoch
+        return self._shrink if self._is_large else 1
+
+    @property
+    def _is_large(self) -> bool:
+        return self._large and self._epoch % 2 == 0
 
     def __len__(self) -> int:
-        return self._length
+        return self._length // (self._shrink if self._is_large else 1)
 
-    def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
-        """One tile: image (C, h, w[, d]) float32, label (h, w[, d]) uint8."""
+    def __getitem__(self, item: int) -> Tile:
+        """One tile."""
         random = np.random.default_rng([self._seed, self._epoch, item])
         which = int(random.choice(len(self._split), p=self._weights))
-        self._augment.set_random_state(seed=int(random.integers(2**31)))
-        [sample] = self._augment(
-            {"image": self._split.images[which], "label": self._split.labels[which][None]}
-        )
+        augment = self._augment[self._is_large]
+        augment.set_random_state(seed=int(random.integers(2**31)))
+        numbers = self._split.numbers
+        label = self._split.labels[which] if numbers is None else numbers[which]
+        [sample] = augment({"image": self._split.images[which], "label": label[None]})
         image = torch.as_tensor(sample["image"]).as_subclass(Tensor).float()
-        label = torch.as_tensor(sample["label"]).as_subclass(Tensor)[0].to(torch.uint8)
-        return image.contiguous(), label
+        drawn = torch.as_tensor(sample["label"]).as_subclass(Tensor)[0]
+        if numbers is None:
+            empty = torch.empty((0, *drawn.shape)), torch.ones(drawn.shape)
+            return Tile(image.contiguous(), drawn.to(torch.uint8), *empty)
+        ids = drawn.numpy().astype(np.int32)
+        made = objects.targets(ids, self._channels), objects.weights(ids, self._small_objects)
+        return Tile(image.contiguous(), (drawn > 0).to(torch.uint8), *map(torch.from_numpy, made))
 
 
 def _weights(split: Split, balance: str | None) -> NDArray[np.float64]:

@@ -27,30 +27,53 @@ def soft_dice(probabilities: Tensor, target: Tensor, smooth: float = SMOOTH) -> 
     return (2 * overlap + smooth) / (probabilities.sum(axes) + target.sum(axes) + smooth)
 
 
-def head_loss(logits: Tensor, labels: Tensor, smooth: float = SMOOTH) -> Tensor:
-    """½ · cross-entropy + (1 - Dice) of one head: equation 2, averaged over the batch.
+def head_loss(
+    logits: Tensor,
+    labels: Tensor,
+    objects: Tensor | None = None,
+    weight: Tensor | None = None,
+    smooth: float = SMOOTH,
+) -> Tensor:
+    """½ · cross-entropy + (1 - Dice) of one head: equation 2, averaged over the batch; and the channels of objects.
 
     Args:
-        logits: (N, K, H, W[, D]) float; K = 1 is a sigmoid class, K > 1 exclusive softmax classes
-            of which class 0 is background.
+        logits: (N, K + M, H, W[, D]) float; K = 1 is a sigmoid class, K > 1 exclusive softmax classes
+            of which class 0 is background; then M channels of objects.
         labels: (N, H, W[, D]) integer class per pixel; for K = 1, 0 or 1.
+        objects: (N, M, H, W[, D]) targets in [0, 1] of the channels of objects, whose cross-entropies are added.
+        weight: (N, H, W[, D]) weight of each pixel in the cross-entropies.
         smooth: term added to numerator and denominator of Dice.
 
     Returns:
         Scalar loss. For K > 1 Dice averages the foreground classes.
     """
     logits = logits.float()
-    if logits.shape[1] == 1:
+    classes = logits if objects is None else logits[:, : -objects.shape[1]]
+    if classes.shape[1] == 1:
         target = labels.unsqueeze(1).to(logits.dtype)
-        cross_entropy = F.binary_cross_entropy_with_logits(logits, target)
-        dice = soft_dice(torch.sigmoid(logits), target, smooth)
+        cross_entropy = F.binary_cross_entropy_with_logits(classes, target, reduction="none")[:, 0]
+        dice = soft_dice(torch.sigmoid(classes), target, smooth)
     else:
-        cross_entropy = F.cross_entropy(logits, labels.long())
-        target = F.one_hot(labels.long(), logits.shape[1]).movedim(-1, 1).to(logits.dtype)
-        dice = soft_dice(torch.softmax(logits, dim=1), target, smooth)[:, 1:]
-    return 0.5 * cross_entropy + (1 - dice).mean()
+        cross_entropy = F.cross_entropy(classes, labels.long(), reduction="none")
+        target = F.one_hot(labels.long(), classes.shape[1]).movedim(-1, 1).to(logits.dtype)
+        dice = soft_dice(torch.softmax(classes, dim=1), target, smooth)[:, 1:]
+    loss = 0.5 * _mean(cross_entropy, weight) + (1 - dice).mean()
+    if objects is not None:
+        further = F.binary_cross_entropy_with_logits(logits[:, classes.shape[1] :], objects, reduction="none")
+        loss = loss + _mean(further.sum(1), weight)
+    return loss
 
 
-def deep_supervision_loss(heads: list[Tensor], labels: Tensor, smooth: float = SMOOTH) -> Tensor:
+def _mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    return values.mean() if weight is None else (values * weight).sum() / weight.sum()
+
+
+def deep_supervision_loss(
+    heads: list[Tensor],
+    labels: Tensor,
+    objects: Tensor | None = None,
+    weight: Tensor | None = None,
+    smooth: float = SMOOTH,
+) -> Tensor:
     """Mean of `head_loss` over all heads; with one head (a U-Net), its loss."""
-    return torch.stack([head_loss(logits, labels, smooth) for logits in heads]).mean()
+    return torch.stack([head_loss(logits, labels, objects, weight, smooth) for logits in heads]).mean()

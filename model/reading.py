@@ -178,6 +178,27 @@ def read_label(
     return (label > 0).astype(np.uint8) if classes == 1 else label.astype(np.uint8)
 
 
+def read_numbers(path: Path, spacing: tuple[float, float, float] | None = None) -> NDArray[np.int32]:
+    """(H, W[, D]) number of the object at each pixel, 0 for none.
+
+    Args:
+        path: an image, or a NIfTI volume (by its name).
+        spacing: mm per voxel to resample to, by nearest neighbour; None keeps the voxels.
+
+    Raises:
+        DataError: the file cannot be read, or holds no whole numbers from 0 to 2**24.
+    """
+    label: NDArray[Any] = (
+        _voxels(path, spacing, "nearest") if path.name.endswith(SUFFIXES[3]) else read_array(path)
+    )
+    # Up to where float32 counts, in which tiles are turned.
+    if not 0 <= label.min(initial=0) <= label.max(initial=0) <= 2**24 or (label != np.round(label)).any():
+        raise DataError(
+            f"{path.parent.name}/{path.name}: values that are no whole numbers from 0 to 2**24 number no objects"
+        )
+    return label.astype(np.int32)
+
+
 def read_index(root: Path, dims: int = 2) -> dict[str, list[Sample]]:
     """Samples of a data folder by split: `images/`, `labels/` and `index.csv` with columns id and split.
 

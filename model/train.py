@@ -20,16 +20,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from model import checkpoint
 from model.baselines import ARCHITECTURES, UNet
 from model.config import UNetPlusPlusConfig
 from model.cost import parameters
-from model.data import Split, Tiles, pad_to
+from model.data import Split, Tile, Tiles, pad_to
 from model.losses import deep_supervision_loss
 from model.reading import DataError, read_index
 from model.recipe import OptimisationConfig, RecipeError, TrainConfig
+from model.start import begin_from
+
+LAST = "last.safetensors"
 
 # Two dimensions or three: convolutions on CPUs and tensor cores are faster this way round.
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -45,7 +49,9 @@ class State:
     rows: list[dict[str, float]] = field(default_factory=list)
 
 
-def train(recipe: TrainConfig, data: Path, out: Path, console: Console | None = None) -> Path:
+def train(
+    recipe: TrainConfig, data: Path, out: Path, console: Console | None = None, weights: Path | None = None
+) -> Path:
     """Trains until the schedule ends or validation Dice stops rising; resumes a run found in `out`.
 
     Writes to `out`: best.safetensors (the checkpoint), last.safetensors (to resume), log.csv, curve.png.
@@ -55,6 +61,7 @@ def train(recipe: TrainConfig, data: Path, out: Path, console: Console | None = 
         data: folder with images/, labels/ and index.csv whose splits include train and val.
         out: folder of the run, created if need be.
         console: console for progress; None prints nothing.
+        weights: checkpoint, or weights file of a bundle, that a new run begins from; None begins at random.
 
     Returns:
         Path of best.safetensors.
@@ -65,69 +72,122 @@ def train(recipe: TrainConfig, data: Path, out: Path, console: Console | None = 
             diverges.
     """
     _check_tile(recipe)
-    options = recipe.optimisation
-    dims, channels, classes = recipe.network.dims, recipe.network.in_channels, recipe.network.classes
-    splits = read_index(data, dims)
-    spacing = recipe.data.spacing
-    training = Split("train", splits.get("train", []), channels, classes, dims=dims, spacing=spacing)
-    validation = Split("val", splits.get("val", []), channels, classes, dims=dims, spacing=spacing)
-    if options.batch > len(training) * recipe.data.tiles_per_image:
-        raise DataError(
-            f"a batch of {options.batch} tiles is more than one epoch holds; lower optimisation.batch"
-        )
-
+    options, dims = recipe.optimisation, recipe.network.dims
+    training, validation = _splits(recipe, data)
     torch.manual_seed(options.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network: nn.Module = ARCHITECTURES[recipe.architecture](recipe.network)
-    network.to(device).to(memory_format=CHANNELS_LAST[dims])  # type: ignore[call-overload]
-    if dims == 3 and device.type == "cpu":
-        _deepest_in_fp32(network, recipe.network.depth)
+    tiles = Tiles(training, recipe.data, options.seed, dims, recipe.network.objects)
+    begin = None if (out / LAST).exists() else weights
+    network, average = _networks(recipe, tiles, begin, device)
+    kept = network if average is None else average.module
     optimiser = torch.optim.AdamW(
         network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
     )
-    tiles = Tiles(training, recipe.data, options.seed, dims)
     out.mkdir(parents=True, exist_ok=True)
-    state = _resume(out, recipe, network, optimiser)
+    state = _resume(out, recipe, network, optimiser, average)
     (out / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n")
 
-    loader = DataLoader(
-        tiles, options.batch, shuffle=False, num_workers=options.workers, drop_last=True,
-        multiprocessing_context="fork" if options.workers else None,
-    )  # fmt: skip
-    steps = len(loader)
+    steps = len(training) * recipe.data.tiles_per_image // options.batch
     _say(console, f"{recipe.architecture}, {parameters(network):,} parameters, on {device.type}; {len(training)} training "
          f"and {len(validation)} validation images; {steps} steps per epoch" + (f"; resumed after epoch {state.epoch}" if state.epoch else ""))  # fmt: skip
 
     while state.epoch < options.epochs and state.epoch - state.best_epoch < options.patience:
         epoch = state.epoch + 1
-        tiles.set_epoch(epoch)
+        loader = _loader(tiles, tiles.set_epoch(epoch), options)
         network.train()
         total = 0.0
-        with _progress(console, f"epoch {epoch}/{options.epochs}", steps) as advance:
-            for step, (images, labels) in enumerate(loader):
+        with _progress(console, f"epoch {epoch}/{options.epochs}", len(loader)) as advance:
+            for step, batch in enumerate(loader):
+                done = (epoch - 1) * steps + min(step, steps - 1)
                 for group in optimiser.param_groups:
-                    group["lr"] = learning_rate(options, (epoch - 1) * steps + step, options.epochs * steps)
-                with _autocast(device, options.precision):
-                    heads = network(images.to(device, memory_format=CHANNELS_LAST[dims]))
-                loss = deep_supervision_loss(heads, labels.to(device))
+                    group["lr"] = learning_rate(options, done, options.epochs * steps)
+                loss = _loss(network, batch, recipe, device)
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
+                if average is not None:
+                    average.update_parameters(network)
                 total += loss.item()
                 advance()
         _check_finite(total, epoch)
-        scores = evaluate(network, validation, device, options.precision)
+        scores = evaluate(kept, validation, device, options.precision)
         state.epoch = epoch
-        state.rows.append({"epoch": epoch, "loss": total / steps, **scores})
+        state.rows.append({"epoch": epoch, "loss": total / len(loader), **scores})
         if scores["dice_accurate"] > state.best:
             state.best, state.best_epoch = scores["dice_accurate"], epoch
-            checkpoint.save(network, out / "best.safetensors", {"recipe": recipe.model_dump(mode="json"), "epoch": epoch, "validation": scores})  # fmt: skip
+            checkpoint.save(kept, out / "best.safetensors", {"recipe": recipe.model_dump(mode="json"), "epoch": epoch, "validation": scores})  # fmt: skip
         # Last: from here on the epoch counts as finished.
         _write_log(out, state.rows)
-        _save_state(out, recipe, network, optimiser, state)
-        _say(console, f"epoch {epoch}: loss {total / steps:.4f}, validation Dice {scores['dice_accurate']:.4f}"
+        _save_state(out, recipe, network, optimiser, average, state)
+        _say(console, f"epoch {epoch}: loss {total / len(loader):.4f}, validation Dice {scores['dice_accurate']:.4f}"
              f" (best {state.best:.4f} in epoch {state.best_epoch})")  # fmt: skip
     return out / "best.safetensors"
+
+
+def _splits(recipe: TrainConfig, data: Path) -> tuple[Split, Split]:
+    """Reads the training and the validation split."""
+    network, spacing = recipe.network, recipe.data.spacing
+    found = read_index(data, network.dims)
+    training, validation = (
+        Split(
+            name,
+            found.get(name, []),
+            network.in_channels,
+            network.classes,
+            dims=network.dims,
+            spacing=spacing,
+            numbered=name == "train" and _numbered(recipe),
+        )
+        for name in ("train", "val")
+    )
+    if recipe.optimisation.batch > len(training) * recipe.data.tiles_per_image:
+        raise DataError(
+            f"a batch of {recipe.optimisation.batch} tiles is more than one epoch holds; lower optimisation.batch"
+        )
+    return training, validation
+
+
+def _numbered(recipe: TrainConfig) -> bool:
+    """Whether labels are read as maps of object numbers."""
+    return bool(recipe.network.objects) or recipe.data.small_objects > 1
+
+
+def _networks(
+    recipe: TrainConfig, tiles: Tiles, weights: Path | None, device: torch.device
+) -> tuple[nn.Module, AveragedModel | None]:
+    """The network, and the moving average of its weights and statistics where the recipe has one."""
+    network: nn.Module = ARCHITECTURES[recipe.architecture](recipe.network)
+    if weights is not None:
+        images = torch.stack([tiles[n].image for n in range(recipe.optimisation.batch)])
+        begin_from(weights, network, images)
+    network.to(device).to(memory_format=CHANNELS_LAST[recipe.network.dims])  # type: ignore[call-overload]
+    average = None
+    if recipe.optimisation.average:
+        update = get_ema_multi_avg_fn(recipe.optimisation.average)  # type: ignore[no-untyped-call]
+        average = AveragedModel(network, multi_avg_fn=update, use_buffers=True)
+    if recipe.network.dims == 3 and device.type == "cpu":
+        # Each for itself and after the copy, because it takes a node's own `forward`.
+        for one in [network] if average is None else [network, average.module]:
+            _deepest_in_fp32(one, recipe.network.depth)
+    return network, average
+
+
+def _loss(network: nn.Module, batch: Tile, recipe: TrainConfig, device: torch.device) -> Tensor:
+    with _autocast(device, recipe.optimisation.precision):
+        heads = network(batch.image.to(device, memory_format=CHANNELS_LAST[recipe.network.dims]))
+    return deep_supervision_loss(
+        heads,
+        batch.label.to(device),
+        batch.objects.to(device) if recipe.network.objects else None,
+        batch.weight.to(device) if _numbered(recipe) else None,
+    )
+
+
+def _loader(tiles: Tiles, shrink: int, options: OptimisationConfig) -> DataLoader[Tile]:
+    return DataLoader(
+        tiles, max(options.batch // shrink, 1), shuffle=False, num_workers=options.workers, drop_last=True,
+        multiprocessing_context="fork" if options.workers else None,
+    )  # fmt: skip
 
 
 def _deepest_in_fp32(network: nn.Module, depth: int) -> None:
@@ -150,6 +210,11 @@ def _deepest_in_fp32(network: nn.Module, depth: int) -> None:
 def _check_tile(recipe: TrainConfig) -> None:
     network, tile = recipe.network, recipe.data.tile_shape(recipe.network.dims)
     divisor = network.divisor(network.depth)
+    large = recipe.data.large_tile
+    if large is not None and (large < divisor or large % divisor):
+        raise RecipeError(
+            f"data.large_tile: {large} is not a multiple of {divisor}, which a network of depth {network.depth} needs"
+        )
     if len(tile) != network.dims:
         raise RecipeError(f"data.tile: {list(tile)} has {len(tile)} axes, the network {network.dims}")
     if network.dims == 3 and network.in_channels != 1:
@@ -197,7 +262,7 @@ def evaluate(network: nn.Module, split: Split, device: torch.device, precision: 
         padded = pad_to(torch.from_numpy(image)[None].to(device), config.divisor(config.depth))
         with _autocast(device, precision):
             logits = network(padded.to(memory_format=CHANNELS_LAST[config.dims]))
-        scores = [probabilities(head[..., *inside].float()) for head in logits]
+        scores = [probabilities(head[:, : config.classes, *inside].float()) for head in logits]
         scores.append(torch.stack(scores).mean(0))
         truth = torch.from_numpy(label).to(device)
         for name, score in zip(names, scores, strict=True):
@@ -232,13 +297,20 @@ def _autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def _save_state(
-    out: Path, recipe: TrainConfig, network: nn.Module, optimiser: torch.optim.Optimizer, state: State
+    out: Path,
+    recipe: TrainConfig,
+    network: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    average: AveragedModel | None,
+    state: State,
 ) -> None:
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    if average is not None:
+        tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
     for index, moments in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in moments.items()}
     metadata = {"recipe": recipe.model_dump_json(), "state": json.dumps(vars(state))}
-    with checkpoint.atomic(out / "last.safetensors") as temporary:
+    with checkpoint.atomic(out / LAST) as temporary:
         save_file(
             {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()},
             temporary,
@@ -246,8 +318,14 @@ def _save_state(
         )
 
 
-def _resume(out: Path, recipe: TrainConfig, network: nn.Module, optimiser: torch.optim.Optimizer) -> State:
-    path = out / "last.safetensors"
+def _resume(
+    out: Path,
+    recipe: TrainConfig,
+    network: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    average: AveragedModel | None,
+) -> State:
+    path = out / LAST
     if not path.exists():
         return State()
     try:
@@ -266,9 +344,11 @@ def _resume(out: Path, recipe: TrainConfig, network: nn.Module, optimiser: torch
         raise RecipeError(
             f"{out} holds a run of another recipe (see recipe.json there); choose another --out to start anew"
         )
-    network.load_state_dict(
-        {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
-    )
+    for prefix, one in (("network.", network), ("average.", average)):
+        if one is not None:
+            one.load_state_dict(
+                {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            )
     weights = list(network.parameters())
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

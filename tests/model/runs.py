@@ -66,11 +66,11 @@ def interrupted_at(monkeypatch, epoch):
     """Control-C in the middle of that epoch's steps."""
     loss, calls = train.deep_supervision_loss, [0]
 
-    def interrupting(heads, labels):
+    def interrupting(heads, labels, *more):
         calls[0] += 1
         # Four steps per epoch; the second step of the epoch.
         if calls[0] == 4 * (epoch - 1) + 2:
             raise KeyboardInterrupt
-        return loss(heads, labels)
+        return loss(heads, labels, *more)
 
     monkeypatch.setattr(train, "deep_supervision_loss", interrupting)

@@ -22,13 +22,13 @@ def test_two_pixels_by_hand(smooth, expected):
     # BCE = -(ln 3/4 + ln(1 - 1/4)) / 2 = -ln 3/4 = ln 4/3
     # Dice = (2 * 3/4 + s) / (3/4 + 1/4 + 1 + s): s = 0: 3/4, s = 1: 2.5/3 = 5/6
     # loss = 1/2 * ln 4/3 + 1 - Dice
-    loss = head_loss(two_pixels(LN3, -LN3), torch.tensor([[[1, 0]]]), smooth)
+    loss = head_loss(two_pixels(LN3, -LN3), torch.tensor([[[1, 0]]]), smooth=smooth)
     assert loss.item() == pytest.approx(0.5 * math.log(4 / 3) + expected, abs=1e-6)
 
 
 def test_all_wrong_by_hand():
     # p = 1/4 and 3/4 with labels 1 and 0: BCE = ln 4; Dice (s = 0) = 2 * 1/4 / 2 = 1/4.
-    loss = head_loss(two_pixels(-LN3, LN3), torch.tensor([[[1, 0]]]), 0.0)
+    loss = head_loss(two_pixels(-LN3, LN3), torch.tensor([[[1, 0]]]), smooth=0.0)
     assert loss.item() == pytest.approx(0.5 * math.log(4) + 0.75, abs=1e-6)
 
 
@@ -46,7 +46,7 @@ def test_softmax_by_hand():
     # CE = (ln 2 + ln 2) / 2 = ln 2
     # Dice of class 1 (s = 0): 2 * 1/2 / (1/2 + 1/4 + 1) = 1 / 1.75 = 4/7; class 2 alike; background is left out.
     logits = torch.log(torch.tensor([[1 / 4, 1 / 2, 1 / 4], [1 / 4, 1 / 4, 1 / 2]])).T.reshape(1, 3, 1, 2)
-    loss = head_loss(logits, torch.tensor([[[1, 2]]], dtype=torch.uint8), 0.0)
+    loss = head_loss(logits, torch.tensor([[[1, 2]]], dtype=torch.uint8), smooth=0.0)
     assert loss.item() == pytest.approx(0.5 * math.log(2) + 1 - 4 / 7, abs=1e-6)
 
 
@@ -62,7 +62,7 @@ def test_dice_is_averaged_over_images_not_over_pixels_of_the_batch():
     far = (answer * 2 - 1) * 50
     labels = target[:, 0].long()
     # BCE of the one missed pixel: 50 / 32 pixels.
-    assert head_loss(far, labels, 0.0).item() == pytest.approx(0.5 * 50 / 32 + 0.5, abs=1e-5)
+    assert head_loss(far, labels, smooth=0.0).item() == pytest.approx(0.5 * 50 / 32 + 0.5, abs=1e-5)
 
 
 def test_a_batch_costs_the_mean_of_its_images():
@@ -98,6 +98,26 @@ def test_the_gradient_reaches_every_head_and_every_node(dims, classes):
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
+
+
+def test_a_channel_of_objects_by_hand():
+    # p = 3/4 and 1/4 in both channels. The class as in the first test; the object's targets are 1/2 and 0:
+    # BCE = -(1/2 ln 3/4 + 1/2 ln 1/4 + ln 3/4) / 2
+    both = torch.cat([two_pixels(LN3, -LN3)] * 2, dim=1)
+    labels, target = torch.tensor([[[1, 0]]]), torch.tensor([[[[0.5, 0.0]]]])
+    alone = head_loss(both[:, :1], labels).item()
+    expected = -(0.5 * math.log(3 / 4) + 0.5 * math.log(1 / 4) + math.log(3 / 4)) / 2
+    assert head_loss(both, labels, target).item() == pytest.approx(alone + expected, abs=1e-6)
+
+
+def test_weights_are_those_of_a_weighted_mean_of_the_cross_entropies():
+    # Pixels cost ln 4/3 (right) and ln 4 (wrong); the wrong one counts three times. Dice knows no weights.
+    logits, labels = two_pixels(LN3, LN3), torch.tensor([[[1, 0]]])
+    weight = torch.tensor([[[1.0, 3.0]]])
+    dice = head_loss(logits, labels).item() - 0.5 * (math.log(4 / 3) + math.log(4)) / 2
+    expected = 0.5 * (math.log(4 / 3) + 3 * math.log(4)) / 4 + dice
+    assert head_loss(logits, labels, weight=weight).item() == pytest.approx(expected, abs=1e-6)
+    assert head_loss(logits, labels, weight=weight * 7).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_half_precision_logits_are_judged_in_float32():

@@ -63,6 +63,23 @@ def test_resuming_is_exact_for_other_networks(tmp_path, discs, monkeypatch, netw
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
+def test_resuming_is_exact_with_an_average_objects_and_large_tiles(tmp_path, discs_kept, monkeypatch):
+    same = recipe(
+        epochs=3,
+        network={"objects": ("distance",)},
+        data={"large_tile": 32, "small_objects": 2.0, "elastic": 0.5, "colour": 0.5, "tiles_per_image": 4},
+        average=0.9,
+    )
+    train.train(same, discs_kept, tmp_path / "a")
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(same, discs_kept, tmp_path / "b")
+    torch.manual_seed(99)
+    train.train(same, discs_kept, tmp_path / "b")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
 @pytest.mark.parametrize("victim", ["save_state", "log"])
 def test_a_kill_between_the_files_of_the_last_epoch_loses_nothing(
     tmp_path, discs_kept, finished, monkeypatch, victim

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.data import DataConfig, Tiles, pad_to
+from model.data import DataConfig, Split, Tiles, pad_to
+from model.reading import read_index
 from tests.model.samples import RANDOM, save_png, save_volume, split_of, volumes_of
 
 # MONAI says so once for each image without foreground; such images are meant.
@@ -55,7 +56,7 @@ def test_shapes_and_binary_labels(discs_kept, channels, tile):
     tiles = Tiles(split_of(discs_kept, channels=channels), DataConfig(tile=tile, tiles_per_image=8), 0)
     seen = set()
     for n in range(len(tiles)):
-        image, label = tiles[n]
+        image, label, *_ = tiles[n]
         assert (image.shape, image.dtype) == ((channels, tile, tile), torch.float32)
         assert (label.shape, label.dtype) == ((tile, tile), torch.uint8)
         assert type(image) is type(label) is torch.Tensor
@@ -69,7 +70,7 @@ def test_tiles_of_volumes_have_the_shape_asked_for(balls_kept):
     tiles = Tiles(volumes_of(balls_kept), DataConfig(tile=(16, 24, 32), rotate90=False), 0, dims=3)
     seen = set()
     for n in range(len(tiles)):
-        image, label = tiles[n]
+        image, label, *_ = tiles[n]
         assert (image.shape, image.dtype, image.is_contiguous()) == ((1, 16, 24, 32), torch.float32, True)
         assert (label.shape, label.dtype) == ((16, 24, 32), torch.uint8)
         assert image.isfinite().all()
@@ -103,6 +104,7 @@ def test_volumes_are_mirrored_along_the_axes_asked_for_alone(flip):
             [np.zeros((1, 24, 24, 24), np.float32)],
             [(grid * [[[[1]]], [[[2]]], [[[4]]]]).sum(0).astype(np.uint8)],
         )
+        numbers = None
 
         def __len__(self):
             return 1
@@ -111,7 +113,7 @@ def test_volumes_are_mirrored_along_the_axes_asked_for_alone(flip):
     tiles = Tiles(Corners(), config, 0, dims=3)
     turned = {axis: set() for axis in range(3)}
     for n in range(len(tiles)):
-        label = tiles[n][1].numpy()
+        label = tiles[n].label.numpy()
         for axis in range(3):
             half = (label >> axis) & 1 == 1
             turned[axis].add(bool(np.nonzero(half)[axis].mean() < np.nonzero(~half)[axis].mean()))
@@ -123,7 +125,7 @@ def test_image_and_label_of_a_volume_move_together(balls_kept):
     tiles = Tiles(volumes_of(balls_kept), config, 0, dims=3)
     agreeing = []
     for n in range(len(tiles)):
-        image, label = tiles[n]
+        image, label, *_ = tiles[n]
         if 0.1 < (label > 0).float().mean() < 0.9:
             agreeing.append(bool(image[0][label > 0].mean() > image[0][label == 0].mean() + 0.3))
     assert len(agreeing) > 10
@@ -145,7 +147,7 @@ def test_volumes_of_any_size_give_tiles(tmp_path_factory, sides, value, tile):
     config = DataConfig(tile=tile, tiles_per_image=1, rotate90=False)
     tiles = Tiles(volumes_of(root), config, 0, dims=3)
     for n in range(len(tiles)):
-        image, label = tiles[n]
+        image, label, *_ = tiles[n]
         assert (image.shape[1:], label.shape) == (config.tile_shape(3), config.tile_shape(3))
         assert image.isfinite().all()
 
@@ -157,7 +159,7 @@ def test_image_and_label_move_together(discs_kept, invert):
     tiles = Tiles(split_of(discs_kept), DataConfig(tile=32, tiles_per_image=8, invert=invert), 0)
     differences = [
         float(image[0][label == 1].mean() - image[0][label == 0].mean())
-        for image, label in (tiles[n] for n in range(len(tiles)))
+        for image, label, *_ in (tiles[n] for n in range(len(tiles)))
         if 0 < label.sum() < label.numel()
     ]
     assert len(differences) > 16
@@ -182,7 +184,7 @@ def test_images_of_any_size_give_tiles(tmp_path_factory, height, width, value, t
     (root / "index.csv").write_text("id,split\n0,train\n1,train\n")
     tiles = Tiles(split_of(root), DataConfig(tile=tile, tiles_per_image=2), 0)
     for n in range(len(tiles)):
-        image, label = tiles[n]
+        image, label, *_ = tiles[n]
         assert (image.shape, label.shape) == ((1, tile, tile), (tile, tile))
         assert image.isfinite().all()
 
@@ -193,6 +195,52 @@ def test_balance_draws_the_rare_more_often(discs_kept):
     np.testing.assert_allclose(even, 0.25)
     # One rare, three common images: 1 to 1/sqrt(3) each.
     np.testing.assert_allclose(balanced, np.array([1, 3**-0.5, 3**-0.5, 3**-0.5]) / (1 + 3**0.5))
+
+
+# --- objects ---
+
+
+def numbered(root):
+    return Split("train", read_index(root)["train"], 1, 1, numbered=True)
+
+
+def test_objects_and_weights_come_with_tiles_of_numbered_labels(discs_kept):
+    config = DataConfig(tile=32, tiles_per_image=4, small_objects=3.0)
+    tiles = Tiles(numbered(discs_kept), config, 0, channels=("distance",))
+    for n in range(len(tiles)):
+        tile = tiles[n]
+        assert (tile.objects.shape, tile.objects.dtype) == ((1, 32, 32), torch.float32)
+        assert (tile.weight.shape, tile.weight.dtype) == ((32, 32), torch.float32)
+        assert torch.equal(tile.objects[0] > 0, tile.label > 0)
+        assert set(tile.label.unique().tolist()) <= {0, 1}
+    plain = Tiles(numbered(discs_kept), config, 0)[0]
+    assert plain.objects.shape == (0, 32, 32)
+
+
+def test_every_second_epoch_has_large_tiles_and_as_many_steps(discs_kept):
+    config = DataConfig(tile=16, large_tile=32, tiles_per_image=8)
+    tiles = Tiles(split_of(discs_kept), config, 0)
+    seen = []
+    for epoch in (1, 2, 3):
+        shrink = tiles.set_epoch(epoch)
+        seen.append((shrink, len(tiles), tuple(tiles[0].label.shape)))
+    assert seen == [(1, 32, (16, 16)), (4, 8, (32, 32)), (1, 32, (16, 16))]
+
+
+def test_distortion_and_colours_leave_labels_on_their_image(discs_kept):
+    config = DataConfig(tile=32, tiles_per_image=8, invert=0, elastic=1.0, colour=1.0)
+    split = split_of(discs_kept, channels=3)
+    tiles, other = Tiles(split, config, 0), Tiles(split, config, 0)
+    differences = [
+        float(image.mean(0)[label == 1].mean() - image.mean(0)[label == 0].mean())
+        for image, label, *_ in (tiles[n] for n in range(len(tiles)))
+        if 0 < label.sum() < label.numel()
+    ]
+    assert len(differences) > 16
+    assert all(difference > 0.3 for difference in differences)
+    # The channels of a grey image differ after the mixture, and are drawn by the item alone.
+    assert not torch.equal(tiles[3].image[0], tiles[3].image[1])
+    assert all(same(tiles[n], other[n]) for n in (5, 2))
 
 
 # --- padding ---

@@ -236,6 +236,7 @@ class TestRefused:
         (volume_recipe(data={"tile": (16, 32, 16), "rotate90": True}),
          r"data\.rotate90: no quarter turns where the first two sides of data\.tile differ, 16 and 32"),
         (recipe(data={"tile": (16, 32)}), r"data\.rotate90: no quarter turns"),
+        (recipe(data={"large_tile": 18}), r"data\.large_tile: 18 is not a multiple of 4"),
     ])  # fmt: skip
     def test_recipes_whose_network_and_tiles_do_not_fit(
         self, discs_kept, balls_kept, tmp_path, wanted, match
@@ -247,6 +248,52 @@ class TestRefused:
     def test_a_batch_larger_than_an_epoch(self, discs_kept, tmp_path):
         with pytest.raises(DataError, match="a batch of 17 tiles is more than one epoch holds"):
             train.train(recipe(batch=17), discs_kept, tmp_path / "run")
+
+
+# --- average and channels of objects ---
+
+
+def test_the_kept_weights_are_the_moving_average_of_those_of_the_steps(tmp_path, discs_kept, monkeypatch):
+    seen = []
+    step = torch.optim.AdamW.step
+
+    def observed(self):
+        step(self)
+        seen.append(self.param_groups[0]["params"][0].detach().clone())
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", observed)
+    train.train(recipe(epochs=1, average=0.5), discs_kept, tmp_path)
+    expected = seen[0]
+    for weights in seen[1:]:
+        expected = 0.5 * expected + 0.5 * weights
+    kept, _ = checkpoint.load(tmp_path / "best.safetensors")
+    torch.testing.assert_close(next(kept.parameters()).detach(), expected)
+    assert not torch.equal(expected, seen[-1])
+
+
+def test_volumes_have_an_average_whose_deepest_node_is_its_own(tmp_path, balls_kept):
+    train.train(volume_recipe(epochs=1, average=0.5), balls_kept, tmp_path)
+    kept, _ = checkpoint.load(tmp_path / "best.safetensors")
+    last = load_file(tmp_path / "last.safetensors")
+    deepest = "nodes.2_0.0.weight"
+    assert torch.equal(kept.state_dict()[deepest], last[f"average.module.{deepest}"])
+    assert not torch.equal(kept.state_dict()[deepest], last[f"network.{deepest}"])
+
+
+def test_a_channel_of_objects_is_learnt_beside_the_class(tmp_path, discs_kept):
+    options = recipe(epochs=6, network={"objects": ("distance",)}, data={"invert": 0.0})
+    train.train(options, discs_kept, tmp_path)
+    network, _ = checkpoint.load(tmp_path / "best.safetensors")
+    split = Split("val", read_index(discs_kept)["val"], 1, 1)
+    score = torch.sigmoid(network(torch.from_numpy(split.images[0])[None])[-1])[0]
+    assert score.shape == (2, 32, 32)
+    label = torch.from_numpy(split.labels[0])
+    assert score[1][label == 1].mean() > score[1][label == 0].mean() + 0.1
+
+
+def test_channels_of_objects_need_one_class():
+    with pytest.raises(ValueError, match="objects needs a network of one class, this one has 3"):
+        UNetPlusPlusConfig(classes=3, objects=("distance",))
 
 
 # --- learning rate ---

@@ -1,0 +1,70 @@
+"""What the channels of objects are trained on, made from a map of object numbers.
+
+The distance is cut off at a few pixels, because the shallow levels do not see farther: a target that depends on the
+size of the whole object, as in Naylor et al., "Segmentation of Nuclei in Histopathology Images by Deep Regression of
+the Distance Map" (2019), cannot be learnt by a level that sees 18 pixels.
+"""
+
+import numpy as np
+import scipy
+from numpy.typing import NDArray
+from skimage.segmentation import find_boundaries
+
+# Pixels from the edge on from which the distance is 1. Smaller objects reach 1 at their middle.
+REACH = 8
+
+
+def targets(
+    numbers: NDArray[np.integer], names: tuple[str, ...], reach: float = REACH
+) -> NDArray[np.float32]:
+    """Targets of the channels of that name, each in [0, 1].
+
+    Args:
+        numbers: (H, W[, D]) number of the object at each pixel, 0 for none.
+        names: those of `UNetPlusPlusConfig.objects`.
+        reach: pixels from the edge on from which the distance is 1.
+
+    Returns:
+        (M, H, W[, D]), a channel per name.
+    """
+    made = np.empty((len(names), *numbers.shape), np.float32)
+    inner = (
+        find_boundaries(numbers, mode="inner") if names and numbers.any() else np.zeros(numbers.shape, bool)
+    )
+    for channel, name in zip(made, names, strict=True):
+        channel[...] = inner if name == "boundary" else _distance(numbers, inner, reach)
+    return made
+
+
+def _distance(numbers: NDArray[np.integer], boundary: NDArray[np.bool_], reach: float) -> NDArray[np.float32]:
+    """Distance to the edge of the pixel's own object, as a share of the object's largest or of `reach`."""
+    inside = numbers > 0
+    if not inside.any():
+        return np.zeros(numbers.shape, np.float32)
+    # From the pixels of the boundary, which are one away from the edge; a tile within one object has none.
+    interior = inside & ~boundary
+    deep = np.full(numbers.shape, reach) if interior.all() else scipy.ndimage.distance_transform_edt(interior)
+    distance = np.where(inside, deep + 1, 0)
+    _, which = np.unique(numbers, return_inverse=True)
+    which = which.reshape(numbers.shape)
+    largest = scipy.ndimage.maximum(distance, which, np.arange(which.max() + 1))
+    share: NDArray[np.float32] = np.minimum(distance / np.clip(largest, 1, reach)[which], 1).astype(
+        np.float32
+    )
+    return share
+
+
+def weights(numbers: NDArray[np.integer], most: float) -> NDArray[np.float32]:
+    """Weight of each pixel: background 1, an object the more the smaller it is beside the others, up to `most`.
+
+    The square root of the median area over its own, so that an object counts by its width rather than its area.
+    """
+    _, which, areas = np.unique(numbers, return_inverse=True, return_counts=True)
+    values, present = np.unique(numbers), numbers > 0
+    if not present.any():
+        return np.ones(numbers.shape, np.float32)
+    objects = values > 0
+    factor = np.ones(len(values))
+    factor[objects] = np.clip(np.sqrt(np.median(areas[objects]) / areas[objects]), 1, most)
+    found: NDArray[np.float32] = factor[which.reshape(numbers.shape)].astype(np.float32)
+    return found
