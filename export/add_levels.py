@@ -124,6 +124,11 @@ def add_levels(
     check_out(out)
     producer = from_bundle(bundle)
     manifest, progress = bundle.manifest, progress_file(out)
+    if labels is not None and manifest.objects is not None:
+        raise ExportError(
+            "label maps say nothing of the network's channel for objects; leave --labels out, and the levels are trained on "
+            "the deepest scores"
+        )
     files = image_files(images, SPLIT, manifest.dims, labels)
     run = _identity(bundle, files + (image_files(labels) if labels else []), options.seed)
     distillation = Distillation(producer, progress, run, threshold=manifest.threshold, seed=options.seed)

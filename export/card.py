@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from export.tail import Activation, Aggregation
-from server.runtime.bundle import Class, Preprocessing, Window
+from server.runtime.bundle import Class, ObjectChannel, Preprocessing, Window
 
 
 class ExportError(ValueError):
@@ -57,6 +57,7 @@ class Card(BaseModel):
         spacing: mm per voxel that a network for volumes was trained at; None takes any.
         mirror_axes: axes along which the network was trained on mirrored inputs, from 0; without them there is no `tta`.
         threshold: foreground is a score above it, for one class.
+        objects: meaning of a head's second channel, which tells touching objects apart; for one class with the activation "sigmoid".
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,6 +80,7 @@ class Card(BaseModel):
     spacing: tuple[float, float, float] | None = None
     mirror_axes: tuple[int, ...] | None = None
     threshold: float = Field(0.5, gt=0, lt=1)
+    objects: ObjectChannel | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Card":

@@ -38,7 +38,7 @@ def check_fit(network: HeadedGraph, card: Card) -> tuple[Input, Activation]:
         raise ExportError(
             f"the network has {len(network.heads)} heads; a bundle has levels 1 to {MAX_LEVELS}"
         )
-    _check_classes(network.shapes[network.heads[-1]][1], len(card.classes), card.activation)
+    _check_classes(network.shapes[network.heads[-1]][1], card)
     for head in network.heads:
         _check_activation(network, head, card)
     return card.input, card.activation
@@ -54,12 +54,13 @@ def check_channels(card: Card, channels: int) -> None:
         raise ExportError(f"the card names {len(card.channels)} channels, the network takes {channels}")
 
 
-def _check_classes(channels: int, classes: int, activation: Activation) -> None:
-    expected = {"sigmoid": 1, "softmax": classes + 1, "sigmoid-per-class": classes}[activation]
+def _check_classes(channels: int, card: Card) -> None:
+    classes, activation, objects = len(card.classes), card.activation or "sigmoid", card.objects is not None
+    expected = {"sigmoid": 1 + objects, "softmax": classes + 1, "sigmoid-per-class": classes}[activation]
     if channels == expected and (activation != "sigmoid" or classes == 1):
         return
     meaning = {
-        "sigmoid": "one channel, of one class",
+        "sigmoid": "one channel of one class, and one of objects" if objects else "one channel, of one class",
         "softmax": "the background and then a channel per class",
         "sigmoid-per-class": "a channel per class, without the background",
     }

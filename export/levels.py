@@ -228,8 +228,12 @@ class Distillation:
         return {name: torch.from_numpy(value) for name, value in named}, scores
 
     def _served(self, scores: Scores) -> Scores:
-        """Scores with the background that the server has."""
-        several = self.producer.after.activation == "sigmoid-per-class"
+        """Scores of the classes, with the background that the server has."""
+        activation = self.producer.after.activation
+        if activation == "sigmoid":
+            # What follows is a channel of objects.
+            return scores[:, :1]
+        several = activation == "sigmoid-per-class"
         return activated(scores, Tail("sigmoid-per-class", applied=True)) if several else scores
 
     def _of_labels(self, labels: UInt8[ndarray, "N *tile"], channels: int) -> Scores:

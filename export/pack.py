@@ -74,6 +74,7 @@ def export(
         orientation="RAS" if volumes else None,
         spacing=known.get("spacing") if volumes else None,
         mirror_axes=known.get("flip"),
+        objects=_objects(card, config.objects),
     )
     check_channels(card, config.in_channels)
     _check_classes(card, config.classes)
@@ -252,6 +253,20 @@ def _with_facts(card: Card, **facts: object) -> Card:
         return Card.model_validate(card.model_dump() | facts)
     except ValidationError as error:
         raise ExportError(f"not a valid card: {in_words(error)}") from error
+
+
+def _objects(card: Card, names: tuple[str, ...]) -> dict[str, object] | None:
+    """What the card says of the channel of objects that a checkpoint has.
+
+    Raises:
+        ExportError: the card has another one.
+    """
+    stated = card.objects
+    if stated and stated.kind not in names:
+        raise ExportError(
+            f'the card says objects.kind = "{stated.kind}", the network has {names[0] if names else "no such channel"}'
+        )
+    return (stated.model_dump() if stated else {"kind": names[0]}) if names else None
 
 
 def _check_classes(card: Card, classes: int) -> None:

@@ -249,12 +249,14 @@ class Mask:
         head_std: (H, W) or (X, Y, Z) float16, standard deviation of the foreground probability over the
             heads.
         confidence: (H, W) or (X, Y, Z) float16, score of the best foreground class.
+        interior: (H, W) or (X, Y, Z) float16, the higher the farther a pixel lies inside its object, as the network sees it.
     """
 
     classes: UInt8[ndarray, "*size"]
     scores: Shaped[ndarray, "K *size"] | None = None
     head_std: Shaped[ndarray, "*size"] | None = None
     confidence: Shaped[ndarray, "*size"] | None = None
+    interior: Shaped[ndarray, "*size"] | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Literal, overload
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.jobs.active import JobStatus
-from server.runtime.bundle import HEAD_STD, Class, Comparison, Graph, Manifest
+from server.runtime.bundle import HEAD_STD, Class, Comparison, Graph, Manifest, ObjectChannel
 from server.runtime.calibration import Agreement, Calibration, Distilled, Measured
 from server.runtime.curve import DepthCurve
 from server.runtime.deployment import Deployment
@@ -48,6 +48,7 @@ class ModelCard(ModelSummary):
     spacing: tuple[float, float, float] | None
     normalization: str
     mirror_axes: tuple[int, ...] | None
+    objects: ObjectChannel | None
     classes: tuple[Class, ...]
     graphs: tuple[Graph, ...]
     calibration: Calibration | None
@@ -165,6 +166,7 @@ def card(deployment: Deployment, default: str) -> ModelCard:
         spacing=manifest.spacing,
         normalization=manifest.normalization,
         mirror_axes=manifest.mirror_axes,
+        objects=manifest.objects,
         classes=manifest.classes,
         graphs=manifest.graphs,
         calibration=manifest.calibration,

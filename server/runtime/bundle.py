@@ -52,6 +52,19 @@ class Window(Part):
     overlap: float = Field(ge=0, le=0.75)
 
 
+class ObjectChannel(Part):
+    """A channel that tells touching objects apart, after that of the class in the scores of every graph.
+
+    Attributes:
+        kind: "distance": the farther a pixel lies inside its object, the higher; "centre": high around the middle of each
+            object; "boundary": high at the edge of each object, also where two touch.
+        saddle: two peaks of what it gives are one object if the saddle between them is at least this share of the lower one.
+    """
+
+    kind: Literal["distance", "centre", "boundary"]
+    saddle: float = Field(0.9, gt=0, lt=1)
+
+
 class Preprocessing(Part):
     """Operations of the graphs on an image after its statistics are removed, in this order.
 
@@ -110,6 +123,7 @@ class Manifest(Part):
         activation: function that makes scores of a head's output; "sigmoid-per-class" has several classes, and a background that is
             as likely as the best of them is not.
         activation_included: whether `network.onnx` ends in it.
+        objects: meaning of the channel that follows the class's; None where objects are told apart by their shape.
         head_std: `accurate` with one channel more: the standard deviation over the heads of the foreground
             probability. None where there is one head, or the bundle was exported by a version that had no
             such graph.
@@ -140,6 +154,7 @@ class Manifest(Part):
     norm: Literal["none", "batch", "instance"] | None = None
     threshold: float = Field(0.5, gt=0, lt=1)
     classes: tuple[Class, ...] = Field(min_length=1)
+    objects: ObjectChannel | None = None
     window: Window
     mirror_axes: tuple[int, ...] | None = None
     graphs: tuple[Graph, ...] = Field(min_length=1)
@@ -225,6 +240,8 @@ class Manifest(Part):
         values = [c.value for c in self.classes]
         if values != list(range(1, len(values) + 1)):
             raise ValueError(f"values of classes must be 1, 2, ...: {values}")
+        if self.objects and self.activation != "sigmoid":
+            raise ValueError(f"objects needs one class with activation sigmoid, not {self.activation}")
         if self.activation == "sigmoid" and len(values) > 1:
             raise ValueError(f"activation sigmoid means exactly one class: {[c.name for c in self.classes]}")
         return self

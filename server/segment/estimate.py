@@ -95,7 +95,7 @@ def estimate_work(
     windows, tile_pixels = math.prod(grid.counts), math.prod(grid.tile)
     copies = len(flips(params.tta, manifest.mirror_axes))
     pixels, network, k = math.prod(header.size), math.prod(placement.size), manifest.score_channels
-    needs = encoding.needs(formats)
+    needs = mask_needs(formats, params, manifest)
     # The network's own copy: resampled, or colours averaged to grey.
     copied = network * 4 * header.channels if placement.resampled else 0
     copied += network * 4 if header.channels > len(manifest.channels) else 0
@@ -104,7 +104,7 @@ def estimate_work(
         t if a == grid.axis else max(s, t)
         for a, (s, t) in enumerate(zip(placement.size, grid.tile, strict=True))
     )
-    open_channels = k + ("head_std" in needs)
+    open_channels = k + ("head_std" in needs) + (manifest.objects is not None)
     open_rows = math.prod(sides) * 4 * (2 * open_channels + 3)
     chunks = (
         max(CHUNK_PIXELS, tile_pixels) * copies * 4 * (len(manifest.channels) + open_channels) * 2
@@ -119,6 +119,12 @@ def estimate_work(
     covered = math.prod(min(s, t) for s, t in zip(placement.size, grid.tile, strict=True))
     tiles = windows * copies
     return Estimate(max(pixels, network), tiles, tile_pixels, tiles * (tile_pixels - covered), memory)
+
+
+def mask_needs(formats: tuple[str, ...], params: SegmentParams, manifest: Manifest) -> frozenset[str]:
+    """Parts of the mask that the formats need, and "interior" where objects are told apart by the network."""
+    by_network = params.instances and manifest.objects is not None
+    return encoding.needs(formats) | ({"interior"} if by_network else frozenset())
 
 
 def check_limits(estimate: Estimate, header: InputHeader, limits: LimitsSettings) -> None:
@@ -156,7 +162,7 @@ def _output_bytes(
     # The score of each pixel's class; what is labelled and listed. Post-processing is over when the mask is
     # encoded.
     objects = "objects" in needs
-    memory += (2 if objects else 0) * pixels
+    memory += (2 * objects + 2 * ("interior" in needs)) * pixels
     encoded = (postprocess.label_bytes(pixels) if objects else 0) + encoding.memory(formats, header)
     memory += max(postprocess.memory_bytes(params, pixels, objects=objects), encoded)
     return memory + (LISTED_BYTES * min(MAX_LISTED, pixels) if "report" in needs else 0)

@@ -33,7 +33,7 @@ class WindowMerger:
 
     Args:
         windows: positions of the windows.
-        channels: K of the scores.
+        channels: K of the scores; further channels of a window are ignored unless they are written.
         threshold: foreground is a score above it; for K > 1 that of the best foreground class, or None where
             the largest score wins.
         classes: uint8, written to; its axes are those of the windows, of the grid's size or another, to which
@@ -44,6 +44,8 @@ class WindowMerger:
         confidence: float16, written to in the same axes and size: the score of the best foreground class,
             also where background won; or None.
         certainty: counts of uncertain pixels, added to; or None.
+        interior: float16, written to in the same axes and size: what the channel after the K says of objects; or None.
+        boundary: whether that channel is high at edges, so that what is left of the score lies inside.
 
     Attributes:
         largest: (K,) the highest score of each channel so far; only with `confidence`.
@@ -59,6 +61,9 @@ class WindowMerger:
         head_std: Shaped[ndarray, "*size"] | None = None,
         confidence: Shaped[ndarray, "*size"] | None = None,
         certainty: Certainty | None = None,
+        interior: Shaped[ndarray, "*size"] | None = None,
+        *,
+        boundary: bool = False,
     ) -> None:
         self.largest = np.zeros(channels, dtype=np.float32)
         self._windows = windows
@@ -68,14 +73,22 @@ class WindowMerger:
         self._head_std = None if head_std is None else np.moveaxis(head_std, windows.axis, 0)
         self._confidence = None if confidence is None else np.moveaxis(confidence, windows.axis, 0)
         self._certainty = certainty
+        self._interior = None if interior is None else np.moveaxis(interior, windows.axis, 0)
+        self._boundary = boundary
         self._channels = channels
+        # Those that are summed: the classes, the channel of objects, and the last for the standard deviation.
+        self._kept = [
+            *range(channels),
+            *([channels] * (interior is not None)),
+            *([-1] * (head_std is not None)),
+        ]
         self._rows, *self._across = self._rows_first(windows.size)
         rows, *across = self._rows_first(windows.tile)
         self._weights = importance((rows, *across)) if windows.blended else np.float32(1)
         # Rows [top, top + rows), still open to further windows.
         self._top = 0
         padded = [max(side, tile) for side, tile in zip(self._across, across, strict=True)]
-        self._sum = np.zeros((channels + (head_std is not None), rows, *padded), dtype=np.float32)
+        self._sum = np.zeros((len(self._kept), rows, *padded), dtype=np.float32)
         self._weight = np.zeros((rows, *padded), dtype=np.float32)
         # Where the caller's rows lie among ours, which of them comes next, and our row before.
         self._lower, self._share = linear_weights(self._rows, len(self._classes))
@@ -87,7 +100,8 @@ class WindowMerger:
         for index, window in zip(chunk, scores, strict=True):
             top, *starts = self._rows_first(self._windows.starts[index])
             self._finish_rows_above(top)
-            turned = np.moveaxis(window[:, None] if self._windows.flat else window, self._windows.axis + 1, 1)
+            kept = window if len(window) == len(self._kept) else window[self._kept]
+            turned = np.moveaxis(kept[:, None] if self._windows.flat else kept, self._windows.axis + 1, 1)
             place = (
                 slice(None),
                 *(slice(s, s + side) for s, side in zip(starts, turned.shape[2:], strict=True)),
@@ -149,6 +163,9 @@ class WindowMerger:
             self._scores[:, *place] = sums / weight
         if self._head_std is not None:
             self._head_std[place] = total[-1] / weight
+        if self._interior is not None:
+            share = total[self._channels] / weight
+            self._interior[place] = best / weight * (1 - share) if self._boundary else share
         if self._confidence is not None:
             self._confidence[place] = best / weight
             for channel, scores in enumerate(sums):

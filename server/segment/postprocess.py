@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64, UInt8
+from jaxtyping import Bool, Int32, Int64, Shaped, UInt8
 from numpy import ndarray
 
 from server.arrays import InputHeader, LabelledMask, Mask
@@ -121,6 +121,7 @@ def postprocess(
     *,
     objects: bool,
     time_slices: int | None = None,
+    saddle: float | None = None,
     cancel: CancelToken = NO_CANCEL,
 ) -> Processed:
     """Applies all steps but the threshold. The classes of the mask are changed in place.
@@ -133,6 +134,8 @@ def postprocess(
         unit_mm: mm² of a pixel or mm³ of a voxel, None if unknown.
         objects: whether an output format needs the objects.
         time_slices: number of slices of each time of a time-lapse, else None.
+        saddle: that of the bundle's `ObjectChannel`, which splits objects where the mask has an interior; None for a
+            network without.
         cancel: token that ends the work between two objects or steps.
 
     Raises:
@@ -140,11 +143,12 @@ def postprocess(
         Cancelled: the token was set.
     """
     removed = Counter[int]()
-    steps = _Steps(params, _min_pixels(params, unit_mm), objects or params.needs_objects, removed, cancel)
+    labelled = objects or params.needs_objects
+    steps = _Steps(params, _min_pixels(params, unit_mm), labelled, removed, saddle, cancel)
     if time_slices is None:
-        labels, count = steps.apply(mask.classes, spacing_mm)
+        labels, count = steps.apply(mask.classes, spacing_mm, mask.interior)
     else:
-        labels, count = _each_time(mask.classes, time_slices, spacing_mm, steps.apply)
+        labels, count = _each_time(mask.classes, time_slices, spacing_mm, mask.interior, steps.apply)
     if objects and labels is not None:
         measured = measure(labels, count, mask.classes, mask.confidence, time_slices)
         mask = LabelledMask(mask.classes, mask.scores, mask.head_std, mask.confidence, objects=measured)
@@ -162,15 +166,24 @@ def _each_time(
     classes: UInt8[ndarray, "X Y Z"],
     time_slices: int,
     spacing_mm: tuple[float, ...] | None,
+    interior: Shaped[ndarray, "X Y Z"] | None,
     apply: Callable[..., tuple[Int32[ndarray, "*size"] | None, int]],
 ) -> tuple[Int32[ndarray, "X Y Z"] | None, int]:
     """Applies the steps to each time by itself; the numbers of objects continue from one time to the next."""
     lines, labels, count = scan_order(classes), None, 0
+    depths = None if interior is None else scan_order(interior)
     for first in range(0, len(lines), time_slices):
         # A time of one slice is an image, whose rows are the lines of the volume.
         single = time_slices == 1
-        part = lines[first] if single else scan_order(lines[first : first + time_slices])
-        labels_of_time, more = apply(part, spacing_mm and spacing_mm[::-1] if single else spacing_mm)
+        part, depth = (
+            stack
+            if stack is None
+            else stack[first]
+            if single
+            else scan_order(stack[first : first + time_slices])
+            for stack in (lines, depths)
+        )
+        labels_of_time, more = apply(part, spacing_mm and spacing_mm[::-1] if single else spacing_mm, depth)
         if labels_of_time is not None:
             labels = np.zeros(lines.shape, dtype=np.int32) if labels is None else labels
             out = labels[first] if single else labels[first : first + time_slices]
@@ -189,6 +202,7 @@ class _Steps:
         min_pixels: pixels from which an object is kept.
         labelled: whether the objects must be known.
         removed: number of removed objects per class value, which the steps add to.
+        saddle: share of the lower peak from which on a saddle of the interior separates no objects.
         cancel: token that ends the work.
     """
 
@@ -196,10 +210,14 @@ class _Steps:
     min_pixels: float
     labelled: bool
     removed: Counter[int]
+    saddle: float | None
     cancel: CancelToken
 
     def apply(
-        self, classes: UInt8[ndarray, "*size"], spacing_mm: tuple[float, ...] | None
+        self,
+        classes: UInt8[ndarray, "*size"],
+        spacing_mm: tuple[float, ...] | None,
+        interior: Shaped[ndarray, "*size"] | None = None,
     ) -> tuple[Int32[ndarray, "*size"] | None, int]:
         """Changes the classes in place; returns the labels (None where not needed) and their number."""
         if self.params.fill_holes:
@@ -214,7 +232,10 @@ class _Steps:
             # split.
             count = self._remove(labels, count, classes, largest=False)
             check_count(count)
-            count = watershed.split(labels, count, spacing_mm or (1.0,) * classes.ndim, self.cancel)
+            if interior is None or self.saddle is None:
+                count = watershed.split(labels, count, spacing_mm or (1.0,) * classes.ndim, self.cancel)
+            else:
+                count = watershed.split_by_interior(labels, count, interior, self.saddle, self.cancel)
             count = relabel_in_scan_order(scan_order(labels), count)[1]
         count = self._remove(labels, count, classes, largest=self.params.keep_largest)
         self.cancel.check()

@@ -97,7 +97,9 @@ class SegmentParams(BaseModel):
     )
     fill_holes: bool = Field(False, description="holes that an object encloses become part of it")
     instances: bool = Field(
-        False, description="touching objects of one class are split; the mask is then their numbers"
+        False,
+        description="touching objects of one class are split, by the network's own channel for objects where it has one, else by their "
+        "shape; the mask is then their numbers",
     )
     min_size_px: int | None = Field(
         None, ge=0, le=int(MAX_OBJECT_SIZE), description="objects of fewer pixels (voxels) are removed"

@@ -38,6 +38,7 @@ def finish_mask(
         geometry.unit_mm(source),
         objects="objects" in encoding.needs(ticket.formats),
         time_slices=source.input_header.time_slices,
+        saddle=None if ticket.target.manifest.objects is None else ticket.target.manifest.objects.saddle,
         cancel=worker.cancel,
     )
     return report.segmentation_result(

@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable
 
 from server.arrays import Image, InputHeader, Mask, Volume
 from server.errors import EngineUnavailable
-from server.imaging import encode as encoding
 from server.imaging import geometry
 from server.imaging.decode import is_quick
 from server.metrics import Metrics
@@ -19,7 +18,7 @@ from server.segment import zip_batch
 from server.segment.admission import Admission
 from server.segment.certainty import Certainty
 from server.segment.deadline import deadline
-from server.segment.estimate import Estimate, cpu_work
+from server.segment.estimate import Estimate, cpu_work, mask_needs
 from server.segment.flips import flips
 from server.segment.preprocess import decode_options, decode_upload, note_resampling, read_headers
 from server.segment.registry import Registry, Target, resolve_target
@@ -277,7 +276,7 @@ def _window(
     if isinstance(source, Image):
         # It may have been turned upright (EXIF) since its header was read.
         placement = geometry.place_image(source.size)
-    graph, needs = target.instance.graph, encoding.needs(ticket.formats)
+    graph, needs = target.instance.graph, mask_needs(ticket.formats, params, target.manifest)
     copies = flips(params.tta, target.manifest.mirror_axes)
     return make_sliding_window(
         source, placement, target.manifest, graph, needs, params.threshold, certainty, copies, prepared

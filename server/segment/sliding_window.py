@@ -128,7 +128,7 @@ def make_sliding_window(
         placement: position of the network's grid in the input.
         manifest: manifest of the network.
         graph: graph to be run; `head_std` also fills the mask's standard deviation over the heads.
-        needs: parts of the mask that the output formats need: "scores", "head_std", "objects", "report".
+        needs: parts of the mask that the output formats need: "scores", "head_std", "objects", "report"; and "interior".
         threshold: foreground is a score above it; None for the manifest's own decision.
         certainty: counts of uncertain pixels, added to while the mask is written.
         copies: axes along which each copy of a window is mirrored.
@@ -142,6 +142,7 @@ def make_sliding_window(
     )
     head_std = np.empty_like(classes, dtype=np.float16) if graph.name == HEAD_STD else None
     confidence = np.empty_like(classes, dtype=np.float16) if "objects" in needs else None
+    interior = np.empty_like(classes, dtype=np.float16) if "interior" in needs else None
     if threshold is None and manifest.score_channels == 1:
         threshold = manifest.threshold
     merger = WindowMerger(
@@ -153,12 +154,14 @@ def make_sliding_window(
         None if head_std is None else placement.view(head_std),
         None if confidence is None else placement.view(confidence),
         certainty,
+        None if interior is None else placement.view(interior),
+        boundary=manifest.objects is not None and manifest.objects.kind == "boundary",
     )
     return SlidingWindow(
         source,
         prepared,
         windows,
-        Mask(classes, scores, head_std, confidence=confidence),
+        Mask(classes, scores, head_std, confidence, interior),
         merger,
         copies,
     )

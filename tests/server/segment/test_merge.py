@@ -256,3 +256,51 @@ def test_merge_scores_are_those_of_monai(
     merger.finish()
     assert np.abs(scores - expected).max() < 1e-4
     assert np.ptp(expected) > 0.05
+
+
+class TestInterior:
+    """The channel after the classes, on the caller's grid."""
+
+    @settings(max_examples=40)
+    @given(inputs(), st.booleans(), st.booleans())
+    def test_the_channel_after_the_classes_is_the_interior(
+        self, laid: tuple[Any, dict[str, Any]], boundary: bool, with_head_std: bool
+    ) -> None:
+        size, options = laid
+        random = np.random.default_rng(1)
+        # Score, channel of objects, a channel that nothing is known of, standard deviation.
+        pixels = (random.integers(0, 257, (*size, 4)) / 256).astype(np.float32)
+        windows = windows_of(size, **options)
+        classes = np.zeros(size, np.uint8)
+        interior, head_std = np.full(size, np.nan, np.float16), np.full(size, np.nan, np.float16)
+        merger = WindowMerger(
+            windows,
+            1,
+            0.5,
+            classes,
+            head_std=head_std if with_head_std else None,
+            interior=interior,
+            boundary=boundary,
+        )
+        for index in range(len(windows)):
+            part = range(index, index + 1)
+            merger.merge(part, cut(windows, pixels, part))
+        merger.finish()
+        expected = pixels[..., 0] * (1 - pixels[..., 1]) if boundary else pixels[..., 1]
+        np.testing.assert_allclose(interior, expected, atol=1e-3)
+        sure = np.abs(pixels[..., 0] - 0.5) > 1e-4
+        assert np.array_equal(classes[sure], (pixels[..., 0] > 0.5)[sure])
+        if with_head_std:
+            np.testing.assert_allclose(head_std, pixels[..., 3], atol=1e-3)
+
+    def test_further_channels_change_nothing_where_they_are_not_written(self) -> None:
+        pixels = np.random.default_rng(2).random((50, 70, 3), np.float32)
+        windows = windows_of((50, 70), 32)
+        plain, more = np.zeros((50, 70), np.uint8), np.zeros((50, 70), np.uint8)
+        for classes, channels in ((plain, 1), (more, 3)):
+            merger = WindowMerger(windows, 1, 0.5, classes)
+            for index in range(len(windows)):
+                part = range(index, index + 1)
+                merger.merge(part, cut(windows, pixels[..., :channels], part))
+            merger.finish()
+        assert np.array_equal(plain, more)

@@ -7,7 +7,7 @@ from scipy import ndimage
 from server.cancel import Cancelled, CancelToken
 from server.segment import watershed
 from server.segment.labels import label
-from server.segment.watershed import split
+from server.segment.watershed import split, split_by_interior
 from tests.server.segment.masks import disc, masks
 from tests.support.memory import memory_stays_below
 
@@ -159,3 +159,74 @@ def test_split_of_classes_that_touch_is_each_for_itself() -> None:
     labels, count = instances_of(classes)
     assert count == 4
     assert all(len(set(classes[labels == value].tolist())) == 1 for value in range(1, 5))
+
+
+# --- by what the network says ---
+
+
+def by_interior(classes: np.ndarray, interior: np.ndarray, saddle: float = 0.8) -> tuple[np.ndarray, int]:
+    labels, count = label(classes)
+    return labels, split_by_interior(labels, count, interior.astype(np.float16), saddle)
+
+
+@settings(max_examples=60, deadline=None)
+@given(masks(most_side=24), st.integers(0, 5))
+def test_split_by_interior_refines_objects(classes: np.ndarray, seed: int) -> None:
+    interior = np.random.default_rng(seed).random(classes.shape)
+    whole, objects = label(classes)
+    labels, count = by_interior(classes, interior)
+    assert np.array_equal(labels > 0, classes > 0)
+    assert sorted(set(labels.ravel().tolist()) - {0}) == list(range(1, count + 1))
+    for value in range(1, count + 1):
+        inside = labels == value
+        assert len(set(whole[inside].tolist())) == 1
+        assert ndimage.label(inside, np.ones((3,) * classes.ndim))[1] == 1
+    assert all((labels[whole == value] == value).any() for value in range(1, objects + 1))
+    assert np.array_equal(by_interior(classes, interior)[0], labels)
+
+
+def test_split_by_interior_follows_the_network_and_not_the_shape() -> None:
+    # A square, which no shape would split, with a dark line at a third of it.
+    classes = np.pad(np.ones((30, 30), np.uint8), 5)
+    interior = classes * 0.9
+    interior[:, 14:17] = 0.1
+    labels, count = by_interior(classes, interior)
+    assert count == 2
+    assert instances_of(classes)[1] == 1
+    assert set(labels[6:34, 6:13].ravel()) == {1}
+    assert set(labels[6:34, 18:34].ravel()) == {2}
+    # Two discs that touch are one object where the network sees no valley.
+    discs = disc((40, 70), ((20, 20), 12), ((20, 41), 12))
+    assert instances_of(discs)[1] == 2
+    assert by_interior(discs, discs * 0.9)[1] == 1
+
+
+@pytest.mark.parametrize(("saddle", "parts"), [(0.3, 1), (0.9, 2)])
+def test_split_by_interior_compares_the_saddle_with_the_lower_peak(saddle: float, parts: int) -> None:
+    line = np.repeat([0.8, 0.8, 0.3, 0.6, 0.6], 12)
+    assert by_interior(np.ones((20, 60), np.uint8), np.tile(line, (20, 1)), saddle)[1] == parts
+
+
+def test_split_by_interior_of_a_volume_and_of_nothing() -> None:
+    classes = np.ones((12, 10, 30), np.uint8, order="F")
+    interior = np.ones_like(classes) * 0.9
+    interior[..., 14:16] = 0
+    labels, count = by_interior(classes, interior)
+    assert (count, labels[5, 5, 3] != labels[5, 5, 25]) == (2, True)
+    assert by_interior(np.zeros((5, 5), np.uint8), np.zeros((5, 5)))[1] == 0
+
+
+def test_split_by_interior_takes_the_memory_it_states() -> None:
+    classes = np.ones((1500, 1500), np.uint8)
+    interior = np.random.default_rng(0).random(classes.shape, np.float32).astype(np.float16)
+    labels, count = label(classes)
+    with memory_stays_below(watershed.BOX_BYTES * classes.size):
+        split_by_interior(labels, count, interior, 0.5)
+
+
+def test_split_by_interior_ends_when_cancelled() -> None:
+    token = CancelToken()
+    token.set()
+    labels, count = label(np.ones((5, 5), np.uint8))
+    with pytest.raises(Cancelled):
+        split_by_interior(labels, count, np.ones((5, 5), np.float16), 0.8, token)
