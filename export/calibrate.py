@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -16,11 +17,12 @@ from export.pack import update_manifest
 from export.verify import runnable
 from model.reading import DataError
 from server.runtime.bundle import Bundle, Graph, Manifest
-from server.runtime.calibration import Calibration, CalibrationRow, Measured, Recommended
+from server.runtime.calibration import Calibration, CalibrationRow, FlipsRow, Measured, Recommended
 from server.runtime.engines import ENGINES, Engine
 from server.runtime.golden import noise
 from server.runtime.machine import count_cores
 from server.runtime.selection import IOU_TOLERANCE, PRECISIONS
+from server.segment.flips import NO_FLIPS, Flips, flips
 from server.segment.quality import overlap
 from server.segment.sliding_window import infer_offline
 
@@ -55,14 +57,15 @@ def calibrate(
     """
     manifest = bundle.manifest
     facts = {"data": data, "images": len(images), "machine": machine()}
-    rows = (
-        _kept(manifest.held_out if held_out else manifest.calibration, facts, precisions)
-        if precisions
-        else []
-    )
+    before = manifest.held_out if held_out else manifest.calibration
+    rows = _kept(before, facts, precisions) if precisions else []
+    mirrors = [*before.flips] if before and precisions and "fp32" not in precisions else []
     pairs = [pair for pair in runnable(bundle) if not precisions or pair[1] in precisions]
     measured_once = {"fp32"} & {precision for _, precision in pairs}
-    total = len(manifest.graphs) * (len(measured_once) + sum(p != "fp32" for _, p in pairs)) * len(images)
+    copies = flips("flips", manifest.mirror_axes)
+    mirrored = bool(measured_once) and len(copies) > 1
+    per_graph = len(measured_once) + sum(p != "fp32" for _, p in pairs) + mirrored
+    total = len(manifest.graphs) * per_graph * len(images)
     scored = itertools.count(1)
     for graph in manifest.graphs:
         for precision, engines in open_engines(bundle, graph, pairs):
@@ -71,19 +74,24 @@ def calibrate(
             )
             # At fp32 only the fastest is scored, because `verify` proves that all engines agree to 1e-4.
             for latency, engine in timed[:1] if precision == "fp32" else timed:
-                iou, mean_iou, dice, *by_class = _quality(
-                    engine, manifest, graph, images, lambda: on_progress(next(scored), total)
-                )
-                classes = len(manifest.classes) if len(manifest.classes) > 1 else 0
                 row = CalibrationRow(
-                    graph=graph.name, precision=precision, engine=engine.name, iou=iou, mean_iou=mean_iou, dice=dice,
-                    class_dice=tuple(by_class[:classes]), class_iou=tuple(by_class[len(by_class) - classes :]), latency_ms=round(latency * 1e3, 3),
-                )  # fmt: skip
+                    graph=graph.name,
+                    precision=precision,
+                    engine=engine.name,
+                    latency_ms=round(latency * 1e3, 3),
+                    **_quality(engine, manifest, graph, images, lambda: on_progress(next(scored), total)),
+                )
                 rows.append(row)
                 advance(row)
+            if mirrored and precision == "fp32":
+                quality = _quality(
+                    timed[0][1], manifest, graph, images, lambda: on_progress(next(scored), total), copies
+                )
+                quality.pop("class_iou")
+                mirrors.append(FlipsRow(graph=graph.name, copies=len(copies), **quality))
     order = [graph.name for graph in manifest.graphs]
     rows.sort(key=lambda row: (order.index(row.graph), PRECISIONS.index(row.precision), row.latency_ms))
-    measured = Measured.model_validate({**facts, "rows": tuple(rows)})
+    measured = Measured.model_validate({**facts, "rows": tuple(rows), "flips": tuple(mirrors)})
     if held_out:
         update_manifest(bundle, held_out=measured)
     else:
@@ -187,13 +195,28 @@ def latency_of(engine: Engine, manifest: Manifest) -> float:
 
 
 def _quality(
-    engine: Engine, manifest: Manifest, graph: Graph, images: Sequence[Labelled], advance: Callable[[], None]
-) -> list[float]:
+    engine: Engine,
+    manifest: Manifest,
+    graph: Graph,
+    images: Sequence[Labelled],
+    advance: Callable[[], None],
+    copies: Flips = NO_FLIPS,
+) -> dict[str, Any]:
+    """Measures the fields of a row that say how good it is."""
     values = [c.value for c in manifest.classes]
     scores = []
     for item in images:
-        scores.append(
-            mean_overlap(infer_offline(item.image, manifest, graph, engine).classes, item.label, values)
-        )
+        mask = infer_offline(item.image, manifest, graph, engine, copies=copies)
+        scores.append(mean_overlap(mask.classes, item.label, values))
         advance()
-    return [round(float(np.mean(column)), 5) for column in zip(*scores, strict=True)]
+    iou, mean_iou, dice, *by_class = [
+        round(float(np.mean(column)), 5) for column in zip(*scores, strict=True)
+    ]
+    classes = len(values) if len(values) > 1 else 0
+    return {
+        "iou": iou,
+        "mean_iou": mean_iou,
+        "dice": dice,
+        "class_dice": tuple(by_class[:classes]),
+        "class_iou": tuple(by_class[len(by_class) - classes :]),
+    }

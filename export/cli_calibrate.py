@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from export.data import Labelled
     from server.runtime.bundle import Bundle
-    from server.runtime.calibration import AgreementRow, CalibrationRow
+    from server.runtime.calibration import AgreementRow, CalibrationRow, Measured
 
     # Images with labels, the text that tells what they are, and what the labels are.
     Evaluated = tuple[list[Labelled], str, Literal["labels", "deepest level"]]
@@ -135,6 +135,7 @@ def _with_labels(
             if report:
                 update(description="writing the report")
                 write_report(report, bundle, items, measured if held_out else calibration or measured)
+        _print_flips(measured)
     finally:
         # Printed even after an interruption, because measuring takes minutes.
         if table.row_count:
@@ -142,6 +143,16 @@ def _with_labels(
     if calibration and not held_out:
         _print_recommended(calibration.recommended.level, calibration.recommended.why)
     return items, what, kind
+
+
+def _print_flips(measured: "Measured") -> None:
+    """Prints what tta=flips gains at fp32, and its price."""
+    for row in measured.flips:
+        plain = measured.row(row.graph, "fp32")
+        if plain:
+            typer.echo(
+                f"{row.graph} with tta=flips: IoU {row.iou:.4f} ({(row.iou - plain.iou) * 100:+.2f} points), {row.copies} runs per window"
+            )
 
 
 def _read(

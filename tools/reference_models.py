@@ -123,6 +123,8 @@ def _properties(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "classes", f"0 background, {classes}"
     yield "accurate mode", "mean of the probabilities of all heads"
     yield "uncertainty", "yes" if manifest.head_std else "no"
+    if manifest.objects:
+        yield "objects", f"told apart by the network's own channel ({manifest.objects.kind})"
 
 
 def _levels(manifest: Manifest) -> str:
@@ -159,6 +161,7 @@ def _measured(manifest: Manifest) -> Iterator[str]:
         "validation split is within 0.5 points of that of fp32.\n\n"
     )
     yield _rows(manifest, measured)
+    yield from _flips(measured)
     if manifest.comparison:
         others = (
             (
@@ -172,6 +175,28 @@ def _measured(manifest: Manifest) -> Iterator[str]:
         )
         yield "Another network, trained by the same recipe on the same images, in float32:\n\n"
         yield table(("network", "parameters", "IoU %", "mean IoU %", "Dice %"), others)
+
+
+def _flips(measured: Measured) -> Iterator[str]:
+    """What tta=flips gains at each level, and its price."""
+    if not measured.flips:
+        return
+    rows = (
+        (
+            row.graph,
+            f"{row.copies}×",
+            _percent(plain.iou),
+            _percent(row.iou),
+            f"{(row.iou - plain.iou) * 100:+.2f}",
+            _percent(row.dice),
+            *map(_percent, row.class_dice),
+        )
+        for row in measured.flips
+        if (plain := measured.row(row.graph, "fp32"))
+    )
+    classes = [f"Dice % class {number}" for number in range(1, len(measured.flips[0].class_dice) + 1)]
+    yield "With `tta=flips`, at fp32 on the same data; the price is the number of runs of each window:\n\n"
+    yield table(("graph", "price", "IoU %", "IoU % with flips", "gain in points", "Dice %", *classes), rows)
 
 
 def _rows(manifest: Manifest, measured: Measured) -> str:

@@ -37,6 +37,23 @@ class CalibrationRow(Part):
     latency_ms: float = Field(gt=0)
 
 
+class FlipsRow(Part):
+    """A graph with tta=flips, at fp32.
+
+    Attributes:
+        graph: name of the graph.
+        copies: runs of each window, which is the price against one run.
+        iou, mean_iou, dice, class_dice: those of `CalibrationRow`.
+    """
+
+    graph: str
+    copies: int = Field(ge=2)
+    iou: float = Field(ge=0, le=1)
+    mean_iou: float = Field(ge=0, le=1)
+    dice: float = Field(ge=0, le=1)
+    class_dice: tuple[float, ...] = ()
+
+
 class Recommended(Part):
     """Level served for `mode=fast` without a level, the precision it was judged at, and why."""
 
@@ -46,12 +63,17 @@ class Recommended(Part):
 
 
 class Measured(Part):
-    """Measured points, with the data and the machine that they were measured on."""
+    """Measured points, with the data and the machine that they were measured on.
+
+    Attributes:
+        flips: with test-time augmentation; empty for a network that was not trained on mirrored inputs.
+    """
 
     data: str
     images: int
     machine: str
     rows: tuple[CalibrationRow, ...]
+    flips: tuple[FlipsRow, ...] = ()
 
     def row(self, graph: str, precision: str, engine: str | None = None) -> CalibrationRow | None:
         """The point measured on the engine, else the one with the lowest IoU on any, so that decisions are safe; or None."""

@@ -173,13 +173,15 @@ def infer_offline(
     graph: Graph,
     engine: Engine,
     certainty: Certainty | None = None,
+    copies: Flips = NO_FLIPS,
 ) -> Mask:
     """Segments a decoded input tile by tile without a queue, for calibration and benchmarks."""
     placement = place(source.input_header, manifest, "auto")
-    window = make_sliding_window(source, placement, manifest, graph, certainty=certainty)
+    window = make_sliding_window(source, placement, manifest, graph, certainty=certainty, copies=copies)
     for chunk in window.windows.chunks:
         tiles = window.cut(chunk)
-        window.merger.merge(chunk, [engine.run(tiles.one(index))[0] for index in range(len(tiles))])
+        scores = [engine.run(tiles.one(index))[0] for index in range(len(tiles))]
+        window.merger.merge(chunk, averaged(scores, copies))
     return window.finish()
 
 

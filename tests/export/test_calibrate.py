@@ -10,10 +10,13 @@ from PIL import Image
 from export import calibrate as calibrate_module
 from export.calibrate import mean_overlap, recommend
 from export.data import labelled
+from export.pack import update_manifest
 from export.verify import runnable
 from model.reading import DataError
 from server.runtime.bundle import read_bundle
 from server.runtime.calibration import CalibrationRow, Measured
+from server.segment.flips import flips
+from server.segment.sliding_window import infer_offline
 
 
 def calibrate(bundle, data, split, **options):
@@ -227,3 +230,35 @@ def test_volumes_of_several_classes_have_a_dice_for_each(volume_kept, balls, tmp
         assert row.dice == pytest.approx(np.mean(row.class_dice), abs=1e-4)
         assert row.iou == pytest.approx(np.mean(row.class_iou), abs=1e-4)
     assert read_bundle(folder).manifest.calibration.rows == measured.rows
+
+
+def test_flips_are_measured_at_fp32_where_the_network_knows_mirrors(small_kept, discs, tmp_path):
+    folder = shutil.copytree(small_kept, tmp_path / "small")
+    bundle = read_bundle(folder)
+    update_manifest(bundle, mirror_axes=(0, 1))
+    seen = []
+    measured = calibrate(
+        read_bundle(folder),
+        discs,
+        "val",
+        held_out=False,
+        on_progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen[-1][0] == seen[-1][1] == len(seen)
+    assert [(row.graph, row.copies) for row in measured.flips] == [("L1", 4), ("L2", 4), ("accurate", 4)]
+    manifest = read_bundle(folder).manifest
+    engine = calibrate_module.open_fp32(bundle, "L2")
+    ious = []
+    for item in labelled(discs, "val", manifest):
+        plain = infer_offline(
+            item.image, manifest, manifest.graph("L2"), engine, copies=flips("flips", (0, 1))
+        )
+        ious.append(mean_overlap(plain.classes, item.label, [1])[0])
+    row = next(row for row in measured.flips if row.graph == "L2")
+    assert row.iou == pytest.approx(np.mean(ious), abs=1e-5)
+    # Measuring int8 again keeps them.
+    calibrate(read_bundle(folder), discs, "val", held_out=False, precisions=("int8",))
+    assert read_bundle(folder).manifest.calibration.flips == measured.flips
+    # A network that was not trained on mirrored inputs has none.
+    update_manifest(read_bundle(folder), mirror_axes=None)
+    assert calibrate(read_bundle(folder), discs, "val", held_out=False).flips == ()
