@@ -1,13 +1,18 @@
-"""Objects as served against instance references, scored as in the 2018 Data Science Bowl; per level, as connected parts and split.
+"""Objects as served against instance references, scored as in the 2018 Data Science Bowl; per level, told apart in several ways.
 
     python -m bench.instances --data DATA [--split test]
 
 AP of an image at a threshold is TP / (TP + FP + FN), where an object counts as TP if its IoU is above it;
-figures are averages over the images. Each image is sent to a server, without and with instances=true.
+figures are averages over the images. Each image is sent to a server: connected parts of the mask; instances=true on a copy of
+the bundle whose manifest does not know the network's channel for objects, so that shape alone decides; instances=true on the
+bundle itself; the same with tta=flips.
 """
 
 import argparse
 import io
+import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,11 +24,18 @@ from bench.levels import BUNDLE
 from bench.serving import Server, serving
 from bench.table import write
 from export.data import samples
+from export.pack import write_manifest
 from model.reading import read_array
-from server.segment.quality import AP_THRESHOLDS, average_precision
+from server.runtime.bundle import Bundle, read_bundle
+from server.segment.quality import AP_THRESHOLDS, average_precision, overlap
 
 SHOWN = (0.5, 0.7, 0.9)
-OBJECTS = {"connected": "false", "split": "true"}
+CONNECTED, BY_SHAPE, BY_CHANNEL, WITH_FLIPS = (
+    "connected",
+    "by shape",
+    "by the network",
+    "by the network, flips",
+)
 GRAPHS = {**{f"L{level}": {"level": str(level)} for level in (1, 2, 3, 4)}, "accurate": {"mode": "accurate"}}
 
 
@@ -37,6 +49,8 @@ class Row:
         count: objects in all images.
         reference: objects in all references.
         off: mean over the images of the difference of the counts, as a share of the reference's.
+        median_off: their median.
+        iou: foreground IoU of the same masks, averaged over the images.
     """
 
     graph: str
@@ -46,6 +60,8 @@ class Row:
     count: int
     reference: int
     off: float
+    median_off: float
+    iou: float
 
 
 def labels(server: Server, image: Path, params: dict[str, str]) -> np.ndarray:
@@ -63,7 +79,7 @@ def score(graph: str, objects: str, served: list[np.ndarray], references: list[n
         (int(mine.max(initial=0)), len(np.unique(reference[reference > 0]))) for mine, reference in pairs
     ]
     ap = {f"{t:g}": float(np.mean([p[t] for p in precisions])) for t in AP_THRESHOLDS}
-    off = float(np.mean([abs(n - right) / max(1, right) for n, right in counts]))
+    off = [abs(n - right) / max(1, right) for n, right in counts]
     return Row(
         graph,
         objects,
@@ -71,8 +87,24 @@ def score(graph: str, objects: str, served: list[np.ndarray], references: list[n
         float(np.mean([*ap.values()])),
         sum(n for n, _ in counts),
         sum(n for _, n in counts),
-        off,
+        float(np.mean(off)),
+        float(np.median(off)),
+        float(np.mean([overlap(mine > 0, reference > 0).iou for mine, reference in pairs])),
     )
+
+
+def ways(bundle: Bundle, scratch: Path) -> Iterator[tuple[str, Path, dict[str, str]]]:
+    """Each way to tell objects apart: its name, the bundle to serve and the query."""
+    yield CONNECTED, bundle.folder, {"instances": "false"}
+    if bundle.manifest.objects is None:
+        yield BY_SHAPE, bundle.folder, {"instances": "true"}
+        return
+    plain = Path(shutil.copytree(bundle.folder, scratch / bundle.folder.name))
+    write_manifest(plain, bundle.manifest.model_copy(update={"objects": None}))
+    yield BY_SHAPE, plain, {"instances": "true"}
+    yield BY_CHANNEL, bundle.folder, {"instances": "true"}
+    if bundle.manifest.mirror_axes:
+        yield WITH_FLIPS, bundle.folder, {"instances": "true", "tta": "flips"}
 
 
 def main() -> None:
@@ -87,17 +119,21 @@ def main() -> None:
     rows_of = list(samples(options.data, options.split, 2))
     references = [read_array(sample.label) for sample in rows_of]
     rows = []
-    with serving(options.bundle) as server:
-        for graph, params in GRAPHS.items():
-            for objects, split in OBJECTS.items():
-                query = {**params, "instances": split}
-                served = [
-                    labels(server, sample.image, query) for sample in track(rows_of, f"{graph}, {objects}")
-                ]
-                rows.append(score(graph, objects, served, references))
+    with tempfile.TemporaryDirectory() as scratch:
+        for objects, bundle, way in ways(read_bundle(options.bundle), Path(scratch)):
+            with serving(bundle) as server:
+                for graph, params in GRAPHS.items():
+                    served = [
+                        labels(server, sample.image, params | way)
+                        for sample in track(rows_of, f"{graph}, {objects}")
+                    ]
+                    rows.append(score(graph, objects, served, references))
+    order = [*GRAPHS]
+    rows.sort(key=lambda row: order.index(row.graph))
     caption = (
         f"{options.data.name}, {options.split} split, {len(references)} images with {rows[0].reference:,} nuclei; fp32. AP as in the 2018 "
-        "Data Science Bowl, averaged over the images; connected parts, and touching ones split (instances=true)."
+        "Data Science Bowl, averaged over the images: of connected parts, of parts told apart by their shape alone, and by the network's own "
+        "channel for objects (instances=true), also with tta=flips."
     )
     headings = [
         "graph",
@@ -105,7 +141,9 @@ def main() -> None:
         "mean AP 0.5:0.95",
         *(f"AP {t:g}" for t in SHOWN),
         "objects found",
-        "count off by",
+        "count off by (mean)",
+        "(median)",
+        "IoU %",
     ]
     shown = [
         (
@@ -115,6 +153,8 @@ def main() -> None:
             *(f"{r.ap[f'{t:g}']:.3f}" for t in SHOWN),
             f"{r.count:,}",
             f"{r.off:.1%}",
+            f"{r.median_off:.1%}",
+            f"{r.iou * 100:.2f}",
         )
         for r in rows
     ]

@@ -256,7 +256,7 @@ def _with_facts(card: Card, **facts: object) -> Card:
 
 
 def _objects(card: Card, names: tuple[str, ...]) -> dict[str, object] | None:
-    """What the card says of the channel of objects that a checkpoint has.
+    """Returns the card's description of the channel of objects that a checkpoint has.
 
     Raises:
         ExportError: the card has another one.

@@ -1,4 +1,4 @@
-"""What the channels of objects are trained on, made from a map of object numbers.
+"""Targets of the channel of objects, made from a map of object numbers.
 
 The distance is cut off at a few pixels, because the shallow levels do not see farther: a target that depends on the
 size of the whole object, as in Naylor et al., "Segmentation of Nuclei in Histopathology Images by Deep Regression of

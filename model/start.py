@@ -1,4 +1,4 @@
-"""Where training begins: at the weights of a checkpoint, or of a bundle, whose batch normalisation is folded away."""
+"""Start of a training run from the weights of a checkpoint, or of a bundle, whose batch normalisation is folded away."""
 
 from pathlib import Path
 from typing import Any

@@ -178,7 +178,7 @@ def _measured(manifest: Manifest) -> Iterator[str]:
 
 
 def _flips(measured: Measured) -> Iterator[str]:
-    """What tta=flips gains at each level, and its price."""
+    """Table of the gain of tta=flips at each level, and its price."""
     if not measured.flips:
         return
     rows = (

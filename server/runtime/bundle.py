@@ -123,7 +123,7 @@ class Manifest(Part):
         activation: function that makes scores of a head's output; "sigmoid-per-class" has several classes, and a background that is
             as likely as the best of them is not.
         activation_included: whether `network.onnx` ends in it.
-        objects: meaning of the channel that follows the class's; None where objects are told apart by their shape.
+        objects: meaning of the channel that follows the class's; None where objects are separated by their shape.
         head_std: `accurate` with one channel more: the standard deviation over the heads of the foreground
             probability. None where there is one head, or the bundle was exported by a version that had no
             such graph.

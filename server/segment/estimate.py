@@ -122,7 +122,7 @@ def estimate_work(
 
 
 def mask_needs(formats: tuple[str, ...], params: SegmentParams, manifest: Manifest) -> frozenset[str]:
-    """Parts of the mask that the formats need, and "interior" where objects are told apart by the network."""
+    """Parts of the mask that the formats need, and "interior" where the network separates objects."""
     by_network = params.instances and manifest.objects is not None
     return encoding.needs(formats) | ({"interior"} if by_network else frozenset())
 
