@@ -257,6 +257,26 @@ class JobsSettings(_Group):
     )
 
 
+class MonaiLabelSettings(_Group):
+    """Routes for clients of MONAI Label, such as the extension of 3D Slicer."""
+
+    enabled: bool = Field(
+        True,
+        description="answer clients of MONAI Label under /info/, /session/, /datastore/, /infer/ and /auth/",
+    )
+    keep_uploads_h: float = Field(
+        8,
+        gt=0,
+        description="hours after its last use until an image that such a client has uploaded is removed. Images count against "
+        "`UNETPP_JOBS__MAX_DISK_MB`, and none outlives the server",
+    )
+
+    max_uploads: int = _constant(
+        1000,
+        "Images of such clients that are kept; one more gets 507. `max_disk_mb` bounds the same in bytes.",
+    )
+
+
 class Settings(BaseSettings):
     """All settings; environment variables `UNETPP_...`, group and name joined with two underscores."""
 
@@ -282,6 +302,7 @@ class Settings(BaseSettings):
     limits: LimitsSettings = LimitsSettings()
     auth: AuthSettings = AuthSettings()
     jobs: JobsSettings = JobsSettings()
+    monai_label: MonaiLabelSettings = MonaiLabelSettings()
     quality: QualitySettings = QualitySettings()
     log: LogSettings = LogSettings()
 
