@@ -11,7 +11,7 @@ from starlette.types import Message
 
 from server.api import monai_label
 from server.api.access import CLIENT_CLOSED_REQUEST
-from server.api.monai_label_forms import FILE, check_image, describe_form, owner_of, text
+from server.api.monai_label_forms import FILE, check_image, describe_form, owner_of, receive, text
 from server.api.routes.segment import InFlight
 from server.api.schemas import Problem
 from server.errors import InvalidParameter
@@ -120,12 +120,12 @@ async def _upload(
     """
     with in_flight.enter(), sessions.reserve() as add_bytes:
 
-        async def receive() -> Message:
+        async def received() -> Message:
             message = await request.receive()
             add_bytes(len(message.get("body", b"")))
             return message
 
-        async with receive(Request(request.scope, receive), (field,)) as form:
+        async with receive(Request(request.scope, received), (field,)) as form:
             file = form.get(field)
             if not isinstance(file, UploadFile):
                 raise InvalidParameter(
