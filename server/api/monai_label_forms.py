@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import AsyncIterator
 from typing import Any, BinaryIO
 
-from starlette.datastructures import FormData, QueryParams
+from starlette.datastructures import FormData, QueryParams, UploadFile
 from starlette.requests import Request
 
 from server.api.request_headers import presented_key
@@ -89,7 +89,26 @@ def text(form: Form, name: str) -> str:
     return value
 
 
-def check_image(file: BinaryIO) -> None:
+def file_of(form: Form, name: str) -> BinaryIO | None:
+    """A file of a form; None without it.
+
+    Raises:
+        InvalidParameter: it is text.
+        UnsupportedType: it is a zip.
+    """
+    value = form.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, UploadFile):
+        raise InvalidParameter(
+            f"the form field {name!r} is text, not a file; with curl write -F {name}=@image.nii.gz",
+            parameter=name,
+        )
+    _check_image(value.file)
+    return value.file
+
+
+def _check_image(file: BinaryIO) -> None:
     """Refuses a zip, whose answer is a zip, too, which clients of MONAI Label cannot read.
 
     Raises:

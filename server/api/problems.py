@@ -181,7 +181,7 @@ def install(app: FastAPI, count_refusal: Callable[[str], None] = lambda reason: 
 
     @app.exception_handler(errors.UnetppError)
     async def handle_domain(request: Request, error: errors.UnetppError) -> ProblemResponse:
-        if error.refusal and request.method == "POST":
+        if error.refusal and request.method in ("POST", "PUT"):
             count_refusal(error.refusal)
         return response_of(error, _request_id(request))
 

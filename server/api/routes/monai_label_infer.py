@@ -6,12 +6,11 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Query, Request, Response
-from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
 from server.api import monai_label
 from server.api.access import CLIENT_CLOSED_REQUEST
-from server.api.monai_label_forms import FORM, Form, check_image, describe_form, owner_of, receive, text
+from server.api.monai_label_forms import FORM, Form, describe_form, file_of, owner_of, receive, text
 from server.api.params import RESPONSE_HEADERS, headers, read_qos
 from server.api.problems import describe_headers
 from server.api.routes.monai_label_uploads import MAX_NAME
@@ -118,9 +117,9 @@ async def _input(
     """
     if "label" in form:
         raise InvalidParameter("models here take no scribbles; leave the file label out", parameter="label")
-    if not session_id and isinstance(uploaded := form.get("file"), UploadFile):
-        check_image(uploaded.file)
-        yield uploaded.file
+    uploaded = file_of(form, "file")
+    if uploaded and not session_id:
+        yield uploaded
         return
     if not session_id and not image:
         raise InvalidParameter(

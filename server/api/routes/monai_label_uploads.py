@@ -5,13 +5,12 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, BinaryIO
 
 from fastapi import APIRouter, Query, Request, Response
-from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from server.api import monai_label
 from server.api.access import CLIENT_CLOSED_REQUEST
-from server.api.monai_label_forms import FILE, check_image, describe_form, owner_of, receive, text
+from server.api.monai_label_forms import FILE, describe_form, file_of, owner_of, receive, text
 from server.api.routes.segment import InFlight
 from server.api.schemas import Problem
 from server.errors import InvalidParameter
@@ -126,11 +125,10 @@ async def _upload(
             return message
 
         async with receive(Request(request.scope, received), (field,)) as form:
-            file = form.get(field)
-            if not isinstance(file, UploadFile):
+            file = file_of(form, field)
+            if file is None:
                 raise InvalidParameter(
                     f"no file in the request; the multipart form needs the image in the field {field!r}",
                     parameter=field,
                 )
-            check_image(file.file)
-            yield file.file, monai_label.read_params(text(form, "params"))
+            yield file, monai_label.read_params(text(form, "params"))

@@ -144,7 +144,7 @@ def test_session_is_used_twice_and_ended(client: Any, server: httpx.Client, volu
         assert Path(file).read_bytes() == segmented(server, volume, f"model=hippocampus&level={level}")
     client.remove_session(session)
     for call in (client.get_session, client.remove_session):
-        with pytest.raises(Exception, match="Status: 404; Response: .*no session") as error:
+        with pytest.raises(Exception, match=r"Status: 404; Response: .*no session") as error:
             call(session)
         assert error.value.status_code == 404
 
@@ -196,11 +196,11 @@ def test_user_of_slicer_enters_a_key_as_password(monai: ModuleType, tmp_path: Pa
     with serving(fake_app(auth={"keys_file": tmp_path / "keys"})) as server:
         client = monai.MONAILabelClient(str(server.base_url), str(tmp_path))
         assert client.auth_enabled()
-        with pytest.raises(Exception, match="Status: 401; Response: .*API key"):
+        with pytest.raises(Exception, match=r"Status: 401; Response: .*API key"):
             client.info()
         assert client.auth_valid_token() is False
-        with pytest.raises(Exception, match="Status: 401; Response: .*API key"):
+        with pytest.raises(Exception, match=r"Status: 401; Response: .*API key"):
             client.auth_token("somebody", "wrong")
         client.update_auth(client.auth_token("somebody", key))
         assert client.auth_valid_token()
-        assert [*client.info()["models"]][0] == "fake-accurate"
+        assert next(iter(client.info()["models"])) == "fake-accurate"
