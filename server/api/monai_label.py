@@ -70,7 +70,7 @@ class ModelInfo(BaseModel):
 
 
 class Info(BaseModel):
-    """What a client learns first. It must not have a member `config`, by which Slicer knows servers that are too old."""
+    """The first document that a client reads. It must not have a member `config`, by which Slicer knows servers that are too old."""
 
     name: str
     description: str
@@ -115,14 +115,14 @@ class AuthInfo(BaseModel):
 
 
 class Token(BaseModel):
-    """What a client sends as `Authorization` from now on: the key that was entered as password."""
+    """Credentials of a client for the header `Authorization`: the key that was entered as password."""
 
     access_token: str | None
     token_type: str | None
 
 
 def models(registry: Registry) -> dict[str, dict[str, Any]]:
-    """What each name of a model stands for: the parameters of POST /segment. Clients select the first one by default.
+    """Parameters of POST /segment by name of a model. Clients select the first one by default.
 
     Models of volumes come first, because most clients show volumes.
     """
@@ -201,8 +201,8 @@ def segment_params(row: Mapping[str, Any], values: Mapping[str, Any]) -> Segment
     """The parameters of POST /segment.
 
     Args:
-        row: what the name of the model stands for.
-        values: `params` of the client.
+        row: parameters that the name of the model stands for.
+        values: parameters of the client.
 
     Raises:
         InvalidParameter: a parameter is unknown or wrong.
@@ -220,7 +220,7 @@ def segment_params(row: Mapping[str, Any], values: Mapping[str, Any]) -> Segment
 
 
 def result_params(response: Response) -> dict[str, Any]:
-    """What a client reads beside the mask. Durations are in the headers, so that the same request has the same answer."""
+    """Members of `params` in the answer. Durations are in the headers, so that the same request has the same answer."""
     target = response.target
     document: dict[str, Any] = {
         "label_names": {c.name: c.value for c in target.manifest.classes},

@@ -38,7 +38,7 @@ async def receive(request: Request, files: tuple[str, ...]) -> AsyncIterator[For
     """Reads a form, with or without files.
 
     Raises:
-        UnsupportedType: the body is no form.
+        UnsupportedType: the body is not a form.
         Unreadable: the form is broken, incomplete or over a limit.
         TooLarge: a form without files is over its limit.
     """
@@ -122,7 +122,7 @@ def _check_image(file: BinaryIO) -> None:
 
 
 def owner_of(request: Request, values: dict[str, Any]) -> str:
-    """Who an uploaded image belongs to: names such as CTChest would otherwise lead to the image of somebody else."""
+    """Owner of an uploaded image, as a hash: a name such as CTChest could otherwise lead to the image of another client."""
     host = request.client.host if request.client else ""
     facts = (host, presented_key(request.headers), f"{values.get('client_id', '')}")
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()

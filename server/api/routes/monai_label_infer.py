@@ -16,23 +16,27 @@ from server.api.problems import describe_headers
 from server.api.routes.monai_label_uploads import MAX_NAME
 from server.api.routes.segment import InFlight, Observation, counting_route, observe, unless_disconnected
 from server.api.schemas import Problem
-from server.errors import InvalidParameter, Unimplemented
+from server.errors import InvalidParameter
 from server.jobs.sessions import Sessions
 from server.segment import request as segment_request
 from server.segment.deadline import deadline
 from server.segment.request import Upload
 from server.segment.service import SegmentationService
 
-Output = Literal["all", "image", "json", "dicom_seg"]
+# Headers of answers to requests with a reference, which these have not.
+SCORES = ("X-Segment-IoU", "X-Segment-Dice")
+
+Output = Literal["all", "image", "json"]
 
 INFERRED: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "the mask on the input's own grid, and `params` with the names of its labels",
         "content": {FORM: {}, "application/octet-stream": {}, "application/json": {}},
-        "headers": describe_headers(RESPONSE_HEADERS),
+        "headers": describe_headers(
+            {name: text for name, text in RESPONSE_HEADERS.items() if name not in SCORES}
+        ),
     },
     404: {"model": Problem, "description": "codes: unknown-model, unknown-upload"},
-    501: {"model": Problem, "description": "codes: unimplemented"},
     **{code: {"model": Problem} for code in (406, 408, 413, 415, 422, 429, 500, 503, 504, 507)},
 }
 
@@ -71,7 +75,7 @@ def router(
         """Answers as POST /segment does for the level that the model's name says; a field `file` may bring the image."""
         try:
             with observe(request, service.metrics) as observation:
-                response = await respond(request, observation, model, image, session_id, output)
+                response = await respond(request, observation, model, image, session_id)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         observation.succeeded(response)
@@ -79,12 +83,8 @@ def router(
         return await _encode(response, output)
 
     async def respond(
-        request: Request, observation: Observation, model: str, image: str, session_id: str, output: Output
+        request: Request, observation: Observation, model: str, image: str, session_id: str
     ) -> segment_request.Response:
-        if output == "dicom_seg":
-            raise Unimplemented(
-                "masks are not sent as DICOM SEG over this route; leave output out", value=output
-            )
         with in_flight.enter():
             row = monai_label.find_model(service.registry, model)
             async with receive(request, ("file", "label")) as form:
