@@ -50,11 +50,13 @@ def router(
     """
     routes = APIRouter()
 
+    @routes.head("/info/", include_in_schema=False)
     @routes.get("/info/", summary="Models for clients of MONAI Label", response_description="the models")
     async def info() -> monai_label.Info:
         """Answers with a model per level and mode of each bundle, those of volumes first."""
         return monai_label.info(service.registry)
 
+    @routes.head("/datastore/", include_in_schema=False)
     @routes.get("/datastore/", summary="The datastore, which is empty", response_description="no images")
     async def datastore(
         output: Annotated[str, Query(max_length=20, description="stats, or all")] = "stats",
@@ -75,6 +77,7 @@ def _auth(keys: auth.Keys | None, count_refusal: Callable[[str], None]) -> APIRo
     """The routes by which a client learns that it needs a key, which its user enters as password."""
     routes = APIRouter()
 
+    @routes.head("/auth/", include_in_schema=False)
     @routes.get("/auth/", summary="Whether a key is needed", response_description="whether it is")
     async def auth_info() -> monai_label.AuthInfo:
         """Answers whether this server has API keys."""

@@ -60,6 +60,7 @@ def router(sessions: Sessions, in_flight: InFlight) -> APIRouter:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         return monai_label.NewSession(session_id=session.id, session_info=monai_label.session_info(session))
 
+    @routes.head("/session/{session_id}", include_in_schema=False)
     @routes.get(
         "/session/{session_id}", summary="A session", response_description="the session", responses=NO_UPLOAD
     )
