@@ -271,7 +271,7 @@ class NotReady(TryAgain):
 class StoreFull(TryAgain):
     """The disk space for jobs and results is used up.
 
-    Inputs and results of jobs take `UNETPP_JOBS__MAX_DISK_MB`, or the disk itself is full.
+    Inputs and results of jobs, and images of sessions, take `UNETPP_JOBS__MAX_DISK_MB`, or the disk itself is full.
     Remedy: Delete jobs that are done with `DELETE /jobs/ID`, or send the request again after `Retry-After`.
     The operator can raise the limit.
     Fields: limit, actual, unit, setting

@@ -243,7 +243,7 @@ class JobsSettings(_Group):
     max_disk_mb: int = Field(
         10_240,
         ge=1,
-        description="size of inputs and results on disk, in MiB; over it a new job gets 507. 10 GiB are 40 of the largest bodies",
+        description="size of inputs and results on disk, in MiB, with the images of MONAI Label's clients; over it a new job or upload gets 507. 10 GiB are 40 of the largest bodies",
     )
     concurrency: int = Field(1, ge=1, description="jobs that run at once; their memory adds up")
 

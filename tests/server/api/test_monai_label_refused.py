@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import socket
 import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +19,7 @@ from server.api.routes.monai_label import UNIMPLEMENTED
 from tests.server.api.monai_label_support import MODEL, parts, start
 from tests.server.api.scraping import counted, value
 from tests.support.files import GOOD, SMALL
-from tests.support.server import serving
+from tests.support.server import serving, until
 from tests.support.service import fake_app
 
 Checked = Callable[..., Any]
@@ -232,3 +233,18 @@ def test_quota_of_the_disk_holds(client: httpx.Client, problem: Checked) -> None
     for id_ in large:
         client.delete(f"/session/{id_}").raise_for_status()
     client.delete(f"/session/{start(client, bytes(300_000))}").raise_for_status()
+
+
+def test_upload_that_is_cut_off_leaves_nothing(client: httpx.Client) -> None:
+    before = value(client, "jobs_disk_bytes")
+    head = (
+        "PUT /session/ HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 900000\r\n\r\n"
+        '--x\r\nContent-Disposition: form-data; name="files"; filename="a.nii.gz"\r\n\r\n'
+    )
+    with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as raw:
+        raw.sendall(head.encode() + bytes(400_000))
+        until(lambda: value(client, "requests_in_flight") == 1)
+    until(lambda: value(client, "requests_in_flight") == 0)
+    assert value(client, "jobs_disk_bytes") == before
+    # Nor is room still reserved for it.
+    client.delete(f"/session/{start(client, bytes(900_000))}").raise_for_status()
