@@ -17,12 +17,13 @@ from server.api.access import AccessLogMiddleware
 from server.api.connections import Connection, ConnectionLimits
 from server.api.limits import BodyLimit, HeadLimit
 from server.api.request_id import RequestId
-from server.api.routes import errors, health, jobs, models, page, segment
+from server.api.routes import errors, health, jobs, models, monai_label, page, segment
 from server.api.routes import ops as ops_routes
 from server.api.schemas import Problem
 from server.api.stopping import DrainMiddleware, Stopping
 from server.errors import EngineUnavailable
 from server.jobs.runner import Runner
+from server.jobs.sessions import Sessions
 from server.jobs.store import Store
 from server.monitoring import model_info
 from server.monitoring.health_probe import HealthProbe
@@ -74,6 +75,7 @@ def create_app(
         problems.job_document_of,
         store,
     )
+    sessions = Sessions(settings.monai_label, lambda: runner.files)
     shadow = ShadowEvaluation(settings.quality, service, metrics)
     probe = HealthProbe(service)
     metrics.register_models(model_info.describe(service.registry.deployments))
@@ -83,7 +85,7 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.open_in_background()
         try:
-            async with shadow, runner:
+            async with shadow, runner, sessions:
                 yield
         finally:
             # Not in a thread, because it settles futures of this loop.
@@ -105,17 +107,21 @@ def create_app(
     guard = functools.partial(
         _guard, settings=settings, stopping=stopping, keys=keys, refuse=metrics.count_refusal, traced=tracing
     )
-    static = auth.STATIC | page.paths()
+    static = auth.STATIC | page.paths() | (monai_label.FREE if settings.monai_label.enabled else frozenset())
     guard(app, free=static if has_ops_port else static | auth.HEALTH)
     reload = Reload(functools.partial(_read_again, settings), service, stopping.check)
     app.state.operations = Operations(
         stopping, functools.partial(_drain, runner, shadow), reload, operating, guard
     )
-    for tag, routes in {
-        "segment": segment.router(service, settings.http.max_in_flight, settings.limits.max_wait_s),
+    in_flight, timeout_s = segment.InFlight(settings.http.max_in_flight, service), settings.limits.max_wait_s
+    doors = {
+        "segment": segment.router(service, in_flight, timeout_s),
         "jobs": jobs.router(runner),
         "models": models.router(service),
-    }.items():
+    }
+    if settings.monai_label.enabled:
+        doors["monai-label"] = monai_label.router(service, sessions, in_flight, timeout_s, keys)
+    for tag, routes in doors.items():
         app.include_router(
             routes,
             tags=[tag],

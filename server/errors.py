@@ -3,7 +3,7 @@
 UnetppError
 ├── CallerError   the caller can fix it: Unreadable, UnsupportedType, TooLarge, HeadTooLarge, UploadStalled,
 │                 Unauthorized, OtherSite, UnknownFormat, InvalidParameter, DeadlineTooShort, UnknownModel,
-│                 UnknownJob, ReloadFailed, NotFinished
+│                 UnknownJob, UnknownUpload, ReloadFailed, NotFinished, Unimplemented
 ├── TryAgain      the same request may succeed later: ReloadRunning, Overloaded, DeadlinePassed, NotReady,
 │                 StoreFull, Interrupted
 └── ServerFault   the operator, or we, must fix it: BundleDamaged, Misconfigured, EngineUnavailable,
@@ -163,6 +163,14 @@ class UnknownJob(CallerError):
     """
 
 
+class UnknownUpload(CallerError):
+    """A client of MONAI Label names a session or an image that is not kept here, or not any more.
+
+    Remedy: Upload the image again. It is kept for `UNETPP_MONAI_LABEL__KEEP_UPLOADS_H` hours after its last use.
+    Fields: parameter, value, limit, unit
+    """
+
+
 class ReloadFailed(CallerError):
     """The bundles on disk cannot be served, and the old ones stay in service.
 
@@ -189,6 +197,14 @@ class NotFinished(CallerError):
     def __init__(self, detail: str, retry_after_s: int | None = None, **fields: Any) -> None:
         super().__init__(detail, **fields)
         self.retry_after_s = retry_after_s
+
+
+class Unimplemented(CallerError):
+    """A client of MONAI Label calls what this server does not do: annotation, training, or a datastore.
+
+    Remedy: Use the models for automatic segmentation; `GET /info/` lists them.
+    Fields: value
+    """
 
 
 class TryAgain(UnetppError):
@@ -255,7 +271,7 @@ class NotReady(TryAgain):
 class StoreFull(TryAgain):
     """The disk space for jobs and results is used up.
 
-    Inputs and results of jobs take `UNETPP_JOBS__MAX_DISK_MB`, or the disk itself is full.
+    Inputs and results of jobs, and images of sessions, take `UNETPP_JOBS__MAX_DISK_MB`, or the disk itself is full.
     Remedy: Delete jobs that are done with `DELETE /jobs/ID`, or send the request again after `Retry-After`.
     The operator can raise the limit.
     Fields: limit, actual, unit, setting

@@ -193,7 +193,8 @@ class Metrics:
         self.jobs_queued = self._gauge("unetpp_jobs_queued", "Accepted jobs that wait for their turn.")
         self.jobs_running = self._gauge("unetpp_jobs_running", "Jobs that run.")
         self.jobs_disk_bytes = self._gauge(
-            "unetpp_jobs_disk_bytes", "Size of the inputs and results of jobs."
+            "unetpp_jobs_disk_bytes",
+            "Size of the inputs and results of jobs, and of the images that clients of MONAI Label have uploaded.",
         )
 
     def _measure_models(self) -> None:

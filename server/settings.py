@@ -243,7 +243,7 @@ class JobsSettings(_Group):
     max_disk_mb: int = Field(
         10_240,
         ge=1,
-        description="size of inputs and results on disk, in MiB; over it a new job gets 507. 10 GiB are 40 of the largest bodies",
+        description="size of inputs and results on disk, in MiB, with the images of MONAI Label's clients; over it a new job or upload gets 507. 10 GiB are 40 of the largest bodies",
     )
     concurrency: int = Field(1, ge=1, description="jobs that run at once; their memory adds up")
 
@@ -254,6 +254,26 @@ class JobsSettings(_Group):
     max_attempts: int = _constant(
         5,
         "Starts of a job that a crash of the server ended. One or two crashes may have another cause; five are the job's own.",
+    )
+
+
+class MonaiLabelSettings(_Group):
+    """Routes for clients of MONAI Label, such as the extension of 3D Slicer."""
+
+    enabled: bool = Field(
+        True,
+        description="answer clients of MONAI Label under /info/, /session/, /datastore/, /infer/ and /auth/",
+    )
+    keep_uploads_h: float = Field(
+        8,
+        gt=0,
+        description="hours after its last use until an image that such a client has uploaded is removed. Images count against "
+        "`UNETPP_JOBS__MAX_DISK_MB`, and none outlives the server",
+    )
+
+    max_uploads: int = _constant(
+        1000,
+        "Images of such clients that are kept; one more gets 507. `max_disk_mb` bounds the same in bytes.",
     )
 
 
@@ -282,6 +302,7 @@ class Settings(BaseSettings):
     limits: LimitsSettings = LimitsSettings()
     auth: AuthSettings = AuthSettings()
     jobs: JobsSettings = JobsSettings()
+    monai_label: MonaiLabelSettings = MonaiLabelSettings()
     quality: QualitySettings = QualitySettings()
     log: LogSettings = LogSettings()
 

@@ -18,6 +18,7 @@ TAGS = {
     "segment": "Segment",
     "jobs": "Jobs",
     "models": "Models",
+    "monai-label": "MONAI Label",
     "operate": "Health, metrics and reload",
 }
 
@@ -75,7 +76,7 @@ def _operation(method: str, path: str, operation: dict[str, Any]) -> Iterator[st
     if types:
         yield BODY.format(types=codes(types))
     parameters = operation.get("parameters", [])
-    known = [parameter for parameter in parameters if parameter["name"] in SegmentParams.model_fields]
+    known = [one for one in parameters if one["in"] == "query" and one["name"] in SegmentParams.model_fields]
     if known:
         yield "Query, all optional: " + ", ".join(
             f"[`{one['name']}`](parameters.md#{one['name']})" for one in known
@@ -113,7 +114,12 @@ def _responses(responses: dict[str, Any]) -> Iterator[str]:
 
 
 def _meaning(parameter: dict[str, Any]) -> str:
-    names = {"id": "id of the job, from the answer to POST /jobs", "name": "name of the model"}
+    names = {
+        "id": "id of the job, from the answer to POST /jobs",
+        "name": "name of the model",
+        "model": "name of the model, from GET /info/",
+        "session_id": "id of the session, from the answer to PUT /session/",
+    }
     return str(parameter.get("description") or names[parameter["name"]])
 
 

@@ -12,7 +12,7 @@ from server.api.traces import Traces
 log = logging.getLogger(__name__)
 
 # The outcome that a status means, where the status class does not say it; see `Metrics.requests`.
-OUTCOMES = {429: "refused", 499: "cancelled", 503: "refused", 504: "late"}
+OUTCOMES = {429: "refused", 499: "cancelled", 501: "client_error", 503: "refused", 504: "late"}
 
 # Other methods are logged as _OTHER, because callers may invent names. OpenTelemetry's semantic conventions
 # say so.

@@ -17,6 +17,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api import problems
+from server.api.request_headers import presented_key
 from server.errors import Misconfigured, OtherSite, Unauthorized
 
 log = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ class APIKeyMiddleware:
         if scope["type"] == "lifespan" or scope["path"] in self._free:
             await self._app(scope, receive, send)
             return
-        key = _presented_key(Headers(scope=scope))
+        key = presented_key(Headers(scope=scope))
         if key and key in self._keys:
             await self._app(scope, receive, send)
             return
@@ -221,11 +222,3 @@ def _same_host(origin: str, host: str) -> bool:
     scheme, _, authority = origin.lower().partition("://")
     port = DEFAULT_PORTS.get(scheme, "")
     return bool(port and authority) and authority.removesuffix(port) == host.lower().removesuffix(port)
-
-
-def _presented_key(headers: Headers) -> str:
-    """The key of a request. X-API-Key comes first, because proxies may need Authorization for themselves."""
-    if key := headers.get("x-api-key"):
-        return key
-    scheme, _, key = headers.get("authorization", "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else ""

@@ -35,6 +35,8 @@ STATUS: dict[type[errors.UnetppError], HTTPStatus] = {
     errors.DeadlineTooShort: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.UnknownModel: HTTPStatus.NOT_FOUND,
     errors.UnknownJob: HTTPStatus.NOT_FOUND,
+    errors.UnknownUpload: HTTPStatus.NOT_FOUND,
+    errors.Unimplemented: HTTPStatus.NOT_IMPLEMENTED,
     errors.NotFinished: HTTPStatus.CONFLICT,
     errors.ReloadFailed: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.CallerError: HTTPStatus.BAD_REQUEST,
@@ -56,6 +58,8 @@ NOT_USUAL = {
     errors.TryAgain,
     errors.ServerFault,
     errors.UnknownJob,
+    errors.UnknownUpload,
+    errors.Unimplemented,
     errors.NotFinished,
     errors.Interrupted,
     errors.ReloadFailed,
@@ -177,7 +181,7 @@ def install(app: FastAPI, count_refusal: Callable[[str], None] = lambda reason: 
 
     @app.exception_handler(errors.UnetppError)
     async def handle_domain(request: Request, error: errors.UnetppError) -> ProblemResponse:
-        if error.refusal and request.method == "POST":
+        if error.refusal and request.method in ("POST", "PUT"):
             count_refusal(error.refusal)
         return response_of(error, _request_id(request))
 

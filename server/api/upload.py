@@ -101,8 +101,7 @@ async def receive(request: Request) -> AsyncIterator[Upload]:
 
 @contextlib.asynccontextmanager
 async def _receive_form(request: Request) -> AsyncIterator[Upload]:
-    form = await _parse_form(request)
-    try:
+    async with receive_form(request, FILES, FIELDS) as form:
         files: dict[str, UploadFile] = {}
         for name, value in form.multi_items():
             files[name] = await _check_part(name, value, files)
@@ -116,18 +115,33 @@ async def _receive_form(request: Request) -> AsyncIterator[Upload]:
         yield Upload(
             files["file"].file, reference.file if reference else None, name, header_list(request, "accept")
         )
-    finally:
-        await form.close()
 
 
-async def _parse_form(request: Request) -> FormData:
-    """Reads a form.
+@contextlib.asynccontextmanager
+async def receive_form(
+    request: Request, files: tuple[str, ...], hint: str, max_fields: int = MAX_PARTS
+) -> AsyncIterator[FormData]:
+    """Reads a multipart form; its files live as long as the block.
+
+    Args:
+        request: request with the form.
+        files: names of the fields that are files, of which there are no more than names.
+        hint: sentence for errors, that says which fields there are.
+        max_fields: text fields at most.
 
     Raises:
         Unreadable: the form is broken, incomplete or over a limit.
     """
+    form = await _parse_form(request, files, hint, max_fields)
     try:
-        return await _CompleteForm(request).parse()
+        yield form
+    finally:
+        await form.close()
+
+
+async def _parse_form(request: Request, files: tuple[str, ...], hint: str, max_fields: int) -> FormData:
+    try:
+        return await _CompleteForm(request, files, hint, max_fields).parse()
     except MultiPartException as error:
         limit, unit = PART_LIMITS.get(str(error.__cause__), (None, ""))
         if limit:
@@ -137,7 +151,7 @@ async def _parse_form(request: Request) -> FormData:
                 unit=unit,
             ) from error
         raise Unreadable(
-            f"the multipart body cannot be read: {error.message} {FIELDS}", allowed=[*FILES]
+            f"the multipart body cannot be read: {error.message} {hint}", allowed=[*files]
         ) from error
 
 
@@ -198,10 +212,12 @@ async def _is_text(value: UploadFile) -> bool:
 class _CompleteForm(MultiPartParser):
     """Starlette's parser, which alone would silently drop a file that is cut off, and take one without a name for text."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, files: tuple[str, ...], hint: str, max_fields: int) -> None:
         self._ended = False
+        self._files = files
+        self._hint = hint
         super().__init__(
-            request.headers, self._until_end(request.stream()), max_files=MAX_PARTS, max_fields=MAX_PARTS
+            request.headers, self._until_end(request.stream()), max_files=len(files), max_fields=max_fields
         )
 
     def on_headers_finished(self) -> None:
@@ -215,13 +231,13 @@ class _CompleteForm(MultiPartParser):
         parameters = disposition.get_params([], "Content-Disposition")
         media_type = _media_type(Headers(raw=part.item_headers).get("content-type"))
         named = any(name == "filename" for name, _ in parameters)
-        expected = any(name == "name" and value in FILES for name, value in parameters)
+        expected = any(name == "name" and value in self._files for name, value in parameters)
         is_file = named or (expected and not media_type.startswith("text/"))
-        count, unit = (self._current_files, "files") if is_file else (self._current_fields, "text fields")
-        if count >= MAX_PARTS:
-            raise Unreadable(
-                f"the form has more than {MAX_PARTS} {unit}. {FIELDS}", limit=MAX_PARTS, unit=unit
-            )
+        count, limit, unit = self._current_fields, int(self.max_fields), "text fields"
+        if is_file:
+            count, limit, unit = self._current_files, int(self.max_files), "files"
+        if count >= limit:
+            raise Unreadable(f"the form has more than {limit} {unit}. {self._hint}", limit=limit, unit=unit)
         if is_file and b"filename" not in parse_options_header(part.content_disposition)[1]:
             part.content_disposition = (part.content_disposition or b"") + b'; filename=""'
         super().on_headers_finished()
@@ -240,10 +256,10 @@ class _CompleteForm(MultiPartParser):
         if part.file is None and len(part.data) + end - start > MAX_TEXT_BYTES:
             raise Unreadable(
                 f"the form's field {part.field_name!r:.80} is text of more than {MAX_TEXT_BYTES:,} bytes; a file has a filename "
-                f"or a Content-Type such as image/png. {FIELDS}",
+                f"or a Content-Type such as image/png. {self._hint}",
                 limit=MAX_TEXT_BYTES,
                 unit="bytes",
-                allowed=[*FILES],
+                allowed=[*self._files],
             )
         super().on_part_data(data, start, end)
 

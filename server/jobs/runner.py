@@ -15,7 +15,7 @@ from server.errors import InvalidParameter, NotReady, Overloaded, TryAgain
 from server.imaging import encode
 from server.jobs.active import Clock, JobQueue, JobStatus
 from server.jobs.executor import JobExecutor, preview_params
-from server.jobs.files import short_id
+from server.jobs.files import Files, short_id
 from server.jobs.job import Job, JobSpec
 from server.jobs.store import Store
 from server.metrics import Metrics
@@ -281,6 +281,15 @@ class Runner:
         if active and job:
             active.cancel()
             self._queue.finish(active, job)
+
+    @property
+    def files(self) -> Files:
+        """The files of the jobs folder.
+
+        Raises:
+            NotReady: the store is not open.
+        """
+        return self._store.files
 
     @property
     def _store(self) -> Store:

@@ -124,6 +124,20 @@ class Observation:
         return {f"unetpp.{name}": value for name, value in labels.items()}
 
 
+@contextlib.contextmanager
+def observe(request: Request, metrics: Metrics) -> Iterator[Observation]:
+    """Observes one request, whose outcome is that of the block."""
+    observation = Observation(metrics)
+    error: BaseException | None = None
+    try:
+        yield observation
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        request.state.attributes = observation.ended(error)
+
+
 class InFlight:
     """Limits the requests that are worked on or wait at once.
 
@@ -167,16 +181,15 @@ class InFlight:
         self._service.metrics.in_flight.set(self._count)
 
 
-def router(service: SegmentationService, max_in_flight: int, timeout_s: float) -> APIRouter:
+def router(service: SegmentationService, in_flight: InFlight, timeout_s: float) -> APIRouter:
     """Makes the route.
 
     Args:
         service: does the work.
-        max_in_flight: requests that are worked on or wait at once.
+        in_flight: requests that are worked on or wait.
         timeout_s: seconds that the server works for a request at most.
     """
-    routes = APIRouter(route_class=_counting_route(service.metrics))
-    in_flight = InFlight(max_in_flight, service)
+    routes = APIRouter(route_class=counting_route(service.metrics))
 
     async def respond(
         request: Request, params: SegmentParams, observation: Observation
@@ -188,7 +201,7 @@ def router(service: SegmentationService, max_in_flight: int, timeout_s: float) -
             observation.resolved(target)
             service.admission.check_queue(qos)
             async with deadline(qos), upload.receive(request) as received:
-                response = await _unless_disconnected(
+                response = await unless_disconnected(
                     request, service.segment(received, params, qos, target=target)
                 )
             observation.served(response)
@@ -203,18 +216,11 @@ def router(service: SegmentationService, max_in_flight: int, timeout_s: float) -
     )
     async def segment(request: Request, params: Annotated[SegmentParams, Query()]) -> Response:
         """Answers with the mask of the file in the body, on the file's own pixels or voxels."""
-        observation = Observation(service.metrics)
-        error: BaseException | None = None
         try:
-            response = await respond(request, params, observation)
-        except ClientDisconnect as disconnect:
-            error = disconnect
+            with observe(request, service.metrics) as observation:
+                response = await respond(request, params, observation)
+        except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
-            request.state.attributes = observation.ended(error)
         observation.succeeded(response)
         request.state.timings = response.timings
         if not isinstance(response.body, bytes):
@@ -226,7 +232,7 @@ def router(service: SegmentationService, max_in_flight: int, timeout_s: float) -
     return routes
 
 
-async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Awaits work, which is cancelled when the client leaves.
 
     Raises:
@@ -250,7 +256,7 @@ async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -
             await asyncio.wait([task])
 
 
-def _counting_route(metrics: Metrics) -> type[APIRoute]:
+def counting_route(metrics: Metrics) -> type[APIRoute]:
     """A kind of route that also counts requests that FastAPI refuses itself, e.g. level=abc."""
 
     class CountingRoute(APIRoute):

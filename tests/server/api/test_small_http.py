@@ -20,19 +20,21 @@ OF_ONE_ANSWER = {"date", "x-request-id", "etag", "last-modified"}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[SimpleNamespace]:
-    """A whole server with an ops port, and a finished job with a preview: `job` is its path."""
+    """A whole server with an ops port, a finished job with a preview and a session: `job` is a path, `session` an id."""
     with full_server(http={"ops_port": 1}) as server:
         answer = server.client.post("/jobs?level=2&preview=true&format=scores.npz", content=GOOD)
         server.job = answer.headers["location"]
         with server.client.stream("GET", f"{server.job}/events") as events:
             events.read()
+        uploaded = server.client.put("/session/", files={"files": ("a.png", GOOD)})
+        server.session = uploaded.json()["session_id"]
         yield server
 
 
-def paths(client: httpx.Client, job: str) -> list[str]:
+def paths(client: httpx.Client, job: str, session: str) -> list[str]:
     """Every path that GET is documented for, and those of the page."""
     documented = client.get("/openapi.json").json()["paths"]
-    names = {"{id}": job.rpartition("/")[2], "{name}": "fake"}
+    names = {"{id}": job.rpartition("/")[2], "{name}": "fake", "{session_id}": session}
     filled = []
     for path, methods in documented.items():
         for name, value in names.items():
@@ -43,7 +45,7 @@ def paths(client: httpx.Client, job: str) -> list[str]:
 
 
 def test_head_is_get_without_its_body(server: SimpleNamespace) -> None:
-    every = paths(server.client, server.job)
+    every = paths(server.client, server.job, server.session)
     assert {f"{server.job}{rest}" for rest in ("", "/events", "/result", "/preview")} <= set(every)
     name = server.client.get("/models").json()[0]["name"]
     for path in (path.replace("/models/fake", f"/models/{name}") for path in every):
