@@ -69,7 +69,6 @@ class Algorithm:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
-
 @dataclass(frozen=True)
 class SegmentationResult:
     """A mask, its source, and what is known of both.

@@ -35,23 +35,27 @@ HEADERS = {
     "volume": InputHeader((2, 3, 4), affine=np.eye(4)),
     "nrrd": InputHeader((2, 3, 4), affine=np.eye(4), family="nrrd"),
 }
+HEADERS |= {kind: result_of(kind).source.input_header for kind in ("dicom image", "dicom volume")}
 SHEARED = np.array([[1, 0, 0, 0], [0, 1, 0.3, 0], [0, 0, 2, 0], [0, 0, 0, 1.0]])
 ROWS = [(name, kind) for name, row in ENCODERS.items() for kind in row.kinds]
-KINDS = ("image", "stack", "volume")
+KINDS = ("image", "stack", "volume", "dicom image", "dicom volume")
 MISFITS = [(name, kind) for name, row in ENCODERS.items() for kind in KINDS if kind not in row.kinds]
 READ = [(name, row.kinds[0]) for name, row in ENCODERS.items() if row.needs and name != "json"]
 READ += [("picture", "volume"), ("mask.nii.gz", "image"), ("mask.seg.nrrd", "stack")]
 
 
 def test_encoders_every_file_has_a_row() -> None:
-    helpers = {"__init__", "calibration", "formats", "mosaic", "negotiate", "outlines", "result", "rounding"}
+    helpers = {"__init__", "calibration", "dicom_identity", "dicom_sources", "formats", "mosaic", "negotiate"}
+    helpers |= {"outlines", "result", "rounding"}
     files = {path.stem for path in Path(room.__file__).parent.glob("*.py")} - helpers
-    assert files <= {name for row in ENCODERS.values() for name in row.encode.__code__.co_names}
+    named = {name for row in ENCODERS.values() for name in row.encode.__code__.co_names}
+    assert files <= named | {row.encode.__module__.rpartition(".")[2] for row in ENCODERS.values()}
 
 
 def test_encoders_names_are_those_of_their_files() -> None:
     assert len({row.filename for row in ENCODERS.values()}) == len(ENCODERS)
-    assert {name for name, row in ENCODERS.items() if "." in name and row.filename != name} == set()
+    variants = {"dicomseg.labelmap", "dicomseg.fractional"}
+    assert {name for name, row in ENCODERS.items() if "." in name and row.filename != name} == variants
     assert not (ALIASES.keys() | FAMILIES.keys()) & ENCODERS.keys()
     rows = {*ALIASES.values(), *(row for family in FAMILIES.values() for row in family.values())}
     assert rows <= ENCODERS.keys()
