@@ -18,7 +18,7 @@ from server.imaging.encode.result import SegmentationResult
 from server.imaging.encode.rounding import eight_bits
 
 Type = Literal["BINARY", "LABELMAP", "FRACTIONAL"]
-RLE, EXPLICIT = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.1"
+EXPLICIT, JPEG_LS = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.4.80"
 # 255 means a probability of 1.
 LARGEST = 255
 
@@ -99,7 +99,7 @@ def _build(result: SegmentationResult, type_: Type) -> Any:
     dataset = hd.seg.Segmentation(
         segmentation_type=type_,
         segment_descriptions=segments(result, sources[0]),
-        transfer_syntax_uid=RLE if type_ == "LABELMAP" else EXPLICIT,
+        transfer_syntax_uid=EXPLICIT,
         max_fractional_value=LARGEST,
         content_label="SEGMENTATION",
         content_description=dicom_identity.algorithm_name(result),
@@ -113,6 +113,8 @@ def _build(result: SegmentationResult, type_: Type) -> Any:
         del shared.PixelMeasuresSequence
     if type_ == "FRACTIONAL":
         _fill_probabilities(result, dataset)
+    if type_ == "LABELMAP":
+        _compress(dataset)
     return dataset
 
 
@@ -210,6 +212,37 @@ def _fill_probabilities(result: SegmentationResult, dataset: Any) -> None:
     dataset.PerFrameFunctionalGroupsSequence = frames
     dataset.NumberOfFrames = len(frames)
     dataset.PixelData = b"".join(pixels)
+
+
+def _compress(dataset: Any) -> None:
+    """Compresses each frame without loss.
+
+    Not by pydicom, because of the packages that it calls one ends the process on small frames in RLE, and
+    another one refuses small frames in JPEG-LS.
+    """
+    import imagecodecs
+    from pydicom.encaps import encapsulate
+    from pydicom.uid import UID
+
+    stored = np.frombuffer(dataset.PixelData, np.uint8)[
+        : dataset.NumberOfFrames * dataset.Rows * dataset.Columns
+    ]
+    # With room for noise, which grows.
+    frames = [
+        _without_spiff(bytes(imagecodecs.jpegls_encode(frame, out=2 * frame.size + 1024)))
+        for frame in stored.reshape(-1, dataset.Rows, dataset.Columns)
+    ]
+    dataset.PixelData = encapsulate(frames)
+    dataset["PixelData"].VR = "OB"
+    dataset.file_meta.TransferSyntaxUID = UID(JPEG_LS)
+
+
+def _without_spiff(stream: bytes) -> bytes:
+    """The stream without SPIFF's header, segments APP8 behind the first marker, which DICOM has no use for."""
+    start = 2
+    while stream[start : start + 2] == b"\xff\xe8":
+        start += 2 + int.from_bytes(stream[start + 2 : start + 4], "big")
+    return stream[:2] + stream[start:]
 
 
 def _write(result: SegmentationResult, type_: Type) -> bytes:

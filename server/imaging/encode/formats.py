@@ -41,7 +41,8 @@ class Encoder:
             noise, stripes and dots. Volumes need none that counts, because only a small picture is made of
             them.
         max_bytes: limit of that memory where the number of objects, corners or runs is limited.
-        class_bytes: bytes of memory per pixel or voxel and class during encoding, the file included.
+        voxel_bytes: bytes of memory per pixel or voxel of any input during encoding, the file included.
+        class_bytes: the same, for each class.
         extra: optional dependency that it needs, which may not be installed; "" for none.
         note: function that returns a remark on the answer for the caller.
     """
@@ -56,6 +57,7 @@ class Encoder:
     outlines: bool = False
     image_bytes: int = 0
     max_bytes: int = 1 << 62
+    voxel_bytes: int = 0
     class_bytes: float = 0.0
     extra: str = ""
     note: Callable[[SegmentationResult], str] = lambda result: ""
@@ -166,6 +168,7 @@ ENCODERS: dict[str, Encoder] = {
         "mask.dcm",
         dicomseg.binary,
         INSTANCES,
+        voxel_bytes=2,
         class_bytes=3 / 8,
         extra="dicom",
         note=dicomseg.note,
@@ -175,7 +178,7 @@ ENCODERS: dict[str, Encoder] = {
         "mask_labelmap.dcm",
         dicomseg.labelmap,
         INSTANCES,
-        class_bytes=3,
+        voxel_bytes=4,
         extra="dicom",
         note=dicomseg.note,
     ),
@@ -185,7 +188,8 @@ ENCODERS: dict[str, Encoder] = {
         dicomseg.fractional,
         INSTANCES,
         SCORES,
-        class_bytes=4,
+        voxel_bytes=2,
+        class_bytes=5.0,
         extra="dicom",
     ),
     "dicomsr": Encoder(DICOM, "volumes.dcm", dicomsr.encode, INSTANCES[1:], extra="dicom"),

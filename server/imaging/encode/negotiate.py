@@ -137,7 +137,7 @@ def memory(names: tuple[str, ...], header: InputHeader, classes: int = 1) -> int
 
 def _memory(row: Encoder, pixels: int, classes: int, *, planar: bool) -> int:
     counted = min(row.image_bytes * pixels, row.max_bytes) if planar else 0
-    return counted + math.ceil(row.class_bytes * classes * pixels)
+    return counted + math.ceil((row.voxel_bytes + row.class_bytes * classes) * pixels)
 
 
 def requires(name: str | None, need: str) -> bool:

@@ -122,7 +122,7 @@ def place(dataset: Any, row: float, column: float) -> np.ndarray:
 def affine_of(series: list[Any]) -> np.ndarray:
     """Voxel index (column, row, slice) to mm towards right, anterior, superior."""
     origin = place(series[0], 0, 0)
-    next_slice = place(series[1], 0, 0) if len(series) > 1 else origin + [0, 0, 1]
+    next_slice = place(series[1], 0, 0) if len(series) > 1 else origin + np.array([0, 0, 1])
     affine = np.eye(4)
     affine[:3] = np.stack(
         [place(series[0], 0, 1) - origin, place(series[0], 1, 0) - origin, next_slice - origin, origin], 1

@@ -37,9 +37,16 @@ HEADERS = {
 }
 HEADERS |= {kind: result_of(kind).source.input_header for kind in ("dicom image", "dicom volume")}
 SHEARED = np.array([[1, 0, 0, 0], [0, 1, 0.3, 0], [0, 0, 2, 0], [0, 0, 0, 1.0]])
+
+
+def fits(name: str, kind: str) -> bool:
+    """Whether a row answers a kind of input; DICOM input is also what its pixels are."""
+    return not {kind, kind.removeprefix("dicom ")}.isdisjoint(ENCODERS[name].kinds)
+
+
 ROWS = [(name, kind) for name, row in ENCODERS.items() for kind in row.kinds]
 KINDS = ("image", "stack", "volume", "dicom image", "dicom volume")
-MISFITS = [(name, kind) for name, row in ENCODERS.items() for kind in KINDS if kind not in row.kinds]
+MISFITS = [(name, kind) for name in ENCODERS for kind in KINDS if not fits(name, kind)]
 READ = [(name, row.kinds[0]) for name, row in ENCODERS.items() if row.needs and name != "json"]
 READ += [("picture", "volume"), ("mask.nii.gz", "image"), ("mask.seg.nrrd", "stack")]
 
@@ -123,7 +130,7 @@ def test_memory_is_bounded_by_the_largest_row() -> None:
 )
 def test_choose_family_follows_the_input(name: str, rows: list[str]) -> None:
     assert choose(name, None) == (rows[0],)
-    for header, row in zip(HEADERS.values(), rows, strict=True):
+    for header, row in zip(HEADERS.values(), [*rows, rows[0], rows[2]], strict=True):
         assert choose(name, None, header) == (row,)
         assert choose(name, None, header, instances=True) == (
             (like("labels", header) if name == "mask" else row),
@@ -202,8 +209,14 @@ def test_choose_unknown_name_is_refused(name: str) -> None:
 def test_choose_name_of_another_kind_is_refused(name: str, kind: str) -> None:
     with pytest.raises(UnknownFormat) as caught:
         choose(f"mask,{name}", None, HEADERS[kind])
-    allowed = [*FAMILIES, *(fitting for fitting, row in ENCODERS.items() if kind in row.kinds)]
-    assert caught.value.fields == {"parameter": "format", "value": name, "allowed": allowed}
+    fields = {
+        "parameter": "format",
+        "value": name,
+        "allowed": [*FAMILIES, *(n for n in ENCODERS if fits(n, kind))],
+    }
+    if name.startswith("dicom"):
+        fields["remedy"] = "mask" if kind in ("image", "stack", "volume") else "dicomseg"
+    assert caught.value.fields == fields
 
 
 NOT_ACCEPTED = [(None, "application/pdf"), (None, "image/png;q=0"), ("volume", "image/tiff")]
