@@ -201,8 +201,28 @@ def tracking(result: SegmentationResult, head: Any, value: int) -> tuple[str, st
     return identifier, uid("tracking", str(head.SeriesInstanceUID), made.model, str(value))
 
 
-def finish(dataset: Any, identity: Identity | None = None) -> None:
-    """Removes what highdicom adds of now or at random."""
+def take_name(head: Any) -> Any:
+    """Removes the patient's name from a header, because highdicom warns of unusual ones and repeats them.
+
+    Returns:
+        The element, for `finish`.
+    """
+    element = head["PatientName"]
+    del head.PatientName
+    head.PatientName = None
+    return element
+
+
+def finish(dataset: Any, name: Any, identity: Identity | None = None) -> None:
+    """Removes what highdicom adds of now or at random.
+
+    Args:
+        dataset: what highdicom made.
+        name: element of the patient's name.
+        identity: identity of the answer, if it has frames.
+    """
+    del dataset.PatientName
+    dataset["PatientName"] = name
     for keyword in ("InstanceCreationDate", "InstanceCreationTime"):
         if keyword in dataset:
             delattr(dataset, keyword)

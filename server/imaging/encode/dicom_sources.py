@@ -130,6 +130,8 @@ def _first(dataset: Any, spacing_mm: float | None) -> Any:
         _set(copy, "SliceThickness", None if spacing_mm is None else f"{spacing_mm:.6g}")
     if not copy.get("FrameOfReferenceUID") and "FrameOfReferenceUID" in copy:
         del copy.FrameOfReferenceUID
+    if "NumberOfFrames" not in copy:
+        copy.NumberOfFrames = 1
     _share_groups(copy)
     return copy
 
@@ -174,7 +176,7 @@ def _share_groups(dataset: Any) -> None:
         ):
             shared[group] = frames[0][group]
     measures = [_measures(item) for item in shared.get("PixelMeasuresSequence") or (dataset,)]
-    _set(shared, "PixelMeasuresSequence", [item for item in measures if "PixelSpacing" in item])
+    _set(shared, "PixelMeasuresSequence", measures)
     _set(dataset, "SharedFunctionalGroupsSequence", [shared])
 
 

@@ -96,6 +96,7 @@ def _build(result: SegmentationResult, type_: Type) -> Any:
 
     sources = headers(result)
     made = identity(result, type_, sources[0])
+    name = dicom_identity.take_name(sources[0])
     dataset = hd.seg.Segmentation(
         segmentation_type=type_,
         segment_descriptions=segments(result, sources[0]),
@@ -107,15 +108,22 @@ def _build(result: SegmentationResult, type_: Type) -> Any:
         **_pixels(result, sources, type_),
         **dicom_identity.series(result, sources[0], made),
     )
-    dicom_identity.finish(dataset, made)
-    shared = dataset.SharedFunctionalGroupsSequence[0]
-    if "PixelMeasuresSequence" in shared and not shared.PixelMeasuresSequence:
-        del shared.PixelMeasuresSequence
+    dicom_identity.finish(dataset, name, made)
+    _complete(dataset, sources[0])
     if type_ == "FRACTIONAL":
         _fill_probabilities(result, dataset)
     if type_ == "LABELMAP":
         _compress(dataset)
     return dataset
+
+
+def _complete(dataset: Any, head: Any) -> None:
+    """Adds and removes what highdicom leaves to do for images without a place in space."""
+    shared = dataset.SharedFunctionalGroupsSequence[0]
+    if "PixelMeasuresSequence" in shared and "PixelSpacing" not in shared.PixelMeasuresSequence[0]:
+        del shared.PixelMeasuresSequence
+    if "PlaneOrientationSequence" not in shared:
+        dataset.PatientOrientation = head.get("PatientOrientation") or ""
 
 
 def headers(result: SegmentationResult) -> list[Any]:
@@ -145,6 +153,9 @@ def _pixels(result: SegmentationResult, sources: list[Any], type_: Type) -> dict
     if not np.array_equal(numbers[: len(result.names) + 1], np.arange(len(result.names) + 1)):
         classes = numbers[classes]
     planes = dicom_sources.planes(classes, result.dicom)
+    if type_ == "BINARY" and planes[0].size < 8:
+        # highdicom fills each of them up to a byte, which readers do not expect.
+        raise ValueError("frames of less than 8 pixels")
     if planes.any():
         return {"pixel_array": planes, "source_images": sources}
     written = {"pixel_array": planes[:1], "source_images": sources[:1], "omit_empty_frames": False}

@@ -35,6 +35,7 @@ def _build(result: SegmentationResult) -> Any:
     counts = dicomseg.counts(result)
     made = dicom_identity.identify("REPORT", result, head, counts.tobytes())
     segmentation = _reference(head, dicomseg.identity(result, "BINARY", head))
+    name = dicom_identity.take_name(head)
     voxel_mm3 = abs(float(np.linalg.det(result.affine[:3, :3])))
     groups = [
         _group(result, head, segmentation, value, number, voxel_mm3 * int(counts[value]))
@@ -67,7 +68,7 @@ def _build(result: SegmentationResult) -> Any:
         contributing_equipment=[dicom_identity.equipment(result)],
         **series,
     )
-    dicom_identity.finish(dataset)
+    dicom_identity.finish(dataset, name)
     return dataset
 
 
