@@ -108,15 +108,12 @@ def multi_frame(size: tuple[int, int, int], orientation: Sequence[float], *, rev
     return whole
 
 
-def place(dataset: Any, row: float, column: float) -> np.ndarray:
-    """Where a pixel of an instance lies, in mm towards left, posterior, superior (PS3.3 C.7.6.2.1.1)."""
+def place(dataset: Any, rows: Any, columns: Any) -> np.ndarray:
+    """Where pixels of an instance lie, in mm towards left, posterior, superior (PS3.3 C.7.6.2.1.1)."""
     cosines = np.array(dataset.ImageOrientationPatient, dtype=float)
     dy, dx = (float(one) for one in dataset.PixelSpacing)
-    return (
-        np.array(dataset.ImagePositionPatient, dtype=float)
-        + cosines[:3] * dx * column
-        + cosines[3:] * dy * row
-    )
+    along = np.multiply.outer(columns, cosines[:3] * dx) + np.multiply.outer(rows, cosines[3:] * dy)
+    return np.array(dataset.ImagePositionPatient, dtype=float) + along
 
 
 def affine_of(series: list[Any]) -> np.ndarray:

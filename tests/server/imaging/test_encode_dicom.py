@@ -14,6 +14,7 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from server.arrays import DicomSource
 from server.errors import InvalidParameter
@@ -96,19 +97,24 @@ def pixels(result: SegmentationResult, value: int) -> np.ndarray:
 
 def places(result: SegmentationResult, value: int) -> np.ndarray:
     """Where the pixels of a class lie, in mm, from the headers of the source."""
-    source, normal = result.dicom, None
+    source = result.dicom
     heads = [source.datasets[index] for index, _ in source.frames]
     if len(source.datasets) == 1 and len(source.frames) > 1:
-        heads = []
-        for _, frame in source.frames:
-            group = source.datasets[0].PerFrameFunctionalGroupsSequence[frame - 1]
-            head = pydicom.Dataset()
-            head.ImagePositionPatient = group.PlanePositionSequence[0].ImagePositionPatient
-            head.ImageOrientationPatient = group.PlaneOrientationSequence[0].ImageOrientationPatient
-            head.PixelSpacing = group.PixelMeasuresSequence[0].PixelSpacing
-            heads.append(head)
-    assert normal is None
-    return np.array([dicom.place(heads[k], row, column) for column, row, k in pixels(result, value)])
+        heads = [
+            frame_head(source.datasets[0].PerFrameFunctionalGroupsSequence[n - 1]) for _, n in source.frames
+        ]
+    found = pixels(result, value)
+    by_slice = [(head, found[found[:, 2] == k]) for k, head in enumerate(heads)]
+    return np.concatenate([dicom.place(head, part[:, 1], part[:, 0]) for head, part in by_slice])
+
+
+def frame_head(frame: Any, shared: Any = None) -> Any:
+    """The attributes that place a frame, as a header of a single image."""
+    head, shared = pydicom.Dataset(), shared or frame
+    head.ImagePositionPatient = frame.PlanePositionSequence[0].ImagePositionPatient
+    head.ImageOrientationPatient = shared.PlaneOrientationSequence[0].ImageOrientationPatient
+    head.PixelSpacing = shared.PixelMeasuresSequence[0].PixelSpacing
+    return head
 
 
 def segments_of(dataset: Any) -> dict[int, np.ndarray]:
@@ -117,17 +123,14 @@ def segments_of(dataset: Any) -> dict[int, np.ndarray]:
     planes = dataset.pixel_array.reshape(-1, dataset.Rows, dataset.Columns)
     found: dict[int, list[np.ndarray]] = {}
     for plane, frame in zip(planes, dataset.PerFrameFunctionalGroupsSequence, strict=True):
-        head = pydicom.Dataset()
-        head.ImagePositionPatient = frame.PlanePositionSequence[0].ImagePositionPatient
-        head.ImageOrientationPatient = shared.PlaneOrientationSequence[0].ImageOrientationPatient
-        head.PixelSpacing = shared.PixelMeasuresSequence[0].PixelSpacing
-        for row, column in np.argwhere(plane):
-            number = int(plane[row, column])
+        head = frame_head(frame, shared)
+        for value in np.unique(plane[plane > 0]).tolist():
+            group = frame if "SegmentIdentificationSequence" in frame else shared
+            number = value
             if dataset.SegmentationType == "BINARY":
-                group = frame if "SegmentIdentificationSequence" in frame else shared
                 number = int(group.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
-            found.setdefault(number, []).append(dicom.place(head, row, column))
-    return {number: np.array(points) for number, points in found.items()}
+            found.setdefault(number, []).append(dicom.place(head, *np.nonzero(plane == value)))
+    return {number: np.concatenate(points) for number, points in found.items()}
 
 
 def in_order(points: np.ndarray) -> np.ndarray:
@@ -166,17 +169,19 @@ def test_highdicom_reads_the_same_mask_by_source_instance(case: str) -> None:
     assert np.array_equal(planes, result.mask.classes.T)
 
 
-@deterministic
+# pydicom suspects tiny frames whose compressed size is that of their pixels.
+@pytest.mark.filterwarnings("ignore:The number of bytes of compressed pixel data matches")
+# Fewer examples than elsewhere, because highdicom takes tenths of a second for each.
+@settings(deterministic, max_examples=12)
 @hypothesis.given(
-    data=st.data(),
+    seed=st.integers(0, 99),
     orientation=st.sampled_from(sorted(ORIENTATIONS)),
     size=st.tuples(st.integers(1, 9), st.integers(8, 11), st.integers(1, 4)),
     count=st.integers(1, 5),
 )
 def test_any_mask_comes_back_by_position(
-    data: st.DataObject, orientation: str, size: tuple[int, int, int], count: int
+    seed: int, orientation: str, size: tuple[int, int, int], count: int
 ) -> None:
-    seed = data.draw(st.integers(0, 99))
     classes = np.random.default_rng(seed).integers(0, count + 1, size).astype(np.uint8)
     names = {value: f"class {value}" for value in range(1, count + 1)}
     result = of_series(instances(size, ORIENTATIONS[orientation]), classes, names=names)
