@@ -203,7 +203,7 @@ def _interleaved(flat: Pixels, form: PixelFormat) -> Pixels:
 def _rgb(values: Pixels, form: PixelFormat) -> Pixels:
     if form.photometric not in ("YBR_FULL", "YBR_FULL_422"):
         return values
-    from pydicom.pixels import convert_color_space
+    from pydicom.pixels.processing import convert_color_space
 
     return cast("Pixels", convert_color_space(cast("Any", values), "YBR_FULL", "RGB"))
 
@@ -301,25 +301,23 @@ def _check_size(data: bytes, form: PixelFormat, number: int) -> None:
 
 
 def _by_pydicom(value: bytes, form: PixelFormat, syntax: str, plugin: str) -> Pixels:
-    from pydicom.pixels import get_decoder
+    from pydicom.pixels.decoders import get_decoder
     from pydicom.uid import UID
 
-    values, _ = get_decoder(syntax).as_array(
-        value,
-        index=0,
-        decoding_plugin=plugin,
-        transfer_syntax_uid=UID(syntax),
-        rows=form.rows,
-        columns=form.columns,
-        number_of_frames=1,
-        samples_per_pixel=form.samples,
-        bits_allocated=form.allocated,
-        bits_stored=form.bits,
-        pixel_representation=int(form.signed),
-        photometric_interpretation=form.photometric,
-        planar_configuration=form.planar,
-        pixel_keyword="PixelData",
-    )
+    options: dict[str, Any] = {
+        "transfer_syntax_uid": UID(syntax),
+        "rows": form.rows,
+        "columns": form.columns,
+        "number_of_frames": 1,
+        "samples_per_pixel": form.samples,
+        "bits_allocated": form.allocated,
+        "bits_stored": form.bits,
+        "pixel_representation": int(form.signed),
+        "photometric_interpretation": form.photometric,
+        "planar_configuration": form.planar,
+        "pixel_keyword": "PixelData",
+    }
+    values, _ = get_decoder(syntax).as_array(value, index=0, decoding_plugin=plugin, **options)
     return cast("Pixels", values)
 
 

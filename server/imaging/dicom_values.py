@@ -93,9 +93,9 @@ class Values:
                 out[(out >= low) & (out <= high)] = self._lowest
                 padding += count
         notes = [nonfinite_note(self._nonfinite, self._total, self._options.zero_nonfinite)]
-        if self._padding:
+        if padding:
             notes.append(
-                f"{self._padding:,} values of padding were read as {lowest:g}, the lowest other value"
+                f"{padding:,} values of padding were read as {self._lowest:g}, the lowest other value"
             )
         if self._form.inverted:
             notes.append("MONOCHROME1 was inverted, so that high values are bright")
@@ -103,7 +103,7 @@ class Values:
 
     def _grey(self, stored: Pixels, frame: Frame, dataset: Any, out: Any) -> None:
         if self._form.modality_lut:
-            from pydicom.pixels import apply_modality_lut
+            from pydicom.pixels.processing import apply_modality_lut
 
             out[:] = apply_modality_lut(cast("Any", stored), dataset)
         else:
@@ -130,7 +130,7 @@ class Values:
             # Old files give the padding of signed values as an unsigned number.
             wrap = 1 << self._form.bits
             ends = [end - wrap if end >= wrap // 2 else end for end in ends]
-        mask = (stored >= ends[0]) & (stored <= ends[1])
+        mask = (cast("Any", stored) >= ends[0]) & (cast("Any", stored) <= ends[1])
         count = int(np.count_nonzero(mask))
         if count < mask.size:
             others = out[~mask] if count else out
