@@ -14,11 +14,11 @@ from server.imaging.dicom_stream import (
     Deflated,
     Head,
     Inflating,
-    Stream,
     read_exactly,
     skip,
 )
-from server.imaging.zip_reader import is_zip, list_files, open_zip
+from server.imaging.streaming import Stream
+from server.imaging.zip_reader import DAMAGE, is_zip, list_files, open_zip
 
 # Bytes by which a DICOM file is recognised.
 SNIFF_BYTES = 144
@@ -153,7 +153,7 @@ def read_instances(file: BinaryIO, max_files: int) -> Instances:
                     found.skipped["not DICOM"] += 1
                     continue
                 with archive.open(info) as stream:
-                    _add(found, cast("BinaryIO", stream), info, budget)
+                    _add(found, stream, info, budget)
     if not found.instances:
         kinds = ", ".join(sorted(found.skipped))
         raise Unreadable(
@@ -195,11 +195,11 @@ def _prefix(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     try:
         with archive.open(info) as stream:
             return read_exactly(stream, SNIFF_BYTES)
-    except (Unreadable, zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError):
+    except (UnetppError, *DAMAGE):
         return b""
 
 
-def _add(found: Instances, stream: BinaryIO, entry: zipfile.ZipInfo | None, budget: Budget) -> None:
+def _add(found: Instances, stream: Any, entry: zipfile.ZipInfo | None, budget: Budget) -> None:
     """Reads a header, and adds the instance where it is a picture."""
     dataset, pixels = _read_header(stream, budget)
     kind = _stranger(dataset, has_pixels=pixels is not None)
@@ -221,7 +221,7 @@ def _stranger(dataset: Any, *, has_pixels: bool) -> str:
     return next((name for start, name in STRANGERS if kind.startswith(start)), "DICOM without pixels")
 
 
-def _read_header(stream: BinaryIO, budget: Budget) -> tuple[Any, Pixels | None]:
+def _read_header(stream: Any, budget: Budget) -> tuple[Any, Pixels | None]:
     """Returns the data set up to its pixels, and where these are; None for one without.
 
     Raises:

@@ -11,7 +11,8 @@ import numpy as np
 from server.errors import TooLarge, Unreadable
 from server.imaging.dicom_files import DOUBLE_PIXELS, FLOAT_PIXELS, Instance
 from server.imaging.dicom_frames import PixelFormat
-from server.imaging.dicom_stream import FORMAT, Stream, SwappedBytes, read_exactly
+from server.imaging.dicom_stream import FORMAT, SwappedBytes, read_exactly
+from server.imaging.streaming import Stream
 
 Pixels = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 
@@ -301,7 +302,7 @@ def _check_size(data: bytes, form: PixelFormat, number: int) -> None:
 
 
 def _by_pydicom(value: bytes, form: PixelFormat, syntax: str, plugin: str) -> Pixels:
-    from pydicom.pixels.decoders import get_decoder
+    from pydicom.pixels.decoders.base import get_decoder
     from pydicom.uid import UID
 
     options: dict[str, Any] = {

@@ -1,9 +1,9 @@
 """Bytes of a DICOM file up to its pixels, bounded: no header makes the parser take much memory or time."""
 
 import zlib
-from typing import BinaryIO, Protocol
 
 from server.errors import TooLarge, Unreadable
+from server.imaging.streaming import Stream
 from server.imaging.zip_reader import DAMAGE, LIST_BYTES
 
 FORMAT = "DICOM"
@@ -17,14 +17,6 @@ MAX_HEADERS = 256 * 1024 * 1024
 MAX_READS, READS_PER_INSTANCE = 300_000, 1500
 # Bytes that are fetched at a time: the header of a CT slice.
 CHUNK = 16 * 1024
-
-
-class Stream(Protocol):
-    """Describes what bytes are read from."""
-
-    def read(self, size: int, /) -> bytes:
-        """Returns up to `size` bytes; none at the end."""
-        ...
 
 
 class Deflated(Exception):
@@ -198,7 +190,7 @@ def read_exactly(stream: Stream, size: int) -> bytes:
     return b"".join(parts)
 
 
-def skip(stream: Stream | BinaryIO, size: int) -> None:
+def skip(stream: Stream, size: int) -> None:
     """Reads over bytes."""
     while size > 0 and (piece := read_safely(stream, min(size, 16 * CHUNK))):
         size -= len(piece)

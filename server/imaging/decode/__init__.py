@@ -120,7 +120,7 @@ def _dispatch(file: BinaryIO, options: DecodeOptions, function: Callable[[Decode
             reason="empty",
         )
     decoder = next((decoder for decoder in DECODERS.values() if decoder.sniff(prefix)), None)
-    if decoder is None:
+    if decoder is None or (decoder is DECODERS["dicom"] and not dicom.is_dicom(file, prefix, options)):
         raise _unsupported(prefix)
     if options.axes and decoder is not DECODERS["tiff"]:
         raise InvalidParameter(

@@ -9,7 +9,7 @@ import numpy as np
 
 from server.arrays import Image, InputHeader, Volume
 from server.imaging.decode_options import DecodeOptions, join_notes
-from server.imaging.dicom_files import looks_like_dicom, open_pixels
+from server.imaging.dicom_files import holds_dicom, looks_like_dicom, open_pixels
 from server.imaging.dicom_input import DicomInput, read_input
 from server.imaging.dicom_pixels import decode_frames, is_lossy_jpeg
 from server.imaging.dicom_values import Values
@@ -21,6 +21,11 @@ from server.imaging.zip_reader import MAGICS
 def sniff(prefix: bytes) -> bool:
     """Returns whether a file is DICOM, or a zip, which is decoded as one input if it holds DICOM."""
     return prefix.startswith(MAGICS) or looks_like_dicom(prefix)
+
+
+def is_dicom(file: BinaryIO, prefix: bytes, options: DecodeOptions) -> bool:
+    """Returns whether a file that was sniffed is DICOM, and not a zip of something else; leaves it at its start."""
+    return not prefix.startswith(MAGICS) or holds_dicom(file, options.max_files)
 
 
 def read_header(file: BinaryIO, options: DecodeOptions) -> InputHeader:
