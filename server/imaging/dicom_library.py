@@ -34,4 +34,4 @@ def load() -> None:
     config.settings.reading_validation_mode = config.IGNORE
     for name in ("pydicom", "highdicom", "pylibjpeg", "openjpeg"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    warnings.filterwarnings("ignore", module=r"(pydicom|openjpeg|jpeg_ls)(\.|$)")
+    warnings.filterwarnings("ignore", module=r"(pydicom|highdicom|openjpeg|jpeg_ls)(\.|$)")

@@ -6,7 +6,6 @@ know an answer that is sent again.
 
 import hashlib
 import json
-import logging
 import uuid
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +30,6 @@ DATES = (
 )
 # Numbers of series beyond those of a scanner.
 SERIES_NUMBERS = 1000
-
-# highdicom logs names of patients that break rules. They must not reach the log of the server.
-logging.getLogger("highdicom").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)

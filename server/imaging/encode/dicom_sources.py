@@ -54,8 +54,13 @@ def headers(source: DicomSource, affine: Float64[ndarray, "4 4"] | None) -> list
     Args:
         source: instances of the input.
         affine: voxel index to mm; None for images.
+
+    Raises:
+        ValueError: highdicom takes several instances of one frame, or one of several.
     """
     first, rest = source.datasets[source.frames[0][0]], source.frames[1:]
+    if len(source.datasets) not in (1, len(source.frames)):
+        raise ValueError("several instances of several frames")
     head = _first(first, None if affine is None else float(np.linalg.norm(affine[:3, 2])))
     if len(source.datasets) == 1:
         return [head]

@@ -13,6 +13,7 @@ from jaxtyping import Int64, UInt8
 from numpy import ndarray
 
 from server.errors import InvalidParameter
+from server.imaging import dicom_library
 from server.imaging.encode import dicom_identity, dicom_sources
 from server.imaging.encode.result import SegmentationResult
 from server.imaging.encode.rounding import eight_bits
@@ -64,6 +65,7 @@ def checked(build: Callable[[SegmentationResult], Any], result: SegmentationResu
     Raises:
         InvalidParameter: the headers of the source do not suffice.
     """
+    dicom_library.load()
     try:
         return build(result)
     except LookupError as error:
