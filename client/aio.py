@@ -109,7 +109,7 @@ class AsyncClient:
         """Segments an image, a stack, a volume or a zip of images.
 
         Args:
-            source: a path, the bytes of a file, a file open for bytes, or a numpy array of numbers or booleans:
+            source: a path of a file or of a folder with a DICOM series, the bytes of a file, a file open for bytes, or a numpy array of numbers or booleans:
                 (H, W) grey, (H, W, 3 or 4) colour (alpha is ignored), (S, H, W) a stack, or with `affine`
                 (X, Y, Z) a volume.
             formats: names of `format=`; "mask" is the mask in the format of the input. Each becomes an entry of

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from client.display import SKIPPED, Display
 from client.errors import InputError, TransportError
-from client.files import printable, replacing, sha256
+from client.files import byte_size, printable, replacing, sha256
 from client.inputs import Input
 from client.report import Report
 from client.result import Result
@@ -108,7 +108,11 @@ class Batch:
         reference_digest = None if reference is None else await asyncio.to_thread(sha256, reference)
         if self.resume and await asyncio.to_thread(self.report.is_complete, one, digest, reference_digest):
             return SKIPPED
-        facts = {"sha256": digest, "bytes": one.path.stat().st_size, "reference_sha256": reference_digest}
+        facts = {
+            "sha256": digest,
+            "bytes": await asyncio.to_thread(byte_size, one.path),
+            "reference_sha256": reference_digest,
+        }
         # Whatever happens now, the answer of an earlier run is not the one to this.
         self.report.update(one, status="pending", **facts)
         result = await self.segmenter.segment(

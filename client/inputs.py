@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
 from client.errors import InputError
-from client.files import is_zip, printable
+from client.files import is_archive, is_dicom_file, printable
 
 # File types that are taken from a folder; a file that is named itself is always tried, because the server
 # looks at its content.
@@ -24,10 +24,10 @@ TOP = PurePath()
 
 @dataclass(frozen=True)
 class Input:
-    """One input file.
+    """One input: a file, or a folder with the files of a DICOM series.
 
     Attributes:
-        path: path of the file.
+        path: path of the file or folder.
         folder: its folder, relative to the folder on the command line.
     """
 
@@ -36,13 +36,15 @@ class Input:
 
     @property
     def stem(self) -> str:
-        """The file name without its type; of x.nii.gz it is x."""
+        """The file name without its type; of x.nii.gz it is x. Of a folder it is the whole name."""
+        if self.path.is_dir():
+            return self.path.resolve().name
         return self.path.stem if self.path.suffix != ".gz" else PurePath(self.path.stem).stem
 
     @functools.cached_property
     def is_archive(self) -> bool:
         """Whether it is a zip of images, which has many answers."""
-        return is_zip(self.path)
+        return is_archive(self.path)
 
     def output_folder(self, out: Path | None) -> Path:
         """The folder of its answers."""
@@ -73,7 +75,7 @@ def collect(arguments: Iterable[str], *, recursive: bool, out: Path | None) -> l
         if not files:
             hint = "" if recursive else "; folders in it are not searched without --recursive"
             raise InputError(
-                f"{argument}: no image or volume in it (file types: {', '.join(SUFFIXES)}){hint}"
+                f"{argument}: no image or volume in it (file types: {', '.join(SUFFIXES)}, and DICOM){hint}"
             )
         for one in files:
             inputs.setdefault(one.path.absolute(), one)
@@ -108,6 +110,9 @@ def _walk(folder: Path, base: Path, recursive: bool, out: Path | None) -> Iterat
         folders[:] = [
             name for name in visible if recursive and name in folders and (here / name).resolve() != skipped
         ]
+        # The DICOM files in a folder, of any names, are one series.
+        if any(is_dicom_file(here / name) for name in visible if name in names):
+            yield Input(here, _relative(here.parent, base))
         images = [name for name in visible if name in names and name.lower().endswith(SUFFIXES)]
         files = [Input(here / name, _relative(here, base)) for name in images]
         answers = {f"{one.stem}_{answer}" for one in files for answer in ANSWERS}

@@ -78,7 +78,7 @@ class AsyncLocal:
         """Segments an image, a stack, a volume or a zip of images.
 
         Args:
-            source: a path, the bytes of a file, a file open for bytes, or a numpy array of numbers or booleans:
+            source: a path of a file or of a folder with a DICOM series, the bytes of a file, a file open for bytes, or a numpy array of numbers or booleans:
                 (H, W) grey, (H, W, 3 or 4) colour (alpha is ignored), (S, H, W) a stack, or with `affine`
                 (X, Y, Z) a volume.
             formats: names of `format=`; "mask" is the mask in the format of the input. Each becomes an entry of
@@ -128,7 +128,7 @@ class Local(Blocking[AsyncLocal]):
         """Segments an image, a stack, a volume or a zip of images.
 
         Args:
-            source: a path, the bytes of a file, a file open for bytes, or a numpy array of numbers or booleans:
+            source: a path of a file or of a folder with a DICOM series, the bytes of a file, a file open for bytes, or a numpy array of numbers or booleans:
                 (H, W) grey, (H, W, 3 or 4) colour (alpha is ignored), (S, H, W) a stack, or with `affine`
                 (X, Y, Z) a volume.
             progress: callback with the stage (decode, infer, encode), the number of finished windows and the

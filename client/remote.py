@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from client.aio import AsyncClient
-from client.files import is_zip
+from client.files import byte_size, is_archive
 from client.result import Result
 from server.segment.request import OnProgress, ignore_progress
 
@@ -40,8 +40,8 @@ class Remote:
         self, source: Path, *, progress: OnProgress = ignore_progress, **parameters: Any
     ) -> Result:
         """Segments one input; a job is removed from the server in the end, also when this is cancelled."""
-        size = (await asyncio.to_thread(source.stat)).st_size
-        is_long = size >= self._job_bytes or is_zip(source)
+        size = await asyncio.to_thread(byte_size, source)
+        is_long = size >= self._job_bytes or await asyncio.to_thread(is_archive, source)
         if not (
             self._as_job or (is_long and not any(parameters.get(name) is not None for name in INTERACTIVE))
         ):

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from client.files import printable
+from client.files import printable, zip_series
 from server.segment.request import SegmentParams
 
 Source: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | NDArray[Any]
@@ -61,7 +61,7 @@ def file_part(source: Source, affine: ArrayLike | None = None, name: str = "uplo
     """Prepares a source for sending.
 
     Args:
-        source: a path; the bytes of a file; a file open for reading, sent from its start and left open; or
+        source: a path of a file, or of a folder with a DICOM series; the bytes of a file; a file open for reading, sent from its start and left open; or
             pixels: (H, W), (H, W, 3 or 4), (S, H, W), or with an affine the voxels (X, Y, Z) of a volume.
         affine: 4 × 4 matrix of a volume in an array, from voxel indices to mm in RAS; not used for files,
             which have their own.
@@ -78,6 +78,8 @@ def file_part(source: Source, affine: ArrayLike | None = None, name: str = "uplo
     elif isinstance(data, str | os.PathLike):
         path = Path(data)
         path.stat()
+        if path.is_dir():
+            return FilePart(lambda: zip_series(path), name)
         return FilePart(lambda: path.open("rb"), name)
     elif hasattr(data, "read"):
         if data.seekable():

@@ -19,8 +19,8 @@ RUN pip wheel --no-cache-dir --no-deps --build-constraint /build/constraints.txt
 FROM build AS packages
 COPY docker/cuda.txt /build/
 COPY --from=wheel /wheels /wheels
-# With traces: --build-arg EXTRAS=gpu,otel
-ARG EXTRAS=gpu
+# With traces: --build-arg EXTRAS=gpu,dicom,otel
+ARG EXTRAS=gpu,dicom
 # The cache is a mount and no part of the image. Bytecode is written of what a start imports, because without it each start takes
 # 1.5 s longer; that of all packages would be 100 MB.
 # hadolint ignore=DL3042

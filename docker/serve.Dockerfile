@@ -18,8 +18,8 @@ RUN pip wheel --no-cache-dir --no-deps --build-constraint /build/constraints.txt
 
 FROM build AS packages
 COPY --from=wheel /wheels /wheels
-# With traces: --build-arg EXTRAS=cpu,otel
-ARG EXTRAS=cpu
+# With traces: --build-arg EXTRAS=cpu,dicom,otel
+ARG EXTRAS=cpu,dicom
 # The cache is a mount and no part of the image. Bytecode is written of what a start imports, because without it each start takes
 # 1.5 s longer; that of all packages would be 100 MB.
 # hadolint ignore=DL3042

@@ -13,6 +13,24 @@ from numpy import ndarray
 
 
 @dataclass(frozen=True)
+class DicomSource:
+    """The DICOM instances that an input was made from; answers in DICOM repeat their patient, study and geometry.
+
+    The first axis of the volume is the column index of the instances, the second the row index, and the third
+    counts slices in ascending projection on the normal (row cosine x column cosine). Of an image the axes are
+    (row, column), and there is one slice.
+
+    Attributes:
+        datasets: pydicom datasets of the instances without pixel data: one per slice of a series of
+            single-frame instances, in the order of the slices; one alone of a multi-frame instance.
+        frames: for each slice its index in `datasets`, and its frame number from 1.
+    """
+
+    datasets: tuple[Any, ...]
+    frames: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class InputHeader:
     """Facts that the header of a file gives before any pixel is decoded.
 
@@ -26,6 +44,7 @@ class InputHeader:
         time_slices: slices of each time of a time-lapse; None for other inputs.
         stored_affine: the affine in the unit of the file, as readers see it that take every number for mm;
             None where the file counts in mm.
+        dicom: the instances of a DICOM input; None for other formats.
     """
 
     size: tuple[int, ...]
@@ -35,6 +54,7 @@ class InputHeader:
     family: str = "nifti"
     time_slices: int | None = None
     stored_affine: Float64[ndarray, "4 4"] | None = None
+    dicom: DicomSource | None = None
 
     @property
     def planar(self) -> bool:
@@ -81,12 +101,14 @@ class Image:
         note: remark on the decoding for the caller, e.g. that only the first page was read.
         spacing_mm: distances in mm from row to row and from column to column; None where the file gives none.
         calibration: sizes and times that a TIFF tells, in its words; None for other formats.
+        dicom: the instance of a DICOM input; None for other formats.
     """
 
     pixels: Shaped[ndarray, "H W C"]
     note: str = ""
     spacing_mm: tuple[float, float] | None = None
     calibration: Calibration | None = None
+    dicom: DicomSource | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -101,7 +123,7 @@ class Image:
     @property
     def input_header(self) -> InputHeader:
         """Header of this image."""
-        return InputHeader(self.size, self.pixels.shape[-1], self.pixels.itemsize)
+        return InputHeader(self.size, self.pixels.shape[-1], self.pixels.itemsize, dicom=self.dicom)
 
 
 @dataclass(frozen=True)
@@ -125,6 +147,7 @@ class Volume:
         nrrd_place: lines of an NRRD header that place the volume, in the words of the source; empty where
             the affine says the same.
         calibration: sizes and times that a TIFF tells, in its words; None for other formats.
+        dicom: the instances of a DICOM input; None for other formats.
     """
 
     voxels: Shaped[ndarray, "X Y Z C"]
@@ -137,6 +160,7 @@ class Volume:
     stored_affine: Float64[ndarray, "4 4"] | None = None
     nrrd_place: tuple[str, ...] = ()
     calibration: Calibration | None = None
+    dicom: DicomSource | None = None
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -160,6 +184,7 @@ class Volume:
             self.family,
             self.time_slices,
             self.stored_affine,
+            self.dicom,
         )
 
 

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from server.api.request_headers import presented_key
 from server.api.upload import receive_form
 from server.errors import InvalidParameter, TooLarge, UnsupportedType
-from server.segment.zip_files import is_zip
+from server.imaging.zip_reader import is_zip
 
 FORM, FIELDS_ONLY = "multipart/form-data", "application/x-www-form-urlencoded"
 

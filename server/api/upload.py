@@ -20,7 +20,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from server.api.request_headers import header_list
-from server.errors import InvalidParameter, Unreadable, UnsupportedType
+from server.api.series_parts import SeriesZip, ZipPart, join_series
+from server.errors import InvalidParameter, TooLarge, Unreadable, UnsupportedType
 from server.segment.request import Upload
 
 # Larger bodies wait on disk, not in memory.
@@ -38,6 +39,7 @@ VOLUMES = (
     "application/nrrd",
     "application/x-metaimage",
 )
+DICOM = ("application/dicom",)
 ZIPS = ("application/zip", "application/x-zip-compressed")
 # Types that an error message suggests.
 SUGGESTED = (
@@ -49,6 +51,7 @@ SUGGESTED = (
     "application/gzip",
     "application/x-nrrd",
     "application/x-metaimage",
+    "application/dicom",
     "application/zip",
     "application/octet-stream",
 )
@@ -56,6 +59,8 @@ SUGGESTED = (
 FILES = ("file", "reference")
 # Files of a form, each of which may be as large as a body; and its other fields, none of which is valid.
 MAX_PARTS = len(FILES)
+# Instances of a DICOM series in a form.
+MAX_INSTANCES = 1000
 MAX_NAME = 500
 MAX_TEXT_BYTES = 1024 * 1024
 # Values of Content-Transfer-Encoding that change nothing.
@@ -65,9 +70,7 @@ PART_LIMITS = {
     "Maximum header count exceeded": (DEFAULT_MAX_HEADER_COUNT, "headers"),
     "Maximum header size exceeded": (DEFAULT_MAX_HEADER_SIZE, "bytes in a header"),
 }
-FIELDS = (
-    "The fields are file and reference, one of each; mode, level and the other parameters belong in the URL"
-)
+FIELDS = "The fields are file and reference, one of each (several of file for a DICOM series); mode, level and the other parameters belong in the URL"
 
 
 @contextlib.asynccontextmanager
@@ -101,20 +104,23 @@ async def receive(request: Request) -> AsyncIterator[Upload]:
 
 @contextlib.asynccontextmanager
 async def _receive_form(request: Request) -> AsyncIterator[Upload]:
-    async with receive_form(request, FILES, FIELDS) as form:
+    parser = _CompleteForm(request, FILES, FIELDS, MAX_PARTS, series_field="file")
+    async with _read_form(parser) as form:
         files: dict[str, UploadFile] = {}
         for name, value in form.multi_items():
-            files[name] = await _check_part(name, value, files)
+            part = await _check_part(name, value, files)
+            files.setdefault(name, part)
         if "file" not in files:
             raise InvalidParameter(
                 "no file in the request; with curl write -F file=@image.png", parameter="file"
             )
+        file = files["file"].file
+        if parser.series:
+            file = await asyncio.to_thread(join_series, file, parser.series)
         reference = files.get("reference")
         # Without the folders of the caller's machine.
         name = re.split(r"[\\/]", files["file"].filename or "")[-1][:MAX_NAME]
-        yield Upload(
-            files["file"].file, reference.file if reference else None, name, header_list(request, "accept")
-        )
+        yield Upload(file, reference.file if reference else None, name, header_list(request, "accept"))
 
 
 @contextlib.asynccontextmanager
@@ -132,16 +138,25 @@ async def receive_form(
     Raises:
         Unreadable: the form is broken, incomplete or over a limit.
     """
-    form = await _parse_form(request, files, hint, max_fields)
-    try:
+    async with _read_form(_CompleteForm(request, files, hint, max_fields)) as form:
         yield form
-    finally:
-        await form.close()
 
 
-async def _parse_form(request: Request, files: tuple[str, ...], hint: str, max_fields: int) -> FormData:
+@contextlib.asynccontextmanager
+async def _read_form(parser: "_CompleteForm") -> AsyncIterator[FormData]:
     try:
-        return await _CompleteForm(request, files, hint, max_fields).parse()
+        form = await _parse_form(parser)
+        try:
+            yield form
+        finally:
+            await form.close()
+    finally:
+        parser.close()
+
+
+async def _parse_form(parser: "_CompleteForm") -> FormData:
+    try:
+        return await parser.parse()
     except MultiPartException as error:
         limit, unit = PART_LIMITS.get(str(error.__cause__), (None, ""))
         if limit:
@@ -151,7 +166,7 @@ async def _parse_form(request: Request, files: tuple[str, ...], hint: str, max_f
                 unit=unit,
             ) from error
         raise Unreadable(
-            f"the multipart body cannot be read: {error.message} {hint}", allowed=[*files]
+            f"the multipart body cannot be read: {error.message} {parser.hint}", allowed=[*parser.files]
         ) from error
 
 
@@ -166,12 +181,14 @@ async def _check_part(name: str, value: UploadFile | str, before: dict[str, Uplo
         raise InvalidParameter(
             f"unknown multipart field {name!r:.80}. {FIELDS}", parameter=name[:80], allowed=[*FILES]
         )
-    if not isinstance(value, UploadFile) or (_is_untyped(value) and await _is_text(value)):
+    if not isinstance(value, UploadFile) or (
+        _is_untyped(value) and not isinstance(value.file, ZipPart) and await _is_text(value)
+    ):
         raise InvalidParameter(
             f"multipart field {name!r} is text, not a file; with curl write -F {name}=@image.png",
             parameter=name,
         )
-    if name in before:
+    if name in before and not isinstance(value.file, ZipPart):
         raise InvalidParameter(
             f"two files named {name!r} in one request; send one image per request",
             parameter=name,
@@ -212,13 +229,31 @@ async def _is_text(value: UploadFile) -> bool:
 class _CompleteForm(MultiPartParser):
     """Starlette's parser, which alone would silently drop a file that is cut off, and take one without a name for text."""
 
-    def __init__(self, request: Request, files: tuple[str, ...], hint: str, max_fields: int) -> None:
+    def __init__(
+        self,
+        request: Request,
+        files: tuple[str, ...],
+        hint: str,
+        max_fields: int,
+        series_field: str | None = None,
+    ) -> None:
+        self.files = files
+        self.hint = hint
+        self.series: SeriesZip | None = None
         self._ended = False
-        self._files = files
-        self._hint = hint
+        self._series_field = series_field
+        self._inputs = 0
         super().__init__(
-            request.headers, self._until_end(request.stream()), max_files=len(files), max_fields=max_fields
+            request.headers,
+            self._until_end(request.stream()),
+            max_files=len(files) + (MAX_INSTANCES if series_field else 0),
+            max_fields=max_fields,
         )
+
+    def close(self) -> None:
+        """Removes the zip of a series."""
+        if self.series:
+            self.series.close()
 
     def on_headers_finished(self) -> None:
         """Called before the content of a part, which makes it a file or text.
@@ -231,13 +266,25 @@ class _CompleteForm(MultiPartParser):
         parameters = disposition.get_params([], "Content-Disposition")
         media_type = _media_type(Headers(raw=part.item_headers).get("content-type"))
         named = any(name == "filename" for name, _ in parameters)
-        expected = any(name == "name" and value in self._files for name, value in parameters)
+        expected = any(name == "name" and value in self.files for name, value in parameters)
         is_file = named or (expected and not media_type.startswith("text/"))
+        # Files of one input are a series, which has a limit of its own.
+        is_input = is_file and any(
+            name == "name" and value == self._series_field for name, value in parameters
+        )
+        self._inputs += is_input
+        if self._inputs > MAX_INSTANCES:
+            raise TooLarge(
+                f"the form has more than {MAX_INSTANCES:,} files; send one series, or a part of it",
+                limit=MAX_INSTANCES,
+                unit="files",
+            )
         count, limit, unit = self._current_fields, int(self.max_fields), "text fields"
         if is_file:
-            count, limit, unit = self._current_files, int(self.max_files), "files"
-        if count >= limit:
-            raise Unreadable(f"the form has more than {limit} {unit}. {self._hint}", limit=limit, unit=unit)
+            others = self._current_files - max(0, self._inputs - 1 - is_input)
+            count, limit, unit = others, len(self.files), "files"
+        if count >= limit and not (is_input and self._inputs > 1):
+            raise Unreadable(f"the form has more than {limit} {unit}. {self.hint}", limit=limit, unit=unit)
         if is_file and b"filename" not in parse_options_header(part.content_disposition)[1]:
             part.content_disposition = (part.content_disposition or b"") + b'; filename=""'
         super().on_headers_finished()
@@ -245,6 +292,9 @@ class _CompleteForm(MultiPartParser):
             # Browsers, curl and httpx write %22 for a quotation mark.
             plain = _decode_words(part.file.filename or "").replace("%22", '"')
             part.file.filename = _file_name(parameters) or plain
+            if is_input and self._inputs > 1:
+                self.series = self.series or SeriesZip()
+                part.file.file = cast("BinaryIO", self.series.add_part())
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         """Called with a piece of a part.
@@ -256,10 +306,10 @@ class _CompleteForm(MultiPartParser):
         if part.file is None and len(part.data) + end - start > MAX_TEXT_BYTES:
             raise Unreadable(
                 f"the form's field {part.field_name!r:.80} is text of more than {MAX_TEXT_BYTES:,} bytes; a file has a filename "
-                f"or a Content-Type such as image/png. {self._hint}",
+                f"or a Content-Type such as image/png. {self.hint}",
                 limit=MAX_TEXT_BYTES,
                 unit="bytes",
-                allowed=[*self._files],
+                allowed=[*self.files],
             )
         super().on_part_data(data, start, end)
 
@@ -308,7 +358,7 @@ def _check_type(declared: str) -> None:
     Raises:
         UnsupportedType: it is not of an image, a volume or a zip.
     """
-    if declared not in (*UNKNOWN, *VOLUMES, *ZIPS) and not declared.startswith("image/"):
+    if declared not in (*UNKNOWN, *VOLUMES, *DICOM, *ZIPS) and not declared.startswith("image/"):
         raise UnsupportedType(
             f"Content-Type {declared!r:.80} is not of an image, a volume or a zip of images; send {', '.join(SUGGESTED)}",
             parameter="Content-Type",

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float32
 from numpy import ndarray
 
+from server.arrays import InputHeader
 from server.errors import InvalidParameter, TooLarge, Unreadable
 
 # Pixels; the longest side that JPEG can store. A longer image would be cut into a very long row of windows.
@@ -29,6 +30,11 @@ class DecodeOptions:
         zero_nonfinite: Whether NaN and infinite values become 0 instead of being refused.
         axes: Axes of a TIFF, slowest first, e.g. "TCYX"; "" means what its metadata says.
         channel: Index of the one channel to decode; None means all colours, or the first of other channels.
+        series: SeriesInstanceUID of the DICOM series to decode, or its number; None means the only one.
+        max_files: Files of a zip at most.
+        max_file_bytes: Inflated bytes of one file of a zip at most.
+        header: What `read_header` returned for the same file, which spares reading headers again; None where it
+            was not called.
     """
 
     max_pixels: int
@@ -37,6 +43,10 @@ class DecodeOptions:
     zero_nonfinite: bool = False
     axes: str = ""
     channel: int | None = None
+    series: str | None = None
+    max_files: int = 1000
+    max_file_bytes: int = 256 * 1024 * 1024
+    header: InputHeader | None = None
 
     def select_channels(self, count: int, *, colors: bool = False) -> tuple[slice, str]:
         """Returns the channels to decode, and a note for the caller where the choice is a guess.

@@ -26,7 +26,6 @@ ITK = "save it as NIfTI, NRRD or .mha with ITK or 3D Slicer"
 PICTURE = "save it as PNG or TIFF"
 
 NEIGHBOURS = (
-    Neighbour(128, b"DICM", "DICOM", f"{NIFTI} (dcm2niix)"),
     Neighbour(0, b"\0\0\0\x01\0\0", "FreeSurfer MGH", FREESURFER),
     Neighbour(0, b"mrtrix image", "MRtrix .mif", f"{NIFTI} (mrconvert a.mif a.nii.gz)"),
     Neighbour(0, b"\x89HDF\r\n\x1a\n", "HDF5 (MINC 2, Imaris, ilastik, MATLAB 7.3)", f"{NIFTI} or TIFF"),

@@ -21,7 +21,6 @@ from server.jobs.store import Store
 from server.metrics import Metrics
 from server.segment.request import Response, SegmentParams, Upload
 from server.segment.service import SegmentationService
-from server.segment.zip_files import is_zip
 from server.settings import JobsSettings
 
 log = logging.getLogger(__name__)
@@ -200,7 +199,7 @@ class Runner:
             StoreFull, StoreBroken: the job was not kept.
         """
         target = self._service.registry.resolve(params)
-        if is_zip(upload.file) and (upload.reference or preview):
+        if (upload.reference or preview) and await self._service.is_batch(upload):
             raise InvalidParameter(
                 "a zip of images has neither a reference nor a preview; send each image by itself to have them",
                 parameter="reference" if upload.reference else "preview",

@@ -37,12 +37,37 @@ class FileEntry(Part):
     bytes: int = Field(ge=0)
 
 
+class Code(Part):
+    """One coded term, within the lengths that DICOM allows."""
+
+    value: str = Field(min_length=1, max_length=16)
+    scheme: str = Field("SCT", min_length=1, max_length=16)
+    meaning: str = Field(min_length=1, max_length=64)
+
+
+class Codes(Part):
+    """Terms by which DICOM names a class, by default of SNOMED CT.
+
+    Attributes:
+        category: category of the segmented property, e.g. Anatomical Structure.
+        type: the segmented property, e.g. Hippocampus.
+        modifier: modifier of the type, e.g. Anterior.
+        region: anatomic region in which the property lies.
+    """
+
+    category: Code
+    type: Code
+    modifier: Code | None = None
+    region: Code | None = None
+
+
 class Class(Part):
-    """One foreground class: its value in the mask, name and colour."""
+    """One foreground class: its value in the mask, name, colour, and the terms by which DICOM names it."""
 
     value: int = Field(ge=1, le=255)
     name: str
     color: str = Field(pattern=r"^#[0-9a-f]{6}$")
+    codes: Codes | None = None
 
 
 class Window(Part):

@@ -115,7 +115,7 @@ def estimate_work(
     )
     # The mask, its encoded form, and what finding the best class takes in passing.
     memory = pixels * (header.channels * header.sample_bytes + 2) + copied + open_rows + chunks + compared
-    memory += _output_bytes(header, pixels, k, needs, formats, params)
+    memory += _output_bytes(header, pixels, manifest, needs, formats, params)
     covered = math.prod(min(s, t) for s, t in zip(placement.size, grid.tile, strict=True))
     tiles = windows * copies
     return Estimate(max(pixels, network), tiles, tile_pixels, tiles * (tile_pixels - covered), memory)
@@ -150,20 +150,22 @@ def check_limits(estimate: Estimate, header: InputHeader, limits: LimitsSettings
 def _output_bytes(
     header: InputHeader,
     pixels: int,
-    score_channels: int,
+    manifest: Manifest,
     needs: frozenset[str],
     formats: tuple[str, ...],
     params: SegmentParams,
 ) -> int:
     """Memory of what becomes of the mask."""
     # Scores as float16 and once more encoded; the standard deviation, encoded as float32.
-    memory = (6 * score_channels if "scores" in needs else 0) * pixels
+    memory = (6 * manifest.score_channels if "scores" in needs else 0) * pixels
     memory += (10 if "head_std" in needs else 0) * pixels
     # The score of each pixel's class; what is labelled and listed. Post-processing is over when the mask is
     # encoded.
     objects = "objects" in needs
     memory += (2 * objects + 2 * ("interior" in needs)) * pixels
-    encoded = (postprocess.label_bytes(pixels) if objects else 0) + encoding.memory(formats, header)
+    encoded = (postprocess.label_bytes(pixels) if objects else 0) + encoding.memory(
+        formats, header, len(manifest.classes)
+    )
     memory += max(postprocess.memory_bytes(params, pixels, objects=objects), encoded)
     return memory + (LISTED_BYTES * min(MAX_LISTED, pixels) if "report" in needs else 0)
 

@@ -41,12 +41,17 @@ def decode_options(params: SegmentParams, limits: LimitsSettings) -> DecodeOptio
         zero_nonfinite=params.nonfinite == "zero",
         axes=params.axes,
         channel=params.channel,
+        series=params.series,
+        max_files=limits.max_zip_images,
+        max_file_bytes=limits.max_body_mb * 1024 * 1024,
     )
 
 
 def _label_options(options: DecodeOptions) -> DecodeOptions:
     """Makes the decoding options of a reference: labels come as one stack, whatever axes and channels the input has."""
-    return dataclasses.replace(options, labels=True, zero_nonfinite=True, axes="", channel=None)
+    return dataclasses.replace(
+        options, labels=True, zero_nonfinite=True, axes="", channel=None, series=None, header=None
+    )
 
 
 def read_headers(upload: Upload, options: DecodeOptions) -> tuple[InputHeader, InputHeader | None]:
@@ -61,14 +66,22 @@ def read_headers(upload: Upload, options: DecodeOptions) -> tuple[InputHeader, I
 
 
 def decode_upload(
-    upload: Upload, params: SegmentParams, options: DecodeOptions
+    upload: Upload, params: SegmentParams, options: DecodeOptions, header: InputHeader | None = None
 ) -> tuple[Image | Volume, Image | Volume | None]:
     """Decodes the input, with the pixel size that the caller gives, and the reference if there is one.
+
+    Args:
+        upload: encoded files.
+        params: request parameters.
+        options: limits and choices.
+        header: header of the input, if it was read.
 
     Raises:
         CallerError: a file is broken, or does not fit the parameters or the other file.
     """
-    source = with_pixel_size(decode.decode(upload.file, options), params.pixel_size_um)
+    source = with_pixel_size(
+        decode.decode(upload.file, dataclasses.replace(options, header=header)), params.pixel_size_um
+    )
     postprocess.check_unit(params, source.input_header, geometry.unit_mm(source))
     return source, _decode_reference(upload, source, options)
 

@@ -13,7 +13,8 @@ from server.cancel import NO_CANCEL, CancelToken
 from server.imaging import encode as encoding
 from server.imaging import geometry
 from server.imaging.encode import Encoded, SegmentationResult
-from server.runtime.bundle import Manifest
+from server.imaging.encode.result import Code, SegmentCodes
+from server.runtime.bundle import Codes, Manifest
 from server.segment import quality, statistics
 from server.segment.postprocess import Processed
 from server.segment.request import SegmentParams
@@ -63,6 +64,7 @@ def segmentation_result(
         threshold=_threshold(manifest, params),
         removed=processed.removed,
         largest_scores=largest_scores,
+        codes={c.value: _terms(c.codes) for c in manifest.classes if c.codes},
         cancel=cancel,
     )
     return result if reference is None else _compare(result, reference, instances=params.instances)
@@ -98,6 +100,12 @@ def encode_response(
             report[MASK_KEYS[row]] = base64.b64encode(encoding.encode((row,), result).body).decode()
         result = dataclasses.replace(result, report=report)
     return encoding.encode(formats, result)
+
+
+def _terms(codes: Codes) -> SegmentCodes:
+    """The terms of a class, as encoders have them."""
+    named = {name: Code(**code.model_dump()) for name, code in codes if code}
+    return SegmentCodes(**named)
 
 
 def _threshold(manifest: Manifest, params: SegmentParams) -> float | None:

@@ -138,6 +138,11 @@ class SegmentParams(BaseModel):
         ge=0,
         description="0, 1, ...: of an input with several channels this one alone; else colours, or the first",
     )
+    series: str | None = Field(
+        None,
+        max_length=64,
+        description="of a DICOM input with several series this one: its SeriesInstanceUID, or its number in the list that the error has",
+    )
     deadline_ms: float | None = Field(
         None,
         gt=0,

@@ -1,12 +1,15 @@
 """From the finished mask to the response: post-processing, comparison with a reference, encoding."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from server.arrays import Image, Mask, Volume
 from server.imaging import encode as encoding
 from server.imaging import geometry
+from server.imaging.decode_options import join_notes
 from server.imaging.encode import Encoded, SegmentationResult
+from server.imaging.encode.result import Algorithm
 from server.segment import report
 from server.segment.postprocess import postprocess
 from server.segment.preprocess import spacing_mm
@@ -60,8 +63,26 @@ def encode_result(result: SegmentationResult, ticket: Ticket, params: SegmentPar
         Cancelled: the caller has left.
     """
     served = facts(ticket) | ({"tta": params.tta} if params.tta != "none" else {})
+    result = dataclasses.replace(result, algorithm=algorithm(ticket, params))
     return report.encode_response(
         result, ticket.formats, served, filename=name, include_mask=params.include_mask
+    )
+
+
+def algorithm(ticket: Ticket, params: SegmentParams) -> Algorithm:
+    """The served target and the settings that decide what the mask is."""
+    target = ticket.target
+    settings = {"engine": target.instance.choice.candidate.engine, **params.postprocessing}
+    if params.tta != "none":
+        settings["tta"] = params.tta
+    return Algorithm(
+        target.model,
+        target.manifest.title,
+        target.instance.bundle_sha256,
+        target.mode,
+        target.level,
+        target.precision,
+        settings,
     )
 
 
@@ -102,7 +123,7 @@ def respond(
         ticket.degraded,
         dict(timings),
         dict(result.overlaps),
-        result.source.note,
+        join_notes(result.source.note, encoded.note),
         params.postprocessing,
         ticket.uncertain_share,
     )

@@ -8,6 +8,8 @@ from server.arrays import Image, InputHeader, Mask, Volume
 from server.errors import EngineUnavailable
 from server.imaging import geometry
 from server.imaging.decode import is_quick
+from server.imaging.dicom_files import holds_dicom
+from server.imaging.zip_reader import is_zip
 from server.metrics import Metrics
 from server.runtime.device import DeviceRunner, DeviceThread
 from server.runtime.engines import Engine
@@ -27,7 +29,6 @@ from server.segment.response import encode_result, finish_mask, respond
 from server.segment.sliding_window import NetworkInput, SlidingWindow, infer, make_sliding_window
 from server.segment.ticket import Ticket
 from server.segment.workers import Pool, Worker, Workers
-from server.segment.zip_files import is_zip
 from server.settings import BatchingSettings, LimitsSettings, RuntimeSettings
 
 # Phases of the work beside the device.
@@ -131,7 +132,7 @@ class SegmentationService:
         """
         requested = target or self.registry.resolve(params)
         async with deadline(qos):
-            if is_zip(upload.file):
+            if await self.is_batch(upload):
                 return await zip_batch.segment(self, upload, params, qos, on_progress, requested)
             while True:
                 try:
@@ -157,14 +158,16 @@ class SegmentationService:
             # Before anything is decoded, because it may fail.
             await worker.wait("open", self._open(admitted.target.runs[0]))
             on_progress("decode", 0, admitted.estimate.windows)
-            source, reference = await worker.run("decode", decode_upload, upload, params, options)
+            source, reference = await worker.run("decode", decode_upload, upload, params, options, headers[0])
             source = note_resampling(source, admitted.placement, admitted.target.manifest)
             ticket, window, mask = await self._infer(source, admitted, params, worker, on_progress)
             on_progress("encode", ticket.estimate.windows, ticket.estimate.windows)
             result = await worker.run(
                 "postprocess", finish_mask, window, mask, reference, ticket, params, worker
             )
-            encoded = await worker.run("encode", encode_result, result, ticket, params, upload.name)
+            encoded = await worker.run(
+                "encode", encode_result, result, ticket, params, _name(upload, headers[0])
+            )
         response = respond(encoded, result, ticket, params, worker.timings)
         self._complete(headers[0], ticket, params, response)
         self.on_completed(ticket, source, mask, params)
@@ -218,6 +221,13 @@ class SegmentationService:
         ticket.flow.later_s = 0.0
         return ticket.served(step, share), window, mask
 
+    async def is_batch(self, upload: Upload) -> bool:
+        """Returns whether an upload is a zip of images, each with an answer; DICOM in a zip is one input."""
+        if not is_zip(upload.file):
+            return False
+        worker = self.workers.task()
+        return not await worker.run("decode", holds_dicom, upload.file, self.limits.max_zip_images)
+
     def _open(self, target: Target) -> Awaitable[Engine]:
         return self.loader.ensure_open(target.deployment, target.instance)
 
@@ -227,7 +237,7 @@ class SegmentationService:
         Raises:
             CallerError: it could not be segmented at all, or is over a limit.
         """
-        if is_zip(upload.file):
+        if await self.is_batch(upload):
             return await zip_batch.estimate(self, upload, params)
         target = self.registry.resolve(params)
         options = decode_options(params, self.limits)
@@ -248,6 +258,11 @@ class SegmentationService:
         if response.overlaps and not params.changes_mask:
             named = {c.name: response.overlaps[c.value] for c in target.manifest.classes}
             self.metrics.reference.observe((target.model, target.mode, f"{target.level}"), named)
+
+
+def _name(upload: Upload, header: InputHeader) -> str:
+    """Returns the name that answers repeat; none of DICOM, which is often named after the patient."""
+    return "" if header.dicom else upload.name
 
 
 def _pool(upload: Upload) -> Pool:

@@ -11,12 +11,13 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from server.errors import CallerError, InvalidParameter, TooLarge, Unreadable, UnsupportedType
+from server.imaging.zip_reader import MAX_NAME, is_zip
 from server.segment.deadline import timeout
 from server.segment.estimate import Estimate, times
 from server.segment.registry import Target
 from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upload
 from server.segment.workers import Worker
-from server.segment.zip_files import MAX_NAME, SPOOL_BYTES, Entry, ZipFiles, ZipTooLarge, is_zip
+from server.segment.zip_files import SPOOL_BYTES, Entry, ZipFiles, ZipTooLarge
 
 if TYPE_CHECKING:
     from server.segment.service import SegmentationService
@@ -94,7 +95,7 @@ async def _estimate_first(
                 await worker.run("decode", zips.extract, entry, file)
                 _check_image(file)
                 return await service.estimate(Upload(file), params)
-            except (ZipTooLarge, _DicomInZip):
+            except ZipTooLarge:
                 raise
             except CallerError as error:
                 errors.append(error)
@@ -194,7 +195,7 @@ class _ZipBatch:
             for index, entry in todo:
                 try:
                     self._rows[index] |= await self._segment_one(zips, entry, worker)
-                except (ZipTooLarge, _DicomInZip):
+                except ZipTooLarge:
                     raise
                 except CallerError as error:
                     self._errors[index] = error
@@ -257,23 +258,11 @@ def _answer_files(response: Response) -> dict[str, bytes]:
         return {name: several.read(name) for name in several.namelist()}
 
 
-class _DicomInZip(UnsupportedType):
-    """A DICOM file in a zip, which makes the whole zip one volume rather than many images."""
-
-
 def _check_image(file: BinaryIO) -> None:
     """Refuses what cannot be one image of many.
 
     Raises:
         UnsupportedType: the file is a zip itself.
-        _DicomInZip: the file is DICOM.
     """
     if is_zip(file):
         raise UnsupportedType("a zip in a zip is not read; pack the images themselves")
-    head = file.read(132)
-    file.seek(0)
-    if head[128:] == b"DICM":
-        raise _DicomInZip(
-            "the zip holds DICOM files, which are not read here; convert the series to NIfTI (dcm2niix) and send that",
-            remedy="dcm2niix",
-        )

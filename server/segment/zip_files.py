@@ -6,31 +6,21 @@ of a zip.
 
 import contextlib
 import itertools
-import struct
 import tempfile
 import unicodedata
 import zipfile
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from server.errors import TooLarge, Unreadable
 from server.imaging.encode import EPOCH
+from server.imaging.zip_reader import COPY_BYTES, DAMAGE, list_files, open_zip, problem
 from server.settings import LimitsSettings
 
 # Larger files wait on disk, not in memory.
 SPOOL_BYTES = 4 * 1024 * 1024
-COPY_BYTES = 256 * 1024
-# Of the list of entries at a zip's end; 1,000 with long paths take a tenth of it.
-LIST_BYTES = 1024 * 1024
-MAX_NAME = 500
-
-METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
-ENCRYPTED, IS_UTF8 = 0x1, 0x800
-# Info-ZIP's extra field with the name in UTF-8: id and length, then version and checksum of the other name.
-UNICODE_PATH, FIELD, UNICODE_FIELD = 0x7075, struct.Struct("<HH"), struct.Struct("<BL")
 # What is worth compressing once more.
 TEXTS = (".json", ".csv", ".geojson")
 
@@ -50,29 +40,6 @@ class Entry:
     name: str
     stem: str
     problem: str
-
-
-class BoundedFile:
-    """A file of which no long piece is read at once: zipfile reads the list of entries whole, however long it is."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
-
-    def read(self, size: int = -1) -> bytes:
-        """Reads up to `size` bytes, or all that is left.
-
-        Raises:
-            TooLarge: the piece is longer than a list of entries may be.
-        """
-        data = self._file.read(LIST_BYTES + 1 if size < 0 else min(size, LIST_BYTES + 1))
-        if len(data) > LIST_BYTES:
-            raise TooLarge(
-                f"the zip's list of files has more than {LIST_BYTES:,} bytes; send fewer images, with shorter names",
-                limit=LIST_BYTES,
-                unit="bytes",
-            )
-        return data
 
 
 class ZipTooLarge(TooLarge):
@@ -112,33 +79,15 @@ class ZipFiles:
             Unreadable: the list is damaged or empty, or two files have one name or lie in one place.
             TooLarge: the zip holds too many files; gives the limit.
         """
-        try:
-            self._zip = zipfile.ZipFile(cast("BinaryIO", BoundedFile(self._file)))
-        except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, ValueError, OSError) as error:
-            raise Unreadable(
-                "the zip's list of files cannot be read (truncated or damaged?); pack it again"
-            ) from error
-        infos = [(info, _plain(_name(info))) for info in self._zip.infolist()]
-        infos = [(info, name) for info, name in infos if not name.endswith("/") and not _is_hidden(name)]
-        if not infos:
-            raise Unreadable("the zip holds no files; pack the images themselves")
-        if len(infos) > self._limits.max_zip_images:
-            raise TooLarge(
-                f"the zip holds {len(infos):,} files; the limit is {self._limits.max_zip_images:,}. Send it in parts",
-                limit=self._limits.max_zip_images,
-                actual=len(infos),
-                unit="files",
-            )
+        self._zip = open_zip(self._file)
+        infos = list_files(self._zip, self._limits.max_zip_images)
         if twice := [name for name, times in Counter(name for _, name in infos).items() if times > 1]:
             raise Unreadable(
                 f"the zip holds two files named {twice[0]!r:.80}; give each its own name", file=twice[0][:80]
             )
-        places = sorted((info.header_offset, info.compress_size) for info, _ in infos)
-        if any(start + size > after for (start, size), (after, _) in itertools.pairwise(places)):
-            raise Unreadable("files of the zip lie over each other, as no packer writes them; pack it again")
         stems = _number_duplicates([_stem(name) for _, name in infos])
         return [
-            Entry(info, name, stem, _problem(info, name))
+            Entry(info, name, stem, problem(info, name))
             for (info, name), stem in zip(infos, stems, strict=True)
         ]
 
@@ -173,15 +122,7 @@ class ZipFiles:
             with self._zip.open(info) as source:
                 while piece := source.read(COPY_BYTES):
                     yield piece
-        except (
-            zipfile.BadZipFile,
-            zlib.error,
-            EOFError,
-            NotImplementedError,
-            RuntimeError,
-            ValueError,
-            OSError,
-        ) as error:
+        except DAMAGE as error:
             raise Unreadable("the file cannot be unpacked (damaged?); pack the zip again") from error
 
     def add(self, entry: Entry, files: Mapping[str, bytes]) -> list[str]:
@@ -222,48 +163,6 @@ class ZipFiles:
         )
 
 
-def is_zip(file: BinaryIO) -> bool:
-    """Whether a file is a zip; leaves it at its start."""
-    head = file.read(4)
-    file.seek(0)
-    return head in (b"PK\x03\x04", b"PK\x05\x06")
-
-
-def _name(info: zipfile.ZipInfo) -> str:
-    """Returns the name of a file as its packer meant it.
-
-    Many packers write UTF-8 without its flag (macOS, old jar), or beside a name in
-    another character set (Info-ZIP). zipfile then takes the name for code page 437.
-    """
-    if info.flag_bits & IS_UTF8:
-        return info.filename
-    raw = info.orig_filename.encode("cp437", "replace")
-    with contextlib.suppress(UnicodeDecodeError, struct.error):
-        return (_unicode_path(info.extra, raw) or raw).decode()
-    return info.filename
-
-
-def _unicode_path(extra: bytes, raw: bytes) -> bytes:
-    """Returns the name in Info-ZIP's extra field; "" without one, or where it belongs to another name."""
-    while len(extra) >= FIELD.size:
-        kind, length = FIELD.unpack_from(extra)
-        body, extra = extra[FIELD.size : FIELD.size + length], extra[FIELD.size + length :]
-        if kind == UNICODE_PATH:
-            version, checksum = UNICODE_FIELD.unpack_from(body)
-            return body[UNICODE_FIELD.size :] if (version, checksum) == (1, zlib.crc32(raw)) else b""
-    return b""
-
-
-def _plain(name: str) -> str:
-    """Returns the name with the separators of zips, and without steps that stay where they are (./a.png)."""
-    return "/".join(part for part in name.replace("\\", "/").split("/") if part != ".")
-
-
-def _is_hidden(name: str) -> bool:
-    parts = name.split("/")
-    return "__MACOSX" in parts or any(part.startswith(".") and part != ".." for part in parts)
-
-
 def _stem(name: str) -> str:
     """Without its suffix, or both of .nii.gz."""
     plain = name.removesuffix(".gz")
@@ -292,19 +191,3 @@ def _number_duplicates(stems: Sequence[str]) -> list[str]:
 def _folded(name: str) -> str:
     """Maps names that Windows or macOS take for one to the same text."""
     return unicodedata.normalize("NFC", name).casefold()
-
-
-def _problem(info: zipfile.ZipInfo, name: str) -> str:
-    """Returns the reason why a file is not read, from its entry alone, because the names of its answers would be as bad."""
-    if (
-        not name.isprintable()
-        or len(name) > MAX_NAME
-        or name[1:2] == ":"
-        or not all(p and p != ".." for p in name.split("/"))
-    ):
-        return "its name leads out of the zip, or is none; pack it under a plain one"
-    if info.flag_bits & ENCRYPTED:
-        return "the file is encrypted; pack it without a password"
-    if info.compress_type not in METHODS:
-        return "the file is packed by a method that is not read; pack it with deflate or stored"
-    return ""

@@ -7,6 +7,9 @@ from tests.conftest import ROOT
 
 FORBIDDEN = ["torch", "onnx", "onnxscript", "monai", "safetensors", "model", "export", "client"]
 
+# The extra `dicom`, which is imported when the first DICOM file comes.
+DICOM = ["pydicom", "highdicom", "pynetdicom", "dicomweb_client", "openjpeg", "jpeg_ls", "gdcm"]
+
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 for name in {missing!r}:
@@ -27,6 +30,8 @@ for name in {absent!r}:
         (FORBIDDEN, FORBIDDEN),
         ([], ["torch", "onnx", "monai", "safetensors"]),
         (["onnxruntime", "openvino"], []),
+        (DICOM, DICOM),
+        ([], DICOM),
     ],
 )
 def test_every_module_of_the_server(missing: list[str], absent: list[str]) -> None:

@@ -7,7 +7,7 @@ from typing import BinaryIO, TypeVar
 from server.arrays import Image, InputHeader, Volume
 from server.errors import InvalidParameter, UnetppError, Unreadable, UnsupportedType
 from server.imaging import neighbours
-from server.imaging.decode import metaimage, nifti, nrrd, raster, tiff
+from server.imaging.decode import dicom, metaimage, nifti, nrrd, raster, tiff
 from server.imaging.decode_options import DecodeOptions
 
 T = TypeVar("T")
@@ -35,6 +35,8 @@ class Decoder:
 
 
 DECODERS: dict[str, Decoder] = {
+    # First, because the free bytes in front of its magic may be the head of a TIFF.
+    "dicom": Decoder("DICOM", dicom.sniff, dicom.read_header, dicom.decode),
     "raster": Decoder("PNG, JPEG, BMP, WebP", raster.sniff, raster.read_header, raster.decode),
     "tiff": Decoder("TIFF", tiff.sniff, tiff.read_header, tiff.decode),
     "nifti": Decoder("NIfTI", nifti.sniff, nifti.read_header, nifti.decode),
@@ -118,13 +120,20 @@ def _dispatch(file: BinaryIO, options: DecodeOptions, function: Callable[[Decode
             reason="empty",
         )
     decoder = next((decoder for decoder in DECODERS.values() if decoder.sniff(prefix)), None)
-    if decoder is None:
+    if decoder is None or (decoder is DECODERS["dicom"] and not dicom.is_dicom(file, prefix, options)):
         raise _unsupported(prefix)
     if options.axes and decoder is not DECODERS["tiff"]:
         raise InvalidParameter(
             f"axes is for TIFF; the axes of {decoder.formats} are known",
             parameter="axes",
             value=options.axes[:20],
+            format=decoder.formats,
+        )
+    if options.series is not None and decoder is not DECODERS["dicom"]:
+        raise InvalidParameter(
+            f"series is for DICOM, and the input is {decoder.formats}; leave it out",
+            parameter="series",
+            value=options.series[:64],
             format=decoder.formats,
         )
     try:

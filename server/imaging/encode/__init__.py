@@ -41,12 +41,14 @@ class Encoded:
         media_type: media type of the file.
         filename: name of the file.
         compressible: whether HTTP's Content-Encoding should compress it.
+        note: remark on the answer for the caller.
     """
 
     body: bytes
     media_type: str
     filename: str
     compressible: bool = False
+    note: str = ""
 
 
 def encode(names: tuple[str, ...], result: SegmentationResult) -> Encoded:
@@ -63,7 +65,7 @@ def encode(names: tuple[str, ...], result: SegmentationResult) -> Encoded:
     rows = [ENCODERS[name] for name in names]
     if len(rows) == 1:
         row = rows[0]
-        return Encoded(row.encode(result), row.media_type, row.filename, row.compressible)
+        return Encoded(row.encode(result), row.media_type, row.filename, row.compressible, row.note(result))
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         for row in rows:
@@ -72,4 +74,6 @@ def encode(names: tuple[str, ...], result: SegmentationResult) -> Encoded:
             archive.writestr(
                 zipfile.ZipInfo(row.filename, EPOCH), row.encode(result), method, compresslevel=1
             )
-    return Encoded(out.getvalue(), "application/zip", "mask.zip")
+    # The same remark of two formats once.
+    notes = dict.fromkeys(note for row in rows if (note := row.note(result)))
+    return Encoded(out.getvalue(), "application/zip", "mask.zip", note="; ".join(notes))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from server.imaging.encode import (
     coco,
     csv,
+    dicomseg,
+    dicomsr,
     geojson,
     json,
     nifti,
@@ -28,7 +30,8 @@ class Encoder:
         media_type: media type of the answer.
         filename: name of the answer's file, also among others in a zip.
         encode: function that writes the file.
-        kinds: kinds of input that it can answer: "image", "stack", "volume".
+        kinds: kinds of input that it can answer: "image", "stack", "volume", and "dicom image" or "dicom volume"
+            where it needs the instances of a DICOM input.
         needs: parts that the result must hold besides the classes: "scores", "head_std", "objects", "report".
         compressible: whether the file is text, so that a zip or HTTP's Content-Encoding should compress it.
         by_name_only: whether only `format` gives it, never a header Accept: pictures that are lossy or decorated,
@@ -38,6 +41,10 @@ class Encoder:
             noise, stripes and dots. Volumes need none that counts, because only a small picture is made of
             them.
         max_bytes: limit of that memory where the number of objects, corners or runs is limited.
+        voxel_bytes: bytes of memory per pixel or voxel of any input during encoding, the file included.
+        class_bytes: the same, for each class.
+        extra: optional dependency that it needs, which may not be installed; "" for none.
+        note: function that returns a remark on the answer for the caller.
     """
 
     media_type: str
@@ -50,11 +57,17 @@ class Encoder:
     outlines: bool = False
     image_bytes: int = 0
     max_bytes: int = 1 << 62
+    voxel_bytes: int = 0
+    class_bytes: float = 0.0
+    extra: str = ""
+    note: Callable[[SegmentationResult], str] = lambda result: ""
 
 
 IMAGE, PAGES, VOLUME = ("image",), ("image", "stack"), ("volume",)
 HEAD_STD, SCORES, OBJECTS = frozenset({"head_std"}), frozenset({"scores"}), frozenset({"objects"})
+INSTANCES = ("dicom image", "dicom volume")
 PNG, TIFF, NIFTI, NPZ = "image/png", "image/tiff", "application/gzip", "application/x-npz"
+DICOM = "application/dicom"
 
 # A header Accept is answered with the first row that fits it, after the default of the input's kind.
 ENCODERS: dict[str, Encoder] = {
@@ -150,6 +163,36 @@ ENCODERS: dict[str, Encoder] = {
     "uncertainty.nii.gz": Encoder(
         NIFTI, "uncertainty.nii.gz", lambda r: uncertainty.as_nifti(r.volume, r.head_std), VOLUME, HEAD_STD
     ),
+    "dicomseg": Encoder(
+        DICOM,
+        "mask.dcm",
+        dicomseg.binary,
+        INSTANCES,
+        voxel_bytes=2,
+        class_bytes=3 / 8,
+        extra="dicom",
+        note=dicomseg.note,
+    ),
+    "dicomseg.labelmap": Encoder(
+        DICOM,
+        "mask_labelmap.dcm",
+        dicomseg.labelmap,
+        INSTANCES,
+        voxel_bytes=4,
+        extra="dicom",
+        note=dicomseg.note,
+    ),
+    "dicomseg.fractional": Encoder(
+        DICOM,
+        "scores.dcm",
+        dicomseg.fractional,
+        INSTANCES,
+        SCORES,
+        voxel_bytes=2,
+        class_bytes=5.0,
+        extra="dicom",
+    ),
+    "dicomsr": Encoder(DICOM, "volumes.dcm", dicomsr.encode, INSTANCES[1:], extra="dicom"),
 }
 
 MASK, LABELS = "mask", "labels"
@@ -209,4 +252,5 @@ ALIASES: dict[str, str] = {
     "uncertainty_nifti": "uncertainty.nii.gz",
     "overlay_jpeg": "overlay.jpg",
     "geojson_gz": "geojson",
+    "dicomseg.binary": "dicomseg",
 }

@@ -1,5 +1,7 @@
 """Which formats a request gets: by parameter `format`, else by header Accept (RFC 9110), else by input."""
 
+import functools
+import importlib.util
 import math
 import re
 from dataclasses import dataclass
@@ -8,10 +10,14 @@ from email.message import Message
 from server.arrays import InputHeader
 from server.errors import UnknownFormat
 from server.imaging import geometry
-from server.imaging.encode.formats import ALIASES, ENCODERS, FAMILIES, LABELS, MASK
+from server.imaging.encode.dicom_sources import has_place
+from server.imaging.encode.formats import ALIASES, DICOM, ENCODERS, FAMILIES, LABELS, MASK, Encoder
 
 KINDS = {"image": "an image", "stack": "a stack of pages", "volume": "a volume"}
 NRRD = FAMILIES[MASK]["nrrd"]
+
+# The packages of optional dependencies.
+EXTRAS = {"dicom": ("pydicom", "highdicom")}
 
 # Media types that fit any format, because pages of errors, browsers and zips wrap whatever the default is.
 WRAPPERS = ("text/html", "application/problem+json", "application/zip")
@@ -94,6 +100,15 @@ def choose(
         return (max(ranked, key=lambda entry: entry[:-1])[-1],)
     if any(_rank(media_type, ranges)[0] > 0 for media_type in WRAPPERS):
         return (default,)
+    if any(_rank(DICOM, [range_])[0] > 0 for range_ in ranges):
+        problem, remedy = _dicom_problem("dicomseg", header)
+        raise UnknownFormat(
+            f"Accept asks for {DICOM}, which {problem}",
+            parameter="Accept",
+            value=str(accept)[:200],
+            allowed=fitting,
+            remedy=remedy,
+        )
     raise UnknownFormat(
         f"no format that Accept may choose has a media type that Accept: {accept!s:.200} allows; use format with one of: "
         f"{', '.join(fitting)}",
@@ -108,12 +123,21 @@ def needs(names: tuple[str, ...]) -> frozenset[str]:
     return frozenset().union(*(ENCODERS[name].needs for name in names))
 
 
-def memory(names: tuple[str, ...], header: InputHeader) -> int:
-    """Bytes that encoding takes at most; one row is encoded after the other."""
-    if header.kind != "image":
-        return 0
-    pixels = math.prod(header.size)
-    return max(min(ENCODERS[name].image_bytes * pixels, ENCODERS[name].max_bytes) for name in names)
+def memory(names: tuple[str, ...], header: InputHeader, classes: int = 1) -> int:
+    """Bytes that encoding takes at most; one row is encoded after the other.
+
+    Args:
+        names: rows of `ENCODERS`.
+        header: header of the input.
+        classes: number of foreground classes.
+    """
+    pixels, planar = math.prod(header.size), header.kind == "image"
+    return max(_memory(ENCODERS[name], pixels, classes, planar=planar) for name in names)
+
+
+def _memory(row: Encoder, pixels: int, classes: int, *, planar: bool) -> int:
+    counted = min(row.image_bytes * pixels, row.max_bytes) if planar else 0
+    return counted + math.ceil((row.voxel_bytes + row.class_bytes * classes) * pixels)
 
 
 def requires(name: str | None, need: str) -> bool:
@@ -146,11 +170,8 @@ def _resolve(name: str, fitting: list[str], header: InputHeader | None, *, insta
         return row
     allowed = [*FAMILIES, *fitting]
     problem, remedy = "does not exist", None
-    if row in ENCODERS and header:
-        problem = f"does not fit the input, which is {KINDS[header.kind]}"
-        if row == NRRD and header.kind == "volume":
-            remedy = FAMILIES[MASK]["nifti"]
-            problem = f"needs axes at right angles, and the volume is sheared; use {remedy}"
+    if row in ENCODERS:
+        problem, remedy = _problem(row, header)
     raise UnknownFormat(
         f"format={name!r:.60} {problem}; there are: {', '.join(allowed)}",
         parameter="format",
@@ -160,8 +181,56 @@ def _resolve(name: str, fitting: list[str], header: InputHeader | None, *, insta
     )
 
 
+def _problem(row: str, header: InputHeader | None) -> tuple[str, str | None]:
+    """Why a row does not fit, and the remedy, if there is one that a program can take."""
+    if ENCODERS[row].media_type == DICOM:
+        return _dicom_problem(row, header)
+    if header is None or (row == NRRD and header.kind == "volume"):
+        remedy = FAMILIES[MASK]["nifti"]
+        return f"needs axes at right angles, and the volume is sheared; use {remedy}", remedy
+    return f"does not fit the input, which is {KINDS[header.kind]}", None
+
+
+def _dicom_problem(row: str, header: InputHeader | None) -> tuple[str, str | None]:
+    """Why an answer in DICOM cannot be given."""
+    extra = ENCODERS[row].extra
+    if not installed(extra):
+        remedy = f"unetpp-server[{extra}]"
+        return f"needs the extra {extra!r} on the server: pip install '{remedy}'", remedy
+    if header is None or header.dicom is None:
+        return (
+            "repeats patient, study and geometry of DICOM input, and the input is none; send the series as DICOM, or use format=mask",
+            MASK,
+        )
+    if header.kind == "image":
+        return "measures volumes, and the input is a single image; use dicomseg", "dicomseg"
+    return (
+        "places several frames by a frame of reference, which the DICOM input lacks (FrameOfReferenceUID); use format=mask",
+        MASK,
+    )
+
+
+@functools.cache
+def installed(extra: str) -> bool:
+    """Whether the packages of an optional dependency can be imported."""
+    return all(importlib.util.find_spec(name) for name in EXTRAS[extra])
+
+
+def _kinds(header: InputHeader) -> set[str]:
+    """The kinds of an input, as rows name them."""
+    kinds = {header.kind}
+    if header.dicom and (header.kind == "image" or (header.kind == "volume" and has_place(header.dicom))):
+        kinds.add(f"dicom {header.kind}")
+    return kinds
+
+
 def _fits(row: str, header: InputHeader | None) -> bool:
-    return header is None or (header.kind in ENCODERS[row].kinds and not (row == NRRD and _sheared(header)))
+    extra = ENCODERS[row].extra
+    if extra and not installed(extra):
+        return False
+    if header is None:
+        return True
+    return not _kinds(header).isdisjoint(ENCODERS[row].kinds) and not (row == NRRD and _sheared(header))
 
 
 def _sheared(header: InputHeader) -> bool:

@@ -8,17 +8,72 @@ import numpy as np
 from jaxtyping import Float32, Float64, Shaped
 from numpy import ndarray
 
-from server.arrays import Image, LabelledMask, Mask, Objects, Overlap, Volume
+from server.arrays import DicomSource, Image, LabelledMask, Mask, Objects, Overlap, Volume
 from server.cancel import NO_CANCEL, CancelToken
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Code:
+    """One coded term.
+
+    Attributes:
+        value: code.
+        scheme: designator of the coding scheme, e.g. "SCT" for SNOMED CT.
+        meaning: text for people.
+    """
+
+    value: str
+    scheme: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class SegmentCodes:
+    """The terms by which DICOM names a class.
+
+    Attributes:
+        category: category of the segmented property, e.g. Anatomical Structure.
+        type: the segmented property, e.g. Hippocampus.
+        modifier: modifier of the type, e.g. Anterior.
+        region: anatomic region in which the property lies.
+    """
+
+    category: Code
+    type: Code
+    modifier: Code | None = None
+    region: Code | None = None
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """The network and the settings that made a mask, as answers in DICOM name them.
+
+    Attributes:
+        model: name of the bundle.
+        title: title of the bundle, for people.
+        bundle_sha256: hash of the bundle's manifest.
+        mode: "accurate", "fast" or "auto".
+        level: level that was served.
+        precision: precision that was served.
+        parameters: further facts that decide what the mask is, e.g. the engine and the post-processing.
+    """
+
+    model: str
+    title: str
+    bundle_sha256: str
+    mode: str
+    level: int
+    precision: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class SegmentationResult:
     """A mask, its source, and what is known of both.
 
-    The properties `objects`, `scores`, `head_std`, `image`, `volume` and `affine` raise LookupError where the
+    The properties `made_by`, `dicom`, `objects`, `scores`, `head_std`, `image`, `volume` and `affine` raise LookupError where the
     result has none. The `needs` and `kinds` of a format's row in `ENCODERS` say which of them its encoder
     reads.
 
@@ -36,6 +91,8 @@ class SegmentationResult:
         average_precision: average precision of the objects per IoU threshold; empty without a reference of
             instances.
         report: document of `format=json`; empty unless a format needs it.
+        codes: coded terms per class value; classes without them are left out.
+        algorithm: network and settings that made the mask; None if unknown.
         cancel: token that ends encoding between two formats and between two objects.
     """
 
@@ -51,7 +108,19 @@ class SegmentationResult:
     overlaps: Mapping[int, Overlap] = field(default_factory=dict)
     average_precision: Mapping[float, float] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
+    codes: Mapping[int, SegmentCodes] = field(default_factory=dict)
+    algorithm: Algorithm | None = None
     cancel: CancelToken = NO_CANCEL
+
+    @property
+    def made_by(self) -> Algorithm:
+        """The network and settings that made the mask."""
+        return _present(self.algorithm, "algorithm")
+
+    @property
+    def dicom(self) -> DicomSource:
+        """The DICOM instances of the source."""
+        return _present(self.source.dicom, "dicom")
 
     @property
     def objects(self) -> Objects:

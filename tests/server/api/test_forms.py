@@ -129,7 +129,7 @@ def test_part_in_another_encoding_is_named(small: httpx.Client, problem: Checked
 
 MANY = "\r\n".join(f"X-{k}: a" for k in range(8))
 LIMITS = {
-    "files": (form(*[(f"{DISPOSITION}file{PNG}", GOOD)] * 3), 2, "files"),
+    "files": (form(*[(f"{DISPOSITION}reference{PNG}", GOOD)] * 3), 2, "files"),
     "fields": (form(*[(f'{DISPOSITION}"mode"', b"fast")] * 3), 2, "text fields"),
     "headers": (form((f"{DISPOSITION}file{PNG}\r\n{MANY}", GOOD)), 8, "headers"),
     "header": (form((f'{DISPOSITION}file; filename="{"x" * 5000}"', GOOD)), 4224, "bytes in a header"),

@@ -85,7 +85,7 @@ def test_zip_takes_the_parameters_of_an_image(small: httpx.Client) -> None:
         (packed({"a.txt": b"x"}), 415, "unsupported-type"),
         (THREE[:60], 422, "unreadable"),
         (packed({f"{k}.png": b"" for k in range(1001)}), 413, "too-large"),
-        (packed({"x": bytes(128) + b"DICM"}), 415, "unsupported-type"),
+        (packed({"x": bytes(128) + b"DICM"}), 422, "unreadable"),
     ],
     ids=["empty", "text", "truncated", "many", "dicom"],
 )

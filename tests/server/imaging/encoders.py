@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from server.arrays import Image, LabelledMask, Mask, Volume
+from server.arrays import DicomSource, Image, LabelledMask, Mask, Volume
 from server.imaging.encode import ENCODERS, SegmentationResult
 from tests.server.imaging.conftest import nifti, numbered, objects_of, read
+from tests.server.imaging.dicom_series import ALGORITHM, instances
 
 COLORS = {1: (255, 127, 14), 2: (0, 0, 255), 255: (1, 2, 3)}
 NAMES = {1: "Großhirn & <Kern>", 2: 'two, "quoted"', 255: "last"}
@@ -28,6 +29,12 @@ def random_classes(size: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 
 def source_of(kind: str, size: tuple[int, ...]) -> Image | Volume:
+    if kind.startswith("dicom "):
+        source = source_of(kind.removeprefix("dicom "), size)
+        series = instances((*size[::-1], 1) if len(size) == 2 else size)  # type: ignore[arg-type]
+        return dataclasses.replace(
+            source, dicom=DicomSource(tuple(series), tuple((k, 1) for k in range(len(series))))
+        )
     if kind == "image":
         return Image(np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8))
     if kind == "stack":
@@ -37,7 +44,7 @@ def source_of(kind: str, size: tuple[int, ...]) -> Image | Volume:
 
 def result_of(kind: str, needs: frozenset[str] | None = None) -> SegmentationResult:
     """Everything that a row for this kind of input may read, or only what is named."""
-    size, rng = SIZES[kind], np.random.default_rng(2)
+    size, rng = SIZES[kind.removeprefix("dicom ")], np.random.default_rng(2)
     arrays = {
         "scores": rng.random((4, *size)).astype(np.float16),
         "head_std": rng.random(size).astype(np.float16) / 2,
@@ -49,7 +56,9 @@ def result_of(kind: str, needs: frozenset[str] | None = None) -> SegmentationRes
     with_objects = needs is None or "objects" in needs
     mask = LabelledMask(classes, **arrays, objects=objects) if with_objects else Mask(classes, **arrays)
     report = {"a": "µ", "b": [1]}
-    return SegmentationResult(source_of(kind, size), mask, COLORS, NAMES, "cells.png", report=report)
+    return SegmentationResult(
+        source_of(kind, size), mask, COLORS, NAMES, "cells.png", report=report, algorithm=ALGORITHM
+    )
 
 
 def masked(classes: np.ndarray, source: Image | Volume | None = None, **arrays: Any) -> SegmentationResult:

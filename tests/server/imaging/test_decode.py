@@ -303,7 +303,7 @@ def test_decode_refuses_within_bounded_memory(name: str) -> None:
     ids=["text", "letter", "zip", "pdf", "gif"],
 )
 def test_decode_other_files_are_unsupported(data: bytes) -> None:
-    allowed = ["PNG", "JPEG", "BMP", "WebP", "TIFF", "NIfTI", "NRRD", "MetaImage"]
+    allowed = ["DICOM", "PNG", "JPEG", "BMP", "WebP", "TIFF", "NIfTI", "NRRD", "MetaImage"]
     assert_refused(data, UnsupportedType, {"allowed": allowed}, by=(read, header))
 
 

@@ -35,23 +35,34 @@ HEADERS = {
     "volume": InputHeader((2, 3, 4), affine=np.eye(4)),
     "nrrd": InputHeader((2, 3, 4), affine=np.eye(4), family="nrrd"),
 }
+HEADERS |= {kind: result_of(kind).source.input_header for kind in ("dicom image", "dicom volume")}
 SHEARED = np.array([[1, 0, 0, 0], [0, 1, 0.3, 0], [0, 0, 2, 0], [0, 0, 0, 1.0]])
+
+
+def fits(name: str, kind: str) -> bool:
+    """Whether a row answers a kind of input; DICOM input is also what its pixels are."""
+    return not {kind, kind.removeprefix("dicom ")}.isdisjoint(ENCODERS[name].kinds)
+
+
 ROWS = [(name, kind) for name, row in ENCODERS.items() for kind in row.kinds]
-KINDS = ("image", "stack", "volume")
-MISFITS = [(name, kind) for name, row in ENCODERS.items() for kind in KINDS if kind not in row.kinds]
+KINDS = ("image", "stack", "volume", "dicom image", "dicom volume")
+MISFITS = [(name, kind) for name in ENCODERS for kind in KINDS if not fits(name, kind)]
 READ = [(name, row.kinds[0]) for name, row in ENCODERS.items() if row.needs and name != "json"]
 READ += [("picture", "volume"), ("mask.nii.gz", "image"), ("mask.seg.nrrd", "stack")]
 
 
 def test_encoders_every_file_has_a_row() -> None:
-    helpers = {"__init__", "calibration", "formats", "mosaic", "negotiate", "outlines", "result", "rounding"}
+    helpers = {"__init__", "calibration", "dicom_identity", "dicom_sources", "formats", "mosaic", "negotiate"}
+    helpers |= {"outlines", "result", "rounding"}
     files = {path.stem for path in Path(room.__file__).parent.glob("*.py")} - helpers
-    assert files <= {name for row in ENCODERS.values() for name in row.encode.__code__.co_names}
+    named = {name for row in ENCODERS.values() for name in row.encode.__code__.co_names}
+    assert files <= named | {row.encode.__module__.rpartition(".")[2] for row in ENCODERS.values()}
 
 
 def test_encoders_names_are_those_of_their_files() -> None:
     assert len({row.filename for row in ENCODERS.values()}) == len(ENCODERS)
-    assert {name for name, row in ENCODERS.items() if "." in name and row.filename != name} == set()
+    variants = {"dicomseg.labelmap", "dicomseg.fractional"}
+    assert {name for name, row in ENCODERS.items() if "." in name and row.filename != name} == variants
     assert not (ALIASES.keys() | FAMILIES.keys()) & ENCODERS.keys()
     rows = {*ALIASES.values(), *(row for family in FAMILIES.values() for row in family.values())}
     assert rows <= ENCODERS.keys()
@@ -119,7 +130,7 @@ def test_memory_is_bounded_by_the_largest_row() -> None:
 )
 def test_choose_family_follows_the_input(name: str, rows: list[str]) -> None:
     assert choose(name, None) == (rows[0],)
-    for header, row in zip(HEADERS.values(), rows, strict=True):
+    for header, row in zip(HEADERS.values(), [*rows, rows[0], rows[2]], strict=True):
         assert choose(name, None, header) == (row,)
         assert choose(name, None, header, instances=True) == (
             (like("labels", header) if name == "mask" else row),
@@ -198,8 +209,14 @@ def test_choose_unknown_name_is_refused(name: str) -> None:
 def test_choose_name_of_another_kind_is_refused(name: str, kind: str) -> None:
     with pytest.raises(UnknownFormat) as caught:
         choose(f"mask,{name}", None, HEADERS[kind])
-    allowed = [*FAMILIES, *(fitting for fitting, row in ENCODERS.items() if kind in row.kinds)]
-    assert caught.value.fields == {"parameter": "format", "value": name, "allowed": allowed}
+    fields = {
+        "parameter": "format",
+        "value": name,
+        "allowed": [*FAMILIES, *(n for n in ENCODERS if fits(n, kind))],
+    }
+    if name.startswith("dicom"):
+        fields["remedy"] = "mask" if kind in ("image", "stack", "volume") else "dicomseg"
+    assert caught.value.fields == fields
 
 
 NOT_ACCEPTED = [(None, "application/pdf"), (None, "image/png;q=0"), ("volume", "image/tiff")]

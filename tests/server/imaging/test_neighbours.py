@@ -55,7 +55,6 @@ ITK = SimpleITK.GetImageFromArray(VALUES)
 MIF = b"mrtrix image\ndim: 4,5,6\nvox: 1,1,1\nlayout: +0,+1,+2\ndatatype: Int16LE\nfile: . 200\nEND\n"
 # Files, and a word of their names.
 FILES = {
-    "DICOM": by_itk(ITK[:, :, 0], ".dcm"),
     "MGH": by_nibabel(nib.MGHImage(VALUES, np.eye(4)), ".mgh"),
     "VTK": by_itk(ITK, ".vtk"),
     "GIPL": by_itk(ITK, ".gipl"),

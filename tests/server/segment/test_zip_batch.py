@@ -267,7 +267,7 @@ class TestEstimates:
         ("files", "limits", "error"),
         [
             ({"a.txt": b"no image"}, {}, UnsupportedType),
-            ({"b.dcm": bytes(128) + b"DICM", "a.png": picture()}, {}, UnsupportedType),
+            ({"b.dcm": bytes(128) + b"DICM", "a.png": picture()}, {}, Unreadable),
             ({"a.png": picture(), "b.png": picture()}, {"max_zip_images": 1}, TooLarge),
             (b"PK\x03\x04 and then nothing", {}, Unreadable),
         ],
