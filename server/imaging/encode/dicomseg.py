@@ -40,7 +40,7 @@ def fractional(result: SegmentationResult) -> bytes:
 
 
 def note(result: SegmentationResult) -> str:
-    """What a caller should know of the answer: classes without pixels, and objects that it does not number."""
+    """Remark on the answer: classes without pixels, and objects that it does not number."""
     number = counts(result)
     empty = [name for value, name in result.names.items() if not number[value]]
     notes = (
