@@ -45,10 +45,11 @@ SPOOL_BYTES = 4 * 1024 * 1024
 COPY_BYTES = 1024 * 1024
 # Bytes of a frame, as a multiple of its pixels, above which no codec makes one.
 MAX_EXPANSION, MIN_FRAME = 4, 64 * 1024
-# Markers of JPEG and JPEG-LS that begin a frame, whose height and width follow.
-JPEG_FRAME = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]..(.)(..)(..)", re.DOTALL)
-JPEG_2000_SIZE = re.compile(rb"\xff\x4f\xff\x51....(....)(....)(....)(....)", re.DOTALL)
-SIZE_WITHIN = 64 * 1024
+# Markers of JPEG and JPEG-LS: of the segments with the height and width of a frame, and of that before its scan.
+FRAME_MARKERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
+SCAN = 0xDA
+# The first segment of JPEG 2000, which holds corners, tiles and the number of samples.
+JPEG_2000_SIZE = re.compile(rb"\xff\x4f\xff\x51.{4}(.{4})(.{4})(.{4})(.{4}).{16}(..)", re.DOTALL)
 
 
 def transfer_syntax(dataset: Any) -> str:
@@ -284,21 +285,39 @@ def _jpeg(data: bytes, form: PixelFormat) -> Pixels:
 
 def _check_size(data: bytes, form: PixelFormat, number: int) -> None:
     """Refuses a frame whose own header promises other pixels than that of the file, which codecs would allocate."""
-    sizes: list[tuple[int, int]] = []
-    start = data[:SIZE_WITHIN]
-    if wavelet := JPEG_2000_SIZE.search(start):
-        x1, y1, x0, y0 = (int.from_bytes(part, "big") for part in wavelet.groups())
-        sizes = [(y1 - y0, x1 - x0)]
-    elif data[:2] == b"\xff\xd8":
-        sizes = [
-            (int.from_bytes(height, "big"), int.from_bytes(width, "big"))
-            for depth, height, width in JPEG_FRAME.findall(start)
-            if 2 <= depth[0] <= 16
-        ]
-    if sizes and (form.rows, form.columns) not in sizes:
+    sizes = _jpeg_sizes(data) if data[:2] == b"\xff\xd8" else _jpeg_2000_sizes(data)
+    expected = (form.rows, form.columns, form.samples)
+    if not sizes:
+        raise _damaged(f"frame {number} has no header of its own")
+    if wrong := next((size for size in sizes if size != expected), None):
         raise _damaged(
-            f"frame {number} holds {sizes[0][1]} × {sizes[0][0]} pixels, and the header says {form.columns} × {form.rows}"
+            f"frame {number} holds {wrong[1]} × {wrong[0]} pixels of {wrong[2]} samples, and the header says {form.columns} × "
+            f"{form.rows} of {form.samples}"
         )
+
+
+def _jpeg_sizes(data: bytes) -> list[tuple[int, int, int]]:
+    """Returns (height, width, samples) of each frame header among the segments of JPEG or JPEG-LS before its scan."""
+    sizes, at = [], 2
+    while at + 10 <= len(data) and data[at] == 0xFF and data[at + 1] != SCAN:
+        marker = data[at + 1]
+        if marker == 0xFF:
+            at += 1
+            continue
+        if marker in FRAME_MARKERS:
+            height, width = (int.from_bytes(data[at + k : at + k + 2], "big") for k in (5, 7))
+            sizes.append((height, width, data[at + 9]))
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return sizes
+
+
+def _jpeg_2000_sizes(data: bytes) -> list[tuple[int, int, int]]:
+    """Returns (height, width, samples) of each header of JPEG 2000."""
+    sizes = []
+    for found in JPEG_2000_SIZE.finditer(data):
+        x1, y1, x0, y0, samples = (int.from_bytes(part, "big") for part in found.groups())
+        sizes.append((y1 - y0, x1 - x0, samples))
+    return sizes
 
 
 def _by_pydicom(value: bytes, form: PixelFormat, syntax: str, plugin: str) -> Pixels:
