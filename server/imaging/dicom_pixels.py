@@ -17,20 +17,23 @@ from server.imaging.streaming import Stream
 Pixels = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 
 RLE = "1.2.840.10008.1.2.5"
-# Codecs by transfer syntax: the one that is most careful with damaged bytes first. imagecodecs reads JPEG of 12 bits.
+# Codecs by transfer syntax, which are tried in this order. GDCM is none of them, because damaged bytes make it end the
+# whole process.
 PLUGINS = {
-    "1.2.840.10008.1.2.4.50": ("pillow", "gdcm"),
-    "1.2.840.10008.1.2.4.51": ("pillow", "gdcm", "imagecodecs"),
-    "1.2.840.10008.1.2.4.57": ("gdcm",),
-    "1.2.840.10008.1.2.4.70": ("gdcm",),
-    "1.2.840.10008.1.2.4.80": ("pyjpegls", "gdcm"),
-    "1.2.840.10008.1.2.4.81": ("pyjpegls", "gdcm"),
+    "1.2.840.10008.1.2.4.50": ("pillow",),
+    "1.2.840.10008.1.2.4.51": ("pillow", "libjpeg"),
+    "1.2.840.10008.1.2.4.57": ("libjpeg",),
+    "1.2.840.10008.1.2.4.70": ("libjpeg",),
+    "1.2.840.10008.1.2.4.80": ("charls",),
+    "1.2.840.10008.1.2.4.81": ("charls",),
     "1.2.840.10008.1.2.4.90": ("pylibjpeg", "pillow"),
     "1.2.840.10008.1.2.4.91": ("pylibjpeg", "pillow"),
     "1.2.840.10008.1.2.4.201": ("pylibjpeg",),
     "1.2.840.10008.1.2.4.202": ("pylibjpeg",),
     "1.2.840.10008.1.2.4.203": ("pylibjpeg",),
 }
+# Codecs of imagecodecs: of JPEG with 12 bits or without loss, and of JPEG-LS.
+IMAGECODECS = {"libjpeg": imagecodecs.jpeg8_decode, "charls": imagecodecs.jpegls_decode}
 JPEG_LOSSY = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51")
 LOSSY = (*JPEG_LOSSY, "1.2.840.10008.1.2.4.81", "1.2.840.10008.1.2.4.91", "1.2.840.10008.1.2.4.203")
 NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2")
@@ -262,7 +265,9 @@ def _compressed(data: bytes, form: PixelFormat, syntax: str, number: int) -> Pix
     value = encapsulate([data])
     for plugin in PLUGINS[syntax]:
         try:
-            return _jpeg(data, form) if plugin == "imagecodecs" else _by_pydicom(value, form, syntax, plugin)
+            if plugin in IMAGECODECS:
+                return _by_imagecodecs(data, form, plugin)
+            return _by_pydicom(value, form, syntax, plugin)
         except MemoryError:
             raise
         # Codecs raise every kind of exception.
@@ -271,16 +276,25 @@ def _compressed(data: bytes, form: PixelFormat, syntax: str, number: int) -> Pix
     raise _damaged(f"frame {number} cannot be decoded") from problem
 
 
-def _jpeg(data: bytes, form: PixelFormat) -> Pixels:
-    """Decodes grey JPEG.
+def _by_imagecodecs(data: bytes, form: PixelFormat, name: str) -> Pixels:
+    """Decodes a frame of JPEG or JPEG-LS.
 
     Raises:
         ValueError: It is no picture of this size.
     """
-    values = imagecodecs.jpeg8_decode(data)
-    if values.shape != (form.rows, form.columns):
+    # Colours are left as they are stored, because the header of the file says what they mean.
+    colors = {"colorspace": "RGB", "outcolorspace": "RGB"} if name == "libjpeg" and form.samples == 3 else {}
+    values = IMAGECODECS[name](data, **colors)
+    if (
+        values.shape[:2] != (form.rows, form.columns)
+        or values.size != form.rows * form.columns * form.samples
+    ):
         raise ValueError(values.shape)
-    return cast("Pixels", values)
+    if form.samples == 3:
+        return _rgb(values, form)
+    kind = "i" if form.signed else "u"
+    unsigned = values.astype(f"u{form.allocated // 8}", copy=False)
+    return _used_bits(unsigned.view(f"{kind}{form.allocated // 8}"), form)
 
 
 def _check_size(data: bytes, form: PixelFormat, number: int) -> None:
