@@ -29,7 +29,7 @@ PLUGINS = {
     "1.2.840.10008.1.2.4.203": ("pylibjpeg",),
 }
 # Codecs of imagecodecs: of JPEG with 12 bits or without loss, and of JPEG-LS.
-IMAGECODECS = {"libjpeg": imagecodecs.jpeg8_decode, "charls": imagecodecs.jpegls_decode}
+IMAGECODECS: dict[str, Any] = {"libjpeg": imagecodecs.jpeg8_decode, "charls": imagecodecs.jpegls_decode}
 
 # Markers of JPEG and JPEG-LS: of the segments with the height and width of a frame, and of that before its scan.
 FRAME_MARKERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
@@ -84,7 +84,9 @@ def _by_imagecodecs(data: bytes, form: PixelFormat, name: str) -> Pixels:
         ValueError: It is no picture of this size.
     """
     # Colours are left as they are stored, because the header of the file says what they mean.
-    colors = {"colorspace": "RGB", "outcolorspace": "RGB"} if name == "libjpeg" and form.samples == 3 else {}
+    colors: dict[str, Any] = (
+        {"colorspace": "RGB", "outcolorspace": "RGB"} if name == "libjpeg" and form.samples == 3 else {}
+    )
     values = IMAGECODECS[name](data, **colors)
     if (
         values.shape[:2] != (form.rows, form.columns)
@@ -136,6 +138,7 @@ def _jpeg_2000_sizes(data: bytes) -> list[tuple[int, int, int]]:
 
 
 def decode_by_pydicom(value: bytes, form: PixelFormat, syntax: str, plugin: str) -> Pixels:
+    """Decodes the value of one frame with a codec of pydicom, "" of native pixels."""
     from pydicom.pixels.decoders.base import get_decoder
     from pydicom.uid import UID
 
@@ -178,6 +181,7 @@ def used_bits(values: Pixels, form: PixelFormat) -> Pixels:
 
 
 def to_rgb(values: Pixels, form: PixelFormat) -> Pixels:
+    """Returns colours as RGB."""
     if form.photometric not in ("YBR_FULL", "YBR_FULL_422"):
         return values
     from pydicom.pixels.processing import convert_color_space
@@ -186,6 +190,7 @@ def to_rgb(values: Pixels, form: PixelFormat) -> Pixels:
 
 
 def damaged(problem: str) -> Unreadable:
+    """Returns the error of pixels that cannot be decoded."""
     return Unreadable(
         f"the DICOM pixels are damaged: {problem}; open the file in a viewer and save it again",
         reason="damaged",
