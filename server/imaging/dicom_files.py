@@ -210,7 +210,11 @@ def _add(found: Instances, stream: Any, entry: zipfile.ZipInfo | None, budget: B
 
 
 def _stranger(dataset: Any, *, has_pixels: bool) -> str:
-    """Returns the kind of an object that is no picture; "" of pictures."""
+    """Returns the kind of an object that is no picture; "" of pictures.
+
+    Raises:
+        Unreadable: It is a picture without pixels.
+    """
     kind = str(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID", ""))
     if kind == DIRECTORY:
         return "DICOMDIR"
@@ -218,7 +222,17 @@ def _stranger(dataset: Any, *, has_pixels: bool) -> str:
         return NO_PICTURES[kind]
     if has_pixels and "Rows" in dataset:
         return ""
-    return next((name for start, name in STRANGERS if kind.startswith(start)), "DICOM without pixels")
+    if name := next((name for start, name in STRANGERS if kind.startswith(start)), ""):
+        return name
+    from pydicom.uid import UID
+
+    if not kind or "Rows" in dataset or "Image" in UID(kind).name:
+        raise Unreadable(
+            "a DICOM image ends before its pixels (truncated?), or has none; send the file again, whole, or without it",
+            reason="truncated",
+            format=FORMAT,
+        )
+    return "DICOM without pixels"
 
 
 def _read_header(stream: Any, budget: Budget) -> tuple[Any, Pixels | None]:

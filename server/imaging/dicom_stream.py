@@ -14,7 +14,7 @@ MAX_HEADER = 16 * 1024 * 1024
 MAX_HEADERS = 256 * 1024 * 1024
 # Reads by the parser, which takes two or three for an element and one for an item. They bound its memory, because an
 # empty item of eight bytes becomes an object of a kilobyte. Each instance adds those of a large header.
-MAX_READS, READS_PER_INSTANCE = 300_000, 1500
+MAX_READS, READS_PER_INSTANCE = 200_000, 1500
 # Bytes that are fetched at a time: the header of a CT slice.
 CHUNK = 16 * 1024
 

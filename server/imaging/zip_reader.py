@@ -59,6 +59,7 @@ class BoundedFile:
 
 def is_zip(file: BinaryIO) -> bool:
     """Whether a file is a zip; leaves it at its start."""
+    file.seek(0)
     head = file.read(4)
     file.seek(0)
     return head in MAGICS
