@@ -153,6 +153,14 @@ def test_class_without_pixels_is_described_and_said() -> None:
     assert encode(("dicomseg",), of_series(instances(SIZE), classes_of(SIZE, [1, 2, 3]))).note == ""
 
 
+def test_note_fits_into_a_header() -> None:
+    names = {1: "liver", 2: "spleen", 3: "肝\r\nX-Evil: 1"}
+    note = encode(("dicomseg",), of_series(instances(SIZE), classes_of(SIZE), names=names)).note
+    assert "?" in note
+    assert note.isascii()
+    assert note.isprintable()
+
+
 def test_objects_stay_classes_and_the_note_says_so() -> None:
     result = of_series(instances(SIZE), classes_of(SIZE, [1, 2, 3]), postprocessing={"instances": True})
     assert len(read(written(result)).SegmentSequence) == 3
