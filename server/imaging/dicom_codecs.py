@@ -81,7 +81,7 @@ def _by_imagecodecs(data: bytes, form: PixelFormat, name: str) -> Pixels:
     """Decodes a frame of JPEG or JPEG-LS.
 
     Raises:
-        ValueError: It is no picture of this size.
+        ValueError: The frame has another size.
     """
     # Colours are left as they are stored, because the header of the file says what they mean.
     colors: dict[str, Any] = (

@@ -74,13 +74,14 @@ class Head:
         """Returns up to `size` bytes.
 
         Raises:
-            Deflated: All bytes are asked for.
+            Deflated: All bytes are requested.
             TooLarge: The header is over a limit.
         """
         if size is None or size < 0:
             raise Deflated
         self._budget.take_read()
-        self._fetch(self._at + size)
+        if self._at + size > len(self._data):
+            self._fetch(self._at + size)
         data = bytes(self._data[self._at : self._at + size])
         self._at += len(data)
         return data

@@ -83,7 +83,7 @@ class Values:
             self._grey(stored, frame, instance.dataset, out[..., 0])
 
     def finish(self) -> None:
-        """Gives padding beyond all other values the lowest of these; in between it cannot be told from them.
+        """Gives padding beyond all other values the lowest of these; in between it may be a real value.
 
         Raises:
             Unreadable: Values are not finite and the caller does not allow their replacement.

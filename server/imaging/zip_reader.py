@@ -1,4 +1,4 @@
-"""Files of a zip that a stranger sent: listed and inflated, and trusted in nothing."""
+"""Files of an uploaded zip: listed and inflated, and trusted in nothing."""
 
 import contextlib
 import itertools
