@@ -3,9 +3,9 @@
 UnetppError
 ├── CallerError   the caller can fix it: Unreadable, UnsupportedType, TooLarge, HeadTooLarge, UploadStalled,
 │                 Unauthorized, OtherSite, UnknownFormat, InvalidParameter, DeadlineTooShort, UnknownModel,
-│                 UnknownJob, UnknownUpload, ReloadFailed, NotFinished, Unimplemented
+│                 UnknownJob, UnknownUpload, ReloadFailed, NotFinished, Unimplemented, PacsRefused
 ├── TryAgain      the same request may succeed later: ReloadRunning, Overloaded, DeadlinePassed, NotReady,
-│                 StoreFull, Interrupted
+│                 StoreFull, Interrupted, PacsUnavailable
 └── ServerFault   the operator, or we, must fix it: BundleDamaged, Misconfigured, EngineUnavailable,
                   TuningTooNoisy, InferenceFailed, StoreBroken
 
@@ -207,6 +207,16 @@ class Unimplemented(CallerError):
     """
 
 
+class PacsRefused(CallerError):
+    """A PACS does not give or take what a job needs of it.
+
+    It does not know the study or series, does not accept the server's credentials, or refuses the segmentation.
+    Remedy: Check the UIDs of `source`. Where the PACS answered 401 or 403, the operator corrects its credentials. Then
+    send the job again.
+    Fields: value, actual, remedy
+    """
+
+
 class TryAgain(UnetppError):
     """The request may succeed later.
 
@@ -284,6 +294,15 @@ class Interrupted(TryAgain):
     The server ended during each attempt, perhaps because of this job.
     Remedy: Send a smaller input, and ask the operator to look into the log of the server.
     Fields: limit, actual, unit
+    """
+
+
+class PacsUnavailable(TryAgain):
+    """A PACS did not answer, or not in full, until the server gave up.
+
+    It is tried again for `UNETPP_DICOM__RETRY_H` hours, with pauses that grow to some minutes.
+    Remedy: See that the PACS runs and that the server reaches it, then send the job again.
+    Fields: value, actual, limit, unit, setting
     """
 
 

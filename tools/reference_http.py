@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from server.api.routes.jobs import EXCLUDED, JobOptions
+from server.api.routes.job_requests import EXCLUDED, JobOptions
 from server.app import create_app, create_ops_app
 from server.segment.request import SegmentParams
 from server.service import open_service

@@ -21,6 +21,8 @@ class JobSpec:
         precision: precision of the resolved request.
         windows: windows at that level.
         seconds: estimated seconds of the whole job.
+        source: series of a PACS that is the input, "NAME/STUDY[/SERIES]"; None where the input was sent.
+        destination: PACS that the result is sent to, a name of DICOMweb or "AET@host:port"; None without one.
     """
 
     request: dict[str, Any]
@@ -31,6 +33,8 @@ class JobSpec:
     precision: str
     windows: int
     seconds: float
+    source: str | None = None
+    destination: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Job:
         started: time of the last start; None while it waits.
         finished: time of the end; None before.
         preview: headers of the response that serves the preview; None without one.
-        result: headers of the response that serves the result; None without one.
+        result: headers of the response that serves the result; None without one. A job that still has to send
+            its result has them, too.
         problem: problem document of a failed job.
     """
 

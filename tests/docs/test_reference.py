@@ -5,7 +5,7 @@ import re
 import pytest
 
 from server.api.routes.errors import entries
-from server.api.routes.jobs import EXCLUDED
+from server.api.routes.job_requests import EXCLUDED
 from server.metrics import Metrics
 from server.metrics_gpu import TEXTS
 from server.segment.request import SegmentParams
