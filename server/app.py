@@ -22,6 +22,7 @@ from server.api.routes import errors, health, jobs, models, monai_label, page, s
 from server.api.routes import ops as ops_routes
 from server.api.schemas import Problem
 from server.api.stopping import DrainMiddleware, Stopping
+from server.dicom.config import DicomConfig
 from server.errors import EngineUnavailable
 from server.jobs.runner import Runner
 from server.jobs.sessions import Sessions
@@ -29,7 +30,7 @@ from server.jobs.store import Store
 from server.monitoring import model_info
 from server.monitoring.health_probe import HealthProbe
 from server.monitoring.shadow_evaluation import ShadowEvaluation
-from server.pacs import DicomConfig, make_node, make_pacs, read_dicom
+from server.pacs import make_node, make_pacs, read_dicom
 from server.reload import Reload
 from server.runtime.deployment import Deployment, read_deployments
 from server.segment.service import SegmentationService
