@@ -25,13 +25,13 @@ UNPACKED = {
     "LD_LIBRARY_PATH": ":".join(map(str, LIBRARIES)),
     "DCMDICTPATH": str(next((ROOT / "usr/share").glob("libdcmtk*/dicom.dic"), "")),
 }
-CHILD = ENVIRONMENT | (UNPACKED if ROOT != Path("/") else {})
+CHILD = ENVIRONMENT | (UNPACKED if Path("/") != ROOT else {})
 PLUGIN = ROOT / "usr/share/orthanc/plugins/libOrthancDicomWeb.so"
 
 
 def tool(name: str) -> str:
     """Path of a program; skips the test where it is not there."""
-    folders = [ROOT / "usr/bin", ROOT / "usr/sbin"] if ROOT != Path("/") else []
+    folders = [ROOT / "usr/bin", ROOT / "usr/sbin"] if Path("/") != ROOT else []
     path = shutil.which(name, path=":".join(map(str, folders))) or shutil.which(name)
     if path is None:
         pytest.skip(f"needs {name}: in PATH, or below ORTHANC_ROOT")
@@ -121,7 +121,9 @@ class Orthanc:
     def instances(self, series: str) -> list[bytes]:
         """Files of a series, by Orthanc's own interface."""
         with httpx.Client(base_url=self.address, auth=("unetpp", "secret"), timeout=60) as client:
-            found = client.post("/tools/find", json={"Level": "Instance", "Query": {"SeriesInstanceUID": series}})
+            found = client.post(
+                "/tools/find", json={"Level": "Instance", "Query": {"SeriesInstanceUID": series}}
+            )
             return [client.get(f"/instances/{id_}/file").content for id_ in found.json()]
 
     def instance(self, uid: str) -> bytes:
@@ -153,4 +155,4 @@ def storescu(destination: str, files: Sequence[Path], *options: str, calling: st
     called, _, address = destination.partition("@")
     host, _, port = address.partition(":")
     command = [tool("storescu"), *options, "-aet", calling, "-aec", called, host, port, *map(str, files)]
-    return subprocess.run(command, env=CHILD, capture_output=True, timeout=120).returncode
+    return subprocess.run(command, env=CHILD, capture_output=True, timeout=120, check=False).returncode

@@ -22,7 +22,11 @@ def write_series(folder: Path, seed: int = 1, **fields: Any) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     voxels, paths = voxels_of(seed), []
     study = f"1.2.826.{seed}"
-    fields = {"StudyInstanceUID": study, "SeriesInstanceUID": f"{study}.1", "FrameOfReferenceUID": f"{study}.2"} | fields
+    fields = {
+        "StudyInstanceUID": study,
+        "SeriesInstanceUID": f"{study}.1",
+        "FrameOfReferenceUID": f"{study}.2",
+    } | fields
     for k, dataset in enumerate(instances(SIZE, ORIENTATIONS["oblique"], **fields)):
         dataset.SOPInstanceUID = f"{study}.1.{k + 1}"
         dataset.BitsAllocated = dataset.BitsStored = 8
