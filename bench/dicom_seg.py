@@ -82,7 +82,7 @@ def segmentation(
 
 
 def by_highdicom(series: list[Any], classes: UInt8[ndarray, "X Y Z"], names: dict[int, str]) -> bytes:
-    """What a program without the server would write."""
+    """The file that a program without the server would write."""
     import highdicom as hd
     from pydicom.sr.codedict import codes
 

@@ -34,6 +34,12 @@ def bad_inputs() -> Path:
     return _shared("bad_inputs")
 
 
+@pytest.fixture(scope="session")
+def dicom_data() -> Path:
+    """Folder of DICOM series, of which those in must_refuse are no regular volumes."""
+    return _shared("dicom")
+
+
 def _shared(name: str) -> Path:
     if not (SHARED / name).is_dir():
         pytest.skip(f"needs the data folder {name} beside the project")

@@ -35,7 +35,7 @@ LONG_VRS = (b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"UN")
 DEFLATED_SYNTAX = "1.2.840.10008.1.2.1.99"
 DIRECTORY = "1.2.840.10008.1.3.10"
 
-# Kinds of objects that have pixels or none, and are no pictures of a patient: results of segmentation, dose,
+# Kinds of objects that are left out, because their pixels are results and not a picture of a patient: segmentation, dose,
 # waveforms, reports. All other objects count as pictures where they have pixels.
 NO_PICTURES = {
     "1.2.840.10008.5.1.4.1.1.66": "raw data",
@@ -106,7 +106,7 @@ class Instances:
         if not self.skipped:
             return ""
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.skipped.items()))
-        return f"files of the zip that are no pictures were left out: {kinds}"
+        return f"files of the zip without an image were left out: {kinds}"
 
 
 def looks_like_dicom(prefix: bytes) -> bool:
@@ -166,7 +166,7 @@ def read_instances(file: BinaryIO, max_files: int) -> Instances:
 
 
 def open_pixels(file: BinaryIO, instances: Sequence[Instance]) -> Iterator[tuple[Instance, Stream]]:
-    """Yields each instance with a stream at the first byte of its pixels' value, open until the next one is asked for."""
+    """Yields each instance with a stream at the first byte of its pixels' value, open until the next one is requested."""
     if not is_zip(file):
         for instance in instances:
             file.seek(0)
@@ -210,7 +210,11 @@ def _add(found: Instances, stream: Any, entry: zipfile.ZipInfo | None, budget: B
 
 
 def _stranger(dataset: Any, *, has_pixels: bool) -> str:
-    """Returns the kind of an object that is no picture; "" of pictures."""
+    """Returns the kind of an object that is left out; "" of pictures.
+
+    Raises:
+        Unreadable: It is a picture without pixels.
+    """
     kind = str(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID", ""))
     if kind == DIRECTORY:
         return "DICOMDIR"
@@ -218,7 +222,17 @@ def _stranger(dataset: Any, *, has_pixels: bool) -> str:
         return NO_PICTURES[kind]
     if has_pixels and "Rows" in dataset:
         return ""
-    return next((name for start, name in STRANGERS if kind.startswith(start)), "DICOM without pixels")
+    if name := next((name for start, name in STRANGERS if kind.startswith(start)), ""):
+        return name
+    from pydicom.uid import UID
+
+    if not kind or "Rows" in dataset or "Image" in UID(kind).name:
+        raise Unreadable(
+            "a DICOM image ends before its pixels (truncated?), or has none; send the file again, whole, or without it",
+            reason="truncated",
+            format=FORMAT,
+        )
+    return "DICOM without pixels"
 
 
 def _read_header(stream: Any, budget: Budget) -> tuple[Any, Pixels | None]:

@@ -34,7 +34,7 @@ def normal(frame: Frame) -> tuple[Float64[ndarray, " 3"], Float64[ndarray, " 3"]
     """Returns the unit vectors along a row, along a column, and of their cross product.
 
     Raises:
-        Unreadable: The directions are no unit vectors at right angles.
+        Unreadable: The directions are not unit vectors at right angles.
     """
     row, column = np.array(frame.orientation[:3]), np.array(frame.orientation[3:])  # type: ignore[index]
     lengths = np.linalg.norm(row), np.linalg.norm(column)

@@ -1,36 +1,28 @@
 """Decodes DICOM frames to stored values: native, run-length, and all that the codecs of pydicom read."""
 
-import re
 import tempfile
 from collections.abc import Iterator
 from typing import Any, cast
 
-import imagecodecs
 import numpy as np
 
 from server.errors import TooLarge, Unreadable
+from server.imaging.dicom_codecs import (
+    PLUGINS,
+    RLE,
+    Pixels,
+    damaged,
+    decode_by_pydicom,
+    decode_frame,
+    decode_rle,
+    to_rgb,
+    used_bits,
+)
 from server.imaging.dicom_files import DOUBLE_PIXELS, FLOAT_PIXELS, Instance
 from server.imaging.dicom_frames import PixelFormat
 from server.imaging.dicom_stream import FORMAT, SwappedBytes, read_exactly
 from server.imaging.streaming import Stream
 
-Pixels = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
-
-RLE = "1.2.840.10008.1.2.5"
-# Codecs by transfer syntax: the one that is most careful with damaged bytes first. imagecodecs reads JPEG of 12 bits.
-PLUGINS = {
-    "1.2.840.10008.1.2.4.50": ("pillow", "gdcm"),
-    "1.2.840.10008.1.2.4.51": ("pillow", "gdcm", "imagecodecs"),
-    "1.2.840.10008.1.2.4.57": ("gdcm",),
-    "1.2.840.10008.1.2.4.70": ("gdcm",),
-    "1.2.840.10008.1.2.4.80": ("pyjpegls", "gdcm"),
-    "1.2.840.10008.1.2.4.81": ("pyjpegls", "gdcm"),
-    "1.2.840.10008.1.2.4.90": ("pylibjpeg", "pillow"),
-    "1.2.840.10008.1.2.4.91": ("pylibjpeg", "pillow"),
-    "1.2.840.10008.1.2.4.201": ("pylibjpeg",),
-    "1.2.840.10008.1.2.4.202": ("pylibjpeg",),
-    "1.2.840.10008.1.2.4.203": ("pylibjpeg",),
-}
 JPEG_LOSSY = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51")
 LOSSY = (*JPEG_LOSSY, "1.2.840.10008.1.2.4.81", "1.2.840.10008.1.2.4.91", "1.2.840.10008.1.2.4.203")
 NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2")
@@ -45,10 +37,6 @@ SPOOL_BYTES = 4 * 1024 * 1024
 COPY_BYTES = 1024 * 1024
 # Bytes of a frame, as a multiple of its pixels, above which no codec makes one.
 MAX_EXPANSION, MIN_FRAME = 4, 64 * 1024
-# Markers of JPEG and JPEG-LS that begin a frame, whose height and width follow.
-JPEG_FRAME = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]..(.)(..)(..)", re.DOTALL)
-JPEG_2000_SIZE = re.compile(rb"\xff\x4f\xff\x51....(....)(....)(....)(....)", re.DOTALL)
-SIZE_WITHIN = 64 * 1024
 
 
 def transfer_syntax(dataset: Any) -> str:
@@ -119,8 +107,8 @@ def decode_frames(
         return
     for number, data in enumerate(_encapsulated(stream, count, max_bytes), 1):
         if len(data) > max(MIN_FRAME, MAX_EXPANSION * _frame_bytes(form)):
-            raise _damaged(f"frame {number} takes {len(data):,} bytes, more than its pixels")
-        yield _rle(data, form) if syntax == RLE else _compressed(data, form, syntax, number)
+            raise damaged(f"frame {number} takes {len(data):,} bytes, more than its pixels")
+        yield decode_rle(data, form) if syntax == RLE else decode_frame(data, form, syntax, number)
 
 
 def _frame_bytes(form: PixelFormat) -> int:
@@ -145,38 +133,17 @@ def _native(instance: Instance, form: PixelFormat, count: int, stream: Stream) -
         if len(data) < size:
             raise _truncated((number - 1) * size + len(data), size * count)
         if form.samples == 1:
-            yield _used_bits(np.frombuffer(data, dtype).reshape(form.rows, form.columns), form)
+            yield used_bits(np.frombuffer(data, dtype).reshape(form.rows, form.columns), form)
         elif halved:
-            yield _by_pydicom(data, form, NATIVE[1] if order == "<" else NATIVE[3], "")
+            yield decode_by_pydicom(data, form, NATIVE[1] if order == "<" else NATIVE[3], "")
         else:
-            yield _rgb(_interleaved(np.frombuffer(data, dtype), form), form)
+            yield to_rgb(_interleaved(np.frombuffer(data, dtype), form), form)
 
 
 def _kind(instance: Instance, form: PixelFormat) -> str:
     if instance.pixels.tag in (FLOAT_PIXELS, DOUBLE_PIXELS):
         return "f"
     return "i" if form.signed else "u"
-
-
-def _used_bits(values: Pixels, form: PixelFormat) -> Pixels:
-    """Returns values without the bits that are not theirs, such as overlays of old devices."""
-    if form.bits == form.allocated or values.dtype.kind == "f":
-        return values
-    above = form.allocated - 1 - form.high_bit
-    below = form.high_bit + 1 - form.bits
-    if above < 0 or below < 0:
-        raise Unreadable(
-            f"the DICOM header's HighBit {form.high_bit} does not fit {form.bits} bits in {form.allocated}; repair it",
-            reason="header",
-            format=FORMAT,
-            field="HighBit",
-        )
-    native = cast("Any", values.astype(values.dtype.newbyteorder("="), copy=False))
-    if not form.signed:
-        shifted = native >> below if below else native
-        return cast("Pixels", shifted & shifted.dtype.type((1 << form.bits) - 1))
-    # The shift to the right repeats the sign.
-    return cast("Pixels", (native << above) >> (above + below))
 
 
 def _bits(form: PixelFormat, count: int, stream: Stream) -> Iterator[Pixels]:
@@ -201,14 +168,6 @@ def _interleaved(flat: Pixels, form: PixelFormat) -> Pixels:
     return flat.reshape(form.rows, form.columns, form.samples)
 
 
-def _rgb(values: Pixels, form: PixelFormat) -> Pixels:
-    if form.photometric not in ("YBR_FULL", "YBR_FULL_422"):
-        return values
-    from pydicom.pixels.processing import convert_color_space
-
-    return cast("Pixels", convert_color_space(cast("Any", values), "YBR_FULL", "RGB"))
-
-
 def _encapsulated(stream: Stream, count: int, max_bytes: int) -> Iterator[bytes]:
     """Yields the bytes of each frame, from a copy on disk where they are long."""
     from pydicom.encaps import generate_frames
@@ -229,97 +188,8 @@ def _encapsulated(stream: Stream, count: int, max_bytes: int) -> Iterator[bytes]
         for number in range(count):
             data = next(frames, None)
             if data is None:
-                raise _damaged(f"the file holds {number} frames and its header counts {count}")
+                raise damaged(f"the file holds {number} frames and its header counts {count}")
             yield data
-
-
-def _rle(data: bytes, form: PixelFormat) -> Pixels:
-    """Decodes a run-length frame: a segment for each byte of a sample, the highest first; each inflates to a byte per pixel."""
-    width = form.allocated // 8
-    table = np.frombuffer(data[:64], "<u4")
-    if len(table) < 16 or int(table[0]) != form.samples * width:
-        raise _damaged("the run-length frame has another number of segments than its pixels have bytes")
-    ends = [*(int(offset) for offset in table[2 : table[0] + 1]), len(data)]
-    planes = np.empty((form.samples, width, form.rows * form.columns), np.uint8)
-    for segment, (start, end) in enumerate(zip(table[1 : table[0] + 1], ends, strict=True)):
-        inflated = imagecodecs.packbits_decode(data[int(start) : end], out=planes.shape[-1])
-        if len(inflated) != planes.shape[-1]:
-            raise _damaged("a segment of a run-length frame is shorter than its pixels")
-        planes[divmod(segment, width)] = np.frombuffer(inflated, np.uint8)
-    kind = "i" if form.signed else "u"
-    big = np.ascontiguousarray(planes.transpose(2, 0, 1)).view(f">{kind}{width}")[..., 0]
-    values = big.reshape(form.rows, form.columns, form.samples)
-    return _used_bits(values[..., 0], form) if form.samples == 1 else _rgb(values, form)
-
-
-def _compressed(data: bytes, form: PixelFormat, syntax: str, number: int) -> Pixels:
-    """Decodes a frame with the first codec that can."""
-    _check_size(data, form, number)
-    problem: Exception | None = None
-    from pydicom.encaps import encapsulate
-
-    value = encapsulate([data])
-    for plugin in PLUGINS[syntax]:
-        try:
-            return _jpeg(data, form) if plugin == "imagecodecs" else _by_pydicom(value, form, syntax, plugin)
-        except MemoryError:
-            raise
-        # Codecs raise every kind of exception.
-        except Exception as error:  # noqa: BLE001
-            problem = error
-    raise _damaged(f"frame {number} cannot be decoded") from problem
-
-
-def _jpeg(data: bytes, form: PixelFormat) -> Pixels:
-    """Decodes grey JPEG.
-
-    Raises:
-        ValueError: It is no picture of this size.
-    """
-    values = imagecodecs.jpeg8_decode(data)
-    if values.shape != (form.rows, form.columns):
-        raise ValueError(values.shape)
-    return cast("Pixels", values)
-
-
-def _check_size(data: bytes, form: PixelFormat, number: int) -> None:
-    """Refuses a frame whose own header promises other pixels than that of the file, which codecs would allocate."""
-    sizes: list[tuple[int, int]] = []
-    start = data[:SIZE_WITHIN]
-    if wavelet := JPEG_2000_SIZE.search(start):
-        x1, y1, x0, y0 = (int.from_bytes(part, "big") for part in wavelet.groups())
-        sizes = [(y1 - y0, x1 - x0)]
-    elif data[:2] == b"\xff\xd8":
-        sizes = [
-            (int.from_bytes(height, "big"), int.from_bytes(width, "big"))
-            for depth, height, width in JPEG_FRAME.findall(start)
-            if 2 <= depth[0] <= 16
-        ]
-    if sizes and (form.rows, form.columns) not in sizes:
-        raise _damaged(
-            f"frame {number} holds {sizes[0][1]} × {sizes[0][0]} pixels, and the header says {form.columns} × {form.rows}"
-        )
-
-
-def _by_pydicom(value: bytes, form: PixelFormat, syntax: str, plugin: str) -> Pixels:
-    from pydicom.pixels.decoders.base import get_decoder
-    from pydicom.uid import UID
-
-    options: dict[str, Any] = {
-        "transfer_syntax_uid": UID(syntax),
-        "rows": form.rows,
-        "columns": form.columns,
-        "number_of_frames": 1,
-        "samples_per_pixel": form.samples,
-        "bits_allocated": form.allocated,
-        "bits_stored": form.bits,
-        "pixel_representation": int(form.signed),
-        "photometric_interpretation": form.photometric,
-        "planar_configuration": form.planar,
-        "pixel_keyword": "PixelData",
-    }
-    values, _ = get_decoder(syntax).as_array(value, index=0, decoding_plugin=plugin, **options)
-    return cast("Pixels", values)
 
 
 def _truncated(actual: int, limit: int) -> Unreadable:
@@ -330,12 +200,4 @@ def _truncated(actual: int, limit: int) -> Unreadable:
         limit=limit,
         actual=actual,
         unit="bytes",
-    )
-
-
-def _damaged(problem: str) -> Unreadable:
-    return Unreadable(
-        f"the DICOM pixels are damaged: {problem}; open the file in a viewer and save it again",
-        reason="damaged",
-        format=FORMAT,
     )

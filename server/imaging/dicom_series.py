@@ -49,7 +49,7 @@ def choose(instances: Sequence[Instance], series: str | None) -> tuple[list[Inst
 
 
 def describe(uid: str, number: int, instances: Sequence[Instance]) -> dict[str, Any]:
-    """Returns what may be told of a series: nothing that people have written."""
+    """Returns what an error may show of a series: nothing that people have written."""
     first = instances[0].dataset
     return {
         "number": number,

@@ -14,7 +14,7 @@ MAX_HEADER = 16 * 1024 * 1024
 MAX_HEADERS = 256 * 1024 * 1024
 # Reads by the parser, which takes two or three for an element and one for an item. They bound its memory, because an
 # empty item of eight bytes becomes an object of a kilobyte. Each instance adds those of a large header.
-MAX_READS, READS_PER_INSTANCE = 300_000, 1500
+MAX_READS, READS_PER_INSTANCE = 200_000, 1500
 # Bytes that are fetched at a time: the header of a CT slice.
 CHUNK = 16 * 1024
 
@@ -74,13 +74,14 @@ class Head:
         """Returns up to `size` bytes.
 
         Raises:
-            Deflated: All bytes are asked for.
+            Deflated: All bytes are requested.
             TooLarge: The header is over a limit.
         """
         if size is None or size < 0:
             raise Deflated
         self._budget.take_read()
-        self._fetch(self._at + size)
+        if self._at + size > len(self._data):
+            self._fetch(self._at + size)
         data = bytes(self._data[self._at : self._at + size])
         self._at += len(data)
         return data

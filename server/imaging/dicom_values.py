@@ -8,9 +8,10 @@ import numpy as np
 
 from server.errors import Unreadable
 from server.imaging.decode_options import DecodeOptions, nonfinite_note, zero_nonfinite
+from server.imaging.dicom_codecs import Pixels
 from server.imaging.dicom_files import DOUBLE_PIXELS, FLOAT_PIXELS, Instance
 from server.imaging.dicom_frames import Frame, PixelFormat
-from server.imaging.dicom_pixels import PALETTE, Pixels
+from server.imaging.dicom_pixels import PALETTE
 from server.imaging.dicom_stream import FORMAT
 from server.imaging.streaming import EXACT_DTYPES
 
@@ -82,7 +83,7 @@ class Values:
             self._grey(stored, frame, instance.dataset, out[..., 0])
 
     def finish(self) -> None:
-        """Gives padding beyond all other values the lowest of these; in between it cannot be told from them.
+        """Gives padding beyond all other values the lowest of these; in between it may be a real value.
 
         Raises:
             Unreadable: Values are not finite and the caller does not allow their replacement.

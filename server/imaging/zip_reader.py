@@ -1,4 +1,4 @@
-"""Files of a zip that a stranger sent: listed and inflated, and trusted in nothing."""
+"""Files of an uploaded zip: listed and inflated, and trusted in nothing."""
 
 import contextlib
 import itertools
@@ -59,6 +59,7 @@ class BoundedFile:
 
 def is_zip(file: BinaryIO) -> bool:
     """Whether a file is a zip; leaves it at its start."""
+    file.seek(0)
     head = file.read(4)
     file.seek(0)
     return head in MAGICS

@@ -78,7 +78,7 @@ class SegmentParams(BaseModel):
         None,
         max_length=500,
         description="mask, labels, scores, uncertainty: as the input, or as a suffix says (labels.tiff); json, csv, geojson, coco, "
-        "overlay, ...; several by comma: a zip of them; else by Accept, else the mask",
+        "overlay, dicomseg, ...; several by comma: a zip of them; else by Accept, else the mask",
     )
     include_mask: bool = Field(
         False, description="with format=json: the mask in base64, under a name that says its file type"

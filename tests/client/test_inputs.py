@@ -1,10 +1,12 @@
 import os
+import zipfile
 from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
 
 from client.errors import InputError
+from client.files import sha256, zip_series
 from client.inputs import ANSWERS, Input, check_outputs, collect, match_references
 
 
@@ -167,3 +169,31 @@ def test_references_have_stem_and_folder_of_their_input(folder: Path, tmp_path: 
     (truth / "day 2" / "ü.png").touch()
     matched = [path.relative_to(truth).as_posix() for path in match_references(truth, several).values()]
     assert matched == ["a.tif", "b.png", "day 2/a.png", "day 2/ü.png"]
+
+
+def test_folder_with_a_dicom_series_is_one_input(tmp_path: Path) -> None:
+    series = tmp_path / "CT.1"
+    series.mkdir()
+    for name in ("a", "b.ima"):
+        (series / name).write_bytes(bytes(128) + b"DICM" + name.encode())
+    (tmp_path / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    for argument, out in ((tmp_path, tmp_path), (series, tmp_path)):
+        (one,) = collect([str(argument)], recursive=True, out=None)
+        assert (one.path, one.stem, one.is_archive) == (series, "CT.1", False)
+        assert one.output(None, "mask.nii.gz") == out / "CT.1_mask.nii.gz"
+    with zip_series(series) as file, zipfile.ZipFile(file) as packed:
+        assert sorted(packed.read(name)[132:] for name in packed.namelist()) == [b"a", b"b.ima"]
+        assert not {"a", "b.ima"} & set(packed.namelist())
+    before = sha256(series)
+    (series / "a").rename(series / "c")
+    assert sha256(series) == before
+    (series / "c").write_bytes(bytes(128) + b"DICM")
+    assert sha256(series) != before
+
+
+def test_zip_of_a_dicom_series_has_one_answer(tmp_path: Path) -> None:
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w") as packed:
+        packed.writestr("readme.txt", "text")
+        packed.writestr("1", bytes(128) + b"DICM")
+    assert not Input(path).is_archive

@@ -1,4 +1,4 @@
-"""What all answers in DICOM say of themselves: UIDs, times, equipment, algorithm and coded terms.
+"""UIDs, times, equipment, algorithm and coded terms of all answers in DICOM.
 
 Nothing in them is random or of now, because the same request must give the same bytes, and an archive must
 know an answer that is sent again.
@@ -71,7 +71,7 @@ def identify(kind: str, result: SegmentationResult, head: Any, values: bytes | m
     """The identity of an answer.
 
     Args:
-        kind: what distinguishes it from other answers to the same request.
+        kind: name of the format, because several answer the same request.
         result: finished segmentation.
         head: header of the first source instance, as `dicom_sources.headers` returns it.
         values: bytes of its pixels.
@@ -213,7 +213,7 @@ def finish(dataset: Any, name: Any, identity: Identity | None = None) -> None:
     """Removes what highdicom adds of now or at random.
 
     Args:
-        dataset: what highdicom made.
+        dataset: answer that highdicom made.
         name: element of the patient's name.
         identity: identity of the answer, if it has frames.
     """

@@ -40,9 +40,14 @@ def fractional(result: SegmentationResult) -> bytes:
 
 
 def note(result: SegmentationResult) -> str:
-    """What a caller should know of the answer: classes without pixels, and objects that it does not number."""
+    """Remark on the answer: classes without pixels, and objects that it does not number."""
     number = counts(result)
-    empty = [name for value, name in result.names.items() if not number[value]]
+    # Headers of HTTP hold no other characters.
+    empty = [
+        "".join(one if one.isascii() and one.isprintable() else "?" for one in name)
+        for value, name in result.names.items()
+        if not number[value]
+    ]
     notes = (
         [f"no pixels of: {', '.join(empty)}; the segments are described and have no frames"] if empty else []
     )

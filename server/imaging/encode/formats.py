@@ -42,7 +42,7 @@ class Encoder:
             them.
         max_bytes: limit of that memory where the number of objects, corners or runs is limited.
         voxel_bytes: bytes of memory per pixel or voxel of any input during encoding, the file included.
-        class_bytes: the same, for each class.
+        class_bytes: bytes of memory per pixel or voxel and class, besides `voxel_bytes`.
         extra: optional dependency that it needs, which may not be installed; "" for none.
         note: function that returns a remark on the answer for the caller.
     """

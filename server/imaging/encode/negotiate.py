@@ -182,7 +182,7 @@ def _resolve(name: str, fitting: list[str], header: InputHeader | None, *, insta
 
 
 def _problem(row: str, header: InputHeader | None) -> tuple[str, str | None]:
-    """Why a row does not fit, and the remedy, if there is one that a program can take."""
+    """Reason that a row does not fit, and the remedy, if there is one that a program can take."""
     if ENCODERS[row].media_type == DICOM:
         return _dicom_problem(row, header)
     if header is None or (row == NRRD and header.kind == "volume"):
@@ -192,7 +192,7 @@ def _problem(row: str, header: InputHeader | None) -> tuple[str, str | None]:
 
 
 def _dicom_problem(row: str, header: InputHeader | None) -> tuple[str, str | None]:
-    """Why an answer in DICOM cannot be given."""
+    """Reason that an answer in DICOM cannot be given, and the remedy."""
     extra = ENCODERS[row].extra
     if not installed(extra):
         remedy = f"unetpp-server[{extra}]"

@@ -1,0 +1,203 @@
+"""The values of DICOM: rescaled, signed, inverted, without padding, in colours; and all codecs, by the files that pydicom ships."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pydicom.data
+import pytest
+from pydicom.pixels.processing import apply_rescale
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
+
+from server.arrays import Image, Volume
+from server.errors import InvalidParameter, TooLarge, Unreadable, UnsupportedType
+from tests.server.imaging.conftest import assert_refused, header, read
+from tests.support.dicom import enhanced, instance, series, zipped
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # pydicom warns about what it tolerates
+
+RANDOM = np.random.default_rng(7)
+GREY = RANDOM.integers(0, 4096, (12, 10), dtype=np.uint16)
+SIGNED = RANDOM.integers(-2048, 2048, (12, 10)).astype(np.int16)
+COLORS = RANDOM.integers(0, 256, (12, 10, 3), dtype=np.uint8)
+TWELVE = {"BitsStored": 12, "HighBit": 11}
+
+
+def values(data: bytes, **choices: Any) -> np.ndarray:
+    decoded = read(data, **choices)
+    known = header(data, **choices)
+    assert (known.size, known.channels) == (decoded.size, decoded.values.shape[-1])
+    assert known.sample_bytes == decoded.values.itemsize
+    return np.asarray(decoded.values)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "elements", "expected"),
+    [
+        (GREY, {}, GREY),
+        (GREY, TWELVE | {"RescaleSlope": 1, "RescaleIntercept": -1024}, GREY.astype(np.int16) - 1024),
+        (GREY, TWELVE | {"RescaleSlope": 2, "RescaleIntercept": -1024}, GREY.astype(np.int16) * 2 - 1024),
+        (GREY, {"RescaleSlope": 0.1, "RescaleIntercept": 3}, (GREY * 0.1 + 3).astype(np.float32)),
+        (SIGNED, {"RescaleSlope": 1, "RescaleIntercept": -1024}, (SIGNED - 1024.0).astype(np.float32)),
+        (SIGNED & 0xFFF, TWELVE | {"PixelRepresentation": 1}, SIGNED),
+        (GREY | 0xF000, TWELVE, GREY),
+        (GREY << 4, {"BitsStored": 12, "HighBit": 15}, GREY),
+        (GREY, TWELVE | {"PhotometricInterpretation": "MONOCHROME1", "Modality": "CR"}, 4095 - GREY),
+        (GREY, TWELVE | {"PhotometricInterpretation": "MONOCHROME1"}, GREY),
+        (GREY.astype(np.uint32) * 1000, {}, (GREY * 1000.0).astype(np.float32)),
+    ],
+    ids=[
+        "plain",
+        "HU",
+        "slope",
+        "fraction",
+        "signed",
+        "12 bits",
+        "overlay",
+        "high bits",
+        "inverted",
+        "CT",
+        "32",
+    ],
+)
+@pytest.mark.parametrize(
+    "syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian]
+)
+def test_stored_values_become_real_ones(
+    pixels: np.ndarray, elements: dict[str, Any], expected: np.ndarray, syntax: str
+) -> None:
+    decoded = values(instance(pixels.astype(pixels.dtype), syntax, **elements))[..., 0]
+    assert np.array_equal(decoded, expected)
+    assert decoded.dtype == expected.dtype
+
+
+def test_each_frame_has_its_own_rescaling() -> None:
+    voxels = RANDOM.integers(0, 1000, (6, 5, 4)).astype(np.int16)
+    slopes = [1.0, 2.0, 0.5, 4.0]
+    decoded = values(enhanced(voxels, slopes=slopes))[..., 0]
+    assert np.array_equal(decoded, (voxels * np.array(slopes) - 1024).astype(np.float32))
+
+
+def test_padding_beyond_other_values_is_read_as_the_lowest() -> None:
+    padded = SIGNED.copy()
+    padded[0] = -30000
+    decoded = read(instance(padded, PixelPaddingValue=-30000))
+    assert np.array_equal(decoded.values[1:, :, 0], SIGNED[1:])
+    assert (decoded.values[0] == SIGNED[1:].min()).all()
+    assert "10 values of padding" in decoded.note
+    inside = SIGNED.copy()
+    inside[0] = 5
+    assert np.array_equal(values(instance(inside, PixelPaddingValue=5))[..., 0], inside)
+
+
+@pytest.mark.parametrize("planar", [0, 1])
+def test_colours(planar: int) -> None:
+    stored = np.ascontiguousarray(COLORS.transpose(2, 0, 1)) if planar else COLORS
+    data = instance(COLORS, PlanarConfiguration=planar, PixelData=stored.tobytes())
+    assert np.array_equal(values(data), COLORS)
+    assert np.array_equal(values(data, channel=1), COLORS[..., 1:2])
+
+
+def test_palette_is_decoded_to_colours_and_labels_are_its_indices() -> None:
+    indices = RANDOM.integers(0, 4, (12, 10), dtype=np.uint8)
+    tables = RANDOM.integers(0, 256, (3, 4), dtype=np.uint16)
+    palette: dict[str, Any] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for name, table in zip(("Red", "Green", "Blue"), tables, strict=True):
+        palette[f"{name}PaletteColorLookupTableDescriptor"] = [4, 0, 16]
+        palette[f"{name}PaletteColorLookupTableData"] = (table << 8).tobytes()
+    data = instance(indices, **palette)
+    assert np.array_equal(values(data), tables.T[indices])
+    assert np.array_equal(values(data, labels=True)[..., 0], indices)
+
+
+def test_pixel_size_of_an_image() -> None:
+    for elements, expected in (
+        ({"PixelSpacing": [0.5, 0.25]}, (0.5, 0.25)),
+        ({"ImagerPixelSpacing": [0.2, 0.1]}, (0.2, 0.1)),
+        ({}, None),
+    ):
+        decoded = read(instance(GREY, Modality="DX", **elements))
+        assert isinstance(decoded, Image)
+        assert decoded.spacing_mm == expected
+
+
+def test_frames_of_a_movie_are_times() -> None:
+    decoded = read(instance(COLORS[None].repeat(3, 0), Modality="US"))
+    assert isinstance(decoded, Volume)
+    assert (decoded.affine, decoded.time_slices, decoded.size) == (None, 1, (10, 12, 3))
+
+
+def test_limits_hold_before_pixels_are_decoded() -> None:
+    for data in (instance(GREY), zipped(series(GREY.reshape(6, 5, 4).astype(np.int16)))):
+        assert_refused(data, TooLarge, {"actual": 120}, limit=100, voxels=100)
+
+
+@pytest.mark.parametrize(
+    ("data", "fields"),
+    [
+        (instance(GREY, PhotometricInterpretation="HSV"), {"reason": "photometric", "value": "HSV"}),
+        (instance(GREY, BitsAllocated=12), {"reason": "sample-type"}),
+        (instance(GREY)[:-20], {"reason": "truncated", "actual": 220, "limit": 240}),
+        (instance(GREY, SOPClassUID="1.2.840.10008.5.1.4.1.1.66.4"), {"reason": "no-pixels", "value": "SEG"}),
+        (
+            instance(GREY, NumberOfFrames=4, TotalPixelMatrixColumns=20, PixelData=bytes(960)),
+            {"reason": "tiles"},
+        ),
+    ],
+    ids=["colours", "bits", "truncated", "SEG", "tiles"],
+)
+def test_what_is_not_read_is_named(data: bytes, fields: dict[str, Any]) -> None:
+    assert_refused(data, Unreadable, fields)
+
+
+def test_parameters_of_other_formats() -> None:
+    for choices in ({"axes": "YX"}, {"series": "2"}):
+        assert_refused(instance(GREY), InvalidParameter, {"parameter": next(iter(choices))}, **choices)
+
+
+FOLDER = Path(pydicom.data.get_testdata_file("CT_small.dcm", download=False) or "").parent
+# Of the files beside these some are inverted, palettes, or of 12 bits in JPEG, which pydicom does not read.
+OTHERWISE = {
+    "JPEG-lossy.dcm",
+    "JPGExtended.dcm",
+    "SC_rgb_rle_32bit.dcm",
+    "SC_rgb_rle_32bit_2frame.dcm",
+    "examples_palette.dcm",
+}
+
+
+def test_files_of_pydicom_are_read_as_by_pydicom() -> None:
+    read_by_both, syntaxes = 0, set()
+    for path in sorted(FOLDER.glob("*.dcm")):
+        try:
+            decoded = read(path.read_bytes(), zero_nonfinite=True)
+        except (Unreadable, UnsupportedType):
+            continue
+        if path.name in OTHERWISE:
+            continue
+        dataset = pydicom.dcmread(path, force=True)
+        expected = np.asarray(apply_rescale(dataset.pixel_array, dataset), np.float32)
+        mine = decoded.values.transpose(2, 1, 0, 3) if isinstance(decoded, Volume) else decoded.values
+        assert np.array_equal(mine.reshape(expected.shape), expected), path.name
+        read_by_both += 1
+        syntaxes.add(dataset.file_meta.get("TransferSyntaxUID"))
+    assert read_by_both > 35
+    assert len(syntaxes) > 9
+
+
+def test_jpeg_of_twelve_bits() -> None:
+    decoded = read((FOLDER / "JPGExtended.dcm").read_bytes())
+    assert (decoded.size, decoded.values.dtype, decoded.values.max()) == ((1024, 256), np.uint16, 264)
+
+
+def test_headers_are_kept_without_pixels() -> None:
+    decoded = read(instance(GREY))
+    assert decoded.dicom is not None
+    (dataset,) = decoded.dicom.datasets
+    assert dataset.PatientID
+    assert "PixelData" not in dataset
+    assert decoded.dicom.frames == ((0, 1),)
+    out = io.BytesIO()
+    pydicom.dcmwrite(out, dataset, enforce_file_format=True)
