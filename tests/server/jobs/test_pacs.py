@@ -1,7 +1,8 @@
 """Jobs whose input a PACS has, and whose result goes to one: what is done again after trouble, and what is not."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
@@ -9,10 +10,12 @@ import pytest
 from server.errors import InvalidParameter, PacsRefused, PacsUnavailable, StoreFull
 from server.jobs.active import JobStatus
 from server.jobs.runner import Intervals, Runner
-from server.segment.request import SegmentParams
+from server.segment.estimate import Estimate
+from server.segment.request import SegmentParams, Upload
 from server.settings import JobsSettings
-from tests.server.jobs.steps import Bench, end
-from tests.support.files import GOOD
+from tests.server.jobs.steps import WINDOWS, Bench, StepService, end
+from tests.support.files import GOOD, Sent
+from tests.support.service import ManualClock
 
 
 class FakePacs:
@@ -56,6 +59,20 @@ class FakePacs:
     def pause_s(self, tries: int, age_s: float) -> float | None:
         self.pauses.append(tries)
         return None if self.gives_up else 0.0
+
+
+class AnyInput(StepService):
+    """Answers in DICOM to inputs that are not."""
+
+    async def estimate(self, upload: Upload, params: SegmentParams) -> Estimate:
+        return Estimate(256, WINDOWS, 256, 0, 0, device_s=100.0)
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    service = AnyInput()
+    yield Bench(tmp_path / "jobs", service, ManualClock())
+    service.close()
 
 
 def runner_of(bench: Bench, pacs: Any) -> Runner:
@@ -193,9 +210,6 @@ async def test_server_without_pacs_says_so(bench: Bench) -> None:
 
 
 async def test_same_id_is_accepted_once(bench: Bench) -> None:
-    from server.segment.request import Upload
-    from tests.support.files import Sent
-
     pacs, id_ = FakePacs(), "0" * 32
     async with runner_of(bench, pacs) as runner:
         for _ in range(2):
