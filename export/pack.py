@@ -74,6 +74,8 @@ def export(
         orientation="RAS" if volumes else None,
         spacing=known.get("spacing") if volumes else None,
         mirror_axes=known.get("flip"),
+        # A network that was trained before recipes had it may serve better with another than it was trained with.
+        padding=known.get("padding") or card.padding,
         objects=_objects(card, config.objects),
     )
     check_channels(card, config.in_channels)

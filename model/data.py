@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -58,6 +58,8 @@ class DataConfig(BaseModel):
         flip: axes along which tiles are mirrored at random.
         spacing: mm per voxel along right, anterior, superior, to which volumes are resampled; None trusts
             that all agree.
+        padding: filling of tiles, and of validation images, beyond the image: "reflect", or "constant", the image's mean. It
+            should be that of the card of the bundle.
         invert: probability of inverted intensities (dark-on-bright from bright-on-dark).
         large_tile: side of the tiles of every second epoch, whose batches shrink to about the same number of pixels;
             None for one size.
@@ -78,6 +80,7 @@ class DataConfig(BaseModel):
     rotate90: bool = True
     flip: tuple[int, ...] = (0, 1)
     spacing: tuple[Millimetres, Millimetres, Millimetres] | None = None
+    padding: Literal["reflect", "constant"] = "reflect"
     invert: float = Field(default=0.15, ge=0, le=1)
     large_tile: Annotated[int, Field(ge=16)] | None = None
     elastic: float = Field(default=0, ge=0, le=1)
@@ -186,12 +189,15 @@ def augmentation(config: DataConfig, dims: int = 2, *, large: bool = False) -> C
     tile = config.tile_shape(dims, large=large)
     # Wide enough that a rotated, zoomed-out tile still lies inside the crop.
     reach = [int(np.ceil(side * 1.5 / 2) * 2) for side in tile]
+    outside = "zeros" if config.padding == "constant" else "reflection"
     rotation = np.deg2rad(config.rotate_degrees)
     blur = {"sigma_x": (0.4, 1.5), "sigma_y": (0.4, 1.5), "sigma_z": (0.4, 1.5)}
     return Compose(
         [
             # Not "reflect": that cannot reach further than the image, and small images are padded by more.
-            SpatialPadd(both, spatial_size=reach, mode="symmetric"),
+            SpatialPadd(
+                both, spatial_size=reach, mode="constant" if config.padding == "constant" else "symmetric"
+            ),
             RandCropByPosNegLabeld(
                 both,
                 label_key="label",
@@ -209,7 +215,7 @@ def augmentation(config: DataConfig, dims: int = 2, *, large: bool = False) -> C
                 shear_range=0.15,
                 spatial_size=tile,
                 mode=("bilinear", "nearest"),
-                padding_mode="reflection",
+                padding_mode=outside,
             ),
             RandGridDistortiond(
                 both,
@@ -217,7 +223,7 @@ def augmentation(config: DataConfig, dims: int = 2, *, large: bool = False) -> C
                 prob=config.elastic,
                 distort_limit=0.2,
                 mode=("bilinear", "nearest"),
-                padding_mode="reflection",
+                padding_mode=outside,
             ),
             *(RandFlipd(both, prob=0.5, spatial_axis=axis) for axis in config.flip),
             RandRotate90d(both, prob=0.5 * config.rotate90),
@@ -319,12 +325,19 @@ def _weights(split: Split, balance: str | None) -> NDArray[np.float64]:
     return np.asarray(weights / weights.sum())
 
 
-def pad_to(image: Tensor, divisor: int) -> Tensor:
-    """Pads (N, C, H, W[, D]) at the far end so that every axis is a multiple of `divisor`."""
+def pad_to(image: Tensor, divisor: int, padding: str = "reflect") -> Tensor:
+    """Pads (N, C, H, W[, D]) at the far end so that every axis is a multiple of `divisor`.
+
+    Args:
+        image: normalised images.
+        divisor: number of which every axis becomes a multiple.
+        padding: that of `DataConfig`.
+    """
     sides = image.shape[2:]
     lacking = [-side % divisor for side in sides]
     # Reflection cannot reach further than the image; tiny images repeat their edge instead.
     reachable = all(pad < side for pad, side in zip(lacking, sides, strict=True))
     # torch counts from the last axis.
     pad = [amount for side in reversed(lacking) for amount in (0, side)]
-    return torch.nn.functional.pad(image, pad, mode="reflect" if reachable else "replicate")
+    mode = "constant" if padding == "constant" else "reflect" if reachable else "replicate"
+    return torch.nn.functional.pad(image, pad, mode=mode)

@@ -110,7 +110,7 @@ def train(
                 total += loss.item()
                 advance()
         _check_finite(total, epoch)
-        scores = evaluate(kept, validation, device, options.precision)
+        scores = evaluate(kept, validation, device, options.precision, recipe.data.padding)
         state.epoch = epoch
         state.rows.append({"epoch": epoch, "loss": total / len(loader), **scores})
         if scores["dice_accurate"] > state.best:
@@ -246,10 +246,12 @@ def learning_rate(options: OptimisationConfig, step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, split: Split, device: torch.device, precision: str) -> dict[str, float]:
+def evaluate(
+    network: nn.Module, split: Split, device: torch.device, precision: str, padding: str = "reflect"
+) -> dict[str, float]:
     """Foreground Dice per image, averaged over the images, of each head and of the mean of the heads.
 
-    Whole images, padded by reflection. An image whose label and mask are both empty counts 1.
+    Whole images, padded as tiles are. An image whose label and mask are both empty counts 1.
     Several classes are averaged over the foreground classes.
     """
     network.eval()
@@ -259,7 +261,7 @@ def evaluate(network: nn.Module, split: Split, device: torch.device, precision: 
     dice: dict[str, list[float]] = {name: [] for name in names}
     for image, label in zip(split.images, split.labels, strict=True):
         inside = tuple(slice(side) for side in label.shape)
-        padded = pad_to(torch.from_numpy(image)[None].to(device), config.divisor(config.depth))
+        padded = pad_to(torch.from_numpy(image)[None].to(device), config.divisor(config.depth), padding)
         with _autocast(device, precision):
             logits = network(padded.to(memory_format=CHANNELS_LAST[config.dims]))
         scores = [probabilities(head[:, : config.classes, *inside].float()) for head in logits]

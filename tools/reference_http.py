@@ -158,6 +158,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
             "inputs with several channels or colours",
             "A channel that does not exist is refused with their number.",
         ),
+        "series": (
+            "DICOM",
+            "Other inputs refuse it. Without it several series are refused, with a list of them.",
+        ),
         "nonfinite": ("floating-point files", "The refusal counts the values."),
     },
     "Post-processing": {

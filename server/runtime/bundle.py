@@ -148,6 +148,8 @@ class Manifest(Part):
         activation: function that makes scores of a head's output; "sigmoid-per-class" has several classes, and a background that is
             as likely as the best of them is not.
         activation_included: whether `network.onnx` ends in it.
+        padding: filling of tiles where the input ends. "reflect": its mirror image; "constant": what normalisation makes 0, as in
+            nnU-Net and MONAI, because networks that see far take a mirror image for more of the same.
         objects: meaning of the channel that follows the class's; None where objects are separated by their shape.
         head_std: `accurate` with one channel more: the standard deviation over the heads of the foreground
             probability. None where there is one head, or the bundle was exported by a version that had no
@@ -181,6 +183,7 @@ class Manifest(Part):
     classes: tuple[Class, ...] = Field(min_length=1)
     objects: ObjectChannel | None = None
     window: Window
+    padding: Literal["reflect", "constant"] = "reflect"
     mirror_axes: tuple[int, ...] | None = None
     graphs: tuple[Graph, ...] = Field(min_length=1)
     head_std: Graph | None = None

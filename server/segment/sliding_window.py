@@ -6,6 +6,7 @@ Axes here are the network's: (H, W) of an image, (H, W, D) of a volume, or (S, H
 import asyncio
 from collections import deque
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32, Shaped
@@ -51,6 +52,7 @@ class SlidingWindow:
         windows: positions of the windows.
         mask: mask that the merger writes.
         merger: merger of the scores of the windows.
+        padding: that of the manifest.
         flips: axes along which each copy of a window is mirrored.
     """
 
@@ -59,6 +61,7 @@ class SlidingWindow:
     windows: Windows
     mask: Mask
     merger: WindowMerger
+    padding: Literal["reflect", "constant"] = "reflect"
     flips: Flips = NO_FLIPS
 
     @property
@@ -86,10 +89,22 @@ class SlidingWindow:
     def _window(self, start: tuple[int, ...]) -> Shaped[ndarray, "C *tile"]:
         tile = self.windows.tile
         window = self.input.pixels[tuple(slice(s, s + side) for s, side in zip(start, tile, strict=True))]
-        missing = [(0, side - have) for side, have in zip(tile, window.shape, strict=False)]
-        if any(after for _, after in missing):
-            window = np.pad(window, [*missing, (0, 0)], mode="reflect")
+        if window.shape[:-1] != tile:
+            window = self._padded(window)
         return np.moveaxis(window[0] if self.windows.flat else window, -1, 0)
+
+    def _padded(self, window: Shaped[ndarray, "*part C"]) -> Shaped[ndarray, "*tile C"]:
+        """Fills a window up at the far ends."""
+        tile = self.windows.tile
+        if self.padding == "reflect":
+            missing = [(0, side - have) for side, have in zip(tile, window.shape, strict=False)]
+            return np.pad(window, [*missing, (0, 0)], mode="reflect")
+        mean = self.input.mean.ravel()
+        whole_number = window.dtype.kind in "iu"
+        padded = np.empty((*tile, window.shape[-1]), window.dtype)
+        padded[:] = np.rint(mean) if whole_number else mean
+        padded[tuple(slice(side) for side in window.shape[:-1])] = window
+        return padded
 
 
 def prepare_input(source: Image | Volume, placement: Placement, manifest: Manifest) -> NetworkInput:
@@ -163,6 +178,7 @@ def make_sliding_window(
         windows,
         Mask(classes, scores, head_std, confidence, interior),
         merger,
+        manifest.padding,
         copies,
     )
 

@@ -13,7 +13,7 @@ export const FORMATS = formats;
 const OWN_CONTROL = ["mode", "level", "model", "format"];
 
 /** Parameters that decide how a file is decoded, and so how the server draws it; they belong to one file. */
-export const DECODE_OPTIONS = ["axes", "channel", "nonfinite"];
+export const DECODE_OPTIONS = ["axes", "channel", "nonfinite", "series"];
 
 const form = $("options-form");
 

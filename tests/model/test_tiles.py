@@ -197,6 +197,20 @@ def test_balance_draws_the_rare_more_often(discs_kept):
     np.testing.assert_allclose(balanced, np.array([1, 3**-0.5, 3**-0.5, 3**-0.5]) / (1 + 3**0.5))
 
 
+@pytest.mark.parametrize(("padding", "filled"), [("constant", False), ("reflect", True)])
+def test_tiles_beyond_the_image_are_filled(discs_kept, padding, filled):
+    # Images of 32 pixels in tiles of 64, whose corners lie outside however they are turned.
+    config = DataConfig(tile=64, tiles_per_image=4, padding=padding, invert=0, scale=0, rotate90=False)
+    tiles = Tiles(split_of(discs_kept), config, 0)
+    corners = [tiles[n].label[[0, 0, -1, -1], [0, -1, 0, -1]] for n in range(len(tiles))]
+    labels = [tiles[n].label for n in range(len(tiles))]
+    spread = [
+        int(label.nonzero()[:, 0].max() - label.nonzero()[:, 0].min()) for label in labels if label.any()
+    ]
+    assert (max(spread) > 32) is filled
+    assert filled or not torch.stack(corners).any()
+
+
 # --- objects ---
 
 
@@ -252,6 +266,9 @@ def test_distortion_and_colours_leave_labels_on_their_image(discs_kept):
 def test_pad_to(sides, divisor):
     image = torch.rand(1, 2, *sides)
     padded = pad_to(image, divisor)
+    zeros = pad_to(image, divisor, "constant")
+    assert zeros.shape == padded.shape
+    assert zeros.sum() == pytest.approx(float(image.sum()), rel=1e-4)
     lacking = [-side % divisor for side in sides]
     assert padded.shape == (1, 2, *(side + more for side, more in zip(sides, lacking, strict=True)))
     assert all(side % divisor == 0 for side in padded.shape[2:])

@@ -3,6 +3,7 @@ import pytest
 
 from server.arrays import Image, Volume
 from server.imaging import geometry
+from server.segment.preprocess import place
 from server.segment.sliding_window import infer_offline, make_sliding_window
 from tests.server.segment.laying import cut, manifest_of, windows_of
 from tests.support.service import FakeEngine, bright, manifest
@@ -40,6 +41,35 @@ class TestCut:
         self, size: tuple[int, ...], flat: bool
     ) -> None:
         assert (cut(windows_of(size, flat=flat), np.full((*size, 1), 7, dtype=np.uint8)) == 7).all()
+
+
+class TestPadding:
+    @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+    @pytest.mark.parametrize("kind", ["image", "volume", "stack"])
+    def test_constant_is_what_normalisation_makes_zero(
+        self, rng: np.random.Generator, dtype: type, kind: str
+    ) -> None:
+        size = {"image": (9, 21), "volume": (9, 8, 21), "stack": (9, 21, 3)}[kind]
+        values = (rng.random((*size, 2)) * [50, 100]).astype(dtype)
+        source = Image(values) if kind == "image" else Volume(values, np.eye(4) if kind == "volume" else None)
+        made = manifest_of((64,) * (3 if kind == "volume" else 2), channels=["a", "b"], padding="constant")
+        placement = place(source.input_header, made, "auto")
+        window = make_sliding_window(source, placement, made, made.graph("L1"))
+        tiles = window.cut(range(1))
+        seen = (tiles.pixels - tiles.mean) * tiles.inverse_std
+        inside = tuple(slice(side) for side in placement.size[-made.dims :])
+        outside = np.ones(seen.shape, bool)
+        outside[(..., *inside)] = False
+        assert outside.any()
+        # Whole numbers cannot hold the mean itself.
+        limit = 1e-4 if dtype is np.float32 else 0.5 * tiles.inverse_std.max()
+        assert np.abs(seen[outside]).max() <= limit
+        assert tiles.pixels.dtype == dtype
+        mirrored = make_sliding_window(
+            source, placement, made.model_copy(update={"padding": "reflect"}), made.graph("L1")
+        ).cut(range(1))
+        assert np.array_equal(mirrored.pixels[(..., *inside)], tiles.pixels[(..., *inside)])
+        assert not np.array_equal(mirrored.pixels, tiles.pixels)
 
 
 class TestMakeSlidingWindow:
