@@ -45,8 +45,8 @@ COMMIT;
 
 # The files of a job that are needed in each state; all others are removed when it gets there.
 FILES = {
-    "queued": {"input", "reference", "preview", "result"},
-    "running": {"input", "reference", "preview", "result"},
+    "queued": {"input", "reference", "preview"},
+    "running": {"input", "reference", "preview"},
     "done": {"preview", "result"},
     "failed": set[str](),
     "cancelled": set[str](),
@@ -181,9 +181,8 @@ class Store:
     def put_back(self, id_: str) -> Job:
         """Lets a running job wait again, which does not count as an attempt."""
         with self._changing:
-            if self.get(id_).state != "running":
-                return self.get(id_)
-            return self._change(id_, "state = 'queued', started = NULL, attempts = attempts - 1")
+            changes = "attempts = attempts - (state = 'running'), state = 'queued', started = NULL"
+            return self._change(id_, changes)
 
     def keep_input(self, id_: str, file: BinaryIO, spec: JobSpec) -> Job:
         """Keeps an input that was fetched, then what is known of the job by it."""
@@ -285,7 +284,7 @@ class Store:
         self._query("UPDATE jobs SET state = 'queued', started = NULL WHERE state = 'running'")
         jobs = {job.id: job for job in self._query("SELECT * FROM jobs")}
         for id_ in self.files.ids():
-            self.files.keep_only(id_, FILES[jobs[id_].state] if id_ in jobs else set())
+            self.files.keep_only(id_, _needed(jobs[id_]) if id_ in jobs else set())
 
     def _change(self, id_: str, changes: str, *values: object) -> Job:
         # The changes are constants of this file.
@@ -311,6 +310,11 @@ class Store:
             if self._closed:
                 raise shutting_down()
             return [job_from_row(row) for row in self._db.execute(statement, values).fetchall()]
+
+
+def _needed(job: Job) -> set[str]:
+    """The files of a job that it needs; a result also before the end, where it must still be sent."""
+    return FILES[job.state] | ({"result"} if job.result else set())
 
 
 def is_locked(folder: Path) -> bool:

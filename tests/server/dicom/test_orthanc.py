@@ -178,7 +178,7 @@ def test_two_series_at_once_in_one_association(pacs: Orthanc, tmp_path: Path) ->
 
 
 # pynetdicom forgets sockets whose connection is refused.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_node_waits_for_its_destination(tmp_path: Path) -> None:
     port = free_port()
     pacs = Orthanc(tmp_path / "orthanc")
