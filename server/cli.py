@@ -69,10 +69,8 @@ def serve(
 @report_errors
 def node(
     aet: Annotated[str | None, typer.Option(help="AE title of the node.")] = None,
-    dicom_host: Annotated[str | None, typer.Option(help="Address that the node listens on.")] = None,
-    dicom_port: Annotated[
-        int | None, typer.Option("--port", "--dicom-port", min=1, max=65535, help="TCP port of the node.")
-    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address that the node listens on.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="TCP port of the node.")] = None,
     forward: Annotated[str | None, typer.Option(help="Destination of the answers, as AET@HOST:PORT.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="Rules, callers, TLS and DICOMweb servers [UNETPP_DICOM__CONFIG].")
@@ -102,7 +100,7 @@ def node(
         settings = settings.model_copy(update={"dicom": settings.dicom.model_copy(update={"config": config})})
     found = read_dicom(settings)
     values: dict[str, Any] = found.model_dump(exclude_unset=True) if found else {}
-    options = {"aet": aet, "host": dicom_host, "port": dicom_port, "forward": forward}
+    options = {"aet": aet, "host": host, "port": port, "forward": forward}
     table = values.get("node") or {}
     values["node"] = table | {name: value for name, value in options.items() if value is not None}
     _serve(

@@ -47,7 +47,7 @@ def make_node(
     """Makes the DICOM node, if there is one.
 
     Raises:
-        Misconfigured: a rule asks for what no bundle has, or the extra `dicom` is missing.
+        Misconfigured: a rule names a model or level that does not exist, or the extra `dicom` is missing.
     """
     if dicom.node is None:
         return None

@@ -1,4 +1,4 @@
-"""What a DICOM file says of itself before its pixels: UIDs, and what rules look at."""
+"""Reads the header of a DICOM file up to its UIDs, for rules and archives."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ MAX_TEXT = 64
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of an instance.
+    """The part of a header that rules and archives need.
 
     Attributes:
         study: UID of its study.

@@ -1,4 +1,4 @@
-"""The DICOM node: what modalities send becomes jobs, whose answers go to a PACS."""
+"""The DICOM node: series that modalities send become jobs, whose answers go to a PACS."""
 
 import asyncio
 import contextlib
@@ -206,7 +206,7 @@ class Node:
 
 
 def _plan(rule: Rule, node: NodeTable) -> dict[str, Any]:
-    """What is to be done with a series: kept with it, so that a restart with other rules changes nothing."""
+    """Returns the request and the destination, which are kept with a series so that other rules after a restart change nothing."""
     return {"params": rule.params.model_dump(exclude_unset=True), "forward": rule.forward or node.forward}
 
 

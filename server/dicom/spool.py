@@ -1,4 +1,4 @@
-"""Series that arrive at the node, on disk: an instance is there before its sender is told so, and after a restart."""
+"""Series that arrive at the node, on disk: an instance is there before it is acknowledged, and after a restart."""
 
 import contextlib
 import hashlib
@@ -30,7 +30,7 @@ class Series:
     Attributes:
         id: 32 hexadecimal digits: name of its folder, and id of its job.
         key: AE title that calls, AE title that was called, UIDs of study and series.
-        plan: what is to be done with it, as JSON.
+        plan: request parameters and destination, as JSON.
         last: clock time of its last instance.
         writing: instances that are being written.
         senders: associations that have sent instances and are open.
@@ -84,7 +84,7 @@ class Spool:
 
         Args:
             key: key of its series.
-            plan: what is to be done with the series, if it is new.
+            plan: request parameters and destination of the series, if it is new.
             instance: UID of the instance; one that is there already is replaced.
             file: instance as a DICOM file, at its start.
             sender: its association.

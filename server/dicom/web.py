@@ -224,7 +224,7 @@ class WebClient:
 
 
 def _credentials(server: WebServer) -> dict[str, Any]:
-    """The arguments of a client, read anew because files of secrets are replaced."""
+    """The arguments of a client, read each time because files of secrets are replaced."""
     if server.token_file:
         return {"headers": {"Authorization": f"Bearer {server.token_file.read_text('utf-8').strip()}"}}
     if server.user and server.password_file:

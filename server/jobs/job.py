@@ -5,6 +5,15 @@ import sqlite3
 from dataclasses import dataclass
 from typing import Any
 
+# The files of a job that are needed in each state; all others are removed when it gets there.
+FILES = {
+    "queued": {"input", "reference", "preview"},
+    "running": {"input", "reference", "preview"},
+    "done": {"preview", "result"},
+    "failed": set[str](),
+    "cancelled": set[str](),
+}
+
 FINISHED = ("done", "failed", "cancelled")
 
 
@@ -82,3 +91,8 @@ def job_from_row(row: sqlite3.Row) -> Job:
     return Job(
         row["id"], row["state"], row["attempts"], row["created"], spec, *times, preview, result, problem
     )
+
+
+def needed_files(job: Job) -> set[str]:
+    """The files of a job that it needs; a result also before the end, where it must still be sent."""
+    return FILES[job.state] | ({"result"} if job.result else set())

@@ -1,4 +1,4 @@
-"""What jobs need of a PACS, whose protocols they do not know."""
+"""The interface through which jobs use a PACS, whose protocols they do not know."""
 
 from collections.abc import Callable
 from typing import BinaryIO, Protocol

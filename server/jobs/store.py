@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from server.errors import Interrupted, StoreBroken, UnknownJob, shutting_down
 from server.jobs.files import Files
-from server.jobs.job import Job, JobSpec, job_from_row
+from server.jobs.job import Job, JobSpec, job_from_row, needed_files
 from server.settings import JobsSettings
 
 LOCK, DATABASE = "lock", "jobs.sqlite"
@@ -42,15 +42,6 @@ CREATE TABLE jobs (
 PRAGMA user_version = {VERSION};
 COMMIT;
 """
-
-# The files of a job that are needed in each state; all others are removed when it gets there.
-FILES = {
-    "queued": {"input", "reference", "preview"},
-    "running": {"input", "reference", "preview"},
-    "done": {"preview", "result"},
-    "failed": set[str](),
-    "cancelled": set[str](),
-}
 
 
 class Store:
@@ -284,7 +275,7 @@ class Store:
         self._query("UPDATE jobs SET state = 'queued', started = NULL WHERE state = 'running'")
         jobs = {job.id: job for job in self._query("SELECT * FROM jobs")}
         for id_ in self.files.ids():
-            self.files.keep_only(id_, _needed(jobs[id_]) if id_ in jobs else set())
+            self.files.keep_only(id_, needed_files(jobs[id_]) if id_ in jobs else set())
 
     def _change(self, id_: str, changes: str, *values: object) -> Job:
         # The changes are constants of this file.
@@ -293,7 +284,7 @@ class Store:
 
     def _end(self, id_: str, changes: str, *values: object) -> Job:
         job = self._change(id_, f"{changes}, finished = ?", *values, self._clock())
-        self.files.keep_only(job.id, FILES[job.state])
+        self.files.keep_only(job.id, needed_files(job))
         return job
 
     def _remove(self, job: Job) -> None:
@@ -310,11 +301,6 @@ class Store:
             if self._closed:
                 raise shutting_down()
             return [job_from_row(row) for row in self._db.execute(statement, values).fetchall()]
-
-
-def _needed(job: Job) -> set[str]:
-    """The files of a job that it needs; a result also before the end, where it must still be sent."""
-    return FILES[job.state] | ({"result"} if job.result else set())
 
 
 def is_locked(folder: Path) -> bool:

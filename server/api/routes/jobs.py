@@ -32,7 +32,7 @@ FILE: dict[int | str, dict[str, Any]] = UNKNOWN | {
     409: {"model": Problem, "description": "codes: not-finished"},
     **{
         code: {"model": Problem, "description": "the job failed, and this is why"}
-        for code in (406, 413, 415, 422, 500)
+        for code in (406, 413, 415, 422, 500, 502)
     },
 }
 EVENTS: dict[int | str, dict[str, Any]] = UNKNOWN | {
