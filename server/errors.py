@@ -133,7 +133,7 @@ class InvalidParameter(CallerError):
 
     It does not exist, has a wrong value, is given twice, or does not go with another one or with the input.
     Remedy: Correct the parameter that `parameter` names; `allowed` or `limit` has what is accepted.
-    Fields: parameter, value, allowed, limit, actual, unit, format, kind, channels, remedy
+    Fields: parameter, value, allowed, limit, actual, unit, format, kind, channels, setting, remedy
     """
 
 
