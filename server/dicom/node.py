@@ -13,7 +13,7 @@ from server.dicom.config import DicomConfig, NodeTable, Rule
 from server.dicom.instance import read_facts
 from server.dicom.spool import Series, Spool
 from server.dicom.store_scu import silence
-from server.errors import CallerError, Misconfigured, Unreadable
+from server.errors import CallerError, Misconfigured, UnetppError, Unreadable
 from server.segment.request import SegmentParams
 from server.settings import LimitsSettings
 
@@ -84,7 +84,7 @@ class Node:
 
     async def __aexit__(self, *_: object) -> None:
         """Hangs up and stops; what is on disk stays there."""
-        await asyncio.to_thread(self._server.shutdown)
+        await asyncio.to_thread(self._entity.shutdown)
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
@@ -101,7 +101,7 @@ class Node:
         # To a file, as it comes, because an instance may be larger than the memory.
         _config.STORE_RECV_CHUNKED_DATASET = True
         node = self._node
-        entity = AE(ae_title=node.aet)
+        entity = self._entity = AE(ae_title=node.aet)
         entity.require_called_aet = True
         entity.require_calling_aet = [*node.callers]
         entity.maximum_associations = MAX_ASSOCIATIONS
@@ -130,7 +130,7 @@ class Node:
             return self._keep(event)
         except Unreadable:
             return CANNOT_UNDERSTAND
-        except OSError:
+        except (OSError, UnetppError):
             log.exception("an instance could not be kept")
             return OUT_OF_RESOURCES
 

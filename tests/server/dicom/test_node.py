@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import ssl
+import time
 import zipfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -96,9 +97,12 @@ def send(
 
 async def test_series_becomes_one_job(tmp_path: Path) -> None:
     jobs, paths = Jobs(), write_series(tmp_path / "series")
-    async with running(tmp_path, jobs, config_of()) as table:
+    # Twelve times as long while the association is open.
+    async with running(tmp_path, jobs, config_of({"quiet_s": 3})) as table:
         assert await asyncio.to_thread(send, table, paths) == [0] * (1 + SIZE[2])
+        hung_up = time.monotonic()
         await jobs.wait()
+        assert 2 < time.monotonic() - hung_up < 20
         ((count, params, destination, id_),) = jobs.accepted
         assert (count, params["format"], destination, len(id_)) == (SIZE[2], "dicomseg", "A@127.0.0.1:1", 32)
     assert list((tmp_path / "arriving").iterdir()) == []
