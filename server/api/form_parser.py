@@ -164,6 +164,7 @@ class CompleteForm(MultiPartParser):
             plain = _decode_words(part.file.filename or "").replace("%22", '"')
             part.file.filename = _file_name(parameters) or plain
             if is_input and self._inputs > 1:
+                part.file.file.close()
                 self.series = self.series or SeriesZip()
                 part.file.file = cast("BinaryIO", self.series.add_part())
 
