@@ -56,7 +56,7 @@ class Card(BaseModel):
         orientation: directions of the axes of a network for volumes, in nibabel's letters, e.g. "RAS".
         spacing: mm per voxel that a network for volumes was trained at; None takes any.
         mirror_axes: axes along which the network was trained on mirrored inputs, from 0; without them there is no `tta`.
-        padding: that of the manifest.
+        padding: that of the manifest; "reflect" where neither the card nor a checkpoint's recipe tells.
         threshold: foreground is a score above it, for one class.
         objects: meaning of a head's second channel, which tells touching objects apart; for one class with the activation "sigmoid".
     """
@@ -80,7 +80,7 @@ class Card(BaseModel):
     orientation: str | None = None
     spacing: tuple[float, float, float] | None = None
     mirror_axes: tuple[int, ...] | None = None
-    padding: Literal["reflect", "constant"] = "reflect"
+    padding: Literal["reflect", "constant"] | None = None
     threshold: float = Field(0.5, gt=0, lt=1)
     objects: ObjectChannel | None = None
 

@@ -64,8 +64,15 @@ def _check_classes(channels: int, card: Card) -> None:
         "softmax": "the background and then a channel per class",
         "sigmoid-per-class": "a channel per class, without the background",
     }
+    if activation == "sigmoid" and channels == 1:
+        raise ExportError(
+            "the heads have 1 channel, and the card has objects, which need a second one; remove objects"
+        )
     fitting = ["softmax needs as many classes as channels without the first"] if channels > 1 else []
     fitting += ["sigmoid-per-class as many classes as channels"] if channels > 1 else ["sigmoid is for that"]
+    fitting += (
+        ["a second channel that tells objects apart needs objects on the card"] if channels == 2 else []
+    )
     raise ExportError(
         f"the heads have {channels} {'channels' if channels > 1 else 'channel'}, and the card has {classes} "
         f"{'classes' if classes > 1 else 'class'} with activation = {activation!r}, which is {meaning[activation]}; "

@@ -74,8 +74,7 @@ def export(
         orientation="RAS" if volumes else None,
         spacing=known.get("spacing") if volumes else None,
         mirror_axes=known.get("flip"),
-        # A network that was trained before recipes had it may serve better with another than it was trained with.
-        padding=known.get("padding") or card.padding,
+        padding=_padding(card, known.get("padding")),
         objects=_objects(card, config.objects),
     )
     check_channels(card, config.in_channels)
@@ -271,6 +270,19 @@ def _objects(card: Card, names: tuple[str, ...]) -> dict[str, object] | None:
     return (stated.model_dump() if stated else {"kind": names[0]}) if names else None
 
 
+def _padding(card: Card, trained: str | None) -> str | None:
+    """Returns the padding of the recipe; recipes before 2026-12 had none, and the card may say.
+
+    Raises:
+        ExportError: the card has another one.
+    """
+    if trained and card.padding and trained != card.padding:
+        raise ExportError(
+            f'the card says padding = "{card.padding}", and the network was trained with "{trained}"'
+        )
+    return trained or card.padding
+
+
 def _check_classes(card: Card, classes: int) -> None:
     """Refuses a card that names other classes than a checkpoint has.
 
@@ -289,7 +301,7 @@ def _manifest(producer: Producer, card: Card, graphs: tuple[Graph, ...]) -> Mani
     Raises:
         ExportError: the card does not make one.
     """
-    fields = card.model_dump(exclude={"input"})
+    fields = card.model_dump(exclude={"input"}) | {"padding": card.padding or "reflect"}
     try:
         return Manifest(
             **fields,

@@ -58,14 +58,14 @@ class DataConfig(BaseModel):
         flip: axes along which tiles are mirrored at random.
         spacing: mm per voxel along right, anterior, superior, to which volumes are resampled; None trusts
             that all agree.
-        padding: filling of tiles, and of validation images, beyond the image: "reflect", or "constant", the image's mean. It
-            should be that of the card of the bundle.
+        padding: filling of tiles, and of validation images, beyond the image: "reflect", or "constant", the image's mean. The
+            bundle takes it over.
         invert: probability of inverted intensities (dark-on-bright from bright-on-dark).
         large_tile: side of the tiles of every second epoch, whose batches shrink to about the same number of pixels;
             None for one size.
-        elastic: probability of a grid distortion.
+        grid_distortion: probability of a grid distortion.
         colour: probability that the channels are mixed, as other stains and cameras mix them.
-        small_objects: largest weight of an object's pixels in the cross-entropies, reached by objects far smaller than
+        small_object_weight: largest weight of an object's pixels in the cross-entropies, reached by objects far smaller than
             the others of their tile; 1 weighs all alike.
     """
 
@@ -83,9 +83,9 @@ class DataConfig(BaseModel):
     padding: Literal["reflect", "constant"] = "reflect"
     invert: float = Field(default=0.15, ge=0, le=1)
     large_tile: Annotated[int, Field(ge=16)] | None = None
-    elastic: float = Field(default=0, ge=0, le=1)
+    grid_distortion: float = Field(default=0, ge=0, le=1)
     colour: float = Field(default=0, ge=0, le=1)
-    small_objects: float = Field(default=1, ge=1)
+    small_object_weight: float = Field(default=1, ge=1)
 
     def tile_shape(self, dims: int, *, large: bool = False) -> tuple[int, ...]:
         """Lengths of a tile, one per axis of the image or volume."""
@@ -220,7 +220,7 @@ def augmentation(config: DataConfig, dims: int = 2, *, large: bool = False) -> C
             RandGridDistortiond(
                 both,
                 num_cells=4,
-                prob=config.elastic,
+                prob=config.grid_distortion,
                 distort_limit=0.2,
                 mode=("bilinear", "nearest"),
                 padding_mode=outside,
@@ -279,7 +279,7 @@ class Tiles(Dataset[Tile]):
         self._shrink = max(round(large / small), 1)
         self._weights = _weights(split, config.balance)
         self._channels = channels
-        self._small_objects = config.small_objects
+        self._small_objects = config.small_object_weight
 
     def set_epoch(self, epoch: int) -> int:
         """Chooses the epoch whose tiles are drawn; returns by what the batch shrinks in it."""

@@ -48,7 +48,7 @@ def head_loss(
         Scalar loss. For K > 1 Dice averages the foreground classes.
     """
     logits = logits.float()
-    classes = logits if objects is None else logits[:, : -objects.shape[1]]
+    classes = logits if objects is None else logits[:, : logits.shape[1] - objects.shape[1]]
     if classes.shape[1] == 1:
         target = labels.unsqueeze(1).to(logits.dtype)
         cross_entropy = F.binary_cross_entropy_with_logits(classes, target, reduction="none")[:, 0]

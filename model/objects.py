@@ -17,7 +17,7 @@ REACH = 8
 def targets(
     numbers: NDArray[np.integer], names: tuple[str, ...], reach: float = REACH
 ) -> NDArray[np.float32]:
-    """Targets of the channels of that name, each in [0, 1].
+    """Computes the targets of channels of objects, each in [0, 1].
 
     Args:
         numbers: (H, W[, D]) number of the object at each pixel, 0 for none.
@@ -48,23 +48,30 @@ def _distance(numbers: NDArray[np.integer], boundary: NDArray[np.bool_], reach: 
     _, which = np.unique(numbers, return_inverse=True)
     which = which.reshape(numbers.shape)
     largest = scipy.ndimage.maximum(distance, which, np.arange(which.max() + 1))
+    # Of an object that goes on beyond the border the middle may lie there.
+    largest[np.unique(which[_border(numbers.shape)])] = reach
     share: NDArray[np.float32] = np.minimum(distance / np.clip(largest, 1, reach)[which], 1).astype(
         np.float32
     )
     return share
 
 
+def _border(shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    border = np.ones(shape, bool)
+    border[tuple(slice(1, -1) for _ in shape)] = False
+    return border
+
+
 def weights(numbers: NDArray[np.integer], most: float) -> NDArray[np.float32]:
-    """Weight of each pixel: background 1, an object the more the smaller it is beside the others, up to `most`.
+    """Weighs each pixel: background 1, an object the more the smaller it is beside the others, up to `most`.
 
     The square root of the median area over its own, so that an object counts by its width rather than its area.
     """
-    _, which, areas = np.unique(numbers, return_inverse=True, return_counts=True)
-    values, present = np.unique(numbers), numbers > 0
-    if not present.any():
+    values, which, areas = np.unique(numbers, return_inverse=True, return_counts=True)
+    if not (numbers > 0).any():
         return np.ones(numbers.shape, np.float32)
     objects = values > 0
     factor = np.ones(len(values))
     factor[objects] = np.clip(np.sqrt(np.median(areas[objects]) / areas[objects]), 1, most)
-    found: NDArray[np.float32] = factor[which.reshape(numbers.shape)].astype(np.float32)
-    return found
+    of_pixel: NDArray[np.float32] = factor[which.reshape(numbers.shape)].astype(np.float32)
+    return of_pixel

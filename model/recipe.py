@@ -20,7 +20,7 @@ class OptimisationConfig(BaseModel):
         weight_decay: decoupled (AdamW) where above 0.
         schedule: constant as in the paper, or one cycle: linear warm-up over the first tenth, then cosine to
             0.
-        average: decay per step of the moving average of the weights, which is what is measured and kept (e.g. 0.998); 0 keeps the
+        ema_decay: decay per step of the moving average of the weights, which is what is measured and kept (e.g. 0.998); 0 keeps the
             last weights.
         patience: epochs without a better validation Dice before the run stops.
         precision: bf16 (autocast) or fp32.
@@ -35,7 +35,7 @@ class OptimisationConfig(BaseModel):
     learning_rate: float = Field(default=3e-4, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "one-cycle"] = "constant"
-    average: float = Field(default=0, ge=0, lt=1)
+    ema_decay: float = Field(default=0, ge=0, lt=1)
     patience: int = Field(default=15, ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: int = Field(default=0, ge=0)

@@ -17,7 +17,7 @@ DIFFERING = {"norm", "classes", "objects"}
 
 
 def begin_from(path: Path, network: nn.Module, images: Tensor) -> None:
-    """Copies the weights of a network of the same shape; a head's further channels keep their random ones.
+    """Copies the weights of a network of the same shape; channels of a head that mean something else keep their random ones.
 
     Args:
         path: checkpoint of `unetpp train`, or weights.safetensors of a bundle.
@@ -29,31 +29,39 @@ def begin_from(path: Path, network: nn.Module, images: Tensor) -> None:
         RecipeError: the file holds no such network.
     """
     try:
-        found, _ = checkpoint.load(path)
+        source, _ = checkpoint.load(path)
     except checkpoint.CheckpointError as error:
         raise RecipeError(str(error)) from error
-    mine, theirs = network.config, found.config
+    mine, theirs = network.config, source.config
     assert isinstance(mine, UNetPlusPlusConfig)  # noqa: S101 - narrows the type
     assert isinstance(theirs, UNetPlusPlusConfig)  # noqa: S101 - narrows the type
     folded = mine.norm == "batch" and theirs.norm == "none"
     if (
-        type(found) is not type(network)
+        type(source) is not type(network)
         or mine.model_dump(exclude=DIFFERING) != theirs.model_dump(exclude=DIFFERING)
         or not (folded or mine.norm == theirs.norm)
     ):
         raise RecipeError(
-            f"{path}: holds {type(found).__name__} {theirs.model_dump_json()}, and the recipe has "
+            f"{path}: holds {type(source).__name__} {theirs.model_dump_json()}, and the recipe has "
             f"{type(network).__name__} {mine.model_dump_json()}; only classes and objects may differ"
         )
-    state = found.state_dict()
+    state = source.state_dict()
     with torch.no_grad():
         for name, own in network.named_parameters():
             if name.startswith("heads."):
-                same = min(len(own), len(state[name]))
-                own[:same] = state[name][:same]
+                for rows in _same_channels(mine, theirs):
+                    own[rows] = state[name][rows]
         biases = _copy_convolutions(network, state) if folded else _copy_rest(network, state)
         if biases:
             _unfold(network, biases, images)
+
+
+def _same_channels(mine: UNetPlusPlusConfig, theirs: UNetPlusPlusConfig) -> list[slice]:
+    """The rows of a head that mean the same in both networks: those of the classes, then that of objects."""
+    if mine.classes != theirs.classes:
+        return []
+    same_objects = mine.objects == theirs.objects
+    return [slice(mine.head_channels if same_objects else mine.classes)]
 
 
 def _copy_rest(network: nn.Module, state: dict[str, Tensor]) -> dict[nn.Module, Tensor]:

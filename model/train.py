@@ -6,6 +6,7 @@ Killed at any moment, it goes on from the last finished epoch exactly as if noth
 """
 
 import csv
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -41,11 +42,12 @@ CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 @dataclass
 class State:
-    """Progress of a run after its last finished epoch."""
+    """Progress of a run after its last finished epoch; `start` is the SHA-256 of the weights that it began from."""
 
     epoch: int = 0
     best: float = -1.0
     best_epoch: int = 0
+    start: str = ""
     rows: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -85,6 +87,12 @@ def train(
     )
     out.mkdir(parents=True, exist_ok=True)
     state = _resume(out, recipe, network, optimiser, average)
+    start = "" if weights is None else hashlib.sha256(weights.read_bytes()).hexdigest()
+    if state.epoch and start and start != state.start:
+        raise RecipeError(
+            f"{out} holds a run that did not begin from {weights}; choose another --out to start anew"
+        )
+    state.start = state.start or start
     (out / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n")
 
     steps = len(training) * recipe.data.tiles_per_image // options.batch
@@ -115,7 +123,7 @@ def train(
         state.rows.append({"epoch": epoch, "loss": total / len(loader), **scores})
         if scores["dice_accurate"] > state.best:
             state.best, state.best_epoch = scores["dice_accurate"], epoch
-            checkpoint.save(kept, out / "best.safetensors", {"recipe": recipe.model_dump(mode="json"), "epoch": epoch, "validation": scores})  # fmt: skip
+            checkpoint.save(kept, out / "best.safetensors", {"recipe": recipe.model_dump(mode="json"), "epoch": epoch, "validation": scores, "start": state.start})  # fmt: skip
         # Last: from here on the epoch counts as finished.
         _write_log(out, state.rows)
         _save_state(out, recipe, network, optimiser, average, state)
@@ -140,16 +148,24 @@ def _splits(recipe: TrainConfig, data: Path) -> tuple[Split, Split]:
         )
         for name in ("train", "val")
     )
-    if recipe.optimisation.batch > len(training) * recipe.data.tiles_per_image:
+    tiles = Tiles(training, recipe.data, 0, network.dims, network.objects)
+    for epoch in (1, 2):
+        batch = max(recipe.optimisation.batch // tiles.set_epoch(epoch), 1)
+        if batch > len(tiles):
+            raise DataError(
+                f"a batch of {batch} tiles is more than one epoch holds; lower optimisation.batch, or raise data.tiles_per_image"
+            )
+    if training.numbers is not None and all(len(np.unique(one[one > 0])) < 2 for one in training.numbers):
         raise DataError(
-            f"a batch of {recipe.optimisation.batch} tiles is more than one epoch holds; lower optimisation.batch"
+            "no label map of the split 'train' numbers more than one object, which network.objects and data.small_object_weight need: "
+            "are these maps of object numbers?"
         )
     return training, validation
 
 
 def _numbered(recipe: TrainConfig) -> bool:
     """Whether labels are read as maps of object numbers."""
-    return bool(recipe.network.objects) or recipe.data.small_objects > 1
+    return bool(recipe.network.objects) or recipe.data.small_object_weight > 1
 
 
 def _networks(
@@ -162,8 +178,8 @@ def _networks(
         begin_from(weights, network, images)
     network.to(device).to(memory_format=CHANNELS_LAST[recipe.network.dims])  # type: ignore[call-overload]
     average = None
-    if recipe.optimisation.average:
-        update = get_ema_multi_avg_fn(recipe.optimisation.average)  # type: ignore[no-untyped-call]
+    if recipe.optimisation.ema_decay:
+        update = get_ema_multi_avg_fn(recipe.optimisation.ema_decay)  # type: ignore[no-untyped-call]
         average = AveragedModel(network, multi_avg_fn=update, use_buffers=True)
     if recipe.network.dims == 3 and device.type == "cpu":
         # Each for itself and after the copy, because it takes a node's own `forward`.
@@ -211,9 +227,13 @@ def _check_tile(recipe: TrainConfig) -> None:
     network, tile = recipe.network, recipe.data.tile_shape(recipe.network.dims)
     divisor = network.divisor(network.depth)
     large = recipe.data.large_tile
-    if large is not None and (large < divisor or large % divisor):
+    if large is not None and (large % divisor or large < max(tile)):
         raise RecipeError(
-            f"data.large_tile: {large} is not a multiple of {divisor}, which a network of depth {network.depth} needs"
+            f"data.large_tile: {large} is smaller than data.tile, or no multiple of {divisor}, which a network of depth {network.depth} needs"
+        )
+    if recipe.data.small_object_weight > 1 and network.classes > 1:
+        raise RecipeError(
+            f"data.small_object_weight needs a network of one class, this one has {network.classes}"
         )
     if len(tile) != network.dims:
         raise RecipeError(f"data.tile: {list(tile)} has {len(tile)} axes, the network {network.dims}")

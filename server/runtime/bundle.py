@@ -87,7 +87,7 @@ class ObjectChannel(Part):
     """
 
     kind: Literal["distance", "centre", "boundary"]
-    saddle: float = Field(0.9, gt=0, lt=1)
+    saddle: float = Field(0.8, gt=0, lt=1)
 
 
 class Preprocessing(Part):
@@ -148,8 +148,8 @@ class Manifest(Part):
         activation: function that makes scores of a head's output; "sigmoid-per-class" has several classes, and a background that is
             as likely as the best of them is not.
         activation_included: whether `network.onnx` ends in it.
-        padding: filling of tiles where the input ends. "reflect": its mirror image; "constant": what normalisation makes 0, as in
-            nnU-Net and MONAI, because networks that see far take a mirror image for more of the same.
+        padding: filling of tiles where the input ends. "reflect": its mirror image; "constant": the value that enters the network
+            as 0, because networks that see far take a mirror image for more of the same.
         objects: meaning of the channel that follows the class's; None where objects are separated by their shape.
         head_std: `accurate` with one channel more: the standard deviation over the heads of the foreground
             probability. None where there is one head, or the bundle was exported by a version that had no

@@ -232,10 +232,13 @@ class _Steps:
             # split.
             count = self._remove(labels, count, classes, largest=False)
             check_count(count)
+            spacing = spacing_mm or (1.0,) * classes.ndim
             if interior is None or self.saddle is None:
-                count = watershed.split(labels, count, spacing_mm or (1.0,) * classes.ndim, self.cancel)
+                count = watershed.split(labels, count, spacing, self.cancel)
             else:
-                count = watershed.split_by_interior(labels, count, interior, self.saddle, self.cancel)
+                count = watershed.split_by_interior(
+                    labels, count, interior, spacing, self.saddle, self.cancel
+                )
             count = relabel_in_scan_order(scan_order(labels), count)[1]
         count = self._remove(labels, count, classes, largest=self.params.keep_largest)
         self.cancel.check()

@@ -6,10 +6,9 @@ Axes here are the network's: (H, W) of an image, (H, W, D) of a volume, or (S, H
 import asyncio
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-from jaxtyping import Float32, Shaped
+from jaxtyping import Float32, Float64, Shaped
 from numpy import ndarray
 
 from server.arrays import Image, Mask, Tiles, Volume
@@ -52,7 +51,7 @@ class SlidingWindow:
         windows: positions of the windows.
         mask: mask that the merger writes.
         merger: merger of the scores of the windows.
-        padding: that of the manifest.
+        filling: (C,) raw values of tiles where the input ends; None for its mirror image.
         flips: axes along which each copy of a window is mirrored.
     """
 
@@ -61,7 +60,7 @@ class SlidingWindow:
     windows: Windows
     mask: Mask
     merger: WindowMerger
-    padding: Literal["reflect", "constant"] = "reflect"
+    filling: Float64[ndarray, " C"] | None = None
     flips: Flips = NO_FLIPS
 
     @property
@@ -96,13 +95,12 @@ class SlidingWindow:
     def _padded(self, window: Shaped[ndarray, "*part C"]) -> Shaped[ndarray, "*tile C"]:
         """Fills a window up at the far ends."""
         tile = self.windows.tile
-        if self.padding == "reflect":
+        if self.filling is None:
             missing = [(0, side - have) for side, have in zip(tile, window.shape, strict=False)]
             return np.pad(window, [*missing, (0, 0)], mode="reflect")
-        mean = self.input.mean.ravel()
-        whole_number = window.dtype.kind in "iu"
         padded = np.empty((*tile, window.shape[-1]), window.dtype)
-        padded[:] = np.rint(mean) if whole_number else mean
+        # The nearest that the type holds.
+        padded[:] = np.rint(self.filling) if window.dtype.kind in "iu" else self.filling
         padded[tuple(slice(side) for side in window.shape[:-1])] = window
         return padded
 
@@ -178,9 +176,20 @@ def make_sliding_window(
         windows,
         Mask(classes, scores, head_std, confidence, interior),
         merger,
-        manifest.padding,
+        _filling(prepared, manifest) if manifest.padding == "constant" else None,
         copies,
     )
+
+
+def _filling(prepared: NetworkInput, manifest: Manifest) -> Float64[ndarray, " C"]:
+    """The raw value of each channel that enters the network as 0."""
+    zero = prepared.mean.ravel().astype(np.float64)
+    before = manifest.preprocessing
+    if before is not None and before.mean:
+        # Constants are in the order of the network's channels.
+        order = [*(before.channel_order or range(len(zero)))]
+        zero[order] += np.array(before.mean) / prepared.inverse_std.ravel()[order]
+    return zero
 
 
 def infer_offline(

@@ -26,7 +26,7 @@ SADDLE = 0.9
 # gives 0.571, 1 0.572, 1.5 0.573 and 2 0.569.
 SIGMA = 1.5
 
-# Standard deviation in pixels of the smoothing of the interior, because float16 makes plateaus of equal scores.
+# Standard deviation in pixels of the smoothing of the interior, because scores have noise.
 INTERIOR_SIGMA = 1.0
 
 # Objects that fill this fraction of the ellipse (ellipsoid) of their moments are not split, because two equal
@@ -94,10 +94,11 @@ def split_by_interior(
     labels: Int32[ndarray, "*size"],
     count: int,
     interior: Shaped[ndarray, "*size"],
+    spacing: tuple[float, ...],
     saddle: float,
     cancel: CancelToken = NO_CANCEL,
 ) -> int:
-    """Renumbers the parts of objects in place, by what the network says of them.
+    """Renumbers the parts of objects in place, by the network's own channel for objects.
 
     The first part keeps the object's number, the others follow `count`.
 
@@ -105,6 +106,7 @@ def split_by_interior(
         labels: numbers from 1 to `count`, each of connected pixels.
         count: number of objects.
         interior: the higher the farther a pixel lies inside its object.
+        spacing: distance from pixel to pixel along each axis of `labels`, in any unit.
         saddle: saddles from this fraction of the lower peak on do not separate objects.
         cancel: token that ends the work between two steps.
 
@@ -115,11 +117,12 @@ def split_by_interior(
         Cancelled: the token was set.
     """
     lines = scan_order(labels)
+    spacing = spacing[::-1] if lines.ndim == 3 else spacing
     height: Float32[ndarray, "*lines"] = scipy.ndimage.gaussian_filter(
-        scan_order(interior).astype(np.float32), INTERIOR_SIGMA
+        scan_order(interior).astype(np.float32), [INTERIOR_SIGMA * min(spacing) / step for step in spacing]
     )
     height[lines == 0] = -1
-    return _divide(lines, height, count, cancel, saddle)
+    return _divide(lines, height, count, cancel, saddle, MIN_PIXELS)
 
 
 def _by_box(
@@ -186,8 +189,9 @@ def _divide(
     count: int,
     cancel: CancelToken,
     saddle: float = SADDLE,
+    min_pixels: int = 1,
 ) -> int:
-    """Numbers the parts of the objects that have a height; returns the new number of objects."""
+    """Numbers the parts of the objects that have a height, each of `min_pixels` at least; returns the new number of objects."""
     cancel.check()
     uphill = _uphill(height, lines)
     peaks = np.flatnonzero((uphill == np.arange(uphill.size)) & (height.reshape(-1) >= 0))
@@ -199,7 +203,9 @@ def _divide(
     objects = lines[np.unravel_index(peaks, lines.shape)]
     if len(peaks) == len(np.unique(objects)):
         return count
-    merged = _merged(height.reshape(-1)[peaks], _saddles(height, basins, lines, len(peaks)), saddle, cancel)
+    sizes = np.bincount(basins.reshape(-1), minlength=len(peaks) + 1)[1:] if min_pixels > 1 else None
+    saddles = _saddles(height, basins, lines, len(peaks))
+    merged = _merged(height.reshape(-1)[peaks], saddles, saddle, sizes, min_pixels, cancel)
     # The number of each part is that of its object, and a new one for all but the first part of an object.
     numbered = objects[np.unique(merged, return_index=True)[1]]
     later = np.ones(len(numbered), dtype=np.bool_)
@@ -261,6 +267,11 @@ def _uphill(height: Float32[ndarray, "*box"], lines: Int32[ndarray, "*box"]) -> 
         same = lines[one] == lines[other]
         for a, b in ((one, other), (other, one)):
             higher = height[b] > best[a]
+            # Within a plateau ascent goes to the highest index, or each of its pixels would be a peak.
+            level = height[b] == height[a]
+            level &= best[a] == height[a]
+            level &= here[b] > to[a]
+            higher |= level
             higher &= same
             np.copyto(best[a], height[b], where=higher)
             np.copyto(to[a], here[b], where=higher)
@@ -310,10 +321,13 @@ def _merged(
     peaks: Float32[ndarray, " P"],
     saddles: list[tuple[float, int, int]],
     share: float,
+    sizes: Int64[ndarray, " P"] | None,
+    min_pixels: int,
     cancel: CancelToken,
 ) -> Int32[ndarray, " P"]:
-    """The part that each peak belongs to, from 0 on, after merging peaks without a valley between them."""
+    """The part that each peak belongs to, from 0 on, after merging peaks without a valley between them, and small parts."""
     heights, parent = peaks.tolist(), list(range(len(peaks)))
+    pixels = [min_pixels] * len(peaks) if sizes is None else sizes.tolist()
 
     def root(peak: int) -> int:
         while parent[peak] != peak:
@@ -324,8 +338,11 @@ def _merged(
         if number % CHECK_EVERY == 0:
             cancel.check()
         low, high = sorted((root(first), root(second)), key=heights.__getitem__)
-        if saddle >= share * heights[low]:
+        # Saddles come from the highest on, so that a small part becomes one with the neighbour that it belongs to most.
+        small = min(pixels[low], pixels[high]) < min_pixels
+        if low != high and (small or saddle >= share * heights[low]):
             parent[low] = high
+            pixels[high] += pixels[low]
     return np.unique([root(peak) for peak in range(len(peaks))], return_inverse=True)[1].astype(np.int32)
 
 

@@ -21,7 +21,7 @@ class Windows:
     """Windows of one size over a grid, ordered along its longest axis.
 
     The open part never reaches further than one window along that axis, so memory grows with the other axes
-    alone. An axis that fits into one window is padded at its end by reflection, up to the divisor of the
+    alone. An axis that fits into one window is padded at its end as the manifest says, up to the divisor of the
     served level; a longer one is covered by overlapping windows without padding.
 
     Attributes:

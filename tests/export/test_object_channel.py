@@ -100,7 +100,7 @@ def scores_of(network, pixels=PIXELS):
 
 def numbered(mask, interior, saddle):
     labels, count = label(mask.astype(np.uint8))
-    count = split_by_interior(labels, count, interior, saddle)
+    count = split_by_interior(labels, count, interior, (1.0, 1.0), saddle)
     return relabel_in_scan_order(labels, count)[0]
 
 
@@ -135,14 +135,33 @@ def test_without_instances_the_channel_changes_nothing(client, network):
         assert max(file[name].ndim == 3 and len(file[name]) for name in file.files) == 1
 
 
-def test_uncertainty_and_flips_keep_the_channels_apart(client):
-    for query in (
-        "format=uncertainty.tiff",
-        "format=uncertainty.tiff,labels.tiff",
-        "tta=flips&format=labels.tiff",
-    ):
-        answer = client.post(f"/segment?mode=accurate&instances=true&{query}", content=png())
-        assert answer.status_code == 200, answer.text
+def test_uncertainty_keeps_the_channels_apart(client, network):
+    heads = np.stack([one[0] for one in scores_of(network)])
+    query = "mode=accurate&instances=true&format="
+    both = client.post(f"/segment?{query}uncertainty.tiff,labels.tiff", content=png())
+    alone = client.post(f"/segment?{query}labels.tiff", content=png())
+    with zipfile.ZipFile(io.BytesIO(both.content)) as answer:
+        files = {name: tifffile.imread(io.BytesIO(answer.read(name))) for name in answer.namelist()}
+    (uncertainty,) = (pixels for name, pixels in files.items() if "uncertainty" in name)
+    (labels,) = (pixels for name, pixels in files.items() if "labels" in name)
+    np.testing.assert_allclose(uncertainty, heads.std(axis=0), atol=2e-3)
+    assert (labels == tifffile.imread(io.BytesIO(alone.content))).mean() > 0.99
+
+
+def test_flips_average_the_channel_of_objects_too(client, network):
+    copies = [(), (1,), (2,), (1, 2)]
+    scores = np.mean(
+        [
+            np.flip(scores_of(network, np.flip(PIXELS, [axis - 1 for axis in axes]).copy())[1], axes)
+            for axes in copies
+        ],
+        axis=0,
+    )
+    answer = client.post(
+        "/segment?mode=fast&level=2&tta=flips&instances=true&format=labels.tiff", content=png()
+    )
+    expected = numbered(scores[0] > 0.5, scores[1].astype(np.float16), DISTANCE.saddle)
+    assert (tifffile.imread(io.BytesIO(answer.content)) == expected).mean() > 0.99
 
 
 def test_the_model_card_says_it(client):
@@ -174,9 +193,11 @@ def test_an_imported_network_with_two_channels(tmp_path, kind):
     card = make_card(objects={"kind": kind, "saddle": 0.8}, mirror_axes=[0, 1])
     bundle = import_network(headed(unetpp(classes=2), 2, 3), card, tmp_path / "mine")
     assert bundle.manifest.objects == ObjectChannel(kind=kind, saddle=0.8)
-    with pytest.raises(ExportError, match="one channel of one class, and one of objects"):
+    with pytest.raises(
+        ExportError, match="have 1 channel, and the card has objects, which need a second one"
+    ):
         import_network(headed(unetpp(classes=1), 2, 3), card, tmp_path / "other")
-    with pytest.raises(ExportError, match="the heads have 2 channels"):
+    with pytest.raises(ExportError, match=r"the heads have 2 channels.*needs objects on the card"):
         import_network(headed(unetpp(classes=2), 2, 3), make_card(), tmp_path / "other")
 
 

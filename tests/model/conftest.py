@@ -46,6 +46,17 @@ def discs_kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_discs(tmp_path_factory.mktemp("data") / "discs", {"train": 4, "val": 2})
 
 
+@pytest.fixture(scope="session")
+def halves_kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The discs, each of two objects that touch, numbered 1 and 2; do not write there."""
+    root = write_discs(tmp_path_factory.mktemp("data") / "halves", {"train": 4, "val": 2})
+    for path in (root / "labels").iterdir():
+        disc = np.asarray(Image.open(path)) > 0
+        right = np.arange(disc.shape[1]) > np.nonzero(disc)[1].mean()
+        Image.fromarray((disc * np.where(right, 2, 1)).astype(np.uint8)).save(path)
+    return root
+
+
 def write_balls(root: Path, splits: dict[str, int]) -> Path:
     """As `write_discs`, in NIfTI: the anterior half of each ball is class 1, the posterior class 2."""
     random = np.random.default_rng(0)

@@ -39,6 +39,14 @@ def test_the_shipped_recipe_for_volumes_is_valid():
     assert [head.shape for head in heads] == [(1, 3, 32, 48, 32)] * 4
 
 
+def test_the_recipe_with_a_channel_for_objects_is_valid():
+    config = read_recipe(RECIPE.with_name("nuclei_objects.toml"), [])
+    train._check_tile(config)
+    assert (config.network.objects, config.network.head_channels) == (("distance",), 2)
+    # The network itself is that of the shipped recipe, so that its weights can be taken over.
+    assert config.network.model_copy(update={"objects": ()}) == read_recipe(RECIPE, []).network
+
+
 def test_overrides():
     config = read_recipe(
         RECIPE,

@@ -63,20 +63,26 @@ def test_resuming_is_exact_for_other_networks(tmp_path, discs, monkeypatch, netw
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
-def test_resuming_is_exact_with_an_average_objects_and_large_tiles(tmp_path, discs_kept, monkeypatch):
+def test_resuming_is_exact_with_an_average_objects_and_large_tiles(tmp_path, halves_kept, monkeypatch):
     same = recipe(
         epochs=3,
         network={"objects": ("distance",)},
-        data={"large_tile": 32, "small_objects": 2.0, "elastic": 0.5, "colour": 0.5, "tiles_per_image": 4},
-        average=0.9,
+        data={
+            "large_tile": 32,
+            "small_object_weight": 2.0,
+            "grid_distortion": 0.5,
+            "colour": 0.5,
+            "tiles_per_image": 4,
+        },
+        ema_decay=0.9,
     )
-    train.train(same, discs_kept, tmp_path / "a")
+    train.train(same, halves_kept, tmp_path / "a")
     with monkeypatch.context() as patch:
         interrupted_at(patch, 2)
         with pytest.raises(KeyboardInterrupt):
-            train.train(same, discs_kept, tmp_path / "b")
+            train.train(same, halves_kept, tmp_path / "b")
     torch.manual_seed(99)
-    train.train(same, discs_kept, tmp_path / "b")
+    train.train(same, halves_kept, tmp_path / "b")
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 

@@ -10,6 +10,7 @@ from model.config import UNetPlusPlusConfig
 from model.network import UNetPlusPlus
 from model.recipe import RecipeError
 from model.start import begin_from
+from server.runtime.bundle import sha256
 from tests.model.runs import recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:Num foregrounds:UserWarning")
@@ -68,7 +69,25 @@ def test_a_run_begins_there_and_resumes_without(tmp_path, discs_kept):
     after, _ = checkpoint.load(tmp_path / "second" / "best.safetensors")
     for a, b in zip(before.parameters(), after.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
-    # The run that is found goes on; the weights are not read again.
-    weights.unlink()
+    assert checkpoint.load(tmp_path / "second" / "best.safetensors")[1]["start"] == sha256(weights)
+    # The run that is found goes on, with the weights named or not, and from no others.
     longer = recipe(epochs=2, learning_rate=1e-9)
-    train.train(longer, discs_kept, tmp_path / "second", weights=weights)
+    with pytest.raises(RecipeError, match="did not begin from"):
+        train.train(longer, discs_kept, tmp_path / "second", weights=tmp_path / "first" / "last.safetensors")
+    train.train(longer, discs_kept, tmp_path / "second")
+
+
+def test_channels_that_mean_something_else_keep_their_random_ones(tmp_path):
+    source = UNetPlusPlus(CONFIG.model_copy(update={"objects": ("distance",)}))
+    checkpoint.save(source, tmp_path / "a.safetensors")
+    for changes, same in (
+        ({"classes": 3, "objects": ()}, 0),
+        ({"objects": ("boundary",)}, 1),
+        ({}, 2),
+        ({"objects": ()}, 1),
+    ):
+        network = UNetPlusPlus(CONFIG.model_copy(update={"objects": ("distance",)} | changes))
+        begin_from(tmp_path / "a.safetensors", network, torch.zeros(1, 1, 8, 8))
+        mine, theirs = network.heads["1"].weight, source.heads["1"].weight
+        assert torch.equal(mine[:same], theirs[:same])
+        assert not any(torch.equal(one, other) for one in mine[same:] for other in theirs)

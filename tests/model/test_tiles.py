@@ -219,7 +219,7 @@ def numbered(root):
 
 
 def test_objects_and_weights_come_with_tiles_of_numbered_labels(discs_kept):
-    config = DataConfig(tile=32, tiles_per_image=4, small_objects=3.0)
+    config = DataConfig(tile=32, tiles_per_image=4, small_object_weight=3.0)
     tiles = Tiles(numbered(discs_kept), config, 0, channels=("distance",))
     for n in range(len(tiles)):
         tile = tiles[n]
@@ -242,7 +242,7 @@ def test_every_second_epoch_has_large_tiles_and_as_many_steps(discs_kept):
 
 
 def test_distortion_and_colours_leave_labels_on_their_image(discs_kept):
-    config = DataConfig(tile=32, tiles_per_image=8, invert=0, elastic=1.0, colour=1.0)
+    config = DataConfig(tile=32, tiles_per_image=8, invert=0, grid_distortion=1.0, colour=1.0)
     split = split_of(discs_kept, channels=3)
     tiles, other = Tiles(split, config, 0), Tiles(split, config, 0)
     differences = [

@@ -236,7 +236,10 @@ class TestRefused:
         (volume_recipe(data={"tile": (16, 32, 16), "rotate90": True}),
          r"data\.rotate90: no quarter turns where the first two sides of data\.tile differ, 16 and 32"),
         (recipe(data={"tile": (16, 32)}), r"data\.rotate90: no quarter turns"),
-        (recipe(data={"large_tile": 18}), r"data\.large_tile: 18 is not a multiple of 4"),
+        (recipe(data={"large_tile": 18}), r"data\.large_tile: 18 is smaller than data\.tile, or no multiple of 4"),
+        (recipe(data={"tile": 32, "large_tile": 16}), r"data\.large_tile: 16 is smaller than data\.tile"),
+        (recipe(network={"classes": 3}, data={"small_object_weight": 2.0}), r"data\.small_object_weight needs a network of one class"),
+        (volume_recipe(data={"small_object_weight": 2.0}), r"data\.small_object_weight needs a network of one class, this one has 3"),
     ])  # fmt: skip
     def test_recipes_whose_network_and_tiles_do_not_fit(
         self, discs_kept, balls_kept, tmp_path, wanted, match
@@ -244,6 +247,21 @@ class TestRefused:
         with pytest.raises(RecipeError, match=match):
             train.train(wanted, balls_kept if wanted.network.dims == 3 else discs_kept, tmp_path / "run")
         assert not (tmp_path / "run").exists()
+
+    def test_an_epoch_of_large_tiles_without_a_batch(self, discs_kept, tmp_path):
+        wanted = recipe(batch=16, data={"large_tile": 64, "tiles_per_image": 1})
+        with pytest.raises(DataError, match="a batch of 16 tiles is more than one epoch holds"):
+            train.train(wanted, discs_kept, tmp_path / "run")
+        wanted = recipe(batch=4, data={"large_tile": 64, "tiles_per_image": 1})
+        with pytest.raises(DataError, match="a batch of 1 tiles is more than one epoch holds"):
+            train.train(wanted, discs_kept, tmp_path / "run")
+
+    def test_labels_that_number_no_objects(self, discs_kept, tmp_path):
+        for wanted in (recipe(network={"objects": ("distance",)}), recipe(data={"small_object_weight": 2.0})):
+            with pytest.raises(
+                DataError, match=r"numbers more than one object.*are these maps of object numbers"
+            ):
+                train.train(wanted, discs_kept, tmp_path / "run")
 
     def test_a_batch_larger_than_an_epoch(self, discs_kept, tmp_path):
         with pytest.raises(DataError, match="a batch of 17 tiles is more than one epoch holds"):
@@ -262,7 +280,7 @@ def test_the_kept_weights_are_the_moving_average_of_those_of_the_steps(tmp_path,
         seen.append(self.param_groups[0]["params"][0].detach().clone())
 
     monkeypatch.setattr(torch.optim.AdamW, "step", observed)
-    train.train(recipe(epochs=1, average=0.5), discs_kept, tmp_path)
+    train.train(recipe(epochs=1, ema_decay=0.5), discs_kept, tmp_path)
     expected = seen[0]
     for weights in seen[1:]:
         expected = 0.5 * expected + 0.5 * weights
@@ -271,20 +289,32 @@ def test_the_kept_weights_are_the_moving_average_of_those_of_the_steps(tmp_path,
     assert not torch.equal(expected, seen[-1])
 
 
-def test_volumes_have_an_average_whose_deepest_node_is_its_own(tmp_path, balls_kept):
-    train.train(volume_recipe(epochs=1, average=0.5), balls_kept, tmp_path)
+def test_volumes_have_an_average_whose_deepest_node_is_its_own(tmp_path, balls_kept, monkeypatch):
+    seen = []
+    measure = train.evaluate
+
+    def observed(network, *rest):
+        seen.append(network)
+        return measure(network, *rest)
+
+    monkeypatch.setattr(train, "evaluate", observed)
+    train.train(volume_recipe(epochs=1, ema_decay=0.5), balls_kept, tmp_path)
     kept, _ = checkpoint.load(tmp_path / "best.safetensors")
-    last = load_file(tmp_path / "last.safetensors")
-    deepest = "nodes.2_0.0.weight"
-    assert torch.equal(kept.state_dict()[deepest], last[f"average.module.{deepest}"])
-    assert not torch.equal(kept.state_dict()[deepest], last[f"network.{deepest}"])
+    [network] = seen
+    # The one that was measured answers as its weights do, in every node.
+    with torch.no_grad():
+        network.eval()
+        for a, b in zip(
+            network(torch.ones(1, 1, 16, 16, 16)), kept(torch.ones(1, 1, 16, 16, 16)), strict=True
+        ):
+            torch.testing.assert_close(a, b)
 
 
-def test_a_channel_of_objects_is_learnt_beside_the_class(tmp_path, discs_kept):
+def test_a_channel_of_objects_is_learnt_beside_the_class(tmp_path, halves_kept):
     options = recipe(epochs=6, network={"objects": ("distance",)}, data={"invert": 0.0})
-    train.train(options, discs_kept, tmp_path)
+    train.train(options, halves_kept, tmp_path)
     network, _ = checkpoint.load(tmp_path / "best.safetensors")
-    split = Split("val", read_index(discs_kept)["val"], 1, 1)
+    split = Split("val", read_index(halves_kept)["val"], 1, 1)
     score = torch.sigmoid(network(torch.from_numpy(split.images[0])[None])[-1])[0]
     assert score.shape == (2, 32, 32)
     label = torch.from_numpy(split.labels[0])

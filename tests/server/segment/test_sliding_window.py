@@ -71,6 +71,20 @@ class TestPadding:
         assert np.array_equal(mirrored.pixels[(..., *inside)], tiles.pixels[(..., *inside)])
         assert not np.array_equal(mirrored.pixels, tiles.pixels)
 
+    @pytest.mark.parametrize("order", [(), (1, 0)])
+    def test_constant_undoes_the_constants_of_the_network(
+        self, rng: np.random.Generator, order: tuple[int, ...]
+    ) -> None:
+        before = {"mean": (0.5, 0.25), "std": (2.0, 3.0), "channel_order": order}
+        made = manifest_of(
+            (64, 64), channels=["a", "b"], padding="constant", normalization="none", preprocessing=before
+        )
+        source = Image(rng.random((9, 21, 2), np.float32))
+        window = make_sliding_window(source, place(source.input_header, made, "auto"), made, made.graph("L1"))
+        tile = window.cut(range(1)).pixels[0]
+        seen = tile[[*(order or (0, 1))]] - np.array([0.5, 0.25])[:, None, None]
+        assert np.abs(seen[:, 9:]).max() < 1e-6
+
 
 class TestMakeSlidingWindow:
     @pytest.mark.parametrize(

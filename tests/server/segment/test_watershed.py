@@ -166,7 +166,9 @@ def test_split_of_classes_that_touch_is_each_for_itself() -> None:
 
 def by_interior(classes: np.ndarray, interior: np.ndarray, saddle: float = 0.8) -> tuple[np.ndarray, int]:
     labels, count = label(classes)
-    return labels, split_by_interior(labels, count, interior.astype(np.float16), saddle)
+    return labels, split_by_interior(
+        labels, count, interior.astype(np.float16), (1.0,) * classes.ndim, saddle
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -216,12 +218,47 @@ def test_split_by_interior_of_a_volume_and_of_nothing() -> None:
     assert by_interior(np.zeros((5, 5), np.uint8), np.zeros((5, 5)))[1] == 0
 
 
-def test_split_by_interior_takes_the_memory_it_states() -> None:
-    classes = np.ones((1500, 1500), np.uint8)
-    interior = np.random.default_rng(0).random(classes.shape, np.float32).astype(np.float16)
-    labels, count = label(classes)
-    with memory_stays_below(watershed.BOX_BYTES * classes.size):
-        split_by_interior(labels, count, interior, 0.5)
+@pytest.mark.parametrize("shape", [(1200, 1200), (100, 120, 120)])
+@pytest.mark.parametrize("kind", ["constant", "two values", "random", "blocks"])
+def test_split_by_interior_takes_the_memory_it_states(shape: tuple[int, ...], kind: str) -> None:
+    random = np.random.default_rng(0)
+    interior = {
+        "constant": np.full(shape, 0.9),
+        "two values": (random.random(shape) > 0.5) * 0.5,
+        "random": random.random(shape),
+        "blocks": np.kron(random.random([side // 20 for side in shape]), np.ones([20] * len(shape))),
+    }[kind].astype(np.float16)
+    labels, count = label(np.ones(shape, np.uint8))
+    with memory_stays_below(watershed.BOX_BYTES * interior.size / 1e6 + 5):
+        split_by_interior(labels, count, interior, (1.0,) * len(shape), 0.5)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_split_by_interior_of_a_plateau_is_one_object(depth: int) -> None:
+    classes = disc((60, 60), ((30, 30), 25))
+    stack = np.repeat(classes[..., None], depth, axis=2) if depth > 1 else classes
+    assert by_interior(stack, stack * 0.75)[1] == 1
+
+
+def test_split_by_interior_leaves_no_specks() -> None:
+    # A dim rim with bumps around a bright middle.
+    classes = disc((60, 60), ((30, 30), 25))
+    interior = disc((60, 60), ((30, 30), 18)) * 0.8
+    interior[::3, ::3] += classes[::3, ::3] * (interior[::3, ::3] == 0) * 0.05
+    labels, count = by_interior(classes, interior)
+    assert np.bincount(labels.ravel())[1:].min() >= watershed.MIN_PIXELS
+    assert count < 5
+
+
+def test_split_by_interior_smooths_by_distance_and_not_by_slice() -> None:
+    classes = np.ones((20, 40, 5), np.uint8, order="F")
+    interior = np.full(classes.shape, 0.9, np.float16, order="F")
+    interior[:, 19:21, 2] = 0.0
+    labels, count = label(classes[..., 2:3])
+    assert split_by_interior(labels, count, interior[..., 2:3], (1.0, 1.0, 1.0), 0.8) == 2
+    # The valley of one slice is seen in that slice, and the others join its sides.
+    whole, count = label(classes)
+    assert split_by_interior(whole, count, interior, (1.0, 1.0, 20.0), 0.8) == 1
 
 
 def test_split_by_interior_ends_when_cancelled() -> None:
@@ -229,4 +266,4 @@ def test_split_by_interior_ends_when_cancelled() -> None:
     token.set()
     labels, count = label(np.ones((5, 5), np.uint8))
     with pytest.raises(Cancelled):
-        split_by_interior(labels, count, np.ones((5, 5), np.float16), 0.8, token)
+        split_by_interior(labels, count, np.ones((5, 5), np.float16), (1.0, 1.0), 0.8, token)
