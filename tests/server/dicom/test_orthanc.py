@@ -1,9 +1,11 @@
 """A real Orthanc: series fetched and answers stored over DICOMweb, and series sent to the node by storescu."""
 
+import asyncio
 import contextlib
 import io
 import signal
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
+from server.dicom.config import read_config
+from server.dicom.pacs import DicomPacs
+from server.settings import DicomSettings, LimitsSettings
 from tests.server.dicom.series import check_answer, write_series
 from tests.support.orthanc import Orthanc, free_port, orthanc, storescu
 from tests.support.server import serving
@@ -217,3 +222,22 @@ def test_rules_choose_the_level_and_refuse_the_rest(pacs: Orthanc, tmp_path: Pat
     algorithm = seg.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence[0]
     assert "level=1" in algorithm.AlgorithmParameters
     assert pacs.query("/studies", StudyInstanceUID="1.2.826.46") == []
+
+
+def test_compressed_series_is_fetched_as_it_is_kept(pacs: Orthanc, tmp_path: Path) -> None:
+    files = write_series(tmp_path / "series", 47)
+    for file in files:
+        dataset = pydicom.dcmread(file)
+        dataset.compress(pydicom.uid.JPEGLSLossless, generate_instance_uid=False)
+        dataset.save_as(file)
+    pacs.upload(files)
+    with served(write_config(tmp_path, pacs)) as client:
+        job = end(client, post(client, "main/1.2.826.47", store=True)["id"])
+        assert job["state"] == "done", job
+        check_stored(pacs, 47)
+    fetching = DicomPacs(read_config(tmp_path / "pacs.toml"), DicomSettings(), LimitsSettings())
+    file = io.BytesIO()
+    asyncio.run(fetching.fetch("main/1.2.826.47", file, lambda size: None))
+    with zipfile.ZipFile(file) as archive:
+        found = [pydicom.dcmread(io.BytesIO(archive.read(name))) for name in archive.namelist()]
+    assert {one.file_meta.TransferSyntaxUID for one in found} == {pydicom.uid.JPEGLSLossless}
