@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import ssl
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -21,6 +22,8 @@ SERIES, MODALITY, COUNT, FAILED, REASON = "0020000E", "00080060", "00201209", "0
 # Of series that hold no pictures, or answers of programs as ours.
 NO_PICTURES = ("SEG", "SR", "PR", "KO", "DOC", "RTSTRUCT", "RTPLAN", "RTDOSE", "REG", "AU", "ECG", "HD")
 MAX_LISTED = 20
+# Bytes of a list: thousands of series.
+MAX_JSON = 16 * 1024 * 1024
 COPY_BYTES = 256 * 1024
 # Statuses after which the same request may succeed later.
 LATER = (206, 408, 425, 429, 500, 502, 503, 504)
@@ -82,17 +85,19 @@ class WebClient:
         Raises:
             PacsUnavailable, PacsRefused: it was not stored, as far as is known.
         """
-        boundary = uuid.uuid4().hex
-        kind = f'multipart/related; type="application/dicom"; boundary={boundary}'
+        before, after, kind = _frame(uuid.uuid4().hex)
+        size = len(before) + file.seek(0, 2) + len(after)
+        file.seek(0)
+        # Of a known length, because not every server reads chunks.
+        headers = JSON | {"Content-Type": kind, "Content-Length": f"{size}"}
         async with self._connect() as client:
             if await self._has(client, study, instance):
                 return
-            answer = await client.post(
-                f"/studies/{study}", content=_one_part(file, boundary), headers=JSON | {"Content-Type": kind}
-            )
-            if answer.status_code not in (200, 202, 409):
-                self._check(answer.status_code, "to store the segmentation")
-            reason = _failure(answer)
+            body = _one_part(before, file, after)
+            async with client.stream("POST", f"/studies/{study}", content=body, headers=headers) as answer:
+                if answer.status_code not in (200, 202, 409):
+                    self._check(answer.status_code, "to store the segmentation")
+                reason = _failure(await self._read_json(answer), answer.status_code)
             if reason is None or await self._has(client, study, instance):
                 return
         if reason >> 8 == OUT_OF_RESOURCES:
@@ -107,9 +112,8 @@ class WebClient:
         """Returns the UID of a series and the number of its instances, 0 where the server does not say."""
         query = {"includefield": COUNT} | ({"SeriesInstanceUID": series} if series else {})
         rows = await self._query(client, f"/studies/{study}/series", query)
-        pictures = [row for row in rows if _value(row, MODALITY) not in NO_PICTURES]
-        if series:
-            pictures = [row for row in rows if _value(row, SERIES) == series]
+        found = [(_word(row, SERIES), _word(row, MODALITY), _number(row, COUNT)) for row in rows]
+        pictures = [row for row in found if row[0] == series or (not series and row[1] not in NO_PICTURES)]
         if not pictures:
             raise PacsRefused(
                 f"the PACS {self._name!r} has no series of pictures there: check the UIDs of source, and whether the study has arrived",
@@ -117,10 +121,8 @@ class WebClient:
                 actual=404,
             )
         if len(pictures) > 1:
-            listed = [f"{_value(row, SERIES)}" for row in pictures[:MAX_LISTED]]
-            shown = ", ".join(
-                f"{_value(row, MODALITY)} {_value(row, SERIES)}" for row in pictures[:MAX_LISTED]
-            )
+            listed = [uid for uid, *_ in pictures[:MAX_LISTED]]
+            shown = ", ".join(f"{modality} {uid}" for uid, modality, _ in pictures[:MAX_LISTED])
             raise InvalidParameter(
                 f"the study holds {len(pictures)} series of pictures, and one is segmented at a time: {shown:.600}; name it with "
                 "source=NAME/STUDY/SERIES",
@@ -130,7 +132,7 @@ class WebClient:
                 actual=len(pictures),
                 unit="series",
             )
-        return f"{_value(pictures[0], SERIES)}", int(_value(pictures[0], COUNT) or 0)
+        return pictures[0][0], pictures[0][2]
 
     async def _has(self, client: httpx.AsyncClient, study: str, instance: str) -> bool:
         return bool(
@@ -143,15 +145,30 @@ class WebClient:
         self, client: httpx.AsyncClient, path: str, query: dict[str, str], *, missing: bool = False
     ) -> list[dict[str, Any]]:
         """The rows of QIDO-RS; with `missing`, none where the server does not know the study."""
-        answer = await client.get(path, params=query, headers=JSON)
-        if answer.status_code == 204 or (missing and answer.status_code == 404):
-            return []
-        self._check(answer.status_code, "the study")
+        async with client.stream("GET", path, params=query, headers=JSON) as answer:
+            if answer.status_code == 204 or (missing and answer.status_code == 404):
+                return []
+            self._check(answer.status_code, "the study")
+            rows = await self._read_json(answer)
+        if not isinstance(rows, list):
+            raise self._unavailable("gave a list that cannot be read")
+        return [row for row in rows if isinstance(row, dict)]
+
+    async def _read_json(self, answer: httpx.Response) -> Any:
+        """The document of an answer; None if it is not JSON.
+
+        Raises:
+            PacsUnavailable: it is too long.
+        """
+        body = b""
+        async for chunk in answer.aiter_bytes():
+            body += chunk
+            if len(body) > MAX_JSON:
+                raise self._unavailable(f"gave a list of more than {MAX_JSON:,} bytes")
         try:
-            rows = answer.json()
-        except ValueError as error:
-            raise self._unavailable("gave a list that cannot be read") from error
-        return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+            return json.loads(body)
+        except ValueError:
+            return None
 
     @contextlib.asynccontextmanager
     async def _connect(self) -> AsyncIterator[httpx.AsyncClient]:
@@ -241,11 +258,18 @@ def _is_distrusted(error: BaseException | None) -> bool:
     return False
 
 
-async def _one_part(file: BinaryIO, boundary: str) -> AsyncIterator[bytes]:
-    yield f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode()
+def _frame(boundary: str) -> tuple[bytes, bytes, str]:
+    """The bytes before and after the one part of a body, and its media type."""
+    before = f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode()
+    kind = f'multipart/related; type="application/dicom"; boundary={boundary}'
+    return before, f"\r\n--{boundary}--\r\n".encode(), kind
+
+
+async def _one_part(before: bytes, file: BinaryIO, after: bytes) -> AsyncIterator[bytes]:
+    yield before
     while piece := await asyncio.to_thread(file.read, COPY_BYTES):
         yield piece
-    yield f"\r\n--{boundary}--\r\n".encode()
+    yield after
 
 
 def _value(row: dict[str, Any], tag: str) -> Any:
@@ -255,13 +279,20 @@ def _value(row: dict[str, Any], tag: str) -> Any:
     return values[0] if isinstance(values, list) and values else None
 
 
-def _failure(answer: httpx.Response) -> int | None:
+def _word(row: dict[str, Any], tag: str) -> str:
+    """A UID or code, without characters that neither has."""
+    return "".join(c for c in f"{_value(row, tag) or ''}" if c.isascii() and (c.isalnum() or c == "."))[:64]
+
+
+def _number(row: dict[str, Any], tag: str) -> int:
+    """A number, which some servers write as text; 0 without one."""
+    text = f"{_value(row, tag)}"
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else 0
+
+
+def _failure(body: Any, status: int) -> int | None:
     """The failure reason of the one instance that was sent; None if it was stored."""
-    try:
-        body = answer.json()
-    except ValueError:
-        body = None
     failed = _value(body, FAILED) if isinstance(body, dict) else None
     if isinstance(failed, dict):
-        return int(_value(failed, REASON) or 0)
-    return 0 if answer.status_code == 409 else None
+        return _number(failed, REASON)
+    return 0 if status == 409 else None

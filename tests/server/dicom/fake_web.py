@@ -36,6 +36,8 @@ class FakeWeb:
         fails_after_storing: next requests to STOW-RS that are stored and not answered.
         reason: failure reason of answers with 409.
         port: its TCP port.
+        more_series: further rows of the list of series.
+        listing: the whole list, as bytes.
     """
 
     instances: list[bytes] = field(default_factory=list)
@@ -50,6 +52,8 @@ class FakeWeb:
     fails_after_storing: int = 0
     reason: int | None = None
     port: int = 0
+    more_series: list[dict[str, Any]] = field(default_factory=list)
+    listing: bytes = b""
 
     @property
     def address(self) -> str:
@@ -84,7 +88,8 @@ class Handler(BaseHTTPRequestHandler):
                 "00201209": value(len(self.fake.instances)),
             }
             asked = parse_qs(path.query).get("SeriesInstanceUID", [SERIES])
-            self.answer(200, json.dumps([row] if asked == [SERIES] else []).encode())
+            rows = [row, *self.fake.more_series] if asked == [SERIES] else []
+            self.answer(200, self.fake.listing or json.dumps(rows).encode())
         elif tail == f"/studies/{STUDY}/instances":
             self.answer(200, json.dumps([{}] if self.fake.stored else []).encode())
         elif tail == f"/studies/{STUDY}/series/{SERIES}":
@@ -115,11 +120,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.fake.seen.append((self.path, dict(self.headers)))
-        body = b""
-        while size := int(self.rfile.readline(), 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
+        body = self.rfile.read(int(self.headers["Content-Length"]))
         status = self.fake.store_statuses.pop(0) if self.fake.store_statuses else 200
         if status in (200, 202):
             self.fake.stored.append(body)
@@ -135,11 +136,18 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(status, json.dumps(failed).encode())
 
 
+class QuietServer(ThreadingHTTPServer):
+    """Prints nothing where a client hangs up."""
+
+    def handle_error(self, *_: object) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def fake_web(paths: Sequence[Path] = (), **behaviour: Any) -> Iterator[FakeWeb]:
     fake = FakeWeb([path.read_bytes() for path in paths], **behaviour)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = QuietServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     server.fake = fake  # type: ignore[attr-defined]
     fake.port = server.server_address[1]

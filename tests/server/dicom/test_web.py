@@ -12,7 +12,7 @@ from server.dicom.config import parse_config
 from server.dicom.pacs import DicomPacs
 from server.errors import InvalidParameter, PacsRefused, PacsUnavailable, StoreFull, TooLarge
 from server.settings import DicomSettings, LimitsSettings
-from tests.server.dicom.fake_web import SERIES, STUDY, FakeWeb, fake_web
+from tests.server.dicom.fake_web import SERIES, STUDY, FakeWeb, fake_web, value
 from tests.server.dicom.series import write_series
 
 pytest.importorskip("pydicom")
@@ -117,6 +117,25 @@ async def test_limits_apply_while_reading(web: FakeWeb) -> None:
 
     with pytest.raises(StoreFull):
         await pacs_of(web).fetch(SOURCE, io.BytesIO(), full)
+
+
+async def test_list_that_lies_is_not_believed(web: FakeWeb) -> None:
+    """What a list says is neither an address nor a text for errors."""
+    web.more_series = [{"0020000E": value("../../9"), "00080060": value("Doe^Jane <b>")}, {"0020000E": 5}]
+    with pytest.raises(InvalidParameter) as caught:
+        await fetch(pacs_of(web), f"main/{STUDY}")
+    assert caught.value.fields["allowed"] == [SERIES, "....9", ""]
+    assert "^" not in str(caught.value)
+    assert "<" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "data", [b"{}", b"nonsense", b"[" + b"1," * 9_000_000 + b"1]"], ids=["no list", "no JSON", "long"]
+)
+async def test_list_that_cannot_be_read_may_come_later(web: FakeWeb, data: bytes) -> None:
+    web.listing = data
+    with pytest.raises(PacsUnavailable):
+        await fetch(pacs_of(web))
 
 
 async def test_server_that_is_away_may_return() -> None:
