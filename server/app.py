@@ -1,6 +1,7 @@
 """The composition root: settings in, ASGI application out."""
 
 import asyncio
+import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -21,6 +22,7 @@ from server.api.routes import errors, health, jobs, models, monai_label, page, s
 from server.api.routes import ops as ops_routes
 from server.api.schemas import Problem
 from server.api.stopping import DrainMiddleware, Stopping
+from server.dicom.config import DicomConfig
 from server.errors import EngineUnavailable
 from server.jobs.runner import Runner
 from server.jobs.sessions import Sessions
@@ -28,6 +30,7 @@ from server.jobs.store import Store
 from server.monitoring import model_info
 from server.monitoring.health_probe import HealthProbe
 from server.monitoring.shadow_evaluation import ShadowEvaluation
+from server.pacs import make_node, make_pacs, read_dicom
 from server.reload import Reload
 from server.runtime.deployment import Deployment, read_deployments
 from server.segment.service import SegmentationService
@@ -52,7 +55,10 @@ KEY_SCHEMES = [
 
 
 def create_app(
-    settings: Settings, service: SegmentationService | None = None, store: Store | None = None
+    settings: Settings,
+    service: SegmentationService | None = None,
+    store: Store | None = None,
+    dicom: DicomConfig | None = None,
 ) -> FastAPI:
     """Makes the application.
 
@@ -61,10 +67,12 @@ def create_app(
         service: open service, whose bundles have been checked already; by default one is made and opened
             here.
         store: store of jobs; by default one is opened on start-up.
+        dicom: configuration of PACS and node; by default it is read where the settings name one.
     """
     if service is None:
         service = open_service(settings)
         service.open()
+    dicom = dicom or read_dicom(settings)
     metrics, stopping, tracing = service.metrics, Stopping(), traces.start(settings.log.trace_parent)
     runner = Runner(
         settings.jobs,
@@ -74,9 +82,11 @@ def create_app(
         params.headers,
         problems.job_document_of,
         store,
+        pacs=make_pacs(dicom, settings) if dicom else None,
     )
     sessions = Sessions(settings.monai_label, lambda: runner.files)
     shadow = ShadowEvaluation(settings.quality, service, metrics)
+    node = make_node(dicom, settings, service, runner) if dicom else None
     probe = HealthProbe(service)
     metrics.register_models(model_info.describe(service.registry.deployments))
     metrics.set_models(lambda: model_info.describe(service.registry.deployments))
@@ -85,7 +95,7 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.open_in_background()
         try:
-            async with shadow, runner, sessions:
+            async with shadow, runner, sessions, node or contextlib.nullcontext():
                 yield
         finally:
             # Not in a thread, because it settles futures of this loop.

@@ -61,6 +61,63 @@ def serve(
     ] = False,
 ) -> None:
     """Start the HTTP server on a bundle, or on every bundle of a folder."""
+    settings = read_settings(bundles, host, port, insecure)
+    _serve(settings, None)
+
+
+@app.command()
+@report_errors
+def node(
+    aet: Annotated[str | None, typer.Option(help="AE title of the node.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address that the node listens on.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="TCP port of the node.")] = None,
+    forward: Annotated[str | None, typer.Option(help="Destination of the answers, as AET@HOST:PORT.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Rules, callers, TLS and DICOMweb servers [UNETPP_DICOM__CONFIG].")
+    ] = None,
+    bundles: Annotated[
+        Path | None, typer.Option(help="A bundle or a folder of bundles [UNETPP_BUNDLES].")
+    ] = None,
+    http_host: Annotated[
+        str | None, typer.Option(help="Address of the HTTP server [UNETPP_HTTP__HOST].")
+    ] = None,
+    http_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of the HTTP server [UNETPP_HTTP__PORT].")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond loopback without keys [UNETPP_AUTH__INSECURE].")
+    ] = False,
+) -> None:
+    """Start the HTTP server with a DICOM node, which segments what modalities send and sends the answers on.
+
+    Options replace what the table [node] of the configuration says; the manual's page 'PACS' describes it.
+    """
+    from server.dicom.config import SETTING, parse_config
+    from server.pacs import read_dicom
+
+    settings = read_settings(bundles, http_host, http_port, insecure)
+    if config is not None:
+        settings = settings.model_copy(update={"dicom": settings.dicom.model_copy(update={"config": config})})
+    found = read_dicom(settings)
+    values: dict[str, Any] = found.model_dump(exclude_unset=True) if found else {}
+    options = {"aet": aet, "host": host, "port": port, "forward": forward}
+    table = values.get("node") or {}
+    values["node"] = table | {name: value for name, value in options.items() if value is not None}
+    _serve(
+        settings,
+        parse_config(
+            values, "the options and the configuration" if found else f"the options, without {SETTING}"
+        ),
+    )
+
+
+def _serve(settings: Any, dicom: Any) -> None:
+    """Serves until a signal stops it.
+
+    Args:
+        settings: settings of the operator.
+        dicom: configuration of PACS and node; None takes that of the settings.
+    """
     from server import listening
     from server.runtime import memory
 
@@ -68,9 +125,9 @@ def serve(
     from server.api.auth import Keys
     from server.app import create_app, make_server
     from server.jobs.store import Store
+    from server.pacs import read_dicom
     from server.service import open_service
 
-    settings = read_settings(bundles, host, port, insecure)
     logs.setup(settings.log.format)
     if hasattr(signal, "SIGHUP"):
         # Ignored until the server listens, because the bundles are being read anyway.
@@ -82,6 +139,7 @@ def serve(
     # Mistakes in keys, ports and the jobs folder are reported before bundles are read.
     if settings.auth.keys_file:
         Keys(settings.auth.keys_file)
+    dicom = dicom or read_dicom(settings)
     # The jobs folder stays locked from here to the end.
     with (
         listening.bound(settings) as (sockets, ops_sockets),
@@ -93,7 +151,7 @@ def serve(
         write = typer.echo if settings.log.format == "text" else logging.getLogger("server").info
         for line in (*_describe_models(service.registry), *_describe_addresses(settings.http)):
             write(line)
-        server = make_server(settings, create_app(settings, service, store), sockets, ops_sockets)
+        server = make_server(settings, create_app(settings, service, store, dicom), sockets, ops_sockets)
         server.run()
     if not server.started:
         raise typer.Exit(1)

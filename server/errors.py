@@ -3,9 +3,9 @@
 UnetppError
 ├── CallerError   the caller can fix it: Unreadable, UnsupportedType, TooLarge, HeadTooLarge, UploadStalled,
 │                 Unauthorized, OtherSite, UnknownFormat, InvalidParameter, DeadlineTooShort, UnknownModel,
-│                 UnknownJob, UnknownUpload, ReloadFailed, NotFinished, Unimplemented
+│                 UnknownJob, UnknownUpload, ReloadFailed, NotFinished, Unimplemented, PacsRefused
 ├── TryAgain      the same request may succeed later: ReloadRunning, Overloaded, DeadlinePassed, NotReady,
-│                 StoreFull, Interrupted
+│                 StoreFull, Interrupted, PacsUnavailable
 └── ServerFault   the operator, or we, must fix it: BundleDamaged, Misconfigured, EngineUnavailable,
                   TuningTooNoisy, InferenceFailed, StoreBroken
 
@@ -133,7 +133,7 @@ class InvalidParameter(CallerError):
 
     It does not exist, has a wrong value, is given twice, or does not go with another one or with the input.
     Remedy: Correct the parameter that `parameter` names; `allowed` or `limit` has what is accepted.
-    Fields: parameter, value, allowed, limit, actual, unit, format, kind, channels, remedy
+    Fields: parameter, value, allowed, limit, actual, unit, format, kind, channels, setting, remedy
     """
 
 
@@ -204,6 +204,16 @@ class Unimplemented(CallerError):
 
     Remedy: Use the models for automatic segmentation; `GET /info/` lists them.
     Fields: value
+    """
+
+
+class PacsRefused(CallerError):
+    """A PACS does not give or take what a job needs of it.
+
+    It does not know the study or series, does not accept the server's credentials, or refuses the segmentation.
+    Remedy: Check the UIDs of `source`. Where the PACS answered 401 or 403, the operator corrects its credentials. Then
+    send the job again.
+    Fields: value, actual, remedy
     """
 
 
@@ -284,6 +294,15 @@ class Interrupted(TryAgain):
     The server ended during each attempt, perhaps because of this job.
     Remedy: Send a smaller input, and ask the operator to look into the log of the server.
     Fields: limit, actual, unit
+    """
+
+
+class PacsUnavailable(TryAgain):
+    """A PACS did not answer, or not in full, until the server gave up.
+
+    It is tried again for `UNETPP_DICOM__RETRY_H` hours, with pauses that grow to some minutes.
+    Remedy: See that the PACS runs and that the server reaches it, then send the job again.
+    Fields: value, actual, limit, unit, setting
     """
 
 

@@ -277,6 +277,38 @@ class MonaiLabelSettings(_Group):
     )
 
 
+class DicomSettings(_Group):
+    """PACS: servers with DICOMweb, and the DICOM node."""
+
+    config: Path | None = Field(
+        None,
+        description="TOML file that names the DICOMweb servers of `POST /jobs?source=` and configures the DICOM node; "
+        "the manual's page 'PACS' describes it",
+    )
+    retry_h: float = Field(
+        72,
+        gt=0,
+        description="hours for which a job tries a PACS that does not answer again, from its acceptance; then it fails",
+    )
+
+    connect_s: float = _constant(
+        10, "Seconds in which a PACS must accept a connection; the job tries again later."
+    )
+    idle_s: float = _constant(
+        60,
+        "Seconds after which a PACS that sends nothing counts as away; archives on tape take that long to begin.",
+    )
+    exchange_s: float = _constant(
+        3600, "Seconds that one series or segmentation may take on its way; a slow line has as long as a job."
+    )
+    min_retry_s: float = _constant(
+        2, "Seconds until the first further try; the next ones wait twice as long each."
+    )
+    max_retry_s: float = _constant(
+        300, "Seconds between two tries at most, so that a PACS that is back is noticed."
+    )
+
+
 class Settings(BaseSettings):
     """All settings; environment variables `UNETPP_...`, group and name joined with two underscores."""
 
@@ -303,6 +335,7 @@ class Settings(BaseSettings):
     auth: AuthSettings = AuthSettings()
     jobs: JobsSettings = JobsSettings()
     monai_label: MonaiLabelSettings = MonaiLabelSettings()
+    dicom: DicomSettings = DicomSettings()
     quality: QualitySettings = QualitySettings()
     log: LogSettings = LogSettings()
 

@@ -11,7 +11,7 @@ from tools.markdown import page, table
 CLI = """\
 `unetpp` is the one command. `unetpp COMMAND --help` prints what is below.
 
-- `serve`, `tune`, `segment` and `compare` need an installation with the extra `cpu` or `gpu`; `segment` and `compare`
+- `serve`, `node`, `tune`, `segment` and `compare` need an installation with the extra `cpu` or `gpu`, `node` also `dicom`; `segment` and `compare`
   with `--server` need the extra `client` alone. `train`, `export`, `verify`, `calibrate` and `add-uncertainty` need the
   extra `train`. A command without its extra names it.
 - The exit status is 0 on success, 1 on an error, which is printed as one line, and 2 for a wrong option.

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from server.api.routes.jobs import EXCLUDED, JobOptions
+from server.api.routes.job_requests import EXCLUDED, JobOptions
 from server.app import create_app, create_ops_app
 from server.segment.request import SegmentParams
 from server.service import open_service
@@ -206,11 +206,21 @@ the input's header is known.
 
 """
 
+# Inputs and further text of the parameters that only jobs have.
+JOB_ROWS = {
+    "preview": ("all except zips", "Makes no difference at level 1."),
+    "source": (
+        "DICOM that a PACS has",
+        "The [PACS](../operate/pacs.md) must be named in the server's configuration.",
+    ),
+    "store": ("DICOM that a PACS has", "An answer that is there already is not stored again."),
+}
+
 REFUSED = """\
 ## Routes
 
-`POST /segment` takes every parameter except `preview`. `POST /jobs` refuses {excluded}, also as the header
-`X-Deadline-Ms`, because a job is never degraded and takes the time it needs. It has one parameter of its own:
+`POST /segment` takes all parameters above. `POST /jobs` refuses {excluded}, also as the header
+`X-Deadline-Ms`, because a job is never degraded and takes the time it needs. It has parameters of its own:
 
 """
 
@@ -225,10 +235,7 @@ def parameters() -> str:
             f"## {title}\n\n" + table(("parameter", "values", "default", "inputs", "meaning"), cells)
         )
     jobs = JobOptions.model_json_schema()["properties"]
-    own = (
-        _parameter(name, field, "all except zips", "Makes no difference at level 1.")
-        for name, field in jobs.items()
-    )
+    own = (_parameter(name, field, *JOB_ROWS[name]) for name, field in jobs.items())
     refused = REFUSED.format(excluded=" and ".join(f"`{name}`" for name in EXCLUDED))
     own_table = table(("parameter", "values", "default", "inputs", "meaning"), own)
     return page("Request parameters", PARAMETERS, *parts, refused, own_table)

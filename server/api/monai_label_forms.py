@@ -8,8 +8,8 @@ from typing import Any, BinaryIO
 from starlette.datastructures import FormData, QueryParams, UploadFile
 from starlette.requests import Request
 
+from server.api.form_parser import receive_form
 from server.api.request_headers import presented_key
-from server.api.upload import receive_form
 from server.errors import InvalidParameter, TooLarge, UnsupportedType
 from server.imaging.zip_reader import is_zip
 

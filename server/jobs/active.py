@@ -21,13 +21,25 @@ class JobCancelled(Exception):
     """The work of a job was cancelled."""
 
 
+class JobPostponed(Exception):
+    """The work of a job cannot go on now.
+
+    Args:
+        seconds: seconds after which it may.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+
+
 @dataclass(frozen=True)
 class JobStatus:
     """A job as its owner sees it now.
 
     Attributes:
         job: row of the job.
-        stage: preview, decode, infer or encode; None unless it runs.
+        stage: fetch, preview, decode, infer, encode or send; None unless it runs.
         done: windows that are done, of the preview while that runs.
         total: windows in all.
         position: place in the queue; 0 runs, 1 is next; None when finished.
@@ -44,6 +56,23 @@ class JobStatus:
     expires: float | None
 
 
+@dataclass(frozen=True)
+class Intervals:
+    """Seconds between recurring steps.
+
+    Attributes:
+        sweep_s: between two removals of expired jobs.
+        min_watch_s: shortest time between two events of a watched job.
+        max_watch_s: longest time between two events, because proxies close a silent connection.
+        disk_retry_s: between two tries while the disk fails, e.g. because it is full or was unmounted.
+    """
+
+    sweep_s: float = 60
+    min_watch_s: float = 0.25
+    max_watch_s: float = 15
+    disk_retry_s: float = 10
+
+
 @dataclass(eq=False)
 class ActiveJob:
     """A job that is not finished.
@@ -52,10 +81,12 @@ class ActiveJob:
         job: row of the job.
         clock: seconds that only go forward.
         running: True once a worker has taken it.
+        not_before: clock time before which no worker takes it.
+        postponed: times that it was postponed in a row.
         cancelled: True once it was deleted.
         position: place in the queue; 0 runs, 1 is next.
         ahead_s: estimated seconds of all that wait before it.
-        stage: preview, decode, infer or encode; None unless it runs.
+        stage: fetch, preview, decode, infer, encode or send; None unless it runs.
         done: windows that are done.
         total: windows in all.
         started: clock time of the start.
@@ -67,6 +98,8 @@ class ActiveJob:
     job: Job
     clock: Clock = time.monotonic
     running: bool = False
+    not_before: float = 0.0
+    postponed: int = 0
     cancelled: bool = False
     position: int = 0
     ahead_s: float = 0.0
@@ -168,15 +201,18 @@ class JobQueue:
 
     def take(self) -> ActiveJob | None:
         """Starts the first job that waits; None if none waits."""
-        active = next((active for active in self._active.values() if not active.running), None)
+        now = self._clock()
+        waiting = (one for one in self._active.values() if not one.running and one.not_before <= now)
+        active = next(waiting, None)
         if active:
             active.restart(running=True)
             self._update_positions()
         return active
 
-    def put_back(self, active: ActiveJob) -> None:
-        """Lets a job wait again, at its old place."""
+    def put_back(self, active: ActiveJob, seconds: float = 0.0) -> None:
+        """Lets a job wait again, at its old place, for some seconds at least."""
         active.restart(running=False)
+        active.not_before = self._clock() + seconds
         self._update_positions()
 
     def finish(self, active: ActiveJob, job: Job) -> None:

@@ -3,14 +3,17 @@
 import asyncio
 import contextlib
 import logging
+import tempfile
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
-from server.errors import CallerError, StoreBroken, StoreFull, TryAgain
+from server.errors import CallerError, PacsUnavailable, StoreBroken, StoreFull, TryAgain
 from server.imaging import encode as encoding
-from server.jobs.active import ActiveJob
+from server.jobs.active import ActiveJob, JobPostponed
 from server.jobs.files import short_id
-from server.jobs.job import Job
+from server.jobs.job import Job, JobSpec
+from server.jobs.pacs import Pacs
 from server.jobs.store import Store
 from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upload
 from server.segment.service import SegmentationService
@@ -40,6 +43,7 @@ class JobExecutor:
         response_headers: function that returns the headers of a response, to be kept with the result.
         problem_document: function that returns the problem document of the error that ended a job.
         disk_retry_s: seconds between two tries while the disk fails.
+        pacs: brings inputs and takes results of jobs that name one.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class JobExecutor:
         response_headers: Callable[[Response], dict[str, str]],
         problem_document: Callable[[Exception], dict[str, Any]],
         disk_retry_s: float,
+        pacs: Pacs,
     ) -> None:
         self._service = service
         self._store = store
@@ -57,14 +62,23 @@ class JobExecutor:
         self._response_headers = response_headers
         self._problem_document = problem_document
         self._disk_retry_s = disk_retry_s
+        self._pacs = pacs
 
     async def run(self, active: ActiveJob) -> Job:
-        """Runs a job once, and keeps its result or its problem."""
+        """Runs a job once, and keeps its result or its problem.
+
+        Raises:
+            JobPostponed: its PACS is away; the job waits again.
+        """
         try:
-            return await self._segment(active)
+            return await self._run(active)
         except Exception as error:
             if active.cancelled:
                 raise
+            if (pause_s := self._pause_s(active, error)) is not None:
+                active.job = await self._retry_until_disk_ok(active, self._store.put_back, active.job.id)
+                log.warning("job %s waits %g s: %s", short_id(active.job.id), pause_s, error)
+                raise JobPostponed(pause_s) from error
             document = self._problem_document(error)
             job = await self._retry_until_disk_ok(active, self._store.fail, active.job.id, document)
             # A job that was cancelled meanwhile may have lost its files, which is not a failure.
@@ -72,14 +86,57 @@ class JobExecutor:
                 _log_failure(job, error)
             return job
 
+    async def _run(self, active: ActiveJob) -> Job:
+        """Fetches the input, segments and sends the result; what is there from an earlier run is not done again."""
+        id_ = active.job.id
+        active.job = await self._retry_until_disk_ok(active, self._store.start, id_)
+        active.notify()
+        spec = active.job.spec
+        if active.job.result is None:
+            has = self._store.files.has
+            if spec.source and not await self._retry_until_disk_ok(active, has, id_, "input"):
+                await self._fetch(active, spec.source)
+            job = await self._segment(active)
+            if spec.destination is None:
+                return job
+            active.job = job
+        return await self._send(active, spec.destination or "")
+
+    async def _fetch(self, active: ActiveJob, source: str) -> None:
+        """Fetches the input, and learns from it how much work the job is."""
+        active.on_progress("fetch", 0, 0)
+        id_, spec = active.job.id, active.job.spec
+        with tempfile.TemporaryFile() as file:
+            with self._store.files.reserve() as add_bytes:
+                await active.cancellable(self._pacs.fetch(source, file, add_bytes))
+            file.seek(0)
+            accept = spec.request.get("accept")
+            estimated = self._service.estimate(Upload(file, accept=accept), _params(spec))
+            estimate = await active.cancellable(estimated)
+            spec = replace(spec, windows=estimate.windows, seconds=estimate.seconds)
+            keep = self._store.keep_input
+            active.job = await self._retry_until_disk_ok(active, keep, id_, file, spec)
+        active.postponed = 0
+
+    async def _send(self, active: ActiveJob, destination: str) -> Job:
+        """Sends the result, which is kept."""
+        id_, windows = active.job.id, active.job.spec.windows
+        active.on_progress("send", windows, windows)
+        with await self._retry_until_disk_ok(active, self._store.files.open, id_, "result") as file:
+            await active.cancellable(self._pacs.send(destination, file))
+        return await self._retry_until_disk_ok(active, self._store.complete, id_)
+
+    def _pause_s(self, active: ActiveJob, error: Exception) -> float | None:
+        """Seconds after which a job that met an error goes on; None where it has failed."""
+        if isinstance(error, PacsUnavailable):
+            return self._pacs.pause_s(active.postponed, self._store.age_s(active.job))
+        # The disk has no room for what is fetched; where there is more to say, `_retry_until_disk_ok` waits.
+        return self._disk_retry_s if isinstance(error, StoreBroken | StoreFull) else None
+
     async def _segment(self, active: ActiveJob) -> Job:
         """Makes the preview, if one is due and not there from an earlier run, and then the result."""
         id_, spec = active.job.id, active.job.spec
-        active.job = await self._retry_until_disk_ok(active, self._store.start, id_)
-        active.notify()
-        params = SegmentParams.parse(
-            {name: spec.request.get(name, field.default) for name, field in FIELDS.items()}
-        )
+        params = _params(spec)
         if spec.preview and active.job.preview is None:
             on_progress = active.on_preview_progress
             response = await self._respond(active, preview_params(params), on_progress, with_reference=False)
@@ -95,7 +152,8 @@ class JobExecutor:
         response = await self._respond(active, params, active.on_progress, with_reference=True)
         with contextlib.closing(response):
             headers = self._response_headers(response)
-            return await self._retry_until_disk_ok(active, self._store.finish, id_, response.body, headers)
+            keep = self._store.keep_result if spec.destination else self._store.finish
+            return await self._retry_until_disk_ok(active, keep, id_, response.body, headers)
 
     async def _respond(
         self, active: ActiveJob, params: SegmentParams, on_progress: OnProgress, *, with_reference: bool
@@ -126,6 +184,13 @@ def _log_failure(job: Job, error: Exception) -> None:
         log.warning("job %s failed: %s", short_id(job.id), error)
     elif not isinstance(error, CallerError):
         log.error("job %s failed", short_id(job.id), exc_info=error)
+
+
+def _params(spec: JobSpec) -> SegmentParams:
+    """The parameters of a job, which may be older than some of them."""
+    return SegmentParams.parse(
+        {name: spec.request.get(name, field.default) for name, field in FIELDS.items()}
+    )
 
 
 def preview_params(params: SegmentParams) -> SegmentParams:

@@ -53,6 +53,22 @@ class Files:
         """The ids of all folders."""
         return [path.name for path in self._folder.iterdir() if ID.fullmatch(path.name) and path.is_dir()]
 
+    def has(self, id_: str, name: str) -> bool:
+        """Whether a job has a file."""
+        with self.disk():
+            return self.path(id_, name).exists()
+
+    def open(self, id_: str, name: str) -> BinaryIO:
+        """Opens a job's file.
+
+        Raises:
+            FileNotFoundError: it is gone, and will not come back.
+            StoreFull, StoreBroken: the disk fails, perhaps for a while.
+        """
+        with self.disk(), contextlib.suppress(FileNotFoundError):
+            return self.path(id_, name).open("rb")
+        raise FileNotFoundError(f"the {name} of job {short_id(id_)} is gone")
+
     def inputs(self, id_: str, stack: contextlib.ExitStack) -> tuple[BinaryIO, BinaryIO | None]:
         """Opens a job's input and reference, which `stack` closes.
 

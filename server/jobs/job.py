@@ -5,6 +5,15 @@ import sqlite3
 from dataclasses import dataclass
 from typing import Any
 
+# The files of a job that are needed in each state; all others are removed when it gets there.
+FILES = {
+    "queued": {"input", "reference", "preview"},
+    "running": {"input", "reference", "preview"},
+    "done": {"preview", "result"},
+    "failed": set[str](),
+    "cancelled": set[str](),
+}
+
 FINISHED = ("done", "failed", "cancelled")
 
 
@@ -21,6 +30,8 @@ class JobSpec:
         precision: precision of the resolved request.
         windows: windows at that level.
         seconds: estimated seconds of the whole job.
+        source: series of a PACS that is the input, "NAME/STUDY[/SERIES]"; None where the input was sent.
+        destination: PACS that the result is sent to, a name of DICOMweb or "AET@host:port"; None without one.
     """
 
     request: dict[str, Any]
@@ -31,6 +42,8 @@ class JobSpec:
     precision: str
     windows: int
     seconds: float
+    source: str | None = None
+    destination: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,8 @@ class Job:
         started: time of the last start; None while it waits.
         finished: time of the end; None before.
         preview: headers of the response that serves the preview; None without one.
-        result: headers of the response that serves the result; None without one.
+        result: headers of the response that serves the result; None without one. A job that still has to send
+            its result has them, too.
         problem: problem document of a failed job.
     """
 
@@ -77,3 +91,8 @@ def job_from_row(row: sqlite3.Row) -> Job:
     return Job(
         row["id"], row["state"], row["attempts"], row["created"], spec, *times, preview, result, problem
     )
+
+
+def needed_files(job: Job) -> set[str]:
+    """The files of a job that it needs; a result also before the end, where it must still be sent."""
+    return FILES[job.state] | ({"result"} if job.result else set())

@@ -7,17 +7,17 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, BinaryIO, Self, TypeVar
 
-from server.errors import InvalidParameter, NotReady, Overloaded, TryAgain
-from server.imaging import encode
-from server.jobs.active import Clock, JobQueue, JobStatus
-from server.jobs.executor import JobExecutor, preview_params
+from server.errors import NotReady, Overloaded, TryAgain
+from server.jobs.active import Clock, Intervals, JobPostponed, JobQueue, JobStatus
+from server.jobs.executor import JobExecutor
 from server.jobs.files import Files, short_id
 from server.jobs.job import Job, JobSpec
+from server.jobs.pacs import NoPacs, Pacs
 from server.jobs.store import Store
+from server.jobs.submission import make_fetched_spec, make_spec
 from server.metrics import Metrics
 from server.segment.request import Response, SegmentParams, Upload
 from server.segment.service import SegmentationService
@@ -34,22 +34,8 @@ REQUEST_THREADS = 4
 # Seconds after which a client that found the queue full may try again.
 RETRY_QUEUE_S = 30
 
-
-@dataclass(frozen=True)
-class Intervals:
-    """Seconds between recurring steps.
-
-    Attributes:
-        sweep_s: between two removals of expired jobs.
-        min_watch_s: shortest time between two events of a watched job.
-        max_watch_s: longest time between two events, because proxies close a silent connection.
-        disk_retry_s: between two tries while the disk fails, e.g. because it is full or was unmounted.
-    """
-
-    sweep_s: float = 60
-    min_watch_s: float = 0.25
-    max_watch_s: float = 15
-    disk_retry_s: float = 10
+# Seconds by which a postponed job is looked for later, because it must be due by then.
+WAKE_S = 0.05
 
 
 class Runner:
@@ -65,6 +51,7 @@ class Runner:
         store: open store; None opens one on entering.
         intervals: seconds between recurring steps.
         clock: seconds that only go forward, for progress.
+        pacs: brings inputs and takes results of jobs that name one.
     """
 
     def __init__(
@@ -76,8 +63,9 @@ class Runner:
         response_headers: Callable[[Response], dict[str, str]],
         problem_document: Callable[[Exception], dict[str, Any]],
         store: Store | None = None,
-        intervals: Intervals = Intervals(),
+        intervals: Intervals = Intervals(),  # noqa: B008 - frozen
         clock: Clock = time.monotonic,
+        pacs: Pacs | None = None,
     ) -> None:
         self._settings = settings
         self._max_uploads = max_uploads
@@ -89,6 +77,7 @@ class Runner:
         self._open_store: Store | None = None
         self._intervals = intervals
         self._clock = clock
+        self._pacs = pacs or NoPacs()
         self._uploads = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._reset()
@@ -120,6 +109,7 @@ class Runner:
             self._response_headers,
             self._problem_document,
             self._intervals.disk_retry_s,
+            self._pacs,
         )
         workers = [self._work(executor) for _ in range(self._settings.concurrency)]
         self._tasks = [asyncio.create_task(coroutine) for coroutine in (*workers, self._sweep())]
@@ -191,41 +181,60 @@ class Runner:
             self._metrics.jobs.labels("refused").inc()
             raise
 
-    async def submit(self, upload: Upload, params: SegmentParams, *, preview: bool) -> JobStatus:
+    async def submit(
+        self,
+        upload: Upload,
+        params: SegmentParams,
+        *,
+        preview: bool,
+        destination: str | None = None,
+        id_: str | None = None,
+    ) -> JobStatus:
         """Accepts a job, unless it could never be done; when this returns, not even `kill -9` can lose it.
+
+        Args:
+            upload: input.
+            params: request parameters.
+            preview: whether a mask of level 1 comes first.
+            destination: PACS that the result is sent to.
+            id_: id of the job; where it was accepted before, nothing happens.
 
         Raises:
             CallerError: the request is wrong.
             StoreFull, StoreBroken: the job was not kept.
         """
-        target = self._service.registry.resolve(params)
-        if (upload.reference or preview) and await self._service.is_batch(upload):
-            raise InvalidParameter(
-                "a zip of images has neither a reference nor a preview; send each image by itself to have them",
-                parameter="reference" if upload.reference else "preview",
-            )
-        preview = preview and target.level != 1
-        estimate = await self._service.estimate(upload, params)
-        seconds = estimate.seconds
-        if preview:
-            seconds += (await self._service.estimate(upload, preview_params(params))).seconds
-        # The target as it is now, whatever the default or the recommended level is when the job runs.
-        level = target.level if target.mode == "fast" else None
-        request = params.model_dump() | {"model": target.model, "mode": target.mode, "level": level}
-        # COCO alone repeats the file name, which may be a patient's.
-        named = "coco" in encode.split(params.format or "")
-        request |= {"name": upload.name if named else "", "accept": upload.accept}
-        spec = JobSpec(
-            request,
-            preview,
-            target.model,
-            target.mode,
-            target.level,
-            target.precision,
-            estimate.windows,
-            seconds,
+        spec = await make_spec(self._service, upload, params, preview=preview, destination=destination)
+        return await self._accept(spec, upload.file, upload.reference, id_)
+
+    async def submit_source(
+        self, source: str, params: SegmentParams, accept: str | None, *, preview: bool, store: bool
+    ) -> JobStatus:
+        """Accepts a job whose input a PACS has; when this returns, not even `kill -9` can lose it.
+
+        Args:
+            source: address of the series, "NAME/STUDY[/SERIES]".
+            params: request parameters.
+            accept: media types that the caller accepts.
+            preview: whether a mask of level 1 comes first.
+            store: whether the result is stored in the same PACS.
+
+        Raises:
+            CallerError: the request is wrong.
+            StoreFull, StoreBroken: the job was not kept.
+        """
+        name = self._pacs.check_source(source)
+        destination = name if store else None
+        spec = make_fetched_spec(
+            self._service, source, params, accept, preview=preview, destination=destination
         )
-        job = await self._run_in_thread(self._store.accept, spec, upload.file, upload.reference)
+        return await self._accept(spec, None, None, None)
+
+    async def _accept(
+        self, spec: JobSpec, file: BinaryIO | None, reference: BinaryIO | None, id_: str | None
+    ) -> JobStatus:
+        job = await self._run_in_thread(self._store.accept, spec, file, reference, id_)
+        if id_ and (job.finished or self._queue.get(job.id)):
+            return await self.get(job.id)
         active = self._queue.add(job)
         self._arrived.set()
         return self._queue.status(active)
@@ -326,6 +335,10 @@ class Runner:
                 continue
             try:
                 self._queue.finish(active, await executor.run(active))
+            except JobPostponed as postponed:
+                active.postponed += 1
+                self._queue.put_back(active, postponed.seconds)
+                asyncio.get_running_loop().call_later(postponed.seconds + WAKE_S, self._arrived.set)
             except Exception:
                 if active.cancelled:
                     continue  # it was deleted, so nothing of it is left

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from server.errors import Interrupted, StoreBroken, UnknownJob, shutting_down
 from server.jobs.files import Files
-from server.jobs.job import Job, JobSpec, job_from_row
+from server.jobs.job import Job, JobSpec, job_from_row, needed_files
 from server.settings import JobsSettings
 
 LOCK, DATABASE = "lock", "jobs.sqlite"
@@ -42,15 +42,6 @@ CREATE TABLE jobs (
 PRAGMA user_version = {VERSION};
 COMMIT;
 """
-
-# The files of a job that are needed in each state; all others are removed when it gets there.
-FILES = {
-    "queued": {"input", "reference", "preview"},
-    "running": {"input", "reference", "preview"},
-    "done": {"preview", "result"},
-    "failed": set[str](),
-    "cancelled": set[str](),
-}
 
 
 class Store:
@@ -94,15 +85,26 @@ class Store:
                         "UPDATE jobs SET state = 'queued', started = NULL, attempts = attempts - 1 WHERE state = 'running'"
                     )
 
-    def accept(self, spec: JobSpec, file: BinaryIO, reference: BinaryIO | None) -> Job:
+    def accept(
+        self, spec: JobSpec, file: BinaryIO | None, reference: BinaryIO | None, id_: str | None = None
+    ) -> Job:
         """Keeps a new job; when this returns, all of it is on the disk.
+
+        Args:
+            spec: accepted request.
+            file: input; None where it is fetched later.
+            reference: label image to score against.
+            id_: id of the job, new by default. A job that is kept under it already is returned as it is.
 
         Raises:
             StoreFull, StoreBroken: nothing was kept.
         """
-        job = Job(uuid.uuid4().hex, "queued", 0, self._clock(), spec)
+        if id_ and (kept := self._query("SELECT * FROM jobs WHERE id = ?", id_)):
+            return kept[0]
+        job = Job(id_ or uuid.uuid4().hex, "queued", 0, self._clock(), spec)
         try:
-            self.files.write(job.id, "input", file)
+            if file:
+                self.files.write(job.id, "input", file)
             if reference:
                 self.files.write(job.id, "reference", reference)
             row = job.id, job.state, job.created, json.dumps(asdict(spec))
@@ -134,6 +136,10 @@ class Store:
         """The time at which a finished job is removed, in seconds since 1970."""
         return None if job.finished is None else job.finished + self._settings.keep_results_h * 3600
 
+    def age_s(self, job: Job) -> float:
+        """Seconds since a job was accepted."""
+        return self._clock() - job.created
+
     def waiting(self) -> list[Job]:
         """Unfinished jobs in order of acceptance; those that a crash ended come last, as its likely cause."""
         return self._query("SELECT * FROM jobs WHERE finished IS NULL ORDER BY attempts, number")
@@ -163,6 +169,30 @@ class Store:
             self._keep(id_, "preview", body)
             return self._change(id_, "preview = ?", json.dumps(headers))
 
+    def put_back(self, id_: str) -> Job:
+        """Lets a running job wait again, which does not count as an attempt."""
+        with self._changing:
+            changes = "attempts = attempts - (state = 'running'), state = 'queued', started = NULL"
+            return self._change(id_, changes)
+
+    def keep_input(self, id_: str, file: BinaryIO, spec: JobSpec) -> Job:
+        """Keeps an input that was fetched, then what is known of the job by it."""
+        with self._changing:
+            if self.get(id_).finished is None:
+                self.files.write(id_, "input", file)
+            return self._change(id_, "ticket = ?", json.dumps(asdict(spec)))
+
+    def keep_result(self, id_: str, body: bytes | BinaryIO, headers: dict[str, str]) -> Job:
+        """Keeps a result that must still be sent, then updates the row."""
+        with self._changing:
+            self._keep(id_, "result", body)
+            return self._change(id_, "result = ?", json.dumps(headers))
+
+    def complete(self, id_: str) -> Job:
+        """Ends a job whose result is kept and sent."""
+        with self._changing:
+            return self._end(id_, "state = 'done'")
+
     def finish(self, id_: str, body: bytes | BinaryIO, headers: dict[str, str]) -> Job:
         """Keeps the result, then updates the row, then removes the input."""
         with self._changing:
@@ -172,12 +202,14 @@ class Store:
     def fail(self, id_: str, problem: dict[str, Any]) -> Job:
         """Keeps a problem document and removes all files."""
         with self._changing:
-            return self._end(id_, "state = 'failed', preview = NULL, problem = ?", json.dumps(problem))
+            return self._end(
+                id_, "state = 'failed', preview = NULL, result = NULL, problem = ?", json.dumps(problem)
+            )
 
     def cancel(self, id_: str) -> Job:
         """Removes all files of a job; its row stays until it expires."""
         with self._changing:
-            return self._end(id_, "state = 'cancelled', preview = NULL")
+            return self._end(id_, "state = 'cancelled', preview = NULL, result = NULL")
 
     def remove(self, id_: str) -> None:
         """Removes a job and its files.
@@ -243,7 +275,7 @@ class Store:
         self._query("UPDATE jobs SET state = 'queued', started = NULL WHERE state = 'running'")
         jobs = {job.id: job for job in self._query("SELECT * FROM jobs")}
         for id_ in self.files.ids():
-            self.files.keep_only(id_, FILES[jobs[id_].state] if id_ in jobs else set())
+            self.files.keep_only(id_, needed_files(jobs[id_]) if id_ in jobs else set())
 
     def _change(self, id_: str, changes: str, *values: object) -> Job:
         # The changes are constants of this file.
@@ -252,7 +284,7 @@ class Store:
 
     def _end(self, id_: str, changes: str, *values: object) -> Job:
         job = self._change(id_, f"{changes}, finished = ?", *values, self._clock())
-        self.files.keep_only(job.id, FILES[job.state])
+        self.files.keep_only(job.id, needed_files(job))
         return job
 
     def _remove(self, job: Job) -> None:

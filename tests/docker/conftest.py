@@ -14,7 +14,12 @@ from tests.conftest import ROOT
 
 DOCKER = ROOT / "docker"
 DASHBOARD = DOCKER / "grafana" / "dashboards" / "unetpp.json"
-COMPOSE_FILES = ("docker-compose.yml", "docker-compose.cpu.yml", "docker-compose.keys.yml")
+COMPOSE_FILES = (
+    "docker-compose.yml",
+    "docker-compose.cpu.yml",
+    "docker-compose.keys.yml",
+    "docker-compose.pacs.yml",
+)
 
 # Values that Grafana would insert for its variables.
 VARIABLES = {"$__rate_interval": "5m", "$__range": "1h", "$model": ".*", "$instance": ".*"}

@@ -4,9 +4,12 @@ import json
 import re
 import shutil
 import subprocess
+import tomllib
+from pathlib import Path
 
 import pytest
 
+from server.dicom.config import parse_config
 from server.serving import CLOSING_S
 from server.settings import HttpSettings, Settings, unknown_variables
 from tests.conftest import ROOT
@@ -116,3 +119,15 @@ def test_grafana_sends_nothing_to_the_internet() -> None:
     ):
         assert environment[name] == "false"
     assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
+
+
+def test_pacs_is_published_on_loopback_and_its_configuration_is_valid() -> None:
+    made = compose("docker-compose.pacs.yml")
+    server, orthanc = made["services"]["server"], made["services"]["orthanc"]
+    assert all(port.startswith("127.0.0.1:") for port in (*server["ports"], *orthanc["ports"]))
+    assert re.search(r":\d+\.\d+\.\d+$", orthanc["image"])
+    config = parse_config(tomllib.loads((ROOT / "docker/pacs/pacs.toml").read_text()), "pacs.toml")
+    assert config.node is not None
+    assert f"127.0.0.1:{config.node.port}:{config.node.port}" in server["ports"]
+    assert {name in config.node.forward for name in ("orthanc", "4242")} == {True}
+    assert config.servers["orthanc"].password_file == Path("/run/secrets") / server["secrets"][0]

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from server.api.routes.errors import entries
-from server.api.routes.jobs import EXCLUDED
+from server.api.routes.job_requests import EXCLUDED, JobOptions
 from server.metrics import Metrics
 from server.metrics_gpu import TEXTS
 from server.segment.request import SegmentParams
@@ -46,7 +46,9 @@ def test_example_has_only_members_of_the_entry(code: str) -> None:
 
 def test_every_parameter_is_described_once() -> None:
     assert sorted(name for group in GROUPS.values() for name in group) == sorted(SegmentParams.model_fields)
-    assert set(SegmentParams.model_fields) | {"preview"} == set(anchors("docs/reference/parameters.md"))
+    assert set(SegmentParams.model_fields) | set(JobOptions.model_fields) == set(
+        anchors("docs/reference/parameters.md")
+    )
     page = (ROOT / "docs/reference/parameters.md").read_text()
     assert all(f"`{name}`" in page.partition("## Routes")[2] for name in EXCLUDED)
 

@@ -8,7 +8,7 @@ from tests.conftest import ROOT
 FORBIDDEN = ["torch", "onnx", "onnxscript", "monai", "safetensors", "model", "export", "client"]
 
 # The extra `dicom`, which is imported when the first DICOM file comes.
-DICOM = ["pydicom", "highdicom", "pynetdicom", "dicomweb_client", "openjpeg", "jpeg_ls", "gdcm"]
+DICOM = ["pydicom", "highdicom", "pynetdicom", "openjpeg", "jpeg_ls", "gdcm"]
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
@@ -32,7 +32,7 @@ for name in {absent!r}:
         (["onnxruntime", "openvino"], []),
         (DICOM, DICOM),
         # nibabel imports pydicom where it is installed, and that its codecs.
-        ([], ["highdicom", "pynetdicom", "dicomweb_client"]),
+        ([], ["highdicom", "pynetdicom"]),
     ],
 )
 def test_every_module_of_the_server(missing: list[str], absent: list[str]) -> None:

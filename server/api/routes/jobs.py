@@ -1,29 +1,24 @@
 """/jobs: work that outlives its request."""
 
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from fastapi.routing import APIRoute
-from pydantic import BaseModel, Field, create_model
 from starlette.requests import ClientDisconnect
-from starlette.types import Message
 
-from server.api import problems, upload
+from server.api import problems
 from server.api.access import CLIENT_CLOSED_REQUEST
 from server.api.compression import COMPRESSIBLE, GZIP, MIN_BYTES, VARY, accepts_gzip, compress_file
 from server.api.kept_file import KeptFileResponse
-from server.api.params import DEADLINE, REQUEST_BODY, check_query
 from server.api.request_headers import header_list
+from server.api.routes.job_requests import OPTIONAL_BODY, JobParams, JobRoute, accept_job
 from server.api.schemas import JobDocument, Problem, job_document
-from server.errors import InvalidParameter, NotFinished, Overloaded, StoreBroken, UnknownJob
+from server.errors import NotFinished, Overloaded, StoreBroken, UnknownJob
 from server.jobs.active import JobStatus
 from server.jobs.files import short_id
 from server.jobs.job import FINISHED
 from server.jobs.runner import Runner
-from server.segment.request import SegmentParams, invalid_parameter
 
 UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "codes: unknown-job"}}
 REFUSED: dict[int | str, dict[str, Any]] = {
@@ -37,7 +32,7 @@ FILE: dict[int | str, dict[str, Any]] = UNKNOWN | {
     409: {"model": Problem, "description": "codes: not-finished"},
     **{
         code: {"model": Problem, "description": "the job failed, and this is why"}
-        for code in (406, 413, 415, 422, 500)
+        for code in (406, 413, 415, 422, 500, 502)
     },
 }
 EVENTS: dict[int | str, dict[str, Any]] = UNKNOWN | {
@@ -64,45 +59,6 @@ MAX_STREAMS = 400
 MAX_RETRY_S = 60
 
 
-# Parameters of POST /segment that a job would ignore: it is never degraded, and can be cancelled.
-EXCLUDED = ("deadline_ms", "min_level")
-
-
-class JobOptions(BaseModel):
-    """The parameters of POST /jobs that POST /segment does not have."""
-
-    model_config = SegmentParams.model_config
-
-    preview: bool = Field(False, description="also a mask of level 1, which is there long before the result")
-
-
-if TYPE_CHECKING:
-    JobParams = JobOptions
-else:
-    segment_fields = SegmentParams.model_fields.items()
-    JobParams = create_model(
-        "JobParams",
-        __base__=JobOptions,
-        **{name: (field.annotation, field) for name, field in segment_fields if name not in EXCLUDED},
-    )
-
-
-class JobRoute(APIRoute):
-    """A route whose errors about the query list the parameters of jobs."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Wraps FastAPI's handler."""
-        handle = super().get_route_handler()
-
-        async def handle_errors(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except RequestValidationError as error:
-                raise invalid_parameter(error.errors(), JobParams) from error
-
-        return handle_errors
-
-
 def router(runner: Runner, max_streams: int = MAX_STREAMS) -> APIRouter:
     """Makes the routes.
 
@@ -120,17 +76,12 @@ def router(runner: Runner, max_streams: int = MAX_STREAMS) -> APIRouter:
         response_description="the job; `Location` is its address",
         response_model=JobDocument,
         responses=REFUSED,
-        openapi_extra=REQUEST_BODY,
+        openapi_extra=OPTIONAL_BODY,
     )
     async def create(request: Request, params: Annotated[JobParams, Query()]) -> Response:
-        """Accepts a file for work that takes minutes; input and state are on disk before the answer is sent."""
-        _refuse_deadline(request)
-        segment_params = SegmentParams.parse(params.model_dump(exclude={"preview"}))
-        check_query(segment_params, request)
+        """Accepts a file, or the address of one, for work that takes minutes; input and state are on disk before the answer is sent."""
         try:
-            with runner.reserve(segment_params) as add_bytes:
-                async with upload.receive(_counting(request, add_bytes)) as received:
-                    status = await runner.submit(received, segment_params, preview=params.preview)
+            status = await accept_job(runner, request, params)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         document = job_document(status)
@@ -209,30 +160,6 @@ async def _event_stream(
         )
     events = _events(runner, id_, streams)
     return StreamingResponse(events, headers=EVENT_STREAM, media_type="text/event-stream")
-
-
-def _refuse_deadline(request: Request) -> None:
-    """Refuses a deadline, which would be ignored.
-
-    Raises:
-        InvalidParameter: the header has one; in the query it is an unknown parameter.
-    """
-    if DEADLINE in request.headers:
-        raise InvalidParameter(
-            f"{DEADLINE} is for POST /segment; a job takes the time it takes, and can be cancelled",
-            parameter="deadline_ms",
-        )
-
-
-def _counting(request: Request, add_bytes: Callable[[int], None]) -> Request:
-    """The request, whose body is counted against the disk quota while it streams in."""
-
-    async def receive() -> Message:
-        message = await request.receive()
-        add_bytes(len(message.get("body", b"")))
-        return message
-
-    return Request(request.scope, receive)
 
 
 async def _events(runner: Runner, id_: str, streams: set[object]) -> AsyncIterator[str]:

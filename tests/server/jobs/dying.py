@@ -3,6 +3,7 @@
 python dying.py FOLDER; the store of the n-th death is FOLDER/n, and FOLDER/n.told holds what its caller had been told by then.
 """
 
+import dataclasses
 import io
 import itertools
 import os
@@ -19,6 +20,7 @@ from server.jobs.store import Store
 from server.settings import JobsSettings
 
 SPEC = JobSpec({}, True, "fake", "accurate", 4, "fp32", 1, 1.0)
+FETCHED = dataclasses.replace(SPEC, source="pacs/1.2", destination="pacs")
 SERVED = {"Content-Type": "image/png"}
 CODE = {files.__file__, module.__file__}
 
@@ -40,6 +42,17 @@ def lives(folder: Path, told: Callable[[str, str], None]) -> None:
     told("done", first)
     store.cancel(second)
     told("cancelled", second)
+    third = store.accept(FETCHED, None, None).id
+    told("accepted", third)
+    store.start(third)
+    store.put_back(third)
+    store.start(third)
+    store.keep_input(third, io.BytesIO(b"input"), FETCHED)
+    told("fetched", third)
+    store.keep_result(third, b"result", SERVED)
+    told("made", third)
+    store.complete(third)
+    told("done", third)
     told("removing", first)
     store.remove(first)
     told("removed", first)

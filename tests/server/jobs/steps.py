@@ -44,6 +44,9 @@ class StepService:
     def close(self) -> None:
         self._real.close()
 
+    async def is_batch(self, upload: Upload) -> bool:
+        return bool(await self._real.is_batch(upload))
+
     async def estimate(self, upload: Upload, params: SegmentParams) -> Estimate:
         await self._real.estimate(upload, params)
         return Estimate(256, WINDOWS, 256, 0, 0, device_s=100.0)

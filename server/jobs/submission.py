@@ -1,0 +1,91 @@
+"""Makes the rows of new jobs: what a request resolves to now, and how long it will take."""
+
+from dataclasses import replace
+
+from server.errors import InvalidParameter
+from server.imaging import encode
+from server.jobs.executor import preview_params
+from server.jobs.job import JobSpec
+from server.segment.request import SegmentParams, Upload
+from server.segment.service import SegmentationService
+
+# Formats that a PACS takes; the first is that of requests that name none.
+STORED_FORMATS = ("dicomseg", "dicomseg.labelmap", "dicomseg.fractional", "dicomsr")
+
+
+async def make_spec(
+    service: SegmentationService,
+    upload: Upload,
+    params: SegmentParams,
+    *,
+    preview: bool,
+    destination: str | None = None,
+) -> JobSpec:
+    """Makes the specification of a job whose input is there.
+
+    Raises:
+        CallerError: the request is wrong, or could never be done.
+    """
+    params = _storable(params) if destination else params
+    target = service.registry.resolve(params)
+    if (upload.reference or preview) and await service.is_batch(upload):
+        raise InvalidParameter(
+            "a zip of images has neither a reference nor a preview; send each image by itself to have them",
+            parameter="reference" if upload.reference else "preview",
+        )
+    preview = preview and target.level != 1
+    estimate = await service.estimate(upload, params)
+    seconds = estimate.seconds
+    if preview:
+        seconds += (await service.estimate(upload, preview_params(params))).seconds
+    spec = _spec(service, params, upload.name, upload.accept)
+    return replace(spec, preview=preview, windows=estimate.windows, seconds=seconds, destination=destination)
+
+
+def make_fetched_spec(
+    service: SegmentationService,
+    source: str,
+    params: SegmentParams,
+    accept: str | None,
+    *,
+    preview: bool,
+    destination: str | None = None,
+) -> JobSpec:
+    """Makes the specification of a job whose input is fetched later, of which nothing is known yet.
+
+    Raises:
+        CallerError: the request is wrong, whatever its input is.
+    """
+    params = _storable(params) if destination else params
+    spec = _spec(service, params, "", accept)
+    return replace(spec, preview=preview and spec.level != 1, source=source, destination=destination)
+
+
+def _spec(service: SegmentationService, params: SegmentParams, name: str, accept: str | None) -> JobSpec:
+    # The target as it is now, whatever the default or the recommended level is when the job runs.
+    target = service.registry.resolve(params)
+    level = target.level if target.mode == "fast" else None
+    request = params.model_dump() | {"model": target.model, "mode": target.mode, "level": level}
+    # COCO alone repeats the file name, which may be a patient's.
+    named = "coco" in encode.split(params.format or "")
+    request |= {"name": name if named else "", "accept": accept}
+    return JobSpec(
+        request, False, target.model, target.mode, target.level, target.precision, windows=0, seconds=0.0
+    )
+
+
+def _storable(params: SegmentParams) -> SegmentParams:
+    """The parameters, with a format that a PACS takes.
+
+    Raises:
+        InvalidParameter: they name another one, or several.
+    """
+    names = encode.split(params.format or STORED_FORMATS[0])
+    if len(names) != 1 or names[0] not in STORED_FORMATS:
+        raise InvalidParameter(
+            f"format={params.format!r:.60} is not what a PACS stores; with store=true give one of {', '.join(STORED_FORMATS)}, or none",
+            parameter="format",
+            value=(params.format or "")[:60],
+            allowed=[*STORED_FORMATS],
+        )
+    return params.model_copy(update={"format": names[0]})
