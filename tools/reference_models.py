@@ -161,7 +161,7 @@ def _measured(manifest: Manifest) -> Iterator[str]:
         "validation split is within 0.5 points of that of fp32.\n\n"
     )
     yield _rows(manifest, measured)
-    yield from _flips(measured)
+    yield from _flips(manifest, measured if measured.flips else manifest.calibration)
     if manifest.comparison:
         others = (
             (
@@ -177,9 +177,9 @@ def _measured(manifest: Manifest) -> Iterator[str]:
         yield table(("network", "parameters", "IoU %", "mean IoU %", "Dice %"), others)
 
 
-def _flips(measured: Measured) -> Iterator[str]:
+def _flips(manifest: Manifest, measured: Measured | None) -> Iterator[str]:
     """Table of the gain of tta=flips at each level, and its price."""
-    if not measured.flips:
+    if measured is None or not measured.flips:
         return
     rows = (
         (
@@ -194,8 +194,8 @@ def _flips(measured: Measured) -> Iterator[str]:
         for row in measured.flips
         if (plain := measured.row(row.graph, "fp32"))
     )
-    classes = [f"Dice % class {number}" for number in range(1, len(measured.flips[0].class_dice) + 1)]
-    yield "With `tta=flips`, at fp32 on the same data; the price is the number of runs of each window:\n\n"
+    classes = [f"Dice % {one.name}" for one in manifest.classes] if len(manifest.classes) > 1 else []
+    yield f"With `tta=flips`, at fp32 ({measured.data}); the price is the number of runs of each window:\n\n"
     yield table(("graph", "price", "IoU %", "IoU % with flips", "gain in points", "Dice %", *classes), rows)
 
 
