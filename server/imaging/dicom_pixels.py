@@ -1,17 +1,15 @@
 """Decodes DICOM frames to stored values: native, run-length, and all that the codecs of pydicom read."""
 
-import tempfile
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from server.errors import TooLarge, Unreadable
+from server.errors import Unreadable
 from server.imaging.dicom_codecs import (
     PLUGINS,
     RLE,
     Pixels,
-    damaged,
     decode_by_pydicom,
     decode_frame,
     decode_rle,
@@ -19,6 +17,7 @@ from server.imaging.dicom_codecs import (
     used_bits,
 )
 from server.imaging.dicom_files import DOUBLE_PIXELS, FLOAT_PIXELS, Instance
+from server.imaging.dicom_fragments import read_frames
 from server.imaging.dicom_frames import PixelFormat
 from server.imaging.dicom_stream import FORMAT, SwappedBytes, read_exactly
 from server.imaging.streaming import Stream
@@ -32,9 +31,6 @@ GREY = ("MONOCHROME1", "MONOCHROME2")
 COLORS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 PALETTE = "PALETTE COLOR"
 
-# Encapsulated frames of one instance wait on disk above this.
-SPOOL_BYTES = 4 * 1024 * 1024
-COPY_BYTES = 1024 * 1024
 # Bytes of a frame, as a multiple of its pixels, above which no codec makes one.
 MAX_EXPANSION, MIN_FRAME = 4, 64 * 1024
 
@@ -105,9 +101,8 @@ def decode_frames(
     if instance.pixels.length is not None:
         yield from _native(instance, form, count, stream)
         return
-    for number, data in enumerate(_encapsulated(stream, count, max_bytes), 1):
-        if len(data) > max(MIN_FRAME, MAX_EXPANSION * _frame_bytes(form)):
-            raise damaged(f"frame {number} takes {len(data):,} bytes, more than its pixels")
+    max_frame = max(MIN_FRAME, MAX_EXPANSION * _frame_bytes(form))
+    for number, data in enumerate(read_frames(stream, count, max_frame, max_bytes), 1):
         yield decode_rle(data, form) if syntax == RLE else decode_frame(data, form, syntax, number)
 
 
@@ -166,30 +161,6 @@ def _interleaved(flat: Pixels, form: PixelFormat) -> Pixels:
     if form.planar:
         return np.moveaxis(flat.reshape(form.samples, form.rows, form.columns), 0, -1)
     return flat.reshape(form.rows, form.columns, form.samples)
-
-
-def _encapsulated(stream: Stream, count: int, max_bytes: int) -> Iterator[bytes]:
-    """Yields the bytes of each frame, from a copy on disk where they are long."""
-    from pydicom.encaps import generate_frames
-
-    with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as file:
-        while piece := read_exactly(stream, COPY_BYTES):
-            file.write(piece)
-            if file.tell() > max_bytes:
-                raise TooLarge(
-                    f"a DICOM file has more than {max_bytes >> 20:,} MiB, which is the limit; UNETPP_LIMITS__MAX_BODY_MB on the server "
-                    "raises it",
-                    limit=max_bytes >> 20,
-                    unit="MiB",
-                    setting="UNETPP_LIMITS__MAX_BODY_MB",
-                )
-        file.seek(0)
-        frames = generate_frames(cast("Any", file), number_of_frames=count)
-        for number in range(count):
-            data = next(frames, None)
-            if data is None:
-                raise damaged(f"the file holds {number} frames and its header counts {count}")
-            yield data
 
 
 def _truncated(actual: int, limit: int) -> Unreadable:
