@@ -13,12 +13,15 @@ from server.arrays import DicomSource
 from server.errors import Unreadable
 from server.imaging import dicom_geometry
 from server.imaging.decode_options import DecodeOptions, join_notes
-from server.imaging.dicom_files import Instance, read_instances
+from server.imaging.dicom_files import PIXEL_DATA, Instance, read_instances
 from server.imaging.dicom_frames import Frame, PixelFormat, are_times, frames_of, image_spacing, pixel_format
 from server.imaging.dicom_pixels import PALETTE, check_readable
 from server.imaging.dicom_series import choose
 from server.imaging.dicom_stream import FORMAT
 from server.imaging.dicom_values import decoded_type
+
+# What an error adds to the format of values that a table makes, and of those that are not whole numbers.
+TABLE, FLOATS = ("a modality table",), ("floating point",)
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class DicomInput(DicomSource):
     Attributes:
         instances: Instances in the order of `datasets`.
         slices: Frame of each slice.
-        form: Format of the pixels of all instances.
+        form: Format that holds the pixels of all instances, of which each is decoded by its own.
         dtype: Type of a decoded value.
         channels: Number of channels before any is selected: 3 of colours.
         affine: (4, 4) voxel index to mm in RAS of a volume; None for images and movies.
@@ -68,7 +71,7 @@ def read_input(file: BinaryIO, options: DecodeOptions) -> DicomInput:
     frames = [frame for index, one in enumerate(instances) for frame in frames_of(one, index)]
     form = _one_format(instances)
     for instance in instances:
-        check_readable(instance, form)
+        check_readable(instance, pixel_format(instance.dataset))
     affine, spacing_mm, time_slices, doubt = None, None, None, ""
     if len(frames) > 1 and all(frame.placed for frame in frames):
         order, affine = dicom_geometry.stack(frames)
@@ -98,14 +101,19 @@ def read_input(file: BinaryIO, options: DecodeOptions) -> DicomInput:
 
 
 def _one_format(instances: Sequence[Instance]) -> PixelFormat:
-    """Returns the format of the pixels of all instances.
+    """Returns the format of most bits, whose type and size hold for all instances.
 
     Raises:
-        Unreadable: They differ, or have no pixels.
+        Unreadable: They differ in more than bits and planes, or have no pixels.
     """
     formats = [pixel_format(instance.dataset) for instance in instances]
     _check_same("sizes", Counter((f.rows, f.columns) for f in formats), "pixels")
-    _check_same("formats", Counter((f.photometric, f.samples, f.allocated) for f in formats), "")
+    tags = (instance.pixels.tag for instance in instances)
+    kinds = (
+        (f.photometric, f.samples, f.allocated, *TABLE[: f.modality_lut], *FLOATS[: tag != PIXEL_DATA])
+        for f, tag in zip(formats, tags, strict=True)
+    )
+    _check_same("formats", Counter(kinds), "")
     first = formats[0]
     if min(first.rows, first.columns) < 1:
         raise Unreadable(

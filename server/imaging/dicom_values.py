@@ -46,7 +46,7 @@ class Values:
     """Turns stored into real values, frame by frame, into an array that the caller owns.
 
     Args:
-        form: Format of the pixels.
+        form: Format that holds the pixels of all instances.
         options: Choices.
         instance: Instance whose palette or table holds for all.
 
@@ -55,7 +55,7 @@ class Values:
     """
 
     def __init__(self, form: PixelFormat, options: DecodeOptions, instance: Instance) -> None:
-        self._form = form
+        self._inverted = False
         self._options = options
         self._table = (
             _palette(instance.dataset) if form.photometric == PALETTE and not options.labels else None
@@ -65,9 +65,10 @@ class Values:
         self._nonfinite = self._total = 0
         self.note = ""
 
-    def convert(self, stored: Pixels, frame: Frame, instance: Instance, out: Any) -> None:
-        """Writes a frame's values to `out`, (rows, columns, channels)."""
+    def convert(self, stored: Pixels, frame: Frame, instance: Instance, form: PixelFormat, out: Any) -> None:
+        """Writes the values of a frame, whose instance has that format, to `out`, (rows, columns, channels)."""
         self._total += out.size
+        self._inverted |= form.inverted
         if self._table is not None:
             start, colors = self._table
             out[:] = colors[np.clip(stored.astype(np.int64) - start, 0, len(colors) - 1)]
@@ -75,12 +76,12 @@ class Values:
             out[:] = (
                 stored
                 if stored.dtype.itemsize <= out.dtype.itemsize
-                else cast("Any", stored) >> (self._form.bits - 8)
+                else cast("Any", stored) >> (form.bits - 8)
             )
         elif self._options.labels:
             out[..., 0] = stored
         else:
-            self._grey(stored, frame, instance.dataset, out[..., 0])
+            self._grey(stored, frame, instance.dataset, form, out[..., 0])
 
     def finish(self) -> None:
         """Gives padding beyond all other values the lowest of these; in between it may be a real value.
@@ -98,38 +99,39 @@ class Values:
             notes.append(
                 f"{padding:,} values of padding were read as {self._lowest:g}, the lowest other value"
             )
-        if self._form.inverted:
+        if self._inverted:
             notes.append("MONOCHROME1 was inverted, so that high values are bright")
         self.note = "; ".join(note for note in notes if note)
 
-    def _grey(self, stored: Pixels, frame: Frame, dataset: Any, out: Any) -> None:
-        if self._form.modality_lut:
+    def _grey(self, stored: Pixels, frame: Frame, dataset: Any, form: PixelFormat, out: Any) -> None:
+        if form.modality_lut:
             from pydicom.pixels.processing import apply_modality_lut
 
             out[:] = apply_modality_lut(cast("Any", stored), dataset)
         else:
-            scale(stored, *self._scaling(frame), out)
+            scale(stored, *self._scaling(frame, form), out)
         if out.dtype.kind == "f" and stored.dtype.kind == "f":
             self._nonfinite += zero_nonfinite(out)
-        self._find_padding(stored, frame, dataset, out)
+        self._find_padding(stored, frame, dataset, form, out)
 
-    def _scaling(self, frame: Frame) -> tuple[float, float]:
+    @staticmethod
+    def _scaling(frame: Frame, form: PixelFormat) -> tuple[float, float]:
         """Returns slope and intercept, which also invert MONOCHROME1."""
-        if not self._form.inverted or self._form.modality_lut:
+        if not form.inverted or form.modality_lut:
             return frame.slope, frame.intercept
-        low, high = self._form.limits
+        low, high = form.limits
         return -frame.slope, frame.intercept + frame.slope * (low + high)
 
-    def _find_padding(self, stored: Pixels, frame: Frame, dataset: Any, out: Any) -> None:
+    def _find_padding(self, stored: Pixels, frame: Frame, dataset: Any, form: PixelFormat, out: Any) -> None:
         """Remembers a frame with padding, whose value is known when all frames are decoded."""
         padding = dataset.get("PixelPaddingValue")
-        if not isinstance(padding, int) or self._form.modality_lut:
+        if not isinstance(padding, int) or form.modality_lut:
             return
         other = dataset.get("PixelPaddingRangeLimit")
         ends = sorted((padding, other if isinstance(other, int) else padding))
-        if self._form.signed:
+        if form.signed:
             # Old files give the padding of signed values as an unsigned number.
-            wrap = 1 << self._form.bits
+            wrap = 1 << form.bits
             ends = [end - wrap if end >= wrap // 2 else end for end in ends]
         mask = (cast("Any", stored) >= ends[0]) & (cast("Any", stored) <= ends[1])
         count = int(np.count_nonzero(mask))
@@ -139,9 +141,9 @@ class Values:
             self._highest = max(self._highest, float(others.max()))
         if not count:
             return
-        slope, intercept = self._scaling(frame)
+        slope, intercept = self._scaling(frame, form)
         edges = np.empty(2, out.dtype)
-        scale(np.clip(np.array(ends), *self._form.limits), slope, intercept, edges)
+        scale(np.clip(np.array(ends), *form.limits), slope, intercept, edges)
         self._padded.append((out, edges.min(), edges.max(), count))
 
 

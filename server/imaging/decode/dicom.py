@@ -10,6 +10,7 @@ import numpy as np
 from server.arrays import Image, InputHeader, Volume
 from server.imaging.decode_options import DecodeOptions, join_notes
 from server.imaging.dicom_files import holds_dicom, looks_like_dicom, open_pixels
+from server.imaging.dicom_frames import pixel_format
 from server.imaging.dicom_input import DicomInput, read_input
 from server.imaging.dicom_pixels import decode_frames, is_lossy_jpeg
 from server.imaging.dicom_values import Values
@@ -81,11 +82,12 @@ def _decode_slices(file: BinaryIO, known: DicomInput, options: DecodeOptions) ->
     values = Values(form, options, known.instances[0])
     slices = {place: index for index, place in enumerate(known.frames)}
     for index, (instance, stream) in enumerate(open_pixels(file, known.instances)):
+        own = pixel_format(instance.dataset)
         count = sum(place[0] == index for place in known.frames) if len(known.instances) == 1 else 1
         for number, stored in enumerate(
-            decode_frames(instance, form, count, stream, options.max_file_bytes), 1
+            decode_frames(instance, own, count, stream, options.max_file_bytes), 1
         ):
             at = slices[index, number]
-            values.convert(stored, known.slices[at], instance, stack[at])
+            values.convert(stored, known.slices[at], instance, own, stack[at])
     values.finish()
     return stack, values.note

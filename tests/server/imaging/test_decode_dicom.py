@@ -100,6 +100,79 @@ def test_colours(planar: int) -> None:
     assert np.array_equal(values(data, channel=1), COLORS[..., 1:2])
 
 
+def stack_of(pixels: list[np.ndarray], **elements: Any) -> np.ndarray:
+    """The (X, Y, Z[, C]) values of slices, of which each may have its own elements."""
+    places = [[0.0, 0.0, 3.0 * k] for k in range(len(pixels))]
+    files = []
+    for k, one in enumerate(pixels):
+        own: dict[str, Any] = {
+            name: value[k] if isinstance(value, list) else value for name, value in elements.items()
+        }
+        files.append(
+            instance(
+                one,
+                ImagePositionPatient=places[k],
+                ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+                PixelSpacing=[1, 1],
+                **own,
+            )
+        )
+    return values(zipped(files))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_each_slice_is_read_in_its_own_format(order: int) -> None:
+    flat = np.full((4, 4), -100, np.int16)
+    bits: list[int] = [12, 13][::order]
+    stored = [flat & np.int16((1 << bit) - 1) for bit in bits]
+    signed = stack_of(stored, BitsStored=bits, HighBit=[bit - 1 for bit in bits])
+    assert np.unique(signed[:, :, 0]).tolist() == np.unique(signed[:, :, 1]).tolist() == [-100]
+    bits = [10, 12][::order]
+    inverted = stack_of(
+        [np.full((4, 4), (1 << bit) - 1, np.uint16) for bit in bits],
+        BitsStored=bits,
+        HighBit=[bit - 1 for bit in bits],
+        PhotometricInterpretation="MONOCHROME1",
+        Modality="MR",
+    )
+    assert np.unique(inverted).tolist() == [0]
+    planes = np.ascontiguousarray(COLORS.transpose(2, 0, 1)).tobytes()
+    data = [COLORS.tobytes(), planes][::order]
+    colors = stack_of([COLORS, COLORS], PlanarConfiguration=[0, 1][::order], PixelData=data)
+    assert np.array_equal(colors, COLORS.transpose(1, 0, 2)[:, :, None].repeat(2, 2))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_padding_of_each_slice_has_its_own_bits(order: int) -> None:
+    padded = np.full((4, 4), 7, np.int16)
+    padded[0] = -100
+    bits: list[int] = [12, 13][::order]
+    wrapped: list[int] = [(1 << bit) - 100 for bit in bits]
+    stored = [padded & np.int16((1 << bit) - 1) for bit in bits]
+    decoded = stack_of(stored, BitsStored=bits, HighBit=[bit - 1 for bit in bits], PixelPaddingValue=wrapped)
+    assert np.unique(decoded).tolist() == [7]
+
+
+def test_table_of_one_slice_alone_is_refused() -> None:
+    table = pydicom.Dataset()
+    table.LUTDescriptor, table.ModalityLUTType, table.LUTData = [4096, 0, 16], "US", bytes(8192)
+    files = series(
+        GREY.reshape(6, 5, 4).astype(np.uint16),
+        ModalityLUTSequence=[[table], None, None, None],
+    )
+    assert_refused(zipped(files), Unreadable, "mixed-formats", by=(read, header))
+
+
+def test_slices_of_whole_and_of_broken_numbers_are_refused() -> None:
+    whole = np.ones((4, 4), np.uint32)
+    elements: dict[str, Any] = {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "PixelSpacing": [1, 1]}
+    files = [instance(whole, ImagePositionPatient=[0, 0, 3 * k], **elements) for k in range(2)]
+    # (7FE0,0010) PixelData becomes (7FE0,0008) FloatPixelData.
+    files[1] = files[1].replace(b"\xe0\x7f\x10\x00OW", b"\xe0\x7f\x08\x00OF")
+    for order in (1, -1):
+        assert_refused(zipped(files[::order]), Unreadable, "mixed-formats", by=(read, header))
+
+
 def test_palette_is_decoded_to_colours_and_labels_are_its_indices() -> None:
     indices = RANDOM.integers(0, 4, (12, 10), dtype=np.uint8)
     tables = RANDOM.integers(0, 256, (3, 4), dtype=np.uint16)
