@@ -21,6 +21,11 @@ MEASURED = ("CT", "PT", "NM")
 MOVIES = ("US", "IVUS", "XA", "RF", "ES", "OP", "XC", "GM", "ECHO")
 # Length of a unit of ultrasound regions: cm.
 CENTIMETRES = 3
+# Values of PhotometricInterpretation that errors repeat. Others may be text about a patient.
+PHOTOMETRIC = (
+    *("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB", "HSV", "ARGB", "CMYK", "XYB"),
+    *("YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT"),
+)
 
 Vector = tuple[float, ...]
 
@@ -88,6 +93,11 @@ class PixelFormat:
         """Lowest and highest stored value."""
         half = 1 << (self.bits - 1)
         return (-half, half - 1) if self.signed else (0, 2 * half - 1)
+
+    @property
+    def colors(self) -> str:
+        """Meaning of the values, as an error shows it."""
+        return self.photometric if self.photometric in PHOTOMETRIC else "unknown"
 
     @property
     def inverted(self) -> bool:

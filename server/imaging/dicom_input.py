@@ -110,7 +110,7 @@ def _one_format(instances: Sequence[Instance]) -> PixelFormat:
     _check_same("sizes", Counter((f.rows, f.columns) for f in formats), "pixels")
     tags = (instance.pixels.tag for instance in instances)
     kinds = (
-        (f.photometric, f.samples, f.allocated, *TABLE[: f.modality_lut], *FLOATS[: tag != PIXEL_DATA])
+        (f.colors, f.samples, f.allocated, *TABLE[: f.modality_lut], *FLOATS[: tag != PIXEL_DATA])
         for f, tag in zip(formats, tags, strict=True)
     )
     _check_same("formats", Counter(kinds), "")

@@ -55,23 +55,24 @@ def check_readable(instance: Instance, form: PixelFormat) -> None:
     if (syntax in NATIVE) != native or not (native or syntax == RLE or syntax in PLUGINS):
         from pydicom.uid import UID
 
-        name = UID(syntax).name if UID(syntax).is_valid else "unknown"
+        # Other text may be about the patient.
+        shown = UID(syntax) if UID(syntax).is_valid else UID("unknown")
         raise Unreadable(
-            f"DICOM pixels of transfer syntax {name} ({syntax[:64]}) are not read here; decompress them ({REMEDY}) and send "
+            f"DICOM pixels of transfer syntax {shown.name} ({shown}) are not read here; decompress them ({REMEDY}) and send "
             "that",
             reason="compression",
             format=FORMAT,
-            value=syntax[:64],
+            value=str(shown),
             allowed=[*NATIVE, RLE, *PLUGINS],
             remedy=REMEDY,
         )
     known = (*COLORS, PALETTE) if form.samples == 3 else (*GREY, PALETTE)
     if form.photometric not in known:
         raise Unreadable(
-            f"DICOM colours {form.photometric!r:.40} of {form.samples} samples are not read here; save them as RGB or MONOCHROME2",
+            f"DICOM colours {form.colors} of {form.samples} samples are not read here; save them as RGB or MONOCHROME2",
             reason="photometric",
             format=FORMAT,
-            value=form.photometric[:40],
+            value=form.colors,
             allowed=[*GREY, PALETTE, *COLORS],
         )
 

@@ -5,6 +5,7 @@ description and has no frames.
 """
 
 import io
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -22,6 +23,16 @@ Type = Literal["BINARY", "LABELMAP", "FRACTIONAL"]
 EXPLICIT, JPEG_LS = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.4.80"
 # 255 means a probability of 1.
 LARGEST = 255
+# Attributes that an error may name, which never repeats other words of a header; and how much of a message is searched.
+ATTRIBUTES = (
+    *("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID", "FrameOfReferenceUID"),
+    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "Rows", "Columns"),
+    *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID"),
+    *("StudyDate", "StudyTime", "ReferringPhysicianName", "Modality", "SeriesNumber", "InstanceNumber"),
+    *("NumberOfFrames", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
+    *("PixelMeasuresSequence", "PlanePositionSequence", "PlaneOrientationSequence"),
+)
+MAX_TEXT = 2000
 
 
 def binary(result: SegmentationResult) -> bytes:
@@ -83,8 +94,12 @@ def checked(build: Callable[[SegmentationResult], Any], result: SegmentationResu
 
 
 def _insufficient(error: Exception) -> InvalidParameter:
+    # The text of the error may repeat what the header says of a patient.
+    words = set(re.findall(r"\w+", str(error)[:MAX_TEXT]))
+    name = next((name for name in ATTRIBUTES if name in words), "")
+    shown = ": ".join(filter(None, (type(error).__name__, name)))
     return InvalidParameter(
-        f"the headers of the DICOM instances do not suffice for an answer in DICOM ({error!s:.200}); "
+        f"the headers of the DICOM instances do not suffice for an answer in DICOM ({shown}); "
         "use format=mask, or repair them",
         parameter="format",
         remedy="mask",

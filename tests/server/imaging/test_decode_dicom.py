@@ -225,6 +225,22 @@ def test_what_is_not_read_is_named(data: bytes, fields: dict[str, Any]) -> None:
     assert_refused(data, Unreadable, fields)
 
 
+@pytest.mark.parametrize("name", ["PhotometricInterpretation", "TransferSyntaxUID"])
+@pytest.mark.parametrize("slices", [1, 2])
+def test_errors_repeat_no_text_of_the_header(name: str, slices: int) -> None:
+    """Two slices of which one is sound are refused as mixed."""
+    data = instance(GREY, PhotometricInterpretation="MONOCHROME2")
+    old = {"PhotometricInterpretation": b"MONOCHROME2 ", "TransferSyntaxUID": b"1.2.840.10008.1.2.1\0"}[name]
+    assert old in data
+    broken = data.replace(old, b"Mustermann 4711 Erika"[: len(old)].ljust(len(old)))
+    sent = broken if slices == 1 else zipped([data, broken])
+    with pytest.raises(Unreadable) as caught:
+        read(sent)
+    told = f"{caught.value} {caught.value.fields}"
+    assert "unknown" in told
+    assert [word for word in ("Muster", "4711", "Erika") if word in told] == []
+
+
 def test_parameters_of_other_formats() -> None:
     for choices in ({"axes": "YX"}, {"series": "2"}):
         assert_refused(instance(GREY), InvalidParameter, {"parameter": next(iter(choices))}, **choices)

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydicom.dataelem import RawDataElement
+from pydicom.tag import BaseTag
 
 from server.arrays import DicomSource
 from server.errors import InvalidParameter
@@ -311,3 +313,26 @@ def test_many_classes_take_no_more_memory_than_was_reserved(name: str) -> None:
     # The headers of the frames, and of the segments.
     headers = 25_000 * (size[2] * count + count)
     assert peak < memory((name,), result.source.input_header, count) + headers
+
+
+@pytest.mark.filterwarnings("ignore")  # pydicom warns about what it tolerates
+@pytest.mark.parametrize(("tag", "vr"), [(0x00200011, "IS"), (0x00200032, "DS")])
+def test_error_never_repeats_what_a_header_says(tag: int, vr: str) -> None:
+    series = instances(SIZE)
+    result = of_series(series, classes_of(SIZE))
+    for dataset in series:
+        dataset[tag] = RawDataElement(BaseTag(tag), vr, 16, b"Mustermann 4711 ", 0, False, True)
+    with pytest.raises(InvalidParameter) as caught:
+        written(result)
+    told = f"{caught.value} {caught.value.fields}"
+    assert "do not suffice" in told
+    assert [word for word in ("Mustermann", "4711") if word in told] == []
+
+
+def test_error_names_the_attribute_that_is_missing() -> None:
+    series = instances(SIZE)
+    result = of_series(series, classes_of(SIZE))
+    for dataset in series:
+        del dataset.StudyInstanceUID
+    with pytest.raises(InvalidParameter, match=r"\(AttributeError: StudyInstanceUID\)"):
+        written(result)
