@@ -95,15 +95,18 @@ def stack(frames: Sequence[Frame]) -> tuple[list[int], Float64[ndarray, "4 4"]]:
     Raises:
         Unreadable: Positions are twice there, missing, or shifted against each other (gantry tilt).
     """
-    check_alike(frames)
-    row, column, across = normal(frames[0])
+    # The result does not depend on the order of the files.
+    ranked = sorted(frames, key=_place)
+    check_alike(ranked)
+    first = ranked[0]
+    row, column, across = normal(first)
     positions = np.array([frame.position for frame in frames])
     depths = positions @ across
     order = np.argsort(depths, kind="stable")
     depths, positions = depths[order], positions[order]
     _check_steps(depths)
     step = float(depths[-1] - depths[0]) / (len(frames) - 1)
-    spacing = frames[0].spacing or (1.0, 1.0)
+    spacing = first.spacing or (1.0, 1.0)
     _check_tilt(positions - positions[0], row, column, across, spacing)
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1], affine[:3, 2] = row * spacing[1], column * spacing[0], across * step
@@ -112,6 +115,10 @@ def stack(frames: Sequence[Frame]) -> tuple[list[int], Float64[ndarray, "4 4"]]:
     affine = SIGNS[:, None] * affine + 0.0
     check_affine(affine, ADVICE)
     return [int(index) for index in order], affine
+
+
+def _place(frame: Frame) -> tuple[tuple[float, ...], ...]:
+    return frame.position or (), frame.orientation or (), frame.spacing or ()
 
 
 def _check_steps(depths: Float64[ndarray, " n"]) -> None:
