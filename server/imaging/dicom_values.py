@@ -130,9 +130,9 @@ class Values:
         other = dataset.get("PixelPaddingRangeLimit")
         ends = sorted((padding, other if isinstance(other, int) else padding))
         if form.signed:
-            # Old files give the padding of signed values as an unsigned number.
-            wrap = 1 << form.bits
-            ends = [end - wrap if end >= wrap // 2 else end for end in ends]
+            # Old files give the padding of signed values as an unsigned number, of all bits or of those that are used.
+            for wrap in (1 << form.allocated, 1 << form.bits):
+                ends = sorted(end - wrap if end >= wrap // 2 else end for end in ends)
         mask = (cast("Any", stored) >= ends[0]) & (cast("Any", stored) <= ends[1])
         count = int(np.count_nonzero(mask))
         if count < mask.size:
@@ -197,10 +197,14 @@ def _palette(dataset: Any) -> tuple[int, Any]:
                 limit=count,
                 actual=len(entries),
             )
-        # Entries of 16 bits whose values have eight are written by some devices.
-        channels.append(entries[:count] >> 8 if wide and entries.max(initial=0) > 255 else entries[:count])
-    shortest = min(map(len, channels))
-    return first, np.stack([channel[:shortest].astype(np.uint8) for channel in channels], axis=-1)
+        channels.append((entries[:count], wide))
+    # Entries of 16 bits whose values have eight are written by some devices, for all three colours.
+    deep = max(int(entries.max(initial=0)) for entries, _ in channels) > 255
+    shortest = min(len(entries) for entries, _ in channels)
+    colors = [
+        (entries[:shortest] >> 8 if wide and deep else entries[:shortest]) for entries, wide in channels
+    ]
+    return first, np.stack([color.astype(np.uint8) for color in colors], axis=-1)
 
 
 def _expand(data: Any) -> Any:

@@ -92,6 +92,20 @@ def test_padding_beyond_other_values_is_read_as_the_lowest() -> None:
     assert np.array_equal(values(instance(inside, PixelPaddingValue=5))[..., 0], inside)
 
 
+@pytest.mark.parametrize("told", [-2000, 63536, 2096])
+def test_padding_of_signed_values_may_be_told_as_an_unsigned_number(told: int) -> None:
+    padded = np.abs(SIGNED) % 1000
+    padded[0] = -2000
+    elements: dict[str, Any] = {"PixelRepresentation": 1, **TWELVE}
+    data = instance(padded & 0xFFF, **elements)
+    # pydicom writes a number beyond 32767 for unsigned values alone.
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    dataset.add_new("PixelPaddingValue", "SS" if told < 0 else "US", told)
+    out = io.BytesIO()
+    dataset.save_as(out)
+    assert (values(out.getvalue())[0] == padded[1:].min()).all()
+
+
 @pytest.mark.parametrize("planar", [0, 1])
 def test_colours(planar: int) -> None:
     stored = np.ascontiguousarray(COLORS.transpose(2, 0, 1)) if planar else COLORS
@@ -183,6 +197,16 @@ def test_palette_is_decoded_to_colours_and_labels_are_its_indices() -> None:
     data = instance(indices, **palette)
     assert np.array_equal(values(data), tables.T[indices])
     assert np.array_equal(values(data, labels=True)[..., 0], indices)
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(257, [255, 0, 0]), (1, [255, 200, 200])])
+def test_bits_of_a_palette_are_those_of_its_largest_entry(scale: int, expected: list[int]) -> None:
+    """Green and blue of 200 are nearly black where red goes up to 65535."""
+    palette: dict[str, Any] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for name, entry in (("Red", 255 * scale), ("Green", 200), ("Blue", 200)):
+        palette[f"{name}PaletteColorLookupTableDescriptor"] = [1, 0, 16]
+        palette[f"{name}PaletteColorLookupTableData"] = entry.to_bytes(2, "little")
+    assert values(instance(np.zeros((4, 4), np.uint8), **palette))[0, 0].tolist() == expected
 
 
 def test_pixel_size_of_an_image() -> None:
