@@ -244,7 +244,28 @@ def _frame(index: int, number: int, groups: tuple[Any, Any], alone: Any, dataset
     slope, intercept = _number(values, "RescaleSlope", 1.0), _number(values, "RescaleIntercept", 0.0)
     if spacing and min(spacing) <= 0:
         spacing = None
-    return Frame(index, number, position, orientation, spacing, slope or 1.0, intercept)
+    if slope == 0:
+        slope = _without_slope(dataset, number)
+    return Frame(index, number, position, orientation, spacing, slope, intercept)
+
+
+def _without_slope(dataset: Any, number: int) -> float:
+    """Returns 1 for a slope of 0 that no value is multiplied with: of colours, palettes and tables.
+
+    Raises:
+        Unreadable: All values of the frame would be the same.
+    """
+    form = pixel_format(dataset)
+    if form.samples > 1 or form.modality_lut or not form.photometric.startswith("MONOCHROME"):
+        return 1.0
+    raise Unreadable(
+        f"RescaleSlope of frame {number} is 0, which makes all its values the same; set it to the factor of the device, or to 1, or "
+        "remove it",
+        reason="header",
+        format=FORMAT,
+        field="RescaleSlope",
+        actual=0,
+    )
 
 
 def _number(dataset: Any, name: str, default: float) -> float:

@@ -80,6 +80,14 @@ def test_each_frame_has_its_own_rescaling() -> None:
     assert np.array_equal(decoded, (voxels * np.array(slopes) - 1024).astype(np.float32))
 
 
+def test_slope_of_0_is_refused_where_it_would_be_used() -> None:
+    fields = {"reason": "header", "field": "RescaleSlope", "actual": 0}
+    voxels = RANDOM.integers(0, 1000, (6, 5, 4)).astype(np.int16)
+    for data in (instance(GREY, RescaleSlope=0), enhanced(voxels, slopes=[1.0, 0.0, 1.0, 1.0])):
+        assert_refused(data, Unreadable, fields, by=(read, header))
+    assert np.array_equal(values(instance(COLORS, RescaleSlope=0)), COLORS)
+
+
 def test_padding_beyond_other_values_is_read_as_the_lowest() -> None:
     padded = SIGNED.copy()
     padded[0] = -30000
