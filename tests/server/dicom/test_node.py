@@ -216,7 +216,7 @@ SETTINGS = DicomSettings(connect_s=5, idle_s=10)
         (0xB000, (CT,), None),
         (0xA700, (CT,), PacsUnavailable),
         (0xC123, (CT,), PacsRefused),
-        (0x0000, (SEG,), PacsRefused),
+        (0x0000, (SEG,), PacsUnavailable),
     ],
 )
 def test_answer_of_the_destination_decides(
