@@ -10,6 +10,8 @@ from server.errors import Unreadable
 # SeriesInstanceUID, the last of what is read.
 LAST_TAG = 0x0020000E
 MAX_TEXT = 64
+# Bytes of the longest element that is read.
+MAX_ELEMENT = 1024
 
 UID, MAX_UID = r"[0-9]+(?:\.[0-9]+)*", 64
 
@@ -86,9 +88,10 @@ def _read(file: BinaryIO | Path) -> Any:
     try:
         if isinstance(file, Path):
             with file.open("rb") as opened:
-                return read_partial(opened, stop_when=lambda tag, vr, length: tag > LAST_TAG)
+                return _read(opened)
         file.seek(0)
-        return read_partial(file, stop_when=lambda tag, vr, length: tag > LAST_TAG)
+        # Longer elements are skipped, because a private one may be larger than the memory.
+        return read_partial(file, stop_when=lambda tag, vr, length: tag > LAST_TAG, defer_size=MAX_ELEMENT)
     except OSError:
         raise
     except Exception as error:
