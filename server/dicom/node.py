@@ -115,7 +115,7 @@ class Node:
         # To a file, as it comes, because an instance may be larger than the memory.
         _config.STORE_RECV_CHUNKED_DATASET = True
         # Its name there, because pynetdicom has no setting for the folder: what a crash leaves in that of
-        # temporary files would stay for ever.
+        # temporary files would stay there.
         incoming = self._folder / INCOMING
         incoming.mkdir(mode=0o700, exist_ok=True)
         make_file = functools.partial(tempfile.NamedTemporaryFile, dir=incoming)

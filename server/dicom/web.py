@@ -245,7 +245,7 @@ class WebClient:
 
         Args:
             answer: the answer.
-            what: what was asked for.
+            what: subject of the request, for errors.
             later: statuses that may pass, too.
 
         Raises:

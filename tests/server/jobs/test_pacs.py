@@ -204,7 +204,7 @@ async def test_restart_goes_on_where_the_job_was(bench: Bench) -> None:
     assert (pacs.fetched, len(pacs.sent), len(bench.service.requests)) == ([], 1, 1)
 
 
-@pytest.mark.parametrize("name", ["mask", "json", "dicomseg,json"])
+@pytest.mark.parametrize("name", ["mask", "json", "dicomseg,json", "dicomsr"])
 async def test_pacs_stores_dicom_alone(bench: Bench, name: str) -> None:
     async with runner_of(bench, FakePacs()) as runner:
         with pytest.raises(InvalidParameter) as caught:
