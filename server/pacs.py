@@ -6,6 +6,7 @@ from server.dicom.config import DicomConfig, read_config
 from server.errors import CallerError, Misconfigured
 from server.jobs.pacs import Pacs
 from server.jobs.runner import Runner
+from server.jobs.submission import storable
 from server.segment.request import SegmentParams, Upload
 from server.segment.service import SegmentationService
 from server.settings import Settings
@@ -47,13 +48,13 @@ def make_node(
     """Makes the DICOM node, if there is one.
 
     Raises:
-        Misconfigured: a rule names a model or level that does not exist, or the extra `dicom` is missing.
+        Misconfigured: a rule names a model or level that does not exist, or a format that no PACS takes, or the extra `dicom` is missing.
     """
     if dicom.node is None:
         return None
     for number, rule in enumerate(dicom.rules, 1):
         try:
-            service.registry.resolve(rule.params)
+            service.registry.resolve(storable(rule.params))
         except CallerError as error:
             raise Misconfigured(
                 f"rule {number} of UNETPP_DICOM__CONFIG: {error}", setting="UNETPP_DICOM__CONFIG"

@@ -1,5 +1,6 @@
 """Reads the header of a DICOM file up to its UIDs, for rules and archives."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -9,6 +10,10 @@ from server.errors import Unreadable
 # SeriesInstanceUID, the last of what is read.
 LAST_TAG = 0x0020000E
 MAX_TEXT = 64
+# Bytes of the longest element that is read.
+MAX_ELEMENT = 1024
+
+UID, MAX_UID = r"[0-9]+(?:\.[0-9]+)*", 64
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,24 @@ def read_facts(file: BinaryIO | Path) -> Facts:
 
 
 def read_uids(file: BinaryIO) -> tuple[str, str]:
-    """The UIDs of the study and the instance.
+    """The UIDs of the study and the instance, which may stand in an address.
 
     Raises:
-        Unreadable: it has none.
+        Unreadable: it has none, or what it has is of another form.
     """
     facts = read_facts(file)
+    if not is_uid(facts.study) or not is_uid(facts.instance):
+        raise Unreadable(
+            "the UIDs of the instance or its study are not digits and single dots, at most 64 characters; correct them in the source",
+            format="DICOM",
+            field="StudyInstanceUID",
+        )
     return facts.study, facts.instance
+
+
+def is_uid(text: str) -> bool:
+    """Whether a text has the form of a UID (PS3.5, 9.1), but for leading zeros."""
+    return len(text) <= MAX_UID and re.fullmatch(UID, text) is not None
 
 
 def _read(file: BinaryIO | Path) -> Any:
@@ -72,9 +88,10 @@ def _read(file: BinaryIO | Path) -> Any:
     try:
         if isinstance(file, Path):
             with file.open("rb") as opened:
-                return read_partial(opened, stop_when=lambda tag, vr, length: tag > LAST_TAG)
+                return _read(opened)
         file.seek(0)
-        return read_partial(file, stop_when=lambda tag, vr, length: tag > LAST_TAG)
+        # Longer elements are skipped, because a private one may be larger than the memory.
+        return read_partial(file, stop_when=lambda tag, vr, length: tag > LAST_TAG, defer_size=MAX_ELEMENT)
     except OSError:
         raise
     except Exception as error:
@@ -82,4 +99,5 @@ def _read(file: BinaryIO | Path) -> Any:
 
 
 def _text(dataset: Any, name: str) -> str:
-    return str(dataset.get(name) or "")[:MAX_TEXT].strip("\0 ")
+    # Of a UID that is too long one character more stays, by which it is recognized.
+    return str(dataset.get(name) or "")[: MAX_TEXT + 1].strip("\0 ")

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
+import shutil
 import ssl
 import tempfile
 from collections.abc import Awaitable, Callable
@@ -10,10 +12,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, Self
 
 from server.dicom.config import DicomConfig, NodeTable, Rule
-from server.dicom.instance import read_facts
-from server.dicom.spool import Series, Spool
+from server.dicom.instance import Facts, read_facts
+from server.dicom.spool import Key, Series, Spool
 from server.dicom.store_scu import silence
-from server.errors import CallerError, Misconfigured, UnetppError, Unreadable
+from server.errors import Misconfigured, TooLarge, UnetppError, Unreadable, UnsupportedType
 from server.segment.request import SegmentParams
 from server.settings import LimitsSettings
 
@@ -21,6 +23,11 @@ log = logging.getLogger(__name__)
 
 # Seconds after which a series that could not become a job is tried again.
 RETRY_S = 60.0
+# Seconds after which the loop goes on that makes jobs, if it has failed.
+RESTART_S = 5.0
+# Folder of instances that are arriving, in that of series; as it is none, it is removed at the start.
+INCOMING = "incoming"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # Associations at once; one more is rejected, and the sender tries again.
 MAX_ASSOCIATIONS = 20
 # Statuses of C-STORE (PS3.4 B.2.3).
@@ -76,7 +83,14 @@ class Node:
             Misconfigured: the port is in use, or a certificate cannot be read.
         """
         self._loop = asyncio.get_running_loop()
-        self._spool = Spool(self._folder, self._node.quiet_s)
+        node = self._node
+        self._spool = Spool(self._folder, node.quiet_s)
+        if node.host not in LOOPBACK and not node.callers and not node.tls_ca:
+            log.warning(
+                "every program that reaches %s:%d may send series to the DICOM node; name its callers, or set tls_ca",
+                node.host,
+                node.port,
+            )
         self._server = await asyncio.to_thread(self._listen)
         self._task = asyncio.create_task(self._work())
         log.info("DICOM node %s listens on %s:%d", self._node.aet, self._node.host, self.port)
@@ -84,7 +98,7 @@ class Node:
 
     async def __aexit__(self, *_: object) -> None:
         """Hangs up and stops; what is on disk stays there."""
-        await asyncio.to_thread(self._entity.shutdown)
+        await asyncio.to_thread(self._shut)
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
@@ -94,12 +108,18 @@ class Node:
         return int(self._server.socket.getsockname()[1])
 
     def _listen(self) -> Any:
-        from pynetdicom import AE, AllStoragePresentationContexts, _config, evt
+        from pynetdicom import AE, AllStoragePresentationContexts, _config, dimse_messages, evt
         from pynetdicom.sop_class import Verification
 
         silence()
         # To a file, as it comes, because an instance may be larger than the memory.
         _config.STORE_RECV_CHUNKED_DATASET = True
+        # Its name there, because pynetdicom has no setting for the folder: what a crash leaves in that of
+        # temporary files would stay there.
+        incoming = self._folder / INCOMING
+        incoming.mkdir(mode=0o700, exist_ok=True)
+        make_file = functools.partial(tempfile.NamedTemporaryFile, dir=incoming)
+        dimse_messages.NamedTemporaryFile = make_file
         node = self._node
         entity = self._entity = AE(ae_title=node.aet)
         entity.require_called_aet = True
@@ -113,7 +133,8 @@ class Node:
         handlers = [
             (evt.EVT_C_ECHO, lambda event: SUCCESS),
             (evt.EVT_C_STORE, self._store),
-            (evt.EVT_CONN_CLOSE, self._hang_up),
+            (evt.EVT_RELEASED, self._hang_up),
+            (evt.EVT_CONN_CLOSE, _remove_half),
         ]
         try:
             tls = _server_context(node)
@@ -123,6 +144,14 @@ class Node:
                 f"the DICOM node cannot listen on {node.host}:{node.port}: {error.strerror or error}",
                 parameter="node",
             ) from error
+
+    def _shut(self) -> None:
+        from pynetdicom import _config, dimse_messages
+
+        self._entity.shutdown()
+        dimse_messages.NamedTemporaryFile = tempfile.NamedTemporaryFile
+        _config.STORE_RECV_CHUNKED_DATASET = False
+        shutil.rmtree(self._folder / INCOMING, ignore_errors=True)
 
     def _store(self, event: Any) -> int:
         """Answers C-STORE, in a thread of the association."""
@@ -139,11 +168,21 @@ class Node:
         facts = read_facts(path)
         caller = event.assoc.requestor.ae_title.strip()
         called = event.assoc.acceptor.primitive.called_ae_title.strip()
+        key = caller, called, facts.study, facts.series
+        status = OUT_OF_RESOURCES
+        try:
+            status = self._keep_in(key, path, facts, event.assoc)
+        finally:
+            if status != SUCCESS:
+                self._spool.refuse(key, facts.instance)
+        return status
+
+    def _keep_in(self, key: Key, path: Path, facts: Facts, sender: object) -> int:
+        caller, called, *_ = key
         rule = self._config.choose(facts.rule_facts | {"caller": caller, "called": called})
         if rule is None:
             log.warning("no rule fits a series that %s sends to %s; it is refused", caller, called)
             return NO_RULE
-        key = caller, called, facts.study, facts.series
         size = path.stat().st_size
         count, used = self._spool.find(key)
         too_large = (
@@ -159,7 +198,7 @@ class Node:
             )
             return OUT_OF_RESOURCES
         with path.open("rb") as file:
-            self._spool.add(key, _plan(rule, self._node), facts.instance, file, event.assoc)
+            self._spool.add(key, _plan(rule, self._node), facts.instance, file, sender)
         self._wake()
         return SUCCESS
 
@@ -175,16 +214,30 @@ class Node:
     async def _work(self) -> None:
         """Makes jobs of the series that are complete."""
         while True:
-            self._arrived.clear()
-            for series in self._spool.take_complete():
-                await self._accept(series)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._spool.next_s()):
-                    await self._arrived.wait()
+            try:
+                self._arrived.clear()
+                for series in self._spool.take_complete():
+                    await self._accept(series)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._spool.next_s()):
+                        await self._arrived.wait()
+            except Exception:
+                # Instances are acknowledged meanwhile, so it must go on.
+                log.exception("the DICOM node makes no jobs for %g s", RESTART_S)
+                await asyncio.sleep(RESTART_S)
 
     async def _accept(self, series: Series) -> None:
         """Makes a job of a series, now or later. Never raises, because other series wait."""
         short = series.id[:8]
+        if series.refused:
+            log.warning(
+                "a series from %s with %d instances is dropped, because %d instances of it were refused and did not come again",
+                series.key[0],
+                len(series.instances),
+                series.refused,
+            )
+            await asyncio.to_thread(self._spool.discard, series)
+            return
         try:
             params = SegmentParams.parse(series.plan["params"])
             await asyncio.to_thread(self._spool.seal, series)
@@ -192,17 +245,27 @@ class Node:
                 await asyncio.to_thread(self._spool.write_zip, series, file)
                 file.seek(0)
                 await self._submit(file, params, series.plan["forward"], series.id)
-        except CallerError as error:
+        except (Unreadable, TooLarge, UnsupportedType) as error:
             log.warning(
                 "a series from %s is dropped, because it cannot be segmented: %s", series.key[0], error
             )
         except Exception:
+            # Also of a model that is gone: what was acknowledged is kept until the operator has mended it.
             log.exception("series %s is no job yet; tried again in %g s", short, RETRY_S)
             self._spool.put_back(series, RETRY_S)
             return
         else:
             log.info("series from %s with %d instances: job %s", series.key[0], len(series.instances), short)
         await asyncio.to_thread(self._spool.discard, series)
+
+
+def _remove_half(event: Any) -> None:
+    """Removes the file of an instance that was arriving when its connection ended."""
+    message = event.assoc.dimse.message
+    file = getattr(message, "_data_set_file", None)
+    if file is not None:
+        file.close()
+        Path(file.name).unlink(missing_ok=True)
 
 
 def _plan(rule: Rule, node: NodeTable) -> dict[str, Any]:

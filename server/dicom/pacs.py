@@ -7,14 +7,12 @@ from typing import BinaryIO
 
 from server.dicom import store_scu
 from server.dicom.config import SETTING, DicomConfig
-from server.dicom.instance import read_uids
+from server.dicom.instance import MAX_UID, UID, read_uids
 from server.dicom.web import WebClient
 from server.errors import InvalidParameter
 from server.settings import DicomSettings, LimitsSettings
 
-UID = r"[0-9]+(?:\.[0-9]+)*"
 SOURCE = re.compile(rf"(?P<name>[^/]*)/(?P<study>{UID})(?:/(?P<series>{UID}))?")
-MAX_UID = 64
 
 
 class DicomPacs:
@@ -60,7 +58,7 @@ class DicomPacs:
 
         Raises:
             PacsUnavailable: it may be possible later.
-            PacsRefused, InvalidParameter: it will not.
+            PacsRefused, InvalidParameter, Unreadable: it will not.
         """
         if "@" in destination:
             await asyncio.to_thread(store_scu.send, destination, file, self._config.node, self._settings)

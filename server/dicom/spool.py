@@ -36,6 +36,7 @@ class Series:
         senders: associations that have sent instances and are open.
         instances: names of the files of instances.
         bytes: size of all instances.
+        refused: instances that were refused and did not come again; known when it is complete.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Series:
     senders: set[object] = field(default_factory=set)
     instances: set[str] = field(default_factory=set)
     bytes: int = 0
+    refused: int = 0
 
 
 class Spool:
@@ -63,6 +65,7 @@ class Spool:
         self._clock = clock
         self._lock = threading.Lock()
         self._series: dict[Key, Series] = {}
+        self._refused: dict[Key, tuple[float, set[str]]] = {}
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for path in sorted(folder.iterdir()):
             self._load(path)
@@ -110,9 +113,24 @@ class Spool:
                 if size and _name(instance) not in series.instances:
                     series.bytes += size
                     series.instances.add(_name(instance))
+                if size and key in self._refused:
+                    self._refused[key][1].discard(_name(instance))
+
+    def refuse(self, key: Key, instance: str) -> None:
+        """Notes that an instance was not kept, without which its series is not complete."""
+        with self._lock:
+            now = self._clock()
+            # Of series of which nothing was kept, for no longer than an open one may pause.
+            over = now - self._quiet_s * OPEN_FACTOR
+            for old in [
+                one for one, (at, _) in self._refused.items() if at < over and one not in self._series
+            ]:
+                del self._refused[old]
+            names = self._refused[key][1] if key in self._refused else set()
+            self._refused[key] = now, names | {_name(instance)}
 
     def hang_up(self, sender: object) -> None:
-        """Notes that an association is over."""
+        """Notes that an association was released. After one that was lost, more may come."""
         with self._lock:
             for series in self._series.values():
                 series.senders.discard(sender)
@@ -124,6 +142,7 @@ class Spool:
             complete = [one for one in self._series.values() if not one.writing and self._due(one) <= now]
             for series in complete:
                 del self._series[series.key]
+                series.refused = len(self._refused.pop(series.key, (0.0, set()))[1])
             return complete
 
     def next_s(self) -> float | None:
@@ -156,7 +175,7 @@ class Spool:
     def discard(self, series: Series) -> None:
         """Removes a series, which is a job now or never will be one."""
         # Its description first, without which what is left is removed at the next start.
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             (self._folder / series.id / SERIES).unlink()
         shutil.rmtree(self._folder / series.id, ignore_errors=True)
 

@@ -23,8 +23,8 @@ def send(destination: str, file: BinaryIO, node: NodeTable | None, settings: Dic
         settings: time limits.
 
     Raises:
-        PacsUnavailable: the node is away, or refuses the association.
-        PacsRefused: it does not take such instances, or not this one.
+        PacsUnavailable: the node is away, refuses the association, or does not take such instances.
+        PacsRefused: it does not take this one.
     """
     import pydicom
 
@@ -57,7 +57,8 @@ def _associate(destination: str, dataset: Any, node: NodeTable | None, settings:
         raise _unavailable(destination, why, settings)
     if association.rejected_contexts and not association.accepted_contexts:
         association.abort()
-        raise _refused(destination, "does not take such instances")
+        # It may be configured meanwhile, and the segmentation is not lost.
+        raise _unavailable(destination, "does not take such instances", settings)
     if not association.is_established:
         raise _unavailable(destination, "cannot be reached", settings)
     return association

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import ssl
 import uuid
@@ -11,14 +12,16 @@ from typing import Any, BinaryIO
 import httpx
 
 from server.dicom.config import WebServer
+from server.dicom.instance import is_uid
 from server.dicom.series_writer import NotComplete, SeriesWriter
-from server.errors import InvalidParameter, PacsRefused, PacsUnavailable
+from server.errors import InvalidParameter, PacsRefused, PacsUnavailable, StoreBroken, StoreFull
 from server.settings import DicomSettings, LimitsSettings
 
 JSON = {"Accept": "application/dicom+json"}
 # As the instances are kept, without decompressing and compressing them again.
 INSTANCES = {"Accept": 'multipart/related; type="application/dicom"; transfer-syntax=*'}
 SERIES, MODALITY, COUNT, FAILED, REASON = "0020000E", "00080060", "00201209", "00081198", "00081197"
+INSTANCE = "00080018"
 # Of series that hold no pictures, or answers of programs as ours.
 NO_PICTURES = ("SEG", "SR", "PR", "KO", "DOC", "RTSTRUCT", "RTPLAN", "RTDOSE", "REG", "AU", "ECG", "HD")
 MAX_LISTED = 20
@@ -27,6 +30,10 @@ MAX_JSON = 16 * 1024 * 1024
 COPY_BYTES = 256 * 1024
 # Statuses after which the same request may succeed later.
 LATER = (206, 408, 425, 429, 500, 502, 503, 504)
+# Of an exchange that stores what has been worked for, and the operator can still correct the credentials.
+DENIED = (401, 403)
+# Compressed answers are refused, because their size says nothing about the memory that they take.
+PLAIN = {"Accept-Encoding": "identity"}
 # Failure reasons of STOW-RS from 0xA700 to 0xA7FF mean that resources are short (PS3.18 I.2.2).
 OUT_OF_RESOURCES = 0xA7
 
@@ -65,10 +72,10 @@ class WebClient:
             series, expected = await self._find(client, study, series)
             path = f"/studies/{study}/series/{series}"
             async with client.stream("GET", path, headers=INSTANCES) as answer:
-                self._check(answer.status_code, "the series")
+                self._check(answer, "the series")
                 media_type = answer.headers.get("content-type", "")
                 with SeriesWriter(file, media_type, self._limits, add_bytes) as writer:
-                    async for chunk in answer.aiter_bytes():
+                    async for chunk in self._pieces(answer):
                         await asyncio.to_thread(writer.feed, chunk)
                     await asyncio.to_thread(writer.finish)
         if writer.count < expected:
@@ -83,7 +90,8 @@ class WebClient:
             file: instance as a DICOM file, at its start.
 
         Raises:
-            PacsUnavailable, PacsRefused: it was not stored, as far as is known.
+            PacsUnavailable: it was not stored, as far as is known, and may be later.
+            PacsRefused: it will not.
         """
         before, after, kind = _frame(uuid.uuid4().hex)
         size = len(before) + file.seek(0, 2) + len(after)
@@ -96,7 +104,7 @@ class WebClient:
             body = _one_part(before, file, after)
             async with client.stream("POST", f"/studies/{study}", content=body, headers=headers) as answer:
                 if answer.status_code not in (200, 202, 409):
-                    self._check(answer.status_code, "to store the segmentation")
+                    self._check(answer, "to store the segmentation", DENIED)
                 reason = _failure(await self._read_json(answer), answer.status_code)
             if reason is None or await self._has(client, study, instance):
                 return
@@ -132,23 +140,24 @@ class WebClient:
                 actual=len(pictures),
                 unit="series",
             )
+        if not is_uid(pictures[0][0]):
+            raise self._unavailable("gave a list that cannot be read")
         return pictures[0][0], pictures[0][2]
 
     async def _has(self, client: httpx.AsyncClient, study: str, instance: str) -> bool:
-        return bool(
-            await self._query(
-                client, f"/studies/{study}/instances", {"SOPInstanceUID": instance}, missing=True
-            )
-        )
+        query = {"SOPInstanceUID": instance, "includefield": INSTANCE}
+        rows = await self._query(client, f"/studies/{study}/instances", query, storing=True)
+        # Compared here, because a server may ignore the filter and list others.
+        return any(_word(row, INSTANCE) == instance for row in rows)
 
     async def _query(
-        self, client: httpx.AsyncClient, path: str, query: dict[str, str], *, missing: bool = False
+        self, client: httpx.AsyncClient, path: str, query: dict[str, str], *, storing: bool = False
     ) -> list[dict[str, Any]]:
-        """The rows of QIDO-RS; with `missing`, none where the server does not know the study."""
+        """The rows of QIDO-RS; while `storing`, none where the server does not know the study."""
         async with client.stream("GET", path, params=query, headers=JSON) as answer:
-            if answer.status_code == 204 or (missing and answer.status_code == 404):
+            if answer.status_code == 204 or (storing and answer.status_code == 404):
                 return []
-            self._check(answer.status_code, "the study")
+            self._check(answer, "the study", DENIED if storing else ())
             rows = await self._read_json(answer)
         if not isinstance(rows, list):
             raise self._unavailable("gave a list that cannot be read")
@@ -159,16 +168,33 @@ class WebClient:
 
         Raises:
             PacsUnavailable: it is too long.
+            PacsRefused: it is compressed.
         """
-        body = b""
-        async for chunk in answer.aiter_bytes():
+        body = bytearray()
+        async for chunk in self._pieces(answer):
             body += chunk
             if len(body) > MAX_JSON:
                 raise self._unavailable(f"gave a list of more than {MAX_JSON:,} bytes")
         try:
             return json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
+
+    async def _pieces(self, answer: httpx.Response) -> AsyncIterator[bytes]:
+        """Yields the bytes of an answer as they come.
+
+        Raises:
+            PacsRefused: they are compressed.
+        """
+        encoding = answer.headers.get("content-encoding", "identity")
+        if encoding.strip().lower() != "identity":
+            raise PacsRefused(
+                f"the PACS {self._name!r} sends compressed answers, which are not read; the operator turns off the compression "
+                "of DICOMweb there or in the proxy before it",
+                value=self._name,
+            )
+        async for chunk in answer.aiter_raw():
+            yield chunk
 
     @contextlib.asynccontextmanager
     async def _connect(self) -> AsyncIterator[httpx.AsyncClient]:
@@ -176,19 +202,26 @@ class WebClient:
 
         Raises:
             PacsUnavailable, PacsRefused: the server cannot be reached, or not be trusted.
+            StoreFull, StoreBroken: a file on the disk of this server cannot be read or written.
         """
         settings, server = self._settings, self._server
+        try:
+            arguments = _credentials(server) | {"verify": ssl.create_default_context(cafile=server.ca_file)}
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or type(error).__name__
+            raise self._unavailable(
+                f"is not asked, because this server cannot read the files of its credentials or ca_file ({why})"
+            ) from error
         try:
             async with (
                 asyncio.timeout(settings.exchange_s),
                 httpx.AsyncClient(
                     base_url=server.address,
                     timeout=httpx.Timeout(settings.idle_s, connect=settings.connect_s),
-                    verify=ssl.create_default_context(cafile=server.ca_file),
                     # Neither proxies nor passwords that the operator has not named here, and no other address.
                     trust_env=False,
                     follow_redirects=False,
-                    **_credentials(server),
+                    **arguments,
                 ) as client,
             ):
                 yield client
@@ -204,15 +237,22 @@ class WebClient:
                 ) from error
             raise self._unavailable(f"cannot be reached ({type(error).__name__})") from error
         except OSError as error:
-            raise self._unavailable(f"cannot be called ({error.strerror})") from error
+            # Those of the network are errors of httpx.
+            raise _disk_error(error) from error
 
-    def _check(self, status: int, what: str) -> None:
+    def _check(self, answer: httpx.Response, what: str, later: tuple[int, ...] = ()) -> None:
         """Checks the status of an answer.
+
+        Args:
+            answer: the answer.
+            what: subject of the request, for errors.
+            later: statuses that may pass, too.
 
         Raises:
             PacsUnavailable: the request may succeed later.
             PacsRefused: it will not.
         """
+        status = answer.status_code
         if status == 200:
             return
         if status in LATER:
@@ -222,6 +262,8 @@ class WebClient:
             403: "its user may not do that; the operator corrects its rights",
             404: "check the UIDs of source, and whether the study has arrived",
         }.get(status, "its log should say more")
+        if status in later:
+            raise self._unavailable(f"refuses {what} with {status}: {remedy}", actual=status)
         raise PacsRefused(
             f"the PACS {self._name!r} refuses {what} with {status}: {remedy}",
             value=self._name,
@@ -243,10 +285,20 @@ class WebClient:
 def _credentials(server: WebServer) -> dict[str, Any]:
     """The arguments of a client, read each time because files of secrets are replaced."""
     if server.token_file:
-        return {"headers": {"Authorization": f"Bearer {server.token_file.read_text('utf-8').strip()}"}}
+        return {
+            "headers": PLAIN | {"Authorization": f"Bearer {server.token_file.read_text('utf-8').strip()}"}
+        }
     if server.user and server.password_file:
-        return {"auth": httpx.BasicAuth(server.user, server.password_file.read_text("utf-8").rstrip("\r\n"))}
-    return {}
+        password = server.password_file.read_text("utf-8").rstrip("\r\n")
+        return {"headers": PLAIN, "auth": httpx.BasicAuth(server.user, password)}
+    return {"headers": PLAIN}
+
+
+def _disk_error(error: OSError) -> StoreFull | StoreBroken:
+    """The error of a file that cannot be read or written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreFull("the disk for temporary files is full; the operator makes room on it")
+    return StoreBroken(f"a temporary file cannot be used: {error.strerror}")
 
 
 def _is_distrusted(error: BaseException | None) -> bool:

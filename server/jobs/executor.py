@@ -128,10 +128,12 @@ class JobExecutor:
 
     def _pause_s(self, active: ActiveJob, error: Exception) -> float | None:
         """Seconds after which a job that met an error goes on; None where it has failed."""
-        if isinstance(error, PacsUnavailable):
+        disk = isinstance(error, StoreBroken | StoreFull)
+        spec = active.job.spec
+        # Also where the disk has no room for what is fetched; later, `_retry_until_disk_ok` waits.
+        if isinstance(error, PacsUnavailable) or (disk and (spec.source or spec.destination)):
             return self._pacs.pause_s(active.postponed, self._store.age_s(active.job))
-        # The disk has no room for what is fetched; where there is more to say, `_retry_until_disk_ok` waits.
-        return self._disk_retry_s if isinstance(error, StoreBroken | StoreFull) else None
+        return self._disk_retry_s if disk else None
 
     async def _segment(self, active: ActiveJob) -> Job:
         """Makes the preview, if one is due and not there from an earlier run, and then the result."""

@@ -9,8 +9,9 @@ from server.jobs.job import JobSpec
 from server.segment.request import SegmentParams, Upload
 from server.segment.service import SegmentationService
 
-# Formats that a PACS takes; the first is that of requests that name none.
-STORED_FORMATS = ("dicomseg", "dicomseg.labelmap", "dicomseg.fractional", "dicomsr")
+# Formats that a PACS takes; the first is that of requests that name none. Not `dicomsr`, because it refers to an
+# instance of `dicomseg` that would not be there.
+STORED_FORMATS = ("dicomseg", "dicomseg.labelmap", "dicomseg.fractional")
 
 
 async def make_spec(
@@ -26,7 +27,7 @@ async def make_spec(
     Raises:
         CallerError: the request is wrong, or could never be done.
     """
-    params = _storable(params) if destination else params
+    params = storable(params) if destination else params
     target = service.registry.resolve(params)
     if (upload.reference or preview) and await service.is_batch(upload):
         raise InvalidParameter(
@@ -56,7 +57,7 @@ def make_fetched_spec(
     Raises:
         CallerError: the request is wrong, whatever its input is.
     """
-    params = _storable(params) if destination else params
+    params = storable(params) if destination else params
     spec = _spec(service, params, "", accept)
     return replace(spec, preview=preview and spec.level != 1, source=source, destination=destination)
 
@@ -74,7 +75,7 @@ def _spec(service: SegmentationService, params: SegmentParams, name: str, accept
     )
 
 
-def _storable(params: SegmentParams) -> SegmentParams:
+def storable(params: SegmentParams) -> SegmentParams:
     """The parameters, with a format that a PACS takes.
 
     Raises:
@@ -83,7 +84,7 @@ def _storable(params: SegmentParams) -> SegmentParams:
     names = encode.split(params.format or STORED_FORMATS[0])
     if len(names) != 1 or names[0] not in STORED_FORMATS:
         raise InvalidParameter(
-            f"format={params.format!r:.60} is not what a PACS stores; with store=true give one of {', '.join(STORED_FORMATS)}, or none",
+            f"format={params.format!r:.60} is not what a PACS stores; with store=true give one of {', '.join(STORED_FORMATS)}, or none. A report (dicomsr) refers to a segmentation, and is in the answer alone: format=dicomseg,dicomsr without store",
             parameter="format",
             value=(params.format or "")[:60],
             allowed=[*STORED_FORMATS],

@@ -38,6 +38,10 @@ class FakeWeb:
         port: its TCP port.
         more_series: further rows of the list of series.
         listing: the whole list, as bytes.
+        other_instances: UIDs that every list of instances has, whatever it was asked for.
+        encoding: Content-Encoding of answers, whose bytes are not changed.
+        encoded: end of their paths.
+        query_status: status of lists of instances.
     """
 
     instances: list[bytes] = field(default_factory=list)
@@ -54,6 +58,10 @@ class FakeWeb:
     port: int = 0
     more_series: list[dict[str, Any]] = field(default_factory=list)
     listing: bytes = b""
+    other_instances: list[str] = field(default_factory=list)
+    encoding: str | None = None
+    encoded: str = "/series"
+    query_status: int = 200
 
     @property
     def address(self) -> str:
@@ -74,8 +82,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, text in {"Content-Type": kind, "Content-Length": f"{len(body)}", **headers}.items():
             self.send_header(name, text)
-        self.end_headers()
+        self.end()
         self.wfile.write(body)
+
+    def end(self) -> None:
+        if self.fake.encoding and urlsplit(self.path).path.endswith(self.fake.encoded):
+            self.send_header("Content-Encoding", self.fake.encoding)
+        self.end_headers()
 
     def do_GET(self) -> None:
         path = urlsplit(self.path)
@@ -91,7 +104,10 @@ class Handler(BaseHTTPRequestHandler):
             rows = [row, *self.fake.more_series] if asked == [SERIES] else []
             self.answer(200, self.fake.listing or json.dumps(rows).encode())
         elif tail == f"/studies/{STUDY}/instances":
-            self.answer(200, json.dumps([{}] if self.fake.stored else []).encode())
+            uid = parse_qs(path.query)["SOPInstanceUID"][0]
+            there = [uid] if any(uid.encode() in body for body in self.fake.stored) else []
+            rows = [{"00080018": value(one)} for one in [*self.fake.other_instances, *there]]
+            self.answer(self.fake.query_status, json.dumps(rows).encode())
         elif tail == f"/studies/{STUDY}/series/{SERIES}":
             self.bring()
         else:
@@ -111,7 +127,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", 'multipart/related; type="application/dicom"; boundary="b1"')
         self.send_header("Content-Length", f"{len(body)}")
-        self.end_headers()
+        self.end()
         with contextlib.suppress(OSError):
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()

@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import io
 import ssl
+import tempfile
 import time
+import tracemalloc
 import zipfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -15,8 +17,18 @@ import pytest
 from server.dicom import node as module
 from server.dicom import store_scu
 from server.dicom.config import DicomConfig, NodeTable, parse_config
+from server.dicom.instance import read_facts
 from server.dicom.node import Node
-from server.errors import PacsRefused, PacsUnavailable, StoreFull, Unreadable
+from server.dicom.spool import Spool
+from server.errors import (
+    InvalidParameter,
+    PacsRefused,
+    PacsUnavailable,
+    StoreFull,
+    TooLarge,
+    UnknownModel,
+    Unreadable,
+)
 from server.segment.request import SegmentParams
 from server.settings import DicomSettings, LimitsSettings
 from tests.server.dicom.series import SIZE, write_series
@@ -32,6 +44,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 CT = "1.2.840.10008.5.1.4.1.1.2"
 SEG = "1.2.840.10008.5.1.4.1.1.66.4"
 ECHO = "1.2.840.10008.1.1"
+ALL = "0.0.0.0"  # noqa: S104 - what operators may write
 
 
 class Jobs:
@@ -108,6 +121,152 @@ async def test_series_becomes_one_job(tmp_path: Path) -> None:
     assert list((tmp_path / "arriving").iterdir()) == []
 
 
+def begin(table: NodeTable, paths: list[Path]) -> Any:
+    """An association that has sent some files, and is open."""
+    entity = pynetdicom.AE(ae_title="CT1")
+    entity.add_requested_context(CT)
+    association = entity.associate("127.0.0.1", table.port, ae_title="UNETPP")
+    for path in paths:
+        assert association.send_c_store(pydicom.dcmread(path)).Status == 0
+    return association
+
+
+@pytest.mark.parametrize("end", ["abort", "lost"])
+async def test_connection_that_is_lost_is_no_end_of_a_series(tmp_path: Path, end: str) -> None:
+    """Half a series is no job; when it is sent again, there is one."""
+    jobs, paths = Jobs(), write_series(tmp_path / "series")
+    async with running(tmp_path, jobs, config_of({"quiet_s": 0.5})) as table:
+        association = await asyncio.to_thread(begin, table, paths[:4])
+        if end == "abort":
+            await asyncio.to_thread(association.abort)
+        else:
+            association.dul.socket.close()
+        await asyncio.sleep(2)
+        assert jobs.accepted == []
+        assert await asyncio.to_thread(send, table, paths) == [0] * (1 + SIZE[2])
+        await jobs.wait()
+    assert [count for count, *_ in jobs.accepted] == [SIZE[2]]
+
+
+async def test_series_of_which_an_instance_was_refused_is_no_job(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    jobs, paths, room = Jobs(), write_series(tmp_path / "series"), [True, True, False]
+    config = config_of()
+    async with running(tmp_path, jobs, config, lambda size: not room or room.pop(0)) as table:
+        statuses = await asyncio.to_thread(send, table, paths)
+        assert statuses == [0, 0, 0, module.OUT_OF_RESOURCES] + [0] * (SIZE[2] - 3)
+        await asyncio.sleep(2)
+        assert jobs.accepted == []
+        assert "1 instances of it were refused" in caplog.text
+        # Sent again, it is complete.
+        assert await asyncio.to_thread(send, table, paths) == [0] * (1 + SIZE[2])
+        await jobs.wait()
+    assert [count for count, *_ in jobs.accepted] == [SIZE[2]]
+    assert list((tmp_path / "arriving").iterdir()) == []
+
+
+def send_half(table: NodeTable, path: Path) -> None:
+    """Aborts in the middle of an instance."""
+    association = begin(table, [])
+    sent = association.dul.send_pdu
+    count = 0
+
+    def send_pdu(pdu: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 4:
+            time.sleep(1)
+            association.abort()
+        if count < 4:
+            sent(pdu)
+
+    association.dul.send_pdu = send_pdu
+    dataset = pydicom.dcmread(path)
+    dataset.add_new(0x00091010, "OB", bytes(300_000))
+    with contextlib.suppress(RuntimeError, ValueError):
+        association.send_c_store(dataset)
+
+
+async def test_instance_that_ends_early_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (elsewhere := tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+    arriving, seen = tmp_path / "arriving", False
+    paths = write_series(tmp_path / "series")
+    async with running(tmp_path, Jobs(), config_of()) as table:
+        sending = asyncio.create_task(asyncio.to_thread(send_half, table, paths[0]))
+        while not sending.done():
+            seen = seen or any(arriving.rglob("tmp*.dcm"))
+            assert list(elsewhere.iterdir()) == []
+            await asyncio.sleep(0.05)
+        await sending
+        await asyncio.sleep(1)
+        assert seen
+        assert [*arriving.rglob("tmp*.dcm")] == [*elsewhere.iterdir()] == []
+
+
+async def test_instance_of_a_killed_server_is_removed_at_the_start(tmp_path: Path) -> None:
+    left = tmp_path / "arriving" / module.INCOMING / "tmp1.dcm"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"Doe^Jane")
+    async with running(tmp_path, Jobs(), config_of()):
+        assert not left.exists()
+
+
+async def test_node_survives_what_it_does_not_expect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "RESTART_S", 0.1)
+    take, failures = Spool.take_complete, [ValueError("bug")]
+
+    def fail(spool: Spool) -> Any:
+        if failures:
+            raise failures.pop()
+        return take(spool)
+
+    monkeypatch.setattr(Spool, "take_complete", fail)
+    jobs = Jobs()
+    async with running(tmp_path, jobs, config_of()) as table:
+        await asyncio.to_thread(send, table, write_series(tmp_path / "series"))
+        await jobs.wait()
+    assert [count for count, *_ in jobs.accepted] == [SIZE[2]]
+    assert "bug" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("more", "warned"),
+    [
+        ({"host": ALL}, True),
+        ({"host": ALL, "callers": ["CT1"]}, False),
+        ({"host": "127.0.0.1"}, False),
+    ],
+)
+async def test_node_that_all_may_call_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, more: dict[str, Any], warned: bool
+) -> None:
+    async with running(tmp_path, Jobs(), config_of(more)):
+        assert ("callers" in caplog.text) == warned
+
+
+def test_long_element_is_not_read_into_the_memory(tmp_path: Path) -> None:
+    dataset = pydicom.dcmread(write_series(tmp_path)[0])
+    dataset.add_new(0x00091010, "OB", bytes(64 * 1024 * 1024))
+    path = tmp_path / "long.dcm"
+    pydicom.dcmwrite(path, dataset, implicit_vr=False, little_endian=True)
+    del dataset
+    tracemalloc.start()
+    try:
+        facts = read_facts(path)
+        with path.open("rb") as file:
+            assert read_facts(file) == facts
+        assert tracemalloc.get_traced_memory()[1] < 8 * 1024 * 1024
+    finally:
+        tracemalloc.stop()
+    assert (facts.study, facts.series) == ("1.2.826.1", "1.2.826.1.1")
+
+
 async def test_restart_takes_up_what_was_acknowledged(tmp_path: Path) -> None:
     jobs, paths, config = Jobs(), write_series(tmp_path / "series"), config_of({"quiet_s": 600})
     async with running(tmp_path, jobs, config) as table:
@@ -118,7 +277,9 @@ async def test_restart_takes_up_what_was_acknowledged(tmp_path: Path) -> None:
     assert jobs.accepted[0][0] == SIZE[2]
 
 
-@pytest.mark.parametrize("error", [StoreFull("full"), ValueError("bug")])
+@pytest.mark.parametrize(
+    "error", [StoreFull("full"), ValueError("bug"), UnknownModel("gone"), InvalidParameter("no level")]
+)
 async def test_series_that_is_no_job_yet_is_tried_again(
     tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,9 +293,10 @@ async def test_series_that_is_no_job_yet_is_tried_again(
     assert [count for count, *_ in jobs.accepted] == [SIZE[2]]
 
 
-async def test_series_that_cannot_be_segmented_is_dropped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [Unreadable("no"), TooLarge("no")])
+async def test_series_that_cannot_be_segmented_is_dropped(tmp_path: Path, error: Exception) -> None:
     jobs = Jobs()
-    jobs.errors = [Unreadable("no")]
+    jobs.errors = [error]
     async with running(tmp_path, jobs, config_of()) as table:
         await asyncio.to_thread(send, table, write_series(tmp_path / "series"))
         await jobs.wait()
@@ -216,7 +378,7 @@ SETTINGS = DicomSettings(connect_s=5, idle_s=10)
         (0xB000, (CT,), None),
         (0xA700, (CT,), PacsUnavailable),
         (0xC123, (CT,), PacsRefused),
-        (0x0000, (SEG,), PacsRefused),
+        (0x0000, (SEG,), PacsUnavailable),
     ],
 )
 def test_answer_of_the_destination_decides(

@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from server.errors import Misconfigured
 from tests.server.dicom.fake_web import SERIES, STUDY, FakeWeb, fake_web
 from tests.server.dicom.series import check_answer, write_series
 from tests.support.files import GOOD
@@ -85,6 +87,14 @@ def test_wrong_request_is_refused(
 def test_unknown_name_lists_the_names(client: httpx.Client, problem: Callable[..., Any]) -> None:
     fields = problem(client.post("/jobs", params={"source": "pacs/1.2.3"}), 422)
     assert fields.allowed == ["main", "other"]
+
+
+@pytest.mark.parametrize("name", ["dicomsr", "mask"])
+def test_rule_whose_answer_no_pacs_takes_ends_the_start(tmp_path: Path, name: str) -> None:
+    config = tmp_path / "pacs.toml"
+    config.write_text(f'[node]\nforward = "A@127.0.0.1:1"\n[[rules]]\nformat = "{name}"\n')
+    with pytest.raises(Misconfigured, match="rule 1"):
+        fake_app(changes={"dims": 3}, dicom={"config": config})
 
 
 def test_server_without_pacs_has_no_source(problem: Callable[..., Any]) -> None:

@@ -68,6 +68,53 @@ def test_another_association_holds_a_series_open(spool: Spool, clock: ManualCloc
     assert len(spool.take_complete()) == 1
 
 
+def test_refused_instance_marks_its_series(spool: Spool, clock: ManualClock) -> None:
+    other = (*KEY[:3], "1.2.4")
+    spool.refuse(KEY, "1.1")
+    for key in (KEY, other):
+        add(spool, "1.2", key)
+    spool.refuse(KEY, "1.3")
+    spool.hang_up("a")
+    clock.advance(5)
+    assert {series.key: series.refused for series in spool.take_complete()} == {KEY: 2, other: 0}
+    # What comes afterwards is another one.
+    add(spool, "1.2")
+    spool.hang_up("a")
+    clock.advance(5)
+    assert [series.refused for series in spool.take_complete()] == [0]
+
+
+def test_refused_instance_that_arrives_later_is_forgiven(spool: Spool, clock: ManualClock) -> None:
+    add(spool, "1.1")
+    spool.refuse(KEY, "1.2")
+    add(spool, "1.2")
+    spool.hang_up("a")
+    clock.advance(5)
+    assert [series.refused for series in spool.take_complete()] == [0]
+
+
+def test_refused_series_without_an_instance_is_forgotten(spool: Spool, clock: ManualClock) -> None:
+    for number in range(100):
+        spool.refuse((*KEY[:3], f"{number}"), "1.1")
+        clock.advance(5)
+    assert len(spool._refused) <= OPEN_FACTOR + 1
+
+
+def test_disk_that_fails_discards_nothing_and_says_nothing(
+    spool: Spool, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(spool, "1.1")
+    spool.hang_up("a")
+    clock.advance(5)
+    (series,) = spool.take_complete()
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "no")
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    spool.discard(series)
+
+
 def test_series_are_separate(spool: Spool, clock: ManualClock) -> None:
     add(spool, "1.1")
     add(spool, "2.1", ("CT1", "UNETPP", "1.2", "1.2.4"))

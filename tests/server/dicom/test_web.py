@@ -1,6 +1,9 @@
 """DICOMweb against a server that misbehaves: limits while reading, what is tried again, what is never stored twice."""
 
+import errno
+import gzip
 import io
+import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +13,20 @@ import pytest
 
 from server.dicom.config import parse_config
 from server.dicom.pacs import DicomPacs
-from server.errors import InvalidParameter, PacsRefused, PacsUnavailable, StoreFull, TooLarge
+from server.errors import (
+    InvalidParameter,
+    PacsRefused,
+    PacsUnavailable,
+    StoreBroken,
+    StoreFull,
+    TooLarge,
+    Unreadable,
+)
 from server.settings import DicomSettings, LimitsSettings
 from tests.server.dicom.fake_web import SERIES, STUDY, FakeWeb, fake_web, value
 from tests.server.dicom.series import write_series
 
-pytest.importorskip("pydicom")
+pydicom = pytest.importorskip("pydicom")
 
 SOURCE = f"main/{STUDY}/{SERIES}"
 
@@ -138,6 +149,67 @@ async def test_list_that_cannot_be_read_may_come_later(web: FakeWeb, data: bytes
         await fetch(pacs_of(web))
 
 
+async def test_list_of_any_depth_is_no_list(web: FakeWeb) -> None:
+    web.listing = b"[" * 100_000
+    with pytest.raises(PacsUnavailable, match="cannot be read"):
+        await fetch(pacs_of(web))
+
+
+async def test_compressed_answer_is_not_expanded(web: FakeWeb) -> None:
+    """Some hundred bytes would become 200 MiB, of which no limit knows before they are in the memory."""
+    bomb = bytes(200 * 1024 * 1024)
+    for _ in range(2):
+        bomb = gzip.compress(bomb, 9)
+    assert len(bomb) < 10_000
+    web.listing, web.encoding = bomb, "gzip, gzip"
+    with pytest.raises(PacsRefused, match="compressed"):
+        await fetch(pacs_of(web))
+    ((_, headers),) = web.seen
+    assert headers["Accept-Encoding"] == "identity"
+
+
+async def test_compressed_instances_are_refused(web: FakeWeb) -> None:
+    web.encoding, web.encoded = "deflate", f"/{SERIES}"
+    with pytest.raises(PacsRefused, match="compressed"):
+        await fetch(pacs_of(web))
+    assert len(web.seen) == 2
+
+
+async def test_compressed_answer_to_storing_is_refused(web: FakeWeb, paths: list[Path]) -> None:
+    web.encoding, web.encoded = "gzip", f"/studies/{STUDY}"
+    with pytest.raises(PacsRefused, match="compressed"):
+        await pacs_of(web).send("main", opened(paths))
+
+
+@pytest.mark.parametrize("uid", ["..", ".", "1..2", "1." * 40])
+async def test_uid_of_a_list_is_one_before_it_is_asked_for(web: FakeWeb, uid: str) -> None:
+    web.listing = json.dumps([{"0020000E": value(uid), "00080060": value("CT")}]).encode()
+    with pytest.raises(PacsUnavailable, match="cannot be read"):
+        await fetch(pacs_of(web), f"main/{STUDY}")
+    assert len(web.seen) == 1
+
+
+async def test_own_files_are_not_blamed_on_the_pacs(web: FakeWeb, tmp_path: Path) -> None:
+    server = {"user": "u", "password_file": tmp_path / "missing"}
+    with pytest.raises(PacsUnavailable, match="this server cannot read") as caught:
+        await fetch(pacs_of(web, server))
+    assert "cannot be called" not in str(caught.value)
+
+    class Full(io.BytesIO):
+        def write(self, data: Any, /) -> int:
+            raise OSError(errno.ENOSPC, "no space")
+
+    with pytest.raises(StoreFull):
+        await pacs_of(web).fetch(SOURCE, Full(), lambda size: None)
+
+    class Broken(io.BytesIO):
+        def write(self, data: Any, /) -> int:
+            raise OSError(errno.EIO, "broken")
+
+    with pytest.raises(StoreBroken):
+        await pacs_of(web).fetch(SOURCE, Broken(), lambda size: None)
+
+
 async def test_server_that_is_away_may_return() -> None:
     away = FakeWeb(port=9)
     with pytest.raises(PacsUnavailable):
@@ -181,6 +253,46 @@ async def test_instance_is_stored_once(web: FakeWeb, paths: list[Path]) -> None:
     (body,) = web.stored
     assert paths[0].read_bytes() in body
     await pacs.send("main", opened(paths))
+    assert len(web.stored) == 1
+
+
+async def test_other_instances_are_not_taken_for_this_one(web: FakeWeb, paths: list[Path]) -> None:
+    """A server may ignore a filter that it does not know."""
+    web.other_instances = ["1.2.3", "1.2.826.1.1.100"]
+    await pacs_of(web).send("main", opened(paths))
+    assert len(web.stored) == 1
+    await pacs_of(web).send("main", opened(paths))
+    assert len(web.stored) == 1
+
+
+@pytest.mark.parametrize("name", ["StudyInstanceUID", "SOPInstanceUID"])
+@pytest.mark.parametrize("uid", ["../../x?y=1#", "1.2/3", "1..2", "1.2\n3", "1" * 65])
+@pytest.mark.filterwarnings("ignore:.*")
+async def test_uids_of_an_instance_are_uids_before_they_are_an_address(
+    web: FakeWeb, paths: list[Path], name: str, uid: str
+) -> None:
+    dataset = pydicom.dcmread(paths[0])
+    dataset.add_new(name, "UI", "1.2.3")
+    dataset[name]._value = pydicom.uid.UID(uid, validation_mode=0)
+    file = io.BytesIO()
+    pydicom.dcmwrite(file, dataset)
+    with pytest.raises(Unreadable):
+        await pacs_of(web).send("main", cast("BinaryIO", file))
+    assert web.seen == []
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_segmentation_waits_until_it_may_be_stored(
+    web: FakeWeb, paths: list[Path], status: int
+) -> None:
+    """The work of a job is not lost to a password that is replaced."""
+    web.query_status = status
+    with pytest.raises(PacsUnavailable, match="the operator corrects"):
+        await pacs_of(web).send("main", opened(paths))
+    web.query_status, web.store_statuses = 200, [status]
+    with pytest.raises(PacsUnavailable, match="the operator corrects"):
+        await pacs_of(web).send("main", opened(paths))
+    await pacs_of(web).send("main", opened(paths))
     assert len(web.stored) == 1
 
 

@@ -160,6 +160,16 @@ async def test_disk_that_is_full_is_waited_for(bench: Bench) -> None:
         assert (await finished(runner)).job.state == "done"
 
 
+async def test_disk_that_stays_full_ends_the_job(bench: Bench) -> None:
+    pacs = FakePacs()
+    pacs.fetch_errors, pacs.gives_up = [StoreFull("full")], True
+    async with runner_of(bench, pacs) as runner:
+        status = await finished(runner)
+        assert status.job.problem
+        assert status.job.problem["code"] == "StoreFull"
+    assert pacs.pauses == [0]
+
+
 async def test_job_that_waits_for_its_pacs_lets_others_pass_and_can_be_cancelled(bench: Bench) -> None:
     class Slow(FakePacs):
         def pause_s(self, tries: int, age_s: float) -> float | None:
@@ -194,7 +204,7 @@ async def test_restart_goes_on_where_the_job_was(bench: Bench) -> None:
     assert (pacs.fetched, len(pacs.sent), len(bench.service.requests)) == ([], 1, 1)
 
 
-@pytest.mark.parametrize("name", ["mask", "json", "dicomseg,json"])
+@pytest.mark.parametrize("name", ["mask", "json", "dicomseg,json", "dicomsr"])
 async def test_pacs_stores_dicom_alone(bench: Bench, name: str) -> None:
     async with runner_of(bench, FakePacs()) as runner:
         with pytest.raises(InvalidParameter) as caught:
