@@ -69,7 +69,11 @@ def test_openapi_describes_every_parameter_and_error(small: httpx.Client) -> Non
     segment, jobs = paths["/segment"]["post"], paths["/jobs"]["post"]
     of_segment, of_jobs = ({p["name"] for p in operation["parameters"]} for operation in (segment, jobs))
     assert {"mode", "level", "model", "precision", "format", "X-Deadline-Ms"} <= of_segment
-    assert of_jobs == of_segment - {"deadline_ms", "min_level", "X-Deadline-Ms"} | {"preview"}
+    assert of_jobs == of_segment - {"deadline_ms", "min_level", "X-Deadline-Ms"} | {
+        "preview",
+        "source",
+        "store",
+    }
     assert {"200", "404", "406", "413", "415", "422", "429", "500", "503"} <= segment["responses"].keys()
     assert {"multipart/form-data", "application/zip"} <= segment["requestBody"]["content"].keys()
     assert {path for path in paths if path.startswith("/jobs")} == {
