@@ -100,7 +100,9 @@ def test_node_killed_between_arrival_and_answer(tmp_path: Path) -> None:
                 # Another one would come within this time.
                 time.sleep(3)
         check(pacs, accepted)
-        assert not list((tmp_path / "jobs" / "arriving").iterdir())
+        # No series is left, and no piece of an instance.
+        left = [path for path in (tmp_path / "jobs" / "arriving").rglob("*") if path.name != "incoming"]
+        assert not left
 
 
 def test_node_killed_while_a_series_arrives_keeps_what_it_has_acknowledged(tmp_path: Path) -> None:
