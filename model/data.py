@@ -128,9 +128,11 @@ class Split:
                 image = (
                     read_image(sample.image, channels) if dims == 2 else read_volume(sample.image, spacing)
                 )
-                label = read_label(sample.label, classes, spacing)
-                if self.numbers is not None:
+                if self.numbers is None:
+                    label = read_label(sample.label, classes, spacing)
+                else:
                     self.numbers.append(read_numbers(sample.label, spacing))
+                    label = (self.numbers[-1] > 0).astype(np.uint8)
                 apart = misplaced(sample) if dims == 3 else ""
             except DataError as error:
                 wrong.append(str(error))
@@ -173,7 +175,7 @@ class RandMixChannelsd(RandomizableTransform):  # type: ignore[misc]
     """
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
-        """`data` with another "image" (C, h, w[, d])."""
+        """Returns `data` with another "image" (C, h, w[, d])."""
         self.randomize(None)
         image = data["image"]
         if not self._do_transform:
@@ -265,7 +267,7 @@ class Tiles(Dataset[Tile]):
     def __init__(
         self, split: Split, config: DataConfig, seed: int, dims: int = 2, channels: tuple[str, ...] = ()
     ) -> None:
-        """Args: `channels` names the channels of objects, for which `split` must be numbered."""
+        """Prepares the draws; `channels` names the channels of objects, for which `split` must be numbered."""
         self._split = split
         self._seed = seed
         self._epoch = 0

@@ -149,6 +149,11 @@ def _in_mm(volume: Any) -> NDArray[np.float64]:
     return affine
 
 
+def _label_map(path: Path, spacing: tuple[float, float, float] | None) -> NDArray[Any]:
+    """(H, W[, D]) values of an image, or of a NIfTI volume (by its name), as stored."""
+    return _voxels(path, spacing, "nearest") if path.name.endswith(SUFFIXES[3]) else read_array(path)
+
+
 def read_label(
     path: Path, classes: int, spacing: tuple[float, float, float] | None = None
 ) -> NDArray[np.uint8]:
@@ -162,9 +167,7 @@ def read_label(
     Raises:
         DataError: the file cannot be read, or holds no class indices.
     """
-    label: NDArray[Any] = (
-        _voxels(path, spacing, "nearest") if path.name.endswith(SUFFIXES[3]) else read_array(path)
-    )
+    label = _label_map(path, spacing)
     if classes > 1 and not 0 <= label.min(initial=0) <= label.max(initial=0) <= 255:
         raise DataError(
             f"{path.parent.name}/{path.name}: values from {label.min()} to {label.max()} are no class indices"
@@ -188,9 +191,7 @@ def read_numbers(path: Path, spacing: tuple[float, float, float] | None = None) 
     Raises:
         DataError: the file cannot be read, or holds no whole numbers from 0 to 2**24.
     """
-    label: NDArray[Any] = (
-        _voxels(path, spacing, "nearest") if path.name.endswith(SUFFIXES[3]) else read_array(path)
-    )
+    label = _label_map(path, spacing)
     # Up to where float32 counts, in which tiles are turned.
     if not 0 <= label.min(initial=0) <= label.max(initial=0) <= 2**24 or (label != np.round(label)).any():
         raise DataError(
