@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from server.imaging.encode import negotiate
-from tests.server.imaging.dicom_series import ORIENTATIONS, instances
+from tests.server.imaging.dicom_series import ORIENTATIONS, file_of, instances
 from tests.support.files import nifti_bytes, volume_of
 from tests.support.server import serving
 from tests.support.service import fake_app
@@ -32,16 +32,7 @@ def series(orientation: str, voxels: np.ndarray = VOXELS, **fields: Any) -> byte
     with zipfile.ZipFile(out, "w") as archive:
         heads = instances(voxels.shape, ORIENTATIONS[orientation], **fields)  # type: ignore[arg-type]
         for k in np.random.default_rng(0).permutation(len(heads)):
-            dataset, file = heads[k], io.BytesIO()
-            dataset.BitsAllocated = dataset.BitsStored = 8
-            dataset.HighBit, dataset.PixelRepresentation, dataset.SamplesPerPixel = 7, 0, 1
-            dataset.PhotometricInterpretation = "MONOCHROME2"
-            dataset.PixelData = np.ascontiguousarray(voxels[:, :, k].T).tobytes()
-            dataset["PixelData"].VR = "OB"
-            dataset.file_meta = pydicom.dataset.FileMetaDataset()
-            dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-            pydicom.dcmwrite(file, dataset, enforce_file_format=True)
-            archive.writestr(f"{k * 37 % 101}.bin", file.getvalue())
+            archive.writestr(f"{k * 37 % 101}.bin", file_of(heads[k], voxels[:, :, k]))
     return out.getvalue()
 
 

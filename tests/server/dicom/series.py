@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.server.imaging.dicom_series import ORIENTATIONS, instances
+from tests.server.imaging.dicom_series import ORIENTATIONS, file_of, instances
 
 SIZE = (14, 20, 9)
 
@@ -17,8 +17,6 @@ def voxels_of(seed: int) -> np.ndarray:
 
 def write_series(folder: Path, seed: int = 1, **fields: Any) -> list[Path]:
     """Writes a series whose UIDs follow from its number: study 1.2.826.N, series 1.2.826.N.1."""
-    import pydicom
-
     folder.mkdir(parents=True, exist_ok=True)
     voxels, paths = voxels_of(seed), []
     study = f"1.2.826.{seed}"
@@ -29,16 +27,9 @@ def write_series(folder: Path, seed: int = 1, **fields: Any) -> list[Path]:
     } | fields
     for k, dataset in enumerate(instances(SIZE, ORIENTATIONS["oblique"], **fields)):
         dataset.SOPInstanceUID = f"{study}.1.{k + 1}"
-        dataset.BitsAllocated = dataset.BitsStored = 8
-        dataset.HighBit, dataset.PixelRepresentation, dataset.SamplesPerPixel = 7, 0, 1
-        dataset.PhotometricInterpretation = "MONOCHROME2"
-        dataset.PixelData = np.ascontiguousarray(voxels[:, :, k].T).tobytes()
-        dataset["PixelData"].VR = "OB"
-        dataset.file_meta = pydicom.dataset.FileMetaDataset()
-        dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
         # In an order that says nothing.
         paths.append(folder / f"{k * 37 % 101:03}.dcm")
-        pydicom.dcmwrite(paths[-1], dataset, enforce_file_format=True)
+        paths[-1].write_bytes(file_of(dataset, voxels[:, :, k]))
     return sorted(paths)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,6 +82,22 @@ def instances(
             setattr(dataset, name, value)
         series.append(dataset)
     return series
+
+
+def file_of(dataset: Any, plane: np.ndarray) -> bytes:
+    """A DICOM file of a header and of its pixels (columns, rows), uint8."""
+    import pydicom
+
+    dataset.BitsAllocated = dataset.BitsStored = 8
+    dataset.HighBit, dataset.PixelRepresentation, dataset.SamplesPerPixel = 7, 0, 1
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    dataset.PixelData = np.ascontiguousarray(plane.T).tobytes()
+    dataset["PixelData"].VR = "OB"
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    file = io.BytesIO()
+    pydicom.dcmwrite(file, dataset, enforce_file_format=True)
+    return file.getvalue()
 
 
 def multi_frame(size: tuple[int, int, int], orientation: Sequence[float], *, reverse: bool = False) -> Any:
