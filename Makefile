@@ -61,7 +61,7 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP) install --constraint constraints.txt pip
 	@$(INSTALL) "$$(grep '^torch==' constraints.txt)"
 	@$(UNINSTALL) $(OTHER_$(RUNTIME))
-	@$(INSTALL) --editable '.[$(RUNTIME),dicom,otel,train,docs,dev]'
+	@$(INSTALL) --editable '.[$(RUNTIME),dicom,cluster,ray,otel,train,docs,dev]'
 	@rm -f $(VENV)/.installed-* && touch $@ $(VENV)/.installed-$(RUNTIME)
 
 # On a machine with an NVIDIA GPU; writes gpu-check.md, which can be attached to an issue.
