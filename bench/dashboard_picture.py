@@ -43,7 +43,7 @@ MAX_PIXELS = 200_000
 
 PICTURES = {
     "dashboard": ("Service level", "Levels", "Quality"),
-    "dashboard_capacity": ("Where the time goes", "Capacity", "Health"),
+    "dashboard_capacity": ("Where the time goes", "Capacity", "Health", "Replicas"),
 }
 
 

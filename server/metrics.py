@@ -62,6 +62,8 @@ class ModelInfo:
         engines: (graph, precision, engine, provider, "true" where `auto` picks it, reason: "settings",
             "tuning" or "rule").
         calibrated: (graph, precision, engine, IoU, Dice, seconds) in the manifest.
+        tuning_key: 16 digits of what a tuning depends on: bundle, class of machine, engine versions, threads.
+        tuned: whether a stored tuning is used.
     """
 
     model: str
@@ -71,6 +73,8 @@ class ModelInfo:
     classes: tuple[str, ...]
     engines: tuple[tuple[str, str, str, str, str, str], ...]
     calibrated: tuple[tuple[str, str, str, float, float, float], ...]
+    tuning_key: str
+    tuned: bool
 
 
 class Metrics:
@@ -130,6 +134,12 @@ class Metrics:
             "Requests that were served at a shallower level than requested, as their min_level allowed, by the reason: the "
             "deadline, or the load.",
             ("model", "requested_level", "served_level", "reason"),
+        )
+        self.level_deficit = self._counter(
+            "unetpp_level_deficit",
+            "Levels by which answers were shallower than requested, added up. Per answer it is what the load costs in depth while "
+            "the queue stays short: scale on it.",
+            ("model",),
         )
         self.pixels = self._counter(
             "unetpp_pixels",
@@ -204,6 +214,13 @@ class Metrics:
         )
         labels = ("model", "graph", "precision", "engine", "provider", "auto", "selected_by")
         self.instances = Rows(self._gauge("unetpp_model_instance_info", instances, labels))
+        engines = (
+            "1 for each graph, with what must be the same on all replicas so that they give the same bytes: precision and engine "
+            "of precision=auto, whether a stored tuning is used, and 16 digits of the bundle, class of machine, engine versions "
+            "and threads that it depends on."
+        )
+        labels = ("model", "graph", "precision", "engine", "provider", "tuned", "tuning_key")
+        self.engines = Rows(self._gauge("unetpp_engine_info", engines, labels))
         self.instances_open = self._gauge(
             "unetpp_model_instances_open", "Graphs that are open; the others open at first use."
         )
@@ -265,10 +282,20 @@ class Metrics:
         self._models = models
 
     def _show_instances(self, models: Iterable[ModelInfo]) -> None:
-        self.instances.show({(info.model, *row): 1 for info in models for row in info.engines})
+        served = list(models)
+        self.instances.show({(info.model, *row): 1 for info in served for row in info.engines})
+        self.engines.show(
+            {
+                (info.model, *row[:4], str(info.tuned).lower(), info.tuning_key): 1
+                for info in served
+                for row in info.engines
+                if row[4] == "true"
+            }
+        )
 
     def _create_series(self, info: ModelInfo) -> None:
         model = info.model
+        self.level_deficit.labels(model)
         for mode, level, graph in info.routes:
             self.batches.labels(graph)
             self.fill.labels(graph)

@@ -20,6 +20,7 @@ GROUPS = {
         "unetpp_refusals",
         "unetpp_cancellations",
         "unetpp_degraded",
+        "unetpp_level_deficit",
     ),
     "Queue and batches": (
         "unetpp_queue",
@@ -30,7 +31,7 @@ GROUPS = {
         "unetpp_windows",
     ),
     "Jobs": ("unetpp_jobs",),
-    "Models and state": ("unetpp_model", "unetpp_bundle", "unetpp_ready", "unetpp_stopping", "unetpp_reload"),
+    "Models and state": ("unetpp_model", "unetpp_engine", "unetpp_bundle", "unetpp_ready", "unetpp_stopping", "unetpp_reload"),
     "Quality: calibrated": ("unetpp_calibrated",),
     "Quality: reference": ("unetpp_reference",),
     "Quality: agreement": ("unetpp_agreement",),

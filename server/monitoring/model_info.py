@@ -38,4 +38,6 @@ def _describe(name: str, deployment: Deployment) -> ModelInfo:
         calibrated=tuple(
             (row.graph, row.precision, row.engine, row.iou, row.dice, row.latency_ms / 1e3) for row in rows
         ),
+        tuning_key=deployment.tuning_key.digest,
+        tuned=deployment.tuning is not None,
     )

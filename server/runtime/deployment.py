@@ -11,7 +11,7 @@ from server.runtime.bundle import ACCURATE, MANIFEST, Bundle, Graph, Manifest, r
 from server.runtime.engines import Engine
 from server.runtime.machine import Machine, read_machine
 from server.runtime.selection import Candidate, Choice, Selection, select
-from server.runtime.tuning import Tuning, find_tuning
+from server.runtime.tuning import Tuning, TuningKey, find_tuning
 from server.settings import BatchingSettings, RuntimeSettings
 
 # Memory of an open graph: its weights in fp32, once more as the engine packs them, and the engine's own
@@ -141,6 +141,11 @@ class Deployment:
     def threads(self) -> int:
         """Threads of one graph run."""
         return self._runtime.threads or self._machine.cores
+
+    @functools.cached_property
+    def tuning_key(self) -> TuningKey:
+        """Bundle, class of machine and settings that a tuning of this deployment is valid for."""
+        return TuningKey.of(self.bundle, self._machine, self._runtime.threads)
 
     @property
     def provider_is_fixed(self) -> bool:

@@ -60,11 +60,14 @@ class TuningKey(_Part):
         )
 
     @property
+    def digest(self) -> str:
+        """16 digits of the key's SHA-256."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
     def file_name(self) -> str:
-        """Name of the file that holds the tuning: 16 digits of the key's SHA-256."""
-        return (
-            hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:16] + ".json"
-        )
+        """Name of the file that holds the tuning."""
+        return f"{self.digest}.json"
 
 
 class TuningRow(_Part):

@@ -254,6 +254,7 @@ class SegmentationService:
         if ticket.degraded:
             levels = (f"{requested.level}", f"{target.level}")
             self.metrics.degraded.labels(target.model, *levels, ticket.degraded).inc()
+            self.metrics.level_deficit.labels(target.model).inc(requested.level - target.level)
         # What a caller does with a mask tells nothing of how good the level is.
         if response.overlaps and not params.changes_mask:
             named = {c.name: response.overlaps[c.value] for c in target.manifest.classes}

@@ -23,6 +23,8 @@ def model_info(model: str = "a", **changes: Any) -> ModelInfo:
         "classes": ("x", "y"),
         "engines": (ENGINE,),
         "calibrated": (("L2", "fp32", "openvino", 0.8, 0.9, 0.01),),
+        "tuning_key": "fedcba9876543210",
+        "tuned": False,
     }
     return ModelInfo(model, 2, "0123456789abcdef" * 4, **rows | changes)
 
