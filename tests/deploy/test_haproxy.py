@@ -1,0 +1,191 @@
+"""A real HAProxy with the committed configuration, before two real servers: one is killed, one is stopped, and no request is lost."""
+
+import contextlib
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+
+import httpx
+import numpy as np
+import pytest
+
+from client import Client
+from tests.conftest import ROOT
+from tests.docker.conftest import compose
+from tests.server.processes import PICTURE, PIXELS, Launcher, ServerProcess, count_ok, held_port, launching
+from tests.support.files import mask_of, picture_bytes
+from tests.support.server import until
+
+CONFIG = (ROOT / "deploy" / "haproxy.cfg").read_text()
+CALLERS = 4
+
+
+@dataclass
+class Fleet:
+    """Two servers behind HAProxy."""
+
+    url: str
+    servers: list[ServerProcess]
+    launchers: list[Launcher]
+    ops: list[int]
+
+    def start(self, index: int) -> None:
+        """Starts a server again, at its address."""
+        self.servers[index] = self.launchers[index](ops_port=str(self.ops[index]), drain_s="3")
+
+    def post(self) -> httpx.Response:
+        """Sends one request, without a retry of the client."""
+        return httpx.post(f"{self.url}/segment?level=1", content=PICTURE, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def binary() -> str:
+    """Path of HAProxy."""
+    path = shutil.which("haproxy")
+    if path is None:
+        pytest.skip("needs haproxy")
+    return path
+
+
+@pytest.fixture(scope="module")
+def forks(binary: str) -> Iterator[list["subprocess.Popen[str]"]]:
+    """Processes that fork a server each, so that imports happen once."""
+    with launching() as first, launching() as second:
+        yield [first, second]
+
+
+@pytest.fixture
+def fleet(binary: str, forks: list["subprocess.Popen[str]"], tmp_path: Path) -> Iterator[Fleet]:
+    """Two servers, and HAProxy with the committed file and their addresses."""
+    with contextlib.ExitStack() as stack:
+        launchers, ops, text = [], [], CONFIG
+        door = stack.enter_context(held_port())
+        for fork, name in zip(forks, ("one", "two"), strict=True):
+            (tmp_path / name).mkdir()
+            launchers.append(stack.enter_context(contextlib.closing(Launcher(fork, tmp_path / name))))
+            ops.append(stack.enter_context(held_port()))
+        fleet = Fleet(f"http://127.0.0.1:{door}", [None, None], launchers, ops)  # type: ignore[list-item]
+        for index, (name, host) in enumerate((("one", "server"), ("two", "server-two"))):
+            fleet.start(index)
+            address = f"server {name} 127.0.0.1:{fleet.servers[index].port} port {ops[index]}"
+            assert f"server {name} {host}:8000\n" in text
+            text = text.replace(f"server {name} {host}:8000\n", f"{address}\n")
+        text = text.replace("bind :8000", f"bind 127.0.0.1:{door}")
+        (tmp_path / "haproxy.cfg").write_text(text)
+        with (tmp_path / "log").open("w") as log:
+            process = stack.enter_context(
+                subprocess.Popen([binary, "-f", str(tmp_path / "haproxy.cfg")], stdout=log, stderr=log)
+            )
+            stack.callback(process.terminate)
+            until(lambda: process.poll() is not None or _answers(fleet.url))
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            yield fleet
+
+
+def _answers(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{url}/models").status_code == 200
+    return False
+
+
+def test_a_server_is_killed_and_one_is_stopped_and_no_request_is_lost(fleet: Fleet) -> None:
+    enough = Event()
+    answered = [0] * CALLERS
+
+    def call(number: int) -> None:
+        with Client(fleet.url, retries=50, timeout_s=60) as client:
+            while not enough.is_set():
+                mask = client.segment(PICTURE, level=1).mask
+                assert np.array_equal(mask, PIXELS.mean() < PIXELS)
+                answered[number] += 1
+
+    def answers(more: int) -> None:
+        before = sum(answered)
+        until(lambda: sum(answered) > before + more or any(one.done() for one in running))
+
+    with ThreadPoolExecutor(CALLERS) as pool:
+        running = [pool.submit(call, number) for number in range(CALLERS)]
+        try:
+            answers(20)
+            fleet.servers[0].kill(signal.SIGKILL)
+            fleet.servers[0].wait()
+            answers(20)
+            fleet.start(0)
+            until(lambda: _requests(fleet.servers[0]) > 0 or any(one.done() for one in running))
+            fleet.servers[1].kill(signal.SIGTERM)
+            fleet.servers[1].ended_well()
+            answers(20)
+        finally:
+            enough.set()
+        for one in running:
+            one.result()
+    assert count_ok(fleet.servers[1]) > 0
+
+
+def test_a_refused_connection_is_tried_at_the_other_server(fleet: Fleet) -> None:
+    """Before the health check has noticed, and without a retry of the client."""
+    fleet.servers[0].kill(signal.SIGKILL)
+    fleet.servers[0].wait()
+    answers = [fleet.post() for _ in range(6)]
+    assert [one.status_code for one in answers] == [200] * 6
+    assert all(np.array_equal(mask_of(one.content), PIXELS.mean() < PIXELS) for one in answers)
+
+
+def test_both_servers_give_the_same_bytes(fleet: Fleet) -> None:
+    rng = np.random.default_rng(19)
+    for _ in range(20):
+        body = picture_bytes(rng.integers(0, 256, (48, 64), dtype=np.uint8))
+        urls = [one.url for one in fleet.servers] + [fleet.url]
+        answers = [httpx.post(f"{url}/segment?level=1", content=body) for url in urls]
+        assert [one.status_code for one in answers] == [200] * 3
+        assert len({one.content for one in answers}) == 1
+    # HAProxy has sent some to each.
+    assert all(20 < _requests(one) < 40 for one in fleet.servers)
+
+
+def test_a_caller_who_leaves_frees_the_server(fleet: Fleet) -> None:
+    for index in (0, 1):
+        fleet.servers[index].kill(signal.SIGKILL)
+        fleet.servers[index].wait()
+        fleet.servers[index] = fleet.launchers[index]("gated", ops_port=str(fleet.ops[index]))
+    until(lambda: _answers(fleet.url))
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{fleet.url}/segment?level=1", content=PICTURE, timeout=1)
+    until(lambda: all(one.in_flight() == 0 for one in fleet.servers))
+
+
+def _requests(server: ServerProcess) -> int:
+    lines = httpx.get(f"{server.ops}/metrics").text.splitlines()
+    ok = [line for line in lines if line.startswith("unetpp_requests_total{") and 'outcome="ok"' in line]
+    return sum(int(float(line.split()[-1])) for line in ok)
+
+
+def test_haproxy_accepts_the_file(binary: str, tmp_path: Path) -> None:
+    """Without the names of Compose, which do not resolve here."""
+    (tmp_path / "haproxy.cfg").write_text(re.sub(r"server(-two)?:8000", "127.0.0.1:8000", CONFIG))
+    done = subprocess.run(
+        [binary, "-c", "-f", str(tmp_path / "haproxy.cfg")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+
+
+def test_only_what_was_not_worked_on_is_tried_again() -> None:
+    assert re.findall(r"^\s*retry-on (.*)$", CONFIG, re.MULTILINE) == ["conn-failure 503"]
+    # Bodies of hundreds of megabytes pass through.
+    assert "http-buffer-request" not in CONFIG
+
+
+def test_servers_are_those_of_compose() -> None:
+    services = compose()["services"]
+    names = re.findall(r"^\s*server \w+ ([\w-]+):8000$", CONFIG, re.MULTILINE)
+    assert set(names) == set(services["haproxy"]["depends_on"])
+    assert "UNETPP_HTTP__OPS_PORT=9000" in (ROOT / "docker" / "serve.Dockerfile").read_text()
+    assert "check port 9000 " in CONFIG
+    assert "./deploy/haproxy.cfg:/usr/local/etc/haproxy/haproxy.cfg:ro,z" in services["haproxy"]["volumes"]
