@@ -5,7 +5,6 @@ The golden files are what tests read, so that they need no helm; where there is 
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,6 @@ def main() -> None:
         if done.returncode:
             raise SystemExit(done.stderr)
         (GOLDEN / f"{name}.yaml").write_text(done.stdout)
-        print(f"wrote {name}.yaml", file=sys.stderr)
 
 
 if __name__ == "__main__":

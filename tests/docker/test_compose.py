@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 from tests.docker.conftest import COMPOSE_FILES, compose
 
 SERVICES = compose()["services"]
-READ_ONLY = ("./docker/", "${BUNDLES:-./bundles}:")
+READ_ONLY = ("./docker/", "./deploy/", "${BUNDLES:-./bundles}:")
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -32,7 +32,7 @@ def test_service_is_confined(name: str) -> None:
     for volume in service["volumes"]:
         source = volume.split(":")[0]
         assert source in compose()["volumes"] or (volume.startswith(READ_ONLY) and volume.endswith(":ro,z"))
-        assert not source.startswith("./") or (ROOT / source).is_dir()
+        assert not source.startswith("./") or (ROOT / source).exists()
 
 
 def test_server_mounts_bundles_and_keeps_jobs_and_tuning() -> None:
@@ -41,7 +41,23 @@ def test_server_mounts_bundles_and_keeps_jobs_and_tuning() -> None:
         "${BUNDLES:-./bundles}:/bundles:ro,z", "work:/var/lib/unetpp", "tuning:/var/lib/unetpp/tuning",
     ]  # fmt: skip
     assert SERVICES["server"]["ports"] == ["127.0.0.1:8000:8000"]
-    assert set(compose()["volumes"]) == {"work", "tuning", "metrics", "grafana"}
+    assert set(compose()["volumes"]) == {"work", "work-two", "tuning", "metrics", "grafana"}
+
+
+def test_profile_two_is_a_second_server_with_jobs_of_its_own_behind_haproxy() -> None:
+    assert {name for name, service in SERVICES.items() if service.get("profiles")} == {
+        "server-two",
+        "haproxy",
+    }
+    one, two = SERVICES["server"], SERVICES["server-two"]
+    differ = {key for key in one.keys() | two.keys() if one.get(key) != two.get(key)}
+    assert differ == {"profiles", "ports", "volumes", "deploy"}
+    assert two["volumes"] == [line.replace("work:", "work-two:") for line in one["volumes"]]
+    # A GPU of its own.
+    (device,) = two["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "device_ids": ["1"], "capabilities": ["gpu"]}
+    assert two["ports"] == []
+    assert SERVICES["haproxy"]["ports"] == ["127.0.0.1:8080:8000"]
 
 
 def test_server_may_finish_before_it_is_killed() -> None:
@@ -58,7 +74,8 @@ def test_gpu_is_reserved_and_must_work() -> None:
 
 def test_cpu_override_removes_the_gpu_and_nothing_else() -> None:
     override = compose("docker-compose.cpu.yml")["services"]
-    assert override.keys() == {"server"}
+    assert override.keys() == {"server", "server-two"}
+    assert override["server"] == override["server-two"]
     assert override["server"].keys() == {"image", "build", "environment", "deploy"}
     assert override["server"]["deploy"] is None
     assert override["server"]["environment"] == {"UNETPP_RUNTIME__PROVIDER": "cpu"}
@@ -71,6 +88,10 @@ def test_keys_override_publishes_the_port_only_with_keys() -> None:
         "UNETPP_AUTH__INSECURE": "false",
         "UNETPP_AUTH__KEYS_FILE": "/run/keys/keys",
     }
+    two = compose("docker-compose.keys.yml")["services"]["server-two"]
+    assert two == {key: value for key, value in server.items() if key != "ports"}
+    haproxy = compose("docker-compose.keys.yml")["services"]["haproxy"]
+    assert haproxy == {"ports": ["${PUBLISH:-127.0.0.1}:8080:8000"]}
 
 
 @pytest.mark.parametrize("file", COMPOSE_FILES)
@@ -97,17 +118,20 @@ def test_docker_compose_merges_the_files(overrides: list[str], monkeypatch: pyte
     monkeypatch.setenv("KEYS_FOLDER", "/keys")
     monkeypatch.setenv("PUBLISH", "0.0.0.0")  # noqa: S104
     done = subprocess.run(
-        ["docker", "compose", *files, "config", "--format=json"], capture_output=True, text=True, check=True
+        ["docker", "compose", *files, "--profile=two", "config", "--format=json"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     services = json.loads(done.stdout)["services"]
-    addresses = {port.get("host_ip") for service in services.values() for port in service["ports"]}
+    addresses = {port.get("host_ip") for service in services.values() for port in service.get("ports", ())}
     assert addresses == ({"127.0.0.1", "0.0.0.0"} if "keys" in overrides else {"127.0.0.1"})  # noqa: S104
-    server = services["server"]
-    assert ("deploy" in server) == ("cpu" not in overrides)
-    assert server["image"].endswith("-cpu") == ("cpu" in overrides)
-    assert server["environment"]["UNETPP_AUTH__INSECURE"] == ("false" if "keys" in overrides else "true")
-    writable = {volume["target"] for volume in server["volumes"] if not volume.get("read_only")}
-    assert writable == {"/var/lib/unetpp", "/var/lib/unetpp/tuning"}
+    for server in (services["server"], services["server-two"]):
+        assert ("deploy" in server) == ("cpu" not in overrides)
+        assert server["image"].endswith("-cpu") == ("cpu" in overrides)
+        assert server["environment"]["UNETPP_AUTH__INSECURE"] == ("false" if "keys" in overrides else "true")
+        writable = {volume["target"] for volume in server["volumes"] if not volume.get("read_only")}
+        assert writable == {"/var/lib/unetpp", "/var/lib/unetpp/tuning"}
 
 
 def test_grafana_sends_nothing_to_the_internet() -> None:

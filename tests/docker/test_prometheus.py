@@ -16,12 +16,14 @@ def test_rules_select_series_that_exist(file: str) -> None:
         assert selected_names(rule["expr"]) <= live_names(), rule
 
 
-def test_scrape_target_is_the_ops_port_of_compose() -> None:
+def test_scrape_targets_are_the_ops_ports_of_compose() -> None:
     (job,) = prometheus_file("prometheus.yml")["scrape_configs"]
     (target,) = job["static_configs"][0]["targets"]
-    host, port = target.split(":")
-    assert host in compose()["services"]
-    assert f"UNETPP_HTTP__OPS_PORT={port}" in (DOCKER / "serve.Dockerfile").read_text()
+    (second,) = job["dns_sd_configs"]
+    assert target == "server:9000"
+    assert (second["names"], second["port"]) == (["server-two"], 9000)
+    assert {"server", "server-two"} <= compose()["services"].keys()
+    assert "UNETPP_HTTP__OPS_PORT=9000" in (DOCKER / "serve.Dockerfile").read_text()
 
 
 def test_trade_off_has_time_and_iou_of_each_kind() -> None:
