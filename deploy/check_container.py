@@ -104,9 +104,11 @@ def docker(*command: str) -> str:
     Raises:
         Failed: it ends with another status than 0.
     """
-    done = subprocess.run(["docker", *command], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["docker", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
     if done.returncode:
-        raise Failed(f"docker {command[0]}: {done.stderr.strip()}")
+        raise Failed(f"docker {command[0]}: {done.stdout.strip()}")
     return done.stdout.strip()
 
 
@@ -146,20 +148,26 @@ class Probe:
         """Asks once."""
         return status_of(self.url, self._timeout_s) == 200
 
-    def wait(self, what: bool, sleep: Callable[[float], None] = time.sleep) -> float:
+    def wait(self, until: bool, runs: Callable[[], bool]) -> float:
         """Asks until it succeeds, or until it fails as often as the threshold says, and returns the seconds.
 
+        Args:
+            until: whether to wait for success.
+            runs: whether the container runs.
+
         Raises:
-            Failed: neither comes within the startup probe's time.
+            Failed: the container ended before it succeeded, or the time of the probe is over.
         """
         started, failures = time.monotonic(), 0
         for _ in range(max(self._failures, 30)):
             good = self.succeeds()
             failures = 0 if good else failures + 1
-            if (what and good) or (not what and failures >= self._failures):
+            if (until and good) or (not until and failures >= self._failures):
                 return time.monotonic() - started
-            sleep(self._period_s)
-        raise Failed(f"the {self.kind} probe never {'succeeds' if what else 'fails'}: {self.url}")
+            if until and not runs():
+                raise Failed(f"the container ended before its {self.kind} probe succeeded")
+            time.sleep(self._period_s)
+        raise Failed(f"the {self.kind} probe never {'succeeds' if until else 'fails'}: {self.url}")
 
 
 def check(pod: dict[str, Any], host: str, say: Callable[[str], None]) -> None:
@@ -171,7 +179,7 @@ def check(pod: dict[str, Any], host: str, say: Callable[[str], None]) -> None:
     (container,) = pod["containers"]
     probes = {kind: Probe(container, kind, host) for kind in ("startup", "readiness", "liveness")}
     for kind, probe in probes.items():
-        say(f"{kind}: {probe.url} succeeds after {probe.wait(True):.1f} s")
+        say(f"{kind}: {probe.url} succeeds after {probe.wait(True, _runs):.1f} s")
     variables = {one["name"]: one.get("value") for one in container["env"]}
     scheme = "https" if "UNETPP_HTTP__TLS_CERT" in variables else "http"
     url = f"{scheme}://{host}:8000/segment"
@@ -184,8 +192,8 @@ def check(pod: dict[str, Any], host: str, say: Callable[[str], None]) -> None:
             raise Failed(f"{path} could be written")
     say("the root cannot be written")
     docker("kill", "--signal=TERM", NAME)
-    noticed_s = probes["readiness"].wait(False)
-    if json.loads(docker("inspect", "--format={{json .State.Running}}", NAME)):
+    noticed_s = probes["readiness"].wait(False, _runs)
+    if _runs():
         say(f"after SIGTERM: not ready after {noticed_s:.1f} s, and still running, as draining asks")
     elif float(variables["UNETPP_HTTP__DRAIN_S"] or 0) > noticed_s + 1:
         raise Failed("the container ended before it was drained")
@@ -193,6 +201,10 @@ def check(pod: dict[str, Any], host: str, say: Callable[[str], None]) -> None:
     say(
         f"ended with status 0 after {noticed_s + ended_s:.1f} s, grace period {pod['terminationGracePeriodSeconds']} s"
     )
+
+
+def _runs() -> bool:
+    return docker("inspect", "--format={{.State.Running}}", NAME) == "true"
 
 
 def _wait_for_end(grace_s: float) -> float:

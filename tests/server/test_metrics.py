@@ -132,6 +132,24 @@ def test_rows_that_stay_are_never_absent() -> None:
     assert seen[-1] == {"kept", "new"}
 
 
+def test_what_replicas_must_share_is_shown_per_graph() -> None:
+    metrics = Metrics()
+    other = ("L1", "int8", "openvino", "cpu", "false", "rule")
+    metrics.register_models([model_info(engines=(ENGINE, other), tuned=True)])
+    assert series(metrics, "unetpp_engine_info") == [
+        {
+            "model": "a",
+            "graph": "L1",
+            "precision": "fp32",
+            "engine": "onnxruntime",
+            "provider": "cpu",
+            "tuned": "true",
+            "tuning_key": "fedcba9876543210",
+        }
+    ]
+    assert value(metrics, "unetpp_level_deficit_total", model="a") == 0
+
+
 def test_calibration_of_the_manifest_is_shown(metrics: Metrics) -> None:
     row = LABELS | {"precision": "fp32", "engine": "openvino"}
     shown = [

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import hashlib
+import re
 import shutil
 import subprocess
 import threading
@@ -161,6 +162,12 @@ def test_deployments_are_shown() -> None:
         assert value(client, "calibrated_dice", mode="accurate", level="4", engine="other", **labels) == 0.9
         instance = {"engine": "onnxruntime", "provider": "cpu", "auto": "true", "selected_by": "rule"}
         assert value(client, "model_instance_info", graph="L1", **labels, **instance) == 1
+        shared = re.findall(
+            r'^unetpp_engine_info\{.*graph="L1".*tuned="false",tuning_key="([0-9a-f]{16})"\} 1',
+            client.get("/metrics").text,
+            re.MULTILINE,
+        )
+        assert len(shared) == 1
 
 
 def test_bundle_is_shown_with_its_hash(client: httpx.Client, shipped_bundle: Path) -> None:

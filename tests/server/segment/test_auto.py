@@ -245,6 +245,8 @@ class TestDeadlines:
             assert counted(
                 service, "degraded_total", model="fake", requested_level="3", served_level=f"{level}", reason="deadline"
             ) == bool(degraded)  # fmt: skip
+            deficit = 3 - level if degraded else 0
+            assert counted(service, "level_deficit_total", model="fake") == deficit
 
     async def test_a_deadline_that_passes_between_levels_ends_the_request(self) -> None:
         late = asyncio.Event()

@@ -177,6 +177,7 @@ class TestDegraded:
             assert report["requested"] == {"mode": "accurate", "level": 4}
             labels = {"model": "fake", "requested_level": "4", "served_level": "3", "reason": "load"}
             assert counted(service, "degraded_total", **labels) == 1
+            assert counted(service, "level_deficit_total", model="fake") == 1
             assert counted(service, "batch_size_tiles_count", graph="L3") == 1
 
     async def test_what_was_asked_for_says_nothing_of_it(self) -> None:
