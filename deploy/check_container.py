@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 NAME = "unetpp-check"
 SAMPLE = Path(__file__).parents[1] / "server" / "web" / "samples" / "cells.png"

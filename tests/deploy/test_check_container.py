@@ -91,7 +91,7 @@ def test_a_probe_counts_failures_in_a_row_and_notices_an_end() -> None:
     statuses = iter([503, 200, 503, 200, 503, 503])
 
     class Answers(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             self.send_response(next(statuses, 503))
             self.end_headers()
 
