@@ -44,6 +44,7 @@ def test_chart_renders_the_golden_files(helm: str, name: str) -> None:
         ("bundles.from=volume", "bundles.volume.claimName"),
         ("bundles.from=s3", "bundles.s3.path"),
         ("bundles.from=git", "must be one of"),
+        ("jobs.filesClaim=files", "jobs.storeSecret"),
         ("autoscaling.kind=vpa", "must be one of"),
     ],
 )

@@ -282,6 +282,17 @@ def test_stores_come_from_a_secret_and_never_from_values() -> None:
     }
 
 
+def test_files_of_jobs_may_be_on_a_claim() -> None:
+    (pod,) = pods("s3")
+    (container,) = pod["containers"]
+    assert {one["name"] for one in container["env"] if "valueFrom" in one} == {"UNETPP_JOBS__STORE"}
+    folder = variables(container)["UNETPP_JOBS__FILES"]
+    names = [one["name"] for one in container["volumeMounts"] if one["mountPath"] == folder]
+    assert [one for one in pod["volumes"] if one["name"] in names] == [
+        {"name": "shared", "persistentVolumeClaim": {"claimName": "unetpp-jobs"}}
+    ]
+
+
 def test_bundles_are_read_only_and_come_from_where_the_values_say() -> None:
     for name, source in (("cpu", None), ("stores", "persistentVolumeClaim"), ("s3", "emptyDir")):
         (pod,) = pods(name)
