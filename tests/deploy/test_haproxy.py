@@ -145,6 +145,9 @@ def test_both_servers_give_the_same_bytes(fleet: Fleet) -> None:
         answers = [httpx.post(f"{url}/segment?level=1", content=body) for url in urls]
         assert [one.status_code for one in answers] == [200] * 3
         assert len({one.content for one in answers}) == 1
+    first, second = (_shared(one) for one in fleet.servers)
+    assert first == second
+    assert len(first) > 4
     # HAProxy has sent some to each.
     assert all(20 < _requests(one) < 40 for one in fleet.servers)
 
@@ -158,6 +161,12 @@ def test_a_caller_who_leaves_frees_the_server(fleet: Fleet) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{fleet.url}/segment?level=1", content=PICTURE, timeout=1)
     until(lambda: all(one.in_flight() == 0 for one in fleet.servers))
+
+
+def _shared(server: ServerProcess) -> list[str]:
+    """Series that must be the same on all replicas."""
+    lines = httpx.get(f"{server.ops}/metrics").text.splitlines()
+    return [line for line in lines if line.startswith(("unetpp_bundle_info{", "unetpp_engine_info{"))]
 
 
 def _requests(server: ServerProcess) -> int:
