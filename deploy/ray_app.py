@@ -57,7 +57,7 @@ def build(arguments: Arguments) -> Application:
     scaling: dict[str, Any] = {"num_replicas": arguments.replicas}
     if arguments.max_replicas is not None:
         targets = {"target_wait_s": arguments.target_wait_s, "target_deficit": arguments.target_deficit}
-        policy = AutoscalingPolicy(policy_function=ScaleOnWait, policy_kwargs=targets)
+        policy = AutoscalingPolicy(policy_function=ScaleOnWait, policy_kwargs=targets)  # type: ignore[no-untyped-call]
         scaling = {
             "autoscaling_config": AutoscalingConfig(
                 min_replicas=arguments.replicas, max_replicas=arguments.max_replicas, policy=policy
@@ -96,7 +96,7 @@ class Replica:
         self._labels = {
             "application": context.app_name,
             "replica": context.replica_tag,
-            "node": ray.util.get_node_ip_address(),
+            "node": ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
         }
         self._targets = arguments.targets
         self._stack = contextlib.ExitStack()
@@ -123,7 +123,7 @@ class Replica:
         self._target = f"{self._labels['node']}:{port}"
         self._watching: asyncio.Task[None] | None = None
 
-    async def __serve_build_asgi_app__(self) -> ASGIApp:  # noqa: PLW3201 - the name is Ray's
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Returns the application; Ray calls it once."""
         return Door(self._app, self._start, self._stop)
 
@@ -158,7 +158,7 @@ class Replica:
 
     async def _watch_stopping(self) -> None:
         """Drains as soon as Ray stops this replica, because event streams would keep it until Ray kills it."""
-        while not _is_stopping():
+        while not _is_stopping():  # noqa: ASYNC110 - Ray has no event to wait for
             await asyncio.sleep(STOPPING_EVERY_S)
         log.info("Ray stops this replica: not ready any more, finishing")
         self._operations.stopping.begun = True
@@ -240,7 +240,11 @@ def _open_store(settings: Settings) -> Store:
             return Store(settings.jobs.model_copy(update={"folder": folder}))
         except StoreBroken as error:
             # The lock of another replica; other reasons say more than the folder.
-            if set(error.fields) != {"setting", "value"} or number == JOB_FOLDERS - 1 or error.__cause__ is None:
+            if (
+                set(error.fields) != {"setting", "value"}
+                or number == JOB_FOLDERS - 1
+                or error.__cause__ is None
+            ):
                 raise
             if not isinstance(error.__cause__, BlockingIOError):
                 raise

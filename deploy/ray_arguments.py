@@ -29,14 +29,13 @@ class Arguments(BaseModel):
     bundles: Path | None = Field(
         None, description="a bundle or a folder of bundles, at the same path on every node"
     )
-    replicas: int = Field(
-        1, ge=1, description="replicas; the fewest of them where `max_replicas` is more"
-    )
+    replicas: int = Field(1, ge=1, description="replicas; the fewest of them where `max_replicas` is more")
     max_replicas: int | None = Field(None, ge=1, description="the most replicas; unset: no autoscaling")
     num_gpus: float = Field(0, ge=0, description="GPUs of a replica")
     num_cpus: float = Field(1, gt=0, description="cores of a replica, and its threads where it has no GPU")
     settings: Annotated[dict[str, str], BeforeValidator(_read_texts)] = Field(
-        {}, description="settings by the names of their variables; they take precedence over those of the nodes"
+        {},
+        description="settings by the names of their variables; they take precedence over those of the nodes",
     )
     targets: Path | None = Field(
         None, description="folder in which each replica leaves the address of its metrics for Prometheus"
@@ -52,6 +51,11 @@ class Arguments(BaseModel):
     )
     max_queued_requests: int | None = Field(
         None, ge=1, description="requests that wait in each proxy; unset: UNETPP_HTTP__MAX_IN_FLIGHT"
+    )
+
+    version: str = Field(
+        "",
+        description="any text; a change of it replaces all replicas in turn, e.g. after the bundles have changed",
     )
 
     @model_validator(mode="after")

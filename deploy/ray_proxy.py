@@ -74,7 +74,9 @@ class ProxyProblems:
 def _error(status: int | None) -> TryAgain:
     if status == 429:
         return Overloaded(
-            "all replicas are busy, and as many requests wait as may; try again in a moment", RETRY_S, "in_flight"
+            "all replicas are busy, and as many requests wait as may; try again in a moment",
+            RETRY_S,
+            "in_flight",
         )
     if status is None:
         return NotReady("the replica that worked on this request is gone; send it again")

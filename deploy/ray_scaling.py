@@ -64,7 +64,9 @@ class ScaleOnWait:
         """Returns the number of replicas that should run, and no state."""
         figures = context.aggregated_metrics or {}
         means = {
-            name: sum(figures[name].values()) / len(figures[name]) for name in self._targets if figures.get(name)
+            name: sum(figures[name].values()) / len(figures[name])
+            for name in self._targets
+            if figures.get(name)
         }
         target: int = context.target_num_replicas
         if not means:
