@@ -126,8 +126,8 @@ def main(arguments: dict[str, Any], folder: str) -> None:
             serve.run(build(Arguments.model_validate(arguments)))
             print(json.dumps({"port": port}), file=pipe, flush=True)
     finally:
-        serve.shutdown()
-        ray.shutdown()  # type: ignore[no-untyped-call]
+        serve.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
 
 
 if __name__ == "__main__":

@@ -40,6 +40,9 @@ log = logging.getLogger("server.ray")
 # next ones, a few of which may be in use by others.
 OPS_PORT, OPS_PORTS = 9010, 64
 
+# Addresses that stand for all of a node.
+EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
+
 # Folders of jobs on a node at most, because each replica has its own.
 JOB_FOLDERS = 64
 
@@ -120,7 +123,8 @@ class Replica:
         ops = make_server(settings, self._app, [], ops_sockets).ops
         assert ops is not None  # noqa: S101 - it has sockets
         self._ops: OpsServer = ops
-        self._target = f"{self._labels['node']}:{port}"
+        host = http.ops_host
+        self._target = f"{self._labels['node'] if host in EVERYWHERE else host}:{port}"
         self._watching: asyncio.Task[None] | None = None
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
