@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from deploy.ray_arguments import Arguments, read_settings
@@ -15,6 +16,7 @@ from deploy.ray_proxy import ProxyProblems
 from deploy.ray_scaling import DEFICIT, WAIT, LevelDeficit, ScaleOnWait
 from server.errors import Misconfigured
 from server.metrics import Metrics
+from tests.conftest import ROOT
 
 Messages = list[dict[str, Any]]
 SCOPE = {"type": "http", "method": "GET", "path": "/models", "headers": [(b"x-request-id", b"mine")]}
@@ -177,14 +179,14 @@ def test_arguments_come_as_text_or_as_yaml() -> None:
             "settings": '{"UNETPP_HTTP__MAX_IN_FLIGHT": "8"}',
         }
     )
-    yaml = Arguments.model_validate(
+    mapping = Arguments.model_validate(
         {
             "replicas": 2,
             "num_gpus": 0.5,
             "settings": {"UNETPP_HTTP__MAX_IN_FLIGHT": 8},
         }
     )
-    assert text == yaml
+    assert text == mapping
     assert read_settings(text).http.max_in_flight == 8
 
 
@@ -212,3 +214,46 @@ def test_mistakes_in_arguments_are_named(
 ) -> None:
     with pytest.raises(error, match=text):
         Arguments.model_validate(arguments)
+
+
+def serve_config(text: str) -> Any:
+    """A configuration of Ray Serve, as Ray reads it."""
+    schema = pytest.importorskip("ray.serve.schema", reason="needs the extra 'ray'")
+    return schema.ServeDeploySchema.model_validate(yaml.safe_load(text))
+
+
+def manifests() -> dict[str, Any]:
+    documents = yaml.safe_load_all((ROOT / "deploy/rayservice.yaml").read_text())
+    return {document["kind"]: document for document in documents}
+
+
+def test_shipped_configurations_are_valid_and_agree() -> None:
+    bare = serve_config((ROOT / "deploy/ray_serve.yaml").read_text())
+    service = manifests()["RayService"]["spec"]
+    kubernetes = serve_config(service["serveConfigV2"])
+    assert bare.http_options == kubernetes.http_options
+    for config in (bare, kubernetes):
+        (application,) = config.applications
+        assert application.import_path == "deploy.ray_app:build"
+        arguments = Arguments.model_validate(application.args)
+        assert "UNETPP_AUTH__KEYS_FILE" in arguments.settings
+    (workers,) = service["rayClusterConfig"]["workerGroupSpecs"]
+    assert workers["maxReplicas"] == arguments.max_replicas
+
+
+def test_the_manifest_has_the_pinned_ray_and_valid_kubernetes_objects() -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate")
+    found = manifests()
+    pins = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    )
+    cluster = found["RayService"]["spec"]["rayClusterConfig"]
+    assert cluster["rayVersion"] == pins["ray"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    templates = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    pods = [
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": group["template"]["spec"]}
+        for group in templates
+    ]
+    for document in (*pods, found["NetworkPolicy"]):
+        validate.validate(document, "1.31", strict=True)
