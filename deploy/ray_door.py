@@ -1,4 +1,4 @@
-"""What stands between Ray's replica and the application: disconnects, headers, and the lifespan. Pure ASGI."""
+"""Adapts disconnects, headers and the lifespan between Ray's replica and the application. Pure ASGI."""
 
 import asyncio
 from collections.abc import Awaitable, Callable

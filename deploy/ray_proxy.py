@@ -1,4 +1,4 @@
-"""What Ray's proxies say themselves, in the form of the server's own errors. Pure ASGI.
+"""Gives what Ray's proxies say themselves the form of the server's own errors. Pure ASGI.
 
     RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deploy.ray_proxy:middlewares ray start ...
 
