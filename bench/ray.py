@@ -1,8 +1,8 @@
-"""A replica of Ray Serve, reached through Ray's proxy, beside the same server without Ray.
+"""A replica of Ray Serve, reached through each of Ray's two proxies, beside the same server without Ray.
 
-    python -m bench.ray [--rounds 5] [--seconds 5]     (about 4 minutes)
+    python -m bench.ray [--rounds 4] [--seconds 3]     (about 4 minutes)
 
-Both are up during the whole run, each with one thread for its graphs, and take turns under load, in an order
+All are up during the whole run, each with one thread for its graphs, and take turns under load, in an order
 that turns around from round to round; a difference compares the turns of one round. L1 at 96² is the fastest
 request there is, so that the share of the proxy is the largest; `GET /models` shows it without any work, and
 the upload of 20 MiB shows what each byte costs: it is refused for its format once it is complete.
@@ -31,7 +31,8 @@ from bench.ray_local import cluster
 from bench.serving import MEASURED, serving
 from bench.table import write
 
-SERVERS = ("without Ray", "through Ray's proxy")
+SERVERS = ("without Ray", "through Ray's proxy", "through Ray's HAProxy")
+HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
 SETTINGS = {**MEASURED, "UNETPP_RUNTIME__THREADS": "1", "UNETPP_AUTH__INSECURE": "true"}
 UPLOAD = bytes(20 << 20)
 
@@ -131,17 +132,18 @@ def measure(rounds: int, seconds: float) -> list[Turn]:
     """All turns of all rounds."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
-        arguments: dict[str, Any] = {
-            "bundles": str(BUNDLE.resolve()),
-            "settings": {**SETTINGS, "UNETPP_JOBS__FOLDER": str(folder / "ray")},
-        }
-        ray = stack.enter_context(cluster(arguments))
+        found = []
+        for number, environment in enumerate(({}, HAPROXY)):
+            arguments: dict[str, Any] = {
+                "bundles": str(BUNDLE.resolve()),
+                "settings": {**SETTINGS, "UNETPP_JOBS__FOLDER": str(folder / f"ray{number}")},
+            }
+            ray = stack.enter_context(cluster(arguments, environment=environment))
+            found.append((ray.url, ray.process.pid))
         plain = stack.enter_context(
             serving(BUNDLE, {**SETTINGS, "UNETPP_JOBS__FOLDER": str(folder / "plain")})
         )
-        up = dict(
-            zip(SERVERS, ((str(plain.client.base_url), plain.pid), (ray.url, ray.process.pid)), strict=True)
-        )
+        up = dict(zip(SERVERS, [(str(plain.client.base_url), plain.pid), *found], strict=True))
         schedule = [
             (load, server)
             for number in range(rounds)
@@ -182,13 +184,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=5, help="of one turn")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=3, help="of one turn")
     options = parser.parse_args()
     busy = psutil.cpu_percent(2)
     turns = measure(options.rounds, options.seconds)
     caption = (
-        f"One replica and one server, one thread each; closed loops, {options.rounds} rounds of {options.seconds:g} s each in turning order; "
+        f"Each with one replica and one thread; closed loops, {options.rounds} rounds of {options.seconds:g} s each in turning order; "
         f"medians of rounds, differences within rounds. The machine was shared: before the run other programs used {busy:.0f} % of its cores."
     )
     headings = [
