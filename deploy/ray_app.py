@@ -243,14 +243,8 @@ def _open_store(settings: Settings) -> Store:
         try:
             return Store(settings.jobs.model_copy(update={"folder": folder}))
         except StoreBroken as error:
-            # The lock of another replica; other reasons say more than the folder.
-            if (
-                set(error.fields) != {"setting", "value"}
-                or number == JOB_FOLDERS - 1
-                or error.__cause__ is None
-            ):
-                raise
-            if not isinstance(error.__cause__, BlockingIOError):
+            # The lock of another replica.
+            if not isinstance(error.__cause__, BlockingIOError) or number == JOB_FOLDERS - 1:
                 raise
     raise AssertionError("unreachable")
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -257,3 +258,9 @@ def test_the_manifest_has_the_pinned_ray_and_valid_kubernetes_objects() -> None:
     ]
     for document in (*pods, found["NetworkPolicy"]):
         validate.validate(document, "1.31", strict=True)
+
+
+def test_the_manual_lists_all_arguments() -> None:
+    page = (ROOT / "docs/operate/ray.md").read_text()
+    table = page.partition("## Arguments")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == list(Arguments.model_fields)
