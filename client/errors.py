@@ -64,7 +64,7 @@ def from_problem(
     code = members.get("code") or re.split(r"[#:]", str(members.get("type")))[-1]
     family = (
         TryAgain
-        if status in (429, 503, 504, 507)
+        if status in (429, 502, 503, 504, 507)
         else CallerError
         if 300 <= (status or 500) < 500
         else ServerFault

@@ -15,8 +15,9 @@ import httpx
 from client.errors import TimedOut, TransportError, from_problem
 from server.errors import UnetppError
 
-# Statuses by which the server, or a proxy before it, says that the same request may succeed soon.
-RETRIED = (429, 503)
+# Statuses by which the server, or a proxy before it, says that the same request may succeed soon; 502 is of a proxy whose server
+# went away.
+RETRIED = (429, 502, 503)
 
 # Wait before the second attempt; it doubles with each. A longer wait that the server requests is kept.
 FIRST_S, LONGEST_S = 0.5, 30.0
@@ -32,7 +33,7 @@ async def send_with_retry(
 
     Args:
         attempt: sends it once and reads the response.
-        retries: attempts after the first, for 429, 503 and broken connections.
+        retries: attempts after the first, for 429, 502, 503 and broken connections.
         timeout_s: seconds for all attempts and the waits between them.
         sleep: waits between two attempts.
 

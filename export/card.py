@@ -59,6 +59,7 @@ class Card(BaseModel):
         padding: that of the manifest; "reflect" where neither the card nor a checkpoint's recipe tells.
         threshold: foreground is a score above it, for one class.
         objects: meaning of a head's second channel, which tells touching objects apart; for one class with the activation "sigmoid".
+        min_object_px: with `instances=true`, objects of fewer pixels (voxels) are removed where the request names no size.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -83,6 +84,7 @@ class Card(BaseModel):
     padding: Literal["reflect", "constant"] | None = None
     threshold: float = Field(0.5, gt=0, lt=1)
     objects: ObjectChannel | None = None
+    min_object_px: int = Field(0, ge=0, le=1_000_000)
 
     @model_validator(mode="after")
     def _check(self) -> "Card":

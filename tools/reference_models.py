@@ -125,6 +125,11 @@ def _properties(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "uncertainty", "yes" if manifest.head_std else "no"
     if manifest.objects:
         yield "objects", f"told apart by the network's own channel ({manifest.objects.kind})"
+    if manifest.min_object_px:
+        yield (
+            "specks",
+            f"with `instances=true` objects of fewer than {manifest.min_object_px} pixels are removed (`min_size_px`)",
+        )
 
 
 def _levels(manifest: Manifest) -> str:

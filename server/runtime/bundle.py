@@ -151,6 +151,8 @@ class Manifest(Part):
         padding: filling of tiles where the input ends. "reflect": its mirror image; "constant": the value that enters the network
             as 0, because networks that see far take a mirror image for more of the same.
         objects: meaning of the channel that follows the class's; None where objects are separated by their shape.
+        min_object_px: with `instances=true`, objects of fewer pixels (voxels) of the input are specks, and removed where the request
+            names no size; chosen on validation data.
         head_std: `accurate` with one channel more: the standard deviation over the heads of the foreground
             probability. None where there is one head, or the bundle was exported by a version that had no
             such graph.
@@ -182,6 +184,7 @@ class Manifest(Part):
     threshold: float = Field(0.5, gt=0, lt=1)
     classes: tuple[Class, ...] = Field(min_length=1)
     objects: ObjectChannel | None = None
+    min_object_px: int = Field(0, ge=0, le=1_000_000)
     window: Window
     padding: Literal["reflect", "constant"] = "reflect"
     mirror_axes: tuple[int, ...] | None = None

@@ -102,7 +102,10 @@ class SegmentParams(BaseModel):
         "shape; the mask is then their numbers",
     )
     min_size_px: int | None = Field(
-        None, ge=0, le=int(MAX_OBJECT_SIZE), description="objects of fewer pixels (voxels) are removed"
+        None,
+        ge=0,
+        le=int(MAX_OBJECT_SIZE),
+        description="objects of fewer pixels (voxels) are removed; with instances=true by default those of the model card, 0 keeps all",
     )
     min_size_mm2: float | None = Field(
         None,
@@ -190,6 +193,12 @@ class SegmentParams(BaseModel):
     def min_sizes(self) -> dict[str, int | float]:
         """The minimum size of an object, by parameter name: at most one entry."""
         return {name: value for name in MIN_SIZES if (value := getattr(self, name)) is not None}
+
+    def with_min_object(self, pixels: int) -> "SegmentParams":
+        """Returns the parameters with the bundle's smallest object, where objects are counted and the request names no size."""
+        if not pixels or not self.instances or self.min_sizes:
+            return self
+        return self.model_copy(update={"min_size_px": pixels})
 
     @property
     def needs_objects(self) -> bool:

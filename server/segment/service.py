@@ -131,6 +131,7 @@ class SegmentationService:
             CallerError, TryAgain, ServerFault: `server.errors` draws the tree.
         """
         requested = target or self.registry.resolve(params)
+        params = params.with_min_object(requested.deployment.manifest.min_object_px)
         async with deadline(qos):
             if await self.is_batch(upload):
                 return await zip_batch.segment(self, upload, params, qos, on_progress, requested)

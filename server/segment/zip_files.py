@@ -4,7 +4,6 @@ Sizes are counted while inflating, whatever the list of files says, and nothing 
 of a zip.
 """
 
-import contextlib
 import itertools
 import tempfile
 import unicodedata
@@ -64,12 +63,13 @@ class ZipFiles:
         self._left = limits.max_zip_mb * 1024 * 1024
         self._file = file
         self.out = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115 - the answer's, who closes it
-        self._made = zipfile.ZipFile(self.out, "w")
+        # Answers come as they are done, and lie in the zip in the order of the images, because the same request gives the same bytes.
+        self._kept = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115 - `close` closes it
+        self._places: dict[str, tuple[int, int]] = {}
 
     def close(self) -> None:
         """Removes what was made."""
-        with contextlib.suppress(ValueError):
-            self._made.close()
+        self._kept.close()
         self.out.close()
 
     def entries(self) -> list[Entry]:
@@ -137,23 +137,22 @@ class ZipFiles:
         """
         names = [f"{entry.stem}_{name}" for name in files]
         for name, body in zip(names, files.values(), strict=True):
-            self._write(name, body)
+            start = self._kept.seek(0, 2)
+            if start + len(body) > self._limits.max_zip_mb * 1024 * 1024:
+                raise self._full("answers")
+            self._kept.write(body)
+            self._places[name] = start, len(body)
         return names
 
     def finish(self, order: Sequence[str], name: str, body: bytes) -> None:
-        """Writes the last file, and lists the others in this order; they came as they were done."""
-        self._write(name, body)
-        places = {listed: place for place, listed in enumerate(order)}
-        self._made.filelist.sort(key=lambda info: places.get(info.filename, len(places)))
-        self._made.close()
+        """Writes the zip: the answers in this order, and one more file."""
+        with self._kept, zipfile.ZipFile(self.out, "w") as made:
+            for answer in order:
+                start, size = self._places[answer]
+                self._kept.seek(start)
+                _write(made, answer, self._kept.read(size))
+            _write(made, name, body)
         self.out.seek(0)
-
-    def _write(self, name: str, body: bytes) -> None:
-        if self.out.tell() + len(body) > self._limits.max_zip_mb * 1024 * 1024:
-            raise self._full("answers")
-        method = zipfile.ZIP_DEFLATED if name.endswith(TEXTS) else zipfile.ZIP_STORED
-        # As in zips of several formats: of no date.
-        self._made.writestr(zipfile.ZipInfo(name, EPOCH), body, method, 1)
 
     def _full(self, what: str) -> "ZipTooLarge":
         return ZipTooLarge(
@@ -161,6 +160,12 @@ class ZipFiles:
             limit=self._limits.max_zip_mb,
             unit="MiB",
         )
+
+
+def _write(made: zipfile.ZipFile, name: str, body: bytes) -> None:
+    method = zipfile.ZIP_DEFLATED if name.endswith(TEXTS) else zipfile.ZIP_STORED
+    # As in zips of several formats: of no date.
+    made.writestr(zipfile.ZipInfo(name, EPOCH), body, method, 1)
 
 
 def _stem(name: str) -> str:

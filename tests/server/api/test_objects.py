@@ -328,3 +328,27 @@ def test_instances_of_a_volume_are_numbers(spatial: httpx.Client) -> None:
     answer = spatial.post("/segment?instances=true", content=nifti_bytes(balls * np.uint8(200)))
     assert answer.headers["content-disposition"] == 'inline; filename="labels.nii.gz"'
     assert set(np.unique(volume_of(answer.content)).tolist()) == {0, 1, 2}
+
+
+SPECKS = picture_bytes(disc((40, 60), ((20, 18), 10), ((5, 50), 1), ((30, 50), 2)) * np.uint8(200))
+
+
+@pytest.mark.parametrize(
+    ("query", "count", "named"),
+    [
+        ("&instances=true", 1, "min_size_px=20"),
+        ("&instances=true&min_size_px=0", 3, "min_size_px=0"),
+        ("&instances=true&min_size_px=10", 2, "min_size_px=10"),
+        ("", 3, None),
+    ],
+    ids=["the bundle's", "none", "the caller's", "not counted"],
+)
+def test_specks_of_the_bundle_are_removed_where_objects_are_counted(
+    query: str, count: int, named: str | None
+) -> None:
+    with serving(fake_app(shade, {"min_object_px": 20})) as client:
+        answer = client.post(f"/segment?format=json{query}", content=SPECKS)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["classes"][0]["objects"] == count
+        steps = answer.headers.get("X-Segment-Postprocessing", "")
+        assert (named in steps.split("; ")) if named else not steps

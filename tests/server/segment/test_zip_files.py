@@ -2,10 +2,12 @@
 
 import contextlib
 import gc
+import io
 import random
 import struct
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from server.errors import (
     UnsupportedType,
 )
 from server.segment.request import QoS
+from server.segment.zip_files import ZipFiles
+from server.settings import LimitsSettings
 from tests.server.segment.zips import SMALL, Files, answered, packed, picture
 from tests.support.files import picture_bytes
 from tests.support.memory import memory_stays_below
@@ -199,3 +203,22 @@ async def test_damaged_zips_are_only_ever_refused() -> None:
             with contextlib.suppress(CallerError):
                 response = await segment(service, bytes(data))
                 response.close()
+
+
+def test_zip_is_the_same_in_whatever_order_the_answers_come(tmp_path: Path) -> None:
+    sent, made = tmp_path / "sent.zip", []
+    sent.write_bytes(packed({f"{name}.png": picture() for name in "abc"}))
+    for order in ([0, 1, 2], [2, 0, 1]):
+        with sent.open("rb") as file, contextlib.closing(ZipFiles(file, LimitsSettings())) as zips:
+            entries = zips.entries()
+            names = {index: zips.add(entries[index], {"mask.png": bytes([index]) * 9}) for index in order}
+            zips.finish([name for index in range(3) for name in names[index]], "report.json", b"{}")
+            made.append(zips.out.read())
+    assert made[0] == made[1]
+    with zipfile.ZipFile(io.BytesIO(made[0])) as zipped:
+        assert [(one, zipped.read(one)[:1]) for one in zipped.namelist()] == [
+            ("a_mask.png", b"\0"),
+            ("b_mask.png", b"\1"),
+            ("c_mask.png", b"\2"),
+            ("report.json", b"{"),
+        ]
