@@ -19,7 +19,7 @@ from server.doctor import hardware, operations
 from server.doctor.context import Context, captured
 from server.doctor.redact import changed_settings, redactor
 from server.doctor.report import Check, Report, print_report
-from server.jobs.store import Store
+from server.jobs.store_sqlite import SQLiteStore
 from server.settings import Settings
 from tests.server.processes import held_port
 from tests.support.server import full_server, make_certificate
@@ -205,7 +205,7 @@ class TestJobs:
 
     def test_look_changes_nothing_and_does_not_keep_the_lock(self, tmp_path: Path) -> None:
         context = context_of(jobs={"folder": tmp_path})
-        Store(context.known_settings.jobs).close()
+        SQLiteStore(context.known_settings.jobs).close()
         before = tree(tmp_path)
         assert only(operations.check_jobs(context)).status == "ok"
         assert tree(tmp_path) == before
@@ -218,7 +218,7 @@ class TestJobs:
     ) -> None:
         context = context_of(jobs={"folder": tmp_path})
         context.is_serving = is_serving
-        with contextlib.closing(Store(context.known_settings.jobs)):
+        with contextlib.closing(SQLiteStore(context.known_settings.jobs)):
             assert only(operations.check_jobs(context)).status == status
 
     @pytest.mark.parametrize("version", [1, 99])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from server.jobs.job import Job, JobSpec
-from server.jobs.store import Store
+from server.jobs.store_sqlite import SQLiteStore
 from server.settings import JobsSettings
 from tests.server.jobs.steps import Bench, StepService
 from tests.support.service import ManualClock
@@ -17,7 +17,7 @@ from tests.support.service import ManualClock
 SPEC = JobSpec({"model": None, "level": 2}, True, "fake", "fast", 2, "fp32", 12, 3.5)
 HEADERS = {"Content-Type": "image/png", "X-Segment-Level": "2"}
 PROBLEM = {"type": "/errors#internal", "title": "t", "status": 500, "code": "internal", "detail": "d"}
-Opened = Callable[..., Store]
+Opened = Callable[..., SQLiteStore]
 
 
 @pytest.fixture
@@ -37,21 +37,21 @@ def opened(folder: Path, clock: ManualClock) -> Iterator[Opened]:
     """Opens the store once more, after closing the one before."""
     with contextlib.ExitStack() as stack:
 
-        def again(**settings: Any) -> Store:
+        def again(**settings: Any) -> SQLiteStore:
             stack.close()
             return stack.enter_context(
-                contextlib.closing(Store(JobsSettings(folder=folder, **settings), clock))
+                contextlib.closing(SQLiteStore(JobsSettings(folder=folder, **settings), clock))
             )
 
         yield again
 
 
 @pytest.fixture
-def store(opened: Opened) -> Store:
+def store(opened: Opened) -> SQLiteStore:
     return opened()
 
 
-def accept(store: Store, data: bytes = b"input", reference: bytes | None = None) -> Job:
+def accept(store: SQLiteStore, data: bytes = b"input", reference: bytes | None = None) -> Job:
     return store.accept(SPEC, io.BytesIO(data), None if reference is None else io.BytesIO(reference))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from server.jobs.active import JobStatus
 from server.jobs.job import FINISHED
 from server.jobs.runner import Intervals, Runner
-from server.jobs.store import Store
+from server.jobs.store_sqlite import SQLiteStore
 from server.metrics import Metrics
 from server.segment.estimate import Estimate
 from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upload
@@ -97,8 +97,8 @@ class Bench:
             clock=self.clock,
         )
 
-    def store(self) -> contextlib.AbstractContextManager[Store]:
-        return contextlib.closing(Store(JobsSettings(folder=self.folder)))
+    def store(self) -> contextlib.AbstractContextManager[SQLiteStore]:
+        return contextlib.closing(SQLiteStore(JobsSettings(folder=self.folder)))
 
     def file(self, id_: str, name: str) -> Path:
         return self.folder / id_ / name

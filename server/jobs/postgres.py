@@ -1,0 +1,212 @@
+"""Connections to the database of jobs, and its schema."""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+from psycopg.rows import DictRow, dict_row
+from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout
+
+from server.errors import Misconfigured, StoreBroken, StoreUnavailable, shutting_down
+
+log = logging.getLogger(__name__)
+
+SETTING = "UNETPP_JOBS__STORE"
+RETRY_S = 5
+
+# Seconds for a connection and for an answer; a database that takes longer counts as away.
+ANSWER_S = 5
+# Seconds for which the pool tries to connect by itself; later, each call tries at once.
+RECONNECT_S = 2
+
+# Numbers of advisory locks in this database: who makes the schema, and who accepts a job.
+SCHEMA_LOCK, ACCEPT_LOCK = 7_304_113_001, 7_304_113_002
+
+# Kernel timeouts, so that a cut network is noticed within seconds.
+CONNECTION: dict[str, Any] = {
+    "autocommit": True,
+    "row_factory": dict_row,
+    "prepare_threshold": None,
+    "application_name": "unetpp",
+    "connect_timeout": ANSWER_S,
+    "keepalives_idle": 3,
+    "keepalives_interval": 1,
+    "keepalives_count": 3,
+    "tcp_user_timeout": ANSWER_S * 1000,
+}
+SESSION = f"SET search_path = unetpp; SET statement_timeout = '{2 * ANSWER_S}s'"
+
+VERSION = 1
+SCHEMA = """
+CREATE TABLE version (number INTEGER NOT NULL);
+CREATE TABLE jobs (
+    number BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    state TEXT NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    created DOUBLE PRECISION NOT NULL,
+    started DOUBLE PRECISION,
+    finished DOUBLE PRECISION,
+    ticket TEXT NOT NULL,
+    preview TEXT,
+    result TEXT,
+    problem TEXT,
+    lease BIGINT NOT NULL DEFAULT 0,
+    leased_until TIMESTAMPTZ NOT NULL DEFAULT '-infinity',
+    postponed INTEGER NOT NULL DEFAULT 0,
+    stage TEXT,
+    done INTEGER NOT NULL DEFAULT 0,
+    total INTEGER NOT NULL DEFAULT 0,
+    eta_s DOUBLE PRECISION NOT NULL DEFAULT 0,
+    files JSONB NOT NULL DEFAULT '{}',
+    bytes BIGINT NOT NULL DEFAULT 0
+);
+CREATE INDEX jobs_unfinished ON jobs (number) WHERE finished IS NULL;
+CREATE INDEX jobs_finished ON jobs (finished) WHERE finished IS NOT NULL;
+"""
+
+
+class Database:
+    """Connections to one database, from any thread. It may be away at any time, at the start, too.
+
+    Args:
+        address: connection URI.
+        connections: connections at once.
+
+    Raises:
+        Misconfigured: the address cannot be read.
+        StoreBroken: the schema is that of another version, or may not be made.
+    """
+
+    def __init__(self, address: str, connections: int) -> None:
+        self._address = address
+        self._preparing = threading.Lock()
+        self._is_prepared = self._closed = False
+        try:
+            psycopg.conninfo.conninfo_to_dict(address)
+        except psycopg.Error as error:
+            # Not the error itself, because it may repeat the password.
+            raise Misconfigured(
+                f"{SETTING} is not an address of PostgreSQL: write postgresql://USER@HOST/DATABASE",
+                setting=SETTING,
+            ) from error
+        self._pool = ConnectionPool(
+            address,
+            kwargs=CONNECTION,
+            min_size=1,
+            max_size=connections,
+            open=False,
+            configure=_configure,
+            check=ConnectionPool.check_connection,
+            timeout=ANSWER_S,
+            reconnect_timeout=RECONNECT_S,
+            name="jobs",
+        )
+        try:
+            self._prepare()
+        except StoreUnavailable:
+            log.warning("the database of jobs does not answer; /jobs is refused until it does", exc_info=True)
+
+    def close(self) -> None:
+        """Closes all connections."""
+        self._closed = True
+        self._pool.close()
+
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[psycopg.Connection[DictRow]]:
+        """A connection on which each statement is a transaction.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+            StoreBroken: it refuses.
+            NotReady: the server is stopping.
+        """
+        if self._closed:
+            raise shutting_down()
+        with _translated_errors():
+            self._prepare()
+            with self._pool.connection() as connection:
+                yield connection
+
+    def _prepare(self) -> None:
+        """Makes the schema and opens the pool, once the database can be reached."""
+        with self._preparing:
+            if not self._is_prepared:
+                with _translated_errors(), psycopg.connect(self._address, **CONNECTION) as connection:
+                    make_schema(connection)
+                self._pool.open()
+                self._is_prepared = True
+
+
+def make_schema(connection: psycopg.Connection[DictRow]) -> None:
+    """Makes the schema if it is not there; of several servers that start at once, one does.
+
+    Raises:
+        StoreBroken: it is that of another version.
+    """
+    with connection.transaction():
+        connection.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
+        version = read_version(connection)
+        if version is None:
+            if not _scalar(connection, "SELECT to_regnamespace('unetpp')"):
+                connection.execute("CREATE SCHEMA unetpp")
+            connection.execute("SET LOCAL search_path = unetpp")
+            connection.execute(SCHEMA)
+            connection.execute("INSERT INTO version VALUES (%s)", (VERSION,))
+        elif version != VERSION:
+            raise StoreBroken(
+                f"the database of jobs was made by another version of this server (format {version}, this one reads {VERSION}); use "
+                f"that version, or name another database with {SETTING}",
+                setting=SETTING,
+                actual=version,
+                allowed=[VERSION],
+            )
+
+
+def read_version(connection: psycopg.Connection[DictRow]) -> int | None:
+    """The version of the schema; None where there is none."""
+    if not _scalar(connection, "SELECT to_regclass('unetpp.version')::text"):
+        return None
+    return int(_scalar(connection, "SELECT number FROM unetpp.version"))
+
+
+def check(address: str) -> int | None:
+    """Connects once, and reads the version of the schema.
+
+    Raises:
+        StoreUnavailable, StoreBroken: it cannot be used.
+    """
+    with _translated_errors(), psycopg.connect(address, **CONNECTION) as connection:
+        return read_version(connection)
+
+
+def _configure(connection: psycopg.Connection[DictRow]) -> None:
+    connection.execute(SESSION)
+
+
+def _scalar(connection: psycopg.Connection[DictRow], statement: Any) -> Any:
+    row = connection.execute(statement).fetchone()
+    return next(iter(row.values())) if row else None
+
+
+@contextlib.contextmanager
+def _translated_errors() -> Iterator[None]:
+    try:
+        yield
+    except PoolClosed as error:
+        raise shutting_down() from error
+    except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout) as error:
+        raise StoreUnavailable(
+            "the database that keeps the jobs does not answer; try again in a moment",
+            RETRY_S,
+            setting=SETTING,
+        ) from error
+    except psycopg.Error as error:
+        raise StoreBroken(
+            f"the database of jobs refuses ({error}); its user needs to own the schema unetpp, or the right to create it; or name "
+            f"another database with {SETTING}",
+            setting=SETTING,
+        ) from error
