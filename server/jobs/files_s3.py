@@ -27,7 +27,8 @@ RETRY_S = 5
 
 # A request that fails is tried again twice within this time; then the caller hears of it.
 RETRY_CONFIG: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
-CLIENT_OPTIONS: Any = {"connect_timeout": "5s", "timeout": "60s"}
+# http:// only where the operator writes it in the endpoint.
+CLIENT_OPTIONS: Any = {"connect_timeout": "5s", "timeout": "60s", "allow_http": True}
 
 _REFUSED = (
     exceptions.PermissionDeniedError,

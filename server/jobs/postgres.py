@@ -8,7 +8,6 @@ from typing import Any
 
 import psycopg
 from psycopg.rows import DictRow, dict_row
-from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout
 
 from server.errors import Misconfigured, StoreBroken, StoreUnavailable, shutting_down
 
@@ -19,8 +18,6 @@ RETRY_S = 5
 
 # Seconds for a connection and for an answer; a database that takes longer counts as away.
 ANSWER_S = 5
-# Seconds for which the pool tries to connect by itself; later, each call tries at once.
-RECONNECT_S = 2
 
 # Numbers of advisory locks in this database: who makes the schema, and who accepts a job.
 SCHEMA_LOCK, ACCEPT_LOCK = 7_304_113_001, 7_304_113_002
@@ -55,7 +52,7 @@ CREATE TABLE jobs (
     result TEXT,
     problem TEXT,
     lease BIGINT NOT NULL DEFAULT 0,
-    leased_until TIMESTAMPTZ NOT NULL DEFAULT '-infinity',
+    leased_until TIMESTAMPTZ NOT NULL DEFAULT 'epoch',
     postponed INTEGER NOT NULL DEFAULT 0,
     stage TEXT,
     done INTEGER NOT NULL DEFAULT 0,
@@ -72,48 +69,42 @@ CREATE INDEX jobs_finished ON jobs (finished) WHERE finished IS NOT NULL;
 class Database:
     """Connections to one database, from any thread. It may be away at any time, at the start, too.
 
+    There are as many as are used at once. Each is checked before it is used again, so that a call fails only if the
+    database is away now, and then at once; nothing goes on in the background.
+
     Args:
         address: connection URI.
-        connections: connections at once.
 
     Raises:
         Misconfigured: the address cannot be read.
         StoreBroken: the schema is that of another version, or may not be made.
     """
 
-    def __init__(self, address: str, connections: int) -> None:
+    def __init__(self, address: str) -> None:
         self._address = address
-        self._preparing = threading.Lock()
+        self._preparing, self._taking = threading.Lock(), threading.Lock()
         self._is_prepared = self._closed = False
+        self._idle: list[psycopg.Connection[DictRow]] = []
         try:
             psycopg.conninfo.conninfo_to_dict(address)
-        except psycopg.Error as error:
-            # Not the error itself, because it may repeat the password.
+        except psycopg.Error:
+            # Not from the error, because it may repeat the password.
             raise Misconfigured(
                 f"{SETTING} is not an address of PostgreSQL: write postgresql://USER@HOST/DATABASE",
                 setting=SETTING,
-            ) from error
-        self._pool = ConnectionPool(
-            address,
-            kwargs=CONNECTION,
-            min_size=1,
-            max_size=connections,
-            open=False,
-            configure=_configure,
-            check=ConnectionPool.check_connection,
-            timeout=ANSWER_S,
-            reconnect_timeout=RECONNECT_S,
-            name="jobs",
-        )
+            ) from None
         try:
             self._prepare()
-        except StoreUnavailable:
-            log.warning("the database of jobs does not answer; /jobs is refused until it does", exc_info=True)
+        except StoreUnavailable as error:
+            log.warning("%s; /jobs is refused until it does: %s", error, error.__cause__)
 
     def close(self) -> None:
         """Closes all connections."""
-        self._closed = True
-        self._pool.close()
+        with self._taking:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[psycopg.Connection[DictRow]]:
@@ -124,21 +115,45 @@ class Database:
             StoreBroken: it refuses.
             NotReady: the server is stopping.
         """
-        if self._closed:
-            raise shutting_down()
         with _translated_errors():
             self._prepare()
-            with self._pool.connection() as connection:
+            connection = self._take()
+            try:
                 yield connection
+            except BaseException:
+                connection.close()
+                raise
+            with self._taking:
+                if not self._closed:
+                    self._idle.append(connection)
+                    return
+            connection.close()
 
     def _prepare(self) -> None:
-        """Makes the schema and opens the pool, once the database can be reached."""
+        """Makes the schema, once the database can be reached."""
         with self._preparing:
             if not self._is_prepared:
                 with _translated_errors(), psycopg.connect(self._address, **CONNECTION) as connection:
                     make_schema(connection)
-                self._pool.open()
                 self._is_prepared = True
+
+    def _take(self) -> psycopg.Connection[DictRow]:
+        """A connection that works, as far as can be known."""
+        while True:
+            with self._taking:
+                if self._closed:
+                    raise shutting_down()
+                connection = self._idle.pop() if self._idle else None
+            if connection is None:
+                connection = psycopg.connect(self._address, **CONNECTION)
+                connection.execute(SESSION)
+                return connection
+            try:
+                connection.execute("")
+            except psycopg.Error:
+                connection.close()
+            else:
+                return connection
 
 
 def make_schema(connection: psycopg.Connection[DictRow]) -> None:
@@ -183,10 +198,6 @@ def check(address: str) -> int | None:
         return read_version(connection)
 
 
-def _configure(connection: psycopg.Connection[DictRow]) -> None:
-    connection.execute(SESSION)
-
-
 def _scalar(connection: psycopg.Connection[DictRow], statement: Any) -> Any:
     row = connection.execute(statement).fetchone()
     return next(iter(row.values())) if row else None
@@ -196,9 +207,7 @@ def _scalar(connection: psycopg.Connection[DictRow], statement: Any) -> Any:
 def _translated_errors() -> Iterator[None]:
     try:
         yield
-    except PoolClosed as error:
-        raise shutting_down() from error
-    except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout) as error:
+    except (psycopg.OperationalError, psycopg.InterfaceError) as error:
         raise StoreUnavailable(
             "the database that keeps the jobs does not answer; try again in a moment",
             RETRY_S,

@@ -29,9 +29,6 @@ log = logging.getLogger(__name__)
 # Seconds without renewal after which another server takes a job. Ten renewals fit, so that a stall loses none.
 LEASE_S = 10.0
 
-# Connections beside those of the workers: calls of requests, and the renewal.
-FURTHER_CONNECTIONS = 5
-
 # Files without a row are those of an upload that a crash ended, once they are older than any upload.
 ORPHAN_S = 6 * 3600
 
@@ -72,7 +69,7 @@ class PostgresStore(SharedStore):
             settings.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             stack.enter_context(locked(settings.folder))
             _clear(settings, uploads)
-            self._database = Database(settings.store, settings.concurrency + FURTHER_CONNECTIONS)
+            self._database = Database(settings.store)
             stack.callback(self._database.close)
             self._resources = stack.pop_all()
 
@@ -257,7 +254,6 @@ class PostgresStore(SharedStore):
         self._query(
             "UPDATE jobs SET files = ?, bytes = ? WHERE id = ?", json.dumps(left), sum(left.values()), id_
         )
-        self.drop(id_)
         return job
 
     def _keep(self, id_: str, name: str, body: bytes | BinaryIO) -> None:
