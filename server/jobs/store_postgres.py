@@ -45,7 +45,7 @@ class PostgresStore(SharedStore):
         settings: address of the database, folder of this server alone, retention and limits.
         files: files of the jobs.
         clock: seconds since 1970; leases follow the database's clock alone.
-        lease_s: seconds without renewal after which another server takes a job.
+        lease_s: seconds without renewal after which another server takes a job; by default `LEASE_S`.
 
     Raises:
         StoreBroken: the folder is in use, or the database refuses.
@@ -57,13 +57,13 @@ class PostgresStore(SharedStore):
         settings: JobsSettings,
         files: FileStore,
         clock: Callable[[], float] = time.time,
-        lease_s: float = LEASE_S,
+        lease_s: float | None = None,
     ) -> None:
         uploads = Files(settings, settings.folder / "uploads")
         super().__init__(settings, files, uploads, clock)
         # The database decides: a change needs the lease.
         self._changing = contextlib.nullcontext()
-        self._lease_s = lease_s
+        self._lease_s = LEASE_S if lease_s is None else lease_s
         self._leases: dict[str, int] = {}
         with contextlib.ExitStack() as stack, uploads.translate_errors():
             settings.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
