@@ -1,4 +1,4 @@
-"""What every store of jobs' files does, and the quota that it keeps."""
+"""Interface of the stores of jobs' files, and the quota that they keep."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ class KeptFile:
     Attributes:
         path: file on this machine.
         stat: its size and time, the same on every replica.
-        release: to be called once it is read.
+        release: function to call once it is read.
     """
 
     path: Path

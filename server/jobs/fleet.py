@@ -44,7 +44,7 @@ class FleetQueue(JobQueue):
         self._shared = store
         self._renew_s = renew_s
         self._error: StoreBroken | StoreUnavailable | None = None
-        # Of jobs that others run and somebody watches here.
+        # Of jobs that others run and a client watches here.
         self._events: dict[str, asyncio.Event] = {}
         self._last: dict[str, tuple[object, ...]] = {}
 

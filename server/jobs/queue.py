@@ -56,7 +56,7 @@ class JobQueue:
             self.add(job)
 
     def tasks(self) -> list[Coroutine[Any, Any, None]]:
-        """What runs beside the workers: nothing, because this server alone has these jobs."""
+        """Coroutines that run beside the workers: none, because this server alone has these jobs."""
         return []
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""What a store does beside, if several servers share it: leases, progress and places in one queue."""
+"""Interface of the stores that several servers share: leases, progress and places in one queue."""
 
 from abc import abstractmethod
 from collections.abc import Collection, Iterable
@@ -10,7 +10,7 @@ from server.jobs.store import Store
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a running job of this server is."""
+    """Progress of a job that runs on this server."""
 
     id: str
     stage: str | None
@@ -21,7 +21,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Totals:
-    """What all servers have: jobs that wait, of these the ones that could be taken now, and bytes of files."""
+    """Sums over all servers: jobs that wait, of these the ones that could be taken now, and bytes of files."""
 
     waiting: int
     claimable: int
@@ -56,7 +56,7 @@ class SharedStore(Store):
 
     @abstractmethod
     def totals(self) -> Totals:
-        """What all servers have.
+        """Sums over all servers.
 
         Raises:
             StoreBroken, StoreUnavailable: the store fails.

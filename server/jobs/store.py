@@ -1,4 +1,4 @@
-"""What every store of jobs does: the life of a job, in statements that SQLite and PostgreSQL both know.
+"""Interface of the stores of jobs, and the life of a job in statements that SQLite and PostgreSQL both know.
 
 Files are written before the row that refers to them, and a row is removed before its files.
 """

@@ -89,7 +89,7 @@ class PostgresStore(SharedStore):
         Raises:
             StoreBroken, StoreUnavailable: the store fails.
         """
-        # `lease` only grows, and whoever has the last one may change the job.
+        # `lease` only grows, and the server with the last one may change the job.
         statement = f"""
             UPDATE jobs SET lease = lease + 1, state = 'queued', started = NULL, stage = NULL, done = 0,
                 leased_until = clock_timestamp() + make_interval(secs => ?)
@@ -131,7 +131,7 @@ class PostgresStore(SharedStore):
         self._leases.pop(id_, None)
 
     def totals(self) -> Totals:
-        """What all servers have."""
+        """Sums over all servers."""
         statement = f"""SELECT count(*) FILTER (WHERE state = 'queued') AS waiting,
             count(*) FILTER (WHERE {CLAIMABLE}) AS claimable, coalesce(sum(bytes), 0)::bigint AS used_bytes FROM jobs"""  # noqa: S608 - constants
         with self._database.connection() as connection:

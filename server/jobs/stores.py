@@ -17,7 +17,7 @@ class Row:
     """A store.
 
     Attributes:
-        schemes: how its setting begins.
+        schemes: beginnings of its setting.
         open: function that opens it; it imports what only this store needs.
         extra: extra of this package that has its libraries; None where nothing more is needed.
     """
