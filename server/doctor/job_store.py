@@ -52,9 +52,9 @@ def _check_shared(context: Context, settings: JobsSettings) -> Iterator[Check]:
     else:
         yield _check_version(version, postgres.VERSION)
     yield _check_folder(context, settings.folder)
-    files = stores.open_files(settings)
     id_ = uuid.uuid4().hex
     try:
+        files = stores.open_files(settings)
         files.write(id_, "doctor", io.BytesIO(b"written by unetpp doctor"))
         with files.open(id_, "doctor") as file:
             file.read()

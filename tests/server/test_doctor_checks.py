@@ -198,7 +198,7 @@ class TestJobs:
             raise PermissionError(13, "Permission denied")
 
         # Tests may run as root, who may write everywhere.
-        monkeypatch.setattr(operations.tempfile, "TemporaryFile", refuse)
+        monkeypatch.setattr(job_store.tempfile, "TemporaryFile", refuse)
         check = only(job_store.check_jobs(context_of(jobs={"folder": tmp_path})))
         assert check.status == "failed"
         assert "Permission denied" in check.detail

@@ -20,11 +20,16 @@ from server.jobs.file_store import KeptFile, short_id
 from server.jobs.job import FINISHED
 from server.jobs.runner import Runner
 
-UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "codes: unknown-job"}}
+AWAY = {"model": Problem, "description": "codes: not-ready, store-unavailable"}
+UNKNOWN: dict[int | str, dict[str, Any]] = {
+    404: {"model": Problem, "description": "codes: unknown-job"},
+    503: AWAY,
+}
 REFUSED: dict[int | str, dict[str, Any]] = {
     code: {"model": Problem} for code in (404, 406, 408, 413, 415, 422, 429, 500, 503, 507)
 }
 # Without deadline-too-short, because a job has no deadline.
+REFUSED[503] = AWAY
 REFUSED[422] = {"model": Problem, "description": "codes: unreadable, invalid-parameter"}
 FILE: dict[int | str, dict[str, Any]] = UNKNOWN | {
     200: {"description": "the encoded mask, with the X-Segment-* headers of POST /segment"},
