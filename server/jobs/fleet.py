@@ -4,13 +4,14 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from server.errors import StoreBroken, StoreUnavailable
 from server.jobs.active import ActiveJob, Clock, JobStatus
 from server.jobs.file_store import short_id
 from server.jobs.job import Job, LeaseLost, SharedJob
-from server.jobs.queue import JobQueue, RunInThread
+from server.jobs.queue import JobQueue, RunInThread, run_in
 from server.jobs.shared_store import Progress, SharedStore
 from server.metrics import Metrics
 
@@ -43,6 +44,8 @@ class FleetQueue(JobQueue):
         super().__init__(concurrency, metrics, clock, store, run_in_thread)
         self._shared = store
         self._renew_s = renew_s
+        # Its own, so that no slow call for a client holds up a renewal.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="leases")
         self._error: StoreBroken | StoreUnavailable | None = None
         # Of jobs that others run and a client watches here.
         self._events: dict[str, asyncio.Event] = {}
@@ -56,6 +59,10 @@ class FleetQueue(JobQueue):
         """The renewal of leases."""
         return [self._renew_for_ever()]
 
+    def close(self) -> None:
+        """Ends the thread of renewals."""
+        self._pool.shutdown(wait=False)
+
     def check(self) -> None:
         """Checks that jobs can be accepted.
 
@@ -63,7 +70,7 @@ class FleetQueue(JobQueue):
             StoreUnavailable, StoreBroken: the store failed when it was asked last.
         """
         if self._error:
-            raise self._error
+            raise self._error.with_traceback(None)
 
     async def accept(self, job: Job) -> JobStatus:
         """Tells the workers of a job that the store has just kept; those of other servers hear of it, too."""
@@ -100,6 +107,7 @@ class FleetQueue(JobQueue):
         """
         if active := self.get(id_):
             return self.status(active)
+        self.check()
         job = await self._run_in_thread(self._shared.report, id_)
         if job.finished is not None:
             return self.finished_status(job)
@@ -121,6 +129,7 @@ class FleetQueue(JobQueue):
             UnknownJob: it was never accepted, was deleted or has expired.
             StoreUnavailable, StoreBroken: nothing has happened to it.
         """
+        self.check()
         job: Job = await self._run_in_thread(self._shared.get, id_)
         was_finished = job.finished is not None
         if not was_finished:
@@ -187,18 +196,18 @@ class FleetQueue(JobQueue):
             for one in self._active.values()
             if one.running
         ]
-        for id_ in await self._run_in_thread(self._shared.renew, running):
+        for id_ in await run_in(self._pool, self._shared.renew, running):
             if active := self.get(id_):
                 log.warning("job %s was cancelled, or is another server's now", short_id(id_))
                 active.cancel()
                 self.drop(active)
-        totals = await self._run_in_thread(self._shared.totals)
+        totals = await run_in(self._pool, self._shared.totals)
         self.waiting = totals.waiting
         self._metrics.jobs_queued.set(totals.waiting)
         if totals.claimable:
             self._arrived.set()
         if self._events:
-            self._tell(await self._run_in_thread(self._shared.reports, [*self._events]))
+            self._tell(await run_in(self._pool, self._shared.reports, [*self._events]))
 
     def _tell(self, reports: dict[str, SharedJob]) -> None:
         """Wakes those who watch a job that has changed, is gone, or runs here now."""

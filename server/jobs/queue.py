@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor
 from typing import Any, Protocol, TypeVar
 
 from server.jobs.active import ActiveJob, Clock, JobStatus
@@ -13,6 +14,15 @@ T = TypeVar("T")
 
 # Seconds by which a postponed job is looked for later, because it must be due by then.
 WAKE_S = 0.05
+
+
+async def run_in(pool: Executor, call: Callable[..., T], *arguments: object) -> T:
+    """Runs a call in a pool. A cancelled caller waits for its end, too, so that nothing goes on unseen."""
+    future = asyncio.get_running_loop().run_in_executor(pool, call, *arguments)
+    try:
+        return await asyncio.shield(future)
+    finally:
+        await asyncio.wait([future])
 
 
 class RunInThread(Protocol):
@@ -58,6 +68,9 @@ class JobQueue:
     def tasks(self) -> list[Coroutine[Any, Any, None]]:
         """Coroutines that run beside the workers: none, because this server alone has these jobs."""
         return []
+
+    def close(self) -> None:
+        """Releases what the queue holds; its tasks have ended."""
 
     def check(self) -> None:
         """Checks that jobs can be accepted. They always can, as far as is known before they come."""

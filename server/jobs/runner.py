@@ -16,7 +16,7 @@ from server.jobs.files import Files
 from server.jobs.fleet import FleetQueue
 from server.jobs.job import Job, JobSpec, LeaseLost
 from server.jobs.pacs import NoPacs, Pacs
-from server.jobs.queue import JobQueue
+from server.jobs.queue import JobQueue, run_in
 from server.jobs.shared_store import SharedStore
 from server.jobs.store import Store, too_many_waiting
 from server.jobs.stores import open_store
@@ -117,6 +117,7 @@ class Runner:
         """Stops running jobs, which wait again; nothing is written after this."""
         self.drain()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._queue.close()
         store, self._open_store, self._open_queue = self._store, None, None
         await self._run_in_thread(store.close)
         self._closed = True
@@ -307,11 +308,7 @@ class Runner:
         """
         if self._closed:
             raise shutting_down()
-        future = asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
-        try:
-            return await asyncio.shield(future)
-        finally:
-            await asyncio.wait([future])
+        return await run_in(self._pool, call, *arguments)
 
     async def _sweep(self) -> None:
         """Removes expired jobs now and then."""

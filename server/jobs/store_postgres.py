@@ -31,6 +31,8 @@ LEASE_S = 10.0
 
 # Files without a row are those of an upload that a crash ended, once they are older than any upload.
 ORPHAN_S = 6 * 3600
+# Seconds between two looks for them, because each lists all files.
+ORPHANS_EVERY_S = 3600
 
 # A job is no longer first in the queue once its second attempt was lost, because it may be the cause.
 ORDER = "greatest(attempts, 1), number"
@@ -65,6 +67,7 @@ class PostgresStore(SharedStore):
         self._changing = contextlib.nullcontext()
         self._lease_s = LEASE_S if lease_s is None else lease_s
         self._leases: dict[str, int] = {}
+        self._look_for_orphans_at = 0.0
         with contextlib.ExitStack() as stack, uploads.translate_errors():
             settings.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             stack.enter_context(locked(settings.folder))
@@ -200,6 +203,9 @@ class PostgresStore(SharedStore):
         latest = self._latest_end()
         for job in self._query("DELETE FROM jobs WHERE finished <= ? RETURNING *", latest):
             self.files.discard(job.id)
+        if self._clock() < self._look_for_orphans_at:
+            return
+        self._look_for_orphans_at = self._clock() + ORPHANS_EVERY_S
         with self.files.translate_errors():
             old = self.files.ids(older_than_s=ORPHAN_S)
         known = {job.id for job in self._query("SELECT * FROM jobs WHERE id = ANY(?)", old)}

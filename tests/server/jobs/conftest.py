@@ -113,6 +113,7 @@ class Fleet:
         self._address = address
         self._files = files
         self._number = itertools.count()
+        self.last_folder = folder
         self.stack = contextlib.ExitStack()
 
     @property
@@ -122,7 +123,7 @@ class Fleet:
     def settings(self, **settings: Any) -> JobsSettings:
         if not self.is_shared:
             return JobsSettings(folder=self._folder / "alone", **settings)
-        own = self._folder / f"server{next(self._number)}"
+        own = self.last_folder = self._folder / f"server{next(self._number)}"
         return JobsSettings(folder=own, **({"store": self._address, "files": self._files} | settings))
 
     def open(self, **settings: Any) -> Any:

@@ -209,6 +209,9 @@ def test_sweep_removes_files_without_a_row(fleet: Fleet, monkeypatch: pytest.Mon
     assert set(store.files.ids()) == {kept, orphan}
     monkeypatch.setattr("server.jobs.store_postgres.ORPHAN_S", 0)
     store.sweep()
+    assert set(store.files.ids()) == {kept, orphan}
+    fleet.clock.advance(3600)
+    store.sweep()
     assert store.files.ids() == [kept]
 
 
