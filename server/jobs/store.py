@@ -156,8 +156,8 @@ class Store(ABC):
             self._keep(id_, "preview", body)
             return self._change(id_, "preview = ?", json.dumps(headers))
 
-    def put_back(self, id_: str, pause_s: float = 0.0) -> Job:
-        """Lets a running job wait again, for some seconds at least, which does not count as an attempt."""
+    def put_back(self, id_: str, pause_s: float | None = None) -> Job:
+        """Lets a running job wait again, postponed by some seconds if it must, which does not count as an attempt."""
         del pause_s  # kept in memory, as all waiting jobs are
         with self._changing:
             return self._change(id_, WAIT_AGAIN)

@@ -82,9 +82,13 @@ class PostgresStore(SharedStore):
             for id_ in [*self._leases]:
                 try:
                     self.put_back(id_)
-                except (LeaseLost, StoreUnavailable) as error:
-                    log.warning("job %s was not put back; its lease runs out: %r", short_id(id_), error)
+                except LeaseLost:
                     continue
+                except StoreUnavailable as error:
+                    log.warning(
+                        "job %s and others were not put back; their leases run out: %s", short_id(id_), error
+                    )
+                    break
 
     def claim(self) -> SharedJob | None:
         """Takes the first job that no server works on; None where there is none.
@@ -174,10 +178,10 @@ class PostgresStore(SharedStore):
         assert isinstance(job, SharedJob)  # noqa: S101 - for mypy: all rows of this table are
         return job
 
-    def put_back(self, id_: str, pause_s: float = 0.0) -> Job:
-        """Lets a running job wait again, for some seconds at least, which does not count as an attempt."""
+    def put_back(self, id_: str, pause_s: float | None = None) -> Job:
+        """Lets a running job wait again, postponed by some seconds if it must, which does not count as an attempt."""
         changes = f"{WAIT_AGAIN}, stage = NULL, done = 0, leased_until = clock_timestamp() + make_interval(secs => ?), postponed = postponed + ?"
-        job = self._change(id_, changes, pause_s, int(pause_s > 0))
+        job = self._change(id_, changes, pause_s or 0.0, int(pause_s is not None))
         self.drop(id_)
         return job
 

@@ -81,7 +81,9 @@ class Bench:
         self.clock = clock
         self.metrics = Metrics()
 
-    def runner(self, uploads: int = 10, intervals: Intervals = AT_ONCE, **settings: Any) -> Runner:
+    def runner(
+        self, uploads: int = 10, intervals: Intervals = AT_ONCE, pacs: Any = None, **settings: Any
+    ) -> Runner:
         return Runner(
             JobsSettings(folder=self.folder, **settings),
             uploads,
@@ -95,6 +97,7 @@ class Bench:
             },
             intervals=intervals,
             clock=self.clock,
+            pacs=pacs,
         )
 
     def store(self) -> contextlib.AbstractContextManager[SQLiteStore]:

@@ -16,12 +16,13 @@ import httpx
 import numpy as np
 import pytest
 
-from server.errors import StoreUnavailable, UnknownJob
+from server.errors import InvalidParameter, PacsUnavailable, StoreUnavailable, UnknownJob
 from server.jobs.active import JobStatus
 from server.jobs.runner import Intervals, Runner
 from server.segment.request import SegmentParams, Upload
 from tests.server.jobs.conftest import SPEC, Fleet
 from tests.server.jobs.steps import WINDOWS, Bench, StepService, end, started, status_when, submit
+from tests.server.jobs.test_pacs import AnyInput, FakePacs
 from tests.support.files import GOOD, Sent, picture_bytes
 from tests.support.postgres import Network
 from tests.support.service import ManualClock, fake_service
@@ -47,13 +48,13 @@ def server(fleet: Fleet) -> Server:
     """Runs a server whose windows a test steps through."""
 
     @contextlib.asynccontextmanager
-    async def running(**settings: Any) -> AsyncIterator[tuple[Runner, StepService, Bench]]:
-        service = StepService(free=False)
+    async def running(pacs: Any = None, **settings: Any) -> AsyncIterator[tuple[Runner, StepService, Bench]]:
+        service = AnyInput(free=False)
         chosen = fleet.settings(**settings)
         bench = Bench(chosen.folder, service, ManualClock())
         fields = chosen.model_dump(exclude={"folder"}, exclude_unset=True)
         try:
-            async with bench.runner(intervals=QUICK, **fields) as runner:
+            async with bench.runner(intervals=QUICK, pacs=pacs, **fields) as runner:
                 yield runner, service, bench
         finally:
             service.close()
@@ -195,11 +196,36 @@ async def test_server_that_is_cut_off_publishes_nothing(
             await until(lambda: first.requests)
             network.mend()
             await until(lambda: not (bench.value("unetpp_jobs_running")))
-            assert (await cut_off.get(id_)).job.result is None
+            assert (await other.get(id_)).job.result is None
             second.step()
             status = await end(cut_off, id_)
             assert (status.job.state, status.job.attempts) == ("done", 2)
             assert not bench.value("unetpp_jobs_total", outcome="done")
+
+
+async def test_job_of_a_pacs_is_fetched_and_sent_by_any_server(server: Server) -> None:
+    """A PACS that is away is tried again, by whichever server has the job then; without one the error says what is missing."""
+    pacs = FakePacs()
+    pacs.fetch_errors = [PacsUnavailable("away"), PacsUnavailable("away")]
+    async with server(pacs=pacs) as (one, first, _), server(pacs=pacs) as (other, second, _):
+        for service in (first, second):
+            service.free = True
+        status = await one.submit_source("main/1.2", SegmentParams(level=2), None, preview=False, store=True)
+        ended_ = await end(other, status.job.id)
+        assert (ended_.job.state, ended_.job.attempts) == ("done", 1)
+        assert (pacs.fetched, pacs.sent) == (["main/1.2"], [("main", GOOD + b"@2")])
+        assert pacs.pauses == [0, 1]
+        assert len(first.requests) + len(second.requests) == 1
+    async with server() as (bare, _, _):
+        async with server(pacs=pacs) as (one, _, _):
+            with pytest.raises(InvalidParameter):
+                await bare.submit_source("main/1.2", SegmentParams(), None, preview=False, store=True)
+            one.drain()
+            id_ = (await one.submit_source("main/1", SegmentParams(), None, preview=False, store=True)).job.id
+        status = await end(bare, id_)
+        assert status.job.state == "failed"
+        assert status.job.problem is not None
+        assert "no PACS" in status.job.problem["detail"]
 
 
 async def test_poisonous_job_is_given_up(server: Server, fleet: Fleet) -> None:
@@ -245,18 +271,24 @@ class Replicas:
             self.kill(pid)
 
 
-@pytest.fixture
-def replicas(fleet: Fleet) -> Iterator[Replicas]:
+@pytest.fixture(scope="module")
+def launched() -> Iterator[Replicas]:
     command = [sys.executable, str(Path(__file__).with_name("replica.py"))]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}  # noqa: TID251 - of a child
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as launcher:
-        running = Replicas(launcher)
-        try:
-            yield running
-        finally:
-            running.kill_all()
+        yield Replicas(launcher)
+
+
+@pytest.fixture
+def replicas(launched: Replicas, fleet: Fleet) -> Iterator[Replicas]:
+    """Starts servers, which end before their database does."""
+    del fleet
+    try:
+        yield launched
+    finally:
+        launched.kill_all()
 
 
 def ended(client: httpx.Client, address: str, id_: str) -> dict[str, Any]:
@@ -271,40 +303,30 @@ def ended(client: httpx.Client, address: str, id_: str) -> dict[str, Any]:
 
 
 def test_kill_9_in_the_middle_of_a_job(fleet: Fleet, replicas: Replicas) -> None:
-    """Another server finishes it, with the bytes that a server without a fleet gives, and both hand it out."""
-    settings = [fleet.settings().model_dump(mode="json", exclude_unset=True) for _ in range(3)]
-    picture = picture_bytes(np.random.default_rng(0).integers(0, 256, (700, 700), dtype=np.uint8))
+    """Another server finishes it, with the bytes that a server without a fleet gives."""
+    settings = [fleet.settings().model_dump(mode="json", exclude_unset=True) for _ in range(2)]
+    picture = picture_bytes(np.random.default_rng(0).integers(0, 256, (600, 600), dtype=np.uint8))
     with fake_service_answer(picture) as right, httpx.Client(timeout=60) as client:
-        others = [replicas.start(one) for one in settings[1:]]
-        victim, address = replicas.start(settings[0])
-        for url in (*(other for _, other in others), address):
-            assert client.get(f"{url}/health/live").status_code == 200
-        # They would take a job each, and which one dies in the middle of its own would be chance.
-        for pid, _ in others:
-            os.kill(pid, signal.SIGSTOP)
-        ids = [client.post(f"{address}/jobs", content=picture).json()["id"] for _ in range(2)]
-        while not (document := client.get(f"{address}/jobs/{ids[0]}").json())["windows"]["done"]:
+        (other, url), (victim, address) = map(replicas.start, settings)
+        for one in (url, address):
+            assert client.get(f"{one}/health/live").status_code == 200
+        # It would be chance which of them took the job.
+        os.kill(other, signal.SIGSTOP)
+        id_ = client.post(f"{address}/jobs", content=picture).json()["id"]
+        while not (document := client.get(f"{address}/jobs/{id_}").json())["windows"]["done"]:
             time.sleep(0.01)
         replicas.kill(victim)
         assert document["state"] == "running"
-        for pid, _ in others:
-            os.kill(pid, signal.SIGCONT)
-        urls = [url for _, url in others]
-        for id_, other in zip(ids, urls, strict=True):
-            document = ended(client, other, id_)
-            assert document["state"] == "done"
-            answers = [client.get(f"{one}/jobs/{id_}/result") for one in urls]
-            assert [answer.content for answer in answers] == [right, right]
-            tags = {answer.headers["etag"] for answer in answers}
-            assert len(tags) == 1
-            part = client.get(
-                f"{urls[1]}/jobs/{id_}/result", headers={"Range": "bytes=10-19", "If-Range": tags.pop()}
-            )
-            assert (part.status_code, part.content) == (206, right[10:20])
-    assert fleet.query("SELECT max(attempts) FROM unetpp.jobs WHERE state = 'done'") >= 2
-    assert fleet.query("SELECT count(*) FROM unetpp.jobs") == 2
-    names = sorted(path.name.partition(".")[0] for path in Path(fleet.settings().files or "").glob("*/*"))
-    assert names == ["result"] * 2
+        os.kill(other, signal.SIGCONT)
+        assert ended(client, url, id_)["state"] == "done"
+        answer = client.get(f"{url}/jobs/{id_}/result")
+        assert answer.content == right
+        headers = {"Range": "bytes=10-19", "If-Range": answer.headers["etag"]}
+        part = client.get(f"{url}/jobs/{id_}/result", headers=headers)
+        assert (part.status_code, part.content) == (206, right[10:20])
+    assert fleet.query("SELECT attempts FROM unetpp.jobs WHERE state = 'done'") >= 2
+    (kept_file,) = Path(fleet.settings().files or "").glob("*/*")
+    assert kept_file.name.startswith("result.")
 
 
 @contextlib.contextmanager
