@@ -124,7 +124,7 @@ def _serve(settings: Any, dicom: Any) -> None:
     memory.limit_malloc_arenas()
     from server.api.auth import Keys
     from server.app import create_app, make_server
-    from server.jobs.store import Store
+    from server.jobs.stores import open_store
     from server.pacs import read_dicom
     from server.service import open_service
 
@@ -143,7 +143,7 @@ def _serve(settings: Any, dicom: Any) -> None:
     # The jobs folder stays locked from here to the end.
     with (
         listening.bound(settings) as (sockets, ops_sockets),
-        contextlib.closing(Store(settings.jobs)) as store,
+        contextlib.closing(open_store(settings.jobs)) as store,
     ):
         service = open_service(settings)
         service.open()

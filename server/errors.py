@@ -5,7 +5,7 @@ UnetppError
 │                 Unauthorized, OtherSite, UnknownFormat, InvalidParameter, DeadlineTooShort, UnknownModel,
 │                 UnknownJob, UnknownUpload, ReloadFailed, NotFinished, Unimplemented, PacsRefused
 ├── TryAgain      the same request may succeed later: ReloadRunning, Overloaded, DeadlinePassed, NotReady,
-│                 StoreFull, Interrupted, PacsUnavailable
+│                 StoreFull, StoreUnavailable, Interrupted, PacsUnavailable
 └── ServerFault   the operator, or we, must fix it: BundleDamaged, Misconfigured, EngineUnavailable,
                   TuningTooNoisy, InferenceFailed, StoreBroken
 
@@ -285,6 +285,17 @@ class StoreFull(TryAgain):
     Remedy: Delete jobs that are done with `DELETE /jobs/ID`, or send the request again after `Retry-After`.
     The operator can raise the limit.
     Fields: limit, actual, unit, setting
+    """
+
+
+class StoreUnavailable(TryAgain):
+    """The database or the bucket of jobs does not answer.
+
+    Jobs that were accepted are not lost; those that run go on, and are kept when it answers again. Requests to
+    `POST /segment` do not need it.
+    Remedy: Send the request again after `Retry-After`. If it lasts, the operator sees with `unetpp doctor` which of
+    them is away.
+    Fields: setting
     """
 
 

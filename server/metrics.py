@@ -200,11 +200,14 @@ class Metrics:
     def _measure_jobs(self) -> None:
         jobs = "Jobs that ended, by outcome; refused: there was no room for the job, so that it was never accepted."
         self.jobs = self._counter("unetpp_jobs", jobs, ("outcome",), JOB_OUTCOMES)
-        self.jobs_queued = self._gauge("unetpp_jobs_queued", "Accepted jobs that wait for their turn.")
-        self.jobs_running = self._gauge("unetpp_jobs_running", "Jobs that run.")
+        self.jobs_queued = self._gauge(
+            "unetpp_jobs_queued",
+            "Accepted jobs that wait for their turn; servers that share a store tell those of all, so take the maximum.",
+        )
+        self.jobs_running = self._gauge("unetpp_jobs_running", "Jobs that run on this server.")
         self.jobs_disk_bytes = self._gauge(
             "unetpp_jobs_disk_bytes",
-            "Size of the inputs and results of jobs, and of the images that clients of MONAI Label have uploaded.",
+            "Size of the inputs and results of jobs, and of the images that clients of MONAI Label have uploaded; servers that share a store tell the bytes of all jobs, so take the maximum.",
         )
 
     def _measure_models(self) -> None:

@@ -237,6 +237,16 @@ class JobsSettings(_Group):
     folder: Path = Field(
         Path("var/jobs"), description="where jobs and results are kept; one server per folder"
     )
+    store: str = Field(
+        "sqlite",
+        description="where the queue and the state of jobs are: `sqlite`, in the folder, or `postgresql://USER@HOST/DATABASE`, which "
+        "several servers share; the manual's page 'Job stores' describes it",
+    )
+    files: str | None = Field(
+        None,
+        description="where the servers that share a PostgreSQL keep inputs and results: a folder that all of them mount, or "
+        "`s3://BUCKET/PREFIX`, whose endpoint and keys are in the usual `AWS_*` variables",
+    )
     keep_results_h: float = Field(
         24, gt=0, description="hours until a finished job and its result are removed"
     )

@@ -1,21 +1,36 @@
 """Responses with a file that is kept, of which GET may request a part (RFC 9110, 14.2)."""
 
+from collections.abc import Mapping
 from http import HTTPStatus
 
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, MalformedRangeHeader, RangeNotSatisfiable
 from starlette.types import Receive, Scope, Send
 
+from server.jobs.file_store import KeptFile
+
 
 class KeptFileResponse(FileResponse):
-    """Starlette's response with a file, which reads over a Range that it cannot read."""
+    """Starlette's response with a file, which reads over a Range that it cannot read.
+
+    Args:
+        kept: the file, which is released in the end.
+        headers: headers of the response.
+    """
+
+    def __init__(self, kept: KeptFile, headers: Mapping[str, str]) -> None:
+        super().__init__(kept.path, headers=headers, stat_result=kept.stat)
+        self._release = kept.release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
         if scope["method"] != "GET":
             # Range has a meaning for GET alone.
             scope = {**scope, "headers": [header for header in scope["headers"] if header[0] != b"range"]}
-        await super().__call__(scope, receive, send)
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._release()
 
     @classmethod
     def _parse_range_header(cls, http_range: str, file_size: int) -> list[tuple[int, int]]:

@@ -64,6 +64,7 @@ NOT_USUAL = {
     errors.NotFinished,
     errors.PacsRefused,
     errors.PacsUnavailable,
+    errors.StoreUnavailable,
     errors.Interrupted,
     errors.ReloadFailed,
     errors.ReloadRunning,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.doctor import bundles, gpu, hardware, operations
+from server.doctor import bundles, gpu, hardware, job_store, operations
 from server.doctor.context import Context, captured
 from server.doctor.redact import redactor
 from server.doctor.report import Check, Report
@@ -48,7 +48,7 @@ CHECKS: dict[str, Row] = {
     "ports": Row(operations.check_ports),
     "keys": Row(operations.check_keys),
     "tls": Row(operations.check_tls),
-    "jobs": Row(operations.check_jobs),
+    "jobs": Row(job_store.check_jobs),
 }
 
 

@@ -1,24 +1,19 @@
-"""Checks of the settings and of what a start needs beside the bundles: ports, keys, certificate, jobs folder."""
+"""Checks of the settings and of what a start needs beside the bundles: ports, keys, certificate."""
 
 import contextlib
 import errno
 import http.client
-import os
 import ssl
 import stat
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 from server import listening
 from server.api.auth import Keys
 from server.cli_utils import parse_settings, refuse_unknown_variables
 from server.doctor.context import Context
-from server.doctor.hardware import existing_parent
 from server.doctor.redact import changed_settings
 from server.doctor.report import Check
 from server.errors import Misconfigured, UnetppError
-from server.jobs import store
 
 PROBE_TIMEOUT_S = 3.0
 SETTINGS_PAGE = "compare with the page Settings of the manual; unset what is not there"
@@ -138,36 +133,3 @@ def check_tls(context: Context) -> Iterator[Check]:
         yield Check("tls", "not_checked", "no certificate; the ports speak HTTP")
     else:
         yield Check("tls", "ok", "certificate and key belong to each other")
-
-
-def check_jobs(context: Context) -> Iterator[Check]:
-    """Looks at the jobs folder without making or changing it."""
-    folder = context.known_settings.jobs.folder
-    try:
-        yield _check_jobs(context, folder)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        remedy = "make it a folder that this user may write, or name another with UNETPP_JOBS__FOLDER"
-        yield Check("jobs", "failed", f"the jobs folder cannot be used: {reason}", remedy)
-
-
-def _check_jobs(context: Context, folder: Path) -> Check:
-    if not folder.exists():
-        parent = existing_parent(folder)
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "it does not exist, and cannot be made")
-        return Check("jobs", "ok", "the folder does not exist yet; a start makes it")
-    # A file without a name, which leaves nothing behind.
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-    version = store.read_version(folder)
-    # 0 is a database whose first changes are still in its log.
-    if version not in (None, 0, store.VERSION):
-        text = f"it was written by another version of this server (format {version}, this one reads {store.VERSION})"
-        return Check("jobs", "failed", text, "name another folder with UNETPP_JOBS__FOLDER")
-    if not store.is_locked(folder):
-        return Check("jobs", "ok", "the folder is writable")
-    if context.is_serving:
-        return Check("jobs", "ok", "the folder is writable, and in use by the running server")
-    text = "another server uses the jobs folder, and none answers on the configured ports"
-    return Check("jobs", "failed", text, "stop it, or give this one its own folder with UNETPP_JOBS__FOLDER")

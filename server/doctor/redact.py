@@ -8,6 +8,8 @@ from typing import Any
 
 from server.settings import PREFIX, SETTINGS, Settings
 
+# Settings that may have hosts and passwords in them.
+PRIVATE = {f"{PREFIX}JOBS__STORE", f"{PREFIX}JOBS__FILES"}
 LOCAL_HOSTS = frozenset({"127.0.0.1", "::1", "localhost", "0.0.0.0", "::", ""})  # noqa: S104 - compared, not bound
 HIDDEN = "(set)"
 
@@ -54,6 +56,8 @@ def _known_texts(settings: Settings) -> dict[str, str]:
             # A name without a folder says nothing of the machine, and may be a word of a sentence.
             texts = {text for text in (str(value), str(value.resolve())) if os.sep in text.strip(os.sep)}
             known |= dict.fromkeys(texts, f"<{name}>")
+        elif name in PRIVATE and isinstance(value, str) and "/" in value:
+            known[value] = f"<{name}>"
         elif name.endswith("HOST") and value not in LOCAL_HOSTS:
             known[str(value)] = f"<{name}>"
     return known
@@ -61,4 +65,4 @@ def _known_texts(settings: Settings) -> dict[str, str]:
 
 def _shown(name: str, value: Any) -> Any:
     is_remote = name.endswith("HOST") and value not in LOCAL_HOSTS
-    return HIDDEN if isinstance(value, Path) or is_remote else value
+    return HIDDEN if isinstance(value, Path) or is_remote or name in PRIVATE else value

@@ -1,4 +1,4 @@
-"""The jobs that are not finished, and their progress: kept in memory, for those who watch."""
+"""A job that is not finished, and its progress: kept in memory, for those who watch."""
 
 import asyncio
 import time
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from server.jobs.job import Job
-from server.metrics import Metrics
 
 T = TypeVar("T")
 
@@ -65,12 +64,14 @@ class Intervals:
         min_watch_s: shortest time between two events of a watched job.
         max_watch_s: longest time between two events, because proxies close a silent connection.
         disk_retry_s: between two tries while the disk fails, e.g. because it is full or was unmounted.
+        renew_s: between two renewals of the leases of a shared store, which also bring news of other servers.
     """
 
     sweep_s: float = 60
     min_watch_s: float = 0.25
     max_watch_s: float = 15
     disk_retry_s: float = 10
+    renew_s: float = 1
 
 
 @dataclass(eq=False)
@@ -167,87 +168,3 @@ class ActiveJob:
             since, first = self.first_window
             return (self.clock() - since) / (self.done - first) * (self.total - self.done)
         return max(0.0, self.job.spec.seconds - (self.clock() - self.started))
-
-
-class JobQueue:
-    """The active jobs in their order.
-
-    Args:
-        concurrency: jobs that run at once.
-        metrics: shows how many wait and run.
-        clock: seconds that only go forward.
-
-    Attributes:
-        waiting: jobs that have not started.
-    """
-
-    def __init__(self, concurrency: int, metrics: Metrics, clock: Clock) -> None:
-        self._concurrency = concurrency
-        self._metrics = metrics
-        self._clock = clock
-        self._active: dict[str, ActiveJob] = {}
-        self._running: list[ActiveJob] = []
-        self.waiting = 0
-
-    def get(self, id_: str) -> ActiveJob | None:
-        """A job, unless it is finished."""
-        return self._active.get(id_)
-
-    def add(self, job: Job) -> ActiveJob:
-        """Appends a job to the queue."""
-        active = self._active[job.id] = ActiveJob(job, self._clock, total=job.spec.windows)
-        self._update_positions()
-        return active
-
-    def take(self) -> ActiveJob | None:
-        """Starts the first job that waits; None if none waits."""
-        now = self._clock()
-        waiting = (one for one in self._active.values() if not one.running and one.not_before <= now)
-        active = next(waiting, None)
-        if active:
-            active.restart(running=True)
-            self._update_positions()
-        return active
-
-    def put_back(self, active: ActiveJob, seconds: float = 0.0) -> None:
-        """Lets a job wait again, at its old place, for some seconds at least."""
-        active.restart(running=False)
-        active.not_before = self._clock() + seconds
-        self._update_positions()
-
-    def finish(self, active: ActiveJob, job: Job) -> None:
-        """Removes a finished job. Its worker and the caller that deletes it may both call this."""
-        if self._active.pop(job.id, None):
-            self._metrics.jobs.labels(job.state).inc()
-            active.notify()
-            self._update_positions()
-
-    def notify(self) -> None:
-        """Wakes all watchers."""
-        for active in self._active.values():
-            active.notify()
-
-    def status(self, active: ActiveJob) -> JobStatus:
-        """The status of a job now."""
-        if active.running:
-            return JobStatus(active.job, active.stage, active.done, active.total, 0, active.eta_s(), None)
-        before_s = active.ahead_s + sum(other.eta_s() for other in self._running)
-        eta_s = active.eta_s() + before_s / self._concurrency
-        return JobStatus(active.job, None, 0, active.total, active.position, eta_s, None)
-
-    def _update_positions(self) -> None:
-        """Counts the positions once for all watchers, and wakes those of jobs whose position has changed."""
-        self._running = [active for active in self._active.values() if active.running]
-        self.waiting, ahead_s = 0, 0.0
-        for active in self._active.values():
-            before = active.position
-            if active.running:
-                active.position = 0
-            else:
-                self.waiting += 1
-                active.position, active.ahead_s = self.waiting, ahead_s
-                ahead_s += active.eta_s()
-            if active.position != before:
-                active.notify()
-        self._metrics.jobs_queued.set(self.waiting)
-        self._metrics.jobs_running.set(len(self._running))

@@ -4,16 +4,17 @@ import asyncio
 import contextlib
 import logging
 import tempfile
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from server.errors import CallerError, PacsUnavailable, StoreBroken, StoreFull, TryAgain
+from server.errors import CallerError, PacsUnavailable, StoreBroken, StoreFull, StoreUnavailable, TryAgain
 from server.imaging import encode as encoding
 from server.jobs.active import ActiveJob, JobPostponed
-from server.jobs.files import short_id
-from server.jobs.job import Job, JobSpec
+from server.jobs.file_store import short_id
+from server.jobs.job import Job, JobSpec, LeaseLost
 from server.jobs.pacs import Pacs
+from server.jobs.queue import RunInThread
 from server.jobs.store import Store
 from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upload
 from server.segment.service import SegmentationService
@@ -22,15 +23,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# After these a job waits, because they may pass.
+STORE_ERRORS = (StoreBroken, StoreFull, StoreUnavailable)
+
 FIELDS = SegmentParams.model_fields
-
-
-class RunInThread(Protocol):
-    """Runs a call in a thread, and waits for its end even if it is cancelled."""
-
-    def __call__(self, call: Callable[..., T], *arguments: object) -> Coroutine[Any, Any, T]:
-        """Returns the result of the call."""
-        ...
 
 
 class JobExecutor:
@@ -69,14 +65,17 @@ class JobExecutor:
 
         Raises:
             JobPostponed: its PACS is away; the job waits again.
+            LeaseLost: another server has the job, or it was removed.
         """
         try:
             return await self._run(active)
         except Exception as error:
-            if active.cancelled:
+            if active.cancelled or isinstance(error, LeaseLost):
                 raise
             if (pause_s := self._pause_s(active, error)) is not None:
-                active.job = await self._retry_until_disk_ok(active, self._store.put_back, active.job.id)
+                active.job = await self._retry_until_disk_ok(
+                    active, self._store.put_back, active.job.id, pause_s
+                )
                 log.warning("job %s waits %g s: %s", short_id(active.job.id), pause_s, error)
                 raise JobPostponed(pause_s) from error
             document = self._problem_document(error)
@@ -93,8 +92,8 @@ class JobExecutor:
         active.notify()
         spec = active.job.spec
         if active.job.result is None:
-            has = self._store.files.has
-            if spec.source and not await self._retry_until_disk_ok(active, has, id_, "input"):
+            has = self._store.has
+            if spec.source and not await self._retry_until_disk_ok(active, has, active.job, "input"):
                 await self._fetch(active, spec.source)
             job = await self._segment(active)
             if spec.destination is None:
@@ -122,13 +121,13 @@ class JobExecutor:
         """Sends the result, which is kept."""
         id_, windows = active.job.id, active.job.spec.windows
         active.on_progress("send", windows, windows)
-        with await self._retry_until_disk_ok(active, self._store.files.open, id_, "result") as file:
+        with await self._retry_until_disk_ok(active, self._store.open, active.job, "result") as file:
             await active.cancellable(self._pacs.send(destination, file))
         return await self._retry_until_disk_ok(active, self._store.complete, id_)
 
     def _pause_s(self, active: ActiveJob, error: Exception) -> float | None:
         """Seconds after which a job that met an error goes on; None where it has failed."""
-        disk = isinstance(error, StoreBroken | StoreFull)
+        disk = isinstance(error, STORE_ERRORS)
         spec = active.job.spec
         # Also where the disk has no room for what is fetched; later, `_retry_until_disk_ok` waits.
         if isinstance(error, PacsUnavailable) or (disk and (spec.source or spec.destination)):
@@ -148,7 +147,7 @@ class JobExecutor:
                     active.job = await self._run_in_thread(
                         self._store.keep_preview, id_, response.body, headers
                     )
-                except (StoreBroken, StoreFull):
+                except STORE_ERRORS:
                     log.exception("job %s goes on without its preview", short_id(id_))
             active.on_progress("decode", 0, spec.windows)
         response = await self._respond(active, params, active.on_progress, with_reference=True)
@@ -163,8 +162,8 @@ class JobExecutor:
         """Segments the input of a job; it leaves the device to interactive requests."""
         request = active.job.spec.request
         with contextlib.ExitStack() as stack:
-            inputs = self._store.files.inputs
-            file, reference = await self._retry_until_disk_ok(active, inputs, active.job.id, stack)
+            inputs = self._store.inputs
+            file, reference = await self._retry_until_disk_ok(active, inputs, active.job, stack)
             name, accept = request.get("name", ""), request.get("accept")
             upload = Upload(file, reference if with_reference else None, name, accept)
             work = self._service.segment(upload, params, QoS(priority="batch"), on_progress)
@@ -175,7 +174,7 @@ class JobExecutor:
         while True:
             try:
                 return await self._run_in_thread(call, *arguments)
-            except (StoreBroken, StoreFull):
+            except STORE_ERRORS:
                 log.exception("job %s waits for its disk", short_id(active.job.id))
             await active.cancellable(asyncio.sleep(self._disk_retry_s))
 

@@ -10,12 +10,13 @@ import os
 import re
 import shutil
 import sqlite3
-import threading
-from collections.abc import Callable, Collection, Iterator
+import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from server.errors import StoreBroken, StoreFull
+from server.jobs.file_store import COPY_BYTES, RETRY_FULL_S, FileStore, KeptFile, short_id
 from server.settings import JobsSettings
 
 log = logging.getLogger(__name__)
@@ -23,39 +24,37 @@ log = logging.getLogger(__name__)
 # Only folders of this form are removed, because the operator may name a folder with other contents.
 ID = re.compile("[0-9a-f]{32}")
 
-COPY_BYTES = 1024 * 1024
-RETRY_FULL_S = 60
 
-
-class Files:
+class Files(FileStore):
     """The folders of the jobs, and the bytes in them. Calls may come from any thread.
 
     Args:
         settings: folder and quota.
-
-    Attributes:
-        used_bytes: bytes of all files.
+        folder: another folder than that of the settings.
+        setting: setting that names it.
     """
 
-    def __init__(self, settings: JobsSettings) -> None:
-        self._settings = settings
-        self._folder = settings.folder
-        self._sums = threading.Lock()  # of the three below: never held while waiting for the disk
+    def __init__(
+        self, settings: JobsSettings, folder: Path | None = None, setting: str = "UNETPP_JOBS__FOLDER"
+    ) -> None:
+        super().__init__(settings)
+        self._folder = folder or settings.folder
+        self._setting = setting
         self._sizes: dict[str, int] = {}
-        self.used_bytes = 0
-        self._reserved = 0
 
     def path(self, id_: str, name: str) -> Path:
         """The path of a job's file."""
         return self._folder / id_ / name
 
-    def ids(self) -> list[str]:
-        """The ids of all folders."""
-        return [path.name for path in self._folder.iterdir() if ID.fullmatch(path.name) and path.is_dir()]
+    def ids(self, older_than_s: float = 0) -> list[str]:
+        """The ids of all folders, of which none has changed in the last seconds."""
+        latest = time.time() - older_than_s
+        folders = [path for path in self._folder.iterdir() if ID.fullmatch(path.name) and path.is_dir()]
+        return [path.name for path in folders if not older_than_s or path.stat().st_mtime <= latest]
 
     def has(self, id_: str, name: str) -> bool:
         """Whether a job has a file."""
-        with self.disk():
+        with self.translate_errors():
             return self.path(id_, name).exists()
 
     def open(self, id_: str, name: str) -> BinaryIO:
@@ -65,25 +64,35 @@ class Files:
             FileNotFoundError: it is gone, and will not come back.
             StoreFull, StoreBroken: the disk fails, perhaps for a while.
         """
-        with self.disk(), contextlib.suppress(FileNotFoundError):
+        with self.translate_errors(), contextlib.suppress(FileNotFoundError):
             return self.path(id_, name).open("rb")
         raise FileNotFoundError(f"the {name} of job {short_id(id_)} is gone")
 
-    def inputs(self, id_: str, stack: contextlib.ExitStack) -> tuple[BinaryIO, BinaryIO | None]:
+    def inputs(
+        self, id_: str, stack: contextlib.ExitStack, name: str = "input"
+    ) -> tuple[BinaryIO, BinaryIO | None]:
         """Opens a job's input and reference, which `stack` closes.
 
         Raises:
             FileNotFoundError: the input is gone, and will not come back.
             StoreFull, StoreBroken: the disk fails, perhaps for a while.
         """
-        path, reference = self.path(id_, "input"), self.path(id_, "reference")
+        path, reference = self.path(id_, name), self.path(id_, "reference")
         # Cancelling the job may remove them at any moment.
-        with self.disk(), contextlib.suppress(FileNotFoundError):
+        with self.translate_errors(), contextlib.suppress(FileNotFoundError):
             file = stack.enter_context(path.open("rb"))
             return file, stack.enter_context(reference.open("rb")) if reference.exists() else None
         raise FileNotFoundError(f"the input of job {short_id(id_)} is gone")
 
-    def write(self, id_: str, name: str, source: BinaryIO) -> None:
+    def kept(self, id_: str, name: str, *, content: bool = True) -> KeptFile | None:
+        """A file to be served; None if it is gone."""
+        del content
+        path = self.path(id_, name)
+        with contextlib.suppress(FileNotFoundError):
+            return KeptFile(path, path.stat())
+        return None
+
+    def write(self, id_: str, name: str, source: BinaryIO) -> int:
         """Writes a file, which is whole and on the disk when this returns; the quota is for uploads only.
 
         Raises:
@@ -92,13 +101,14 @@ class Files:
         path = self.path(id_, name)
         part = path.with_name(f"{name}.part")
         source.seek(0)
-        with self.disk():
+        with self.translate_errors():
             path.parent.mkdir(exist_ok=True, mode=0o700)
             try:
                 with part.open("wb") as file:
                     shutil.copyfileobj(source, file, COPY_BYTES)
                     file.flush()
                     os.fsync(file.fileno())
+                    size = file.tell()
                 part.rename(path)
             except BaseException:
                 with contextlib.suppress(OSError):
@@ -107,6 +117,7 @@ class Files:
             for folder in (path.parent, self._folder):
                 _sync(folder)
         self._account(id_)
+        return size
 
     def keep_only(self, id_: str, names: Collection[str]) -> None:
         """Removes all other files of a job.
@@ -134,43 +145,7 @@ class Files:
         self.keep_only(id_, ())
 
     @contextlib.contextmanager
-    def reserve(self) -> Iterator[Callable[[int], None]]:
-        """Reserves room for an upload; the yielded function adds bytes.
-
-        Raises:
-            StoreFull: the quota is exceeded, raised by that function; or the disk is full, wherever the block
-                writes.
-        """
-        reserved = 0
-
-        def add(size: int) -> None:
-            nonlocal reserved
-            limit_mb = self._settings.max_disk_mb
-            with self._sums:
-                actual = self.used_bytes + self._reserved + size
-                if actual > limit_mb * 1024 * 1024:
-                    raise StoreFull(
-                        f"the disk space for jobs is used up ({limit_mb:,} MiB); finished jobs make room after "
-                        f"{self._settings.keep_results_h:g} hours, or when they are deleted; or raise "
-                        "UNETPP_JOBS__MAX_DISK_MB",
-                        retry_after_s=RETRY_FULL_S,
-                        limit=limit_mb * 1024 * 1024,
-                        actual=actual,
-                        unit="bytes",
-                        setting="UNETPP_JOBS__MAX_DISK_MB",
-                    )
-                self._reserved += size
-            reserved += size
-
-        try:
-            with self.disk():
-                yield add
-        finally:
-            with self._sums:
-                self._reserved -= reserved
-
-    @contextlib.contextmanager
-    def disk(self) -> Iterator[None]:
+    def translate_errors(self) -> Iterator[None]:
         """Translates errors of the disk and the database.
 
         Raises:
@@ -187,8 +162,8 @@ class Files:
                 ) from error
             raise StoreBroken(
                 f"the jobs folder {self._folder} cannot be used ({error}); make it writable, or move it away if it is damaged, or "
-                "name another with UNETPP_JOBS__FOLDER",
-                setting="UNETPP_JOBS__FOLDER",
+                f"name another with {self._setting}",
+                setting=self._setting,
                 value=str(self._folder),
             ) from error
 
@@ -203,9 +178,19 @@ class Files:
                 self._sizes[id_] = size
 
 
-def short_id(id_: str) -> str:
-    """The part of an id that may be logged, because all of it gives access to the job."""
-    return id_[:8]
+class SharedFiles(Files):
+    """Files in a folder that all servers of a fleet mount. The database counts their bytes.
+
+    Args:
+        settings: quota.
+        folder: the folder.
+    """
+
+    def __init__(self, settings: JobsSettings, folder: Path) -> None:
+        super().__init__(settings, folder, "UNETPP_JOBS__FILES")
+
+    def _account(self, id_: str) -> None:
+        """Leaves the counting to the database."""
 
 
 def _sync(folder: Path) -> None:

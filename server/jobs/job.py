@@ -1,8 +1,8 @@
 """A job as it is kept: what was requested, how far it is, and what there is to fetch."""
 
 import json
-import sqlite3
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 # The files of a job that are needed in each state; all others are removed when it gets there.
@@ -62,6 +62,7 @@ class Job:
         result: headers of the response that serves the result; None without one. A job that still has to send
             its result has them, too.
         problem: problem document of a failed job.
+        files: names under which files are kept, where these are others than `FILES` says.
     """
 
     id: str
@@ -74,9 +75,43 @@ class Job:
     preview: dict[str, str] | None = None
     result: dict[str, str] | None = None
     problem: dict[str, Any] | None = None
+    files: dict[str, str] = field(default_factory=dict)
 
 
-def job_from_row(row: sqlite3.Row) -> Job:
+class LeaseLost(Exception):
+    """Another server has the job now, or it was removed; nothing more of this attempt may be kept."""
+
+
+@dataclass(frozen=True)
+class SharedJob(Job):
+    """A job of a store that several servers share.
+
+    Attributes:
+        lease: number that grows each time that a server takes the job; only the last one may change it.
+        postponed: times that it was postponed in a row.
+        sizes: bytes of its files by `files`' keys.
+        stage: stage as its server reported it last.
+        done: windows that are done.
+        total: windows in all.
+        eta_s: seconds of work left in it.
+        position: place among the jobs that wait; None unless it waits.
+        ahead_s: estimated seconds of all work before it.
+        running: jobs that run on all servers.
+    """
+
+    lease: int = 0
+    postponed: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
+    stage: str | None = None
+    done: int = 0
+    total: int = 0
+    eta_s: float = 0.0
+    position: int | None = None
+    ahead_s: float = 0.0
+    running: int = 0
+
+
+def job_from_row(row: Mapping[str, Any]) -> Job:
     """Makes a job of a row of the table."""
     preview, result, problem = (
         row[name] and json.loads(row[name]) for name in ("preview", "result", "problem")

@@ -3,20 +3,23 @@
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
 
-from server.errors import NotReady, Overloaded, TryAgain
-from server.jobs.active import Clock, Intervals, JobPostponed, JobQueue, JobStatus
+from server.errors import NotReady, Overloaded, StoreUnavailable, TryAgain, shutting_down
+from server.jobs.active import Clock, Intervals, JobPostponed, JobStatus
 from server.jobs.executor import JobExecutor
-from server.jobs.files import Files, short_id
-from server.jobs.job import Job, JobSpec
+from server.jobs.file_store import KeptFile, short_id
+from server.jobs.files import Files
+from server.jobs.fleet import FleetQueue
+from server.jobs.job import Job, JobSpec, LeaseLost
 from server.jobs.pacs import NoPacs, Pacs
-from server.jobs.store import Store
+from server.jobs.queue import JobQueue, run_in
+from server.jobs.shared_store import SharedStore
+from server.jobs.store import Store, too_many_waiting
+from server.jobs.stores import open_store
 from server.jobs.submission import make_fetched_spec, make_spec
 from server.metrics import Metrics
 from server.segment.request import Response, SegmentParams, Upload
@@ -30,12 +33,6 @@ T = TypeVar("T")
 # Threads for the calls of requests, beside one for each worker, so that a slow disk holds up nothing but
 # jobs.
 REQUEST_THREADS = 4
-
-# Seconds after which a client that found the queue full may try again.
-RETRY_QUEUE_S = 30
-
-# Seconds by which a postponed job is looked for later, because it must be due by then.
-WAKE_S = 0.05
 
 
 class Runner:
@@ -86,9 +83,8 @@ class Runner:
         self._pool = ThreadPoolExecutor(
             self._settings.concurrency + REQUEST_THREADS, thread_name_prefix="jobs"
         )
-        self._queue = JobQueue(self._settings.concurrency, self._metrics, self._clock)
-        self._arrived = asyncio.Event()
-        self._closing = False
+        self._open_queue: JobQueue | None = None
+        self._closing = self._closed = False
 
     async def __aenter__(self) -> Self:
         """Opens the store; unfinished jobs are taken up again.
@@ -97,11 +93,11 @@ class Runner:
             StoreBroken: the folder is in use, cannot be written, or was written by another version.
         """
         self._reset()
-        self._open_store = self._given_store or await self._run_in_thread(Store, self._settings)
+        self._open_store = self._given_store or await self._run_in_thread(open_store, self._settings)
         files = self._store.files
         self._metrics.set_function(self._metrics.jobs_disk_bytes, lambda: files.used_bytes)
-        for job in await self._run_in_thread(self._store.waiting):
-            self._queue.add(job)
+        self._open_queue = self._make_queue(self._store)
+        await self._queue.load()
         executor = JobExecutor(
             self._service,
             self._store,
@@ -112,15 +108,19 @@ class Runner:
             self._pacs,
         )
         workers = [self._work(executor) for _ in range(self._settings.concurrency)]
-        self._tasks = [asyncio.create_task(coroutine) for coroutine in (*workers, self._sweep())]
+        self._tasks = [
+            asyncio.create_task(coroutine) for coroutine in (*workers, self._sweep(), *self._queue.tasks())
+        ]
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Stops running jobs, which wait again; nothing is written after this."""
         self.drain()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        store, self._open_store = self._store, None
+        self._queue.close()
+        store, self._open_store, self._open_queue = self._store, None, None
         await self._run_in_thread(store.close)
+        self._closed = True
         self._pool.shutdown(wait=False)
 
     def drain(self) -> None:
@@ -130,7 +130,8 @@ class Runner:
         self._closing = True
         for task in self._tasks:
             task.cancel()
-        self._queue.notify()
+        if self._open_queue:
+            self._open_queue.notify()
 
     def check(self) -> None:
         """Checks that jobs are worked on.
@@ -151,17 +152,13 @@ class Runner:
             UnknownModel, InvalidParameter: the request is wrong, whatever its body is.
             Overloaded: too many jobs wait, or too many bodies arrive.
             StoreFull: the disk quota is exceeded, raised by the yielded function.
+            StoreUnavailable: the database of jobs is away.
         """
         self._service.registry.resolve(params)
         try:
+            self._queue.check()
             if (waiting := self._queue.waiting) >= self._settings.max_queued:
-                raise Overloaded(
-                    f"{waiting} jobs are waiting, which is the limit; try again when some are done",
-                    RETRY_QUEUE_S,
-                    limit=self._settings.max_queued,
-                    actual=waiting,
-                    unit="jobs",
-                )
+                raise too_many_waiting(waiting, self._settings.max_queued)
             if self._uploads >= self._max_uploads:
                 raise Overloaded(
                     f"{self._uploads} uploads are arriving, which is the limit; try again in a moment",
@@ -235,9 +232,7 @@ class Runner:
         job = await self._run_in_thread(self._store.accept, spec, file, reference, id_)
         if id_ and (job.finished or self._queue.get(job.id)):
             return await self.get(job.id)
-        active = self._queue.add(job)
-        self._arrived.set()
-        return self._queue.status(active)
+        return await self._queue.accept(job)
 
     async def get(self, id_: str) -> JobStatus:
         """The status of a job now.
@@ -245,34 +240,30 @@ class Runner:
         Raises:
             UnknownJob: it was never accepted, was deleted or has expired.
         """
-        if active := self._queue.get(id_):
-            return self._queue.status(active)
-        job = await self._run_in_thread(self._store.get, id_)
-        windows = job.spec.windows
-        done = windows if job.state == "done" else 0
-        return JobStatus(job, None, done, windows, None, None, self._store.expires(job))
+        return await self._queue.find(id_)
 
     async def watch(self, id_: str) -> AsyncIterator[JobStatus]:
         """Yields the status of a job now, and after each change, until it is finished or the server stops."""
         while not self._closing:
-            active = self._queue.get(id_)
             # Taken before anything is awaited, so that no change is missed in between.
-            changed = active.changed if active else None
-            yield await self.get(id_)
-            if not changed:
+            changed = self._queue.changed(id_)
+            try:
+                status = await self.get(id_)
+            except StoreUnavailable:
+                # The watcher of a job that goes on is not sent away for a pause of the database.
+                await asyncio.sleep(self._intervals.renew_s)
+                continue
+            yield status
+            if changed is None or status.job.finished is not None:
                 return
             await asyncio.sleep(self._intervals.min_watch_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._intervals.max_watch_s):
                     await changed.wait()
 
-    async def stat(self, job: Job, name: str) -> tuple[Path, os.stat_result] | None:
-        """The path and size of a result or preview; None if it is gone."""
-        path = self._store.files.path(job.id, name)
-        try:
-            return path, await self._run_in_thread(path.stat)
-        except FileNotFoundError:
-            return None
+    async def kept(self, job: Job, name: str, *, content: bool = True) -> KeptFile | None:
+        """A result or preview; None if it is gone. Without `content` only its size and time."""
+        return await self._run_in_thread(lambda: self._store.kept(job, name, content=content))
 
     async def delete(self, id_: str) -> None:
         """Cancels a waiting or running job, and removes a finished one.
@@ -281,23 +272,16 @@ class Runner:
             UnknownJob: it was never accepted, was deleted or has expired.
             StoreFull, StoreBroken, NotReady: nothing has happened to it.
         """
-        active = self._queue.get(id_)
-        job = await self._run_in_thread(self._store.cancel, id_) if active else None
-        if job is None or job.state != "cancelled":
-            # It was finished, or finished before it could be cancelled.
-            await self._run_in_thread(self._store.remove, id_)
-        if active and job:
-            active.cancel()
-            self._queue.finish(active, job)
+        await self._queue.delete(id_)
 
     @property
     def files(self) -> Files:
-        """The files of the jobs folder.
+        """The files of the jobs folder, which this server alone uses.
 
         Raises:
             NotReady: the store is not open.
         """
-        return self._store.files
+        return self._store.uploads
 
     @property
     def _store(self) -> Store:
@@ -305,16 +289,26 @@ class Runner:
             raise NotReady("the server is starting or stopping; try again in a moment")
         return self._open_store
 
+    @property
+    def _queue(self) -> JobQueue:
+        if self._open_queue is None:
+            raise NotReady("the server is starting or stopping; try again in a moment")
+        return self._open_queue
+
+    def _make_queue(self, store: Store) -> JobQueue:
+        limits = self._settings.concurrency, self._metrics, self._clock
+        if isinstance(store, SharedStore):
+            return FleetQueue(*limits, store, self._run_in_thread, self._intervals.renew_s)
+        return JobQueue(*limits, store, self._run_in_thread)
+
     async def _run_in_thread(self, call: Callable[..., T], *arguments: object) -> T:
         """Runs a call in a thread.
 
         A cancelled caller waits for its end, too, so that nothing goes on unseen.
         """
-        future = asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
-        try:
-            return await asyncio.shield(future)
-        finally:
-            await asyncio.wait([future])
+        if self._closed:
+            raise shutting_down()
+        return await run_in(self._pool, call, *arguments)
 
     async def _sweep(self) -> None:
         """Removes expired jobs now and then."""
@@ -328,17 +322,18 @@ class Runner:
     async def _work(self, executor: JobExecutor) -> None:
         """Runs one job after the other."""
         while True:
-            self._arrived.clear()
-            active = self._queue.take()
-            if active is None:
-                await self._arrived.wait()
-                continue
+            active = await self._queue.next()
             try:
                 self._queue.finish(active, await executor.run(active))
             except JobPostponed as postponed:
                 active.postponed += 1
                 self._queue.put_back(active, postponed.seconds)
-                asyncio.get_running_loop().call_later(postponed.seconds + WAKE_S, self._arrived.set)
+            except LeaseLost:
+                log.warning("job %s is another server's now, or was removed", short_id(active.job.id))
+                self._queue.drop(active)
+            except asyncio.CancelledError:
+                await self._queue.abandon(active)
+                raise
             except Exception:
                 if active.cancelled:
                     continue  # it was deleted, so nothing of it is left

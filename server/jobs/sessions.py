@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import BinaryIO, Self, TypeVar
 
 from server.errors import StoreFull, UnknownUpload
-from server.jobs.files import RETRY_FULL_S, Files
+from server.jobs.file_store import RETRY_FULL_S
+from server.jobs.files import Files
 from server.settings import MonaiLabelSettings
 
 log = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ class Sessions:
         files = self._files()
 
         def opened() -> BinaryIO | None:
-            with files.disk(), contextlib.suppress(FileNotFoundError):
+            with files.translate_errors(), contextlib.suppress(FileNotFoundError):
                 return files.path(session.id, INPUT).open("rb")
             return None
 

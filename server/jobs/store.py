@@ -1,89 +1,76 @@
-"""Jobs on disk: one SQLite table and a folder per job, so that `kill -9` loses no accepted job.
+"""Interface of the stores of jobs, and the life of a job in statements that SQLite and PostgreSQL both know.
 
-Files are written before the row that refers to them, and files without a row are removed on opening.
+Files are written before the row that refers to them, and a row is removed before its files.
 """
 
 import contextlib
-import fcntl
 import io
 import json
-import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, BinaryIO
 
-from server.errors import Interrupted, StoreBroken, UnknownJob, shutting_down
+from server.errors import Interrupted, Overloaded, StoreUnavailable, UnknownJob
+from server.jobs.file_store import FileStore, KeptFile
 from server.jobs.files import Files
-from server.jobs.job import Job, JobSpec, job_from_row, needed_files
+from server.jobs.job import Job, JobSpec, needed_files
 from server.settings import JobsSettings
 
-LOCK, DATABASE = "lock", "jobs.sqlite"
+# Seconds after which a client that found the queue full may try again.
+RETRY_QUEUE_S = 30
 
-VERSION = 2
-SCHEMA = f"""
-BEGIN;
-CREATE TABLE jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    state TEXT NOT NULL,
-    attempts INTEGER NOT NULL DEFAULT 0,
-    created REAL NOT NULL,
-    started REAL,
-    finished REAL,
-    ticket TEXT NOT NULL,
-    preview TEXT,
-    result TEXT,
-    problem TEXT
-);
-PRAGMA user_version = {VERSION};
-COMMIT;
-"""
+_IS_QUEUED = "CASE state WHEN 'queued' THEN 1 ELSE 0 END"
+_IS_RUNNING = "CASE state WHEN 'running' THEN 1 ELSE 0 END"
+
+# Changes of a job that waits again.
+WAIT_AGAIN = f"attempts = attempts - {_IS_RUNNING}, state = 'queued', started = NULL"
 
 
-class Store:
-    """The jobs of one folder, which it keeps locked. Calls are synchronous and may come from any thread.
+class Store(ABC):
+    """Jobs and their files. Calls are synchronous and may come from any thread.
 
     A finished job never changes: `start`, `finish`, `fail` and `cancel` then return it as it is.
 
     Args:
         settings: folder, retention and limits.
+        files: files of the jobs.
+        uploads: files of this server alone.
         clock: seconds since 1970.
 
     Attributes:
         files: files of the jobs.
-
-    Raises:
-        StoreBroken: the folder is in use, cannot be written, or was written by another version.
+        uploads: files of this server alone.
     """
 
-    def __init__(self, settings: JobsSettings, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        settings: JobsSettings,
+        files: FileStore,
+        uploads: Files,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._settings = settings
-        self._folder = settings.folder
         self._clock = clock
-        self.files = Files(settings)
-        self._changing = threading.Lock()  # held from the first file to the row, so that a job has one end
-        self._querying = threading.Lock()
-        self._closed = False
-        with contextlib.ExitStack() as stack, self.files.disk():
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            stack.enter_context(self._locked())
-            self._db = stack.enter_context(contextlib.closing(self._connect()))
-            self._recover()
-            self._resources = stack.pop_all()
+        self.files = files
+        self.uploads = uploads
+        # Held from the first file to the row, so that a job has one end.
+        self._changing: contextlib.AbstractContextManager[Any] = threading.Lock()
 
+    @abstractmethod
     def close(self) -> None:
         """Puts running jobs back, which does not count as an attempt, and releases the folder."""
-        with self._changing, self._querying, self.files.disk():
-            if not self._closed:
-                self._closed = True
-                with self._resources:
-                    self._db.execute(
-                        "UPDATE jobs SET state = 'queued', started = NULL, attempts = attempts - 1 WHERE state = 'running'"
-                    )
+
+    @abstractmethod
+    def _query(self, statement: str, *values: object) -> list[Job]:
+        """Runs a statement and returns its rows.
+
+        Raises:
+            StoreFull, StoreBroken, StoreUnavailable: the store fails.
+        """
 
     def accept(
         self, spec: JobSpec, file: BinaryIO | None, reference: BinaryIO | None, id_: str | None = None
@@ -103,12 +90,12 @@ class Store:
             return kept[0]
         job = Job(id_ or uuid.uuid4().hex, "queued", 0, self._clock(), spec)
         try:
-            if file:
-                self.files.write(job.id, "input", file)
-            if reference:
-                self.files.write(job.id, "reference", reference)
-            row = job.id, job.state, job.created, json.dumps(asdict(spec))
-            self._query("INSERT INTO jobs (id, state, created, ticket) VALUES (?, ?, ?, ?)", *row)
+            parts = {"input": file, "reference": reference}
+            sizes = {name: self.files.write(job.id, name, part) for name, part in parts.items() if part}
+            self._insert(job, sizes)
+        except StoreUnavailable:
+            # The row may have been kept, though no answer came. A sweep removes files without one.
+            raise
         except BaseException:
             self.files.discard(job.id)
             raise
@@ -160,7 +147,7 @@ class Store:
                     actual=job.attempts,
                     unit="attempts",
                 )
-            changes = "state = 'running', attempts = attempts + (state = 'queued'), started = ?"
+            changes = f"state = 'running', attempts = attempts + {_IS_QUEUED}, started = ?"
             return self._change(id_, changes, self._clock())
 
     def keep_preview(self, id_: str, body: bytes | BinaryIO, headers: dict[str, str]) -> Job:
@@ -169,17 +156,16 @@ class Store:
             self._keep(id_, "preview", body)
             return self._change(id_, "preview = ?", json.dumps(headers))
 
-    def put_back(self, id_: str) -> Job:
-        """Lets a running job wait again, which does not count as an attempt."""
+    def put_back(self, id_: str, pause_s: float | None = None) -> Job:
+        """Lets a running job wait again, postponed by some seconds if it must, which does not count as an attempt."""
+        del pause_s  # kept in memory, as all waiting jobs are
         with self._changing:
-            changes = "attempts = attempts - (state = 'running'), state = 'queued', started = NULL"
-            return self._change(id_, changes)
+            return self._change(id_, WAIT_AGAIN)
 
     def keep_input(self, id_: str, file: BinaryIO, spec: JobSpec) -> Job:
         """Keeps an input that was fetched, then what is known of the job by it."""
         with self._changing:
-            if self.get(id_).finished is None:
-                self.files.write(id_, "input", file)
+            self._keep(id_, "input", file)
             return self._change(id_, "ticket = ?", json.dumps(asdict(spec)))
 
     def keep_result(self, id_: str, body: bytes | BinaryIO, headers: dict[str, str]) -> Job:
@@ -222,69 +208,54 @@ class Store:
 
     def sweep(self) -> None:
         """Removes expired jobs."""
-        latest = self._clock() - self._settings.keep_results_h * 3600
+        latest = self._latest_end()
         for job in self._query("SELECT * FROM jobs WHERE finished <= ?", latest):
             with self._changing:
                 self._remove(job)
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        with (self._folder / LOCK).open("wb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise StoreBroken(
-                    f"another server uses the jobs folder {self._folder}; stop it, or give this one its own folder with "
-                    "UNETPP_JOBS__FOLDER",
-                    setting="UNETPP_JOBS__FOLDER",
-                    value=str(self._folder),
-                ) from error
-            yield
+    def has(self, job: Job, name: str) -> bool:
+        """Whether a job has a file."""
+        return self.files.has(job.id, job.files.get(name, name))
 
-    def _connect(self) -> sqlite3.Connection:
-        path = self._folder / DATABASE
-        # Ids are the only secret. SQLite gives its other files the mode of this one.
-        path.touch(mode=0o600)
-        path.chmod(0o600)
-        db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        try:
-            db.row_factory = sqlite3.Row
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0 and not db.execute("SELECT * FROM sqlite_master").fetchall():
-                db.executescript(SCHEMA)
-            elif version != VERSION:
-                raise StoreBroken(
-                    f"the jobs folder {self._folder} was written by another version of this server (format {version}, this one "
-                    f"reads {VERSION}); use that version, or give this one its own folder with UNETPP_JOBS__FOLDER",
-                    setting="UNETPP_JOBS__FOLDER",
-                    actual=version,
-                    allowed=[VERSION],
-                )
-            damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if damage != "ok":
-                raise sqlite3.DatabaseError(damage)
-        except BaseException:
-            db.close()
-            raise
-        return db
+    def open(self, job: Job, name: str) -> BinaryIO:
+        """Opens a job's file.
 
-    def _recover(self) -> None:
-        """Repairs the state after a kill: running jobs wait again, and files without a use are removed."""
-        self._query("UPDATE jobs SET state = 'queued', started = NULL WHERE state = 'running'")
-        jobs = {job.id: job for job in self._query("SELECT * FROM jobs")}
-        for id_ in self.files.ids():
-            self.files.keep_only(id_, needed_files(jobs[id_]) if id_ in jobs else set())
+        Raises:
+            FileNotFoundError: it is gone, and will not come back.
+            StoreFull, StoreBroken, StoreUnavailable: the store fails, perhaps for a while.
+        """
+        return self.files.open(job.id, job.files.get(name, name))
+
+    def inputs(self, job: Job, stack: contextlib.ExitStack) -> tuple[BinaryIO, BinaryIO | None]:
+        """Opens a job's input and reference, which `stack` closes.
+
+        Raises:
+            FileNotFoundError: the input is gone, and will not come back.
+            StoreFull, StoreBroken, StoreUnavailable: the store fails, perhaps for a while.
+        """
+        return self.files.inputs(job.id, stack, job.files.get("input", "input"))
+
+    def kept(self, job: Job, name: str, *, content: bool = True) -> KeptFile | None:
+        """A job's file, to be served; None if it is gone. Without `content` only its size and time."""
+        return self.files.kept(job.id, job.files.get(name, name), content=content)
+
+    def _insert(self, job: Job, sizes: dict[str, int]) -> None:
+        """Keeps the row of a new job, whose files have these sizes."""
+        del sizes
+        row = job.id, job.state, job.created, json.dumps(asdict(job.spec))
+        self._query("INSERT INTO jobs (id, state, created, ticket) VALUES (?, ?, ?, ?)", *row)
+
+    def _latest_end(self) -> float:
+        """The time before which a job must have ended to have expired."""
+        return self._clock() - self._settings.keep_results_h * 3600
 
     def _change(self, id_: str, changes: str, *values: object) -> Job:
-        # The changes are constants of this file.
-        self._query(f"UPDATE jobs SET {changes} WHERE id = ? AND finished IS NULL", *values, id_)  # noqa: S608
+        self._query(f"UPDATE jobs SET {changes} WHERE id = ? AND finished IS NULL", *values, id_)  # noqa: S608 - the changes are constants
         return self.get(id_)
 
     def _end(self, id_: str, changes: str, *values: object) -> Job:
         job = self._change(id_, f"{changes}, finished = ?", *values, self._clock())
-        self.files.keep_only(job.id, needed_files(job))
+        self.files.keep_only(job.id, {job.files.get(name, name) for name in needed_files(job)})
         return job
 
     def _remove(self, job: Job) -> None:
@@ -296,44 +267,13 @@ class Store:
         if self.get(id_).finished is None:
             self.files.write(id_, name, io.BytesIO(body) if isinstance(body, bytes) else body)
 
-    def _query(self, statement: str, *values: object) -> list[Job]:
-        with self._querying, self.files.disk():
-            if self._closed:
-                raise shutting_down()
-            return [job_from_row(row) for row in self._db.execute(statement, values).fetchall()]
 
-
-def is_locked(folder: Path) -> bool:
-    """Whether a server uses the folder. The lock is held for a moment, shared, and nothing is written.
-
-    Raises:
-        OSError: the lock's file cannot be opened.
-    """
-    try:
-        with (folder / LOCK).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def read_version(folder: Path) -> int | None:
-    """Reads the format of the database from its header, without opening it; None where there is no database.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not a database.
-    """
-    try:
-        with (folder / DATABASE).open("rb") as file:
-            header = file.read(100)
-    except FileNotFoundError:
-        return None
-    if not header:
-        return None
-    if not header.startswith(b"SQLite format 3\0") or len(header) < 100:
-        raise ValueError(f"{DATABASE} is not a database")
-    # `PRAGMA user_version`, where SQLite's file format puts it.
-    return int.from_bytes(header[60:64], "big")
+def too_many_waiting(waiting: int, limit: int) -> Overloaded:
+    """The error of a job that finds too many others waiting."""
+    return Overloaded(
+        f"{waiting} jobs are waiting, which is the limit; try again when some are done",
+        RETRY_QUEUE_S,
+        limit=limit,
+        actual=waiting,
+        unit="jobs",
+    )

@@ -19,7 +19,7 @@ import numpy as np
 import uvicorn.protocols.http.auto  # noqa: F401 - imported by uvicorn in each process otherwise
 
 import server.app
-import server.jobs.store
+import server.jobs.store_sqlite
 import server.service
 from server import cli
 from server.arrays import Tiles

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from server import cli
 from server.errors import StoreBroken
-from server.jobs.store import Store
+from server.jobs.store_sqlite import SQLiteStore
 from server.serving import Server
 from server.settings import JobsSettings, Settings
 from tests.conftest import ROOT
@@ -198,7 +198,7 @@ class TestServe:
     ) -> None:
         monkeypatch.setattr("server.service.read_deployments", lambda *_: pytest.fail("takes seconds"))
         monkeypatch.setenv(f"UNETPP_{name}", value.format(taken=taken, folder=tmp_path))
-        with contextlib.closing(Store(JobsSettings(folder=tmp_path))):
+        with contextlib.closing(SQLiteStore(JobsSettings(folder=tmp_path))):
             error_of("serve")
 
     def test_serve_with_options_goes_by_them(
@@ -230,7 +230,7 @@ class TestServe:
     ) -> None:
         def read(*_: Any) -> dict[str, Any]:
             with pytest.raises(StoreBroken):
-                Store(Settings().jobs)
+                SQLiteStore(Settings().jobs)
             return {"fake": fake_deployment()}
 
         monkeypatch.setattr("server.service.read_deployments", read)

@@ -18,7 +18,7 @@ from server import cli
 from server.doctor.checks import CHECKS, Row, examine
 from server.doctor.context import Context
 from server.doctor.report import Check
-from server.jobs.store import Store
+from server.jobs.store_sqlite import SQLiteStore
 from server.runtime.tuning import Tuning, TuningKey, TuningRow, store_tuning
 from server.settings import JobsSettings
 from tests.conftest import ROOT
@@ -176,7 +176,7 @@ def test_precision_that_is_computed_badly_is_a_warning_with_what_serves_instead(
 
 
 def test_jobs_folder_that_another_server_locks_fails(folder: Path) -> None:
-    store = Store(JobsSettings(folder=folder / "jobs"))
+    store = SQLiteStore(JobsSettings(folder=folder / "jobs"))
     try:
         assert failed(examine(checks=QUICK).checks).keys() == {"jobs"}
     finally:

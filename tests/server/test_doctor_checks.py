@@ -15,11 +15,11 @@ import pytest
 from rich.console import Console
 
 from server.api.auth import make
-from server.doctor import hardware, operations
+from server.doctor import hardware, job_store, operations
 from server.doctor.context import Context, captured
 from server.doctor.redact import changed_settings, redactor
 from server.doctor.report import Check, Report, print_report
-from server.jobs.store import Store
+from server.jobs.store_sqlite import SQLiteStore
 from server.settings import Settings
 from tests.server.processes import held_port
 from tests.support.server import full_server, make_certificate
@@ -183,12 +183,12 @@ def test_certificate_without_its_key_fails_and_a_pair_is_ok(tmp_path: Path) -> N
 class TestJobs:
     def test_missing_folder_is_not_made(self, tmp_path: Path) -> None:
         folder = tmp_path / "a" / "b"
-        assert only(operations.check_jobs(context_of(jobs={"folder": folder}))).status == "ok"
+        assert only(job_store.check_jobs(context_of(jobs={"folder": folder}))).status == "ok"
         assert not (tmp_path / "a").exists()
 
     def test_folder_below_a_file_fails(self, tmp_path: Path) -> None:
         (tmp_path / "a").touch()
-        check = only(operations.check_jobs(context_of(jobs={"folder": tmp_path / "a" / "b"})))
+        check = only(job_store.check_jobs(context_of(jobs={"folder": tmp_path / "a" / "b"})))
         assert check.status == "failed"
 
     def test_folder_that_cannot_be_written_fails(
@@ -198,16 +198,16 @@ class TestJobs:
             raise PermissionError(13, "Permission denied")
 
         # Tests may run as root, who may write everywhere.
-        monkeypatch.setattr(operations.tempfile, "TemporaryFile", refuse)
-        check = only(operations.check_jobs(context_of(jobs={"folder": tmp_path})))
+        monkeypatch.setattr(job_store.tempfile, "TemporaryFile", refuse)
+        check = only(job_store.check_jobs(context_of(jobs={"folder": tmp_path})))
         assert check.status == "failed"
         assert "Permission denied" in check.detail
 
     def test_look_changes_nothing_and_does_not_keep_the_lock(self, tmp_path: Path) -> None:
         context = context_of(jobs={"folder": tmp_path})
-        Store(context.known_settings.jobs).close()
+        SQLiteStore(context.known_settings.jobs).close()
         before = tree(tmp_path)
-        assert only(operations.check_jobs(context)).status == "ok"
+        assert only(job_store.check_jobs(context)).status == "ok"
         assert tree(tmp_path) == before
         with (tmp_path / "lock").open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -218,21 +218,21 @@ class TestJobs:
     ) -> None:
         context = context_of(jobs={"folder": tmp_path})
         context.is_serving = is_serving
-        with contextlib.closing(Store(context.known_settings.jobs)):
-            assert only(operations.check_jobs(context)).status == status
+        with contextlib.closing(SQLiteStore(context.known_settings.jobs)):
+            assert only(job_store.check_jobs(context)).status == status
 
     @pytest.mark.parametrize("version", [1, 99])
     def test_folder_of_another_version_fails(self, tmp_path: Path, version: int) -> None:
         header = bytearray(b"SQLite format 3\0".ljust(100, b"\0"))
         header[60:64] = version.to_bytes(4, "big")
         (tmp_path / "jobs.sqlite").write_bytes(header)
-        check = only(operations.check_jobs(context_of(jobs={"folder": tmp_path})))
+        check = only(job_store.check_jobs(context_of(jobs={"folder": tmp_path})))
         assert check.status == "failed"
         assert f"format {version}" in check.detail
 
     def test_damaged_database_fails(self, tmp_path: Path) -> None:
         (tmp_path / "jobs.sqlite").write_bytes(b"not a database")
-        assert only(operations.check_jobs(context_of(jobs={"folder": tmp_path}))).status == "failed"
+        assert only(job_store.check_jobs(context_of(jobs={"folder": tmp_path}))).status == "failed"
 
 
 class TestRedaction:

@@ -19,7 +19,7 @@ import numpy as np
 from server import errors, listening
 from server.api.auth import Keys, make
 from server.errors import UnetppError
-from server.jobs.store import Store
+from server.jobs.store_sqlite import SQLiteStore
 from server.runtime.bundle import read_bundle
 from server.runtime.deployment import find_bundles
 from server.runtime.machine import read_machine
@@ -130,8 +130,8 @@ def start_cases(folder: Path) -> dict[str, Callable[[], Any]]:
             pass
 
     def store_twice() -> None:
-        with contextlib.closing(Store(JobsSettings(folder=folder))):
-            Store(JobsSettings(folder=folder))
+        with contextlib.closing(SQLiteStore(JobsSettings(folder=folder))):
+            SQLiteStore(JobsSettings(folder=folder))
 
     def damaged(name: str, *, forged: bool = False) -> None:
         copy = folder / "damaged"

@@ -1,6 +1,6 @@
 """/jobs: work that outlives its request."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -16,15 +16,20 @@ from server.api.routes.job_requests import OPTIONAL_BODY, JobParams, JobRoute, a
 from server.api.schemas import JobDocument, Problem, job_document
 from server.errors import NotFinished, Overloaded, StoreBroken, UnknownJob
 from server.jobs.active import JobStatus
-from server.jobs.files import short_id
+from server.jobs.file_store import KeptFile, short_id
 from server.jobs.job import FINISHED
 from server.jobs.runner import Runner
 
-UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "codes: unknown-job"}}
+AWAY = {"model": Problem, "description": "codes: not-ready, store-unavailable"}
+UNKNOWN: dict[int | str, dict[str, Any]] = {
+    404: {"model": Problem, "description": "codes: unknown-job"},
+    503: AWAY,
+}
 REFUSED: dict[int | str, dict[str, Any]] = {
     code: {"model": Problem} for code in (404, 406, 408, 413, 415, 422, 429, 500, 503, 507)
 }
 # Without deadline-too-short, because a job has no deadline.
+REFUSED[503] = AWAY
 REFUSED[422] = {"model": Problem, "description": "codes: unreadable, invalid-parameter"}
 FILE: dict[int | str, dict[str, Any]] = UNKNOWN | {
     200: {"description": "the encoded mask, with the X-Segment-* headers of POST /segment"},
@@ -197,15 +202,21 @@ async def _kept_file(runner: Runner, id_: str, name: str, request: Request) -> R
         headers = job.preview if name == "preview" else job.result
         if headers is None:
             raise _not_finished(status, name)
-        if kept := await runner.stat(job, name):
-            path, stat = kept
+        if kept := await runner.kept(job, name, content=request.method != "HEAD"):
             if headers["Content-Type"] not in COMPRESSIBLE:
-                return KeptFileResponse(path, headers=headers | PRIVATE, stat_result=stat)
-            if _wants_gzip(request, stat.st_size):
-                return StreamingResponse(compress_file(path), headers=headers | PRIVATE | GZIP)
-            return KeptFileResponse(path, headers=headers | PRIVATE | VARY, stat_result=stat)
+                return KeptFileResponse(kept, headers | PRIVATE)
+            if _wants_gzip(request, kept.stat.st_size):
+                return StreamingResponse(_compressed(kept), headers=headers | PRIVATE | GZIP)
+            return KeptFileResponse(kept, headers | PRIVATE | VARY)
         # The file is gone since its row was read, and the row as it is now says why.
     raise StoreBroken(f"the {name} of job {short_id(id_)} is not on the disk, though its row says so")
+
+
+def _compressed(kept: KeptFile) -> Iterator[bytes]:
+    try:
+        yield from compress_file(kept.path)
+    finally:
+        kept.release()
 
 
 def _wants_gzip(request: Request, size: int) -> bool:

@@ -13,7 +13,7 @@ import pytest
 
 from server.jobs.job import JobSpec
 from server.jobs.runner import Runner
-from server.jobs.store import Store
+from server.jobs.store_sqlite import SQLiteStore
 from server.settings import JobsSettings
 from tests.server.api.jobs_support import DARK, Checked, Gate, last_event, post, watching
 from tests.support.files import GOOD, Sent, mask_of, picture_bytes
@@ -184,14 +184,14 @@ def test_delete_while_a_file_is_requested_is_no_server_fault(
     """It comes between the row, which says that the file is there, and the file."""
     id_ = post(limited, "?preview=true")["id"]
     last_event(limited, id_)
-    stat = Runner.stat
+    kept = Runner.kept
 
-    async def delete_first(runner: Runner, job: Any, name: str) -> Any:
-        monkeypatch.setattr(Runner, "stat", stat)
+    async def delete_first(runner: Runner, job: Any, name: str, *, content: bool) -> Any:
+        monkeypatch.setattr(Runner, "kept", kept)
         await runner.delete(job.id)
-        return await stat(runner, job, name)
+        return await kept(runner, job, name, content=content)
 
-    monkeypatch.setattr(Runner, "stat", delete_first)
+    monkeypatch.setattr(Runner, "kept", delete_first)
     problem(limited.get(f"/jobs/{id_}/{name}"), 404, "unknown-job")
 
 
@@ -206,7 +206,7 @@ def test_failed_job_repeats_its_problem(limited: httpx.Client, problem: Checked)
 
 
 def test_kept_jobs_that_went_wrong_are_server_faults(tmp_path: Path, problem: Checked) -> None:
-    with contextlib.closing(Store(JobsSettings(folder=tmp_path))) as store:
+    with contextlib.closing(SQLiteStore(JobsSettings(folder=tmp_path))) as store:
         spec = JobSpec({}, False, "fake", "accurate", 4, "fp32", 1, 1.0)
         given_up, lost = (store.accept(spec, Sent(GOOD), None).id for _ in range(2))
         store.finish(lost, b"mask", {"Content-Type": "image/png"})

@@ -13,24 +13,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from server.jobs import files
-from server.jobs import store as module
+from server.jobs import files, store, store_sqlite
 from server.jobs.job import JobSpec
-from server.jobs.store import Store
+from server.jobs.store_sqlite import SQLiteStore
 from server.settings import JobsSettings
 
 SPEC = JobSpec({}, True, "fake", "accurate", 4, "fp32", 1, 1.0)
 FETCHED = dataclasses.replace(SPEC, source="pacs/1.2", destination="pacs")
 SERVED = {"Content-Type": "image/png"}
-CODE = {files.__file__, module.__file__}
+CODE = {files.__file__, store.__file__, store_sqlite.__file__}
 
 # Their lines change nothing on the disk, so dying there is like dying before or after the call.
-HARMLESS = {"_account", "disk", "expires", "get", "path"}
+HARMLESS = {"_account", "translate_errors", "expires", "get", "path"}
 
 
 def lives(folder: Path, told: Callable[[str, str], None]) -> None:
     """`told` takes what happened, and to which job."""
-    store = Store(JobsSettings(folder=folder))
+    store = SQLiteStore(JobsSettings(folder=folder))
     first = store.accept(SPEC, io.BytesIO(b"input"), io.BytesIO(b"truth")).id
     told("accepted", first)
     second = store.accept(SPEC, io.BytesIO(b"input"), None).id

@@ -12,7 +12,7 @@ import numpy as np
 from server.jobs.active import JobStatus
 from server.jobs.job import FINISHED
 from server.jobs.runner import Intervals, Runner
-from server.jobs.store import Store
+from server.jobs.store_sqlite import SQLiteStore
 from server.metrics import Metrics
 from server.segment.estimate import Estimate
 from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upload
@@ -81,7 +81,9 @@ class Bench:
         self.clock = clock
         self.metrics = Metrics()
 
-    def runner(self, uploads: int = 10, intervals: Intervals = AT_ONCE, **settings: Any) -> Runner:
+    def runner(
+        self, uploads: int = 10, intervals: Intervals = AT_ONCE, pacs: Any = None, **settings: Any
+    ) -> Runner:
         return Runner(
             JobsSettings(folder=self.folder, **settings),
             uploads,
@@ -95,10 +97,11 @@ class Bench:
             },
             intervals=intervals,
             clock=self.clock,
+            pacs=pacs,
         )
 
-    def store(self) -> contextlib.AbstractContextManager[Store]:
-        return contextlib.closing(Store(JobsSettings(folder=self.folder)))
+    def store(self) -> contextlib.AbstractContextManager[SQLiteStore]:
+        return contextlib.closing(SQLiteStore(JobsSettings(folder=self.folder)))
 
     def file(self, id_: str, name: str) -> Path:
         return self.folder / id_ / name

@@ -20,7 +20,7 @@ from server.errors import (
 from server.jobs.files import Files
 from server.jobs.job import Job
 from server.jobs.runner import Intervals, Runner
-from server.jobs.store import Store
+from server.jobs.store_sqlite import SQLiteStore
 from server.segment.request import SegmentParams, Upload
 from tests.server.jobs.steps import TRUTH, WINDOWS, Bench, end, started, status_when, submit
 from tests.support.files import GOOD, Sent, picture_bytes
@@ -175,21 +175,21 @@ async def test_delete_while_the_input_is_opened_is_no_failure(
 ) -> None:
     """The files are gone before the worker hears that its job is cancelled."""
     opening, removed, heard = (threading.Event() for _ in range(3))
-    inputs, cancel = Files.inputs, Store.cancel
+    inputs, cancel = Files.inputs, SQLiteStore.cancel
 
     def opened_late(*arguments: Any) -> Any:
         opening.set()
         assert removed.wait(60)
         return inputs(*arguments)
 
-    def heard_late(store: Store, id_: str) -> Job:
+    def heard_late(store: SQLiteStore, id_: str) -> Job:
         job = cancel(store, id_)
         removed.set()
         assert heard.wait(60)
         return job
 
     monkeypatch.setattr(Files, "inputs", opened_late)
-    monkeypatch.setattr(Store, "cancel", heard_late)
+    monkeypatch.setattr(SQLiteStore, "cancel", heard_late)
     async with bench.runner() as runner:
         id_ = await submit(runner)
         await asyncio.to_thread(opening.wait, 60)

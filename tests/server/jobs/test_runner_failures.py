@@ -15,7 +15,7 @@ from server.errors import (
 )
 from server.jobs.files import Files
 from server.jobs.runner import Intervals
-from server.jobs.store import Store
+from server.jobs.store_sqlite import SQLiteStore
 from tests.server.jobs.conftest import accept
 from tests.server.jobs.steps import Bench, end, started, submit
 from tests.support.files import GOOD
@@ -77,7 +77,7 @@ class Failing:
 @pytest.mark.parametrize("error", [StoreBroken("locked"), StoreFull("full")], ids=["broken", "full"])
 @pytest.mark.parametrize(
     ("cls", "call"),
-    [(Store, "start"), (Files, "inputs"), (Store, "finish"), (Store, "fail")],
+    [(SQLiteStore, "start"), (Files, "inputs"), (SQLiteStore, "finish"), (SQLiteStore, "fail")],
     ids=lambda v: str(v)[-9:],
 )
 async def test_job_waits_for_a_disk_that_fails_for_a_while(
@@ -102,7 +102,7 @@ async def test_job_that_waits_for_its_disk_can_be_deleted(
 
     async with bench.runner(intervals=Intervals(min_watch_s=0)) as runner, asyncio.timeout(9):
         with monkeypatch.context() as patch:
-            patch.setattr(Store, "finish", full)
+            patch.setattr(SQLiteStore, "finish", full)
             id_ = await submit(runner)
             await called.wait()
             await runner.delete(id_)
@@ -113,7 +113,7 @@ async def test_job_that_waits_for_its_disk_can_be_deleted(
 async def test_job_without_room_for_its_preview_goes_on(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Failing(monkeypatch, Store, "keep_preview", StoreFull("full"))
+    Failing(monkeypatch, SQLiteStore, "keep_preview", StoreFull("full"))
     async with bench.runner() as runner:
         job = (await end(runner, await submit(runner, preview=True))).job
     assert (job.state, job.preview) == ("done", None)
@@ -132,13 +132,13 @@ async def test_job_without_its_input_fails(bench: Bench) -> None:
 async def test_bug_ends_neither_workers_nor_sweeper(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     loop, swept = asyncio.get_running_loop(), asyncio.Semaphore(0)
 
-    def sweeps(_: Store) -> None:
+    def sweeps(_: SQLiteStore) -> None:
         loop.call_soon_threadsafe(swept.release)
         raise OSError("raw")
 
     bench.service.errors = [ValueError("a bug")] * 3
-    Failing(monkeypatch, Store, "fail", OSError("raw"), OSError("raw"))
-    monkeypatch.setattr(Store, "sweep", sweeps)
+    Failing(monkeypatch, SQLiteStore, "fail", OSError("raw"), OSError("raw"))
+    monkeypatch.setattr(SQLiteStore, "sweep", sweeps)
     intervals = Intervals(sweep_s=0.001, min_watch_s=0, disk_retry_s=0)
     async with bench.runner(intervals=intervals) as runner, asyncio.timeout(60):
         assert (await end(runner, await submit(runner))).job.state == "failed"

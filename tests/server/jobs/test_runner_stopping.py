@@ -10,7 +10,7 @@ from server.errors import (
     NotReady,
     UnknownJob,
 )
-from server.jobs.store import Store
+from server.jobs.store_sqlite import SQLiteStore
 from tests.server.jobs.steps import Bench, end, started, status_when, submit
 from tests.support.server import until
 
@@ -74,7 +74,7 @@ async def test_delete_of_a_job_that_ends_while_draining_removes_it(
         asyncio.get_running_loop(),
         asyncio.Event(),
         threading.Event(),
-        Store.finish,
+        SQLiteStore.finish,
     )
 
     def slow(*arguments: Any) -> Any:
@@ -82,7 +82,7 @@ async def test_delete_of_a_job_that_ends_while_draining_removes_it(
         assert gate.wait(60)
         return finish(*arguments)
 
-    monkeypatch.setattr(Store, "finish", slow)
+    monkeypatch.setattr(SQLiteStore, "finish", slow)
     async with bench.runner() as runner, asyncio.timeout(60):
         deleted, kept = await submit(runner), await submit(runner)
         await finishing.wait()

@@ -13,7 +13,7 @@ import pytest
 from server.errors import StoreBroken, StoreFull, UnknownUpload
 from server.jobs import files as files_module
 from server.jobs.sessions import Sessions
-from server.jobs.store import Store
+from server.jobs.store_sqlite import SQLiteStore
 from server.settings import JobsSettings, MonaiLabelSettings
 from tests.support.server import until
 from tests.support.service import ManualClock
@@ -22,8 +22,8 @@ HOUR_S = 3600
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with contextlib.closing(Store(JobsSettings(folder=tmp_path / "jobs", max_disk_mb=1))) as store:
+def store(tmp_path: Path) -> Iterator[SQLiteStore]:
+    with contextlib.closing(SQLiteStore(JobsSettings(folder=tmp_path / "jobs", max_disk_mb=1))) as store:
         yield store
 
 
@@ -33,7 +33,7 @@ def clock() -> ManualClock:
 
 
 @contextlib.asynccontextmanager
-async def opened(store: Store, clock: ManualClock, **settings: Any) -> AsyncIterator[Sessions]:
+async def opened(store: SQLiteStore, clock: ManualClock, **settings: Any) -> AsyncIterator[Sessions]:
     chosen = MonaiLabelSettings(**settings)
     async with Sessions(chosen, lambda: store.files, clock, sweep_s=0.01) as sessions:
         yield sessions
@@ -44,11 +44,11 @@ async def read(sessions: Sessions, session: Any) -> bytes:
         return file.read()
 
 
-def folders(store: Store) -> set[str]:
+def folders(store: SQLiteStore) -> set[str]:
     return set(store.files.ids())
 
 
-async def test_image_is_there_until_its_session_ends(store: Store, clock: ManualClock) -> None:
+async def test_image_is_there_until_its_session_ends(store: SQLiteStore, clock: ManualClock) -> None:
     async with opened(store, clock) as sessions:
         one, other = await sessions.add(io.BytesIO(b"one")), await sessions.add(io.BytesIO(b"other"))
         assert [await read(sessions, sessions.get(s.id)) for s in (one, other)] == [b"one", b"other"]
@@ -63,7 +63,7 @@ async def test_image_is_there_until_its_session_ends(store: Store, clock: Manual
     assert folders(store) == set()
 
 
-async def test_names_belong_to_their_owner(store: Store, clock: ManualClock) -> None:
+async def test_names_belong_to_their_owner(store: SQLiteStore, clock: ManualClock) -> None:
     async with opened(store, clock) as sessions:
         for owner in ("a", "b"):
             await sessions.add(io.BytesIO(owner.encode()), key=(owner, "CTChest"))
@@ -75,7 +75,7 @@ async def test_names_belong_to_their_owner(store: Store, clock: ManualClock) -> 
             assert error.value.fields["parameter"] == "image"
 
 
-async def test_name_that_is_uploaded_again_is_replaced(store: Store, clock: ManualClock) -> None:
+async def test_name_that_is_uploaded_again_is_replaced(store: SQLiteStore, clock: ManualClock) -> None:
     async with opened(store, clock) as sessions:
         before = await sessions.add(io.BytesIO(b"before"), key=("a", "x"))
         reading = await sessions.open(before)
@@ -87,7 +87,9 @@ async def test_name_that_is_uploaded_again_is_replaced(store: Store, clock: Manu
             assert reading.read() == b"before"
 
 
-async def test_session_that_ended_leaves_its_new_namesake_alone(store: Store, clock: ManualClock) -> None:
+async def test_session_that_ended_leaves_its_new_namesake_alone(
+    store: SQLiteStore, clock: ManualClock
+) -> None:
     async with opened(store, clock) as sessions:
         session = await sessions.add(io.BytesIO(b"x"), key=("a", "x"))
         await sessions.remove(session.id)
@@ -97,7 +99,7 @@ async def test_session_that_ended_leaves_its_new_namesake_alone(store: Store, cl
 
 @pytest.mark.parametrize(("expiry_s", "hours"), [(0, 2.0), (HOUR_S, 1.0), (100 * HOUR_S, 2.0)])
 async def test_session_expires_after_its_last_use(
-    store: Store, clock: ManualClock, expiry_s: float, hours: float
+    store: SQLiteStore, clock: ManualClock, expiry_s: float, hours: float
 ) -> None:
     async with opened(store, clock, keep_uploads_h=2) as sessions:
         session = await sessions.add(io.BytesIO(b"x"), expiry_s)
@@ -113,7 +115,9 @@ async def test_session_expires_after_its_last_use(
         assert store.files.used_bytes == 0
 
 
-async def test_session_that_ends_while_it_is_opened_is_unknown(store: Store, clock: ManualClock) -> None:
+async def test_session_that_ends_while_it_is_opened_is_unknown(
+    store: SQLiteStore, clock: ManualClock
+) -> None:
     async with opened(store, clock) as sessions:
         session = await sessions.add(io.BytesIO(b"x"))
         await sessions.remove(session.id)
@@ -121,7 +125,7 @@ async def test_session_that_ends_while_it_is_opened_is_unknown(store: Store, clo
             await sessions.open(session)
 
 
-async def test_number_of_sessions_is_limited(store: Store, clock: ManualClock) -> None:
+async def test_number_of_sessions_is_limited(store: SQLiteStore, clock: ManualClock) -> None:
     async with opened(store, clock, max_uploads=1) as sessions:
         with sessions.reserve():
             session = await sessions.add(io.BytesIO(b"x"))
@@ -133,7 +137,7 @@ async def test_number_of_sessions_is_limited(store: Store, clock: ManualClock) -
             pass
 
 
-async def test_quota_is_that_of_jobs(store: Store, clock: ManualClock) -> None:
+async def test_quota_is_that_of_jobs(store: SQLiteStore, clock: ManualClock) -> None:
     async with opened(store, clock) as sessions:
         await sessions.add(io.BytesIO(bytes(600_000)))
         with pytest.raises(StoreFull) as error, sessions.reserve() as add_bytes:
@@ -145,7 +149,7 @@ async def test_quota_is_that_of_jobs(store: Store, clock: ManualClock) -> None:
 
 @pytest.mark.parametrize(("code", "error"), [(errno.ENOSPC, StoreFull), (errno.EIO, StoreBroken)])
 async def test_disk_that_fails_leaves_nothing(
-    store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, code: int, error: type[Exception]
+    store: SQLiteStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, code: int, error: type[Exception]
 ) -> None:
     def fails(*_: object) -> None:
         raise OSError(code, "no")
@@ -159,7 +163,7 @@ async def test_disk_that_fails_leaves_nothing(
             sessions.find("a", "x")
 
 
-async def test_upload_that_is_cancelled_leaves_nothing(store: Store, clock: ManualClock) -> None:
+async def test_upload_that_is_cancelled_leaves_nothing(store: SQLiteStore, clock: ManualClock) -> None:
     async with opened(store, clock) as sessions:
         task = asyncio.create_task(sessions.add(io.BytesIO(bytes(900_000))))
         await asyncio.sleep(0)
@@ -169,10 +173,10 @@ async def test_upload_that_is_cancelled_leaves_nothing(store: Store, clock: Manu
         assert folders(store) == set()
 
 
-async def test_start_removes_what_a_kill_left(store: Store, clock: ManualClock, tmp_path: Path) -> None:
+async def test_start_removes_what_a_kill_left(store: SQLiteStore, clock: ManualClock, tmp_path: Path) -> None:
     sessions = Sessions(MonaiLabelSettings(), lambda: store.files, clock)
     await sessions.add(io.BytesIO(b"x"))
     store.close()
     assert len(folders(store)) == 1
-    with contextlib.closing(Store(JobsSettings(folder=tmp_path / "jobs"))) as again:
+    with contextlib.closing(SQLiteStore(JobsSettings(folder=tmp_path / "jobs"))) as again:
         assert folders(again) == set()

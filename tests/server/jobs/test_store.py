@@ -16,7 +16,7 @@ import pytest
 
 from server.errors import Interrupted, NotReady, StoreBroken, UnknownJob
 from server.jobs.job import FINISHED, Job
-from server.jobs.store import Store
+from server.jobs.store_sqlite import SQLiteStore
 from server.segment.request import SegmentParams
 from server.settings import JobsSettings
 from tests.server.jobs.conftest import HEADERS, PROBLEM, SPEC, Opened, accept, files
@@ -31,7 +31,7 @@ def edit(folder: Path, statement: str, *values: object) -> None:
         db.execute(statement, values)
 
 
-def test_accept_keeps_files_and_row(store: Store, clock: ManualClock, folder: Path) -> None:
+def test_accept_keeps_files_and_row(store: SQLiteStore, clock: ManualClock, folder: Path) -> None:
     job = accept(store, b"abc", b"truth")
     assert job == store.get(job.id) == store.waiting()[0]
     assert (job.state, job.attempts, job.created, job.started, job.finished) == (
@@ -47,7 +47,7 @@ def test_accept_keeps_files_and_row(store: Store, clock: ManualClock, folder: Pa
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-def test_job_passes_through_its_states(store: Store, clock: ManualClock, folder: Path) -> None:
+def test_job_passes_through_its_states(store: SQLiteStore, clock: ManualClock, folder: Path) -> None:
     id_ = accept(store, reference=b"truth").id
     clock.advance(5)
     running = store.start(id_)
@@ -62,7 +62,7 @@ def test_job_passes_through_its_states(store: Store, clock: ManualClock, folder:
     assert store.waiting() == []
 
 
-def test_fail_and_cancel_leave_the_row_alone(store: Store, folder: Path) -> None:
+def test_fail_and_cancel_leave_the_row_alone(store: SQLiteStore, folder: Path) -> None:
     first, second = accept(store).id, accept(store).id
     for id_ in (first, second):
         store.keep_preview(id_, b"quick", HEADERS)
@@ -72,7 +72,7 @@ def test_fail_and_cancel_leave_the_row_alone(store: Store, folder: Path) -> None
     assert not [path for path in folder.iterdir() if path.is_dir()]
 
 
-def test_finished_job_never_changes(store: Store, folder: Path) -> None:
+def test_finished_job_never_changes(store: SQLiteStore, folder: Path) -> None:
     done, cancelled = accept(store).id, accept(store).id
     ends = {done: store.finish(done, b"mask", HEADERS), cancelled: store.cancel(cancelled)}
     for id_, end in ends.items():
@@ -82,21 +82,21 @@ def test_finished_job_never_changes(store: Store, folder: Path) -> None:
     assert files(folder) == {"result"}
 
 
-def test_ids_cannot_be_guessed(store: Store) -> None:
+def test_ids_cannot_be_guessed(store: SQLiteStore) -> None:
     ids = {accept(store).id for _ in range(5)}
     assert len(ids) == 5
     assert all(len(id_) == 32 for id_ in ids)
 
 
 @pytest.mark.parametrize("id_", ["", "x", "../../etc", "' OR 1=1 --", "0" * 32])
-def test_get_unknown_id_raises(store: Store, id_: str) -> None:
+def test_get_unknown_id_raises(store: SQLiteStore, id_: str) -> None:
     accept(store)
     with pytest.raises(UnknownJob) as error:
         store.get(id_)
     assert error.value.fields == {"parameter": "id", "value": id_, "limit": 24, "unit": "hours"}
 
 
-def test_row_of_the_previous_version_is_read(store: Store, folder: Path, opened: Opened) -> None:
+def test_row_of_the_previous_version_is_read(store: SQLiteStore, folder: Path, opened: Opened) -> None:
     """Its column is called ticket, its request has the fields of a dataclass, and its problems have no code."""
     id_, failed = accept(store).id, accept(store).id
     store.close()
@@ -122,7 +122,7 @@ def test_row_of_the_previous_version_is_read(store: Store, folder: Path, opened:
     assert again.get(failed).problem == PROBLEM | {"type": "/errors#internal"}
 
 
-def test_close_puts_running_jobs_back_without_an_attempt(store: Store, opened: Opened) -> None:
+def test_close_puts_running_jobs_back_without_an_attempt(store: SQLiteStore, opened: Opened) -> None:
     ids = [accept(store).id for _ in range(3)]
     assert [store.start(ids[0]).attempts for _ in range(3)] == [1, 1, 1]
     store.start(ids[1])
@@ -131,7 +131,7 @@ def test_close_puts_running_jobs_back_without_an_attempt(store: Store, opened: O
     assert {(job.state, job.attempts, job.started) for job in jobs} == {("queued", 0, None)}
 
 
-def test_job_that_a_crash_ended_waits_last(store: Store, folder: Path, opened: Opened) -> None:
+def test_job_that_a_crash_ended_waits_last(store: SQLiteStore, folder: Path, opened: Opened) -> None:
     ids = [accept(store).id for _ in range(3)]
     store.close()
     edit(folder, "UPDATE jobs SET state = 'running', started = 1, attempts = 1 WHERE id = ?", ids[0])
@@ -142,7 +142,7 @@ def test_job_that_a_crash_ended_waits_last(store: Store, folder: Path, opened: O
     ]
 
 
-def test_start_after_too_many_attempts_raises(store: Store, folder: Path, opened: Opened) -> None:
+def test_start_after_too_many_attempts_raises(store: SQLiteStore, folder: Path, opened: Opened) -> None:
     id_ = accept(store).id
     store.close()
     edit(folder, "UPDATE jobs SET attempts = 3")
@@ -151,7 +151,7 @@ def test_start_after_too_many_attempts_raises(store: Store, folder: Path, opened
     assert error.value.fields.items() >= {"limit": 3, "actual": 3, "unit": "attempts"}.items()
 
 
-def test_open_keeps_finished_jobs(store: Store, opened: Opened) -> None:
+def test_open_keeps_finished_jobs(store: SQLiteStore, opened: Opened) -> None:
     id_ = accept(store).id
     job = store.finish(id_, b"mask", HEADERS)
     again = opened()
@@ -159,7 +159,7 @@ def test_open_keeps_finished_jobs(store: Store, opened: Opened) -> None:
     assert again.files.path(id_, "result").read_bytes() == b"mask"
 
 
-def test_open_removes_files_without_a_row(store: Store, folder: Path, opened: Opened) -> None:
+def test_open_removes_files_without_a_row(store: SQLiteStore, folder: Path, opened: Opened) -> None:
     waiting, done = accept(store).id, accept(store).id
     store.finish(done, b"mask", HEADERS)
     orphan = folder / ("a" * 32)
@@ -186,12 +186,12 @@ def write_foreign_table(folder: Path) -> None:
 
 
 def write_other_version(folder: Path) -> None:
-    Store(JobsSettings(folder=folder)).close()
+    SQLiteStore(JobsSettings(folder=folder)).close()
     edit(folder, "PRAGMA user_version = 7")
 
 
 def write_damage(folder: Path) -> None:
-    Store(JobsSettings(folder=folder)).close()
+    SQLiteStore(JobsSettings(folder=folder)).close()
     (folder / "jobs.sqlite").write_bytes(b"no database " * 1000)
 
 
@@ -214,26 +214,26 @@ def test_open_refuses_a_folder_that_is_not_its_own(
 ) -> None:
     prepare(folder)
     with pytest.raises(StoreBroken) as error:
-        Store(JobsSettings(folder=folder))
+        SQLiteStore(JobsSettings(folder=folder))
     assert error.value.fields.items() >= {"setting": "UNETPP_JOBS__FOLDER", **fields}.items()
 
 
-def test_open_refuses_a_folder_in_use(store: Store, folder: Path, opened: Opened) -> None:
+def test_open_refuses_a_folder_in_use(store: SQLiteStore, folder: Path, opened: Opened) -> None:
     with pytest.raises(StoreBroken) as error:
-        Store(JobsSettings(folder=folder))
+        SQLiteStore(JobsSettings(folder=folder))
     assert error.value.fields == {"setting": "UNETPP_JOBS__FOLDER", "value": str(folder)}
     accept(store)
     opened()
 
 
-def test_closed_store_is_not_ready(store: Store) -> None:
+def test_closed_store_is_not_ready(store: SQLiteStore) -> None:
     store.close()
     with pytest.raises(NotReady):
         accept(store)
     store.close()
 
 
-def test_result_without_its_row_is_made_again(store: Store, opened: Opened) -> None:
+def test_result_without_its_row_is_made_again(store: SQLiteStore, opened: Opened) -> None:
     """A kill between the file and the row leaves this."""
     id_ = accept(store).id
     store.start(id_)
@@ -260,7 +260,7 @@ def check_life(folder: Path, told: list[tuple[str, ...]]) -> None:
     """Opens a store after its process was killed."""
     last = {id_: what for what, id_ in told}
     previewed = {id_ for what, id_ in told if what == "preview"}
-    with contextlib.closing(Store(JobsSettings(folder=folder))) as store:
+    with contextlib.closing(SQLiteStore(JobsSettings(folder=folder))) as store:
         # What is on the disk must be known, even where the kill came before its caller was told.
         present = {path.parent.name for path in folder.glob("*/*")}
         gone = {id_ for id_, what in last.items() if what in ("removing", "removed") and id_ not in present}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from server.errors import StoreBroken, StoreFull, UnknownJob
-from server.jobs.store import Store
+from server.jobs.store_sqlite import SQLiteStore
 from tests.server.jobs.conftest import HEADERS, PROBLEM, Opened, accept, files
 from tests.support.service import ManualClock
 
@@ -46,7 +46,7 @@ def test_quota_does_not_stop_results(opened: Opened) -> None:
         add(1_000_000)
 
 
-def test_disk_that_fills_up_while_a_body_arrives_is_full(store: Store) -> None:
+def test_disk_that_fills_up_while_a_body_arrives_is_full(store: SQLiteStore) -> None:
     with pytest.raises(StoreFull), store.files.reserve():
         raise OSError(errno.ENOSPC, "no space for its temporary file")
 
@@ -68,7 +68,7 @@ def failing(code: int) -> Callable[..., Any]:
     ],
 )
 def test_disk_that_fails_keeps_nothing_by_half(
-    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch, code: int, expected: type[Exception]
+    store: SQLiteStore, folder: Path, monkeypatch: pytest.MonkeyPatch, code: int, expected: type[Exception]
 ) -> None:
     id_ = accept(store).id
     store.start(id_)
@@ -87,7 +87,7 @@ def test_disk_that_fails_keeps_nothing_by_half(
 
 @pytest.mark.parametrize("broken", ["unlink", "iterdir"])
 def test_files_that_cannot_be_removed_undo_nothing(
-    store: Store,
+    store: SQLiteStore,
     opened: Opened,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -114,7 +114,7 @@ def test_database_is_readable_by_its_owner_only(folder: Path, opened: Opened) ->
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.glob("jobs.sqlite*")} == {0o600}
 
 
-def test_finished_jobs_expire(store: Store, clock: ManualClock, folder: Path) -> None:
+def test_finished_jobs_expire(store: SQLiteStore, clock: ManualClock, folder: Path) -> None:
     waiting = accept(store).id
     ids = [accept(store).id for _ in range(3)]
     clock.advance(100 * HOUR)
@@ -133,7 +133,7 @@ def test_finished_jobs_expire(store: Store, clock: ManualClock, folder: Path) ->
 
 
 def test_files_are_synced_before_the_row_refers_to_them(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[str] = []
     fsync = os.fsync

@@ -1,0 +1,189 @@
+"""Files of jobs in a bucket that speaks S3, which all servers of a fleet reach."""
+
+import contextlib
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Collection, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import obstore
+from obstore import exceptions
+from obstore.store import S3Store
+
+from server.errors import StoreBroken, StoreUnavailable
+from server.jobs.file_store import COPY_BYTES, FileStore, KeptFile, short_id
+from server.jobs.files import ID
+from server.settings import JobsSettings
+
+log = logging.getLogger(__name__)
+
+SETTING = "UNETPP_JOBS__FILES"
+SCHEME = "s3://"
+RETRY_S = 5
+
+# A request that fails is tried again twice within this time; then the caller hears of it.
+RETRY_CONFIG: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
+# http:// only where the operator writes it in the endpoint.
+CLIENT_OPTIONS: Any = {"connect_timeout": "5s", "timeout": "60s", "allow_http": True}
+
+_REFUSED = (
+    exceptions.PermissionDeniedError,
+    exceptions.UnauthenticatedError,
+    exceptions.UnknownConfigurationKeyError,
+    exceptions.InvalidPathError,
+)
+_GONE = (exceptions.NotFoundError, FileNotFoundError)
+
+
+class BucketFiles(FileStore):
+    """The files of jobs as objects PREFIX/ID/NAME of one bucket.
+
+    An object is there as a whole or not at all, so that nothing has to be renamed.
+
+    Args:
+        settings: bucket, quota, and the folder in which files are kept while they are served.
+    """
+
+    def __init__(self, settings: JobsSettings) -> None:
+        super().__init__(settings)
+        address = settings.files or ""
+        # The endpoint and the keys are in AWS_* variables, which obstore reads.
+        bucket, _, prefix = address.removeprefix(SCHEME).partition("/")
+        self._prefix = prefix.strip("/")
+        self._temporary = settings.folder / "serving"
+        with self.translate_errors():
+            self._bucket = S3Store(
+                bucket, prefix=self._prefix or None, client_options=CLIENT_OPTIONS, retry_config=RETRY_CONFIG
+            )
+
+    def ids(self, older_than_s: float = 0) -> list[str]:
+        """The ids of all jobs that have objects, of which none was written in the last seconds."""
+        newest: dict[str, float] = {}
+        with self.translate_errors():
+            for objects in obstore.list(self._bucket):
+                for one in objects:
+                    id_ = one["path"].split("/")[-2] if "/" in one["path"] else ""
+                    newest[id_] = max(newest.get(id_, 0.0), one["last_modified"].timestamp())
+        latest = time.time() - older_than_s
+        return [id_ for id_, written in newest.items() if ID.fullmatch(id_) and written <= latest]
+
+    def has(self, id_: str, name: str) -> bool:
+        """Whether there is such an object."""
+        return self.kept(id_, name, content=False) is not None
+
+    def open(self, id_: str, name: str) -> BinaryIO:
+        """Copies an object into a temporary file, which has no name."""
+        file = self._copy(id_, name, None)
+        if file is None:
+            raise FileNotFoundError(f"the {name} of job {short_id(id_)} is gone")
+        return file
+
+    def inputs(
+        self, id_: str, stack: contextlib.ExitStack, name: str = "input"
+    ) -> tuple[BinaryIO, BinaryIO | None]:
+        """Copies a job's input and its reference; `stack` closes the copies."""
+        file = stack.enter_context(self.open(id_, name))
+        reference = self._copy(id_, "reference", None)
+        return file, stack.enter_context(reference) if reference else None
+
+    def kept(self, id_: str, name: str, *, content: bool = True) -> KeptFile | None:
+        """Copies an object into a file of this server, to be removed by `release`; None if it is gone."""
+        with self.translate_errors():
+            try:
+                meta = obstore.head(self._bucket, f"{id_}/{name}")
+            except _GONE:
+                return None
+        modified = int(meta["last_modified"].timestamp())
+        # Mode, inode, device, links, user, group, size, and times: the entity tag is made of the last two kinds.
+        stat = os.stat_result((0o100600, 0, 0, 1, 0, 0, meta["size"], modified, modified, modified))
+        if not content:
+            return KeptFile(self._temporary, stat)
+        with self.translate_errors():
+            self._temporary.mkdir(mode=0o700, exist_ok=True)
+            handle, path = tempfile.mkstemp(dir=self._temporary)
+            os.close(handle)
+        copy = Path(path)
+        try:
+            file = self._copy(id_, name, copy)
+        except BaseException:
+            copy.unlink()
+            raise
+        if file is None:
+            copy.unlink()
+            return None
+        file.close()
+        return KeptFile(copy, stat, lambda: copy.unlink(missing_ok=True))
+
+    def write(self, id_: str, name: str, source: BinaryIO) -> int:
+        """Writes an object; when this returns, the bucket has confirmed all of it."""
+        source.seek(0, os.SEEK_END)
+        size = source.tell()
+        source.seek(0)
+        with self.translate_errors():
+            obstore.put(self._bucket, f"{id_}/{name}", source)
+        return size
+
+    def keep_only(self, id_: str, names: Collection[str]) -> None:
+        """Removes all other objects of a job. Never raises, because the row is what counts."""
+        try:
+            paths = [
+                f"{id_}/{name}"
+                for objects in obstore.list(self._bucket, prefix=f"{id_}/")
+                for one in objects
+                if (name := one["path"].split("/")[-1]) not in names
+            ]
+            if paths:
+                obstore.delete(self._bucket, paths)
+        except _GONE:
+            pass
+        except (exceptions.BaseError, OSError):
+            log.exception("files of job %s could not be removed; a sweep tries again", short_id(id_))
+
+    @contextlib.contextmanager
+    def translate_errors(self) -> Iterator[None]:
+        """Translates errors of the bucket and of this server's disk.
+
+        Raises:
+            StoreUnavailable: the bucket does not answer.
+            StoreBroken: it refuses, or the folder for what is served cannot be used.
+        """
+        try:
+            yield
+        except _REFUSED + _GONE as error:
+            raise StoreBroken(
+                f"the bucket of jobs refuses ({error}); see that it exists, that the AWS_* variables have its endpoint and keys, and "
+                f"that these may read, write, list and delete under {SETTING}",
+                setting=SETTING,
+            ) from error
+        except exceptions.BaseError as error:
+            raise StoreUnavailable(
+                "the bucket in which jobs keep their files does not answer; try again in a moment",
+                RETRY_S,
+                setting=SETTING,
+            ) from error
+        except OSError as error:
+            raise StoreBroken(
+                f"the jobs folder {self._settings.folder} cannot be used ({error}); make it writable, or name another with "
+                "UNETPP_JOBS__FOLDER",
+                setting="UNETPP_JOBS__FOLDER",
+            ) from error
+
+    def _copy(self, id_: str, name: str, path: Path | None) -> BinaryIO | None:
+        """Copies an object into a file, which is left open at its beginning; None if the object is gone."""
+        with self.translate_errors():
+            try:
+                found = obstore.get(self._bucket, f"{id_}/{name}")
+            except _GONE:
+                return None
+            file: BinaryIO = path.open("w+b") if path else tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
+            try:
+                file.writelines(found.stream(min_chunk_size=COPY_BYTES))
+                file.seek(0)
+            except BaseException:
+                file.close()
+                raise
+            return file
