@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ssl
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -145,8 +146,7 @@ class AsyncClient:
     ) -> "AsyncJob":
         """Submits work that takes minutes as a job.
 
-        If the connection breaks before the response, the request is sent again, and the server may have the
-        job twice.
+        A request that is sent again has the same Idempotency-Key, so that the server has the job once.
 
         Args:
             source: input as in `segment`.
@@ -163,7 +163,8 @@ class AsyncClient:
         params = segment_params(formats, parameters).model_dump(exclude_unset=True) | (
             {"preview": True} if preview else {}
         )
-        response = await self._post("jobs", source, reference, affine, params)
+        headers = {"Idempotency-Key": uuid.uuid4().hex}
+        response = await self._post("jobs", source, reference, affine, params, headers)
         return self.job(_json(response)["id"])
 
     def job(self, job_id: str) -> "AsyncJob":
@@ -177,13 +178,14 @@ class AsyncClient:
         reference: Source | None,
         affine: ArrayLike | None,
         params: dict[str, Any],
+        headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
         # The server learns a file name only for COCO, whose readers need it, because it may be the name of a
         # patient.
         formats = [part.strip() for part in params.get("format", "").split(",")]
         name = file_name(source) if "coco" in formats else ""
         parts = file_parts(source, reference, affine, name or "upload")
-        return await self.request("POST", path, params=params, parts=parts)
+        return await self.request("POST", path, params=params, parts=parts, headers=headers)
 
     async def request(
         self,
@@ -192,6 +194,7 @@ class AsyncClient:
         *,
         params: Mapping[str, Any] | None = None,
         parts: Mapping[str, FilePart] | None = None,
+        headers: Mapping[str, str] | None = None,
         save_as: Path | None = None,
     ) -> httpx.Response:
         """Sends a request with query parameters and files, again if necessary, and reads the response into memory or a file."""
@@ -202,7 +205,9 @@ class AsyncClient:
                     name: (part.name, opened.enter_context(part.open()), "application/octet-stream")
                     for name, part in (parts or {}).items()
                 }
-                async with self._http.stream(method, path, params=params, files=files or None) as response:
+                async with self._http.stream(
+                    method, path, params=params, files=files or None, headers=headers
+                ) as response:
                     if save_as is None or not response.is_success:
                         await response.aread()
                     else:

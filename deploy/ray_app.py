@@ -29,6 +29,7 @@ from server.api.auth import Keys
 from server.app import create_app, make_server
 from server.errors import Misconfigured, StoreBroken
 from server.jobs.store import Store
+from server.jobs.stores import open_store
 from server.runtime import memory
 from server.service import open_service
 from server.serving import CLOSING_S, OpsServer
@@ -241,7 +242,7 @@ def _open_store(settings: Settings) -> Store:
     for number in range(JOB_FOLDERS):
         folder = settings.jobs.folder / f"replica-{number}"
         try:
-            return Store(settings.jobs.model_copy(update={"folder": folder}))
+            return open_store(settings.jobs.model_copy(update={"folder": folder}))
         except StoreBroken as error:
             # The lock of another replica.
             if not isinstance(error.__cause__, BlockingIOError) or number == JOB_FOLDERS - 1:

@@ -1,6 +1,6 @@
 """Files of jobs, one folder each.
 
-A file is written as `.part`, synced and renamed, so that none is ever there by half.
+A file is written as a `.part`, synced and renamed, so that none is ever there by half.
 """
 
 import contextlib
@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import re
+import secrets
 import shutil
 import sqlite3
 import time
@@ -99,7 +100,8 @@ class Files(FileStore):
             StoreFull, StoreBroken: nothing was written.
         """
         path = self.path(id_, name)
-        part = path.with_name(f"{name}.part")
+        # Of a name of its own, because another request may write the same file at this moment.
+        part = path.with_name(f"{name}.{secrets.token_hex(4)}.part")
         source.seek(0)
         with self.translate_errors():
             path.parent.mkdir(exist_ok=True, mode=0o700)

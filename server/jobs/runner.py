@@ -204,7 +204,14 @@ class Runner:
         return await self._accept(spec, upload.file, upload.reference, id_)
 
     async def submit_source(
-        self, source: str, params: SegmentParams, accept: str | None, *, preview: bool, store: bool
+        self,
+        source: str,
+        params: SegmentParams,
+        accept: str | None,
+        *,
+        preview: bool,
+        store: bool,
+        id_: str | None = None,
     ) -> JobStatus:
         """Accepts a job whose input a PACS has; when this returns, not even `kill -9` can lose it.
 
@@ -214,6 +221,7 @@ class Runner:
             accept: media types that the caller accepts.
             preview: whether a mask of level 1 comes first.
             store: whether the result is stored in the same PACS.
+            id_: id of the job; where it was accepted before, nothing happens.
 
         Raises:
             CallerError: the request is wrong.
@@ -224,7 +232,7 @@ class Runner:
         spec = make_fetched_spec(
             self._service, source, params, accept, preview=preview, destination=destination
         )
-        return await self._accept(spec, None, None, None)
+        return await self._accept(spec, None, None, id_)
 
     async def _accept(
         self, spec: JobSpec, file: BinaryIO | None, reference: BinaryIO | None, id_: str | None
@@ -337,8 +345,6 @@ class Runner:
             except Exception:
                 if active.cancelled:
                     continue  # it was deleted, so nothing of it is left
-                log.exception(
-                    "the end of job %s could not be kept; it will run again", short_id(active.job.id)
-                )
+                log.exception("the end of job %s was not kept; it runs again", short_id(active.job.id))
                 await asyncio.sleep(self._intervals.disk_retry_s)
                 self._queue.put_back(active)

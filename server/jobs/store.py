@@ -86,7 +86,7 @@ class Store(ABC):
         Raises:
             StoreFull, StoreBroken: nothing was kept.
         """
-        if id_ and (kept := self._query("SELECT * FROM jobs WHERE id = ?", id_)):
+        if id_ and (kept := self._rows(id_)):
             return kept[0]
         job = Job(id_ or uuid.uuid4().hex, "queued", 0, self._clock(), spec)
         try:
@@ -97,9 +97,14 @@ class Store(ABC):
             # The row may have been kept, though no answer came. A sweep removes files without one.
             raise
         except BaseException:
-            self.files.discard(job.id)
+            # Another request with this id may have been faster.
+            if not (id_ and self._rows(id_)):
+                self.files.discard(job.id)
             raise
-        return job
+        return self._rows(id_)[0] if id_ else job
+
+    def _rows(self, id_: str) -> list[Job]:
+        return self._query("SELECT * FROM jobs WHERE id = ?", id_)
 
     def get(self, id_: str) -> Job:
         """A job.
@@ -107,7 +112,7 @@ class Store(ABC):
         Raises:
             UnknownJob: it was never accepted, was deleted or has expired.
         """
-        jobs = self._query("SELECT * FROM jobs WHERE id = ?", id_)
+        jobs = self._rows(id_)
         if not jobs or ((expires := self.expires(jobs[0])) is not None and expires <= self._clock()):
             raise UnknownJob(
                 f"there is no job {id_!r:.60}: it was never accepted, was deleted or has expired; "
@@ -243,7 +248,10 @@ class Store(ABC):
         """Keeps the row of a new job, whose files have these sizes."""
         del sizes
         row = job.id, job.state, job.created, json.dumps(asdict(job.spec))
-        self._query("INSERT INTO jobs (id, state, created, ticket) VALUES (?, ?, ?, ?)", *row)
+        self._query(
+            "INSERT INTO jobs (id, state, created, ticket) VALUES (?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
+            *row,
+        )
 
     def _latest_end(self) -> float:
         """The time before which a job must have ended to have expired."""

@@ -1,10 +1,15 @@
 """Makes the rows of new jobs: what a request resolves to now, and how long it will take."""
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any, BinaryIO
 
 from server.errors import InvalidParameter
 from server.imaging import encode
 from server.jobs.executor import preview_params
+from server.jobs.file_store import COPY_BYTES
 from server.jobs.job import JobSpec
 from server.segment.request import SegmentParams, Upload
 from server.segment.service import SegmentationService
@@ -60,6 +65,27 @@ def make_fetched_spec(
     params = storable(params) if destination else params
     spec = _spec(service, params, "", accept)
     return replace(spec, preview=preview and spec.level != 1, source=source, destination=destination)
+
+
+def repeatable_id(key: str, request: Mapping[str, Any], *files: BinaryIO | None) -> str:
+    """The id of a job whose request may come several times: the same for the same key, parameters and files, and for no others.
+
+    Args:
+        key: random text of the caller.
+        request: parameters of the request, as JSON has them.
+        files: input and reference.
+    """
+    digest = hashlib.sha256(json.dumps([key, request], sort_keys=True).encode())
+    for file in files:
+        if file is not None:
+            file.seek(0)
+            content = hashlib.sha256()
+            while piece := file.read(COPY_BYTES):
+                content.update(piece)
+            digest.update(content.digest())
+            file.seek(0)
+        digest.update(b"|")
+    return digest.hexdigest()[:32]
 
 
 def _spec(service: SegmentationService, params: SegmentParams, name: str, accept: str | None) -> JobSpec:

@@ -294,3 +294,13 @@ async def test_certificate_of_own_authority(certificate: Path) -> None:
             with pytest.raises(TransportError) as caught:
                 await client.models()
     assert not caught.value.retryable
+
+
+async def test_submit_that_is_sent_again_has_the_same_key() -> None:
+    script = Script(problem(502), JSONResponse({"id": "j1"}, 202), JSONResponse({"id": "j2"}, 202))
+    async with script.client() as client:
+        for _ in range(2):
+            await client.submit(b"x")
+    first, again, other = (request.headers["idempotency-key"] for request, _ in script.requests)
+    assert first == again != other
+    assert len(first) == 32

@@ -1,7 +1,9 @@
 """The request of POST /jobs: its parameters, and a body or the address of a series that a PACS has."""
 
+import asyncio
+import re
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -15,10 +17,14 @@ from server.api.request_headers import header_list
 from server.errors import InvalidParameter
 from server.jobs.active import JobStatus
 from server.jobs.runner import Runner
+from server.jobs.submission import repeatable_id
 from server.segment.request import SegmentParams, invalid_parameter
 
 # Parameters of POST /segment that a job would ignore: it is never degraded, and can be cancelled.
 EXCLUDED = ("deadline_ms", "min_level")
+
+# Allowed Idempotency-Key.
+KEY = "[!-~]{16,200}"
 
 
 class JobOptions(BaseModel):
@@ -70,14 +76,21 @@ class JobRoute(APIRoute):
         return handle_errors
 
 
-async def accept_job(runner: Runner, request: Request, params: JobParams) -> JobStatus:
+async def accept_job(runner: Runner, request: Request, params: JobParams, key: str | None) -> JobStatus:
     """Reads a request and keeps its job.
+
+    Args:
+        runner: runner of the jobs.
+        request: the request.
+        params: its parameters.
+        key: Idempotency-Key; requests that have the same one, and are the same, are one job.
 
     Raises:
         CallerError: the request is wrong.
         Overloaded, StoreFull, StoreBroken: the job was not kept.
     """
     _refuse_deadline(request)
+    _check_key(key)
     segment_params = SegmentParams.parse(params.model_dump(exclude=OWN))
     check_query(segment_params, request)
     if params.store and params.source is None:
@@ -88,11 +101,38 @@ async def accept_job(runner: Runner, request: Request, params: JobParams) -> Job
     with runner.reserve(segment_params) as add_bytes:
         if params.source is None:
             async with upload.receive(_counting(request, add_bytes)) as received:
-                return await runner.submit(received, segment_params, preview=params.preview)
+                id_ = await _id(key, params, received.file, received.reference)
+                return await runner.submit(received, segment_params, preview=params.preview, id_=id_)
         await _refuse_body(request)
         accept = header_list(request, "accept")
         return await runner.submit_source(
-            params.source, segment_params, accept, preview=params.preview, store=params.store
+            params.source,
+            segment_params,
+            accept,
+            preview=params.preview,
+            store=params.store,
+            id_=await _id(key, params),
+        )
+
+
+async def _id(key: str | None, params: JobParams, *files: BinaryIO | None) -> str | None:
+    if key is None:
+        return None
+    return await asyncio.to_thread(repeatable_id, key, params.model_dump(mode="json"), *files)
+
+
+def _check_key(key: str | None) -> None:
+    """Checks that an Idempotency-Key is random enough for two callers not to have the same.
+
+    Raises:
+        InvalidParameter: it is shorter or longer than allowed, or has other characters.
+    """
+    if key is not None and not re.fullmatch(KEY, key):
+        raise InvalidParameter(
+            f"Idempotency-Key is {len(key)} characters long or has others than visible ASCII; send 16 to 200 random ones, e.g. a new "
+            "UUID for each job, and the same again when you repeat the request",
+            parameter="Idempotency-Key",
+            actual=len(key),
         )
 
 

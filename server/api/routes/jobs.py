@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
 
@@ -83,10 +83,19 @@ def router(runner: Runner, max_streams: int = MAX_STREAMS) -> APIRouter:
         responses=REFUSED,
         openapi_extra=OPTIONAL_BODY,
     )
-    async def create(request: Request, params: Annotated[JobParams, Query()]) -> Response:
+    async def create(
+        request: Request,
+        params: Annotated[JobParams, Query()],
+        idempotency_key: Annotated[
+            str | None,
+            Header(
+                description="16 to 200 random characters, e.g. a UUID: a request that is repeated with the same key is one job"
+            ),
+        ] = None,
+    ) -> Response:
         """Accepts a file, or the address of one, for work that takes minutes; input and state are on disk before the answer is sent."""
         try:
-            status = await accept_job(runner, request, params)
+            status = await accept_job(runner, request, params, idempotency_key)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         document = job_document(status)
