@@ -40,7 +40,7 @@ class AsyncClient:
         api_key: API key, where the server requires one.
         api_key_file: path of a file that holds the API key instead.
         timeout_s: seconds for a whole response, with all attempts and the waits between them.
-        retries: attempts after the first, for 429, 502, 503 and connections that were refused or closed.
+        retries: attempts after the first, for 429, 503, a proxy's 502 and connections that were refused or closed.
         verify: False trusts every certificate; a path names a file of trusted ones (PEM).
         transport: httpx transport instead of the network, e.g. `httpx.ASGITransport(app)`.
 

@@ -15,9 +15,8 @@ import httpx
 from client.errors import TimedOut, TransportError, from_problem
 from server.errors import UnetppError
 
-# Statuses by which the server, or a proxy before it, says that the same request may succeed soon; 502 is of a proxy whose server
-# went away.
-RETRIED = (429, 502, 503)
+# Statuses by which the server, or a proxy before it, says that the same request may succeed soon.
+RETRIED = (429, 503)
 
 # Wait before the second attempt; it doubles with each. A longer wait that the server requests is kept.
 FIRST_S, LONGEST_S = 0.5, 30.0
@@ -33,7 +32,7 @@ async def send_with_retry(
 
     Args:
         attempt: sends it once and reads the response.
-        retries: attempts after the first, for 429, 502, 503 and broken connections.
+        retries: attempts after the first, for 429, 503, a proxy's 502 and broken connections.
         timeout_s: seconds for all attempts and the waits between them.
         sleep: waits between two attempts.
 
@@ -55,7 +54,7 @@ async def send_with_retry(
             else:
                 if response.is_success:
                     return response
-                error, retryable = read_error(response), response.status_code in RETRIED
+                error, retryable = read_error(response), is_retryable(response)
                 retry_after_s = read_retry_after(response)
             wait_s = backoff_s(number, retry_after_s)
             if not retryable or number > retries or wait_s >= end - time.monotonic():
@@ -75,6 +74,12 @@ async def time_limit(seconds: float | None, detail: str) -> AsyncIterator[None]:
         if not timer.expired():
             raise
         raise TimedOut(detail, limit=seconds, unit="s") from error
+
+
+def is_retryable(response: httpx.Response) -> bool:
+    """Whether the same request may succeed soon: also after a proxy's 502, whose server went away; the server's own has a reason."""
+    own = response.headers.get("content-type", "").startswith("application/problem+json")
+    return response.status_code in RETRIED or (response.status_code == 502 and not own)
 
 
 def backoff_s(number: int, retry_after_s: float | None) -> float:

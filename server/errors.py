@@ -5,7 +5,7 @@ UnetppError
 │                 Unauthorized, OtherSite, UnknownFormat, InvalidParameter, DeadlineTooShort, UnknownModel,
 │                 UnknownJob, UnknownUpload, ReloadFailed, NotFinished, Unimplemented, PacsRefused
 ├── TryAgain      the same request may succeed later: ReloadRunning, Overloaded, DeadlinePassed, NotReady,
-│                 StoreFull, StoreUnavailable, Interrupted, PacsUnavailable
+│                 StoreFull, DiskFull, StoreUnavailable, Interrupted, PacsUnavailable
 └── ServerFault   the operator, or we, must fix it: BundleDamaged, Misconfigured, EngineUnavailable,
                   TuningTooNoisy, InferenceFailed, StoreBroken
 
@@ -13,6 +13,7 @@ The docstring of each class is its entry in the manual and on the server's page 
 remedy, and the fields that it may have.
 """
 
+import errno
 import re
 from typing import Any, ClassVar
 
@@ -288,6 +289,15 @@ class StoreFull(TryAgain):
     """
 
 
+class DiskFull(TryAgain):
+    """The disk of this server has no room for the temporary files of a request.
+
+    Large bodies and answers wait on the disk, in the folder that `TMPDIR` names.
+    Remedy: Send the request again after `Retry-After`; of several servers another one may take it. The operator makes
+    room.
+    """
+
+
 class StoreUnavailable(TryAgain):
     """The database or the bucket of jobs does not answer.
 
@@ -373,6 +383,16 @@ class StoreBroken(ServerFault):
     away.
     Fields: setting, value, actual, allowed
     """
+
+
+def disk_full(error: BaseException) -> DiskFull | None:
+    """The error for one of the operating system that says that a disk is full; None for any other."""
+    if not isinstance(error, OSError) or error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+        return None
+    return DiskFull(
+        "the disk of this server is full, so that it has no room for the temporary files of this request; try again, or send less at once",
+        retry_after_s=1,
+    )
 
 
 def all_codes() -> dict[str, type[UnetppError]]:

@@ -175,6 +175,13 @@ def replay(kept: dict[str, Any], headers: dict[str, str]) -> ProblemResponse:
     return ProblemResponse(kept, headers)
 
 
+async def _handle_full_disk(request: Request, error: Exception) -> ProblemResponse:
+    if (full := errors.disk_full(error)) is None:
+        raise error
+    log.error("request %s failed: %s", _request_id(request), error)
+    return response_of(full)
+
+
 def install(app: FastAPI, count_refusal: Callable[[str], None] = lambda reason: None) -> None:
     """Registers the handlers.
 
@@ -203,6 +210,8 @@ def install(app: FastAPI, count_refusal: Callable[[str], None] = lambda reason: 
             status, "bad-request" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "internal"
         )
         return respond(status, code, str(error.detail), headers)
+
+    app.add_exception_handler(OSError, _handle_full_disk)
 
     @app.exception_handler(Exception)
     async def handle_unexpected(request: Request, error: Exception) -> ProblemResponse:

@@ -8,7 +8,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from server.errors import CallerError, PacsUnavailable, StoreBroken, StoreFull, StoreUnavailable, TryAgain
+from server.errors import (
+    CallerError,
+    DiskFull,
+    PacsUnavailable,
+    StoreBroken,
+    StoreFull,
+    StoreUnavailable,
+    TryAgain,
+    disk_full,
+)
 from server.imaging import encode as encoding
 from server.jobs.active import ActiveJob, JobPostponed
 from server.jobs.file_store import short_id
@@ -24,7 +33,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # After these a job waits, because they may pass.
-STORE_ERRORS = (StoreBroken, StoreFull, StoreUnavailable)
+STORE_ERRORS = (StoreBroken, StoreFull, StoreUnavailable, DiskFull)
 
 FIELDS = SegmentParams.model_fields
 
@@ -127,7 +136,7 @@ class JobExecutor:
 
     def _pause_s(self, active: ActiveJob, error: Exception) -> float | None:
         """Seconds after which a job that met an error goes on; None where it has failed."""
-        disk = isinstance(error, STORE_ERRORS)
+        disk = isinstance(error, STORE_ERRORS) or disk_full(error) is not None
         spec = active.job.spec
         # Also where the disk has no room for what is fetched; later, `_retry_until_disk_ok` waits.
         if isinstance(error, PacsUnavailable) or (disk and (spec.source or spec.destination)):
@@ -174,6 +183,8 @@ class JobExecutor:
         while True:
             try:
                 return await self._run_in_thread(call, *arguments)
+            except DiskFull:
+                raise  # another server may have room
             except STORE_ERRORS:
                 log.exception("job %s waits for its disk", short_id(active.job.id))
             await active.cancellable(asyncio.sleep(self._disk_retry_s))

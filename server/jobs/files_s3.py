@@ -14,7 +14,7 @@ import obstore
 from obstore import exceptions
 from obstore.store import S3Store
 
-from server.errors import StoreBroken, StoreUnavailable
+from server.errors import StoreBroken, StoreUnavailable, disk_full
 from server.jobs.file_store import COPY_BYTES, FileStore, KeptFile, short_id
 from server.jobs.files import ID
 from server.settings import JobsSettings
@@ -149,6 +149,7 @@ class BucketFiles(FileStore):
 
         Raises:
             StoreUnavailable: the bucket does not answer.
+            DiskFull: this server has no room for a copy.
             StoreBroken: it refuses, or the folder for what is served cannot be used.
         """
         try:
@@ -166,6 +167,8 @@ class BucketFiles(FileStore):
                 setting=SETTING,
             ) from error
         except OSError as error:
+            if full := disk_full(error):
+                raise full from error
             raise StoreBroken(
                 f"the jobs folder {self._settings.folder} cannot be used ({error}); make it writable, or name another with "
                 "UNETPP_JOBS__FOLDER",

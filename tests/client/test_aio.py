@@ -297,7 +297,9 @@ async def test_certificate_of_own_authority(certificate: Path) -> None:
 
 
 async def test_submit_that_is_sent_again_has_the_same_key() -> None:
-    script = Script(problem(502), JSONResponse({"id": "j1"}, 202), JSONResponse({"id": "j2"}, 202))
+    script = Script(
+        HTMLResponse("<p>", 502), JSONResponse({"id": "j1"}, 202), JSONResponse({"id": "j2"}, 202)
+    )
     async with script.client() as client:
         for _ in range(2):
             await client.submit(b"x")

@@ -64,6 +64,12 @@ async def test_send_after_passing_failure_retries(first: Any) -> None:
     assert len(await sent(first, response(200))) == 1
 
 
+async def test_send_with_the_servers_own_502_raises_at_once() -> None:
+    refused = response(502, {"code": "pacs-refused", "detail": "no"}, content_type="application/problem+json")
+    with pytest.raises(errors.PacsRefused):
+        await sent(refused)
+
+
 async def test_send_with_retry_after_waits_as_long() -> None:
     first, second = await sent(response(429, Retry_After="7"), response(503), response(200))
     assert 7 <= first <= 8

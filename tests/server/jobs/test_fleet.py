@@ -16,13 +16,15 @@ import httpx
 import numpy as np
 import pytest
 
-from server.errors import InvalidParameter, PacsUnavailable, StoreUnavailable, UnknownJob
+from server.errors import DiskFull, InvalidParameter, PacsUnavailable, StoreUnavailable, UnknownJob
 from server.jobs.active import JobStatus
+from server.jobs.files import Files
 from server.jobs.runner import Intervals, Runner
 from server.segment.request import SegmentParams, Upload
 from tests.server.jobs.conftest import SPEC, Fleet
 from tests.server.jobs.steps import WINDOWS, Bench, StepService, end, started, status_when, submit
 from tests.server.jobs.test_pacs import AnyInput, FakePacs
+from tests.server.jobs.test_runner_failures import Failing
 from tests.support.files import GOOD, Sent, picture_bytes
 from tests.support.postgres import Network
 from tests.support.service import ManualClock, fake_service
@@ -350,3 +352,17 @@ def test_requests_do_not_need_the_database(fleet: Fleet, replicas: Replicas) -> 
             assert (answer.status_code, answer.json()["code"]) == (503, "store-unavailable")
             assert int(answer.headers["retry-after"]) > 0
             assert "database" in answer.json()["detail"]
+
+
+async def test_server_with_a_full_disk_leaves_its_job_to_others(
+    server: Server, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = Failing(monkeypatch, Files, "inputs", DiskFull("full"))
+    async with server() as (one, first, _), server() as (_, second, _):
+        id_ = await submit(one)
+        for service in (first, second):
+            service.step()
+        assert (await end(one, id_)).job.state == "done"
+    assert not failing.errors
+    # It did not wait at the server that had no room, and the crash of none was counted.
+    assert fleet.query("SELECT postponed || ' ' || attempts FROM unetpp.jobs") == "1 1"
