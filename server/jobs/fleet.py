@@ -18,6 +18,7 @@ from server.metrics import Metrics
 log = logging.getLogger(__name__)
 
 STORE_ERRORS = (StoreBroken, StoreUnavailable)
+RETRY_S = 1
 
 
 class FleetQueue(JobQueue):
@@ -47,6 +48,7 @@ class FleetQueue(JobQueue):
         # Its own, so that no slow call for a client holds up a renewal.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="leases")
         self._error: StoreBroken | StoreUnavailable | None = None
+        self._renewed_at = clock()
         # Of jobs that others run and a client watches here.
         self._events: dict[str, asyncio.Event] = {}
         self._last: dict[str, tuple[object, ...]] = {}
@@ -71,6 +73,19 @@ class FleetQueue(JobQueue):
         """
         if self._error:
             raise self._error.with_traceback(None)
+
+    def _check_leases(self) -> None:
+        """Checks that the jobs that run here are this server's.
+
+        Raises:
+            StoreUnavailable: no lease was renewed for so long that another server may have them, and have finished them.
+        """
+        if self._clock() - self._renewed_at >= self._shared.lease_s:
+            raise StoreUnavailable(
+                "this server has not reached the database of jobs for a while, so that another one may have this job; try again in a moment",
+                RETRY_S,
+                setting="UNETPP_JOBS__STORE",
+            )
 
     async def accept(self, job: Job) -> JobStatus:
         """Tells the workers of a job that the store has just kept; those of other servers hear of it, too."""
@@ -106,6 +121,7 @@ class FleetQueue(JobQueue):
             StoreUnavailable, StoreBroken: the store fails.
         """
         if active := self.get(id_):
+            self._check_leases()
             return self.status(active)
         self.check()
         job = await self._run_in_thread(self._shared.report, id_)
@@ -196,7 +212,11 @@ class FleetQueue(JobQueue):
             for one in self._active.values()
             if one.running
         ]
-        for id_ in await run_in(self._pool, self._shared.renew, running):
+        # Before the call, because leases run from some moment within it.
+        began = self._clock()
+        lost = await run_in(self._pool, self._shared.renew, running)
+        self._renewed_at = began
+        for id_ in lost:
             if active := self.get(id_):
                 log.warning("job %s was cancelled, or is another server's now", short_id(id_))
                 active.cancel()

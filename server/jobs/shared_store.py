@@ -29,7 +29,13 @@ class Totals:
 
 
 class SharedStore(Store):
-    """Jobs that several servers share. A server works on a job while it renews its lease."""
+    """Jobs that several servers share. A server works on a job while it renews its lease.
+
+    Attributes:
+        lease_s: seconds without renewal after which another server takes a job.
+    """
+
+    lease_s: float
 
     @abstractmethod
     def claim(self) -> SharedJob | None:

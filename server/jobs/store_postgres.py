@@ -65,7 +65,7 @@ class PostgresStore(SharedStore):
         super().__init__(settings, files, uploads, clock)
         # The database decides: a change needs the lease.
         self._changing = contextlib.nullcontext()
-        self._lease_s = LEASE_S if lease_s is None else lease_s
+        self.lease_s = LEASE_S if lease_s is None else lease_s
         self._leases: dict[str, int] = {}
         self._look_for_orphans_at = 0.0
         with contextlib.ExitStack() as stack, uploads.translate_errors():
@@ -103,7 +103,7 @@ class PostgresStore(SharedStore):
             WHERE number = (
                 SELECT number FROM jobs WHERE {CLAIMABLE} ORDER BY {ORDER} LIMIT 1 FOR UPDATE SKIP LOCKED)
             RETURNING *"""  # noqa: S608 - constants
-        for job in self._query(statement, self._lease_s):
+        for job in self._query(statement, self.lease_s):
             self._leases[job.id] = job.lease
             return job
         return None
@@ -127,7 +127,7 @@ class PostgresStore(SharedStore):
                     """UPDATE jobs SET stage = %s, done = %s, total = %s, eta_s = %s,
                     leased_until = clock_timestamp() + make_interval(secs => %s)
                     WHERE id = %s AND lease = %s AND state <> 'cancelled' RETURNING id""",
-                    (*progress, self._lease_s, id_, lease),
+                    (*progress, self.lease_s, id_, lease),
                 )
                 kept |= {row["id"] for row in cursor.fetchall()}
         # A lease that is gone from memory belonged to a job that has just ended.

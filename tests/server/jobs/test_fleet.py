@@ -12,6 +12,7 @@ from server.errors import DiskFull, InvalidParameter, PacsUnavailable, StoreUnav
 from server.jobs.active import JobStatus
 from server.jobs.files import Files
 from server.jobs.runner import Intervals, Runner
+from server.jobs.store_postgres import LEASE_S
 from server.segment.request import SegmentParams
 from tests.server.jobs.conftest import SPEC, Fleet
 from tests.server.jobs.steps import WINDOWS, Bench, StepService, end, started, status_when, submit
@@ -182,7 +183,12 @@ async def test_server_that_is_cut_off_publishes_nothing(
         id_ = await submit(cut_off)
         await started(cut_off, id_)
         network.cut()
+        assert (await cut_off.get(id_)).job.state == "running"
         fleet.expire_leases()
+        bench.clock.advance(LEASE_S)
+        # It cannot know whether it still has the job.
+        with pytest.raises(StoreUnavailable):
+            await cut_off.get(id_)
         async with server() as (other, second, _):
             await started(other, id_)
             first.step()
