@@ -206,7 +206,7 @@ async def quiet(lab: Cluster, seconds: float) -> None:
 
 async def kill_replica(lab: Cluster, seconds: float) -> None:
     """A replica is killed, and started again after some seconds."""
-    await _kill([lab.replicas["a1"]], seconds)
+    await _kill(lab.of_node("a")[:1], seconds)
 
 
 async def kill_node(lab: Cluster, seconds: float) -> None:
@@ -237,7 +237,7 @@ async def replace_all(lab: Cluster, seconds: float) -> None:
 
 async def cut_store(lab: Cluster, seconds: float) -> None:
     """A replica reaches neither PostgreSQL nor the bucket: no packet arrives."""
-    one = lab.replicas["a2"]
+    one = lab.of_node("a")[-1]
     one.database.silence()
     one.bucket.silence()
     await asyncio.sleep(max(CUT_S, seconds))
@@ -248,7 +248,7 @@ async def cut_store(lab: Cluster, seconds: float) -> None:
 
 async def fill_disk(lab: Cluster, seconds: float) -> None:
     """The disk of a replica, on which its temporary files and uploads lie, is full; then there is room again."""
-    one = lab.replicas["b1"]
+    one = lab.of_node("b")[0]
     filler = one.folder / "tmp" / "filler"
     with contextlib.suppress(OSError), filler.open("wb") as file:
         while True:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bench.cluster_lab import Network
 from server.errors import DiskFull, InvalidParameter, PacsUnavailable, StoreUnavailable, UnknownJob
 from server.jobs.active import JobStatus
 from server.jobs.files import Files
@@ -19,7 +20,6 @@ from tests.server.jobs.steps import WINDOWS, Bench, StepService, end, started, s
 from tests.server.jobs.test_pacs import AnyInput, FakePacs
 from tests.server.jobs.test_runner_failures import Failing
 from tests.support.files import GOOD, Sent
-from tests.support.postgres import Network
 from tests.support.service import ManualClock
 
 QUICK = Intervals(min_watch_s=0, disk_retry_s=0.05, renew_s=0.05)

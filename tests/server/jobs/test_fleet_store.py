@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from bench.cluster_lab import Network
 from server.errors import Interrupted, Overloaded, StoreBroken, StoreFull, StoreUnavailable
 from server.jobs.job import LeaseLost
 from server.jobs.shared_store import Progress
@@ -19,7 +20,6 @@ from server.jobs.stores import open_store
 from server.settings import JobsSettings
 from tests.server.jobs.conftest import HEADERS, PROBLEM, SPEC, Fleet, accept
 from tests.server.jobs.test_store_contract import content
-from tests.support.postgres import Network
 
 FETCHED = dataclasses.replace(SPEC, source="pacs/1.2")
 
