@@ -117,8 +117,10 @@ def estimate_work(
     memory = pixels * (header.channels * header.sample_bytes + 2) + copied + open_rows + chunks + compared
     memory += _output_bytes(header, pixels, manifest, needs, formats, params)
     covered = math.prod(min(s, t) for s, t in zip(placement.size, grid.tile, strict=True))
-    tiles = windows * copies
-    return Estimate(max(pixels, network), tiles, tile_pixels, tiles * (tile_pixels - covered), memory)
+    tiles, count = windows * copies * header.count, header.count
+    return Estimate(
+        max(pixels, network) * count, tiles, tile_pixels, tiles * (tile_pixels - covered), memory * count
+    )
 
 
 def mask_needs(formats: tuple[str, ...], params: SegmentParams, manifest: Manifest) -> frozenset[str]:
