@@ -17,8 +17,9 @@ from server.api import auth, params, problems, traces
 from server.api.access import AccessLogMiddleware
 from server.api.connections import Connection, ConnectionLimits
 from server.api.limits import BodyLimit, HeadLimit
+from server.api.open_inference.statistics import Statistics
 from server.api.request_id import RequestId
-from server.api.routes import errors, health, jobs, models, monai_label, page, segment
+from server.api.routes import errors, health, jobs, models, monai_label, open_inference, page, segment
 from server.api.routes import ops as ops_routes
 from server.api.schemas import Problem
 from server.api.stopping import DrainMiddleware, Stopping
@@ -117,7 +118,12 @@ def create_app(
     guard = functools.partial(
         _guard, settings=settings, stopping=stopping, keys=keys, refuse=metrics.count_refusal, traced=tracing
     )
-    static = auth.STATIC | page.paths() | (monai_label.FREE if settings.monai_label.enabled else frozenset())
+    static = (
+        auth.STATIC
+        | auth.OPEN_INFERENCE_HEALTH
+        | page.paths()
+        | (monai_label.FREE if settings.monai_label.enabled else frozenset())
+    )
     guard(app, free=static if has_ops_port else static | auth.HEALTH)
     reload = Reload(functools.partial(_read_again, settings), service, stopping.check)
     app.state.operations = Operations(
@@ -128,6 +134,14 @@ def create_app(
         "segment": segment.router(service, in_flight, timeout_s),
         "jobs": jobs.router(runner),
         "models": models.router(service),
+        "open-inference": open_inference.OpenInference(
+            service,
+            Statistics(),
+            in_flight,
+            timeout_s,
+            probe.check_device,
+            functools.partial(health.check_ready, probe, runner, stopping),
+        ).router(),
     }
     if settings.monai_label.enabled:
         doors["monai-label"] = monai_label.router(service, sessions, in_flight, timeout_s, keys)

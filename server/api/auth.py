@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 # Paths that need no key because they say nothing of images: for orchestrators and Prometheus, and
 # for people who have yet to enter a key.
 HEALTH = frozenset({"/health/live", "/health/ready", "/metrics"})
+# Those of the Open Inference Protocol, which its clients ask on the port of inference.
+OPEN_INFERENCE_HEALTH = frozenset({"/v2/health/live", "/v2/health/ready"})
 STATIC = frozenset({"/docs", "/openapi.json", problems.ERRORS_PATH})
 
 # Lets scanners of published code recognise a key.

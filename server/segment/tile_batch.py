@@ -40,14 +40,19 @@ PLAIN = frozenset(
 )
 
 
-def fits(header: InputHeader, target: Target, params: SegmentParams) -> bool:
+def fits(pixels: Shaped[ndarray, "N H W C"], target: Target, params: SegmentParams) -> bool:
     """Whether each image is one window of a network of images, and its mask needs nothing but its scores."""
-    manifest = target.manifest
+    manifest, header = target.manifest, _header(pixels)
     if manifest.dims != 2 or math.prod(header.size) > MAX_PIXELS or not params.model_fields_set <= PLAIN:
         return False
     needs = encoding.needs(encoding.choose(params.format, None))
     padded = manifest.padding == "constant"
     return target.mode != "auto" and needs <= {"scores"} and not padded and _is_one_window(header, target)
+
+
+def _header(pixels: Shaped[ndarray, "N H W C"]) -> InputHeader:
+    count, height, width, channels = pixels.shape
+    return InputHeader((height, width), channels, pixels.itemsize, count=count)
 
 
 def _is_one_window(header: InputHeader, target: Target) -> bool:
@@ -70,7 +75,7 @@ async def segment(
     Raises:
         CallerError, TryAgain, ServerFault: `server.errors` draws the tree.
     """
-    header = InputHeader(pixels.shape[1:3], pixels.shape[-1], pixels.itemsize, count=len(pixels))
+    header = _header(pixels)
     worker = service.workers.task()
     async with deadline(qos), service.admission.admit((header, None), target, params, qos) as ticket:
         worker.admitted(ticket.memory_wait_s, "image")

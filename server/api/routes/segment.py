@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Annotated, Any, BinaryIO, TypeVar
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from typing import Annotated, Any, BinaryIO, Protocol, TypeVar
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -81,6 +81,20 @@ class TempFileResponse(StreamingResponse):
             self._file.close()
 
 
+class Served(Protocol):
+    """What an observation reads of an answer."""
+
+    @property
+    def target(self) -> Target:
+        """Target that was served."""
+        ...
+
+    @property
+    def timings(self) -> Mapping[str, float]:
+        """Seconds per phase."""
+        ...
+
+
 class Observation:
     """Metrics and log attributes of one request, from its arrival to its outcome.
 
@@ -98,11 +112,11 @@ class Observation:
         """Notes the model, the mode and the level that are requested."""
         self._labels |= {"model": target.model, "mode": target.mode, "requested_level": f"{target.level}"}
 
-    def served(self, response: segment_request.Response) -> None:
+    def served(self, response: Served) -> None:
         """Notes the level that is served."""
         self._labels["served_level"] = f"{response.target.level}"
 
-    def succeeded(self, response: segment_request.Response) -> None:
+    def succeeded(self, response: Served) -> None:
         """Observes the durations of a successful request."""
         target, metrics = response.target, self._metrics
         metrics.duration.labels(target.model, target.mode, f"{target.level}").observe(
