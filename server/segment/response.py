@@ -60,7 +60,7 @@ class Finished:
     """A segmented input before it is an answer.
 
     Attributes:
-        mask: post-processed mask; of several images in one piece their masks, stacked along a first axis.
+        mask: post-processed mask; of several images in one piece their masks, stacked: N before H.
         ticket: admitted request, with the target that was served.
         timings: seconds per phase.
         note: remark for the caller.

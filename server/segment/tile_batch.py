@@ -70,7 +70,7 @@ async def segment(
     qos: QoS,
     target: Target,
 ) -> Finished:
-    """Segments images that `fits`; their masks are stacked along a first axis.
+    """Segments images for which `fits` is true; their masks are stacked, N before H.
 
     Raises:
         CallerError, TryAgain, ServerFault: `server.errors` draws the tree.
@@ -130,7 +130,7 @@ def cut(pixels: Shaped[ndarray, "N H W C"], target: Target) -> Tiles:
 def join(
     scores: list[Shaped[ndarray, "K h w"]], header: InputHeader, ticket: Ticket, params: SegmentParams
 ) -> Mask:
-    """The masks of images, as `WindowMerger` decides them for one window; scores are (N, K, H, W)."""
+    """The masks of images, as `WindowMerger` decides them for one window; its arrays are (N, H, W), and (K, N, H, W) of scores."""
     manifest = ticket.target.manifest
     height, width = header.size
     stacked = np.stack([one[: manifest.score_channels, :height, :width] for one in scores], axis=1)
@@ -139,4 +139,4 @@ def join(
         threshold = manifest.threshold
     classes, _ = decide(stacked, np.ones(stacked.shape[1:], np.float32), threshold)
     with_scores = "scores" in encoding.needs(ticket.formats)
-    return Mask(classes, np.moveaxis(stacked, 0, 1).astype(np.float16) if with_scores else None)
+    return Mask(classes, stacked.astype(np.float16) if with_scores else None)

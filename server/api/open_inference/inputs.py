@@ -46,6 +46,12 @@ MIN_MM, MAX_MM = 1e-4, 1e4
 DIRECTIONS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
 
 
+class FileInMemory(io.BytesIO):
+    """The bytes of a file; with these two it is a `BinaryIO` in every respect."""
+
+    name, mode = "", "rb"
+
+
 @dataclass(frozen=True)
 class Work:
     """An inference request as the service takes it.
@@ -76,7 +82,7 @@ class Work:
     def sources(self) -> Sequence[Upload | Image | Volume]:
         """The inputs one by one, as the service takes them."""
         if self.pixels is None:
-            return [Upload(io.BytesIO(file)) for file in self.files]
+            return [Upload(FileInMemory(file)) for file in self.files]
         if self.affine is None:
             return [Image(pixels) for pixels in self.pixels]
         return [Volume(voxels, self.affine) for voxels in self.pixels]

@@ -4,12 +4,14 @@ A message is JSON, or JSON and then the raw bytes of its binary tensors in their
 `Inference-Header-Content-Length` says how long the JSON is. A request in which it is 0 is one encoded file and nothing else.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from server.api.open_inference.tensors import (
     BYTES,
@@ -28,6 +30,13 @@ HEADER = "Inference-Header-Content-Length"
 
 # Digits of that header at most; no body is as long.
 MAX_DIGITS = 12
+
+# Levels of nesting in JSON, as Triton has it; a tensor has a list per axis.
+MAX_DEPTH = 100
+STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+STEPS = np.zeros(256, np.int8)
+STEPS[[*b"[{"]], STEPS[[*b"]}"]] = 1, -1
+CHUNK_BYTES = 1024 * 1024
 
 Scalar = str | int | float | bool
 
@@ -137,13 +146,39 @@ def pack(
     return [written, *parts], len(written) if any(binary for _, binary in tensors) else None
 
 
-def _read_head(data: memoryview) -> dict[str, Any]:
+def read_json_document(data: bytes | memoryview) -> Any:
+    """Reads JSON.
+
+    Raises:
+        InvalidInferRequest: it is none, or is nested too deeply.
+    """
+    # Before decoding, because parsers find that out by running out of the stack.
+    if _depth(data) > MAX_DEPTH:
+        raise invalid(
+            f"the JSON of the request is nested more than {MAX_DEPTH} levels deep", "body", limit=MAX_DEPTH
+        )
     try:
-        head = msgspec.json.decode(data)
+        return msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(f"the request is not JSON: {error!s:.100}", "body") from error
-    except RecursionError as error:
-        raise invalid("the JSON of the request is nested too deeply", "body") from error
+
+
+def _depth(data: bytes | memoryview) -> int:
+    """The deepest nesting of JSON, or any number up to the limit where it is surely below."""
+    values = np.frombuffer(data, np.uint8)
+    if np.count_nonzero(STEPS[values] > 0) <= MAX_DEPTH:
+        return 0
+    plain = STRING.sub(b"", data)
+    level = deepest = 0
+    for first in range(0, len(plain), CHUNK_BYTES):
+        steps = STEPS[np.frombuffer(plain, np.uint8, min(CHUNK_BYTES, len(plain) - first), first)]
+        levels = level + np.cumsum(steps, dtype=np.int64)
+        level, deepest = int(levels[-1]), max(deepest, int(levels.max()))
+    return deepest
+
+
+def _read_head(data: memoryview) -> dict[str, Any]:
+    head = read_json_document(data)
     if not isinstance(head, dict):
         raise invalid("the JSON of the request is not an object", "body")
     return head

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request, Response
 from isal import igzip
 from starlette.requests import ClientDisconnect
@@ -17,7 +16,14 @@ from server.api.access import CLIENT_CLOSED_REQUEST
 from server.api.compression import LEVEL, MIN_BYTES, accepted_codings
 from server.api.open_inference import models
 from server.api.open_inference.body import receive
-from server.api.open_inference.messages import HEADER, InferRequest, pack, parse_request, read_header_length
+from server.api.open_inference.messages import (
+    HEADER,
+    InferRequest,
+    pack,
+    parse_request,
+    read_header_length,
+    read_json_document,
+)
 from server.api.open_inference.statistics import Statistics
 from server.api.params import DEADLINE
 from server.api.request_headers import header_list
@@ -210,11 +216,7 @@ async def _check_json(request: Request) -> None:
         body += chunk
         if len(body) > MAX_JSON_BYTES:
             break
-    try:
-        document = msgspec.json.decode(body or b"{}") if len(body) <= MAX_JSON_BYTES else None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        document = None
-    if not isinstance(document, dict):
+    if len(body) > MAX_JSON_BYTES or not isinstance(read_json_document(body or b"{}"), dict):
         raise InvalidInferRequest(
             f"the body is not a JSON object of at most {MAX_JSON_BYTES:,} bytes", parameter="body"
         )

@@ -129,7 +129,8 @@ def _output(name: str, finished: Sequence[Finished], params: SegmentParams, *, s
     """
     arrays = [_mask(one.mask, params) if name == MASK else _scores(one.mask) for one in finished]
     if stacked:
-        return Tensor.of(name, arrays[0])
+        # Scores are (K, N, H, W) there.
+        return Tensor.of(name, arrays[0] if name == MASK else np.moveaxis(arrays[0], 0, 1))
     shapes = {one.shape for one in arrays}
     if len(shapes) > 1:
         raise InvalidParameter(
