@@ -106,9 +106,23 @@ def parse_request(body: memoryview, header_length: int | None) -> InferRequest:
         tensor = Tensor(BYTES.lower(), BYTES, (1,), (bytes(body),))
         return InferRequest({tensor.name: tensor}, binary=True)
     head = _read_head(body[: len(body) if header_length is None else header_length])
+    return read_message(head, None if header_length is None else body[header_length:])
+
+
+def read_message(head: Mapping[str, Any], raw: memoryview | None) -> InferRequest:
+    """Reads the members of a request.
+
+    Args:
+        head: what the JSON holds.
+        raw: bytes of all binary tensors, one after the other; None where there can be none.
+
+    Raises:
+        InvalidInferRequest: the protocol does not allow it.
+        Unimplemented: it names a region of shared memory, or wants a classification.
+    """
     parameters = _parameters(head, "the request")
     binary = _flag(parameters, "binary_data_output", default=False)
-    inputs = _read_inputs(_objects(head, "inputs"), None if header_length is None else body[header_length:])
+    inputs = _read_inputs(_objects(head, "inputs"), raw)
     outputs = tuple(_read_output(one, default=binary) for one in _objects(head, "outputs"))
     _check_once("outputs", [one.name for one in outputs])
     request_id = head.get("id")

@@ -208,6 +208,9 @@ def _flat(data: Sequence[Any]) -> Iterator[Any]:
 
 
 def _read_string(name: str, value: Any, *, in_base64: bool) -> bytes:
+    if isinstance(value, bytes):
+        # Of gRPC.
+        return value
     if not isinstance(value, str):
         raise invalid(f"an element of {name!r:.60} of BYTES is not a string", "data")
     if not in_base64:

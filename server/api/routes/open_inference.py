@@ -143,7 +143,7 @@ class OpenInference:
         """Answers as POST /segment does for each input."""
         model, started = self._find(name, version), time.perf_counter()
         try:
-            with observe(request, self.service.metrics) as observation:
+            with observe(request.state, self.service.metrics) as observation:
                 inferred, parts, length = await self._respond(request, model, observation)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)

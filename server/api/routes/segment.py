@@ -139,8 +139,13 @@ class Observation:
 
 
 @contextlib.contextmanager
-def observe(request: Request, metrics: Metrics) -> Iterator[Observation]:
-    """Observes one request, whose outcome is that of the block."""
+def observe(state: Any, metrics: Metrics) -> Iterator[Observation]:
+    """Observes one request, whose outcome is that of the block.
+
+    Args:
+        state: state of the request, which gets the attributes for the log.
+        metrics: counters of the request.
+    """
     observation = Observation(metrics)
     error: BaseException | None = None
     try:
@@ -149,7 +154,7 @@ def observe(request: Request, metrics: Metrics) -> Iterator[Observation]:
         error = raised
         raise
     finally:
-        request.state.attributes = observation.ended(error)
+        state.attributes = observation.ended(error)
 
 
 class InFlight:
@@ -231,7 +236,7 @@ def router(service: SegmentationService, in_flight: InFlight, timeout_s: float) 
     async def segment(request: Request, params: Annotated[SegmentParams, Query()]) -> Response:
         """Answers with the mask of the file in the body, on the file's own pixels or voxels."""
         try:
-            with observe(request, service.metrics) as observation:
+            with observe(request.state, service.metrics) as observation:
                 response = await respond(request, params, observation)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
