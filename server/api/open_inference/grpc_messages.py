@@ -24,7 +24,7 @@ def read_request(message: Any) -> InferRequest:
 
     Raises:
         InvalidInferRequest: the protocol does not allow it.
-        Unimplemented: it asks for what is not here.
+        Unimplemented: it requests a part of Triton's extensions that is not here.
     """
     raw = [memoryview(one) for one in message.raw_input_contents]
     rows = [

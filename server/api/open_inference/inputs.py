@@ -59,7 +59,7 @@ class Work:
     Attributes:
         params: request parameters.
         outputs: names of the outputs, each with whether it comes as binary data.
-        deadlines_ms: milliseconds that the request allows, by each parameter that says so.
+        deadlines_ms: milliseconds that the request allows, by each parameter that sets a deadline.
         files: encoded inputs; empty where they are decoded.
         pixels: (N, H, W, C) or (N, H, W, D, C) decoded inputs; None where they are encoded.
         affine: (4, 4) matrix of each decoded volume; None for images.

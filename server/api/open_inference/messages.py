@@ -113,7 +113,7 @@ def read_message(head: Mapping[str, Any], raw: memoryview | None) -> InferReques
     """Reads the members of a request.
 
     Args:
-        head: what the JSON holds.
+        head: members of the JSON object.
         raw: bytes of all binary tensors, one after the other; None where there can be none.
 
     Raises:

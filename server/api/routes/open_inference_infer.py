@@ -144,7 +144,7 @@ def _output(name: str, finished: Sequence[Finished], params: SegmentParams, *, s
 
 
 def _mask(mask: Mask, params: SegmentParams) -> ndarray:
-    """The class of each pixel, or its object's number where objects were asked for, as in the mask of POST /segment."""
+    """The class of each pixel, or its object's number where objects were requested, as in the mask of POST /segment."""
     if not params.instances or not isinstance(mask, LabelledMask):
         return mask.classes
     labels = mask.objects.labels

@@ -82,7 +82,7 @@ class TempFileResponse(StreamingResponse):
 
 
 class Served(Protocol):
-    """What an observation reads of an answer."""
+    """The part of an answer that an observation reads."""
 
     @property
     def target(self) -> Target:
