@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from server.api.auth import make
-from server.api.open_inference.messages import HEADER
+from server.api.open_inference.messages import HEADER, pack
 from tests.server.api.jobs_support import Gate
 from tests.server.api.open_inference_support import MODEL, answer_of, ask, files, image, refused
 from tests.server.api.scraping import counted, value
@@ -391,6 +391,29 @@ def test_descriptive_status_code() -> None:
     with serving(fake_app(latency=FixedLatency(10.0))) as client:
         grey = image(np.zeros((1, 16, 16, 1), np.uint8))
         assert "deadline" in refused(ask(client, MODEL, grey, parameters={"timeout": 1_000_000}), 422)
+
+
+def test_client_that_leaves_takes_its_tiles_along() -> None:
+    """Of 40 tiles in one request the first batch runs; the others are dropped, and counted."""
+    gate = Gate()
+    gate.open.clear()
+    with serving(fake_app(gate)) as client:
+        try:
+            values = np.zeros((40, 64, 64, 1), np.uint8)
+            parts, length = pack({}, "inputs", [(image(values), True)])
+            port = client.base_url.port
+            assert port
+            with connected(port) as raw:
+                body = b"".join(parts)
+                head = f"POST {MODEL} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n{HEADER}: {length}\r\n\r\n"
+                raw.sendall(head.encode() + body)
+                gate.wait()
+            until(lambda: value(client, "requests_in_flight") == 0)
+        finally:
+            gate.open.set()
+        assert counted(client, "cancellations", "reason") == {"client_left": 1}
+        assert 0 < counted(client, "windows_dropped", "reason")["cancelled"] < 40
+        assert client.get("/v2/models/fake/stats").json()["model_stats"][0]["inference_count"] == 0
 
 
 def test_deadline_lets_a_shallower_level_answer() -> None:
