@@ -12,6 +12,7 @@ from jaxtyping import Shaped
 from numpy import ndarray
 
 from server.arrays import Image, InputHeader, Mask, Tiles
+from server.errors import EngineUnavailable
 from server.imaging import encode as encoding
 from server.segment.deadline import deadline
 from server.segment.merge import decide
@@ -22,7 +23,7 @@ from server.segment.normalization import (
     normalization,
 )
 from server.segment.preprocess import with_channels
-from server.segment.registry import Target
+from server.segment.registry import Target, resolve_target
 from server.segment.request import QoS, SegmentParams
 from server.segment.response import Finished
 from server.segment.ticket import Ticket
@@ -75,9 +76,28 @@ async def segment(
     Raises:
         CallerError, TryAgain, ServerFault: `server.errors` draws the tree.
     """
+    async with deadline(qos):
+        while True:
+            try:
+                return await _segment_once(service, pixels, params, qos, target)
+            except EngineUnavailable:
+                # This machine cannot run what should serve the graph, which is known once it was opened.
+                again = resolve_target(target.deployment, params)
+                if again == target:
+                    raise
+                target = again
+
+
+async def _segment_once(
+    service: "SegmentationService",
+    pixels: Shaped[ndarray, "N H W C"],
+    params: SegmentParams,
+    qos: QoS,
+    target: Target,
+) -> Finished:
     header = _header(pixels)
     worker = service.workers.task()
-    async with deadline(qos), service.admission.admit((header, None), target, params, qos) as ticket:
+    async with service.admission.admit((header, None), target, params, qos) as ticket:
         worker.admitted(ticket.memory_wait_s, "image")
         engine = await worker.wait("open", service.open_graph(ticket.target))
         tiles = await worker.run("decode", cut, pixels, ticket.target)
