@@ -20,12 +20,14 @@ import pytest
 
 from server.api.auth import make
 from server.api.routes import open_inference_grpc
+from server.api.stopping import Stopping
 from server.errors import Misconfigured
+from server.settings import HttpSettings
 from tests.conftest import ROOT
 from tests.server.api.jobs_support import Gate
 from tests.server.api.scraping import counted, value
 from tests.support.files import GOOD, picture_bytes
-from tests.support.server import serving, until
+from tests.support.server import make_certificate, serving, until
 from tests.support.service import fake_app, quiet_settings
 
 grpc = pytest.importorskip("grpc")
@@ -198,10 +200,36 @@ def test_keys_hold_for_all_but_health(tmp_path: Path) -> None:
             assert door.stub.ModelInfer(request(), metadata=metadata).model_name == "fake"
 
 
-def test_missing_extra_and_taken_port_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_certificate_of_http_is_that_of_grpc(tmp_path: Path) -> None:
+    make_certificate(tmp_path)
+    port = free_port()
+    files = {"tls_cert": tmp_path / "cert.pem", "tls_key": tmp_path / "key.pem"}
+    known = grpc.ssl_channel_credentials((tmp_path / "cert.pem").read_bytes())
+    with (
+        serving(fake_app(http={"grpc_port": port, **files})),
+        grpc.secure_channel(f"localhost:{port}", known) as channel,
+    ):
+        stub = stubs.GRPCInferenceServiceStub(channel)
+        assert stub.ModelInfer(request(), timeout=60).model_name == "fake"
+
+
+def test_missing_extra_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(open_inference_grpc, "find_spec", lambda _: None)
     with pytest.raises(Misconfigured) as raised:
         fake_app(http={"grpc_port": 1})
+    assert raised.value.fields["setting"] == "UNETPP_HTTP__GRPC_PORT"
+
+
+async def test_taken_port_is_refused() -> None:
+    limits = SimpleNamespace(max_body_mb=1)
+    door: Any = SimpleNamespace(service=SimpleNamespace(limits=limits))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        settings = HttpSettings(grpc_port=taken.getsockname()[1])
+        server = open_inference_grpc.GrpcServer(door, settings, None, Stopping(), lambda _: None)
+        with pytest.raises(Misconfigured) as raised:
+            await server.__aenter__()
     assert raised.value.fields["setting"] == "UNETPP_HTTP__GRPC_PORT"
 
 
