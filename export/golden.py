@@ -17,7 +17,7 @@ from export.tail import Tail
 from server.arrays import Scores, Tiles
 from server.runtime.bundle import ACCURATE, HEAD_STD, Preprocessing
 from server.runtime.golden import noise
-from server.segment.preprocess import normalization
+from server.segment.normalization import normalization
 
 # Scores (N, K, *tile) of a graph by its name in the manifest.
 Reference = Callable[[str, Tiles], Scores]

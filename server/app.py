@@ -17,9 +17,11 @@ from server.api import auth, params, problems, traces
 from server.api.access import AccessLogMiddleware
 from server.api.connections import Connection, ConnectionLimits
 from server.api.limits import BodyLimit, HeadLimit
+from server.api.open_inference.statistics import Statistics
 from server.api.request_id import RequestId
-from server.api.routes import errors, health, jobs, models, monai_label, page, segment
+from server.api.routes import errors, health, jobs, models, monai_label, open_inference, page, segment
 from server.api.routes import ops as ops_routes
+from server.api.routes.open_inference_grpc import GrpcServer
 from server.api.schemas import Problem
 from server.api.stopping import DrainMiddleware, Stopping
 from server.dicom.config import DicomConfig
@@ -46,6 +48,8 @@ OPS_CONNECTIONS, OPS_STOP_S = 64, 1
 
 # Seconds that an idle connection stays open, because proxies expect more than 60.
 KEEP_ALIVE_S = 65
+
+_NOTHING = contextlib.nullcontext()
 
 # Only for the documentation, because `auth` checks the keys.
 KEY_SCHEMES = [
@@ -88,6 +92,15 @@ def create_app(
     shadow = ShadowEvaluation(settings.quality, service, metrics)
     node = make_node(dicom, settings, service, runner) if dicom else None
     probe = HealthProbe(service)
+    in_flight, timeout_s = segment.InFlight(settings.http.max_in_flight, service), settings.limits.max_wait_s
+    ready = functools.partial(health.check_ready, probe, runner, stopping)
+    open_door = open_inference.OpenInference(
+        service, Statistics(), in_flight, timeout_s, probe.check_device, ready
+    )
+    keys = auth.Keys(settings.auth.keys_file) if settings.auth.keys_file else None
+    rpc = None
+    if settings.http.grpc_port is not None:
+        rpc = GrpcServer(open_door, settings.http, keys, stopping, metrics.count_refusal)
     metrics.register_models(model_info.describe(service.registry.deployments))
     metrics.set_models(lambda: model_info.describe(service.registry.deployments))
 
@@ -95,7 +108,7 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.open_in_background()
         try:
-            async with shadow, runner, sessions, node or contextlib.nullcontext():
+            async with shadow, runner, sessions, node or _NOTHING, rpc or _NOTHING:
                 yield
         finally:
             # Not in a thread, because it settles futures of this loop.
@@ -111,23 +124,27 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    keys = auth.Keys(settings.auth.keys_file) if settings.auth.keys_file else None
     operating = health.router(probe, runner, metrics, stopping)
     has_ops_port = settings.http.ops_port is not None
     guard = functools.partial(
         _guard, settings=settings, stopping=stopping, keys=keys, refuse=metrics.count_refusal, traced=tracing
     )
-    static = auth.STATIC | page.paths() | (monai_label.FREE if settings.monai_label.enabled else frozenset())
+    static = (
+        auth.STATIC
+        | auth.OPEN_INFERENCE_HEALTH
+        | page.paths()
+        | (monai_label.FREE if settings.monai_label.enabled else frozenset())
+    )
     guard(app, free=static if has_ops_port else static | auth.HEALTH)
     reload = Reload(functools.partial(_read_again, settings), service, stopping.check)
     app.state.operations = Operations(
-        stopping, functools.partial(_drain, runner, shadow), reload, operating, guard
+        stopping, functools.partial(_drain, runner, shadow, rpc), reload, operating, guard
     )
-    in_flight, timeout_s = segment.InFlight(settings.http.max_in_flight, service), settings.limits.max_wait_s
     doors = {
         "segment": segment.router(service, in_flight, timeout_s),
         "jobs": jobs.router(runner),
         "models": models.router(service),
+        "open-inference": open_door.router(),
     }
     if settings.monai_label.enabled:
         doors["monai-label"] = monai_label.router(service, sessions, in_flight, timeout_s, keys)
@@ -238,7 +255,9 @@ def _config(settings: Settings, app: FastAPI, max_connections: int, stop_s: int)
     )
 
 
-def _drain(runner: Runner, shadow: ShadowEvaluation) -> None:
-    """Ends what no request waits for."""
+def _drain(runner: Runner, shadow: ShadowEvaluation, rpc: GrpcServer | None) -> None:
+    """Ends what no request waits for, and listening for gRPC."""
     shadow.drop()
     runner.drain()
+    if rpc:
+        rpc.drain()

@@ -45,6 +45,7 @@ class InputHeader:
         stored_affine: the affine in the unit of the file, as readers see it that take every number for mm;
             None where the file counts in mm.
         dicom: the instances of a DICOM input; None for other formats.
+        count: images of this kind that are segmented in one piece.
     """
 
     size: tuple[int, ...]
@@ -55,6 +56,7 @@ class InputHeader:
     time_slices: int | None = None
     stored_affine: Float64[ndarray, "4 4"] | None = None
     dicom: DicomSource | None = None
+    count: int = 1
 
     @property
     def planar(self) -> bool:

@@ -2,8 +2,9 @@
 
 UnetppError
 ├── CallerError   the caller can fix it: Unreadable, UnsupportedType, TooLarge, HeadTooLarge, UploadStalled,
-│                 Unauthorized, OtherSite, UnknownFormat, InvalidParameter, DeadlineTooShort, UnknownModel,
-│                 UnknownJob, UnknownUpload, ReloadFailed, NotFinished, Unimplemented, PacsRefused
+│                 Unauthorized, OtherSite, UnknownFormat, InvalidParameter, InvalidInferRequest,
+│                 DeadlineTooShort, UnknownModel, UnknownJob, UnknownUpload, ReloadFailed, NotFinished,
+│                 Unimplemented, PacsRefused
 ├── TryAgain      the same request may succeed later: ReloadRunning, Overloaded, DeadlinePassed, NotReady,
 │                 StoreFull, DiskFull, StoreUnavailable, Interrupted, PacsUnavailable
 └── ServerFault   the operator, or we, must fix it: BundleDamaged, Misconfigured, EngineUnavailable,
@@ -138,6 +139,15 @@ class InvalidParameter(CallerError):
     """
 
 
+class InvalidInferRequest(CallerError):
+    """A request of the Open Inference Protocol is not as the protocol or the model's metadata say.
+
+    The JSON is broken, a tensor has another shape or data type, or its bytes are more or fewer than its shape says.
+    Remedy: Compare the request with `GET /v2/models/NAME`. `parameter` names the member that is wrong.
+    Fields: parameter, value, allowed, limit, actual
+    """
+
+
 class DeadlineTooShort(CallerError):
     """The work alone takes longer than the deadline allows.
 
@@ -201,9 +211,12 @@ class NotFinished(CallerError):
 
 
 class Unimplemented(CallerError):
-    """A client of MONAI Label calls what this server does not do: annotation, training, or a datastore.
+    """A client of another protocol calls a part of it that is not here.
 
-    Remedy: Use the models for automatic segmentation; `GET /info/` lists them.
+    Of MONAI Label annotation, training and the datastore; of the Open Inference Protocol shared memory, loading of models,
+    and settings of traces and logs.
+    Remedy: Use the models for automatic segmentation; `GET /info/` lists them for MONAI Label, `GET /v2` what there is of the
+    other.
     Fields: value
     """
 

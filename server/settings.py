@@ -51,6 +51,13 @@ class HttpSettings(_Group):
         "127.0.0.1",
         description="address of the ops port; beyond loopback only with keys or `--insecure`, too",
     )
+    grpc_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="port on which the Open Inference Protocol is also served over gRPC, at `host`; needs the extra `cluster`. Each "
+        "request there holds its message in memory",
+    )
     tls_cert: Path | None = Field(
         None, description="certificate chain (PEM); with `tls_key` both ports speak HTTPS only"
     )

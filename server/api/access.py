@@ -19,7 +19,7 @@ OUTCOMES = {429: "refused", 499: "cancelled", 501: "client_error", 503: "refused
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 # Polled every few seconds, and of no interest while all is well.
-POLLED = ("/health/live", "/health/ready", "/metrics")
+POLLED = ("/health/live", "/health/ready", "/metrics", "/v2/health/live", "/v2/health/ready")
 
 # Status of a request whose client left before there was a response, as nginx counts it.
 CLIENT_CLOSED_REQUEST = 499

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 # Paths that need no key because they say nothing of images: for orchestrators and Prometheus, and
 # for people who have yet to enter a key.
 HEALTH = frozenset({"/health/live", "/health/ready", "/metrics"})
+# Those of the Open Inference Protocol, which its clients ask on the port of inference.
+OPEN_INFERENCE_HEALTH = frozenset({"/v2/health/live", "/v2/health/ready"})
 STATIC = frozenset({"/docs", "/openapi.json", problems.ERRORS_PATH})
 
 # Lets scanners of published code recognise a key.
@@ -144,6 +146,15 @@ class Keys:
         return Misconfigured(detail, setting="UNETPP_AUTH__KEYS_FILE", value=str(self._path), line=line)
 
 
+def unauthorized(key: str) -> Unauthorized:
+    """The error of a request with this key, or with none."""
+    problem = "this API key is not valid here" if key else "this needs an API key"
+    return Unauthorized(
+        f"{problem}; send one as `Authorization: Bearer KEY` or `X-API-Key: KEY` (the operator makes them: unetpp key NAME)",
+        allowed=["Authorization: Bearer KEY", "X-API-Key: KEY"],
+    )
+
+
 class APIKeyMiddleware:
     """Answers 401 to requests without a valid key, whether the path exists or not.
 
@@ -172,12 +183,7 @@ class APIKeyMiddleware:
             await self._app(scope, receive, send)
             return
         self._count_refusal()
-        problem = "this API key is not valid here" if key else "this needs an API key"
-        error = Unauthorized(
-            f"{problem}; send one as `Authorization: Bearer KEY` or `X-API-Key: KEY` (the operator makes them: unetpp key NAME)",
-            allowed=["Authorization: Bearer KEY", "X-API-Key: KEY"],
-        )
-        response = problems.response_of(error)
+        response = problems.response_of(unauthorized(key))
         response.headers["WWW-Authenticate"] = 'Bearer realm="unetpp"'
         await response(scope, receive, send)
 

@@ -28,11 +28,16 @@ GZIP = VARY | {"Content-Encoding": "gzip"}
 
 def accepts_gzip(accept_encoding: str | None) -> bool:
     """Whether an Accept-Encoding header allows gzip (RFC 9110, 12.5.3)."""
+    return "gzip" in accepted_codings(accept_encoding)
+
+
+def accepted_codings(accept_encoding: str | None) -> set[str]:
+    """Those of gzip and deflate that an Accept-Encoding header allows (RFC 9110, 12.5.3)."""
     weights: dict[str, float] = {}
     for entry in (accept_encoding or "").split(","):
         coding, _, parameter = entry.partition(";")
         weights[coding.strip().lower()] = _weight(parameter)
-    return weights.get("gzip", weights.get("*", 0.0)) > 0
+    return {coding for coding in ("gzip", "deflate") if weights.get(coding, weights.get("*", 0.0)) > 0}
 
 
 def _weight(parameter: str) -> float:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -95,24 +95,31 @@ def read_qos(params: SegmentParams, request: Request, timeout_s: float) -> QoS:
     Raises:
         InvalidParameter: the deadline is not a positive number, or is given twice.
     """
-    values = request.headers.getlist(DEADLINE) + (
-        [] if params.deadline_ms is None else [str(params.deadline_ms)]
-    )
-    if not values:
+    given = [] if params.deadline_ms is None else [str(params.deadline_ms)]
+    return qos_of(request.headers.getlist(DEADLINE) + given, timeout_s)
+
+
+def qos_of(deadlines_ms: Sequence[str], timeout_s: float) -> QoS:
+    """The time limits of a request with these deadlines in milliseconds, of which there is one at most.
+
+    Raises:
+        InvalidParameter: the deadline is not a positive number, or is given twice.
+    """
+    if not deadlines_ms:
         return QoS(timeout_s)
-    if len(values) > 1:
+    if len(deadlines_ms) > 1:
         raise InvalidParameter(
-            f"the deadline is given {len(values)} times; give deadline_ms or {DEADLINE}, once",
+            f"the deadline is given {len(deadlines_ms)} times; give deadline_ms or {DEADLINE}, once",
             parameter="deadline_ms",
-            actual=len(values),
+            actual=len(deadlines_ms),
             limit=1,
         )
     try:
-        milliseconds = float(values[0])
+        milliseconds = float(deadlines_ms[0])
     except ValueError:
         milliseconds = math.nan
     if not 0 < milliseconds < math.inf:
-        value = values[0][:MAX_SHOWN]
+        value = deadlines_ms[0][:MAX_SHOWN]
         raise InvalidParameter(
             f"the deadline {value!r} is not a positive number of milliseconds",
             parameter="deadline_ms",

@@ -22,6 +22,9 @@ MEDIA_TYPE = "application/problem+json"
 # server without internet access must be able to show it.
 ERRORS_PATH = "/errors"
 
+# The Open Inference Protocol has errors of its own form.
+OPEN_INFERENCE_PATH = "/v2"
+
 STATUS: dict[type[errors.UnetppError], HTTPStatus] = {
     errors.Unreadable: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.UnsupportedType: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
@@ -32,6 +35,7 @@ STATUS: dict[type[errors.UnetppError], HTTPStatus] = {
     errors.OtherSite: HTTPStatus.FORBIDDEN,
     errors.UnknownFormat: HTTPStatus.NOT_ACCEPTABLE,
     errors.InvalidParameter: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.InvalidInferRequest: HTTPStatus.BAD_REQUEST,
     errors.DeadlineTooShort: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.UnknownModel: HTTPStatus.NOT_FOUND,
     errors.UnknownJob: HTTPStatus.NOT_FOUND,
@@ -60,6 +64,7 @@ NOT_USUAL = {
     errors.ServerFault,
     errors.UnknownJob,
     errors.UnknownUpload,
+    errors.InvalidInferRequest,
     errors.Unimplemented,
     errors.NotFinished,
     errors.PacsRefused,
@@ -106,8 +111,13 @@ class ProblemResponse(JSONResponse):
         self._document = document
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI entry."""
-        if root := scope.get("root_path"):
+        """ASGI entry. Clients of the Open Inference Protocol get the form of errors that it prescribes."""
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if path == OPEN_INFERENCE_PATH or path.startswith(f"{OPEN_INFERENCE_PATH}/"):
+            self.body = self.render({"error": self._document["detail"]})
+            self.headers["Content-Length"] = f"{len(self.body)}"
+            self.headers["Content-Type"] = "application/json"
+        elif root := scope.get("root_path"):
             self.body = self.render({**self._document, "type": f"{root}{self._document['type']}"})
             self.headers["Content-Length"] = f"{len(self.body)}"
         await super().__call__(scope, receive, send)

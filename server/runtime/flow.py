@@ -130,10 +130,19 @@ def execute(batch: Batch, clock: Callable[[], float]) -> tuple[Scores, float]:
     now = clock()
     for pending, _ in batch:
         pending.started = pending.started or now
-    scores = batch[0][0].engine.run(Tiles.stack([pending.tiles.one(index) for pending, index in batch]))
+    scores = batch[0][0].engine.run(_stack(batch))
     if len(scores) != len(batch):
         raise ValueError(f"the engine returned {len(scores)} results for {len(batch)} tiles")
     if not np.isfinite(scores).all():
         # Compared with any threshold they would silently be background.
         raise ValueError("the engine returned scores that are not numbers")
     return scores, clock() - now
+
+
+def _stack(batch: Batch) -> Tiles:
+    """The tiles of a batch. Those that follow each other in one request are a view of it, because copying them takes time."""
+    (first, start), (_, last) = batch[0], batch[-1]
+    if last - start == len(batch) - 1 and all(pending is first for pending, _ in batch):
+        tiles, part = first.tiles, slice(start, last + 1)
+        return Tiles(tiles.pixels[part], tiles.mean[part], tiles.inverse_std[part])
+    return Tiles.stack([pending.tiles.one(index) for pending, index in batch])

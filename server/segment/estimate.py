@@ -107,18 +107,28 @@ def estimate_work(
     open_channels = k + ("head_std" in needs) + (manifest.objects is not None)
     open_rows = math.prod(sides) * 4 * (2 * open_channels + 3)
     chunks = (
-        max(CHUNK_PIXELS, tile_pixels) * copies * 4 * (len(manifest.channels) + open_channels) * 2
-        + WINDOW_BYTES * windows
+        max(CHUNK_PIXELS, tile_pixels * header.count)
+        * copies
+        * 4
+        * (len(manifest.channels) + open_channels)
+        * 2
+        + WINDOW_BYTES * windows * header.count
     )
     compared = (
         math.prod(reference.size) * (reference.channels * reference.sample_bytes + 3) if reference else 0
     )
     # The mask, its encoded form, and what finding the best class takes in passing.
-    memory = pixels * (header.channels * header.sample_bytes + 2) + copied + open_rows + chunks + compared
+    memory = pixels * (header.channels * header.sample_bytes + 2) + copied + open_rows + compared
     memory += _output_bytes(header, pixels, manifest, needs, formats, params)
     covered = math.prod(min(s, t) for s, t in zip(placement.size, grid.tile, strict=True))
-    tiles = windows * copies
-    return Estimate(max(pixels, network), tiles, tile_pixels, tiles * (tile_pixels - covered), memory)
+    tiles, count = windows * copies * header.count, header.count
+    return Estimate(
+        max(pixels, network) * count,
+        tiles,
+        tile_pixels,
+        tiles * (tile_pixels - covered),
+        memory * count + chunks,
+    )
 
 
 def mask_needs(formats: tuple[str, ...], params: SegmentParams, manifest: Manifest) -> frozenset[str]:

@@ -156,7 +156,7 @@ class WindowMerger:
             weight: sums of the weights.
         """
         sums = total[: self._channels]
-        self._classes[place], best = _decide(sums, weight, self._threshold)
+        self._classes[place], best = decide(sums, weight, self._threshold)
         if self._certainty is not None:
             self._certainty.add(sums, weight)
         if self._scores is not None:
@@ -194,7 +194,7 @@ class WindowMerger:
             self._put((self._next, strip), scores, np.ones_like(scores[0]))
 
 
-def _decide(
+def decide(
     total: Float32[ndarray, "K *size"], weight: Float32[ndarray, "*size"], threshold: float | None
 ) -> tuple[UInt8[ndarray, "*size"], Float32[ndarray, "*size"]]:
     """Class per pixel, and the sum of the best foreground class; sums need no division, only the threshold a multiplication."""

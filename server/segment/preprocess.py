@@ -1,14 +1,10 @@
-"""A decoded input as the network sees it: its pixel size, its axes and channels, and statistics over all of it."""
+"""A decoded input as the network sees it: its pixel size, its axes and channels."""
 
 import dataclasses
-import math
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Shaped, UInt8
+from jaxtyping import Shaped
 from numpy import ndarray
-from PIL import Image as Pillow
 
 from server.arrays import Image, InputHeader, Volume
 from server.errors import InvalidParameter
@@ -25,12 +21,6 @@ MIN_PIXEL_UM, MAX_PIXEL_UM = 1e-4, 1e5
 
 # Factor between the spacing of a volume and that of the network above which their sizes have nothing in common.
 FAR = 8
-
-# Pixels that statistics are computed over at a time, which bounds memory.
-STATISTICS_PIXELS = 1_000_000
-
-# Values per channel that percentiles are computed over at most; they are copied and sorted.
-PERCENTILE_VALUES = 16_000_000
 
 
 def decode_options(params: SegmentParams, limits: LimitsSettings) -> DecodeOptions:
@@ -54,24 +44,34 @@ def _label_options(options: DecodeOptions) -> DecodeOptions:
     )
 
 
-def read_headers(upload: Upload, options: DecodeOptions) -> tuple[InputHeader, InputHeader | None]:
-    """Reads the headers of the input and of the reference, before any pixel is decoded.
+def read_headers(
+    upload: Upload | Image | Volume, options: DecodeOptions
+) -> tuple[InputHeader, InputHeader | None]:
+    """Reads the headers of the input and of the reference, before any pixel is decoded; of a decoded input its own.
 
     Raises:
         Unreadable, UnsupportedType, TooLarge: a file is broken, of no known format, or an image over the
             limit.
     """
+    if not isinstance(upload, Upload):
+        header = upload.input_header
+        if header.kind == "image":
+            options.check_image(*header.size)
+        return header, None
     header = decode.read_header(upload.file, options)
     return header, decode.read_header(upload.reference, _label_options(options)) if upload.reference else None
 
 
 def decode_upload(
-    upload: Upload, params: SegmentParams, options: DecodeOptions, header: InputHeader | None = None
+    upload: Upload | Image | Volume,
+    params: SegmentParams,
+    options: DecodeOptions,
+    header: InputHeader | None = None,
 ) -> tuple[Image | Volume, Image | Volume | None]:
     """Decodes the input, with the pixel size that the caller gives, and the reference if there is one.
 
     Args:
-        upload: encoded files.
+        upload: encoded files, or the input itself, decoded already.
         params: request parameters.
         options: limits and choices.
         header: header of the input, if it was read.
@@ -79,11 +79,14 @@ def decode_upload(
     Raises:
         CallerError: a file is broken, or does not fit the parameters or the other file.
     """
-    source = with_pixel_size(
-        decode.decode(upload.file, dataclasses.replace(options, header=header)), params.pixel_size_um
+    source = (
+        decode.decode(upload.file, dataclasses.replace(options, header=header))
+        if isinstance(upload, Upload)
+        else upload
     )
+    source = with_pixel_size(source, params.pixel_size_um)
     postprocess.check_unit(params, source.input_header, geometry.unit_mm(source))
-    return source, _decode_reference(upload, source, options)
+    return source, _decode_reference(upload, source, options) if isinstance(upload, Upload) else None
 
 
 def _decode_reference(
@@ -255,103 +258,3 @@ def with_channels(pixels: Shaped[ndarray, "*size have"], channels: int) -> Shape
         actual=have,
         limit=channels,
     )
-
-
-def normalization(
-    pixels: Shaped[ndarray, "*size C"],
-    kind: str,
-    percentiles: tuple[float, float] | None = None,
-    stored: np.dtype[Any] | None = None,
-) -> tuple[Float64[ndarray, " C"], Float64[ndarray, " C"]]:
-    """Returns the value that is subtracted from each channel, and the one that it is multiplied with then, of the whole input.
-
-    Args:
-        pixels: decoded input.
-        kind: normalization of the manifest.
-        percentiles: percentiles of the manifest.
-        stored: data type of the file, because resampling and averaging make floats; None for that of the pixels.
-    """
-    channels = pixels.shape[-1]
-    if kind == "zscore":
-        return image_statistics(pixels)
-    if kind == "percentile":
-        return _percentiles(pixels, percentiles or (0, 100))
-    dtype = stored or pixels.dtype
-    largest = np.iinfo(dtype).max if kind == "unit" and np.issubdtype(dtype, np.integer) else 1
-    return np.zeros(channels), np.full(channels, 1 / largest)
-
-
-def _percentiles(
-    pixels: Shaped[ndarray, "*size C"], bounds: tuple[float, float]
-) -> tuple[Float64[ndarray, " C"], Float64[ndarray, " C"]]:
-    """The lower percentile, and the inverse of the distance to the higher one, per channel.
-
-    Of more than `PERCENTILE_VALUES` values every n-th is taken, which bounds memory.
-    """
-    channels = pixels.shape[-1]
-    if pixels.strides[-1] == 0:
-        pixels = pixels[..., :1]
-    # Along the longest axis, because others may be one pixel thin.
-    step = math.ceil(math.prod(pixels.shape[:-1]) / PERCENTILE_VALUES)
-    longest = int(np.argmax(pixels.shape[:-1]))
-    sample = pixels[(slice(None),) * longest + (slice(None, None, step),)].reshape(-1, pixels.shape[-1])
-    low, high = np.percentile(sample, bounds, axis=0)
-    distance = np.where(high > low, high - low, 1)
-    return np.broadcast_to(low, channels), np.broadcast_to(1 / distance, channels)
-
-
-def image_statistics(
-    pixels: Shaped[ndarray, "*size C"],
-) -> tuple[Float64[ndarray, " C"], Float64[ndarray, " C"]]:
-    """Mean and inverse standard deviation per channel of the whole input, in bounded memory."""
-    channels = pixels.shape[-1]
-    if pixels.strides[-1] == 0:
-        # A grey image repeated by `with_channels`: one channel tells all.
-        pixels = pixels[..., :1]
-    mean, variance = (
-        _moments_of_bytes(pixels) if pixels.dtype == np.uint8 and pixels.ndim == 3 else _moments(pixels)
-    )
-    # Rounding leaves a constant channel with a variance of a few ulps; it must not be blown up to noise.
-    constant = variance <= np.square(1e-6 * np.maximum(np.abs(mean), 1e-30))
-    inverse_std = np.where(constant, 1.0, 1.0 / np.sqrt(np.where(constant, 1.0, variance)))
-    return np.broadcast_to(mean, channels), np.broadcast_to(inverse_std, channels)
-
-
-def _moments(pixels: Shaped[ndarray, "*size C"]) -> tuple[Float64[ndarray, " C"], Float64[ndarray, " C"]]:
-    """Mean and variance per channel, block by block."""
-    axes, count, none = (
-        tuple(range(pixels.ndim - 1)),
-        math.prod(pixels.shape[:-1]),
-        np.zeros(pixels.shape[-1]),
-    )
-    mean = sum((block.sum(axis=axes, dtype=np.float64) for block in _blocks(pixels)), none) / count
-    squares = (np.square(block.astype(np.float64) - mean).sum(axis=axes) for block in _blocks(pixels))
-    return mean, sum(squares, none) / count
-
-
-def _blocks(pixels: Shaped[ndarray, "*size C"]) -> Iterator[Shaped[ndarray, "..."]]:
-    """The pixels in parts of `STATISTICS_PIXELS` at most, halved where they lie widest apart in memory."""
-    if math.prod(pixels.shape[:-1]) <= STATISTICS_PIXELS:
-        yield pixels
-        return
-    axis = max(
-        (k for k in range(pixels.ndim - 1) if pixels.shape[k] > 1), key=lambda k: abs(pixels.strides[k])
-    )
-    for half in np.array_split(pixels, 2, axis):
-        yield from _blocks(half)
-
-
-def _moments_of_bytes(
-    pixels: UInt8[ndarray, "H W C"],
-) -> tuple[Float64[ndarray, " C"], Float64[ndarray, " C"]]:
-    """Mean and variance of each channel from its histogram: exact, and faster (Pillow counts in C, without a float per pixel)."""
-    values = np.arange(256, dtype=np.float64)
-    moments = []
-    for channel in range(pixels.shape[2]):
-        histogram = np.array(
-            Pillow.fromarray(np.ascontiguousarray(pixels[..., channel])).histogram(), dtype=np.float64
-        )
-        mean = histogram @ values / histogram.sum()
-        moments.append((mean, histogram @ np.square(values - mean) / histogram.sum()))
-    means, variances = np.array(moments).T
-    return means, variances

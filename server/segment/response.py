@@ -1,10 +1,10 @@
 """From the finished mask to the response: post-processing, comparison with a reference, encoding."""
 
 import dataclasses
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from server.arrays import Image, Mask, Volume
+from server.arrays import Image, Mask, Overlap, Volume
 from server.imaging import encode as encoding
 from server.imaging import geometry
 from server.imaging.decode_options import join_notes
@@ -53,6 +53,27 @@ def finish_mask(
         reference.values[..., 0] if reference else None,
         cancel=worker.cancel,
     )
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A segmented input before it is an answer.
+
+    Attributes:
+        mask: post-processed mask; of several images in one piece their masks, stacked: N before H.
+        ticket: admitted request, with the target that was served.
+        timings: seconds per phase.
+        note: remark for the caller.
+        overlaps: IoU and Dice with the reference per class value; empty without one.
+        encoded: file of the answer; None where the caller takes the arrays.
+    """
+
+    mask: Mask
+    ticket: Ticket
+    timings: dict[str, float]
+    note: str = ""
+    overlaps: dict[int, Overlap] = field(default_factory=dict)
+    encoded: Encoded | None = None
 
 
 def encode_result(result: SegmentationResult, ticket: Ticket, params: SegmentParams, name: str) -> Encoded:
@@ -106,14 +127,11 @@ def facts(ticket: Ticket) -> dict[str, Any]:
     return served
 
 
-def respond(
-    encoded: Encoded,
-    result: SegmentationResult,
-    ticket: Ticket,
-    params: SegmentParams,
-    timings: Mapping[str, float],
-) -> Response:
-    """The response of a finished request."""
+def respond(finished: Finished, params: SegmentParams) -> Response:
+    """The response of an encoded answer."""
+    encoded, ticket = finished.encoded, finished.ticket
+    if encoded is None:
+        raise TypeError("the answer was not encoded")
     return Response(
         encoded.body,
         encoded.media_type,
@@ -121,9 +139,9 @@ def respond(
         ticket.requested,
         ticket.target,
         ticket.degraded,
-        dict(timings),
-        dict(result.overlaps),
-        join_notes(result.source.note, encoded.note),
+        dict(finished.timings),
+        finished.overlaps,
+        join_notes(finished.note, encoded.note),
         params.postprocessing,
         ticket.uncertain_share,
     )

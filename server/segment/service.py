@@ -1,11 +1,14 @@
-"""One request, from bytes to bytes. Every door calls `SegmentationService.segment`: HTTP, jobs, zips, the command line."""
+"""One request, from bytes to bytes. Every door calls `SegmentationService.segment`: HTTP, jobs, zips, the command line.
+
+The door of tensors (`/v2`), whose answers are not encoded, calls `segment_array`, and `tile_batch.segment` for small images.
+"""
 
 import contextlib
 import math
 from collections.abc import Awaitable, Callable
 
 from server.arrays import Image, InputHeader, Mask, Volume
-from server.errors import EngineUnavailable
+from server.errors import EngineUnavailable, InvalidParameter
 from server.imaging import geometry
 from server.imaging.decode import is_quick
 from server.imaging.dicom_files import holds_dicom
@@ -25,7 +28,7 @@ from server.segment.flips import flips
 from server.segment.preprocess import decode_options, decode_upload, note_resampling, read_headers
 from server.segment.registry import Registry, Target, resolve_target
 from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upload, ignore_progress
-from server.segment.response import encode_result, finish_mask, respond
+from server.segment.response import Finished, encode_result, finish_mask, respond
 from server.segment.sliding_window import NetworkInput, SlidingWindow, infer, make_sliding_window
 from server.segment.ticket import Ticket
 from server.segment.workers import Pool, Worker, Workers
@@ -135,44 +138,85 @@ class SegmentationService:
         async with deadline(qos):
             if await self.is_batch(upload):
                 return await zip_batch.segment(self, upload, params, qos, on_progress, requested)
-            while True:
-                try:
-                    return await self._segment_one(upload, params, qos, on_progress, requested)
-                except EngineUnavailable:
-                    # The first to open a graph may find that this machine cannot run it; another candidate
-                    # then serves it.
-                    again = resolve_target(requested.deployment, params)
-                    if again == requested:
-                        raise
-                    requested = again
-                    for file in filter(None, (upload.file, upload.reference)):
+            finished = await self._segment_again(upload, params, qos, on_progress, requested, encoded=True)
+        return respond(finished, params)
+
+    async def segment_array(
+        self, source: Upload | Image | Volume, params: SegmentParams, qos: QoS, target: Target
+    ) -> Finished:
+        """Segments one input, encoded or decoded already, for a caller who takes the arrays of the mask.
+
+        Raises:
+            CallerError, TryAgain, ServerFault: `server.errors` draws the tree.
+        """
+        if isinstance(source, Upload) and await self.is_batch(source):
+            raise InvalidParameter(
+                "a zip of images is several inputs; send each as an element of its own", parameter="bytes"
+            )
+        return await self._segment_again(source, params, qos, ignore_progress, target, encoded=False)
+
+    async def _segment_again(
+        self,
+        source: Upload | Image | Volume,
+        params: SegmentParams,
+        qos: QoS,
+        on_progress: OnProgress,
+        requested: Target,
+        *,
+        encoded: bool,
+    ) -> Finished:
+        """Segments one input, by another candidate where this machine proves unable to run the first."""
+        while True:
+            try:
+                return await self._segment_one(source, params, qos, on_progress, requested, encoded=encoded)
+            except EngineUnavailable:
+                # The first to open a graph may find that this machine cannot run it; another candidate
+                # then serves it.
+                again = resolve_target(requested.deployment, params)
+                if again == requested:
+                    raise
+                requested = again
+                for file in (source.file, source.reference) if isinstance(source, Upload) else ():
+                    if file is not None:
                         file.seek(0)
 
     async def _segment_one(
-        self, upload: Upload, params: SegmentParams, qos: QoS, on_progress: OnProgress, requested: Target
-    ) -> Response:
+        self,
+        source: Upload | Image | Volume,
+        params: SegmentParams,
+        qos: QoS,
+        on_progress: OnProgress,
+        requested: Target,
+        *,
+        encoded: bool,
+    ) -> Finished:
+        upload = source if isinstance(source, Upload) else None
         options = decode_options(params, self.limits)
         worker = self.workers.task(_pool(upload))
-        headers = await worker.run("decode", read_headers, upload, options)
-        async with self.admission.admit(headers, requested, params, qos, upload.accept) as admitted:
+        headers = await worker.run("decode", read_headers, source, options)
+        accept = upload.accept if upload else None
+        async with self.admission.admit(headers, requested, params, qos, accept) as admitted:
             worker.admitted(admitted.memory_wait_s, _threads(worker, headers[0], admitted, params))
             # Before anything is decoded, because it may fail.
-            await worker.wait("open", self._open(admitted.target.runs[0]))
+            await worker.wait("open", self.open_graph(admitted.target.runs[0]))
             on_progress("decode", 0, admitted.estimate.windows)
-            source, reference = await worker.run("decode", decode_upload, upload, params, options, headers[0])
-            source = note_resampling(source, admitted.placement, admitted.target.manifest)
-            ticket, window, mask = await self._infer(source, admitted, params, worker, on_progress)
+            decoded, reference = await worker.run(
+                "decode", decode_upload, source, params, options, headers[0]
+            )
+            decoded = note_resampling(decoded, admitted.placement, admitted.target.manifest)
+            ticket, window, mask = await self._infer(decoded, admitted, params, worker, on_progress)
             on_progress("encode", ticket.estimate.windows, ticket.estimate.windows)
             result = await worker.run(
                 "postprocess", finish_mask, window, mask, reference, ticket, params, worker
             )
-            encoded = await worker.run(
-                "encode", encode_result, result, ticket, params, _name(upload, headers[0])
-            )
-        response = respond(encoded, result, ticket, params, worker.timings)
-        self._complete(headers[0], ticket, params, response)
-        self.on_completed(ticket, source, mask, params)
-        return response
+            body = None
+            if upload and encoded:
+                name = _name(upload, headers[0])
+                body = await worker.run("encode", encode_result, result, ticket, params, name)
+        finished = Finished(result.mask, ticket, worker.timings, decoded.note, dict(result.overlaps), body)
+        self.complete(headers[0], ticket, params, finished)
+        self.on_completed(ticket, decoded, mask, params)
+        return finished
 
     async def infer_decoded(
         self, source: Image | Volume, target: Target, params: SegmentParams, qos: QoS
@@ -207,7 +251,7 @@ class SegmentationService:
                 flow = (
                     places.enter_context(self.admission.continue_chain(ticket, step)) if step else ticket.flow
                 )
-                engine = await worker.wait("open", self._open(target))
+                engine = await worker.wait("open", self.open_graph(target))
                 certainty = Certainty() if target.mode == "auto" else None
                 window = await worker.run(
                     "decode", _window, source, ticket, target, params, certainty, prepared
@@ -229,7 +273,8 @@ class SegmentationService:
         worker = self.workers.task()
         return not await worker.run("decode", holds_dicom, upload.file, self.limits.max_zip_images)
 
-    def _open(self, target: Target) -> Awaitable[Engine]:
+    def open_graph(self, target: Target) -> Awaitable[Engine]:
+        """Opens the graph of a target, if it is not open."""
         return self.loader.ensure_open(target.deployment, target.instance)
 
     async def estimate(self, upload: Upload, params: SegmentParams) -> Estimate:
@@ -245,11 +290,11 @@ class SegmentationService:
         headers = await self.workers.task().run("decode", read_headers, upload, options)
         return self.admission.estimate(headers, target, params, upload.accept)
 
-    def _complete(
-        self, header: InputHeader, ticket: Ticket, params: SegmentParams, response: Response
+    def complete(
+        self, header: InputHeader, ticket: Ticket, params: SegmentParams, finished: Finished
     ) -> None:
         """Teaches the latency model and counts what the response tells of quality."""
-        beside_s = sum(seconds for phase, seconds in response.timings.items() if phase in CPU_PHASES)
+        beside_s = sum(seconds for phase, seconds in finished.timings.items() if phase in CPU_PHASES)
         self.admission.observe_cpu(header, ticket, params, beside_s)
         target, requested = ticket.target, ticket.requested
         if ticket.degraded:
@@ -257,8 +302,8 @@ class SegmentationService:
             self.metrics.degraded.labels(target.model, *levels, ticket.degraded).inc()
             self.metrics.level_deficit.labels(target.model).inc(requested.level - target.level)
         # What a caller does with a mask tells nothing of how good the level is.
-        if response.overlaps and not params.changes_mask:
-            named = {c.name: response.overlaps[c.value] for c in target.manifest.classes}
+        if finished.overlaps and not params.changes_mask:
+            named = {c.name: finished.overlaps[c.value] for c in target.manifest.classes}
             self.metrics.reference.observe((target.model, target.mode, f"{target.level}"), named)
 
 
@@ -267,9 +312,10 @@ def _name(upload: Upload, header: InputHeader) -> str:
     return "" if header.dicom else upload.name
 
 
-def _pool(upload: Upload) -> Pool:
+def _pool(upload: Upload | None) -> Pool:
     """Returns the pool in which the header is read."""
-    return "inline" if upload.reference is None and is_quick(upload.file, INLINE_BYTES) else "image"
+    quick = upload is not None and upload.reference is None and is_quick(upload.file, INLINE_BYTES)
+    return "inline" if quick else "image"
 
 
 def _threads(worker: Worker, header: InputHeader, ticket: Ticket, params: SegmentParams) -> Pool:

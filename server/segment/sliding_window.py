@@ -20,7 +20,8 @@ from server.runtime.scheduler import Scheduler
 from server.segment.certainty import Certainty
 from server.segment.flips import NO_FLIPS, Flips, averaged, mirrored
 from server.segment.merge import WindowMerger
-from server.segment.preprocess import normalization, place, with_channels
+from server.segment.normalization import normalization
+from server.segment.preprocess import place, with_channels
 from server.segment.request import OnProgress, ignore_progress
 from server.segment.windows import Windows, lay_windows
 from server.segment.workers import Worker

@@ -16,7 +16,8 @@ from model.reading import DataError, read_image, read_volume
 from server.imaging.decode import decode
 from server.imaging.decode_options import DecodeOptions
 from server.runtime.bundle import read_bundle
-from server.segment.preprocess import image_statistics, place, with_channels
+from server.segment.normalization import image_statistics
+from server.segment.preprocess import place, with_channels
 from server.segment.sliding_window import make_sliding_window
 
 

@@ -7,6 +7,9 @@ from tests.conftest import ROOT
 
 FORBIDDEN = ["torch", "onnx", "onnxscript", "monai", "safetensors", "model", "export", "client"]
 
+# Of the extra `cluster`, which are imported where a setting opens the port.
+GRPC = ["grpc", "open_inference"]
+
 # The extra `dicom`, which is imported when the first DICOM file comes.
 DICOM = ["pydicom", "highdicom", "pynetdicom", "openjpeg", "jpeg_ls", "gdcm"]
 
@@ -31,6 +34,7 @@ for name in {absent!r}:
         ([], ["torch", "onnx", "monai", "safetensors"]),
         (["onnxruntime", "openvino"], []),
         (DICOM, DICOM),
+        (GRPC, GRPC),
         # nibabel imports pydicom where it is installed, and that its codecs.
         ([], ["highdicom", "pynetdicom"]),
     ],

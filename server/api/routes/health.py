@@ -52,9 +52,7 @@ def router(probe: HealthProbe, runner: Runner, metrics: Metrics, stopping: Stopp
     )
     async def ready() -> dict[str, bool]:
         """Answers 503 while the server starts, stops or does not compute: for load balancers."""
-        stopping.check()
-        runner.check()
-        await probe.check()
+        await check_ready(probe, runner, stopping)
         return {"ready": True}
 
     @routes.head("/metrics", include_in_schema=False)
@@ -64,6 +62,17 @@ def router(probe: HealthProbe, runner: Runner, metrics: Metrics, stopping: Stopp
         return Response(await metrics.scrape(), media_type=MEDIA_TYPE)
 
     return routes
+
+
+async def check_ready(probe: HealthProbe, runner: Runner, stopping: Stopping) -> None:
+    """Checks that requests should be sent here.
+
+    Raises:
+        NotReady: has the reason.
+    """
+    stopping.check()
+    runner.check()
+    await probe.check()
 
 
 def _is_ready(probe: HealthProbe, runner: Runner, stopping: Stopping) -> bool:

@@ -74,7 +74,7 @@ def router(
     ) -> Response:
         """Answers as POST /segment does for the level that the model's name says; a field `file` may bring the image."""
         try:
-            with observe(request, service.metrics) as observation:
+            with observe(request.state, service.metrics) as observation:
                 response = await respond(request, observation, model, image, session_id)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Annotated, Any, BinaryIO, TypeVar
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from typing import Annotated, Any, BinaryIO, Protocol, TypeVar
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -81,6 +81,20 @@ class TempFileResponse(StreamingResponse):
             self._file.close()
 
 
+class Served(Protocol):
+    """The part of an answer that an observation reads."""
+
+    @property
+    def target(self) -> Target:
+        """Target that was served."""
+        ...
+
+    @property
+    def timings(self) -> Mapping[str, float]:
+        """Seconds per phase."""
+        ...
+
+
 class Observation:
     """Metrics and log attributes of one request, from its arrival to its outcome.
 
@@ -98,11 +112,11 @@ class Observation:
         """Notes the model, the mode and the level that are requested."""
         self._labels |= {"model": target.model, "mode": target.mode, "requested_level": f"{target.level}"}
 
-    def served(self, response: segment_request.Response) -> None:
+    def served(self, response: Served) -> None:
         """Notes the level that is served."""
         self._labels["served_level"] = f"{response.target.level}"
 
-    def succeeded(self, response: segment_request.Response) -> None:
+    def succeeded(self, response: Served) -> None:
         """Observes the durations of a successful request."""
         target, metrics = response.target, self._metrics
         metrics.duration.labels(target.model, target.mode, f"{target.level}").observe(
@@ -125,8 +139,13 @@ class Observation:
 
 
 @contextlib.contextmanager
-def observe(request: Request, metrics: Metrics) -> Iterator[Observation]:
-    """Observes one request, whose outcome is that of the block."""
+def observe(state: Any, metrics: Metrics) -> Iterator[Observation]:
+    """Observes one request, whose outcome is that of the block.
+
+    Args:
+        state: state of the request, which gets the attributes for the log.
+        metrics: counters of the request.
+    """
     observation = Observation(metrics)
     error: BaseException | None = None
     try:
@@ -135,7 +154,7 @@ def observe(request: Request, metrics: Metrics) -> Iterator[Observation]:
         error = raised
         raise
     finally:
-        request.state.attributes = observation.ended(error)
+        state.attributes = observation.ended(error)
 
 
 class InFlight:
@@ -217,7 +236,7 @@ def router(service: SegmentationService, in_flight: InFlight, timeout_s: float) 
     async def segment(request: Request, params: Annotated[SegmentParams, Query()]) -> Response:
         """Answers with the mask of the file in the body, on the file's own pixels or voxels."""
         try:
-            with observe(request, service.metrics) as observation:
+            with observe(request.state, service.metrics) as observation:
                 response = await respond(request, params, observation)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -46,6 +46,7 @@ def test_status_table_is_the_contract() -> None:
     expected = {
         "Unreadable": 422, "UnsupportedType": 415, "TooLarge": 413, "HeadTooLarge": 431, "UploadStalled": 408,
         "Unauthorized": 401, "OtherSite": 403, "UnknownFormat": 406, "InvalidParameter": 422, "DeadlineTooShort": 422,
+        "InvalidInferRequest": 400,
         "UnknownModel": 404, "UnknownJob": 404, "UnknownUpload": 404, "Unimplemented": 501, "NotFinished": 409, "PacsRefused": 502,
         "ReloadFailed": 422, "CallerError": 400,
         "ReloadRunning": 409, "Overloaded": 429, "DeadlinePassed": 504, "NotReady": 503, "StoreFull": 507, "TryAgain": 503,

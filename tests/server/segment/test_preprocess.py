@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from server.arrays import Image, InputHeader, Volume
 from server.errors import InvalidParameter
 from server.imaging.geometry import unit_mm
-from server.segment import preprocess
+from server.segment import normalization
+from server.segment.normalization import image_statistics
 from server.segment.preprocess import (
     check_pixel_size,
     decode_options,
     decode_upload,
-    image_statistics,
     note_resampling,
     place,
     read_headers,
@@ -52,7 +52,7 @@ class TestStatistics:
     @given(laid_out(), st.sampled_from([1, 7, 10**9]))
     def test_image_statistics_are_numpys_over_any_blocks(self, pixels: np.ndarray, block: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(preprocess, "STATISTICS_PIXELS", block)
+            patch.setattr(normalization, "STATISTICS_PIXELS", block)
             mean, inverse_std = image_statistics(pixels)
         axes = tuple(range(pixels.ndim - 1))
         assert mean.shape == inverse_std.shape == (pixels.shape[-1],)
