@@ -62,7 +62,7 @@ class Request:
 
 @dataclass
 class Ledger:
-    """What became of all requests.
+    """Outcome of all requests.
 
     Attributes:
         answers: moments of the answers, of `time.monotonic`.
@@ -270,7 +270,7 @@ EVENTS: dict[str, Callable[[Cluster, float], Awaitable[None]]] = {
 
 
 def check_jobs(lab: Cluster, ids: list[str]) -> list[str]:
-    """What is wrong with the jobs in the end: ended without result, ended twice, accepted and forgotten."""
+    """Lists what is wrong with the jobs in the end: ended without result, ended twice, accepted and forgotten."""
     faults = [f"{len(ids) - len({*ids})} jobs have the number of another"] if len({*ids}) < len(ids) else []
     states = json.loads(
         query(
@@ -321,7 +321,7 @@ class Outcome:
 
     Attributes:
         phases: in the order of the events.
-        faults: what is wrong with the jobs.
+        faults: faults of jobs: ended without a result, or with two.
         attempts: number of jobs by the attempts that they took.
     """
 
@@ -343,7 +343,7 @@ async def run(
     """Brings the cluster up, and lets the events happen under load.
 
     Args:
-        names: of the replicas.
+        names: names of the replicas.
         events: names of `EVENTS`.
         seconds: length of the shorter steps of an event.
         small: replica whose folder lies on a small disk.

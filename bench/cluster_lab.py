@@ -62,7 +62,7 @@ class Network:
         self._flows.set()
 
     def silence(self) -> None:
-        """Lets nothing through, as a network that drops packets: connections stay, and nobody is told."""
+        """Lets nothing through, as a network that drops packets: connections stay open."""
         self._flows.clear()
 
     def cut(self) -> None:
@@ -285,7 +285,7 @@ class Replica:
             self.process.send_signal(number)
 
     def is_ready(self) -> bool:
-        """Whether its ops port says so."""
+        """Whether its ops port reports it as ready."""
         with contextlib.suppress(httpx.TransportError):
             return httpx.get(f"http://127.0.0.1:{self.ops_port}/health/ready", timeout=5).status_code == 200
         return False
@@ -366,7 +366,7 @@ def cluster(
     """Brings a cluster up, and takes it down.
 
     Args:
-        names: of the replicas, e.g. ("a1", "b1") for one on each of two nodes.
+        names: names of the replicas, e.g. ("a1", "b1") for one on each of two nodes.
         settings: UNETPP_..., of all replicas.
         cores: the only core of a replica, by its name.
         small: replica whose folder lies on a small disk of its own, for which this process must be root.

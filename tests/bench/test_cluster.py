@@ -19,7 +19,7 @@ def test_cluster_loses_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     except cluster_lab.Missing as error:
         pytest.skip(str(error))
     assert not outcome.failures
-    # Else the events met nobody.
+    # Else the events met no request.
     assert all(len(phase.ledger.answers) > 5 for phase in outcome.phases)
     assert sum(outcome.attempts.values()) == sum(len(phase.ledger.jobs) for phase in outcome.phases) > 0
 
