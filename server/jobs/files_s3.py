@@ -1,8 +1,10 @@
 """Files of jobs in a bucket that speaks S3, which all servers of a fleet reach."""
 
 import contextlib
+import io
 import logging
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Collection, Iterator
@@ -27,8 +29,14 @@ RETRY_S = 5
 
 # A request that fails is tried again twice within this time; then the caller hears of it.
 RETRY_CONFIG: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
+# A server that is silent is given up after a minute. `timeout` holds for all of a request with its body, which is one piece.
 # http:// only where the operator writes it in the endpoint.
-CLIENT_OPTIONS: Any = {"connect_timeout": "5s", "timeout": "60s", "allow_http": True}
+CLIENT_OPTIONS: Any = {"connect_timeout": "5s", "read_timeout": "60s", "timeout": "10m", "allow_http": True}
+
+# Objects are read in pieces, of which the first is short and each next one twice as long as the one before, so that a part costs
+# little, and all of it few requests.
+FIRST_PIECE_BYTES = 1024 * 1024
+MAX_PIECE_BYTES = 8 * FIRST_PIECE_BYTES
 
 _REFUSED = (
     exceptions.PermissionDeniedError,
@@ -179,14 +187,66 @@ class BucketFiles(FileStore):
         """Copies an object into a file, which is left open at its beginning; None if the object is gone."""
         with self.translate_errors():
             try:
-                found = obstore.get(self._bucket, f"{id_}/{name}")
+                size = obstore.head(self._bucket, f"{id_}/{name}")["size"]
             except _GONE:
                 return None
+            source = ObjectReader(self._bucket, f"{id_}/{name}", size)
             file: BinaryIO = path.open("w+b") if path else tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
             try:
-                file.writelines(found.stream(min_chunk_size=COPY_BYTES))
+                shutil.copyfileobj(source, file, COPY_BYTES)
                 file.seek(0)
+            except _GONE:
+                file.close()
+                return None
             except BaseException:
                 file.close()
                 raise
             return file
+
+
+class ObjectReader(io.RawIOBase):
+    """Reads an object in pieces, each by a request of its own, so that no request lasts as long as a download.
+
+    Args:
+        bucket: bucket with the object.
+        path: path of the object.
+        size: its size in bytes.
+    """
+
+    def __init__(self, bucket: S3Store, path: str, size: int) -> None:
+        self._bucket = bucket
+        self._path = path
+        self._size = size
+        self._position = 0
+        self._piece = memoryview(b"")
+        self._piece_bytes = FIRST_PIECE_BYTES
+
+    def readable(self) -> bool:
+        """Says that it can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """Says that it has positions."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Goes to a position, from which the next piece is read."""
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(0, start + offset)
+        self._piece = memoryview(b"")
+        self._piece_bytes = FIRST_PIECE_BYTES
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Reads what is there of a piece, or the next one; 0 at the end."""
+        if not self._piece and self._position < self._size:
+            end = min(self._position + self._piece_bytes, self._size)
+            self._piece = memoryview(
+                obstore.get_range(self._bucket, self._path, start=self._position, end=end)
+            )
+            self._piece_bytes = min(2 * self._piece_bytes, MAX_PIECE_BYTES)
+        count = min(len(buffer), len(self._piece))
+        buffer[:count] = self._piece[:count]
+        self._piece = self._piece[count:]
+        self._position += count
+        return count
