@@ -2,8 +2,7 @@
 
 import asyncio
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from isal import igzip, isal_zlib
@@ -56,10 +55,13 @@ async def compress(body: bytes) -> bytes:
     return await asyncio.to_thread(igzip.compress, body, LEVEL, mtime=0)
 
 
-def compress_file(path: Path) -> Iterator[bytes]:
-    """Compresses a file piece by piece, so that memory stays bounded; blocks while it reads."""
+def compress_file(open_file: Callable[[], BinaryIO]) -> Iterator[bytes]:
+    """Compresses a file piece by piece, so that memory stays bounded; blocks while it reads.
+
+    The file is opened with the first piece and closed after the last, or when the iterator is dropped.
+    """
     compressor = isal_zlib.compressobj(LEVEL, wbits=zlib.MAX_WBITS | 16)
-    with path.open("rb") as file:
+    with open_file() as file:
         for chunk in read_chunks(file):
             if data := compressor.compress(chunk):
                 yield data

@@ -1,8 +1,10 @@
 """Responses with a file that is kept, of which GET may request a part (RFC 9110, 14.2)."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from http import HTTPStatus
 
+import anyio
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, MalformedRangeHeader, RangeNotSatisfiable
 from starlette.types import Receive, Scope, Send
@@ -14,23 +16,34 @@ class KeptFileResponse(FileResponse):
     """Starlette's response with a file, which reads over a Range that it cannot read.
 
     Args:
-        kept: the file, which is released in the end.
+        kept: the file.
         headers: headers of the response.
     """
 
     def __init__(self, kept: KeptFile, headers: Mapping[str, str]) -> None:
-        super().__init__(kept.path, headers=headers, stat_result=kept.stat)
-        self._release = kept.release
+        # The path is never opened, and the type is in the headers.
+        super().__init__("kept", headers=headers, stat_result=kept.stat)
+        self._kept = kept
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
+        # Some servers would send the file at a path by themselves.
+        scope = {**scope, "extensions": {}}
         if scope["method"] != "GET":
             # Range has a meaning for GET alone.
-            scope = {**scope, "headers": [header for header in scope["headers"] if header[0] != b"range"]}
+            scope["headers"] = [header for header in scope["headers"] if header[0] != b"range"]
+        await super().__call__(scope, receive, send)
+
+    @asynccontextmanager
+    async def _open_file(self) -> AsyncIterator[anyio.AsyncFile[bytes]]:
+        """Overrides the method of Starlette 1.10, which opens a path."""
+        file = anyio.wrap_file(await anyio.to_thread.run_sync(self._kept.open))
         try:
-            await super().__call__(scope, receive, send)
+            yield file
         finally:
-            self._release()
+            # Also after the client has gone.
+            with anyio.CancelScope(shield=True):
+                await file.aclose()
 
     @classmethod
     def _parse_range_header(cls, http_range: str, file_size: int) -> list[tuple[int, int]]:

@@ -6,7 +6,6 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 from server.errors import StoreFull
@@ -16,23 +15,17 @@ COPY_BYTES = 1024 * 1024
 RETRY_FULL_S = 60
 
 
-def _nothing() -> None:
-    """Has nothing to do."""
-
-
 @dataclass(frozen=True)
 class KeptFile:
     """A file that is there to be read.
 
     Attributes:
-        path: file on this machine.
         stat: its size and time, the same on every replica.
-        release: function to call once it is read.
+        open: function that opens it. It may block, and so may each read; what is not read is not fetched.
     """
 
-    path: Path
     stat: os.stat_result
-    release: Callable[[], None] = _nothing
+    open: Callable[[], BinaryIO]
 
 
 class FileStore(ABC):
@@ -80,14 +73,8 @@ class FileStore(ABC):
         """
 
     @abstractmethod
-    def kept(self, id_: str, name: str, *, content: bool = True) -> KeptFile | None:
-        """A file to be served; None if it is gone.
-
-        Args:
-            id_: id of the job.
-            name: name of the file.
-            content: whether it is read; else only its size and time are needed.
-        """
+    def kept(self, id_: str, name: str) -> KeptFile | None:
+        """A file to be served; None if it is gone."""
 
     @abstractmethod
     def write(self, id_: str, name: str, source: BinaryIO) -> int:

@@ -85,12 +85,11 @@ class Files(FileStore):
             return file, stack.enter_context(reference.open("rb")) if reference.exists() else None
         raise FileNotFoundError(f"the input of job {short_id(id_)} is gone")
 
-    def kept(self, id_: str, name: str, *, content: bool = True) -> KeptFile | None:
+    def kept(self, id_: str, name: str) -> KeptFile | None:
         """A file to be served; None if it is gone."""
-        del content
         path = self.path(id_, name)
         with contextlib.suppress(FileNotFoundError):
-            return KeptFile(path, path.stat())
+            return KeptFile(path.stat(), lambda: path.open("rb"))
         return None
 
     def write(self, id_: str, name: str, source: BinaryIO) -> int:

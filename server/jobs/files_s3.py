@@ -9,8 +9,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import obstore
 from obstore import exceptions
@@ -53,7 +52,7 @@ class BucketFiles(FileStore):
     An object is there as a whole or not at all, so that nothing has to be renamed.
 
     Args:
-        settings: bucket, quota, and the folder in which files are kept while they are served.
+        settings: bucket and quota.
     """
 
     def __init__(self, settings: JobsSettings) -> None:
@@ -62,7 +61,6 @@ class BucketFiles(FileStore):
         # The endpoint and the keys are in AWS_* variables, which obstore reads.
         bucket, _, prefix = address.removeprefix(SCHEME).partition("/")
         self._prefix = prefix.strip("/")
-        self._temporary = settings.folder / "serving"
         with self.translate_errors():
             self._bucket = S3Store(
                 bucket, prefix=self._prefix or None, client_options=CLIENT_OPTIONS, retry_config=RETRY_CONFIG
@@ -81,11 +79,11 @@ class BucketFiles(FileStore):
 
     def has(self, id_: str, name: str) -> bool:
         """Whether there is such an object."""
-        return self.kept(id_, name, content=False) is not None
+        return self.kept(id_, name) is not None
 
     def open(self, id_: str, name: str) -> BinaryIO:
         """Copies an object into a temporary file, which has no name."""
-        file = self._copy(id_, name, None)
+        file = self._copy(id_, name)
         if file is None:
             raise FileNotFoundError(f"the {name} of job {short_id(id_)} is gone")
         return file
@@ -95,36 +93,21 @@ class BucketFiles(FileStore):
     ) -> tuple[BinaryIO, BinaryIO | None]:
         """Copies a job's input and its reference; `stack` closes the copies."""
         file = stack.enter_context(self.open(id_, name))
-        reference = self._copy(id_, "reference", None)
+        reference = self._copy(id_, "reference")
         return file, stack.enter_context(reference) if reference else None
 
-    def kept(self, id_: str, name: str, *, content: bool = True) -> KeptFile | None:
-        """Copies an object into a file of this server, to be removed by `release`; None if it is gone."""
+    def kept(self, id_: str, name: str) -> KeptFile | None:
+        """An object to be served, of which nothing is fetched before it is read; None if it is gone."""
+        path = f"{id_}/{name}"
         with self.translate_errors():
             try:
-                meta = obstore.head(self._bucket, f"{id_}/{name}")
+                meta = obstore.head(self._bucket, path)
             except _GONE:
                 return None
         modified = int(meta["last_modified"].timestamp())
         # Mode, inode, device, links, user, group, size, and times: the entity tag is made of the last two kinds.
         stat = os.stat_result((0o100600, 0, 0, 1, 0, 0, meta["size"], modified, modified, modified))
-        if not content:
-            return KeptFile(self._temporary, stat)
-        with self.translate_errors():
-            self._temporary.mkdir(mode=0o700, exist_ok=True)
-            handle, path = tempfile.mkstemp(dir=self._temporary)
-            os.close(handle)
-        copy = Path(path)
-        try:
-            file = self._copy(id_, name, copy)
-        except BaseException:
-            copy.unlink()
-            raise
-        if file is None:
-            copy.unlink()
-            return None
-        file.close()
-        return KeptFile(copy, stat, lambda: copy.unlink(missing_ok=True))
+        return KeptFile(stat, lambda: io.BufferedReader(ObjectReader(self._bucket, path, meta["size"])))
 
     def write(self, id_: str, name: str, source: BinaryIO) -> int:
         """Writes an object; when this returns, the bucket has confirmed all of it."""
@@ -158,7 +141,7 @@ class BucketFiles(FileStore):
         Raises:
             StoreUnavailable: the bucket does not answer.
             DiskFull: this server has no room for a copy.
-            StoreBroken: it refuses, or the folder for what is served cannot be used.
+            StoreBroken: it refuses, or the folder for temporary files cannot be used.
         """
         try:
             yield
@@ -178,22 +161,19 @@ class BucketFiles(FileStore):
             if full := disk_full(error):
                 raise full from error
             raise StoreBroken(
-                f"the jobs folder {self._settings.folder} cannot be used ({error}); make it writable, or name another with "
-                "UNETPP_JOBS__FOLDER",
-                setting="UNETPP_JOBS__FOLDER",
+                f"the folder for temporary files cannot be used ({error}); make it writable, or name another with TMPDIR",
+                setting="TMPDIR",
             ) from error
 
-    def _copy(self, id_: str, name: str, path: Path | None) -> BinaryIO | None:
-        """Copies an object into a file, which is left open at its beginning; None if the object is gone."""
+    def _copy(self, id_: str, name: str) -> BinaryIO | None:
+        """Copies an object into a file without a name, which is left open at its beginning; None if the object is gone."""
+        kept = self.kept(id_, name)
+        if kept is None:
+            return None
         with self.translate_errors():
+            file = cast("BinaryIO", tempfile.TemporaryFile())  # noqa: SIM115 - the caller closes it
             try:
-                size = obstore.head(self._bucket, f"{id_}/{name}")["size"]
-            except _GONE:
-                return None
-            source = ObjectReader(self._bucket, f"{id_}/{name}", size)
-            file: BinaryIO = path.open("w+b") if path else tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
-            try:
-                shutil.copyfileobj(source, file, COPY_BYTES)
+                shutil.copyfileobj(kept.open(), file, COPY_BYTES)
                 file.seek(0)
             except _GONE:
                 file.close()

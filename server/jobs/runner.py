@@ -269,9 +269,9 @@ class Runner:
                 async with asyncio.timeout(self._intervals.max_watch_s):
                     await changed.wait()
 
-    async def kept(self, job: Job, name: str, *, content: bool = True) -> KeptFile | None:
-        """A result or preview; None if it is gone. Without `content` only its size and time."""
-        return await self._run_in_thread(lambda: self._store.kept(job, name, content=content))
+    async def kept(self, job: Job, name: str) -> KeptFile | None:
+        """A result or preview; None if it is gone."""
+        return await self._run_in_thread(self._store.kept, job, name)
 
     async def delete(self, id_: str) -> None:
         """Cancels a waiting or running job, and removes a finished one.

@@ -240,9 +240,9 @@ class Store(ABC):
         """
         return self.files.inputs(job.id, stack, job.files.get("input", "input"))
 
-    def kept(self, job: Job, name: str, *, content: bool = True) -> KeptFile | None:
-        """A job's file, to be served; None if it is gone. Without `content` only its size and time."""
-        return self.files.kept(job.id, job.files.get(name, name), content=content)
+    def kept(self, job: Job, name: str) -> KeptFile | None:
+        """A job's file, to be served; None if it is gone."""
+        return self.files.kept(job.id, job.files.get(name, name))
 
     def _insert(self, job: Job, sizes: dict[str, int]) -> None:
         """Keeps the row of a new job, whose files have these sizes."""

@@ -1,6 +1,6 @@
 """/jobs: work that outlives its request."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -16,7 +16,7 @@ from server.api.routes.job_requests import OPTIONAL_BODY, JobParams, JobRoute, a
 from server.api.schemas import JobDocument, Problem, job_document
 from server.errors import NotFinished, Overloaded, StoreBroken, UnknownJob
 from server.jobs.active import JobStatus
-from server.jobs.file_store import KeptFile, short_id
+from server.jobs.file_store import short_id
 from server.jobs.job import FINISHED
 from server.jobs.runner import Runner
 
@@ -211,21 +211,14 @@ async def _kept_file(runner: Runner, id_: str, name: str, request: Request) -> R
         headers = job.preview if name == "preview" else job.result
         if headers is None:
             raise _not_finished(status, name)
-        if kept := await runner.kept(job, name, content=request.method != "HEAD"):
+        if kept := await runner.kept(job, name):
             if headers["Content-Type"] not in COMPRESSIBLE:
                 return KeptFileResponse(kept, headers | PRIVATE)
             if _wants_gzip(request, kept.stat.st_size):
-                return StreamingResponse(_compressed(kept), headers=headers | PRIVATE | GZIP)
+                return StreamingResponse(compress_file(kept.open), headers=headers | PRIVATE | GZIP)
             return KeptFileResponse(kept, headers | PRIVATE | VARY)
         # The file is gone since its row was read, and the row as it is now says why.
     raise StoreBroken(f"the {name} of job {short_id(id_)} is not on the disk, though its row says so")
-
-
-def _compressed(kept: KeptFile) -> Iterator[bytes]:
-    try:
-        yield from compress_file(kept.path)
-    finally:
-        kept.release()
 
 
 def _wants_gzip(request: Request, size: int) -> bool:

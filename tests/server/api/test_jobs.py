@@ -186,10 +186,10 @@ def test_delete_while_a_file_is_requested_is_no_server_fault(
     last_event(limited, id_)
     kept = Runner.kept
 
-    async def delete_first(runner: Runner, job: Any, name: str, *, content: bool) -> Any:
+    async def delete_first(runner: Runner, job: Any, name: str) -> Any:
         monkeypatch.setattr(Runner, "kept", kept)
         await runner.delete(job.id)
-        return await kept(runner, job, name, content=content)
+        return await kept(runner, job, name)
 
     monkeypatch.setattr(Runner, "kept", delete_first)
     problem(limited.get(f"/jobs/{id_}/{name}"), 404, "unknown-job")

@@ -3,14 +3,20 @@
 import contextlib
 import email.utils
 import http.server
+import io
 import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from server.api.kept_file import KeptFileResponse
 from server.errors import StoreUnavailable
 from server.jobs.stores import open_files
 from server.settings import JobsSettings
@@ -115,3 +121,66 @@ def test_object_that_takes_longer_than_a_request_may_arrives(slow_files: Any) ->
 def test_bucket_that_goes_silent_is_away(slow_files: Any) -> None:
     with pytest.raises(StoreUnavailable):
         slow_files(SlowBucket(b"x" * MIB, 1000), patience="1s", retries=0).open(ID, "result")
+
+
+def test_file_that_is_not_read_costs_nothing(slow_files: Any, tmp_path: Path) -> None:
+    """Its client has gone, or wants a part: nothing is fetched that is not asked for, and nothing is left behind."""
+    data = bytes(range(256)) * (20 * MIB // 256)
+    bucket = SlowBucket(data, 8 * MIB)
+    kept = slow_files(bucket).kept(ID, "result")
+    assert kept.stat.st_size == len(data)
+    assert bucket.asked == []
+    with kept.open() as file:
+        file.seek(10 * MIB)
+        assert file.read(100) == data[10 * MIB :][:100]
+    assert bucket.asked == [f"bytes={10 * MIB}-{11 * MIB - 1}"]
+    assert [*tmp_path.rglob("*")] == []
+
+
+async def test_part_of_an_object_is_served_without_the_rest(slow_files: Any) -> None:
+    data = bytes(range(256)) * (20 * MIB // 256)
+    bucket = SlowBucket(data, 8 * MIB)
+    files = slow_files(bucket)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        kept = files.kept(ID, "result")
+        await KeptFileResponse(kept, {"Content-Type": "image/png"})(scope, receive, send)
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        part = await client.get("/", headers={"Range": "bytes=3000000-3000009,15000000-15000004"})
+        assert part.status_code == 206
+        assert data[3_000_000:3_000_010] in part.content
+        assert data[15_000_000:15_000_005] in part.content
+        assert bucket.asked == [f"bytes={start}-{start + MIB - 1}" for start in (3_000_000, 15_000_000)]
+        bucket.asked.clear()
+        assert (await client.head("/")).headers["content-length"] == f"{len(data)}"
+        assert bucket.asked == []
+        assert (await client.get("/")).content == data
+        assert len(bucket.asked) == 5
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["read", "seek", "end"]), st.integers(0, 90)), min_size=1, max_size=12
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(0, 70), steps=STEPS)
+def test_object_is_read_as_a_file_is(size: int, steps: list[tuple[str, int]]) -> None:
+    files_s3 = pytest.importorskip("server.jobs.files_s3", reason="needs the extra cluster")
+    data = bytes(range(size))
+    bucket = pytest.importorskip("obstore.store").MemoryStore()
+    bucket.put("a", data)
+    right = io.BytesIO(data)
+    with (
+        mock.patch.multiple(files_s3, FIRST_PIECE_BYTES=2, MAX_PIECE_BYTES=16),
+        io.BufferedReader(files_s3.ObjectReader(bucket, "a", size), 4) as file,
+    ):
+        for step, number in steps:
+            if step == "read":
+                assert file.read(number) == right.read(number)
+            elif step == "seek":
+                assert file.seek(number) == right.seek(number)
+            else:
+                assert file.seek(0, io.SEEK_END) == right.seek(0, io.SEEK_END)
+        assert file.read() == right.read()

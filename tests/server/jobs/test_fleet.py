@@ -90,7 +90,8 @@ async def test_any_server_follows_and_hands_out_a_job(server: Server) -> None:
         bodies = []
         for runner in (one, other):
             file = await kept(runner, await runner.get(id_))
-            bodies.append(file.path.read_bytes())
+            with file.open() as opened:
+                bodies.append(opened.read())
         assert bodies == [GOOD + b"@4"] * 2
         assert len(service.requests) + len(idle.requests) == 1
 
