@@ -22,9 +22,9 @@ REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 # Loggers whose lines are written. Others, e.g. nibabel and tifffile, quote the files that they read.
 LOGGERS = ("server", "uvicorn", "asyncio", "openvino", "onnxruntime", "opentelemetry")
 
-# The id of a job, which is in the names of its files, gives access to its result; its first 8 digits are
-# enough to find it.
-JOB_ID = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{24}\b")
+# The id of a job, which is in the names of its files and objects, gives access to its result; its first 8 digits are
+# enough to find it. Hashes are longer.
+JOB_ID = re.compile(r"(?<![0-9a-f])([0-9a-f]{8})[0-9a-f]{24}(?![0-9a-f])")
 
 # Modules whose exceptions are written with their text, because it is about bundles, engines, the disk and the
 # server itself.
@@ -116,9 +116,15 @@ class DuplicateFilter(logging.Filter):
 
 
 def _message(record: logging.LogRecord) -> str:
-    text = record.getMessage()
+    text = _without_job_ids(record.getMessage())
     # asyncio's further lines show tasks with the texts of their exceptions.
     return text.partition("\n")[0] if record.name == "asyncio" else text
+
+
+def _without_job_ids(text: str) -> str:
+    """Cuts ids of jobs; the id of the request, which may look the same, stays."""
+    own = REQUEST_ID.get()
+    return JOB_ID.sub(lambda found: found[0] if found[0] == own else f"{found[1]}…", text)
 
 
 def _exception(record: logging.LogRecord) -> Iterator[str]:
@@ -146,7 +152,7 @@ def _text(error: BaseException) -> str:
         if (name := _module(frame)).startswith("server.")
     ]
     if isinstance(error, ServerFault | TryAgain) or (ours and ours[-1].startswith(TRUSTED)):
-        return JOB_ID.sub(r"\1…", str(error))
+        return _without_job_ids(str(error))
     return "(its text is left out, as it may quote what was sent)"
 
 

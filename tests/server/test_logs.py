@@ -122,6 +122,24 @@ def test_job_ids_are_cut_also_in_errors_of_the_disk(log: Callable[[str], Log]) -
     assert id_ not in written.text
 
 
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_job_ids_are_cut_wherever_they_are(form: str, log: Callable[[str], Log]) -> None:
+    """In messages, in their arguments, and in paths and addresses in any part of a chain of exceptions."""
+    written = log(form)
+    id_, request_id, sha256 = "0123456789abcdef" * 2, "fedcba9876543210" * 2, "0123456789abcdef" * 4
+    cause = raised(OSError(f"GET http://bucket/jobs%2F{id_}%2Finput, x_{id_}_y"), "server.jobs.files_s3")
+    error = raised(NotReady(f"jobs/{id_}"), "server.jobs.store")
+    error.__cause__ = cause
+    token = logs.REQUEST_ID.set(request_id)
+    logger = logging.getLogger("server.x")
+    logger.error(f"request {request_id}, job {id_}.part of %s: %s", sha256, cause, exc_info=error)
+    logs.REQUEST_ID.reset(token)
+    assert written.text.count("01234567…" if form == "text" else "01234567\\u2026") == 6
+    assert f"request {request_id}, job" in written.text
+    assert sha256 in written.text
+    assert id_ not in written.text.replace(sha256, "")
+
+
 def test_loggers_and_warnings_of_decoders_are_left_out(log: Callable[[str], Log]) -> None:
     written = log("json")
     for name in ("nibabel.global", "tifffile", "PIL.TiffImagePlugin", "py.warnings"):
@@ -215,10 +233,14 @@ class TestRequests:
 
         with serving(app) as client:
             written = log("json")
-            assert client.get("/bug", headers={"X-Request-Id": "mine"}).status_code == 500
+            answer = client.get("/bug")
+            assert answer.status_code == 500
         (request,) = written.requests()
         (failure,) = [line for line in written.lines if "exception" in line]
-        assert failure["request_id"] == request["request_id"] == "mine"
+        request_id = answer.headers["x-request-id"]
+        assert failure["request_id"] == request["request_id"] == request_id
+        # It looks like the id of a job, which would be cut.
+        assert failure["message"] == f"request {request_id} failed unexpectedly"
         assert "KeyError: (its text is left out" in failure["exception"]
         assert (request["http.response.status_code"], request["unetpp.outcome"]) == (500, "error")
 
