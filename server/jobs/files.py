@@ -50,8 +50,14 @@ class Files(FileStore):
     def ids(self, older_than_s: float = 0) -> list[str]:
         """The ids of all folders, of which none has changed in the last seconds."""
         latest = time.time() - older_than_s
-        folders = [path for path in self._folder.iterdir() if ID.fullmatch(path.name) and path.is_dir()]
-        return [path.name for path in folders if not older_than_s or path.stat().st_mtime <= latest]
+        ids: list[str] = []
+        for path in self._folder.iterdir():
+            # Another server may remove it at this moment.
+            with contextlib.suppress(FileNotFoundError):
+                is_job = ID.fullmatch(path.name) and path.is_dir()
+                if is_job and (not older_than_s or path.stat().st_mtime <= latest):
+                    ids.append(path.name)
+        return ids
 
     def has(self, id_: str, name: str) -> bool:
         """Whether a job has a file."""

@@ -5,6 +5,7 @@ import email.utils
 import http.server
 import io
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from server.api.kept_file import KeptFileResponse
 from server.errors import StoreUnavailable
+from server.jobs.files import SharedFiles
 from server.jobs.stores import open_files
 from server.settings import JobsSettings
 
@@ -157,6 +159,24 @@ async def test_part_of_an_object_is_served_without_the_rest(slow_files: Any) -> 
         assert bucket.asked == []
         assert (await client.get("/")).content == data
         assert len(bucket.asked) == 5
+
+
+def test_folder_that_is_removed_meanwhile_is_not_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = SharedFiles(JobsSettings(folder=tmp_path / "own"), tmp_path)
+    for id_ in (ID, "f" * 32):
+        files.write(id_, "input", io.BytesIO(b"x"))
+    is_dir = Path.is_dir
+
+    def is_dir_until_now(path: Path) -> bool:
+        found = is_dir(path)
+        if path.name == ID:
+            shutil.rmtree(path)
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", is_dir_until_now)
+    assert files.ids(older_than_s=-60) == ["f" * 32]
 
 
 STEPS = st.lists(
