@@ -1,5 +1,6 @@
 """Checks of the store of jobs: the folder, and what a fleet of servers shares."""
 
+import contextlib
 import errno
 import io
 import os
@@ -52,18 +53,42 @@ def _check_shared(context: Context, settings: JobsSettings) -> Iterator[Check]:
     else:
         yield _check_version(version, postgres.VERSION)
     yield _check_folder(context, settings.folder)
+    with _removing_new_folders(settings.files or ""):
+        check = _check_files(settings)
+    yield check
+
+
+def _check_files(settings: JobsSettings) -> Check:
     id_ = uuid.uuid4().hex
     try:
         files = stores.open_files(settings)
-        files.write(id_, "doctor", io.BytesIO(b"written by unetpp doctor"))
-        with files.open(id_, "doctor") as file:
-            file.read()
-        files.discard(id_)
-    except (StoreUnavailable, StoreBroken, StoreFull) as error:
+        try:
+            files.write(id_, "doctor", io.BytesIO(b"written by unetpp doctor"))
+            with files.open(id_, "doctor") as file:
+                file.read()
+        finally:
+            files.discard(id_)
+    except (StoreUnavailable, StoreBroken, StoreFull, FileNotFoundError) as error:
         remedy = f"see that {stores.FILES} can be reached, read and written from here"
-        yield Check("jobs", "failed", f"files of jobs: {error}", remedy)
-    else:
-        yield Check("jobs", "ok", "files of jobs can be written, read and removed")
+        return Check("jobs", "failed", f"files of jobs: {error}", remedy)
+    return Check("jobs", "ok", "files of jobs can be written, read and removed")
+
+
+@contextlib.contextmanager
+def _removing_new_folders(files: str) -> Iterator[None]:
+    """Removes the folder of the files of jobs where it was not there before.
+
+    One that the doctor's user has made may be closed to the server's.
+    """
+    folder = Path(files)
+    paths = () if "://" in files else (folder, *folder.parents)
+    new = [one for one in paths if not os.access(one, os.F_OK)]
+    try:
+        yield
+    finally:
+        for one in new:
+            with contextlib.suppress(OSError):  # it was not made, or a server has begun to use it
+                one.rmdir()
 
 
 def _check_version(version: int | None, own: int) -> Check:

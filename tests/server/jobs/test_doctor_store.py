@@ -1,5 +1,6 @@
 """What `unetpp doctor` says of a store that several servers share."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ from server.doctor import job_store
 from server.doctor.context import Context
 from server.doctor.redact import changed_settings, redactor
 from server.doctor.report import Check
+from server.errors import StoreBroken
+from server.jobs.stores import open_files
 from server.settings import Settings
 from tests.server.jobs.conftest import Fleet
 
@@ -17,8 +20,9 @@ def checked(fleet: Fleet, **jobs: Any) -> list[Check]:
     return [*job_store.check_jobs(Context(settings=settings))]
 
 
-def test_store_that_works_is_ok(fleet: Fleet) -> None:
+def test_store_that_works_is_ok(fleet: Fleet, tmp_path: Path) -> None:
     checks = checked(fleet)
+    assert [*tmp_path.iterdir()] == []
     assert [check.status for check in checks] == ["ok"] * 3
     assert "a start makes its tables" in checks[0].detail
     # Nothing stays.
@@ -51,6 +55,19 @@ def test_store_that_cannot_be_used_fails_with_its_remedy(fleet: Fleet, jobs: dic
     assert failed.remedy
     assert "UNETPP_JOBS__" in f"{failed.detail} {failed.remedy}"
     assert "hunter2" not in str(failed)
+
+
+def test_file_that_cannot_be_read_back_is_removed(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = open_files(fleet.settings())
+
+    def broken(*_: object) -> None:
+        raise StoreBroken("it cannot be read")
+
+    monkeypatch.setattr(type(files), "open", broken)
+    assert [check.detail for check in checked(fleet) if check.status == "failed"] == [
+        "files of jobs: it cannot be read"
+    ]
+    assert files.ids() == []
 
 
 def test_bucket_that_is_missing_fails(fleet: Fleet) -> None:
