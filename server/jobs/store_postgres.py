@@ -300,9 +300,7 @@ def _job(row: Mapping[str, Any]) -> SharedJob:
 
 
 def _clear(settings: JobsSettings, uploads: Files) -> None:
-    """Removes what an earlier run of this server left: images of sessions, and files that were being served."""
+    """Removes the images of sessions that an earlier run of this server left."""
     (settings.folder / "uploads").mkdir(exist_ok=True, mode=0o700)
     for id_ in uploads.ids():
         uploads.discard(id_)
-    for path in (settings.folder / "serving").glob("*"):
-        path.unlink()
