@@ -28,7 +28,7 @@ RETRY_S = 5
 
 # A request that fails is tried again twice within this time; then the caller hears of it.
 RETRY_CONFIG: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
-# A server that is silent is given up after a minute. `timeout` holds for all of a request with its body, which is one piece.
+# A request fails when the server is silent for a minute. `timeout` holds for all of a request with its body, which is one piece.
 # http:// only where the operator writes it in the endpoint.
 CLIENT_OPTIONS: Any = {"connect_timeout": "5s", "read_timeout": "60s", "timeout": "10m", "allow_http": True}
 
