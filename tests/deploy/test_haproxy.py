@@ -17,7 +17,8 @@ import httpx
 import numpy as np
 import pytest
 
-from bench.cluster_lab import Missing, haproxy_config, haproxy_program
+from bench.cluster_lab import haproxy_config, haproxy_program
+from bench.stores import Missing
 from client import Client
 from tests.conftest import ROOT
 from tests.docker.conftest import compose

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.cluster_lab import Network
+from bench.stores import Network
 from server.errors import DiskFull, InvalidParameter, PacsUnavailable, StoreUnavailable, UnknownJob
 from server.jobs.active import JobStatus
 from server.jobs.files import Files
