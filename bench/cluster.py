@@ -5,7 +5,7 @@
 
 Two nodes of two replicas each behind HAProxy, with their jobs in one PostgreSQL and one bucket. A retrying client sends images,
 volumes and jobs without pause; every answer is compared with that of a single server. In turn: a replica is killed; a node is killed;
-all replicas are replaced one by one; a replica loses the network to PostgreSQL and the bucket for 20 s; the disk of a replica is full.
+all replicas are replaced one by one; a replica gets nothing from PostgreSQL and the bucket for 20 s; the disk of a replica is full.
 At the end every job must have ended once. The exit status is 1 if a request or a job was lost, or an answer differed.
 """
 
@@ -81,7 +81,7 @@ async def replace_all(lab: Cluster, seconds: float) -> None:
 
 
 async def cut_store(lab: Cluster, seconds: float) -> None:
-    """A replica reaches neither PostgreSQL nor the bucket: no packet arrives."""
+    """A replica gets no answer of PostgreSQL or of the bucket, as if both were frozen; see `Network.silence`."""
     one = lab.of_node("a")[-1]
     one.database.silence()
     one.bucket.silence()

@@ -1,6 +1,6 @@
 """A cluster on this machine: nodes of replicas behind HAProxy, with a PostgreSQL and an S3 server that they share.
 
-Each replica reaches the database and the bucket over a road of its own (`Network`), which can be cut.
+Each replica reaches the database and the bucket over a road of its own (`Network`), which can be cut, or be silent as a frozen server.
 """
 
 import contextlib

@@ -43,7 +43,7 @@ class Network:
         self.mend()
 
     def mend(self) -> None:
-        """Lets connections through, on the port of before; what was on its way during a silent cut arrives."""
+        """Lets connections through, on the port of before; what was sent since `silence` arrives."""
         if self._listening is None:
             self._listening = socket.create_server(("127.0.0.1", self.port))
             self.port = self._listening.getsockname()[1]
@@ -51,7 +51,11 @@ class Network:
         self._flows.set()
 
     def silence(self) -> None:
-        """Lets nothing through, as a network that drops packets: connections stay open."""
+        """Lets nothing through, as a frozen server does.
+
+        Connections stay open, new ones are accepted, and the kernel acknowledges what is sent until its buffers are full. A network that
+        drops packets differs: there nothing is acknowledged, and TCP gives up in the end.
+        """
         self._flows.clear()
 
     def cut(self) -> None:
