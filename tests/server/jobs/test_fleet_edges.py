@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.cluster_lab import Network
+from bench.stores import Network
 from server.errors import Overloaded, StoreUnavailable, UnknownJob
 from server.jobs import postgres
 from server.jobs.job import Job
