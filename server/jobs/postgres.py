@@ -127,7 +127,7 @@ class Database:
                 with _limited(connection):
                     yield connection
             except BaseException:
-                # After a refusal of ours, which is no error of the database, it can be used again.
+                # A refusal by this module left it as it was.
                 if connection.broken or connection.pgconn.transaction_status != TransactionStatus.IDLE:
                     connection.close()
                     raise

@@ -122,7 +122,7 @@ async def _id(request: Request, key: str | None, params: JobParams, received: Up
     decides = params.model_dump(mode="json") | {"accept": header_list(request, "accept")}
     if received is None:
         return repeatable_id(key, decides)
-    if "coco" in (params.format or ""):
+    if "coco" in (decides["format"] or ""):
         decides["name"] = received.name  # it stands in the result
     return await asyncio.to_thread(repeatable_id, key, decides, received.file, received.reference)
 
