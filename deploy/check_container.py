@@ -41,8 +41,8 @@ def find_deployment(text: str, name: str | None) -> dict[str, Any]:
     """
     for document in yaml.safe_load_all(text):
         if document and document["kind"] == "Deployment" and name in (None, document["metadata"]["name"]):
-            found: dict[str, Any] = document
-            return found
+            deployment: dict[str, Any] = document
+            return deployment
     raise Failed(f"no Deployment {name or ''} in these manifests")
 
 

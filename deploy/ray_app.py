@@ -253,5 +253,5 @@ def _open_store(settings: Settings) -> Store:
 def _endpoint(app: FastAPI, path: str) -> Callable[[], Awaitable[Any]]:
     """Finds the function behind a path of the ops port."""
     routes = app.state.operations.routes.routes
-    found: Callable[[], Awaitable[Any]] = next(route.endpoint for route in routes if route.path == path)
-    return found
+    endpoint: Callable[[], Awaitable[Any]] = next(route.endpoint for route in routes if route.path == path)
+    return endpoint

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -55,11 +55,12 @@ class FleetQueue(JobQueue):
 
     async def load(self) -> None:
         """Learns what the other servers have."""
-        await self._try_to_renew()
+        await self._try(self._renew)
+        await self._try(self._learn)
 
     def tasks(self) -> list[Coroutine[Any, Any, None]]:
-        """The renewal of leases."""
-        return [self._renew_for_ever()]
+        """The renewal of leases, and news of other servers' jobs, which may take longer."""
+        return [self._repeat(self._renew), self._repeat(self._learn)]
 
     def close(self) -> None:
         """Ends the thread of renewals."""
@@ -166,6 +167,7 @@ class FleetQueue(JobQueue):
         else:
             super().finish(active, job)
         self._shared.drop(job.id)
+        self._last.pop(job.id, None)
         self._arrived.set()
 
     def put_back(self, active: ActiveJob, seconds: float = 0.0) -> None:
@@ -176,6 +178,7 @@ class FleetQueue(JobQueue):
     def drop(self, active: ActiveJob) -> None:
         """Forgets a job that others have now, or will have when its lease has run out."""
         super().drop(active)
+        self._last.pop(active.job.id, None)
         self._shared.drop(active.job.id)
 
     async def abandon(self, active: ActiveJob) -> None:
@@ -189,22 +192,22 @@ class FleetQueue(JobQueue):
         for event in self._events.values():
             event.set()
 
-    async def _renew_for_ever(self) -> None:
+    async def _repeat(self, call: Callable[[], Awaitable[None]]) -> None:
         while True:
             await asyncio.sleep(self._renew_s)
-            await self._try_to_renew()
+            await self._try(call)
 
-    async def _try_to_renew(self) -> None:
-        """Renews leases, and learns what has changed. While the store is away, running jobs go on."""
+    async def _try(self, call: Callable[[], Awaitable[None]]) -> None:
+        """Asks the store. While it is away, running jobs go on."""
         try:
-            await self._renew()
+            await call()
             if self._error:
                 log.warning("the store of jobs answers again")
             self._error = None
         except STORE_ERRORS as error:
             self._fail(error)
         except Exception:
-            log.exception("the leases of jobs could not be renewed")
+            log.exception("the leases of jobs, or news of them, could not be had")
 
     async def _renew(self) -> None:
         running = [
@@ -221,13 +224,15 @@ class FleetQueue(JobQueue):
                 log.warning("job %s was cancelled, or is another server's now", short_id(id_))
                 active.cancel()
                 self.drop(active)
-        totals = await run_in(self._pool, self._shared.totals)
+
+    async def _learn(self) -> None:
+        totals = await self._run_in_thread(self._shared.totals)
         self.waiting = totals.waiting
         self._metrics.jobs_queued.set(totals.waiting)
         if totals.claimable:
             self._arrived.set()
         if self._events:
-            self._tell(await run_in(self._pool, self._shared.reports, [*self._events]))
+            self._tell(await self._run_in_thread(self._shared.reports, [*self._events]))
 
     def _tell(self, reports: dict[str, SharedJob]) -> None:
         """Wakes those who watch a job that has changed, is gone, or runs here now."""

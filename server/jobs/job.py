@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 # The files of a job that are needed in each state; all others are removed when it gets there.
@@ -111,6 +111,9 @@ class SharedJob(Job):
     running: int = 0
 
 
+TICKET = {one.name for one in fields(JobSpec)}
+
+
 def job_from_row(row: Mapping[str, Any]) -> Job:
     """Makes a job of a row of the table."""
     preview, result, problem = (
@@ -121,7 +124,9 @@ def job_from_row(row: Mapping[str, Any]) -> Job:
         problem.setdefault("code", problem["type"].rpartition(":")[2])
         problem["type"] = problem["type"].replace("urn:unetpp:", "/errors#")
     # The column is called ticket since the first version of the table.
-    spec = JobSpec(**json.loads(row["ticket"]))
+    # Of a job that a later version accepted it may have fields that this one does not know.
+    ticket = {name: value for name, value in json.loads(row["ticket"]).items() if name in TICKET}
+    spec = JobSpec(**ticket)
     times = row["started"], row["finished"]
     return Job(
         row["id"], row["state"], row["attempts"], row["created"], spec, *times, preview, result, problem

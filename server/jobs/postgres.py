@@ -2,11 +2,14 @@
 
 import contextlib
 import logging
+import os
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import psycopg
+from psycopg.pq import TransactionStatus
 from psycopg.rows import DictRow, dict_row
 
 from server.errors import Misconfigured, StoreBroken, StoreUnavailable, shutting_down
@@ -34,6 +37,8 @@ CONNECTION: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": ANSWER_S * 1000,
 }
+# Seconds for a whole call, after which its connection is broken off here: the kernel of a database that is frozen still acknowledges.
+CALL_S = 12.0
 SESSION = f"SET search_path = unetpp; SET statement_timeout = '{2 * ANSWER_S}s'"
 
 VERSION = 1
@@ -119,15 +124,23 @@ class Database:
             self._prepare()
             connection = self._take()
             try:
-                yield connection
+                with _limited(connection):
+                    yield connection
             except BaseException:
-                connection.close()
+                # A refusal by this module left it as it was.
+                if connection.broken or connection.pgconn.transaction_status != TransactionStatus.IDLE:
+                    connection.close()
+                    raise
+                self._give_back(connection)
                 raise
-            with self._taking:
-                if not self._closed:
-                    self._idle.append(connection)
-                    return
-            connection.close()
+            self._give_back(connection)
+
+    def _give_back(self, connection: psycopg.Connection[DictRow]) -> None:
+        with self._taking:
+            if not self._closed:
+                self._idle.append(connection)
+                return
+        connection.close()
 
     def _prepare(self) -> None:
         """Makes the schema, once the database can be reached."""
@@ -146,14 +159,35 @@ class Database:
                 connection = self._idle.pop() if self._idle else None
             if connection is None:
                 connection = psycopg.connect(self._address, **CONNECTION)
-                connection.execute(SESSION)
+                with _limited(connection):
+                    connection.execute(SESSION)
                 return connection
             try:
-                connection.execute("")
+                with _limited(connection):
+                    connection.execute("")
             except psycopg.Error:
                 connection.close()
             else:
                 return connection
+
+
+@contextlib.contextmanager
+def _limited(connection: psycopg.Connection[DictRow]) -> Iterator[None]:
+    """Breaks a connection off if the block takes longer than `CALL_S`, upon which its statement fails."""
+    # A descriptor of its own, because the connection may be closed, and its number used again, at any moment.
+    with socket.socket(fileno=os.dup(connection.fileno())) as same:
+        timer = threading.Timer(CALL_S, _shut, (same,))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+def _shut(connected: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connected.shutdown(socket.SHUT_RDWR)
 
 
 def make_schema(connection: psycopg.Connection[DictRow]) -> None:

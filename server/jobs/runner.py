@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, Self, TypeVar
 
-from server.errors import NotReady, Overloaded, StoreUnavailable, TryAgain, shutting_down
+from server.errors import NotReady, Overloaded, StoreBroken, StoreUnavailable, TryAgain, shutting_down
 from server.jobs.active import Clock, Intervals, JobPostponed, JobStatus
 from server.jobs.executor import JobExecutor
 from server.jobs.file_store import KeptFile, short_id
@@ -108,9 +108,7 @@ class Runner:
             self._pacs,
         )
         workers = [self._work(executor) for _ in range(self._settings.concurrency)]
-        self._tasks = [
-            asyncio.create_task(coroutine) for coroutine in (*workers, self._sweep(), *self._queue.tasks())
-        ]
+        self._tasks = [asyncio.create_task(one) for one in (*workers, self._sweep(), *self._queue.tasks())]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -257,7 +255,7 @@ class Runner:
             changed = self._queue.changed(id_)
             try:
                 status = await self.get(id_)
-            except StoreUnavailable:
+            except (StoreUnavailable, StoreBroken):
                 # The watcher of a job that goes on is not sent away for a pause of the database.
                 await asyncio.sleep(self._intervals.renew_s)
                 continue
@@ -310,10 +308,7 @@ class Runner:
         return JobQueue(*limits, store, self._run_in_thread)
 
     async def _run_in_thread(self, call: Callable[..., T], *arguments: object) -> T:
-        """Runs a call in a thread.
-
-        A cancelled caller waits for its end, too, so that nothing goes on unseen.
-        """
+        """Runs a call in a thread; a cancelled caller waits for its end, too, so that nothing goes on unseen."""
         if self._closed:
             raise shutting_down()
         return await run_in(self._pool, call, *arguments)
@@ -330,7 +325,12 @@ class Runner:
     async def _work(self, executor: JobExecutor) -> None:
         """Runs one job after the other."""
         while True:
-            active = await self._queue.next()
+            try:
+                active = await self._queue.next()
+            except Exception:
+                log.exception("no job could be taken")
+                await asyncio.sleep(self._intervals.disk_retry_s)
+                continue
             try:
                 self._queue.finish(active, await executor.run(active))
             except JobPostponed as postponed:

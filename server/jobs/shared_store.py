@@ -35,6 +35,7 @@ class SharedStore(Store):
         lease_s: seconds without renewal after which another server takes a job.
     """
 
+    is_shared = True
     lease_s: float
 
     @abstractmethod

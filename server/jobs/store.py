@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from server.errors import Interrupted, Overloaded, StoreUnavailable, UnknownJob
 from server.jobs.file_store import FileStore, KeptFile
-from server.jobs.files import Files
+from server.jobs.files import ID, Files
 from server.jobs.job import Job, JobSpec, needed_files
 from server.settings import JobsSettings
 
@@ -44,7 +44,10 @@ class Store(ABC):
     Attributes:
         files: files of the jobs.
         uploads: files of this server alone.
+        is_shared: whether other servers have the same jobs.
     """
+
+    is_shared = False
 
     def __init__(
         self,
@@ -59,6 +62,8 @@ class Store(ABC):
         self.uploads = uploads
         # Held from the first file to the row, so that a job has one end.
         self._changing: contextlib.AbstractContextManager[Any] = threading.Lock()
+        # Held while a request that may come again is kept.
+        self._repeating = threading.Lock()
 
     @abstractmethod
     def close(self) -> None:
@@ -86,8 +91,17 @@ class Store(ABC):
         Raises:
             StoreFull, StoreBroken: nothing was kept.
         """
+        # One at a time here, so that what is refused belongs to no other request with this id.
+        with self._repeating if id_ else contextlib.nullcontext():
+            return self._accept(spec, file, reference, id_)
+
+    def _accept(
+        self, spec: JobSpec, file: BinaryIO | None, reference: BinaryIO | None, id_: str | None
+    ) -> Job:
         if id_ and (kept := self._rows(id_)):
-            return kept[0]
+            if not self._is_expired(kept[0]):
+                return kept[0]
+            self.sweep()
         job = Job(id_ or uuid.uuid4().hex, "queued", 0, self._clock(), spec)
         try:
             parts = {"input": file, "reference": reference}
@@ -97,14 +111,17 @@ class Store(ABC):
             # The row may have been kept, though no answer came. A sweep removes files without one.
             raise
         except BaseException:
-            # Another request with this id may have been faster.
-            if not (id_ and self._rows(id_)):
+            # Another server may be about to keep the same request; then a sweep removes what has no row.
+            if not (id_ and self.is_shared):
                 self.files.discard(job.id)
             raise
         return self._rows(id_)[0] if id_ else job
 
     def _rows(self, id_: str) -> list[Job]:
-        return self._query("SELECT * FROM jobs WHERE id = ?", id_)
+        return self._query("SELECT * FROM jobs WHERE id = ?", id_) if ID.fullmatch(id_) else []
+
+    def _is_expired(self, job: Job) -> bool:
+        return (expires := self.expires(job)) is not None and expires <= self._clock()
 
     def get(self, id_: str) -> Job:
         """A job.
@@ -113,7 +130,7 @@ class Store(ABC):
             UnknownJob: it was never accepted, was deleted or has expired.
         """
         jobs = self._rows(id_)
-        if not jobs or ((expires := self.expires(jobs[0])) is not None and expires <= self._clock()):
+        if not jobs or self._is_expired(jobs[0]):
             raise UnknownJob(
                 f"there is no job {id_!r:.60}: it was never accepted, was deleted or has expired; "
                 f"results are kept for {self._settings.keep_results_h:g} hours after a job has finished",

@@ -14,9 +14,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, BinaryIO
 
-from server.errors import StoreUnavailable, UnknownJob
+from server.errors import StoreBroken, StoreUnavailable, UnknownJob
 from server.jobs.file_store import FileStore, short_id
-from server.jobs.files import Files
+from server.jobs.files import ID, Files
 from server.jobs.folder_lock import locked
 from server.jobs.job import Job, JobSpec, LeaseLost, SharedJob, job_from_row, needed_files
 from server.jobs.postgres import ACCEPT_LOCK, Database
@@ -84,7 +84,7 @@ class PostgresStore(SharedStore):
                     self.put_back(id_)
                 except LeaseLost:
                     continue
-                except StoreUnavailable as error:
+                except (StoreUnavailable, StoreBroken) as error:
                     log.warning(
                         "job %s and others were not put back; their leases run out: %s", short_id(id_), error
                     )
@@ -101,9 +101,10 @@ class PostgresStore(SharedStore):
             UPDATE jobs SET lease = lease + 1, state = 'queued', started = NULL, stage = NULL, done = 0,
                 leased_until = clock_timestamp() + make_interval(secs => ?)
             WHERE number = (
-                SELECT number FROM jobs WHERE {CLAIMABLE} ORDER BY {ORDER} LIMIT 1 FOR UPDATE SKIP LOCKED)
+                SELECT number FROM jobs WHERE {CLAIMABLE} AND id <> ALL(?) ORDER BY {ORDER} LIMIT 1 FOR UPDATE SKIP LOCKED)
             RETURNING *"""  # noqa: S608 - constants
-        for job in self._query(statement, self.lease_s):
+        # Not what runs here still, though its lease has run out.
+        for job in self._query(statement, self.lease_s, [*self._leases]):
             self._leases[job.id] = job.lease
             return job
         return None
@@ -163,10 +164,10 @@ class PostgresStore(SharedStore):
         Raises:
             UnknownJob: it was never accepted, was deleted or has expired.
         """
-        found = self.reports([id_]).get(id_)
-        if found is None or found.finished is not None:
+        job = self.reports([id_]).get(id_) if ID.fullmatch(id_) else None
+        if job is None or job.finished is not None:
             return self.get(id_)
-        return found
+        return job
 
     def get(self, id_: str) -> SharedJob:
         """A job.

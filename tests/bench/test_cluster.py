@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import cluster, cluster_lab
+from bench import cluster, cluster_lab, stores
 
 
 @pytest.mark.long
@@ -16,7 +16,7 @@ def test_cluster_loses_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     names = ["one node killed", *(name for name in cluster.EVENTS if "network" in name)]
     try:
         outcome = asyncio.run(cluster.run(("a1", "b1"), tuple(names), seconds=2, logs=tmp_path))
-    except cluster_lab.Missing as error:
+    except stores.Missing as error:
         pytest.skip(str(error))
     assert not outcome.failures
     # Else the events met no request.
@@ -37,7 +37,7 @@ def test_silent_network_delivers_when_it_is_mended() -> None:
     import threading
 
     with socket.create_server(("127.0.0.1", 0)) as target:
-        road = cluster_lab.Network(target.getsockname())
+        road = stores.Network(target.getsockname())
         with socket.create_connection(("127.0.0.1", road.port)) as near:
             far, _ = target.accept()
             with far:

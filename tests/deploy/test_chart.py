@@ -46,12 +46,20 @@ def test_chart_renders_the_golden_files(helm: str, name: str) -> None:
         ("bundles.from=git", "must be one of"),
         ("jobs.filesClaim=files", "jobs.storeSecret"),
         ("autoscaling.kind=vpa", "must be one of"),
+        ("jobs.storeSecret=stores", "networkPolicy.stores"),
+        ("bundles.from=s3,bundles.s3.path=models", "networkPolicy.stores"),
     ],
 )
 def test_helm_refuses_values(helm: str, values: str, reason: str) -> None:
     done = render(helm, *options("cpu"), "--set", values)
     assert done.returncode != 0
     assert reason in done.stderr
+
+
+def test_stores_need_no_rule_without_a_network_policy(helm: str) -> None:
+    done = render(helm, *options("cpu"), "--set", "jobs.storeSecret=stores,networkPolicy.enabled=false")
+    assert done.returncode == 0, done.stderr
+    assert "NetworkPolicy" not in done.stdout
 
 
 def test_an_entry_of_pools_replaces_resources_and_merges_settings(helm: str, tmp_path: Path) -> None:

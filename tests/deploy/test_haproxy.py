@@ -2,19 +2,23 @@
 
 import contextlib
 import re
-import shutil
 import signal
+import socket
 import subprocess
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 
 import httpx
 import numpy as np
 import pytest
 
+from bench.cluster_lab import haproxy_config, haproxy_program
+from bench.stores import Missing
 from client import Client
 from tests.conftest import ROOT
 from tests.docker.conftest import compose
@@ -47,10 +51,10 @@ class Fleet:
 @pytest.fixture(scope="module")
 def binary() -> str:
     """Path of HAProxy."""
-    path = shutil.which("haproxy")
-    if path is None:
-        pytest.skip("needs haproxy")
-    return path
+    try:
+        return haproxy_program()
+    except Missing as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -77,15 +81,22 @@ def fleet(binary: str, forks: list["subprocess.Popen[str]"], tmp_path: Path) -> 
             assert f"server {name} {host}:8000\n" in text
             text = text.replace(f"server {name} {host}:8000\n", f"{address}\n")
         text = text.replace("bind :8000", f"bind 127.0.0.1:{door}")
-        (tmp_path / "haproxy.cfg").write_text(text)
-        with (tmp_path / "log").open("w") as log:
-            process = stack.enter_context(
-                subprocess.Popen([binary, "-f", str(tmp_path / "haproxy.cfg")], stdout=log, stderr=log)
-            )
-            stack.callback(process.terminate)
-            until(lambda: process.poll() is not None or _answers(fleet.url))
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            yield fleet
+        stack.enter_context(_haproxy(binary, tmp_path, text, fleet.url))
+        yield fleet
+
+
+@contextlib.contextmanager
+def _haproxy(binary: str, folder: Path, text: str, url: str) -> Iterator[None]:
+    """HAProxy with a configuration, which answers at this address."""
+    (folder / "haproxy.cfg").write_text(text)
+    with (folder / "log").open("w") as log, contextlib.ExitStack() as stack:
+        process = stack.enter_context(
+            subprocess.Popen([binary, "-f", str(folder / "haproxy.cfg")], stdout=log, stderr=log)
+        )
+        stack.callback(process.terminate)
+        until(lambda: process.poll() is not None or _answers(url))
+        assert process.poll() is None, (folder / "log").read_text()
+        yield
 
 
 def _answers(url: str) -> bool:
@@ -161,6 +172,94 @@ def test_a_caller_who_leaves_frees_the_server(fleet: Fleet) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{fleet.url}/segment?level=1", content=PICTURE, timeout=1)
     until(lambda: all(one.in_flight() == 0 for one in fleet.servers))
+
+
+class Unavailable(BaseHTTPRequestHandler):
+    """A server that is ready, and answers 503 to every POST."""
+
+    protocol_version = "HTTP/1.1"
+    posts: Counter[str]
+
+    def do_GET(self) -> None:
+        self._answer(200)
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.posts[self.path] += 1
+        self._answer(503)
+
+    def _answer(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Keeps quiet."""
+
+
+@pytest.fixture
+def unavailable(binary: str, tmp_path: Path) -> Iterator[tuple[str, Counter[str], Callable[[], None]]]:
+    """Address of HAProxy before two servers that answer 503, the POSTs that reached them, and what ends one of them."""
+    posts: Counter[str] = Counter()
+    handler = type("Handler", (Unavailable,), {"posts": posts})
+    with contextlib.ExitStack() as stack:
+        door = stack.enter_context(held_port())
+        servers = []
+        for _ in range(2):
+            server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), handler))
+            Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+            stack.callback(server.shutdown)
+            servers.append(server)
+
+        def end_one() -> None:
+            servers[0].shutdown()
+            servers[0].server_close()
+
+        ports = {f"s{one.server_port}": (one.server_port, one.server_port) for one in servers}
+        url = f"http://127.0.0.1:{door}"
+        stack.enter_context(_haproxy(binary, tmp_path, haproxy_config(door, ports), url))
+        yield url, posts, end_one
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "is_repeated"),
+    [
+        ("/segment?level=1", {}, True),
+        ("/jobs", {}, False),
+        ("/jobs?level=1", {}, False),
+        ("/jobs?level=1", {"Idempotency-Key": "0123456789abcdef"}, True),
+    ],
+)
+def test_a_job_without_a_key_is_sent_once(
+    unavailable: tuple[str, Counter[str], Callable[[], None]],
+    path: str,
+    headers: dict[str, str],
+    is_repeated: bool,
+) -> None:
+    url, posts, _ = unavailable
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: localhost",
+        f"Content-Length: {len(PICTURE)}",
+        "Connection: close",
+    ]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0)) as connection:
+        # At once, because HAProxy repeats only what it had whole when it sent it.
+        connection.sendall("\r\n".join([*lines, "", ""]).encode() + PICTURE)
+        assert connection.makefile("rb").readline().split()[1] == b"503"
+    assert (posts[path] > 1) == is_repeated
+    assert posts[path] > 0
+
+
+def test_a_job_without_a_key_is_tried_where_a_connection_is_refused(
+    unavailable: tuple[str, Counter[str], Callable[[], None]],
+) -> None:
+    url, posts, end_one = unavailable
+    end_one()
+    for _ in range(4):
+        httpx.post(f"{url}/jobs", content=PICTURE)
+    assert posts["/jobs"] == 4
 
 
 def _shared(server: ServerProcess) -> list[str]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench import cluster_lab
-from bench.cluster_lab import BUCKET
+from bench import stores
+from bench.stores import BUCKET
 
 
 @contextlib.contextmanager
@@ -16,8 +16,8 @@ def postgres_server() -> Iterator[str]:
     pytest.importorskip("psycopg", reason="needs the extra cluster")
     with contextlib.ExitStack() as stack:
         try:
-            address = stack.enter_context(cluster_lab.postgres_server())
-        except cluster_lab.Missing as error:
+            address = stack.enter_context(stores.postgres_server())
+        except stores.Missing as error:
             pytest.skip(str(error))
         yield address
 

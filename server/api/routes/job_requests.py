@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -18,7 +18,7 @@ from server.errors import InvalidParameter
 from server.jobs.active import JobStatus
 from server.jobs.runner import Runner
 from server.jobs.submission import repeatable_id
-from server.segment.request import SegmentParams, invalid_parameter
+from server.segment.request import SegmentParams, Upload, invalid_parameter
 
 # Parameters of POST /segment that a job would ignore: it is never degraded, and can be cancelled.
 EXCLUDED = ("deadline_ms", "min_level")
@@ -101,7 +101,7 @@ async def accept_job(runner: Runner, request: Request, params: JobParams, key: s
     with runner.reserve(segment_params) as add_bytes:
         if params.source is None:
             async with upload.receive(_counting(request, add_bytes)) as received:
-                id_ = await _id(key, params, received.file, received.reference)
+                id_ = await _id(request, key, params, received)
                 return await runner.submit(received, segment_params, preview=params.preview, id_=id_)
         await _refuse_body(request)
         accept = header_list(request, "accept")
@@ -111,14 +111,20 @@ async def accept_job(runner: Runner, request: Request, params: JobParams, key: s
             accept,
             preview=params.preview,
             store=params.store,
-            id_=await _id(key, params),
+            id_=await _id(request, key, params, None),
         )
 
 
-async def _id(key: str | None, params: JobParams, *files: BinaryIO | None) -> str | None:
+async def _id(request: Request, key: str | None, params: JobParams, received: Upload | None) -> str | None:
+    """The id of a job whose request has an Idempotency-Key: made of all that decides its result."""
     if key is None:
         return None
-    return await asyncio.to_thread(repeatable_id, key, params.model_dump(mode="json"), *files)
+    decides = params.model_dump(mode="json") | {"accept": header_list(request, "accept")}
+    if received is None:
+        return repeatable_id(key, decides)
+    if "coco" in (decides["format"] or ""):
+        decides["name"] = received.name  # it stands in the result
+    return await asyncio.to_thread(repeatable_id, key, decides, received.file, received.reference)
 
 
 def _check_key(key: str | None) -> None:

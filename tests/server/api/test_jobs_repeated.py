@@ -53,6 +53,14 @@ def test_other_key_parameters_input_or_reference_is_another_job(small: httpx.Cli
     assert len({*ids}) == len(ids)
 
 
+def test_other_accept_is_another_job(small: httpx.Client) -> None:
+    ids = {
+        small.post("/jobs", content=GOOD, headers={"Idempotency-Key": KEY, "Accept": kind}).json()["id"]
+        for kind in ("image/png", "application/json")
+    }
+    assert len(ids) == 2
+
+
 def test_multipart_and_plain_body_are_the_same_input(small: httpx.Client) -> None:
     assert send(small, KEY + "m", content=GOOD) == send(small, KEY + "m", files={"file": GOOD})
 

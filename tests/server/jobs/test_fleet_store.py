@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bench.cluster_lab import Network
+from bench.stores import Network
 from server.errors import Interrupted, Overloaded, StoreBroken, StoreFull, StoreUnavailable
 from server.jobs.job import LeaseLost
 from server.jobs.shared_store import Progress

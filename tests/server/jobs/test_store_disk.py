@@ -140,10 +140,8 @@ def test_files_are_synced_before_the_row_refers_to_them(
     fsync = os.fsync
 
     def recorded(handle: int) -> None:
-        # Without what makes the name of each try its own.
-        synced.append(
-            re.sub(r"\.[0-9a-f]{8}\.part$", ".part", Path(f"/proc/self/fd/{handle}").readlink().name)
-        )
+        name = Path(f"/proc/self/fd/{handle}").readlink().name
+        synced.append(re.sub(r"\.[0-9a-f]{8}\.part$", ".part", name))
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", recorded)
