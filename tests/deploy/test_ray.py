@@ -262,7 +262,9 @@ def calling(ray: SimpleNamespace, ihc: np.ndarray) -> Iterator[dict[str, int]]:
         with Client(ray.cluster.url, KEY, retries=30, timeout_s=60) as client:
             while not enough.is_set():
                 try:
-                    assert client.segment(body, level=1).files["mask.png"] == expected
+                    result = client.segment(body, level=1)
+                    served = result.model, result.level, result.precision, result.note
+                    assert result.files["mask.png"] == expected, served
                 except BaseException as error:  # noqa: BLE001 - raised at the end
                     errors.append(error)
                     return

@@ -73,6 +73,7 @@ def test_openapi_describes_every_parameter_and_error(small: httpx.Client) -> Non
         "preview",
         "source",
         "store",
+        "idempotency-key",
     }
     assert {"200", "404", "406", "413", "415", "422", "429", "500", "503"} <= segment["responses"].keys()
     assert {"multipart/form-data", "application/zip"} <= segment["requestBody"]["content"].keys()
