@@ -28,6 +28,8 @@ ENVIRONMENT = {
     "RAY_raylet_start_wait_time_s": "120",
     "RAY_worker_register_timeout_seconds": "180",
     "RAY_gcs_server_request_timeout_seconds": "120",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
 }
 
 
