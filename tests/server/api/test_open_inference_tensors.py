@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import struct
+import tracemalloc
 from typing import Any
 
 import hypothesis.extra.numpy as arrays
@@ -177,6 +178,12 @@ def test_header_absent_is_not_zero() -> None:
         {"shape": 2},
         {"shape": []},
         {"shape": [1] * 17},
+        {"shape": [0, 2**62, 2**62], "data": []},
+        {"data": [[1], 2]},
+        {"data": [[1, 2], [3]]},
+        {"data": [1, None]},
+        {"data": [1, 10**400], "datatype": "FP32"},
+        {"data": [1, "2"], "datatype": "FP32"},
         {"datatype": "FP8"},
         {"datatype": "FP16"},
         {"datatype": 3},
@@ -193,6 +200,18 @@ def test_header_absent_is_not_zero() -> None:
 def test_json_dtype_size_mismatch(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidInferRequest):
         parse(row(**wrong))
+
+
+def test_one_long_text_does_not_widen_the_array() -> None:
+    """An array of texts has room for the longest in every element: 40 kB would take 800 MB."""
+    body = json.dumps({"inputs": [row(shape=[10_001], data=["a" * 20_000] + [0] * 10_000)]}).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidInferRequest):
+            parse_request(memoryview(body), None)
+        assert tracemalloc.get_traced_memory()[1] < 20 * len(body)
+    finally:
+        tracemalloc.stop()
 
 
 BINARY = {"data": None, "parameters": {"binary_data_size": 2}}
