@@ -104,8 +104,8 @@ def read_work(model: Model, request: InferRequest, max_inputs: int) -> Work:
     outputs = _outputs(request)
     deadlines_ms, values = _split_parameters(request.parameters)
     spacing = values.pop(SPACING, None)
-    wanted = "mask,npz" if any(name == SCORES for name, _ in outputs) else "mask"
-    params = _params(model, values, wanted)
+    formats = "mask,npz" if any(name == SCORES for name, _ in outputs) else "mask"
+    params = _params(model, values, formats)
     tensor = _input(request.inputs)
     if not 1 <= tensor.shape[0] <= max_inputs:
         raise invalid(
@@ -173,7 +173,7 @@ def _split_parameters(parameters: Mapping[str, Scalar]) -> tuple[tuple[float, ..
     return tuple(deadlines), rest
 
 
-def _params(model: Model, values: Mapping[str, Scalar], wanted: str) -> SegmentParams:
+def _params(model: Model, values: Mapping[str, Scalar], formats: str) -> SegmentParams:
     for name, value in values.items():
         if name in model.decided:
             raise _misplaced(
@@ -185,7 +185,10 @@ def _params(model: Model, values: Mapping[str, Scalar], wanted: str) -> SegmentP
                 parameter=name[:60],
                 allowed=[*ALLOWED, SPACING, TIMEOUT],
             )
-    return SegmentParams.parse({**values, **model.decided, "model": model.deployment.name, "format": wanted})
+    params = SegmentParams.parse(
+        {**values, **model.decided, "model": model.deployment.name, "format": formats}
+    )
+    return params.with_min_object(model.deployment.manifest.min_object_px)
 
 
 def _misplaced(name: str, value: Any, reason: str) -> InvalidParameter:
@@ -278,6 +281,3 @@ def _affine(manifest: Manifest, spacing: Scalar | None) -> Shaped[ndarray, "4 4"
         row, sign = DIRECTIONS[letter]
         affine[row, axis] = sign * mm[axis]
     return affine
-
-
-__all__ = ["DECIDED", "MASK", "Work", "read_work"]
