@@ -24,7 +24,7 @@ from server.api.open_inference.tensors import (
     write_json,
     write_raw,
 )
-from server.errors import Unimplemented
+from server.errors import TooLarge, Unimplemented
 
 HEADER = "Inference-Header-Content-Length"
 
@@ -33,10 +33,14 @@ MAX_DIGITS = 12
 
 # Levels of nesting in JSON, as Triton has it; a tensor has a list per axis.
 MAX_DEPTH = 100
-STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+# Without backtracking, which would remember a place for each character.
+STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 STEPS = np.zeros(256, np.int8)
 STEPS[[*b"[{"]], STEPS[[*b"]}"]] = 1, -1
 CHUNK_BYTES = 1024 * 1024
+
+# JSON of an inference request at most: values become objects, which take up to a hundred times its bytes.
+MAX_JSON_BYTES = 16 * 1024 * 1024
 
 Scalar = str | int | float | bool
 
@@ -100,12 +104,23 @@ def parse_request(body: memoryview, header_length: int | None) -> InferRequest:
 
     Raises:
         InvalidInferRequest: the protocol does not allow it.
+        TooLarge: the JSON is too long.
         Unimplemented: it names a region of shared memory, or wants a classification.
     """
     if header_length == 0:
         tensor = Tensor(BYTES.lower(), BYTES, (1,), (bytes(body),))
         return InferRequest({tensor.name: tensor}, binary=True)
-    head = _read_head(body[: len(body) if header_length is None else header_length])
+    json_bytes = len(body) if header_length is None else header_length
+    if json_bytes > MAX_JSON_BYTES:
+        raise TooLarge(
+            f"the JSON of a request is limited to {MAX_JSON_BYTES:,} bytes, and this one has {json_bytes:,}; send binary data "
+            f"(binary_data_size and the header {HEADER}), or fewer inputs at once",
+            limit=MAX_JSON_BYTES,
+            actual=json_bytes,
+            unit="bytes",
+            remedy="binary_data_size",
+        )
+    head = _read_head(body[:json_bytes])
     return read_message(head, None if header_length is None else body[header_length:])
 
 

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.open_inference.messages import pack, parse_request, read_header_length
+from server.api.open_inference import messages
+from server.api.open_inference.messages import pack, parse_request, read_header_length, read_json_document
 from server.api.open_inference.tensors import DTYPES, Tensor
-from server.errors import InvalidInferRequest, Unimplemented
+from server.errors import InvalidInferRequest, TooLarge, Unimplemented
 
 SHAPES = arrays.array_shapes(min_dims=1, max_dims=5, min_side=0, max_side=4)
 NUMBERS = st.sampled_from([*DTYPES.values()]).flatmap(lambda dtype: arrays.arrays(dtype, SHAPES))
@@ -280,6 +281,33 @@ def test_json_recursion_depth_limit(depth: int) -> None:
                 parse_request(memoryview(hidden), None)
             assert raised.value.fields["limit"] == 100
     parse(row(name="[" * 200), raw=None)
+
+
+@pytest.mark.parametrize("text", ["a" * 1_000_000, "\\n" * 500_000, "a" * 999_999 + "\\"])
+def test_depth_beside_long_strings_takes_little_memory(text: str) -> None:
+    """Where a pattern remembers each character, a string takes a hundred times its bytes."""
+    body = f'{{"x":[{"[]," * 200}"{text}"'.encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidInferRequest):
+            read_json_document(body)
+        # Without brackets in strings, and then as steps.
+        assert tracemalloc.get_traced_memory()[1] < 20 * len(body)
+    finally:
+        tracemalloc.stop()
+
+
+def test_long_json_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "MAX_JSON_BYTES", 1000)
+    body = json.dumps({"inputs": [row()], "id": "a" * 1000}).encode()
+    for sent, length in ((body, None), (body + b"12", len(body))):
+        with pytest.raises(TooLarge) as raised:
+            parse_request(memoryview(sent), length)
+        assert "binary data" in str(raised.value)
+    # The tensors behind the JSON do not count.
+    assert parse(
+        row(**BINARY, shape=[2000]) | {"parameters": {"binary_data_size": 2000}}, raw=bytes(2000)
+    ).inputs
 
 
 def test_outputs_choose_their_form() -> None:
