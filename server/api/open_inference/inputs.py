@@ -11,7 +11,7 @@ from jaxtyping import Shaped
 from numpy import ndarray
 
 from server.api.open_inference.messages import InferRequest, Scalar
-from server.api.open_inference.models import FILES, IMAGE, INPUTS, MASK, OUTPUTS, SCORES, Model
+from server.api.open_inference.models import FILES, IMAGE, INPUTS, OUTPUTS, SCORES, Model
 from server.api.open_inference.tensors import Tensor, invalid
 from server.arrays import Image, Volume
 from server.errors import InvalidParameter
