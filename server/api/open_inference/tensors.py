@@ -73,6 +73,17 @@ class Tensor:
         return Tensor(name, datatype, values.shape, values)
 
 
+@dataclass(frozen=True)
+class Leaves:
+    """Elements of a tensor in row-major order, which no list holds.
+
+    Attributes:
+        values: the elements.
+    """
+
+    values: Sequence[Any]
+
+
 def read_shape(name: str, shape: Any) -> tuple[int, ...]:
     """Checks a shape.
 
@@ -116,25 +127,27 @@ def read_raw(name: str, datatype: str, shape: tuple[int, ...], data: memoryview)
 
 
 def read_json(name: str, datatype: str, shape: tuple[int, ...], data: Any, *, in_base64: bool) -> Tensor:
-    """Reads a tensor from the lists of JSON, nested or flat.
+    """Reads a tensor from the lists of JSON, nested or flat, or from the elements that gRPC has.
 
     Args:
         name: name of the tensor.
         datatype: data type.
         shape: elements per axis.
-        data: list of values.
+        data: list of values, or `Leaves`.
         in_base64: whether strings are base64 and not text.
 
     Raises:
         InvalidInferRequest: the data are not of this type and shape.
     """
+    if isinstance(data, Leaves):
+        return read_leaves(name, datatype, shape, data.values, in_base64=False)
     if not isinstance(data, list):
         raise invalid(f"the data of {name!r:.60} are not a list", "data")
     return read_leaves(name, datatype, shape, _flat(name, data), in_base64=in_base64)
 
 
 def read_leaves(
-    name: str, datatype: str, shape: tuple[int, ...], leaves: Sequence[Any], *, in_base64: bool = False
+    name: str, datatype: str, shape: tuple[int, ...], leaves: Sequence[Any], *, in_base64: bool
 ) -> Tensor:
     """Reads a tensor from its elements in row-major order.
 
