@@ -99,9 +99,21 @@ async def segment(
     if len(sources) == 1:
         await batch.segment_one(0, sources[0], qos)
         return batch.masks()
+    try:
+        choice = service.admission.choose_together(_grouped(headers), target, params, qos)
+    except TooLarge as error:
+        if error.fields.get("unit") != "s":
+            raise
+        raise TooLarge(
+            f"{len(sources)} inputs would take about {error.fields['actual']:,.0f} s here, and the server works for a request "
+            f"for at most {qos.timeout_s:g} s; send fewer inputs at once, or choose a shallower level",
+            limit=qos.timeout_s,
+            actual=error.fields["actual"],
+            unit="s",
+        ) from error
     # Time is for all inputs together: one alone would be refused because of the others.
     own = QoS(
-        choice=service.admission.choose_together(_grouped(headers), target, params, qos),
+        choice=choice,
         deadline=qos.deadline if qos.remaining_s < qos.timeout_s else math.inf,
         priority=qos.priority,
         started=qos.started,
