@@ -1,4 +1,4 @@
-"""Calls of gRPC whose message is read when a method asks for it, so that a call can be refused before it is in memory."""
+"""Calls of gRPC whose message is read when a method takes it, so that a call can be refused before it is in memory."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from http import HTTPStatus

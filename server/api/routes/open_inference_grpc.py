@@ -199,9 +199,11 @@ class Servicer:
             with observe(state, door.service.metrics) as observation, door.in_flight.enter():
                 door.service.admission.check_queue(QoS(door.timeout_s))
                 try:
-                    request = await self._parsed("ModelInferRequest", await self._read(messages))
+                    data = await self._read(messages)
+                    request = await self._parsed("ModelInferRequest", data)
                     model = self._find(request.model_name, request.model_version)
-                    work = await self._work(model, request)
+                    work = await self._work(model, request, len(data))
+                    del data, request
                     qos = limits_of(work, _deadlines_ms(work, remaining_s), door.timeout_s, started)
                     inferred = await infer(door.service, model, work, observation, qos)
                     observation.served(inferred)
@@ -239,15 +241,15 @@ class Servicer:
         worker = self._worker(len(data) <= INLINE_BYTES)
         return await worker.run("decode", parse_message, getattr(self._messages, kind), data)
 
-    async def _work(self, model: models.Model, request: Any) -> Work:
+    async def _work(self, model: models.Model, request: Any, size: int) -> Work:
         most = self._door.service.limits.max_zip_images
 
         def read() -> Work:
             return read_work(model, read_request(request, most), most)
 
         # Values that are not raw bytes are read one by one.
-        raw = sum(map(len, request.raw_input_contents))
-        quick = raw <= INLINE_BYTES and request.ByteSize() - raw <= INLINE_JSON
+        typed = any(one.HasField("contents") for one in request.inputs)
+        quick = size <= (INLINE_JSON if typed else INLINE_BYTES)
         return await self._worker(quick).run("decode", read)
 
     async def _pack(self, inferred: Inferred) -> bytes:

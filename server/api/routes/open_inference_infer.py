@@ -22,7 +22,7 @@ from server.segment.request import QoS
 from server.segment.service import SegmentationService
 
 # Requests and answers of more bytes are read and written in threads.
-INLINE_BYTES = 1024 * 1024
+INLINE_BYTES = 2 * 1024 * 1024
 
 # JSON of more bytes, or numbers.
 INLINE_JSON = 32 * 1024

@@ -140,7 +140,7 @@ def test_large_bodies_are_read_and_written_in_threads(monkeypatch: pytest.Monkey
         monkeypatch.setattr(open_inference, name, noted(name))
     with serving(fake_app()) as client:
         ask(client, MODEL, grey(1, 16)).raise_for_status()
-        ask(client, MODEL, grey(300, 64)).raise_for_status()
+        ask(client, MODEL, grey(600, 64)).raise_for_status()
     for name, (small, large) in threads.items():
         assert not small.startswith("worker"), name
         assert large.startswith("worker"), name
