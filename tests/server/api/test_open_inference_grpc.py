@@ -3,15 +3,12 @@
 Both declare the same messages, which one process cannot hold twice.
 """
 
-import contextlib
 import json
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,33 +23,22 @@ from server.errors import Misconfigured
 from server.settings import HttpSettings
 from tests.conftest import ROOT
 from tests.server.api.jobs_support import Gate
+from tests.server.api.open_inference_grpc_support import (
+    GREY,
+    Request,
+    Tensor,
+    free_port,
+    grpc,
+    messages,
+    opened,
+    refused,
+    request,
+    stubs,
+)
 from tests.server.api.scraping import counted, value
 from tests.support.files import GOOD, picture_bytes
 from tests.support.server import make_certificate, serving, until
 from tests.support.service import fake_app, quiet_settings
-
-grpc = pytest.importorskip("grpc")
-messages: Any = import_module("open_inference.grpc.protocol")
-stubs: Any = import_module("open_inference.grpc.service")
-
-Request, Tensor = messages.ModelInferRequest, messages.ModelInferRequest.InferInputTensor
-GREY = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@contextlib.contextmanager
-def opened(app: Any, port: int) -> Iterator[SimpleNamespace]:
-    # In this order, so that calls in flight see the end of the server.
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, serving(app) as client:
-        yield SimpleNamespace(
-            http=client, port=port, channel=channel, stub=stubs.GRPCInferenceServiceStub(channel)
-        )
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +46,6 @@ def door() -> Iterator[SimpleNamespace]:
     port = free_port()
     with opened(fake_app(http={"grpc_port": port}, limits={"max_body_mb": 1}), port) as door:
         yield door
-
-
-def request(values: np.ndarray = GREY, model: str = "fake", **members: Any) -> Any:
-    tensor = Tensor(name="image", datatype="UINT8", shape=values.shape)
-    return Request(model_name=model, inputs=[tensor], raw_input_contents=[values.tobytes()], **members)
-
-
-def refused(call: Any, *arguments: Any, **options: Any) -> Any:
-    with pytest.raises(grpc.RpcError) as raised:
-        call(*arguments, timeout=60, **options)
-    return raised.value
 
 
 def test_health_and_metadata(door: SimpleNamespace) -> None:
@@ -201,71 +176,6 @@ def test_keys_hold_for_all_but_health(tmp_path: Path) -> None:
             assert error.code() is grpc.StatusCode.UNAUTHENTICATED
         for metadata in ([("authorization", f"Bearer {key}")], [("x-api-key", key)]):
             assert door.stub.ModelInfer(request(), metadata=metadata).model_name == "fake"
-
-
-def unsent(door: SimpleNamespace, stop: threading.Event, **options: Any) -> Any:
-    """A call whose message does not come until the end of the test."""
-
-    def messages_of_call() -> Iterator[bytes]:
-        stop.wait(60)
-        yield from ()
-
-    ask = door.channel.stream_unary("/inference.GRPCInferenceService/ModelInfer")
-    return ask.future(messages_of_call(), timeout=60, **options)
-
-
-def test_refused_calls_are_not_read(tmp_path: Path) -> None:
-    """Neither without a key nor on a full server does a message get into memory; a call that sends none has its place."""
-    key, line = make("someone")
-    (tmp_path / "keys").write_text(line)
-    port, stop = free_port(), threading.Event()
-    http = {"grpc_port": port, "max_in_flight": 1}
-    held = [("x-api-key", key)]
-    with opened(fake_app(http=http, auth={"keys_file": tmp_path / "keys"}), port) as door:
-        door.http.headers["x-api-key"] = key
-        try:
-            assert unsent(door, stop).exception(60).code() is grpc.StatusCode.UNAUTHENTICATED
-            first = unsent(door, stop, metadata=held)
-            until(lambda: value(door.http, "requests_in_flight") == 1)
-            error = unsent(door, stop, metadata=held).exception(60)
-            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert "grpc-retry-pushback-ms" in dict(error.trailing_metadata())
-            assert door.stub.ServerReady(messages.ServerReadyRequest()).ready
-            first.cancel()
-            until(lambda: value(door.http, "requests_in_flight") == 0)
-        finally:
-            stop.set()
-
-
-def test_message_that_is_none_and_one_that_does_not_come(door: SimpleNamespace) -> None:
-    ask = door.channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-    assert refused(ask, b"\xff" * 9).code() is grpc.StatusCode.INVALID_ARGUMENT
-    port, stop = free_port(), threading.Event()
-    with opened(fake_app(http={"grpc_port": port}, limits={"max_wait_s": 0.2}), port) as other:
-        try:
-            error = unsent(other, stop).exception(60)
-        finally:
-            stop.set()
-        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert "did not arrive" in error.details()
-
-
-def test_more_calls_than_places_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(open_inference_grpc, "SPARE_CALLS", 0)
-    port, stop = free_port(), threading.Event()
-    with opened(fake_app(http={"grpc_port": port, "max_in_flight": 1}), port) as door:
-        try:
-            first = unsent(door, stop)
-            until(lambda: value(door.http, "requests_in_flight") == 1)
-            # A connection of its own: on one the calls wait for each other.
-            own = [("grpc.use_local_subchannel_pool", 1)]
-            with grpc.insecure_channel(f"127.0.0.1:{port}", own) as channel:
-                stub = stubs.GRPCInferenceServiceStub(channel)
-                error = refused(stub.ServerReady, messages.ServerReadyRequest())
-            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            first.cancel()
-        finally:
-            stop.set()
 
 
 def test_certificate_of_http_is_that_of_grpc(tmp_path: Path) -> None:
