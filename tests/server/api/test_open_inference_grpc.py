@@ -78,8 +78,8 @@ def test_infer_of_raw_and_typed_contents(door: SimpleNamespace) -> None:
     files.contents.bytes_contents.append(GOOD)
     outputs = [Request.InferRequestedOutputTensor(name="mask")]
     level = {"level": messages.InferParameter(int64_param=1)}
-    asked = Request(model_name="fake", inputs=[files], outputs=outputs, parameters=level)
-    answer = door.stub.ModelInfer(asked)
+    sent = Request(model_name="fake", inputs=[files], outputs=outputs, parameters=level)
+    answer = door.stub.ModelInfer(sent)
     assert [*answer.raw_output_contents] == [raw.raw_output_contents[0]]
 
 
