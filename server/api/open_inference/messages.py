@@ -44,6 +44,9 @@ CHUNK_BYTES = 1024 * 1024
 # JSON of an inference request at most: values become objects, which take up to a hundred times its bytes.
 MAX_JSON_BYTES = 16 * 1024 * 1024
 
+# Lists and objects in it at most: a nested image has one per pixel, and making them stops everything else.
+MAX_LISTS = 1_000_000
+
 Scalar = str | int | float | bool
 
 
@@ -186,30 +189,41 @@ def read_json_document(data: bytes | memoryview) -> Any:
 
     Raises:
         InvalidInferRequest: it is none, or is nested too deeply.
+        TooLarge: it has too many lists.
     """
     # Before decoding, because parsers find that out by running out of the stack.
-    if _depth(data) > MAX_DEPTH:
-        raise invalid(
-            f"the JSON of the request is nested more than {MAX_DEPTH} levels deep", "body", limit=MAX_DEPTH
-        )
+    _check_nesting(data)
     try:
         return msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(f"the request is not JSON: {error!s:.100}", "body") from error
 
 
-def _depth(data: bytes | memoryview) -> int:
-    """The deepest nesting of JSON, or any number up to the limit where it is surely below."""
+def _check_nesting(data: bytes | memoryview) -> None:
+    """Checks how deep and how many the lists and objects are, strings aside."""
     values = np.frombuffer(data, np.uint8)
     if np.count_nonzero(STEPS[values] > 0) <= MAX_DEPTH:
-        return 0
+        return
     plain = STRING.sub(b"", data)
-    level = deepest = 0
+    level = deepest = lists = 0
     for first in range(0, len(plain), CHUNK_BYTES):
         steps = STEPS[np.frombuffer(plain, np.uint8, min(CHUNK_BYTES, len(plain) - first), first)]
         levels = level + np.cumsum(steps, dtype=np.int64)
         level, deepest = int(levels[-1]), max(deepest, int(levels.max()))
-    return deepest
+        lists += int(np.count_nonzero(steps > 0))
+    if deepest > MAX_DEPTH:
+        raise invalid(
+            f"the JSON of the request is nested more than {MAX_DEPTH} levels deep", "body", limit=MAX_DEPTH
+        )
+    if lists > MAX_LISTS:
+        raise TooLarge(
+            f"the JSON of a request is limited to {MAX_LISTS:,} lists and objects, and this one has {lists:,}; send binary data "
+            f"(binary_data_size and the header {HEADER}), or flat lists",
+            limit=MAX_LISTS,
+            actual=lists,
+            unit="lists",
+            remedy="binary_data_size",
+        )
 
 
 def _read_head(data: memoryview) -> dict[str, Any]:

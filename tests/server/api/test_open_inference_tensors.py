@@ -310,6 +310,16 @@ def test_long_json_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch)
     ).inputs
 
 
+def test_lists_are_counted_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "MAX_LISTS", 205)
+    # Brackets in strings are none; the document, its inputs, the row, its shape and its data are five.
+    inputs = row(name="[" * 500, shape=[200], data=[[1]] * 200)
+    assert parse(inputs).inputs
+    with pytest.raises(TooLarge) as raised:
+        parse(row(shape=[201], data=[[1]] * 201))
+    assert raised.value.fields["actual"] == 206
+
+
 def test_outputs_choose_their_form() -> None:
     outputs = [{"name": "a", "parameters": {"binary_data": False}}, {"name": "b"}]
     parsed = parse(row(), outputs=outputs, parameters={"binary_data_output": True, "level": 2})
