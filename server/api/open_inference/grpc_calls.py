@@ -75,7 +75,7 @@ async def read_one(messages: AsyncIterator[bytes], seconds: float) -> bytes:
 
     Raises:
         UploadStalled: it did not come in time.
-        EOFError: there is none, because the client left or the message is over the limit.
+        InvalidInferRequest: there is none; where one is over the limit, the client gets the library's own answer.
     """
     try:
         async with timeout(seconds) as limit:
@@ -89,7 +89,10 @@ async def read_one(messages: AsyncIterator[bytes], seconds: float) -> bytes:
             limit=seconds,
             unit="s",
         ) from error
-    raise EOFError
+    raise InvalidInferRequest(
+        f"the call ended without a message of at most {MAX_MESSAGE_MB} MiB or UNETPP_LIMITS__MAX_BODY_MB",
+        parameter="message",
+    )
 
 
 def parse_message(kind: Any, data: bytes) -> Any:

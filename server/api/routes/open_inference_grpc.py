@@ -227,10 +227,7 @@ class Servicer:
         return written
 
     async def _read(self, messages: Messages) -> bytes:
-        try:
-            return await read_one(messages, self._door.timeout_s)
-        except EOFError as error:
-            raise ClientDisconnect from error
+        return await read_one(messages, self._door.timeout_s)
 
     async def _parsed(self, kind: str, data: bytes) -> Any:
         """The message of these bytes.

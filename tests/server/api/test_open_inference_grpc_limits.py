@@ -70,6 +70,8 @@ def test_refused_calls_are_not_read(tmp_path: Path) -> None:
 def test_message_that_is_none_and_one_that_does_not_come(door: SimpleNamespace) -> None:
     ask = door.channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
     assert refused(ask, b"\xff" * 9).code() is grpc.StatusCode.INVALID_ARGUMENT
+    nothing = door.channel.stream_unary("/inference.GRPCInferenceService/ModelInfer")
+    assert refused(nothing, iter(())).code() is grpc.StatusCode.INVALID_ARGUMENT
     port, stop = free_port(), threading.Event()
     with opened(fake_app(http={"grpc_port": port}, limits={"max_wait_s": 0.2}), port) as other:
         try:
