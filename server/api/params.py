@@ -99,8 +99,13 @@ def read_qos(params: SegmentParams, request: Request, timeout_s: float) -> QoS:
     return qos_of(request.headers.getlist(DEADLINE) + given, timeout_s)
 
 
-def qos_of(deadlines_ms: Sequence[str], timeout_s: float) -> QoS:
+def qos_of(deadlines_ms: Sequence[str], timeout_s: float, started: float | None = None) -> QoS:
     """The time limits of a request with these deadlines in milliseconds, of which there is one at most.
+
+    Args:
+        deadlines_ms: deadlines.
+        timeout_s: seconds that the server works for a request at most.
+        started: time of `time.monotonic` when the request came; by default now.
 
     Raises:
         InvalidParameter: the deadline is not a positive number, or is given twice.
@@ -125,7 +130,7 @@ def qos_of(deadlines_ms: Sequence[str], timeout_s: float) -> QoS:
             parameter="deadline_ms",
             value=value,
         )
-    started = time.monotonic()
+    started = time.monotonic() if started is None else started
     return QoS(timeout_s, started + milliseconds / 1000, started=started)
 
 

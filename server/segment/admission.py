@@ -6,9 +6,10 @@ queue can refuse a request, and an idle server refuses none.
 """
 
 import contextlib
+import functools
 import math
 import time
-from collections.abc import AsyncIterator, Hashable, Iterator
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 
 from server.arrays import InputHeader
@@ -21,7 +22,7 @@ from server.runtime.latency import LatencyModel
 from server.runtime.scheduler import Scheduler
 from server.segment import postprocess, quality
 from server.segment.deadline import timeout
-from server.segment.estimate import Estimate, chain_estimate, check_limits, cpu_work, estimate_work
+from server.segment.estimate import Estimate, chain_estimate, check_limits, cpu_work, estimate_work, total
 from server.segment.memory_budget import MemoryBudget
 from server.segment.preprocess import check_pixel_size, place
 from server.segment.registry import Target
@@ -86,7 +87,7 @@ class Admission:
             TooLarge: names the limit and the size.
         """
         formats, placement = self._check(headers, target, params, accept)
-        return self._estimate(headers, placement, formats, target, params)
+        return self._estimate(headers, placement, formats, params, target)
 
     def check_time(self, estimate: Estimate, qos: QoS) -> None:
         """Refuses work of which the answer would come too late.
@@ -137,11 +138,11 @@ class Admission:
             UnknownFormat, InvalidParameter, TooLarge, DeadlineTooShort, Overloaded, DeadlinePassed: refused.
         """
         formats, placement = self._check(headers, requested, params, accept)
-        target, estimate = self._choose(headers, placement, formats, requested, params, qos)
+        estimate_of = functools.partial(self._estimate, headers, placement, formats, params)
+        target, estimate = self._choose(estimate_of, requested, qos)
         started = time.perf_counter()
-        degraded = (
-            ("deadline" if qos.remaining_s < qos.timeout_s else "load") if target is not requested else ""
-        )
+        reason = "deadline" if qos.remaining_s < qos.timeout_s else "load"
+        degraded = "" if target is requested else reason
         first, instance = estimate.first, target.runs[0].instance
         # Others wait for the whole chain only as often as it is run.
         flow = Flow(instance, qos.priority, qos.deadline, first.windows, first.tile, later_s=estimate.later_s)
@@ -155,6 +156,20 @@ class Admission:
         except BaseException as error:
             self._count_dropped(error, flow)
             raise
+
+    def choose_together(
+        self, headers: Sequence[tuple[InputHeader, int]], requested: Target, params: SegmentParams, qos: QoS
+    ) -> int:
+        """Chooses the target of all inputs of a request, given by header and number; see `QoS.choice`.
+
+        Raises:
+            InvalidParameter, TooLarge, DeadlineTooShort, Overloaded, DeadlinePassed: refused.
+        """
+
+        def estimate_of(target: Target) -> Estimate:
+            return total([(self.estimate((one, None), target, params), count) for one, count in headers])
+
+        return (requested, *requested.alternatives).index(self._choose(estimate_of, requested, qos)[0])
 
     @contextlib.contextmanager
     def continue_chain(self, ticket: Ticket, step: int) -> Iterator[Flow]:
@@ -205,8 +220,8 @@ class Admission:
         headers: tuple[InputHeader, InputHeader | None],
         placement: Placement,
         formats: tuple[str, ...],
-        target: Target,
         params: SegmentParams,
+        target: Target,
     ) -> Estimate:
         """Windows, memory and times of a target, of a chain those of all of its levels.
 
@@ -251,27 +266,24 @@ class Admission:
         return estimate
 
     def _choose(
-        self,
-        headers: tuple[InputHeader, InputHeader | None],
-        placement: Placement,
-        formats: tuple[str, ...],
-        requested: Target,
-        params: SegmentParams,
-        qos: QoS,
+        self, estimate_of: Callable[[Target], Estimate], requested: Target, qos: QoS
     ) -> tuple[Target, Estimate]:
         """The deepest level in time, among the requested one and those that the caller allows instead.
 
         Raises:
             TooLarge, DeadlineTooShort, Overloaded, DeadlinePassed: not even the shallowest is in time.
         """
-        estimate = self._estimate(headers, placement, formats, requested, params)
+        if qos.choice is not None:
+            chosen = [requested, *requested.alternatives][: qos.choice + 1][-1]
+            return chosen, estimate_of(chosen)
+        estimate = estimate_of(requested)
         if qos.remaining_s == math.inf:
             return requested, estimate
         candidates = [(requested, estimate)]
         for target in requested.alternatives:
             # It may be just over a limit by its padding.
             with contextlib.suppress(TooLarge):
-                candidates.append((target, self._estimate(headers, placement, formats, target, params)))
+                candidates.append((target, estimate_of(target)))
         kind = (
             requested.model,
             requested.mode,

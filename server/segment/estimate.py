@@ -218,6 +218,21 @@ def chain_estimate(steps: Sequence[Estimate], going_on: Sequence[float]) -> Esti
     )
 
 
+def total(counted: Sequence[tuple[Estimate, int]]) -> Estimate:
+    """The estimate of the inputs of one request, a few of which are worked on at once; counts how many are alike."""
+    ones = [times(one, count) for one, count in counted]
+    return replace(
+        ones[0],
+        pixels=sum(one.pixels * count for one, count in counted),
+        windows=sum(one.windows for one in ones),
+        memory_bytes=max(one.memory_bytes for one in ones),
+        device_s=sum(one.device_s for one in ones),
+        cpu_s=sum(one.cpu_s for one in ones),
+        fastest_s=sum(one.fastest_s for one in ones) if all(one.fastest_s for one in ones) else 0.0,
+        observed=tuple(dict.fromkeys(pair for one in ones for pair in one.observed)),
+    )
+
+
 def times(estimate: Estimate, count: int) -> Estimate:
     """The estimate of `count` inputs that are like one."""
     return replace(

@@ -257,12 +257,15 @@ class QoS:
         priority: "interactive" for callers who wait, "batch" for jobs and shadow evaluation, which get what
             the former leave.
         started: time of `time.monotonic` when the deadline was set.
+        choice: number of the target among the requested one and its alternatives that was chosen for several
+            inputs together; None where the time limits choose it.
     """
 
     timeout_s: float = math.inf
     deadline: float = math.inf
     priority: Priority = "interactive"
     started: float = field(default_factory=time.monotonic)
+    choice: int | None = None
 
     @property
     def budget_s(self) -> float:

@@ -1,6 +1,6 @@
 """One request, from bytes to bytes. Every door calls `SegmentationService.segment`: HTTP, jobs, zips, the command line.
 
-The door of tensors (`/v2`), whose answers are not encoded, calls `segment_array`, and `tile_batch.segment` for small images.
+The door of tensors (`/v2`), whose answers are not encoded, calls `input_batch.segment`, and `tile_batch.segment` for small images.
 """
 
 import contextlib
@@ -8,7 +8,7 @@ import math
 from collections.abc import Awaitable, Callable
 
 from server.arrays import Image, InputHeader, Mask, Volume
-from server.errors import EngineUnavailable, InvalidParameter
+from server.errors import EngineUnavailable
 from server.imaging import geometry
 from server.imaging.decode import is_quick
 from server.imaging.dicom_files import holds_dicom
@@ -149,10 +149,6 @@ class SegmentationService:
         Raises:
             CallerError, TryAgain, ServerFault: `server.errors` draws the tree.
         """
-        if isinstance(source, Upload) and await self.is_batch(source):
-            raise InvalidParameter(
-                "a zip of images is several inputs; send each as an element of its own", parameter="bytes"
-            )
         return await self._segment_again(source, params, qos, ignore_progress, target, encoded=False)
 
     async def _segment_again(
@@ -291,16 +287,21 @@ class SegmentationService:
         return self.admission.estimate(headers, target, params, upload.accept)
 
     def complete(
-        self, header: InputHeader, ticket: Ticket, params: SegmentParams, finished: Finished
+        self,
+        header: InputHeader,
+        ticket: Ticket,
+        params: SegmentParams,
+        finished: Finished,
+        inputs: int = 1,
     ) -> None:
-        """Teaches the latency model and counts what the response tells of quality."""
+        """Teaches the latency model and counts what the response tells of quality, of so many inputs."""
         beside_s = sum(seconds for phase, seconds in finished.timings.items() if phase in CPU_PHASES)
         self.admission.observe_cpu(header, ticket, params, beside_s)
         target, requested = ticket.target, ticket.requested
         if ticket.degraded:
             levels = (f"{requested.level}", f"{target.level}")
-            self.metrics.degraded.labels(target.model, *levels, ticket.degraded).inc()
-            self.metrics.level_deficit.labels(target.model).inc(requested.level - target.level)
+            self.metrics.degraded.labels(target.model, *levels, ticket.degraded).inc(inputs)
+            self.metrics.level_deficit.labels(target.model).inc(inputs * (requested.level - target.level))
         # What a caller does with a mask tells nothing of how good the level is.
         if finished.overlaps and not params.changes_mask:
             named = {c.name: finished.overlaps[c.value] for c in target.manifest.classes}

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 # Larger images spend too little of their time beside the network for this to pay.
 MAX_PIXELS = 256 * 256
 
+# More pixels go one image after the other, because all of one piece lie in memory several times.
+MAX_BATCH_PIXELS = 16 * 1024 * 1024
+
 # Parameters that change neither the scores nor what is made of them, beside `threshold`.
 PLAIN = frozenset(
     ("mode", "level", "model", "precision", "format", "threshold", "deadline_ms", "min_level", "nonfinite")
@@ -44,6 +47,8 @@ PLAIN = frozenset(
 def fits(pixels: Shaped[ndarray, "N H W C"], target: Target, params: SegmentParams) -> bool:
     """Whether each image is one window of a network of images, and its mask needs nothing but its scores."""
     manifest, header = target.manifest, _header(pixels)
+    if math.prod(pixels.shape[:-1]) > MAX_BATCH_PIXELS:
+        return False
     if manifest.dims != 2 or math.prod(header.size) > MAX_PIXELS or not params.model_fields_set <= PLAIN:
         return False
     needs = encoding.needs(encoding.choose(params.format, None))
@@ -106,7 +111,7 @@ async def _segment_once(
         worker.add("infer", result.ended - result.started)
         mask = await worker.run("restore", join, result.scores, header, ticket, params)
     finished = Finished(mask, ticket, worker.timings)
-    service.complete(header, ticket, params, finished)
+    service.complete(header, ticket, params, finished, len(pixels))
     for image, classes in zip(pixels, mask.classes, strict=True):
         service.on_completed(ticket, Image(image), Mask(classes), params)
     return finished

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import mmap
+import os
 import tempfile
 import zlib
 from collections.abc import AsyncIterator, Iterator
@@ -21,6 +22,9 @@ WINDOW_BITS = {"gzip": zlib.MAX_WBITS | 16, "x-gzip": zlib.MAX_WBITS | 16, "defl
 
 # Bytes that are inflated at a time.
 CHUNK_BYTES = 1024 * 1024
+
+# Members of a gzip body at most, and bytes that are read of each first: what lies behind a member is read again.
+MAX_MEMBERS, MEMBER_BYTES = 10_000, 8 * 1024
 
 
 @contextlib.asynccontextmanager
@@ -78,13 +82,24 @@ def _mapped(file: Spooled, size: int) -> Iterator[memoryview]:
 def _inflate(source: Spooled, target: Spooled, bits: int, max_bytes: int) -> int:
     """Decompresses one file into another, and returns the bytes written."""
     source.seek(0)
-    inflater, size = zlib.decompressobj(wbits=bits), 0
+    inflater, size, members = zlib.decompressobj(wbits=bits), 0, 1
     try:
-        while not inflater.eof:
-            data = inflater.unconsumed_tail or source.read(CHUNK_BYTES)
+        while True:
+            if inflater.eof:
+                # A file of gzip may have several members one after the other (RFC 1952, 2.2).
+                source.seek(-len(inflater.unused_data), os.SEEK_CUR)
+                data = source.read(MEMBER_BYTES)
+                if not data:
+                    return size
+                members += 1
+                if bits == zlib.MAX_WBITS or members > MAX_MEMBERS:
+                    raise _broken()
+                inflater = zlib.decompressobj(wbits=bits)
+            else:
+                data = inflater.unconsumed_tail or source.read(CHUNK_BYTES)
             part = inflater.decompress(data, CHUNK_BYTES)
             if not data and not part:
-                break
+                raise _broken()
             size += len(part)
             if size > max_bytes:
                 raise TooLarge(
@@ -97,9 +112,6 @@ def _inflate(source: Spooled, target: Spooled, bits: int, max_bytes: int) -> int
             target.write(part)
     except zlib.error as error:
         raise _broken() from error
-    if not inflater.eof or inflater.unused_data or source.read(1):
-        raise _broken()
-    return size
 
 
 def _broken() -> Unreadable:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from server.api.open_inference.messages import InferRequest, Scalar, read_message
-from server.api.open_inference.tensors import Tensor, write_raw
+from server.api.open_inference.tensors import Leaves, Tensor, write_raw
 
 # Members of a tensor's contents by data type, where it does not come as raw bytes.
 CONTENTS = {
@@ -19,8 +19,12 @@ CONTENTS = {
 }
 
 
-def read_request(message: Any) -> InferRequest:
+def read_request(message: Any, max_files: int) -> InferRequest:
     """Reads a ModelInferRequest, by the rules of HTTP's messages.
+
+    Args:
+        message: message.
+        max_files: elements of BYTES at most.
 
     Raises:
         InvalidInferRequest: the protocol does not allow it.
@@ -32,12 +36,14 @@ def read_request(message: Any) -> InferRequest:
         for number, one in enumerate(message.inputs)
     ]
     outputs = [{"name": one.name, "parameters": _scalars(one.parameters)} for one in message.outputs]
-    head: dict[str, Any] = {"inputs": rows, "outputs": outputs, "parameters": _scalars(message.parameters)}
+    # All outputs are raw bytes.
+    parameters = _scalars(message.parameters) | {"binary_data_output": True}
+    head: dict[str, Any] = {"inputs": rows, "outputs": outputs, "parameters": parameters}
     if message.id:
         head["id"] = message.id
     # Of several tensors a copy, which callers of this server have no reason to send.
     whole = raw[0] if len(raw) == 1 else memoryview(b"".join(raw))
-    return read_message(head, whole)
+    return read_message(head, whole, max_files)
 
 
 def _input_row(tensor: Any, raw: memoryview | None) -> dict[str, Any]:
@@ -46,7 +52,7 @@ def _input_row(tensor: Any, raw: memoryview | None) -> dict[str, Any]:
     if raw is not None:
         row["parameters"]["binary_data_size"] = len(raw)
     if raw is None or tensor.HasField("contents"):
-        row["data"] = [*getattr(tensor.contents, CONTENTS.get(tensor.datatype, "bytes_contents"))]
+        row["data"] = Leaves(getattr(tensor.contents, CONTENTS.get(tensor.datatype, "bytes_contents")))
     return row
 
 
@@ -58,8 +64,8 @@ def _scalars(parameters: Mapping[str, Any]) -> dict[str, Scalar]:
     return values
 
 
-def write_response(messages: Any, head: Mapping[str, Any], outputs: Sequence[Tensor]) -> Any:
-    """A ModelInferResponse, whose tensors are raw bytes.
+def write_response(messages: Any, head: Mapping[str, Any], outputs: Sequence[Tensor]) -> bytes:
+    """The bytes of a ModelInferResponse, whose tensors are raw bytes.
 
     Args:
         messages: module of the protocol's messages.
@@ -67,7 +73,7 @@ def write_response(messages: Any, head: Mapping[str, Any], outputs: Sequence[Ten
         outputs: its tensors.
     """
     row = messages.ModelInferResponse.InferOutputTensor
-    return messages.ModelInferResponse(
+    message = messages.ModelInferResponse(
         model_name=head["model_name"],
         model_version=head["model_version"],
         id=head.get("id", ""),
@@ -75,6 +81,8 @@ def write_response(messages: Any, head: Mapping[str, Any], outputs: Sequence[Ten
         outputs=[row(name=one.name, datatype=one.datatype, shape=one.shape) for one in outputs],
         raw_output_contents=[bytes(write_raw(one)) for one in outputs],
     )
+    written: bytes = message.SerializeToString()
+    return written
 
 
 def _parameter(messages: Any, value: Scalar) -> Any:

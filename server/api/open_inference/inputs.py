@@ -1,7 +1,6 @@
 """From an inference request to the parameters and inputs of the service."""
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from jaxtyping import Shaped
 from numpy import ndarray
 
 from server.api.open_inference.messages import InferRequest, Scalar
-from server.api.open_inference.models import FILES, IMAGE, INPUTS, MASK, OUTPUTS, SCORES, Model
+from server.api.open_inference.models import FILES, IMAGE, INPUTS, OUTPUTS, SCORES, Model
 from server.api.open_inference.tensors import Tensor, invalid
 from server.arrays import Image, Volume
 from server.errors import InvalidParameter
@@ -43,6 +42,9 @@ NEUTRAL: dict[str, tuple[Scalar, ...]] = {
 
 MIN_MM, MAX_MM = 1e-4, 1e4
 
+# Microseconds or milliseconds of a deadline; beyond it numbers have no place in a float.
+MAX_TIME = 1e300
+
 DIRECTIONS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
 
 
@@ -64,6 +66,7 @@ class Work:
         pixels: (N, H, W, C) or (N, H, W, D, C) decoded inputs; None where they are encoded.
         affine: (4, 4) matrix of each decoded volume; None for images.
         note: remark on the inputs for the caller.
+        id: identifier of the request; None without one.
     """
 
     params: SegmentParams
@@ -73,6 +76,7 @@ class Work:
     pixels: Shaped[ndarray, "N *size C"] | None = None
     affine: Shaped[ndarray, "4 4"] | None = None
     note: str = ""
+    id: str | None = None
 
     @property
     def count(self) -> int:
@@ -104,8 +108,8 @@ def read_work(model: Model, request: InferRequest, max_inputs: int) -> Work:
     outputs = _outputs(request)
     deadlines_ms, values = _split_parameters(request.parameters)
     spacing = values.pop(SPACING, None)
-    wanted = "mask,npz" if any(name == SCORES for name, _ in outputs) else "mask"
-    params = _params(model, values, wanted)
+    formats = "mask,npz" if any(name == SCORES for name, _ in outputs) else "mask"
+    params = _params(model, values, formats)
     tensor = _input(request.inputs)
     if not 1 <= tensor.shape[0] <= max_inputs:
         raise invalid(
@@ -122,7 +126,7 @@ def read_work(model: Model, request: InferRequest, max_inputs: int) -> Work:
                 f"the shape of {FILES!r} is {list(tensor.shape)}, and one file per input is [N] or [N, 1]",
                 "shape",
             )
-        return Work(params, outputs, deadlines_ms, files=tensor.values)
+        return Work(params, outputs, deadlines_ms, files=tensor.values, id=request.id)
     manifest = model.deployment.manifest
     pixels, note = _pixels(tensor.values, tensor, manifest, params)
     affine = None
@@ -130,7 +134,7 @@ def read_work(model: Model, request: InferRequest, max_inputs: int) -> Work:
         affine = _affine(manifest, spacing)
     elif spacing is not None:
         raise _misplaced(SPACING, spacing, "an image has pixel_size_um")
-    return Work(params, outputs, deadlines_ms, pixels=pixels, affine=affine, note=note)
+    return Work(params, outputs, deadlines_ms, pixels=pixels, affine=affine, note=note, id=request.id)
 
 
 def _outputs(request: InferRequest) -> tuple[tuple[str, bool], ...]:
@@ -162,7 +166,7 @@ def _split_parameters(parameters: Mapping[str, Scalar]) -> tuple[tuple[float, ..
         # No timeout is what clients mean by 0.
         if value is None or (name == TIMEOUT and value == 0 and not isinstance(value, bool)):
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MAX_TIME:
             unit = "microseconds" if name == TIMEOUT else "milliseconds"
             raise InvalidParameter(
                 f"{name}={value!s:.40} is not a positive number of {unit}",
@@ -173,7 +177,7 @@ def _split_parameters(parameters: Mapping[str, Scalar]) -> tuple[tuple[float, ..
     return tuple(deadlines), rest
 
 
-def _params(model: Model, values: Mapping[str, Scalar], wanted: str) -> SegmentParams:
+def _params(model: Model, values: Mapping[str, Scalar], formats: str) -> SegmentParams:
     for name, value in values.items():
         if name in model.decided:
             raise _misplaced(
@@ -185,7 +189,10 @@ def _params(model: Model, values: Mapping[str, Scalar], wanted: str) -> SegmentP
                 parameter=name[:60],
                 allowed=[*ALLOWED, SPACING, TIMEOUT],
             )
-    return SegmentParams.parse({**values, **model.decided, "model": model.deployment.name, "format": wanted})
+    params = SegmentParams.parse(
+        {**values, **model.decided, "model": model.deployment.name, "format": formats}
+    )
+    return params.with_min_object(model.deployment.manifest.min_object_px)
 
 
 def _misplaced(name: str, value: Any, reason: str) -> InvalidParameter:
@@ -278,6 +285,3 @@ def _affine(manifest: Manifest, spacing: Scalar | None) -> Shaped[ndarray, "4 4"
         row, sign = DIRECTIONS[letter]
         affine[row, axis] = sign * mm[axis]
     return affine
-
-
-__all__ = ["DECIDED", "MASK", "Work", "read_work"]

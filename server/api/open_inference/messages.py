@@ -4,6 +4,7 @@ A message is JSON, or JSON and then the raw bytes of its binary tensors in their
 `Inference-Header-Content-Length` says how long the JSON is. A request in which it is 0 is one encoded file and nothing else.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 
 from server.api.open_inference.tensors import (
     BYTES,
+    MAX_ELEMENTS,
     Tensor,
     invalid,
     read_json,
@@ -24,7 +26,7 @@ from server.api.open_inference.tensors import (
     write_json,
     write_raw,
 )
-from server.errors import Unimplemented
+from server.errors import TooLarge, Unimplemented
 
 HEADER = "Inference-Header-Content-Length"
 
@@ -33,10 +35,17 @@ MAX_DIGITS = 12
 
 # Levels of nesting in JSON, as Triton has it; a tensor has a list per axis.
 MAX_DEPTH = 100
-STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+# Without backtracking, which would remember a place for each character.
+STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 STEPS = np.zeros(256, np.int8)
 STEPS[[*b"[{"]], STEPS[[*b"]}"]] = 1, -1
 CHUNK_BYTES = 1024 * 1024
+
+# JSON of an inference request at most: values become objects, which take up to a hundred times its bytes.
+MAX_JSON_BYTES = 16 * 1024 * 1024
+
+# Lists and objects in it at most: a nested image has one per pixel, and making them stops everything else.
+MAX_LISTS = 1_000_000
 
 Scalar = str | int | float | bool
 
@@ -91,30 +100,45 @@ def read_header_length(value: str | None, body_bytes: int) -> int | None:
     return int(value)
 
 
-def parse_request(body: memoryview, header_length: int | None) -> InferRequest:
+def parse_request(body: memoryview, header_length: int | None, max_files: int = MAX_ELEMENTS) -> InferRequest:
     """Reads a request.
 
     Args:
         body: whole body, decompressed.
         header_length: bytes of JSON at its start; None where all is JSON; 0 where it is one encoded file.
+        max_files: elements of BYTES at most.
 
     Raises:
         InvalidInferRequest: the protocol does not allow it.
+        TooLarge: the JSON is too long.
         Unimplemented: it names a region of shared memory, or wants a classification.
     """
     if header_length == 0:
         tensor = Tensor(BYTES.lower(), BYTES, (1,), (bytes(body),))
         return InferRequest({tensor.name: tensor}, binary=True)
-    head = _read_head(body[: len(body) if header_length is None else header_length])
-    return read_message(head, None if header_length is None else body[header_length:])
+    json_bytes = len(body) if header_length is None else header_length
+    if json_bytes > MAX_JSON_BYTES:
+        raise TooLarge(
+            f"the JSON of a request is limited to {MAX_JSON_BYTES:,} bytes, and this one has {json_bytes:,}; send binary data "
+            f"(binary_data_size and the header {HEADER}), or fewer inputs at once",
+            limit=MAX_JSON_BYTES,
+            actual=json_bytes,
+            unit="bytes",
+            remedy="binary_data_size",
+        )
+    head = _read_head(body[:json_bytes])
+    return read_message(head, None if header_length is None else body[header_length:], max_files)
 
 
-def read_message(head: Mapping[str, Any], raw: memoryview | None) -> InferRequest:
+def read_message(
+    head: Mapping[str, Any], raw: memoryview | None, max_files: int = MAX_ELEMENTS
+) -> InferRequest:
     """Reads the members of a request.
 
     Args:
         head: members of the JSON object.
         raw: bytes of all binary tensors, one after the other; None where there can be none.
+        max_files: elements of BYTES at most.
 
     Raises:
         InvalidInferRequest: the protocol does not allow it.
@@ -122,7 +146,7 @@ def read_message(head: Mapping[str, Any], raw: memoryview | None) -> InferReques
     """
     parameters = _parameters(head, "the request")
     binary = _flag(parameters, "binary_data_output", default=False)
-    inputs = _read_inputs(_objects(head, "inputs"), raw)
+    inputs = _read_inputs(_objects(head, "inputs"), raw, max_files)
     outputs = tuple(_read_output(one, default=binary) for one in _objects(head, "outputs"))
     _check_once("outputs", [one.name for one in outputs])
     request_id = head.get("id")
@@ -165,30 +189,41 @@ def read_json_document(data: bytes | memoryview) -> Any:
 
     Raises:
         InvalidInferRequest: it is none, or is nested too deeply.
+        TooLarge: it has too many lists.
     """
     # Before decoding, because parsers find that out by running out of the stack.
-    if _depth(data) > MAX_DEPTH:
-        raise invalid(
-            f"the JSON of the request is nested more than {MAX_DEPTH} levels deep", "body", limit=MAX_DEPTH
-        )
+    _check_nesting(data)
     try:
         return msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(f"the request is not JSON: {error!s:.100}", "body") from error
 
 
-def _depth(data: bytes | memoryview) -> int:
-    """The deepest nesting of JSON, or any number up to the limit where it is surely below."""
+def _check_nesting(data: bytes | memoryview) -> None:
+    """Checks how deep and how many the lists and objects are, strings aside."""
     values = np.frombuffer(data, np.uint8)
     if np.count_nonzero(STEPS[values] > 0) <= MAX_DEPTH:
-        return 0
+        return
     plain = STRING.sub(b"", data)
-    level = deepest = 0
+    level = deepest = lists = 0
     for first in range(0, len(plain), CHUNK_BYTES):
         steps = STEPS[np.frombuffer(plain, np.uint8, min(CHUNK_BYTES, len(plain) - first), first)]
         levels = level + np.cumsum(steps, dtype=np.int64)
         level, deepest = int(levels[-1]), max(deepest, int(levels.max()))
-    return deepest
+        lists += int(np.count_nonzero(steps > 0))
+    if deepest > MAX_DEPTH:
+        raise invalid(
+            f"the JSON of the request is nested more than {MAX_DEPTH} levels deep", "body", limit=MAX_DEPTH
+        )
+    if lists > MAX_LISTS:
+        raise TooLarge(
+            f"the JSON of a request is limited to {MAX_LISTS:,} lists and objects, and this one has {lists:,}; send binary data "
+            f"(binary_data_size and the header {HEADER}), or flat lists",
+            limit=MAX_LISTS,
+            actual=lists,
+            unit="lists",
+            remedy="binary_data_size",
+        )
 
 
 def _read_head(data: memoryview) -> dict[str, Any]:
@@ -198,7 +233,9 @@ def _read_head(data: memoryview) -> dict[str, Any]:
     return head
 
 
-def _read_inputs(rows: Sequence[Mapping[str, Any]], raw: memoryview | None) -> dict[str, Tensor]:
+def _read_inputs(
+    rows: Sequence[Mapping[str, Any]], raw: memoryview | None, max_files: int
+) -> dict[str, Tensor]:
     """The inputs by name; the raw bytes are those of the binary ones, one after the other, and no others."""
     _check_once("inputs", [_name(row, "input") for row in rows])
     sizes = [_binary_size(row) for row in rows]
@@ -217,16 +254,24 @@ def _read_inputs(rows: Sequence[Mapping[str, Any]], raw: memoryview | None) -> d
         if size is not None and raw is not None:
             first, end = next(places)
             part = raw[first:end]
-        inputs[row["name"]] = _read_input(row, part)
+        inputs[row["name"]] = _read_input(row, part, max_files)
     return inputs
 
 
-def _read_input(row: Mapping[str, Any], raw: memoryview | None) -> Tensor:
+def _read_input(row: Mapping[str, Any], raw: memoryview | None, max_files: int) -> Tensor:
     name, datatype, shape = row["name"], row.get("datatype"), read_shape(row["name"], row.get("shape"))
     if not isinstance(datatype, str):
         raise invalid(f"the input {name!r:.60} has no datatype", "datatype")
+    # Before they are read: a body has room for as many empty ones as it has bytes.
+    if datatype == BYTES and math.prod(shape) > max_files:
+        raise invalid(
+            f"a request has at most {max_files:,} inputs, and {name!r:.60} has {math.prod(shape):,}",
+            "shape",
+            limit=max_files,
+            actual=math.prod(shape),
+        )
     if raw is not None:
-        if "data" in row:
+        if row.get("data") is not None:
             raise invalid(f"the input {name!r:.60} has both data and binary_data_size", "data")
         return read_raw(name, datatype, shape, raw)
     content_type = _parameters(row, f"the input {name!r:.60}").get("content_type")
@@ -262,7 +307,9 @@ def _refuse_shared_memory(parameters: Mapping[str, Scalar]) -> None:
 
 
 def _objects(head: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    rows = head.get(key, [])
+    rows = head.get(key)
+    if rows is None:
+        return []
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise invalid(f"{key} is not a list of objects", key)
     return rows
@@ -276,14 +323,16 @@ def _name(row: Mapping[str, Any], kind: str) -> str:
 
 
 def _parameters(row: Mapping[str, Any], of: str) -> dict[str, Scalar]:
-    parameters = row.get("parameters", {})
+    parameters = row.get("parameters")
+    if parameters is None:
+        return {}
     if not isinstance(parameters, dict) or not all(
-        isinstance(value, str | int | float | bool) for value in parameters.values()
+        isinstance(value, str | int | float | bool | None) for value in parameters.values()
     ):
         raise invalid(
             f"the parameters of {of} are not an object of strings, numbers and booleans", "parameters"
         )
-    return parameters
+    return {name: value for name, value in parameters.items() if value is not None}
 
 
 def _flag(parameters: Mapping[str, Scalar], name: str, *, default: bool) -> bool:

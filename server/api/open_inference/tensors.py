@@ -5,7 +5,7 @@ import binascii
 import itertools
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,9 @@ MAX_RANK, MAX_ELEMENTS = 16, 2**40
 
 LENGTH = struct.Struct("<I")
 
+# Types of the elements that JSON may have, by the kind of the array.
+LEAVES: dict[str, set[type]] = {"b": {bool}, "u": {int}, "i": {int}, "f": {int, float}}
+
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
@@ -70,6 +73,17 @@ class Tensor:
         return Tensor(name, datatype, values.shape, values)
 
 
+@dataclass(frozen=True)
+class Leaves:
+    """Elements of a tensor in row-major order, which no list holds.
+
+    Attributes:
+        values: the elements.
+    """
+
+    values: Sequence[Any]
+
+
 def read_shape(name: str, shape: Any) -> tuple[int, ...]:
     """Checks a shape.
 
@@ -81,7 +95,8 @@ def read_shape(name: str, shape: Any) -> tuple[int, ...]:
         sizes is None
         or not 1 <= len(sizes) <= MAX_RANK
         or any(isinstance(size, bool) or not isinstance(size, int) or size < 0 for size in sizes)
-        or math.prod(sizes) > MAX_ELEMENTS
+        # Of no element, too, an array has strides.
+        or math.prod(max(size, 1) for size in sizes) > MAX_ELEMENTS
     ):
         raise invalid(
             f"the shape of {name!r:.60} is not a list of 1 to {MAX_RANK} sizes of 0 or more: {shape!r:.60}",
@@ -112,33 +127,64 @@ def read_raw(name: str, datatype: str, shape: tuple[int, ...], data: memoryview)
 
 
 def read_json(name: str, datatype: str, shape: tuple[int, ...], data: Any, *, in_base64: bool) -> Tensor:
-    """Reads a tensor from the lists of JSON, nested or flat.
+    """Reads a tensor from the lists of JSON, nested or flat, or from the elements that gRPC has.
 
     Args:
         name: name of the tensor.
         datatype: data type.
         shape: elements per axis.
-        data: list of values.
+        data: list of values, or `Leaves`.
         in_base64: whether strings are base64 and not text.
 
     Raises:
         InvalidInferRequest: the data are not of this type and shape.
     """
+    if isinstance(data, Leaves):
+        return read_leaves(name, datatype, shape, data.values, in_base64=False)
     if not isinstance(data, list):
         raise invalid(f"the data of {name!r:.60} are not a list", "data")
-    if datatype == BYTES:
-        elements = tuple(_read_string(name, value, in_base64=in_base64) for value in _flat(data))
-        _check_count(name, len(elements), shape)
-        return Tensor(name, datatype, shape, elements)
-    dtype = _dtype(name, datatype)
+    return read_leaves(name, datatype, shape, _flat(name, data), in_base64=in_base64)
+
+
+def read_leaves(
+    name: str, datatype: str, shape: tuple[int, ...], leaves: Sequence[Any], *, in_base64: bool
+) -> Tensor:
+    """Reads a tensor from its elements in row-major order.
+
+    Args:
+        name: name of the tensor.
+        datatype: data type.
+        shape: elements per axis.
+        leaves: the elements.
+        in_base64: whether strings are base64 and not text.
+
+    Raises:
+        InvalidInferRequest: the elements are not of this type, or not as many.
+    """
+    dtype = None if datatype == BYTES else _dtype(name, datatype)
     if datatype == "FP16":
         raise invalid(f"{name!r:.60} of FP16 cannot come as JSON; send it as binary data", "datatype")
+    if len(leaves) != math.prod(shape):
+        raise invalid(
+            f"{name!r:.60} has {math.prod(shape):,} elements by its shape {list(shape)!s:.80}, and {len(leaves):,} came",
+            "data",
+            limit=math.prod(shape),
+            actual=len(leaves),
+        )
+    if dtype is None:
+        elements = tuple(_read_string(name, value, in_base64=in_base64) for value in leaves)
+        return Tensor(name, datatype, shape, elements)
+    # The types before the array, because numpy would make an array of texts or objects as wide as the longest.
+    allowed: set[type] = LEAVES[dtype.kind]
+    wrong = invalid(f"the data of {name!r:.60} are not values of its datatype", "data")
+    if not set(map(type, leaves)) <= allowed:
+        raise wrong
     try:
-        values = np.array(data)
-    except (ValueError, OverflowError):
-        values = np.array(None)
-    _check_count(name, values.size if values.dtype != object else -1, shape)
-    return Tensor(name, datatype, shape, _cast(name, values, dtype).reshape(shape))
+        with np.errstate(over="ignore"):
+            values = np.fromiter(leaves, dtype, len(leaves))
+    except OverflowError as error:
+        raise wrong from error
+    return Tensor(name, datatype, shape, values.reshape(shape))
 
 
 def write_raw(tensor: Tensor) -> bytes | memoryview:
@@ -194,17 +240,17 @@ def _read_elements(name: str, count: int, data: memoryview) -> tuple[bytes, ...]
     return tuple(elements)
 
 
-def _flat(data: Sequence[Any]) -> Iterator[Any]:
-    """The leaves of nested lists, without recursion."""
-    rest = [iter(data)]
-    while rest:
-        for value in rest[-1]:
-            if isinstance(value, list):
-                rest.append(iter(value))
-                break
-            yield value
-        else:
-            rest.pop()
+def _flat(name: str, data: list[Any]) -> list[Any]:
+    """The leaves of nested lists, level by level.
+
+    Raises:
+        InvalidInferRequest: lists lie beside other values.
+    """
+    while list in (kinds := set(map(type, data))):
+        if len(kinds) > 1:
+            raise invalid(f"the data of {name!r:.60} have lists beside other values", "data")
+        data = list(itertools.chain.from_iterable(data))
+    return data
 
 
 def _read_string(name: str, value: Any, *, in_base64: bool) -> bytes:
@@ -219,37 +265,6 @@ def _read_string(name: str, value: Any, *, in_base64: bool) -> bytes:
         return base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError) as error:
         raise invalid(f"an element of {name!r:.60} is not base64", "data") from error
-
-
-def _check_count(name: str, count: int, shape: tuple[int, ...]) -> None:
-    if count != math.prod(shape):
-        came = "lists of unequal lengths, or other values" if count < 0 else f"{count:,}"
-        raise invalid(
-            f"{name!r:.60} has {math.prod(shape):,} elements by its shape {list(shape)!s:.80}, and {came} came",
-            "data",
-            limit=math.prod(shape),
-            actual=max(count, 0),
-        )
-
-
-def _cast(name: str, values: ndarray, dtype: np.dtype[Any]) -> ndarray:
-    """The values in another type, if that has them."""
-    wrong = invalid(f"the data of {name!r:.60} are not values of its datatype", "data")
-    if not values.size:
-        return np.empty(values.shape, dtype)
-    if dtype.kind == "f":
-        if values.dtype.kind not in "iuf":
-            raise wrong
-        with np.errstate(over="ignore"):
-            return values.astype(dtype)
-    kinds = "b" if dtype.kind == "b" else "iu"
-    if values.dtype.kind not in kinds:
-        raise wrong
-    if kinds == "iu":
-        limits = np.iinfo(dtype)
-        if int(values.min()) < limits.min or int(values.max()) > limits.max:
-            raise wrong
-    return values.astype(dtype)
 
 
 def spans(sizes: Sequence[int]) -> list[tuple[int, int]]:

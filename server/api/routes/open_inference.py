@@ -1,7 +1,6 @@
 """The routes of the Open Inference Protocol, which clients of Triton and KServe call: `/v2`."""
 
 import asyncio
-import math
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Coroutine
@@ -16,27 +15,24 @@ from server.api.access import CLIENT_CLOSED_REQUEST
 from server.api.compression import LEVEL, MIN_BYTES, accepted_codings
 from server.api.open_inference import models
 from server.api.open_inference.body import receive
+from server.api.open_inference.inputs import Work, read_work
 from server.api.open_inference.messages import (
     HEADER,
-    InferRequest,
     pack,
     parse_request,
     read_header_length,
     read_json_document,
 )
 from server.api.open_inference.statistics import Statistics
-from server.api.params import DEADLINE
+from server.api.params import DEADLINE, qos_of
 from server.api.request_headers import header_list
-from server.api.routes.open_inference_infer import Inferred, infer
+from server.api.routes.open_inference_infer import INLINE_BYTES, INLINE_JSON, Inferred, infer, limits_of
 from server.api.routes.segment import InFlight, Observation, observe, unless_disconnected
 from server.errors import InvalidInferRequest, Unimplemented
-from server.segment.request import QoS
+from server.segment.deadline import deadline
 from server.segment.service import SegmentationService
 
 BINARY, JSON = "application/octet-stream", "application/json"
-
-# JSON of more bytes is read and written in threads.
-INLINE_BYTES = 32 * 1024
 
 # Bytes of JSON that the other routes take.
 MAX_JSON_BYTES = 64 * 1024
@@ -141,51 +137,62 @@ class OpenInference:
 
     async def _infer(self, request: Request, name: str, version: str = "") -> Response:
         """Answers as POST /segment does for each input."""
-        model, started = self._find(name, version), time.perf_counter()
+        started, model = time.monotonic(), None
         try:
             with observe(request.state, self.service.metrics) as observation:
-                inferred, parts, length = await self._respond(request, model, observation)
+                model = self._find(name, version)
+                inferred, body, length = await self._respond(request, model, observation, started)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         except BaseException:
-            self.statistics.failed(model.name, time.perf_counter() - started)
+            if model:
+                self.statistics.failed(model.name, time.monotonic() - started)
             raise
         observation.succeeded(inferred)
-        seconds = time.perf_counter() - started
-        self.statistics.succeeded(model.name, inferred.count, seconds, inferred.timings)
+        self.statistics.succeeded(model.name, inferred.count, time.monotonic() - started, inferred.timings)
         request.state.timings = inferred.timings
         headers = {"Content-Type": JSON if length is None else BINARY}
         if length is not None:
             headers[HEADER] = f"{length}"
-        return await _compressed(b"".join(parts), headers, header_list(request, "accept-encoding"))
+        return await _compressed(body, headers, header_list(request, "accept-encoding"))
 
     async def _respond(
-        self, request: Request, model: models.Model, observation: Observation
-    ) -> tuple[Inferred, list[bytes | memoryview], int | None]:
-        service = self.service
+        self, request: Request, model: models.Model, observation: Observation, started: float
+    ) -> tuple[Inferred, bytes, int | None]:
+        service, limits = self.service, self.service.limits
         with self.in_flight.enter():
-            service.admission.check_queue(QoS(self.timeout_s))
-            async with receive(request, service.limits.max_body_mb * 1024 * 1024) as body:
-                parsed = await _parse(request, body)
-                deadlines = request.headers.getlist(DEADLINE)
-                work = infer(service, model, parsed, observation, self.timeout_s, deadlines)
-                inferred = await unless_disconnected(request, work)
+            # A deadline of the header holds for the upload, too.
+            deadlines = request.headers.getlist(DEADLINE)
+            qos = qos_of(deadlines, self.timeout_s, started)
+            service.admission.check_queue(qos)
+            async with deadline(qos), receive(request, limits.max_body_mb * 1024 * 1024) as body:
+                work = await self._read(request, model, body)
+                qos = limits_of(work, deadlines, self.timeout_s, started)
+                done = infer(service, model, work, observation, qos)
+                inferred = await unless_disconnected(request, done)
             observation.served(inferred)
-            return inferred, *await _pack(inferred)
+            return inferred, *await self._pack(inferred)
 
+    async def _read(self, request: Request, model: models.Model, body: memoryview) -> Work:
+        length, most = (
+            read_header_length(request.headers.get(HEADER), len(body)),
+            self.service.limits.max_zip_images,
+        )
 
-async def _parse(request: Request, body: memoryview) -> InferRequest:
-    length = read_header_length(request.headers.get(HEADER), len(body))
-    if (len(body) if length is None else length) <= INLINE_BYTES:
-        return parse_request(body, length)
-    return await asyncio.to_thread(parse_request, body, length)
+        def read() -> Work:
+            return read_work(model, parse_request(body, length, most), most)
 
+        quick = (len(body) if length is None else length) <= INLINE_JSON and len(body) <= INLINE_BYTES
+        return await self.service.workers.task("inline" if quick else "image").run("decode", read)
 
-async def _pack(inferred: Inferred) -> tuple[list[bytes | memoryview], int | None]:
-    in_json = [tensor for tensor, binary in inferred.outputs if not binary]
-    if all(math.prod(tensor.shape) <= INLINE_BYTES for tensor in in_json):
-        return pack(inferred.head, "outputs", inferred.outputs)
-    return await asyncio.to_thread(pack, inferred.head, "outputs", inferred.outputs)
+    async def _pack(self, inferred: Inferred) -> tuple[bytes, int | None]:
+        def write() -> tuple[bytes, int | None]:
+            parts, length = pack(inferred.head, "outputs", inferred.outputs)
+            return b"".join(parts), length
+
+        return await self.service.workers.task("inline" if inferred.is_quick else "image").run(
+            "encode", write
+        )
 
 
 def _versioned(rows: dict[str, Handler]) -> dict[str, Handler]:

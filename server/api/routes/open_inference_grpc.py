@@ -7,12 +7,11 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
@@ -21,31 +20,31 @@ from server import logs
 from server.api import problems
 from server.api.auth import Keys, unauthorized
 from server.api.open_inference import models
+from server.api.open_inference.grpc_calls import (
+    SPARE_CALLS,
+    channel_options,
+    code_of,
+    parse_message,
+    read_one,
+    reading_late,
+)
 from server.api.open_inference.grpc_messages import read_request, write_response
-from server.api.open_inference.messages import InferRequest
+from server.api.open_inference.inputs import Work, read_work
 from server.api.request_headers import presented_key
 from server.api.request_id import VALID
 from server.api.routes.open_inference import OpenInference
-from server.api.routes.open_inference_infer import Inferred, infer
+from server.api.routes.open_inference_infer import INLINE_BYTES, INLINE_JSON, Inferred, infer, limits_of
 from server.api.routes.segment import observe
 from server.api.stopping import Stopping
 from server.errors import Misconfigured, ServerFault, TryAgain, UnetppError
 from server.segment.request import QoS
+from server.segment.workers import Worker
 from server.settings import HttpSettings
 
 T = TypeVar("T")
+Messages: TypeAlias = AsyncIterator[bytes]
 
 log = logging.getLogger(__name__)
-
-# gRPC's names of HTTP's statuses; of others the first digit decides.
-CODES = {
-    HTTPStatus.UNAUTHORIZED: "UNAUTHENTICATED",
-    HTTPStatus.NOT_FOUND: "NOT_FOUND",
-    HTTPStatus.TOO_MANY_REQUESTS: "RESOURCE_EXHAUSTED",
-    HTTPStatus.NOT_IMPLEMENTED: "UNIMPLEMENTED",
-    HTTPStatus.SERVICE_UNAVAILABLE: "UNAVAILABLE",
-    HTTPStatus.GATEWAY_TIMEOUT: "DEADLINE_EXCEEDED",
-}
 
 # Extensions over gRPC, whose tensors are raw bytes anyway.
 EXTENSIONS = ("parameters",)
@@ -94,13 +93,11 @@ class GrpcServer:
         import grpc
         from open_inference.grpc import service as stubs
 
-        max_bytes = self.door.service.limits.max_body_mb * 1024 * 1024
-        options = {
-            "grpc.max_receive_message_length": max_bytes,
-            "grpc.max_send_message_length": -1,
-            "grpc.so_reuseport": 0,
-        }
-        self._server = grpc.aio.server(options=[*options.items()])
+        most = self.http.max_in_flight + SPARE_CALLS
+        options = channel_options(self.door.service.limits.max_body_mb, most)
+        self._server = grpc.aio.server(
+            interceptors=[reading_late()], options=options, maximum_concurrent_rpcs=most
+        )
         add: Any = stubs.add_GRPCInferenceServiceServicer_to_server
         add(Servicer(self), self._server)
         host = f"[{self.http.host}]" if ":" in self.http.host else self.http.host
@@ -151,82 +148,117 @@ class Servicer:
         self._door = server.door
         self._messages: Any = protocol
 
-    async def ServerLive(self, _: Any, context: Any) -> Any:  # noqa: N802 - the protocol's name
+    async def ServerLive(self, _: Messages, context: Any) -> bytes:  # noqa: N802 - the protocol's name
         """Answers whether the process should go on; needs no key."""
         del context
-        return self._messages.ServerLiveResponse(live=await self._holds(self._live))
+        return self._written("ServerLiveResponse", live=await self._holds(self._live))
 
-    async def ServerReady(self, _: Any, context: Any) -> Any:  # noqa: N802
+    async def ServerReady(self, _: Messages, context: Any) -> bytes:  # noqa: N802
         """Answers whether requests should be sent here; needs no key."""
         del context
-        return self._messages.ServerReadyResponse(ready=await self._holds(self._door.check_ready))
+        return self._written("ServerReadyResponse", ready=await self._holds(self._door.check_ready))
 
-    async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def ModelReady(self, messages: Messages, context: Any) -> bytes:  # noqa: N802
         """Answers whether a model can be asked."""
 
-        async def answer() -> Any:
+        async def answer() -> bytes:
+            request = await self._parsed("ModelReadyRequest", await self._read(messages))
             self._find(request.name, request.version)
-            return self._messages.ModelReadyResponse(ready=await self._holds(self._door.check_ready))
+            return self._written("ModelReadyResponse", ready=await self._holds(self._door.check_ready))
 
         return await self._answer(context, answer)
 
-    async def ServerMetadata(self, _: Any, context: Any) -> Any:  # noqa: N802
+    async def ServerMetadata(self, _: Messages, context: Any) -> bytes:  # noqa: N802
         """Answers with the server's name, version and extensions."""
 
-        async def answer() -> Any:
+        async def answer() -> bytes:
             document = models.server_metadata() | {"extensions": EXTENSIONS}
-            return self._messages.ServerMetadataResponse(**document)
+            return self._written("ServerMetadataResponse", **document)
 
         return await self._answer(context, answer)
 
-    async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def ModelMetadata(self, messages: Messages, context: Any) -> bytes:  # noqa: N802
         """Answers with the inputs and outputs of a model."""
 
-        async def answer() -> Any:
+        async def answer() -> bytes:
+            request = await self._parsed("ModelMetadataRequest", await self._read(messages))
             document = models.model_metadata(self._find(request.name, request.version))
-            return self._messages.ModelMetadataResponse(**document)
+            return self._written("ModelMetadataResponse", **document)
 
         return await self._answer(context, answer)
 
-    async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def ModelInfer(self, messages: Messages, context: Any) -> bytes:  # noqa: N802
         """Answers as POST /segment does for each input."""
+        return await self._answer(context, lambda: self._infer(messages, context))
 
-        async def answer() -> Any:
-            inferred = await self._infer(request, context)
-            return write_response(self._messages, inferred.head, [one for one, _ in inferred.outputs])
-
-        return await self._answer(context, answer)
-
-    async def _infer(self, request: Any, context: Any) -> Inferred:
-        door, started = self._door, time.perf_counter()
-        model, state = self._find(request.model_name, request.model_version), SimpleNamespace(attributes={})
+    async def _infer(self, messages: Messages, context: Any) -> bytes:
+        door, state, started = self._door, SimpleNamespace(attributes={}), time.monotonic()
+        remaining_s = context.time_remaining()
+        model: models.Model | None = None
         try:
-            with observe(state, door.service.metrics) as observation:
-                with door.in_flight.enter():
-                    door.service.admission.check_queue(QoS(door.timeout_s))
-                    parsed = read_request(request)
-                    deadlines = _deadlines_ms(parsed, context)
-                    try:
-                        inferred = await infer(
-                            door.service, model, parsed, observation, door.timeout_s, deadlines
-                        )
-                    except asyncio.CancelledError as error:
-                        if self._server.stopping.begun:
-                            raise
-                        raise ClientDisconnect from error
-                observation.served(inferred)
+            with observe(state, door.service.metrics) as observation, door.in_flight.enter():
+                door.service.admission.check_queue(QoS(door.timeout_s))
+                try:
+                    data = await self._read(messages)
+                    request = await self._parsed("ModelInferRequest", data)
+                    model = self._find(request.model_name, request.model_version)
+                    work = await self._work(model, request, len(data))
+                    del data, request
+                    qos = limits_of(work, _deadlines_ms(work, remaining_s), door.timeout_s, started)
+                    inferred = await infer(door.service, model, work, observation, qos)
+                    observation.served(inferred)
+                    written = await self._pack(inferred)
+                except asyncio.CancelledError as error:
+                    if self._server.stopping.begun:
+                        raise
+                    raise ClientDisconnect from error
         except BaseException:
-            door.statistics.failed(model.name, time.perf_counter() - started)
+            if model:
+                door.statistics.failed(model.name, time.monotonic() - started)
             raise
         finally:
             log.info(
                 "gRPC ModelInfer in %.1f ms",
-                (time.perf_counter() - started) * 1e3,
+                (time.monotonic() - started) * 1e3,
                 extra={"fields": state.attributes},
             )
         observation.succeeded(inferred)
-        door.statistics.succeeded(model.name, inferred.count, time.perf_counter() - started, inferred.timings)
-        return inferred
+        door.statistics.succeeded(model.name, inferred.count, time.monotonic() - started, inferred.timings)
+        return written
+
+    async def _read(self, messages: Messages) -> bytes:
+        return await read_one(messages, self._door.timeout_s)
+
+    async def _parsed(self, kind: str, data: bytes) -> Any:
+        """The message of these bytes.
+
+        Raises:
+            InvalidInferRequest: they are none.
+        """
+        worker = self._worker(len(data) <= INLINE_BYTES)
+        return await worker.run("decode", parse_message, getattr(self._messages, kind), data)
+
+    async def _work(self, model: models.Model, request: Any, size: int) -> Work:
+        most = self._door.service.limits.max_zip_images
+
+        def read() -> Work:
+            return read_work(model, read_request(request, most), most)
+
+        # Values that are not raw bytes are read one by one.
+        typed = any(one.HasField("contents") for one in request.inputs)
+        quick = size <= (INLINE_JSON if typed else INLINE_BYTES)
+        return await self._worker(quick).run("decode", read)
+
+    async def _pack(self, inferred: Inferred) -> bytes:
+        worker, outputs = self._worker(inferred.is_quick), [one for one, _ in inferred.outputs]
+        return await worker.run("encode", write_response, self._messages, inferred.head, outputs)
+
+    def _worker(self, quick: bool) -> Worker:
+        return self._door.service.workers.task("inline" if quick else "image")
+
+    def _written(self, kind: str, **members: Any) -> bytes:
+        written: bytes = getattr(self._messages, kind)(**members).SerializeToString()
+        return written
 
     def _find(self, name: str, version: str) -> models.Model:
         return models.find_model(self._door.service.registry, name, version)
@@ -261,7 +293,7 @@ class Servicer:
             raise
         except Exception as error:
             log.error("request %s failed unexpectedly", request_id, exc_info=error)
-            await context.abort(_code("INTERNAL"), problems.INTERNAL)
+            await context.abort(code_of(500), problems.INTERNAL)
             raise
 
     def _check_key(self, headers: Headers) -> None:
@@ -278,10 +310,6 @@ class Servicer:
             raise unauthorized(key)
 
     async def _abort(self, context: Any, error: UnetppError, request_id: str) -> None:
-        status = problems.status_of(type(error))
-        name = CODES.get(
-            status, "INTERNAL" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "INVALID_ARGUMENT"
-        )
         text = str(error)
         if isinstance(error, ServerFault):
             log.error("request %s failed", request_id, exc_info=error)
@@ -295,22 +323,13 @@ class Servicer:
                 ("grpc-retry-pushback-ms", f"{error.retry_after_s * 1000}"),
                 ("retry-after", f"{error.retry_after_s}"),
             ]
-        await context.abort(_code(name), text, tuple(trailing))
+        await context.abort(code_of(problems.status_of(type(error))), text, tuple(trailing))
 
 
-def _deadlines_ms(request: InferRequest, context: Any) -> list[float]:
+def _deadlines_ms(work: Work, remaining_s: float | None) -> list[float]:
     """The call's own deadline in milliseconds, where the parameters give none."""
-    remaining_s = context.time_remaining()
-    if remaining_s is None or "deadline_ms" in request.parameters or request.parameters.get("timeout"):
-        return []
-    return [max(remaining_s * 1000, 1e-3)]
+    return [] if remaining_s is None or work.deadlines_ms else [max(remaining_s * 1000, 1e-3)]
 
 
 def _as_bytes(value: str | bytes) -> bytes:
     return value if isinstance(value, bytes) else value.encode("latin-1", "replace")
-
-
-def _code(name: str) -> Any:
-    import grpc
-
-    return getattr(grpc.StatusCode, name)

@@ -1,31 +1,37 @@
 """Inference of the Open Inference Protocol, for HTTP and gRPC: a request in, tensors out, through the same service."""
 
-import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy import ndarray
 
-from server.api.open_inference.inputs import Work, read_work
-from server.api.open_inference.messages import InferRequest, Scalar
-from server.api.open_inference.models import MASK, VERSION, Model
+from server.api.open_inference.inputs import Work
+from server.api.open_inference.messages import Scalar
+from server.api.open_inference.models import MASK, SCORES, VERSION, Model
 from server.api.open_inference.tensors import Tensor
 from server.api.params import describe_postprocessing, qos_of
 from server.api.routes.segment import Observation
-from server.arrays import Image, LabelledMask, Mask, Volume
-from server.errors import InvalidParameter
 from server.imaging.decode_options import join_notes
-from server.segment import tile_batch
+from server.segment import input_batch, tile_batch
 from server.segment.deadline import deadline
+from server.segment.input_batch import Masks
 from server.segment.registry import Target
-from server.segment.request import QoS, SegmentParams, Upload
-from server.segment.response import Finished
+from server.segment.request import QoS
 from server.segment.service import SegmentationService
 
-# Inputs of one request that are worked on at once, each of which holds its memory; enough to fill batches.
-CONCURRENCY = 16
+# Requests and answers of more bytes are read and written in threads.
+INLINE_BYTES = 2 * 1024 * 1024
+
+# JSON of more bytes, or numbers.
+INLINE_JSON = 32 * 1024
+
+# Bytes of a value of the answer while it is written, by whether it is binary data: JSON is made of an object per
+# value, its place in a list and its text.
+CLASS_BYTES = {False: 12, True: 1}
+LABEL_BYTES = {False: 44, True: 4}
+SCORE_BYTES = {False: 48, True: 2}
 
 
 @dataclass(frozen=True)
@@ -56,110 +62,90 @@ class Inferred:
         named = {} if self.id is None else {"id": self.id}
         return {"model_name": self.model, "model_version": VERSION, **named, "parameters": self.parameters}
 
+    @property
+    def is_quick(self) -> bool:
+        """Whether the answer is written sooner than a thread would have begun."""
+        json = sum(math.prod(tensor.shape) for tensor, binary in self.outputs if not binary)
+        raw = sum(tensor.values.nbytes for tensor, _ in self.outputs if not isinstance(tensor.values, tuple))
+        return json <= INLINE_JSON and raw <= INLINE_BYTES
+
+
+def limits_of(work: Work, deadlines_ms: Sequence[str | float], timeout_s: float, started: float) -> QoS:
+    """The time limits of a request.
+
+    Args:
+        work: request.
+        deadlines_ms: milliseconds that the request allows beside its parameters, e.g. by a header.
+        timeout_s: seconds that the server works for a request at most.
+        started: time of `time.monotonic` when the request came.
+
+    Raises:
+        InvalidParameter: the deadline is not a positive number, or is given twice.
+    """
+    return qos_of([*map(str, (*deadlines_ms, *work.deadlines_ms))], timeout_s, started)
+
 
 async def infer(
-    service: SegmentationService,
-    model: Model,
-    request: InferRequest,
-    observation: Observation,
-    timeout_s: float,
-    deadlines_ms: Sequence[str | float] = (),
+    service: SegmentationService, model: Model, work: Work, observation: Observation, qos: QoS
 ) -> Inferred:
     """Answers an inference request.
 
     Args:
         service: does the work.
         model: model that the request names.
-        request: parsed request.
+        work: request.
         observation: metrics of the request.
-        timeout_s: seconds that the server works for a request at most.
-        deadlines_ms: milliseconds that the request allows beside its parameters, e.g. by a header.
+        qos: time limits of the request.
 
     Raises:
         CallerError, TryAgain, ServerFault: `server.errors` draws the tree.
     """
-    work = read_work(model, request, service.limits.max_zip_images)
-    qos = qos_of([*map(str, (*deadlines_ms, *work.deadlines_ms))], timeout_s)
     target = service.registry.resolve(work.params)
     observation.resolved(target)
     async with deadline(qos):
-        finished, stacked = await _segment(service, work, qos, target)
-    outputs = [
-        (_output(name, finished, work.params, stacked=stacked), binary) for name, binary in work.outputs
-    ]
+        masks = await _segment(service, work, qos, target)
     return Inferred(
         model.name,
-        request.id,
-        _parameters(finished, work),
-        outputs,
-        min((one.ticket.target for one in finished), key=lambda one: one.level),
-        _timings(finished),
+        work.id,
+        _parameters(masks, work),
+        [(_output(name, masks), binary) for name, binary in work.outputs],
+        min((one.target for one in masks.tickets), key=lambda one: one.level),
+        _timings(masks.timings),
         work.count,
     )
 
 
-async def _segment(
-    service: SegmentationService, work: Work, qos: QoS, target: Target
-) -> tuple[Sequence[Finished], bool]:
-    """The masks of the inputs, and whether they are stacked in one."""
-    params = work.params
-    if work.pixels is not None and work.affine is None and tile_batch.fits(work.pixels, target, params):
-        return [await tile_batch.segment(service, work.pixels, params, qos, target)], True
-    places = asyncio.Semaphore(CONCURRENCY)
-
-    async def one(source: Upload | Image | Volume) -> Finished:
-        async with places:
-            return await service.segment_array(source, params, qos, target)
-
-    tasks = [asyncio.ensure_future(one(source)) for source in work.sources()]
-    try:
-        return await asyncio.gather(*tasks), False
-    finally:
-        # Where one failed or the caller left: the others are not worked on.
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+async def _segment(service: SegmentationService, work: Work, qos: QoS, target: Target) -> Masks:
+    params, pixel_bytes = work.params, _pixel_bytes(work, target)
+    if work.pixels is None or work.affine is not None or not tile_batch.fits(work.pixels, target, params):
+        return await input_batch.segment(service, work.sources(), params, qos, target, pixel_bytes)
+    input_batch.check_answer(work.pixels[..., 0].size, pixel_bytes, service.limits.max_body_mb)
+    finished = await tile_batch.segment(service, work.pixels, params, qos, target)
+    scores = finished.mask.scores
+    # They are (K, N, H, W) there.
+    scores = None if scores is None else np.moveaxis(scores, 0, 1)
+    return Masks(finished.mask.classes, scores, [finished.ticket], [finished.timings], [finished.note])
 
 
-def _output(name: str, finished: Sequence[Finished], params: SegmentParams, *, stacked: bool) -> Tensor:
-    """One output tensor; its first axis counts the inputs.
-
-    Raises:
-        InvalidParameter: the inputs have different sizes.
-    """
-    arrays = [_mask(one.mask, params) if name == MASK else _scores(one.mask) for one in finished]
-    if stacked:
-        # Scores are (K, N, H, W) there.
-        return Tensor.of(name, arrays[0] if name == MASK else np.moveaxis(arrays[0], 0, 1))
-    shapes = {one.shape for one in arrays}
-    if len(shapes) > 1:
-        raise InvalidParameter(
-            "the inputs of this request have different sizes, and a tensor has one; send inputs of one size together",
-            parameter="bytes",
-            actual=len(shapes),
-            limit=1,
-        )
-    dtype = max((one.dtype for one in arrays), key=lambda one: one.itemsize)
-    return Tensor.of(name, np.stack(arrays, dtype=dtype))
+def _pixel_bytes(work: Work, target: Target) -> int:
+    """Bytes of the answer for each pixel of the inputs."""
+    values = {
+        MASK: LABEL_BYTES if work.params.instances else CLASS_BYTES,
+        SCORES: {form: size * target.manifest.score_channels for form, size in SCORE_BYTES.items()},
+    }
+    return sum(values[name][binary] for name, binary in work.outputs)
 
 
-def _mask(mask: Mask, params: SegmentParams) -> ndarray:
-    """The class of each pixel, or its object's number where objects were requested, as in the mask of POST /segment."""
-    if not params.instances or not isinstance(mask, LabelledMask):
-        return mask.classes
-    labels = mask.objects.labels
-    return labels.astype(np.uint16 if len(mask.objects) <= np.iinfo(np.uint16).max else np.uint32)
+def _output(name: str, masks: Masks) -> Tensor:
+    values = masks.classes if name == MASK else masks.scores
+    if values is None:
+        raise TypeError("the scores were not requested")
+    return Tensor.of(name, values)
 
 
-def _scores(mask: Mask) -> ndarray:
-    if mask.scores is None:
-        raise TypeError("the scores were not asked for")
-    return mask.scores
-
-
-def _parameters(finished: Sequence[Finished], work: Work) -> dict[str, Scalar]:
+def _parameters(masks: Masks, work: Work) -> dict[str, Scalar]:
     """The facts that POST /segment has in its headers; a list by comma where they differ from input to input."""
-    tickets = [one.ticket for one in finished]
+    tickets = masks.tickets
     requested = tickets[0].requested
     rows: dict[str, Sequence[Scalar]] = {
         "mode": [one.target.mode for one in tickets],
@@ -169,7 +155,7 @@ def _parameters(finished: Sequence[Finished], work: Work) -> dict[str, Scalar]:
         "precision": [one.target.precision for one in tickets],
         "degraded": [one.degraded for one in tickets],
         "postprocessing": [describe_postprocessing(work.params.postprocessing)],
-        "note": [join_notes(work.note, *dict.fromkeys(one.note for one in finished))],
+        "note": [join_notes(work.note, *dict.fromkeys(masks.notes))],
     }
     joined = {
         name: values[0] if len({*values}) == 1 else ",".join(map(str, values))
@@ -178,6 +164,6 @@ def _parameters(finished: Sequence[Finished], work: Work) -> dict[str, Scalar]:
     return {"model": requested.model} | {name: value for name, value in joined.items() if value != ""}
 
 
-def _timings(finished: Sequence[Finished]) -> dict[str, float]:
-    phases = dict.fromkeys(phase for one in finished for phase in one.timings)
-    return {phase: max(one.timings.get(phase, 0.0) for one in finished) for phase in phases}
+def _timings(timings: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    phases = dict.fromkeys(phase for one in timings for phase in one)
+    return {phase: max(one.get(phase, 0.0) for one in timings) for phase in phases}

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from server.api.open_inference.messages import HEADER
+from tests.conftest import ROOT
 from tests.server.api.open_inference_support import MODEL, answer_of, ask, files, image, refused
 from tests.server.api.scraping import counted
 from tests.server.api.sockets import connected, read_response
@@ -124,6 +125,26 @@ def test_objects_are_numbered_as_in_segment(client: httpx.Client, rng: np.random
     ).raise_for_status()
     assert got["mask"].dtype == np.uint16
     assert (got["mask"][0] == np.asarray(Image.open(io.BytesIO(answer.content)))).all()
+
+
+def test_objects_of_a_picture_are_those_of_segment(client: httpx.Client) -> None:
+    """The bundle's own smallest object holds where the request names none, and the answer says so."""
+    encoded = (ROOT / "server/web/samples/cells.png").read_bytes()
+    answer = client.post("/segment?level=1&instances=true", content=encoded).raise_for_status()
+    expected = np.asarray(Image.open(io.BytesIO(answer.content)))
+    pixels_of = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    for tensor in (files(encoded), image(pixels_of[None])):
+        response = ask(
+            client,
+            "/v2/models/nuclei-l1/infer",
+            tensor,
+            parameters={"instances": True},
+            outputs=[{"name": "mask"}],
+        )
+        head, outputs = answer_of(response)
+        assert head["parameters"]["postprocessing"] == answer.headers["x-segment-postprocessing"]
+        assert "min_size_px" in head["parameters"]["postprocessing"]
+        assert outputs["mask"][0].astype(expected.dtype).tobytes() == expected.tobytes()
 
 
 def test_decoded_volumes_lie_as_the_network_sees_them(

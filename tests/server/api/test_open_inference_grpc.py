@@ -3,14 +3,12 @@
 Both declare the same messages, which one process cannot hold twice.
 """
 
-import contextlib
 import json
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,31 +23,22 @@ from server.errors import Misconfigured
 from server.settings import HttpSettings
 from tests.conftest import ROOT
 from tests.server.api.jobs_support import Gate
+from tests.server.api.open_inference_grpc_support import (
+    GREY,
+    Request,
+    Tensor,
+    free_port,
+    grpc,
+    messages,
+    opened,
+    refused,
+    request,
+    stubs,
+)
 from tests.server.api.scraping import counted, value
 from tests.support.files import GOOD, picture_bytes
 from tests.support.server import make_certificate, serving, until
 from tests.support.service import fake_app, quiet_settings
-
-grpc = pytest.importorskip("grpc")
-messages: Any = import_module("open_inference.grpc.protocol")
-stubs: Any = import_module("open_inference.grpc.service")
-
-Request, Tensor = messages.ModelInferRequest, messages.ModelInferRequest.InferInputTensor
-GREY = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@contextlib.contextmanager
-def opened(app: Any, port: int) -> Iterator[SimpleNamespace]:
-    # In this order, so that calls in flight see the end of the server.
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, serving(app) as client:
-        yield SimpleNamespace(http=client, port=port, stub=stubs.GRPCInferenceServiceStub(channel))
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +46,6 @@ def door() -> Iterator[SimpleNamespace]:
     port = free_port()
     with opened(fake_app(http={"grpc_port": port}, limits={"max_body_mb": 1}), port) as door:
         yield door
-
-
-def request(values: np.ndarray = GREY, model: str = "fake", **members: Any) -> Any:
-    tensor = Tensor(name="image", datatype="UINT8", shape=values.shape)
-    return Request(model_name=model, inputs=[tensor], raw_input_contents=[values.tobytes()], **members)
-
-
-def refused(call: Any, *arguments: Any, **options: Any) -> Any:
-    with pytest.raises(grpc.RpcError) as raised:
-        call(*arguments, timeout=60, **options)
-    return raised.value
 
 
 def test_health_and_metadata(door: SimpleNamespace) -> None:
@@ -100,8 +78,8 @@ def test_infer_of_raw_and_typed_contents(door: SimpleNamespace) -> None:
     files.contents.bytes_contents.append(GOOD)
     outputs = [Request.InferRequestedOutputTensor(name="mask")]
     level = {"level": messages.InferParameter(int64_param=1)}
-    asked = Request(model_name="fake", inputs=[files], outputs=outputs, parameters=level)
-    answer = door.stub.ModelInfer(asked)
+    sent = Request(model_name="fake", inputs=[files], outputs=outputs, parameters=level)
+    answer = door.stub.ModelInfer(sent)
     assert [*answer.raw_output_contents] == [raw.raw_output_contents[0]]
 
 

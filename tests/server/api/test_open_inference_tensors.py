@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import struct
+import tracemalloc
 from typing import Any
 
 import hypothesis.extra.numpy as arrays
@@ -12,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.open_inference.messages import pack, parse_request, read_header_length
+from server.api.open_inference import messages
+from server.api.open_inference.messages import pack, parse_request, read_header_length, read_json_document
 from server.api.open_inference.tensors import DTYPES, Tensor
-from server.errors import InvalidInferRequest, Unimplemented
+from server.errors import InvalidInferRequest, TooLarge, Unimplemented
 
 SHAPES = arrays.array_shapes(min_dims=1, max_dims=5, min_side=0, max_side=4)
 NUMBERS = st.sampled_from([*DTYPES.values()]).flatmap(lambda dtype: arrays.arrays(dtype, SHAPES))
@@ -177,6 +179,12 @@ def test_header_absent_is_not_zero() -> None:
         {"shape": 2},
         {"shape": []},
         {"shape": [1] * 17},
+        {"shape": [0, 2**62, 2**62], "data": []},
+        {"data": [[1], 2]},
+        {"data": [[1, 2], [3]]},
+        {"data": [1, None]},
+        {"data": [1, 10**400], "datatype": "FP32"},
+        {"data": [1, "2"], "datatype": "FP32"},
         {"datatype": "FP8"},
         {"datatype": "FP16"},
         {"datatype": 3},
@@ -193,6 +201,18 @@ def test_header_absent_is_not_zero() -> None:
 def test_json_dtype_size_mismatch(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidInferRequest):
         parse(row(**wrong))
+
+
+def test_one_long_text_does_not_widen_the_array() -> None:
+    """An array of texts has room for the longest in every element: 40 kB would take 800 MB."""
+    body = json.dumps({"inputs": [row(shape=[10_001], data=["a" * 20_000] + [0] * 10_000)]}).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidInferRequest):
+            parse_request(memoryview(body), None)
+        assert tracemalloc.get_traced_memory()[1] < 20 * len(body)
+    finally:
+        tracemalloc.stop()
 
 
 BINARY = {"data": None, "parameters": {"binary_data_size": 2}}
@@ -261,6 +281,43 @@ def test_json_recursion_depth_limit(depth: int) -> None:
                 parse_request(memoryview(hidden), None)
             assert raised.value.fields["limit"] == 100
     parse(row(name="[" * 200), raw=None)
+
+
+@pytest.mark.parametrize("text", ["a" * 1_000_000, "\\n" * 500_000, "a" * 999_999 + "\\"])
+def test_depth_beside_long_strings_takes_little_memory(text: str) -> None:
+    """Where a pattern remembers each character, a string takes a hundred times its bytes."""
+    body = f'{{"x":[{"[]," * 200}"{text}"'.encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidInferRequest):
+            read_json_document(body)
+        # Without brackets in strings, and then as steps.
+        assert tracemalloc.get_traced_memory()[1] < 20 * len(body)
+    finally:
+        tracemalloc.stop()
+
+
+def test_long_json_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "MAX_JSON_BYTES", 1000)
+    body = json.dumps({"inputs": [row()], "id": "a" * 1000}).encode()
+    for sent, length in ((body, None), (body + b"12", len(body))):
+        with pytest.raises(TooLarge) as raised:
+            parse_request(memoryview(sent), length)
+        assert "binary data" in str(raised.value)
+    # The tensors behind the JSON do not count.
+    assert parse(
+        row(**BINARY, shape=[2000]) | {"parameters": {"binary_data_size": 2000}}, raw=bytes(2000)
+    ).inputs
+
+
+def test_lists_are_counted_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "MAX_LISTS", 205)
+    # Brackets in strings are none; the document, its inputs, the row, its shape and its data are five.
+    inputs = row(name="[" * 500, shape=[200], data=[[1]] * 200)
+    assert parse(inputs).inputs
+    with pytest.raises(TooLarge) as raised:
+        parse(row(shape=[201], data=[[1]] * 201))
+    assert raised.value.fields["actual"] == 206
 
 
 def test_outputs_choose_their_form() -> None:
