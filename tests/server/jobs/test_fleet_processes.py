@@ -85,7 +85,7 @@ def ended(client: httpx.Client, address: str, id_: str) -> dict[str, Any]:
 def test_kill_9_in_the_middle_of_a_job(fleet: Fleet, replicas: Replicas) -> None:
     """Another server finishes it, with the bytes that a server without a fleet gives."""
     settings = [fleet.settings().model_dump(mode="json", exclude_unset=True) for _ in range(2)]
-    picture = picture_bytes(np.random.default_rng(0).integers(0, 256, (600, 600), dtype=np.uint8))
+    picture = picture_bytes(np.random.default_rng(0).integers(0, 256, (1000, 1000), dtype=np.uint8))
     with fake_service_answer(picture) as right, httpx.Client(timeout=60) as client:
         (other, url), (victim, address) = map(replicas.start, settings)
         for one in (url, address):
