@@ -25,6 +25,27 @@ class Closable(Protocol):
 A = TypeVar("A", bound=Closable)
 
 
+class _Call(Generic[T]):
+    """A coroutine that can be cancelled from the moment on that it is made, because Ctrl-C may come before a future is there."""
+
+    def __init__(self, work: Coroutine[Any, Any, T]) -> None:
+        self._work = work
+        self._task: asyncio.Task[Any] | None = None
+        self._is_cancelled = False
+
+    async def run(self) -> T:
+        if self._is_cancelled:
+            self._work.close()
+            raise asyncio.CancelledError
+        self._task = asyncio.current_task()
+        return await self._work
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
+        if self._task:
+            self._task.cancel()
+
+
 class Blocking(Generic[A]):
     """Runs the coroutines of an asynchronous client in a daemon thread.
 
@@ -69,11 +90,11 @@ class Blocking(Generic[A]):
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine and returns its result; Ctrl-C in the calling thread cancels it."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        call = _Call(work)
         try:
-            return future.result()
+            return asyncio.run_coroutine_threadsafe(call.run(), self._loop).result()
         finally:
-            future.cancel()
+            self._loop.call_soon_threadsafe(call.cancel)
 
     def run_with_progress(
         self, work: Callable[[Callable[..., None]], Coroutine[Any, Any, T]], progress: Callable[..., None]
@@ -85,11 +106,12 @@ class Blocking(Generic[A]):
             progress: callback with the same arguments.
         """
         calls: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
-        future = asyncio.run_coroutine_threadsafe(work(lambda *arguments: calls.put(arguments)), self._loop)
-        future.add_done_callback(lambda _: calls.put(None))
+        call = _Call(work(lambda *arguments: calls.put(arguments)))
         try:
+            future = asyncio.run_coroutine_threadsafe(call.run(), self._loop)
+            future.add_done_callback(lambda _: calls.put(None))
             while (arguments := calls.get()) is not None:
                 progress(*arguments)
             return future.result()
         finally:
-            future.cancel()
+            self._loop.call_soon_threadsafe(call.cancel)
