@@ -12,11 +12,11 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from server import __version__
-from server.errors import InvalidParameter, UnknownModel
+from server.errors import InvalidParameter
 from server.jobs.sessions import Session
 from server.runtime.bundle import ACCURATE
 from server.runtime.deployment import Deployment
-from server.segment.registry import Registry
+from server.segment.registry import Registry, unknown_model
 from server.segment.request import Response, SegmentParams
 
 # Modes that are models of their own, beside one per level; `auto` only where the bundle has a curve.
@@ -145,12 +145,7 @@ def find_model(registry: Registry, name: str) -> dict[str, Any]:
     """
     rows = models(registry)
     if name not in rows:
-        raise UnknownModel(
-            f"model {name!r:.70} is not served here; there are: {', '.join(rows)}",
-            parameter="model",
-            value=name[:70],
-            allowed=[*rows],
-        )
+        raise unknown_model(name, rows)
     return rows[name]
 
 

@@ -74,16 +74,22 @@ async def receive(request: Request) -> AsyncIterator[Upload]:
         return
     _check_type(declared)
     with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as file:
-        received = 0
-        async for chunk in request.stream():
-            received += len(chunk)
-            if received <= SPOOL_BYTES:
-                file.write(chunk)
-            else:
-                # The file is on disk from here on, and waiting for the disk must not stop the event loop.
-                await asyncio.to_thread(file.write, chunk)
+        await spool(request, file)
         file.seek(0)
         yield Upload(cast("BinaryIO", file), accept=header_list(request, "accept"))
+
+
+async def spool(request: Request, file: "tempfile.SpooledTemporaryFile[bytes]") -> int:
+    """Writes the body into a file of `SPOOL_BYTES` in memory; returns the number of bytes."""
+    received = 0
+    async for chunk in request.stream():
+        received += len(chunk)
+        if received <= SPOOL_BYTES:
+            file.write(chunk)
+        else:
+            # The file is on disk from here on, and waiting for the disk must not stop the event loop.
+            await asyncio.to_thread(file.write, chunk)
+    return received
 
 
 @contextlib.asynccontextmanager

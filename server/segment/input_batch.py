@@ -1,6 +1,5 @@
 """The inputs of one request whose answer is arrays: admitted together, worked on a few at once, their masks in one array."""
 
-import asyncio
 import math
 import threading
 from collections.abc import Hashable, Sequence
@@ -20,6 +19,7 @@ from server.segment.registry import Target
 from server.segment.request import QoS, SegmentParams, Upload
 from server.segment.response import Finished
 from server.segment.ticket import Ticket
+from server.segment.workers import gather_limited
 
 if TYPE_CHECKING:
     from server.segment.service import SegmentationService
@@ -216,20 +216,11 @@ class _InputBatch:
 
     async def segment_all(self, sources: Sequence[Upload | Image | Volume], qos: QoS) -> None:
         """Segments a few at once."""
-        todo = iter(enumerate(sources))
 
-        async def work() -> None:
-            for index, source in todo:
-                await self.segment_one(index, source, qos)
+        async def segment_one(index: int, source: Upload | Image | Volume) -> None:
+            await self.segment_one(index, source, qos)
 
-        tasks = [asyncio.create_task(work()) for _ in range(min(CONCURRENCY, len(sources)))]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            # Where one failed or the caller left: the others are not worked on.
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await gather_limited(sources, segment_one, CONCURRENCY)
 
     async def segment_one(self, index: int, source: Upload | Image | Volume, qos: QoS) -> None:
         """Segments one input, and copies its mask to its place."""

@@ -1,14 +1,17 @@
 """Deployments by name, and what a request resolves to. One row per mode."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from server.errors import InvalidParameter, UnknownModel
+from server.errors import EngineUnavailable, InvalidParameter, UnknownModel
 from server.imaging import encode as encoding
 from server.runtime.bundle import ACCURATE, HEAD_STD, Manifest
 from server.runtime.curve import MAX_LOSS, CurvePoint
 from server.runtime.deployment import Deployment, ModelInstance
 from server.segment.request import SegmentParams
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,34 @@ def resolve_target(deployment: Deployment, params: SegmentParams) -> Target:
     if encoding.requires(params.format, HEAD_STD):
         return _with_head_std(target, params)
     return _with_alternatives(target.at_precision(params.precision), params)
+
+
+async def run_with_fallback(
+    target: Target, params: SegmentParams, call: Callable[[Target], Awaitable[T]]
+) -> T:
+    """Awaits a call on a target, and on another where this machine proves unable to run it, which the first to open a graph finds.
+
+    Raises:
+        EngineUnavailable: nothing on this machine can run it.
+    """
+    while True:
+        try:
+            return await call(target)
+        except EngineUnavailable:
+            again = resolve_target(target.deployment, params)
+            if again == target:
+                raise
+            target = again
+
+
+def unknown_model(name: str, names: Collection[str]) -> UnknownModel:
+    """The error for a name that a door does not serve."""
+    return UnknownModel(
+        f"model {name!r:.70} is not served here; there are: {', '.join(names)}",
+        parameter="model",
+        value=name[:70],
+        allowed=[*names],
+    )
 
 
 def _check_tta(deployment: Deployment, params: SegmentParams) -> None:

@@ -8,7 +8,6 @@ import math
 from collections.abc import Awaitable, Callable
 
 from server.arrays import Image, InputHeader, Mask, Volume
-from server.errors import EngineUnavailable
 from server.imaging import geometry
 from server.imaging.decode import is_quick
 from server.imaging.dicom_files import holds_dicom
@@ -26,7 +25,7 @@ from server.segment.deadline import deadline
 from server.segment.estimate import Estimate, cpu_work, mask_needs
 from server.segment.flips import flips
 from server.segment.preprocess import decode_options, decode_upload, note_resampling, read_headers
-from server.segment.registry import Registry, Target, resolve_target
+from server.segment.registry import Registry, Target, run_with_fallback
 from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upload, ignore_progress
 from server.segment.response import Finished, encode_result, finish_mask, respond
 from server.segment.sliding_window import NetworkInput, SlidingWindow, infer, make_sliding_window
@@ -162,19 +161,14 @@ class SegmentationService:
         encoded: bool,
     ) -> Finished:
         """Segments one input, by another candidate where this machine proves unable to run the first."""
-        while True:
-            try:
-                return await self._segment_one(source, params, qos, on_progress, requested, encoded=encoded)
-            except EngineUnavailable:
-                # The first to open a graph may find that this machine cannot run it; another candidate
-                # then serves it.
-                again = resolve_target(requested.deployment, params)
-                if again == requested:
-                    raise
-                requested = again
-                for file in (source.file, source.reference) if isinstance(source, Upload) else ():
-                    if file is not None:
-                        file.seek(0)
+
+        async def segment_one(target: Target) -> Finished:
+            for file in (source.file, source.reference) if isinstance(source, Upload) else ():
+                if file is not None:
+                    file.seek(0)
+            return await self._segment_one(source, params, qos, on_progress, target, encoded=encoded)
+
+        return await run_with_fallback(requested, params, segment_one)
 
     async def _segment_one(
         self,

@@ -12,7 +12,6 @@ from jaxtyping import Shaped
 from numpy import ndarray
 
 from server.arrays import Image, InputHeader, Mask, Tiles
-from server.errors import EngineUnavailable
 from server.imaging import encode as encoding
 from server.segment.deadline import deadline
 from server.segment.merge import decide
@@ -23,7 +22,7 @@ from server.segment.normalization import (
     normalization,
 )
 from server.segment.preprocess import with_channels
-from server.segment.registry import Target, resolve_target
+from server.segment.registry import Target, run_with_fallback
 from server.segment.request import QoS, SegmentParams
 from server.segment.response import Finished
 from server.segment.ticket import Ticket
@@ -82,15 +81,9 @@ async def segment(
         CallerError, TryAgain, ServerFault: `server.errors` draws the tree.
     """
     async with deadline(qos):
-        while True:
-            try:
-                return await _segment_once(service, pixels, params, qos, target)
-            except EngineUnavailable:
-                # This machine cannot run what should serve the graph, which is known once it was opened.
-                again = resolve_target(target.deployment, params)
-                if again == target:
-                    raise
-                target = again
+        return await run_with_fallback(
+            target, params, lambda one: _segment_once(service, pixels, params, qos, one)
+        )
 
 
 async def _segment_once(

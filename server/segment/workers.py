@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, ParamSpec, TypeVar
 
@@ -107,3 +107,24 @@ class Workers:
         """Waits for what runs and ends the threads."""
         for pool in self._pools.values():
             pool.shutdown()
+
+
+async def gather_limited(items: Sequence[T], call: Callable[[int, T], Awaitable[None]], limit: int) -> None:
+    """Calls a function for each item and its index, `limit` at a time; where one fails or the caller leaves, the others end.
+
+    Raises:
+        Exception: that of the first call that failed.
+    """
+    todo = iter(enumerate(items))
+
+    async def work() -> None:
+        for index, item in todo:
+            await call(index, item)
+
+    tasks = [asyncio.create_task(work()) for _ in range(min(limit, len(items)))]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

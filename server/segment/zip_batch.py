@@ -16,7 +16,7 @@ from server.segment.deadline import timeout
 from server.segment.estimate import Estimate, times
 from server.segment.registry import Target
 from server.segment.request import OnProgress, QoS, Response, SegmentParams, Upload
-from server.segment.workers import Worker
+from server.segment.workers import Worker, gather_limited
 from server.segment.zip_files import SPOOL_BYTES, Entry, ZipFiles, ZipTooLarge
 
 if TYPE_CHECKING:
@@ -189,27 +189,19 @@ class _ZipBatch:
         """
         self._rows = [{"name": entry.name[:MAX_NAME]} for entry in entries]
         self._on_progress("decode", 0, len(entries))
-        todo = iter(enumerate(entries))
 
-        async def work() -> None:
-            for index, entry in todo:
-                try:
-                    self._rows[index] |= await self._segment_one(zips, entry, worker)
-                except ZipTooLarge:
-                    raise
-                except CallerError as error:
-                    self._errors[index] = error
-                    self._rows[index] |= {"status": "failed", "code": error.code, "detail": str(error)}
-                self._done += 1
-                self._on_progress("infer", self._done, len(entries))
+        async def segment_one(index: int, entry: Entry) -> None:
+            try:
+                self._rows[index] |= await self._segment_one(zips, entry, worker)
+            except ZipTooLarge:
+                raise
+            except CallerError as error:
+                self._errors[index] = error
+                self._rows[index] |= {"status": "failed", "code": error.code, "detail": str(error)}
+            self._done += 1
+            self._on_progress("infer", self._done, len(entries))
 
-        tasks = [asyncio.create_task(work()) for _ in range(min(CONCURRENCY, len(entries)))]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await gather_limited(entries, segment_one, CONCURRENCY)
         errors = [self._errors[index] for index in sorted(self._errors)]
         if len(errors) == len(entries):
             raise _no_image(entries[0].name, errors)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bench.serving import free_port
 from server import listening
 from server.errors import Misconfigured
 from server.settings import HttpSettings, Settings
@@ -15,12 +16,6 @@ from tests.support.server import make_certificate
 
 KEYS = {"keys_file": "keys"}
 ALL = "0.0.0.0"  # noqa: S104 - refused, or for a moment
-
-
-def free_port() -> int:
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        return int(made.getsockname()[1])
 
 
 @pytest.fixture

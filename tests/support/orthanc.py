@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,8 @@ from typing import Any
 
 import httpx
 import pytest
+
+from bench.serving import free_port
 
 ENVIRONMENT = os.environ.copy()  # noqa: TID251 - of children
 ROOT = Path(ENVIRONMENT.get("ORTHANC_ROOT", "/"))
@@ -36,12 +37,6 @@ def tool(name: str) -> str:
     if path is None:
         pytest.skip(f"needs {name}: in PATH, or below ORTHANC_ROOT")
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return int(bound.getsockname()[1])
 
 
 class Orthanc:

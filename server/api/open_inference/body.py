@@ -12,7 +12,7 @@ from typing import TypeAlias
 from starlette.requests import Request
 
 from server.api.request_headers import header_list
-from server.api.upload import SPOOL_BYTES
+from server.api.upload import SPOOL_BYTES, spool
 from server.errors import TooLarge, Unreadable, UnsupportedType
 
 Spooled: TypeAlias = tempfile.SpooledTemporaryFile[bytes]
@@ -49,14 +49,7 @@ async def receive(request: Request, max_bytes: int) -> AsyncIterator[memoryview]
             allowed=[*WINDOW_BITS],
         )
     with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as file:
-        received = 0
-        async for chunk in request.stream():
-            received += len(chunk)
-            if received <= SPOOL_BYTES:
-                file.write(chunk)
-            else:
-                # The file is on disk from here on, and waiting for the disk must not stop the event loop.
-                await asyncio.to_thread(file.write, chunk)
+        received = await spool(request, file)
         if coding == "identity":
             with _mapped(file, received) as body:
                 yield body

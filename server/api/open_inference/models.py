@@ -6,7 +6,7 @@ from typing import Any
 from server import __version__
 from server.errors import UnknownModel
 from server.runtime.deployment import Deployment
-from server.segment.registry import Registry
+from server.segment.registry import Registry, unknown_model
 
 SERVER = "unetpp"
 EXTENSIONS = ("binary_tensor_data", "parameters", "model_configuration", "model_repository", "statistics")
@@ -64,12 +64,7 @@ def find_model(registry: Registry, name: str, version: str = "") -> Model:
     """
     rows = models(registry)
     if name not in rows:
-        raise UnknownModel(
-            f"model {name!r:.70} is not served here; there are: {', '.join(rows)}",
-            parameter="model",
-            value=name[:70],
-            allowed=[*rows],
-        )
+        raise unknown_model(name, rows)
     if version not in ("", VERSION):
         raise UnknownModel(
             f"model {name!r:.70} has no version {version!r:.40}; there is: {VERSION}",

@@ -1,7 +1,6 @@
 """Calls of the Open Inference Protocol over gRPC, by the published stubs."""
 
 import contextlib
-import socket
 from collections.abc import Iterator
 from importlib import import_module
 from types import SimpleNamespace
@@ -10,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.serving import free_port
 from tests.support.server import serving
+from tests.support.service import fake_app
 
 grpc = pytest.importorskip("grpc")
 messages: Any = import_module("open_inference.grpc.protocol")
@@ -20,13 +21,6 @@ Request, Tensor = messages.ModelInferRequest, messages.ModelInferRequest.InferIn
 GREY = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @contextlib.contextmanager
 def opened(app: Any, port: int) -> Iterator[SimpleNamespace]:
     # In this order, so that calls in flight see the end of the server.
@@ -34,6 +28,14 @@ def opened(app: Any, port: int) -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(
             http=client, port=port, channel=channel, stub=stubs.GRPCInferenceServiceStub(channel)
         )
+
+
+@contextlib.contextmanager
+def small_door() -> Iterator[SimpleNamespace]:
+    """A server on fake engines that takes bodies of 1 MiB."""
+    port = free_port()
+    with opened(fake_app(http={"grpc_port": port}, limits={"max_body_mb": 1}), port) as door:
+        yield door
 
 
 def request(values: np.ndarray = GREY, model: str = "fake", **members: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.serving import free_port
 from server.api.auth import make
 from server.api.routes import open_inference_grpc
 from server.api.stopping import Stopping
@@ -27,12 +28,12 @@ from tests.server.api.open_inference_grpc_support import (
     GREY,
     Request,
     Tensor,
-    free_port,
     grpc,
     messages,
     opened,
     refused,
     request,
+    small_door,
     stubs,
 )
 from tests.server.api.scraping import counted, value
@@ -43,8 +44,7 @@ from tests.support.service import fake_app, quiet_settings
 
 @pytest.fixture(scope="module")
 def door() -> Iterator[SimpleNamespace]:
-    port = free_port()
-    with opened(fake_app(http={"grpc_port": port}, limits={"max_body_mb": 1}), port) as door:
+    with small_door() as door:
         yield door
 
 

@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.serving import free_port
 from server.api.auth import make
 from server.api.routes import open_inference_grpc
 from tests.server.api.open_inference_grpc_support import (
     Request,
-    free_port,
     grpc,
     messages,
     opened,
     refused,
     request,
+    small_door,
     stubs,
 )
 from tests.server.api.scraping import value
@@ -28,8 +29,7 @@ from tests.support.service import fake_app
 
 @pytest.fixture(scope="module")
 def door() -> Iterator[SimpleNamespace]:
-    port = free_port()
-    with opened(fake_app(http={"grpc_port": port}, limits={"max_body_mb": 1}), port) as door:
+    with small_door() as door:
         yield door
 
 
