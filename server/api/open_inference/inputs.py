@@ -55,7 +55,7 @@ class FileInMemory(io.BytesIO):
 
 
 @dataclass(frozen=True)
-class Work:
+class InferInputs:
     """An inference request as the service takes it.
 
     Attributes:
@@ -92,7 +92,7 @@ class Work:
         return [Volume(voxels, self.affine) for voxels in self.pixels]
 
 
-def read_work(model: Model, request: InferRequest, max_inputs: int) -> Work:
+def read_inputs(model: Model, request: InferRequest, max_inputs: int) -> InferInputs:
     """Reads what a request asks of a model.
 
     Args:
@@ -126,7 +126,7 @@ def read_work(model: Model, request: InferRequest, max_inputs: int) -> Work:
                 f"the shape of {FILES!r} is {list(tensor.shape)}, and one file per input is [N] or [N, 1]",
                 "shape",
             )
-        return Work(params, outputs, deadlines_ms, files=tensor.values, id=request.id)
+        return InferInputs(params, outputs, deadlines_ms, files=tensor.values, id=request.id)
     manifest = model.deployment.manifest
     pixels, note = _pixels(tensor.values, tensor, manifest, params)
     affine = None
@@ -134,7 +134,7 @@ def read_work(model: Model, request: InferRequest, max_inputs: int) -> Work:
         affine = _affine(manifest, spacing)
     elif spacing is not None:
         raise _misplaced(SPACING, spacing, "an image has pixel_size_um")
-    return Work(params, outputs, deadlines_ms, pixels=pixels, affine=affine, note=note, id=request.id)
+    return InferInputs(params, outputs, deadlines_ms, pixels=pixels, affine=affine, note=note, id=request.id)
 
 
 def _outputs(request: InferRequest) -> tuple[tuple[str, bool], ...]:

@@ -15,7 +15,7 @@ from server.api.access import CLIENT_CLOSED_REQUEST
 from server.api.compression import LEVEL, MIN_BYTES, accepted_codings
 from server.api.open_inference import models
 from server.api.open_inference.body import receive
-from server.api.open_inference.inputs import Work, read_work
+from server.api.open_inference.inputs import InferInputs, read_inputs
 from server.api.open_inference.messages import (
     HEADER,
     pack,
@@ -166,21 +166,21 @@ class OpenInference:
             qos = qos_of(deadlines, self.timeout_s, started)
             service.admission.check_queue(qos)
             async with deadline(qos), receive(request, limits.max_body_mb * 1024 * 1024) as body:
-                work = await self._read(request, model, body)
-                qos = limits_of(work, deadlines, self.timeout_s, started)
-                done = infer(service, model, work, observation, qos)
+                inputs = await self._read(request, model, body)
+                qos = limits_of(inputs, deadlines, self.timeout_s, started)
+                done = infer(service, model, inputs, observation, qos)
                 inferred = await unless_disconnected(request, done)
             observation.served(inferred)
             return inferred, *await self._pack(inferred)
 
-    async def _read(self, request: Request, model: models.Model, body: memoryview) -> Work:
+    async def _read(self, request: Request, model: models.Model, body: memoryview) -> InferInputs:
         length, most = (
             read_header_length(request.headers.get(HEADER), len(body)),
             self.service.limits.max_zip_images,
         )
 
-        def read() -> Work:
-            return read_work(model, parse_request(body, length, most), most)
+        def read() -> InferInputs:
+            return read_inputs(model, parse_request(body, length, most), most)
 
         quick = (len(body) if length is None else length) <= INLINE_JSON and len(body) <= INLINE_BYTES
         return await self.service.workers.task("inline" if quick else "image").run("decode", read)

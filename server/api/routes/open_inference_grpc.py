@@ -29,7 +29,7 @@ from server.api.open_inference.grpc_calls import (
     reading_late,
 )
 from server.api.open_inference.grpc_messages import read_request, write_response
-from server.api.open_inference.inputs import Work, read_work
+from server.api.open_inference.inputs import InferInputs, read_inputs
 from server.api.request_headers import presented_key
 from server.api.request_id import VALID
 from server.api.routes.open_inference import OpenInference
@@ -202,10 +202,10 @@ class Servicer:
                     data = await self._read(messages)
                     request = await self._parsed("ModelInferRequest", data)
                     model = self._find(request.model_name, request.model_version)
-                    work = await self._work(model, request, len(data))
+                    inputs = await self._read_inputs(model, request, len(data))
                     del data, request
-                    qos = limits_of(work, _deadlines_ms(work, remaining_s), door.timeout_s, started)
-                    inferred = await infer(door.service, model, work, observation, qos)
+                    qos = limits_of(inputs, _deadlines_ms(inputs, remaining_s), door.timeout_s, started)
+                    inferred = await infer(door.service, model, inputs, observation, qos)
                     observation.served(inferred)
                     written = await self._pack(inferred)
                 except asyncio.CancelledError as error:
@@ -238,11 +238,11 @@ class Servicer:
         worker = self._worker(len(data) <= INLINE_BYTES)
         return await worker.run("decode", parse_message, getattr(self._messages, kind), data)
 
-    async def _work(self, model: models.Model, request: Any, size: int) -> Work:
+    async def _read_inputs(self, model: models.Model, request: Any, size: int) -> InferInputs:
         most = self._door.service.limits.max_zip_images
 
-        def read() -> Work:
-            return read_work(model, read_request(request, most), most)
+        def read() -> InferInputs:
+            return read_inputs(model, read_request(request, most), most)
 
         # Values that are not raw bytes are read one by one.
         typed = any(one.HasField("contents") for one in request.inputs)
@@ -326,9 +326,9 @@ class Servicer:
         await context.abort(code_of(problems.status_of(type(error))), text, tuple(trailing))
 
 
-def _deadlines_ms(work: Work, remaining_s: float | None) -> list[float]:
+def _deadlines_ms(inputs: InferInputs, remaining_s: float | None) -> list[float]:
     """The call's own deadline in milliseconds, where the parameters give none."""
-    return [] if remaining_s is None or work.deadlines_ms else [max(remaining_s * 1000, 1e-3)]
+    return [] if remaining_s is None or inputs.deadlines_ms else [max(remaining_s * 1000, 1e-3)]
 
 
 def _as_bytes(value: str | bytes) -> bytes:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from server.api.open_inference.inputs import Work
+from server.api.open_inference.inputs import InferInputs
 from server.api.open_inference.messages import Scalar
 from server.api.open_inference.models import MASK, SCORES, VERSION, Model
 from server.api.open_inference.tensors import Tensor
@@ -70,11 +70,13 @@ class Inferred:
         return json <= INLINE_JSON and raw <= INLINE_BYTES
 
 
-def limits_of(work: Work, deadlines_ms: Sequence[str | float], timeout_s: float, started: float) -> QoS:
+def limits_of(
+    inputs: InferInputs, deadlines_ms: Sequence[str | float], timeout_s: float, started: float
+) -> QoS:
     """The time limits of a request.
 
     Args:
-        work: request.
+        inputs: request.
         deadlines_ms: milliseconds that the request allows beside its parameters, e.g. by a header.
         timeout_s: seconds that the server works for a request at most.
         started: time of `time.monotonic` when the request came.
@@ -82,58 +84,62 @@ def limits_of(work: Work, deadlines_ms: Sequence[str | float], timeout_s: float,
     Raises:
         InvalidParameter: the deadline is not a positive number, or is given twice.
     """
-    return qos_of([*map(str, (*deadlines_ms, *work.deadlines_ms))], timeout_s, started)
+    return qos_of([*map(str, (*deadlines_ms, *inputs.deadlines_ms))], timeout_s, started)
 
 
 async def infer(
-    service: SegmentationService, model: Model, work: Work, observation: Observation, qos: QoS
+    service: SegmentationService, model: Model, inputs: InferInputs, observation: Observation, qos: QoS
 ) -> Inferred:
     """Answers an inference request.
 
     Args:
         service: does the work.
         model: model that the request names.
-        work: request.
+        inputs: request.
         observation: metrics of the request.
         qos: time limits of the request.
 
     Raises:
         CallerError, TryAgain, ServerFault: `server.errors` draws the tree.
     """
-    target = service.registry.resolve(work.params)
+    target = service.registry.resolve(inputs.params)
     observation.resolved(target)
     async with deadline(qos):
-        masks = await _segment(service, work, qos, target)
+        masks = await _segment(service, inputs, qos, target)
     return Inferred(
         model.name,
-        work.id,
-        _parameters(masks, work),
-        [(_output(name, masks), binary) for name, binary in work.outputs],
+        inputs.id,
+        _parameters(masks, inputs),
+        [(_output(name, masks), binary) for name, binary in inputs.outputs],
         min((one.target for one in masks.tickets), key=lambda one: one.level),
         _timings(masks.timings),
-        work.count,
+        inputs.count,
     )
 
 
-async def _segment(service: SegmentationService, work: Work, qos: QoS, target: Target) -> Masks:
-    params, pixel_bytes = work.params, _pixel_bytes(work, target)
-    if work.pixels is None or work.affine is not None or not tile_batch.fits(work.pixels, target, params):
-        return await input_batch.segment(service, work.sources(), params, qos, target, pixel_bytes)
-    input_batch.check_answer(work.pixels[..., 0].size, pixel_bytes, service.limits.max_body_mb)
-    finished = await tile_batch.segment(service, work.pixels, params, qos, target)
+async def _segment(service: SegmentationService, inputs: InferInputs, qos: QoS, target: Target) -> Masks:
+    params, pixel_bytes = inputs.params, _pixel_bytes(inputs, target)
+    if (
+        inputs.pixels is None
+        or inputs.affine is not None
+        or not tile_batch.fits(inputs.pixels, target, params)
+    ):
+        return await input_batch.segment(service, inputs.sources(), params, qos, target, pixel_bytes)
+    input_batch.check_answer(inputs.pixels[..., 0].size, pixel_bytes, service.limits.max_body_mb)
+    finished = await tile_batch.segment(service, inputs.pixels, params, qos, target)
     scores = finished.mask.scores
     # They are (K, N, H, W) there.
     scores = None if scores is None else np.moveaxis(scores, 0, 1)
     return Masks(finished.mask.classes, scores, [finished.ticket], [finished.timings], [finished.note])
 
 
-def _pixel_bytes(work: Work, target: Target) -> int:
+def _pixel_bytes(inputs: InferInputs, target: Target) -> int:
     """Bytes of the answer for each pixel of the inputs."""
     values = {
-        MASK: LABEL_BYTES if work.params.instances else CLASS_BYTES,
+        MASK: LABEL_BYTES if inputs.params.instances else CLASS_BYTES,
         SCORES: {form: size * target.manifest.score_channels for form, size in SCORE_BYTES.items()},
     }
-    return sum(values[name][binary] for name, binary in work.outputs)
+    return sum(values[name][binary] for name, binary in inputs.outputs)
 
 
 def _output(name: str, masks: Masks) -> Tensor:
@@ -143,7 +149,7 @@ def _output(name: str, masks: Masks) -> Tensor:
     return Tensor.of(name, values)
 
 
-def _parameters(masks: Masks, work: Work) -> dict[str, Scalar]:
+def _parameters(masks: Masks, inputs: InferInputs) -> dict[str, Scalar]:
     """The facts that POST /segment has in its headers; a list by comma where they differ from input to input."""
     tickets = masks.tickets
     requested = tickets[0].requested
@@ -154,8 +160,8 @@ def _parameters(masks: Masks, work: Work) -> dict[str, Scalar]:
         "level_requested": [requested.level],
         "precision": [one.target.precision for one in tickets],
         "degraded": [one.degraded for one in tickets],
-        "postprocessing": [describe_postprocessing(work.params.postprocessing)],
-        "note": [join_notes(work.note, *dict.fromkeys(masks.notes))],
+        "postprocessing": [describe_postprocessing(inputs.params.postprocessing)],
+        "note": [join_notes(inputs.note, *dict.fromkeys(masks.notes))],
     }
     joined = {
         name: values[0] if len({*values}) == 1 else ",".join(map(str, values))

@@ -111,7 +111,7 @@ def test_answers_are_limited_as_binary_data(door: SimpleNamespace) -> None:
 
 
 def test_large_messages_are_read_and_written_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: dict[str, list[str]] = {"parse_message": [], "read_work": [], "write_response": []}
+    threads: dict[str, list[str]] = {"parse_message": [], "read_inputs": [], "write_response": []}
 
     def noted(name: str) -> Any:
         call = getattr(open_inference_grpc, name)

@@ -125,7 +125,7 @@ def test_elements_are_counted_before_they_are_read() -> None:
 
 
 def test_large_bodies_are_read_and_written_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: dict[str, list[str]] = {"parse_request": [], "read_work": [], "pack": []}
+    threads: dict[str, list[str]] = {"parse_request": [], "read_inputs": [], "pack": []}
 
     def noted(name: str) -> Any:
         call = getattr(open_inference, name)
