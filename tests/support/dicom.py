@@ -23,11 +23,11 @@ SERIES = "1.2.826.0.1.3680043.8.498.1"
 # Text that no answer, log or name may repeat.
 PATIENT = {
     "PatientName": "Mustermann^Erika",
-    "PatientID": "PID-4711-77",
+    "PatientID": "PID-Kx4711q",
     "PatientBirthDate": "19640812",
     "StudyDescription": "Kopfschmerz seit Dienstag",
     "SeriesDescription": "Schaedel nativ Erika",
-    "AccessionNumber": "ACC-90210",
+    "AccessionNumber": "ACC-Kx90210",
     "ReferringPhysicianName": "Hausarzt^Dr",
     "InstitutionName": "Klinik am Wald",
     "StudyDate": "20240229",
@@ -35,11 +35,11 @@ PATIENT = {
 SECRETS = (
     "Mustermann",
     "Erika",
-    "4711",
+    "Kx4711q",
     "19640812",
     "Kopfschmerz",
     "Schaedel",
-    "90210",
+    "Kx90210",
     "Hausarzt",
     "20240229",
 )
