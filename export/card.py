@@ -60,6 +60,7 @@ class Card(BaseModel):
         threshold: foreground is a score above it, for one class.
         objects: meaning of a head's second channel, which tells touching objects apart; for one class with the activation "sigmoid".
         min_object_px: with `instances=true`, objects of fewer pixels (voxels) are removed where the request names no size.
+        min_object_score: likewise the mean score below which objects are removed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -85,6 +86,7 @@ class Card(BaseModel):
     threshold: float = Field(0.5, gt=0, lt=1)
     objects: ObjectChannel | None = None
     min_object_px: int = Field(0, ge=0, le=1_000_000)
+    min_object_score: float = Field(0.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _check(self) -> "Card":

@@ -177,6 +177,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
             "Give one of the three minimum sizes.",
         ),
         "min_size_mm3": ("volumes, stacks", "Give one of the three minimum sizes."),
+        "min_score": ("all", ""),
         "keep_largest": ("all", ""),
     },
     "Time limits": {

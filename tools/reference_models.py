@@ -130,6 +130,11 @@ def _properties(manifest: Manifest) -> Iterator[tuple[str, str]]:
             "specks",
             f"with `instances=true` objects of fewer than {manifest.min_object_px} pixels are removed (`min_size_px`)",
         )
+    if manifest.min_object_score:
+        yield (
+            "uncertain objects",
+            f"with `instances=true` objects of a mean score below {manifest.min_object_score:g} are removed (`min_score`)",
+        )
 
 
 def _levels(manifest: Manifest) -> str:

@@ -153,6 +153,7 @@ class Manifest(Part):
         objects: meaning of the channel that follows the class's; None where objects are separated by their shape.
         min_object_px: with `instances=true`, objects of fewer pixels (voxels) of the input are specks, and removed where the request
             names no size; chosen on validation data.
+        min_object_score: likewise the mean score below which objects are removed.
         head_std: `accurate` with one channel more: the standard deviation over the heads of the foreground
             probability. None where there is one head, or the bundle was exported by a version that had no
             such graph.
@@ -185,6 +186,7 @@ class Manifest(Part):
     classes: tuple[Class, ...] = Field(min_length=1)
     objects: ObjectChannel | None = None
     min_object_px: int = Field(0, ge=0, le=1_000_000)
+    min_object_score: float = Field(0.0, ge=0, le=1)
     window: Window
     padding: Literal["reflect", "constant"] = "reflect"
     mirror_axes: tuple[int, ...] | None = None

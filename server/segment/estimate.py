@@ -132,9 +132,14 @@ def estimate_work(
 
 
 def mask_needs(formats: tuple[str, ...], params: SegmentParams, manifest: Manifest) -> frozenset[str]:
-    """Parts of the mask that the formats need, and "interior" where the network separates objects."""
-    by_network = params.instances and manifest.objects is not None
-    return encoding.needs(formats) | ({"interior"} if by_network else frozenset())
+    """Parts of the mask that the formats and the post-processing need.
+
+    Beside those of the formats "confidence", where objects have a mean score, and "interior", where the network separates objects.
+    """
+    needs = encoding.needs(formats)
+    scored = {"confidence"} if "objects" in needs or params.min_score is not None else frozenset()
+    by_network = {"interior"} if params.instances and manifest.objects is not None else frozenset()
+    return needs | scored | by_network
 
 
 def check_limits(estimate: Estimate, header: InputHeader, limits: LimitsSettings) -> None:
@@ -172,7 +177,7 @@ def _output_bytes(
     # The score of each pixel's class; what is labelled and listed. Post-processing is over when the mask is
     # encoded.
     objects = "objects" in needs
-    memory += (2 * objects + 2 * ("interior" in needs)) * pixels
+    memory += (2 * ("confidence" in needs) + 2 * ("interior" in needs)) * pixels
     encoded = (postprocess.label_bytes(pixels) if objects else 0) + encoding.memory(
         formats, header, len(manifest.classes)
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import scipy
-from jaxtyping import Bool, Int32, Int64, Shaped, UInt8
+from jaxtyping import Bool, Float32, Float64, Int32, Int64, Shaped, UInt8
 from numpy import ndarray
 
 from server.arrays import Objects
@@ -82,13 +82,12 @@ def measure(
     high, moment = np.zeros((lines.ndim, count), np.int64), np.zeros((lines.ndim, count))
     for chunk in chunks(lines.size):
         starts, lengths, numbers = runs(lines.reshape(-1)[chunk], chunk.start, length)
-        if scores is not None and len(starts):
-            sums = np.add.reduceat(scores[chunk].astype(np.float32), starts - chunk.start, dtype=np.float64)
+        sums = None if scores is None else _run_sums(scores, chunk, starts)
         inside = numbers > 0
         starts, lengths, numbers = starts[inside], lengths[inside], numbers[inside] - 1
         value[numbers] = flat_classes[starts]
         np.add.at(pixels, numbers, lengths)
-        if scores is not None:
+        if sums is not None:
             np.add.at(total, numbers, sums[inside])
         line, first = np.divmod(starts, length)
         for axis, index in enumerate(np.unravel_index(line, outer)):
@@ -103,6 +102,34 @@ def measure(
     low, high, centroid = (np.ascontiguousarray(column[axes].T) for column in (low, high, moment / pixels))
     border = touches_border(low, high, labels.shape, time_slices)
     return Objects(labels, value, pixels, centroid, low, high, mean.astype(np.float32), border, time_slices)
+
+
+def mean_scores(
+    labels: Int32[ndarray, "*size"], sizes: Int64[ndarray, " N"], confidence: Shaped[ndarray, "*size"]
+) -> Float32[ndarray, " N"]:
+    """The mean score of each object, as `measure` has it.
+
+    Args:
+        labels: numbers from 1 to N; 0 is background.
+        sizes: pixels of each object.
+        confidence: score of each pixel's class.
+    """
+    lines, scores = scan_order(labels), scan_order(confidence).reshape(-1)
+    total = np.zeros(len(sizes) + 1, np.float64)
+    for chunk in chunks(lines.size):
+        starts, _, numbers = runs(lines.reshape(-1)[chunk], chunk.start, lines.shape[-1])
+        np.add.at(total, numbers, _run_sums(scores, chunk, starts))
+    means: Float32[ndarray, " N"] = (total[1:] / sizes).astype(np.float32)
+    return means
+
+
+def _run_sums(
+    scores: Shaped[ndarray, " pixels"], chunk: slice, starts: Int64[ndarray, " runs"]
+) -> Float64[ndarray, " runs"]:
+    sums: Float64[ndarray, " runs"] = np.add.reduceat(
+        scores[chunk].astype(np.float32), starts - chunk.start, dtype=np.float64
+    )
+    return sums
 
 
 def check_count(count: int) -> None:

@@ -1,6 +1,6 @@
 """Post-processing of a mask on request, always in this order.
 
-threshold -> fill_holes -> instances -> min_size -> keep_largest
+threshold -> fill_holes -> instances -> min_size, min_score -> keep_largest
 
 The threshold is applied where scores become classes. Objects and holes are connected along all axes of the
 mask, also from page to page of a stack. In a time-lapse each time is processed by itself: nothing is
@@ -28,6 +28,7 @@ from server.segment.labels import (
     chunks,
     label,
     map_labels,
+    mean_scores,
     measure,
     relabel_in_scan_order,
     runs,
@@ -42,7 +43,7 @@ class Processed:
 
     Attributes:
         mask: processed mask, a `LabelledMask` where objects were requested.
-        removed: number of objects removed as too small or as not the largest, per class value.
+        removed: number of objects removed as too small, too uncertain or not the largest, per class value.
     """
 
     mask: Mask
@@ -146,9 +147,9 @@ def postprocess(
     labelled = objects or params.needs_objects
     steps = _Steps(params, _min_pixels(params, unit_mm), labelled, removed, saddle, cancel)
     if time_slices is None:
-        labels, count = steps.apply(mask.classes, spacing_mm, mask.interior)
+        labels, count = steps.apply(mask.classes, spacing_mm, mask.interior, mask.confidence)
     else:
-        labels, count = _each_time(mask.classes, time_slices, spacing_mm, mask.interior, steps.apply)
+        labels, count = _each_time(mask, time_slices, spacing_mm, steps.apply)
     if objects and labels is not None:
         measured = measure(labels, count, mask.classes, mask.confidence, time_slices)
         mask = LabelledMask(mask.classes, mask.scores, mask.head_std, mask.confidence, objects=measured)
@@ -163,27 +164,26 @@ def _min_pixels(params: SegmentParams, unit_mm: float | None) -> float:
 
 
 def _each_time(
-    classes: UInt8[ndarray, "X Y Z"],
+    mask: Mask,
     time_slices: int,
     spacing_mm: tuple[float, ...] | None,
-    interior: Shaped[ndarray, "X Y Z"] | None,
     apply: Callable[..., tuple[Int32[ndarray, "*size"] | None, int]],
 ) -> tuple[Int32[ndarray, "X Y Z"] | None, int]:
     """Applies the steps to each time by itself; the numbers of objects continue from one time to the next."""
-    lines, labels, count = scan_order(classes), None, 0
-    depths = None if interior is None else scan_order(interior)
+    lines, labels, count = scan_order(mask.classes), None, 0
+    # A time of one slice is an image, whose rows are the lines of the volume.
+    single = time_slices == 1
+    spacing = spacing_mm and spacing_mm[::-1] if single else spacing_mm
     for first in range(0, len(lines), time_slices):
-        # A time of one slice is an image, whose rows are the lines of the volume.
-        single = time_slices == 1
-        part, depth = (
-            stack
-            if stack is None
-            else stack[first]
+        classes, interior, confidence = (
+            None
+            if part is None
+            else scan_order(part)[first]
             if single
-            else scan_order(stack[first : first + time_slices])
-            for stack in (lines, depths)
+            else scan_order(scan_order(part)[first : first + time_slices])
+            for part in (mask.classes, mask.interior, mask.confidence)
         )
-        labels_of_time, more = apply(part, spacing_mm and spacing_mm[::-1] if single else spacing_mm, depth)
+        labels_of_time, more = apply(classes, spacing, interior, confidence)
         if labels_of_time is not None:
             labels = np.zeros(lines.shape, dtype=np.int32) if labels is None else labels
             out = labels[first] if single else labels[first : first + time_slices]
@@ -218,6 +218,7 @@ class _Steps:
         classes: UInt8[ndarray, "*size"],
         spacing_mm: tuple[float, ...] | None,
         interior: Shaped[ndarray, "*size"] | None = None,
+        confidence: Shaped[ndarray, "*size"] | None = None,
     ) -> tuple[Int32[ndarray, "*size"] | None, int]:
         """Changes the classes in place; returns the labels (None where not needed) and their number."""
         if self.params.fill_holes:
@@ -230,7 +231,7 @@ class _Steps:
         if self.params.instances:
             # Once before splitting too, because the parts of a small object are small and noise takes long to
             # split.
-            count = self._remove(labels, count, classes, largest=False)
+            count = self._remove(labels, count, classes, None, largest=False)
             check_count(count)
             spacing = spacing_mm or (1.0,) * classes.ndim
             if interior is None or self.saddle is None:
@@ -240,19 +241,32 @@ class _Steps:
                     labels, count, interior, spacing, self.saddle, self.cancel
                 )
             count = relabel_in_scan_order(scan_order(labels), count)[1]
-        count = self._remove(labels, count, classes, largest=self.params.keep_largest)
+        count = self._remove(labels, count, classes, confidence, largest=self.params.keep_largest)
         self.cancel.check()
         return labels, count
 
     def _remove(
-        self, labels: Int32[ndarray, "*size"], count: int, classes: UInt8[ndarray, "*size"], *, largest: bool
+        self,
+        labels: Int32[ndarray, "*size"],
+        count: int,
+        classes: UInt8[ndarray, "*size"],
+        confidence: Shaped[ndarray, "*size"] | None,
+        *,
+        largest: bool,
     ) -> int:
-        """Removes small objects, or all but the largest of each class, in place; returns their number."""
-        if not self.min_pixels and not largest:
+        """Removes small objects, by their `confidence` uncertain ones, and all but the largest of each class, in place.
+
+        Returns:
+            The number of objects that remain.
+        """
+        scores = confidence if self.params.min_score else None
+        if not self.min_pixels and scores is None and not largest:
             return count
         sizes, values = _sizes(labels, count, classes)
         # With a tolerance, because a size in mm is the result of a division.
         kept = sizes >= self.min_pixels * (1 - 1e-9)
+        if scores is not None:
+            kept &= mean_scores(labels, sizes, scores) >= np.float32(self.params.min_score)
         if largest:
             kept &= _largest(np.where(kept, sizes, 0), values)
         if kept.all():

@@ -42,6 +42,7 @@ POSTPROCESSING = (
     "min_size_px",
     "min_size_mm2",
     "min_size_mm3",
+    "min_score",
     "keep_largest",
 )
 MIN_SIZES = ("min_size_px", "min_size_mm2", "min_size_mm3")
@@ -119,6 +120,12 @@ class SegmentParams(BaseModel):
         le=MAX_OBJECT_SIZE,
         description="volumes and stacks: objects of a smaller volume are removed",
     )
+    min_score: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="objects whose mean score is lower are removed; with instances=true by default those of the model card, 0 keeps all",
+    )
     keep_largest: bool = Field(False, description="of each class only the largest object is kept")
     pixel_size_um: str | None = Field(
         None,
@@ -194,16 +201,21 @@ class SegmentParams(BaseModel):
         """The minimum size of an object, by parameter name: at most one entry."""
         return {name: value for name in MIN_SIZES if (value := getattr(self, name)) is not None}
 
-    def with_min_object(self, pixels: int) -> "SegmentParams":
-        """Returns the parameters with the bundle's smallest object, where objects are counted and the request names no size."""
-        if not pixels or not self.instances or self.min_sizes:
+    def with_min_object(self, pixels: int, score: float) -> "SegmentParams":
+        """Returns the parameters with the bundle's smallest and least certain object, where objects are counted.
+
+        What the request names itself stays: the size, the score, or both.
+        """
+        if not self.instances:
             return self
-        return self.model_copy(update={"min_size_px": pixels})
+        size = {"min_size_px": pixels} if pixels and not self.min_sizes else {}
+        certain = {"min_score": score} if score and self.min_score is None else {}
+        return self.model_copy(update={**size, **certain})
 
     @property
     def needs_objects(self) -> bool:
         """Whether the post-processing must know the separate objects of the mask."""
-        return self.instances or self.keep_largest or bool(self.min_sizes)
+        return self.instances or self.keep_largest or bool(self.min_sizes) or self.min_score is not None
 
 
 def invalid_parameter(problems: Sequence[Any], model: type[BaseModel] = SegmentParams) -> InvalidParameter:

@@ -133,7 +133,8 @@ class SegmentationService:
             CallerError, TryAgain, ServerFault: `server.errors` draws the tree.
         """
         requested = target or self.registry.resolve(params)
-        params = params.with_min_object(requested.deployment.manifest.min_object_px)
+        manifest = requested.deployment.manifest
+        params = params.with_min_object(manifest.min_object_px, manifest.min_object_score)
         async with deadline(qos):
             if await self.is_batch(upload):
                 return await zip_batch.segment(self, upload, params, qos, on_progress, requested)

@@ -142,7 +142,7 @@ def make_sliding_window(
         placement: position of the network's grid in the input.
         manifest: manifest of the network.
         graph: graph to be run; `head_std` also fills the mask's standard deviation over the heads.
-        needs: parts of the mask that the output formats need: "scores", "head_std", "objects", "report"; and "interior".
+        needs: parts of the mask that are needed, as `estimate.mask_needs` says; made here are "scores", "confidence" and "interior".
         threshold: foreground is a score above it; None for the manifest's own decision.
         certainty: counts of uncertain pixels, added to while the mask is written.
         copies: axes along which each copy of a window is mirrored.
@@ -155,7 +155,7 @@ def make_sliding_window(
         np.empty((manifest.score_channels, *source.size), dtype=np.float16) if "scores" in needs else None
     )
     head_std = np.empty_like(classes, dtype=np.float16) if graph.name == HEAD_STD else None
-    confidence = np.empty_like(classes, dtype=np.float16) if "objects" in needs else None
+    confidence = np.empty_like(classes, dtype=np.float16) if "confidence" in needs else None
     interior = np.empty_like(classes, dtype=np.float16) if "interior" in needs else None
     if threshold is None and manifest.score_channels == 1:
         threshold = manifest.threshold

@@ -192,7 +192,8 @@ def _params(model: Model, values: Mapping[str, Scalar], formats: str) -> Segment
     params = SegmentParams.parse(
         {**values, **model.decided, "model": model.deployment.name, "format": formats}
     )
-    return params.with_min_object(model.deployment.manifest.min_object_px)
+    manifest = model.deployment.manifest
+    return params.with_min_object(manifest.min_object_px, manifest.min_object_score)
 
 
 def _misplaced(name: str, value: Any, reason: str) -> InvalidParameter:

@@ -26,6 +26,7 @@ VOLUME, TIMES = InputHeader((4, 5, 6), affine=np.eye(4)), InputHeader((4, 5, 6),
 parameters = st.fixed_dictionaries(
     {
         "min_size_px": st.none() | st.integers(0, 12),
+        "min_score": st.sampled_from((None, 0.4, 0.6)),
         "fill_holes": st.booleans(),
         "keep_largest": st.booleans(),
         "instances": st.booleans(),
@@ -48,6 +49,35 @@ def processed(
 def objects_of(done: Processed) -> Objects:
     assert isinstance(done.mask, LabelledMask)
     return done.mask.objects
+
+
+@settings(max_examples=30, deadline=None)
+@given(masks(), st.sampled_from((0.0, 0.3, 0.5, 0.8, 1.0)), st.integers(0, 2**32 - 1))
+def test_min_score_removes_objects_of_a_lower_mean_score_alone(
+    classes: np.ndarray, score: float, seed: int
+) -> None:
+    scores = np.random.default_rng(seed).random(classes.shape).astype(np.float16)
+    # Object by object, so that means differ.
+    before = connected_components(classes, scores)
+    scores = (scores + before.labels % 3) / np.float16(3)
+    before = connected_components(classes, scores)
+    mask = Mask(classes.copy(order="K"), confidence=scores)
+    done = postprocess(mask, SegmentParams(min_score=score), None, None, objects=True)
+    kept = before.mean_score >= np.float32(score)
+    assert np.array_equal(done.mask.classes, np.where(np.append(False, kept)[before.labels], classes, 0))
+    assert objects_of(done).mean_score.tolist() == before.mean_score[kept].tolist()
+    assert sum(done.removed.values()) == int(np.count_nonzero(~kept))
+
+
+def test_min_score_is_asked_of_the_parts_of_an_object() -> None:
+    classes = disc((30, 60), ((15, 18), 10), ((15, 36), 10))
+    scores = np.full(classes.shape, 0.9, np.float16)
+    scores[:, 27:] = 0.6
+    params = SegmentParams(instances=True, min_score=0.7)
+    done = postprocess(Mask(classes.copy(), confidence=scores), params, None, None, objects=False)
+    assert done.removed == {1: 1}
+    assert done.mask.classes[15, 18] == 1
+    assert done.mask.classes[15, 40] == 0
 
 
 @settings(max_examples=30, deadline=None)
@@ -85,7 +115,9 @@ def test_objects_are_those_of_the_mask(classes: np.ndarray, params: dict[str, An
         assert np.bincount(objects.value, minlength=1).max(initial=0) <= 1
     if not params["instances"]:
         assert np.array_equal(connected_components(done.mask.classes).labels, objects.labels)
-    elif params == {"min_size_px": None, "fill_holes": False, "keep_largest": False, "instances": True}:
+    elif params["min_size_px"] is None and not (
+        params["fill_holes"] or params["keep_largest"] or done.removed
+    ):
         assert np.array_equal(done.mask.classes, classes)
     without = processed(classes, objects=False, **params)
     assert not isinstance(without.mask, LabelledMask)
