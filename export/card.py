@@ -60,7 +60,7 @@ class Card(BaseModel):
         threshold: foreground is a score above it, for one class.
         objects: meaning of a head's second channel, which tells touching objects apart; for one class with the activation "sigmoid".
         min_object_px: with `instances=true`, objects of fewer pixels (voxels) are removed where the request names no size.
-        min_object_score: likewise the mean score below which objects are removed.
+        min_object_score: with `instances=true`, objects of a lower mean score are removed where the request names no `min_score`; 0 keeps all.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

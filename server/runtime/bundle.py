@@ -153,7 +153,7 @@ class Manifest(Part):
         objects: meaning of the channel that follows the class's; None where objects are separated by their shape.
         min_object_px: with `instances=true`, objects of fewer pixels (voxels) of the input are specks, and removed where the request
             names no size; chosen on validation data.
-        min_object_score: likewise the mean score below which objects are removed.
+        min_object_score: with `instances=true`, objects of a lower mean score are removed where the request names no `min_score`; 0 keeps all.
         head_std: `accurate` with one channel more: the standard deviation over the heads of the foreground
             probability. None where there is one head, or the bundle was exported by a version that had no
             such graph.
