@@ -1,6 +1,6 @@
 """Objects as served against instance references, scored as in the 2018 Data Science Bowl; per level, told apart in several ways.
 
-    python -m bench.instances --data DATA [--split test] [--min-size-px 0]
+    python -m bench.instances --data DATA [--split test] [--set min_size_px=0] [--set min_score=0.8]
 
 AP of an image at a threshold is TP / (TP + FP + FN), where an object counts as TP if its IoU is above it;
 figures are averages over the images. Each image is sent to a server: connected parts of the mask; instances=true on a copy of
@@ -115,13 +115,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--split", default="test")
     parser.add_argument(
-        "--min-size-px",
-        help="smallest object with instances=true, to choose min_object_px of a card; by default that of the bundle",
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="request parameter beside instances=true, to choose min_object_px and min_object_score of a card; by default those of the bundle",
     )
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
     options = parser.parse_args()
     rows_of = list(samples(options.data, options.split, 2))
-    least = {"min_size_px": options.min_size_px} if options.min_size_px else {}
+    chosen = dict(setting.split("=", 1) for setting in options.set)
     references = [read_array(sample.label) for sample in rows_of]
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -129,7 +132,7 @@ def main() -> None:
             with serving(bundle) as server:
                 for graph, params in GRAPHS.items():
                     served = [
-                        labels(server, sample.image, params | way | (least if objects != CONNECTED else {}))
+                        labels(server, sample.image, params | way | (chosen if objects != CONNECTED else {}))
                         for sample in track(rows_of, f"{graph}, {objects}")
                     ]
                     rows.append(score(graph, objects, served, references))
