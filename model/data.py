@@ -1,5 +1,6 @@
 """Training samples: a split kept in memory, checked before the first step, and random tiles of it, augmented with MONAI."""
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
@@ -67,6 +68,7 @@ class DataConfig(BaseModel):
         colour: probability that the channels are mixed, as other stains and cameras mix them.
         small_object_weight: largest weight of an object's pixels in the cross-entropies, reached by objects far smaller than
             the others of their tile; 1 weighs all alike.
+        touching_weight: weight in the cross-entropies of the pixels where two objects touch; 1 weighs all alike.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,6 +88,12 @@ class DataConfig(BaseModel):
     grid_distortion: float = Field(default=0, ge=0, le=1)
     colour: float = Field(default=0, ge=0, le=1)
     small_object_weight: float = Field(default=1, ge=1)
+    touching_weight: float = Field(default=1, ge=1)
+
+    @property
+    def weighs_objects(self) -> bool:
+        """Whether the weight of a pixel depends on the objects."""
+        return self.small_object_weight > 1 or self.touching_weight > 1
 
     def tile_shape(self, dims: int, *, large: bool = False) -> tuple[int, ...]:
         """Lengths of a tile, one per axis of the image or volume."""
@@ -281,7 +289,9 @@ class Tiles(Dataset[Tile]):
         self._shrink = max(round(large / small), 1)
         self._weights = _weights(split, config.balance)
         self._channels = channels
-        self._small_objects = config.small_object_weight
+        self._weigh = functools.partial(
+            objects.weights, small=config.small_object_weight, touching=config.touching_weight
+        )
 
     def set_epoch(self, epoch: int) -> int:
         """Chooses the epoch whose tiles are drawn; returns by what the batch shrinks in it."""
@@ -310,7 +320,7 @@ class Tiles(Dataset[Tile]):
             empty = torch.empty((0, *drawn.shape)), torch.ones(drawn.shape)
             return Tile(image.contiguous(), drawn.to(torch.uint8), *empty)
         ids = drawn.numpy().astype(np.int32)
-        made = objects.targets(ids, self._channels), objects.weights(ids, self._small_objects)
+        made = objects.targets(ids, self._channels), self._weigh(ids)
         return Tile(image.contiguous(), (drawn > 0).to(torch.uint8), *map(torch.from_numpy, made))
 
 

@@ -13,6 +13,10 @@ from skimage.segmentation import find_boundaries
 # Pixels from the edge on from which the distance is 1. Smaller objects reach 1 at their middle.
 REACH = 8
 
+# Pixels between two objects up to which they touch, and the standard deviation of their weight around them.
+GAP = 1
+TOUCHING_SIGMA = 2.0
+
 
 def targets(
     numbers: NDArray[np.integer], names: tuple[str, ...], reach: float = REACH
@@ -62,16 +66,32 @@ def _border(shape: tuple[int, ...]) -> NDArray[np.bool_]:
     return border
 
 
-def weights(numbers: NDArray[np.integer], most: float) -> NDArray[np.float32]:
-    """Weighs each pixel: background 1, an object the more the smaller it is beside the others, up to `most`.
+def weights(numbers: NDArray[np.integer], small: float, touching: float = 1) -> NDArray[np.float32]:
+    """Weighs each pixel: 1, more in small objects, and more where objects touch.
 
-    The square root of the median area over its own, so that an object counts by its width rather than its area.
+    An object weighs the more the smaller it is beside the others, up to `small`: the square root of the median area over its
+    own, so that it counts by its width rather than its area. Where objects touch, up to `touching` is added, falling off
+    with the distance as in Ronneberger et al., "U-Net" (2015), equation 2; there the gap between two objects has it.
     """
     values, which, areas = np.unique(numbers, return_inverse=True, return_counts=True)
-    if not (numbers > 0).any():
-        return np.ones(numbers.shape, np.float32)
     objects = values > 0
     factor = np.ones(len(values))
-    factor[objects] = np.clip(np.sqrt(np.median(areas[objects]) / areas[objects]), 1, most)
+    if objects.any():
+        factor[objects] = np.clip(np.sqrt(np.median(areas[objects]) / areas[objects]), 1, small)
     of_pixel: NDArray[np.float32] = factor[which.reshape(numbers.shape)].astype(np.float32)
+    if touching > 1:
+        meeting = _meeting(numbers)
+        if meeting.any():
+            distance = scipy.ndimage.distance_transform_edt(~meeting)
+            of_pixel += ((touching - 1) * np.exp(-((distance / TOUCHING_SIGMA) ** 2) / 2)).astype(np.float32)
     return of_pixel
+
+
+def _meeting(numbers: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """Pixels from which two objects lie within `GAP`."""
+    side = 2 * GAP + 1
+    highest = scipy.ndimage.maximum_filter(numbers, side)
+    beyond = numbers.max(initial=0) + 1
+    lowest = scipy.ndimage.minimum_filter(np.where(numbers > 0, numbers, beyond), side)
+    meeting: NDArray[np.bool_] = (highest > 0) & (lowest != highest)
+    return meeting

@@ -157,7 +157,7 @@ def _splits(recipe: TrainConfig, data: Path) -> tuple[Split, Split]:
             )
     if training.numbers is not None and all(len(np.unique(one[one > 0])) < 2 for one in training.numbers):
         raise DataError(
-            "no label map of the split 'train' numbers more than one object, which network.objects and data.small_object_weight need: "
+            "no label map of the split 'train' numbers more than one object, which network.objects, data.small_object_weight and data.touching_weight need: "
             "are these maps of object numbers?"
         )
     return training, validation
@@ -165,7 +165,7 @@ def _splits(recipe: TrainConfig, data: Path) -> tuple[Split, Split]:
 
 def _numbered(recipe: TrainConfig) -> bool:
     """Whether labels are read as maps of object numbers."""
-    return bool(recipe.network.objects) or recipe.data.small_object_weight > 1
+    return bool(recipe.network.objects) or recipe.data.weighs_objects
 
 
 def _networks(
@@ -231,10 +231,9 @@ def _check_tile(recipe: TrainConfig) -> None:
         raise RecipeError(
             f"data.large_tile: {large} is smaller than data.tile, or no multiple of {divisor}, which a network of depth {network.depth} needs"
         )
-    if recipe.data.small_object_weight > 1 and network.classes > 1:
-        raise RecipeError(
-            f"data.small_object_weight needs a network of one class, this one has {network.classes}"
-        )
+    if recipe.data.weighs_objects and network.classes > 1:
+        name = "touching_weight" if recipe.data.touching_weight > 1 else "small_object_weight"
+        raise RecipeError(f"data.{name} needs a network of one class, this one has {network.classes}")
     if len(tile) != network.dims:
         raise RecipeError(f"data.tile: {list(tile)} has {len(tile)} axes, the network {network.dims}")
     if network.dims == 3 and network.in_channels != 1:

@@ -61,7 +61,7 @@ def test_what_goes_on_beyond_the_border_is_measured_by_the_reach():
 def test_targets_do_not_depend_on_the_numbers_themselves(numbers, turn):
     renamed = np.array([0, *turn], np.int32)[numbers] * 1000
     np.testing.assert_array_equal(targets(numbers, ("distance",)), targets(renamed, ("distance",)))
-    np.testing.assert_array_equal(weights(numbers, 3), weights(renamed, 3))
+    np.testing.assert_array_equal(weights(numbers, 3, 5), weights(renamed, 3, 5))
 
 
 def test_small_objects_weigh_by_their_width():
@@ -75,7 +75,18 @@ def test_small_objects_weigh_by_their_width():
 
 
 def test_weights_of_nothing_are_one():
-    assert (weights(np.zeros((4, 5), np.int32), 3) == 1).all()
+    assert (weights(np.zeros((4, 5), np.int32), 3, 5) == 1).all()
+
+
+def test_pixels_where_objects_touch_weigh_more():
+    numbers = np.zeros((20, 60), np.int32)
+    numbers[5:15, 5:15], numbers[5:15, 15:25], numbers[5:15, 26:35], numbers[5:15, 45:55] = 1, 2, 3, 4
+    found = weights(numbers, 1, 5)
+    # On both sides of an edge, and in a gap of one pixel; not at an edge to background alone.
+    assert (found[8:12, [14, 15, 25]] == 5).all()
+    assert found[10, 17] == pytest.approx(1 + 4 * np.exp(-((2 / 2) ** 2) / 2))
+    assert found[10, 45] == pytest.approx(1, abs=1e-3)
+    assert found.min() >= 1
 
 
 def test_numbers_that_number_nothing_are_refused(tmp_path):

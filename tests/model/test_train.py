@@ -239,6 +239,7 @@ class TestRefused:
         (recipe(data={"large_tile": 18}), r"data\.large_tile: 18 is smaller than data\.tile, or no multiple of 4"),
         (recipe(data={"tile": 32, "large_tile": 16}), r"data\.large_tile: 16 is smaller than data\.tile"),
         (recipe(network={"classes": 3}, data={"small_object_weight": 2.0}), r"data\.small_object_weight needs a network of one class"),
+        (recipe(network={"classes": 3}, data={"touching_weight": 2.0}), r"data\.touching_weight needs a network of one class"),
         (volume_recipe(data={"small_object_weight": 2.0}), r"data\.small_object_weight needs a network of one class, this one has 3"),
     ])  # fmt: skip
     def test_recipes_whose_network_and_tiles_do_not_fit(
@@ -257,7 +258,11 @@ class TestRefused:
             train.train(wanted, discs_kept, tmp_path / "run")
 
     def test_labels_that_number_no_objects(self, discs_kept, tmp_path):
-        for wanted in (recipe(network={"objects": ("distance",)}), recipe(data={"small_object_weight": 2.0})):
+        for wanted in (
+            recipe(network={"objects": ("distance",)}),
+            recipe(data={"small_object_weight": 2.0}),
+            recipe(data={"touching_weight": 2.0}),
+        ):
             with pytest.raises(
                 DataError, match=r"numbers more than one object.*are these maps of object numbers"
             ):
