@@ -13,13 +13,8 @@ from tritonclient.utils import InferenceServerException
 
 from tests.support.files import picture_bytes
 
-
-@pytest.fixture(scope="module", autouse=True)
-def closed_once() -> Iterator[None]:
-    """A client that is collected in a thread of the server would close there what belongs to gevent's own thread."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocking.InferenceServerClient, "__del__", lambda _: None)
-        yield
+# Clients are closed here. One that is collected later, in a thread of a server, would close there what belongs to gevent's own thread.
+del blocking.InferenceServerClient.__del__
 
 
 @pytest.fixture

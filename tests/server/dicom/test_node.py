@@ -169,6 +169,8 @@ async def test_series_of_which_an_instance_was_refused_is_no_job(
 def send_half(table: NodeTable, path: Path) -> None:
     """Aborts in the middle of an instance."""
     association = begin(table, [])
+    # No answer will come.
+    association.dimse_timeout = 1
     sent = association.dul.send_pdu
     count = 0
 
@@ -177,8 +179,9 @@ def send_half(table: NodeTable, path: Path) -> None:
         count += 1
         if count == 4:
             time.sleep(1)
+            association.dul.send_pdu = sent
             association.abort()
-        if count < 4:
+        elif count < 4:
             sent(pdu)
 
     association.dul.send_pdu = send_pdu
