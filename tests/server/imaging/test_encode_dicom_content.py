@@ -295,7 +295,7 @@ def test_names_beyond_ascii_are_written_in_utf_8() -> None:
 
 @pytest.mark.parametrize("name", SEGMENTATIONS)
 def test_many_classes_take_no_more_memory_than_was_reserved(name: str) -> None:
-    size, count = (128, 96, 12), 100
+    size, count = (128, 96, 6), 50
     rng = np.random.default_rng(0)
     classes = np.asfortranarray(rng.integers(0, count + 1, size).astype(np.uint8))
     names = {value: f"class {value}" for value in range(1, count + 1)}

@@ -24,7 +24,7 @@ from server.segment.request import SegmentParams, Upload
 from tests.support.files import Sent, picture_bytes
 from tests.support.service import fake_service
 
-KILLS = 24
+KILLS = 16
 ROOT = Path(__file__).parents[3]
 
 
