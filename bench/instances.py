@@ -1,6 +1,6 @@
 """Objects as served against instance references, scored as in the 2018 Data Science Bowl; per level, told apart in several ways.
 
-    python -m bench.instances --data DATA [--split test] [--set min_size_px=0] [--set min_score=0.8]
+    python -m bench.instances --data DATA [--split test] [--min-size-px 0] [--min-score 0.8]
 
 AP of an image at a threshold is TP / (TP + FP + FN), where an object counts as TP if its IoU is above it;
 figures are averages over the images. Each image is sent to a server: connected parts of the mask; instances=true on a copy of
@@ -114,17 +114,20 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--split", default="test")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="request parameter beside instances=true, to choose min_object_px and min_object_score of a card; by default those of the bundle",
-    )
+    for option, kind, field in (
+        ("--min-size-px", int, "min_object_px"),
+        ("--min-score", float, "min_object_score"),
+    ):
+        parser.add_argument(
+            option,
+            type=kind,
+            help=f"with instances=true, to choose {field} of a card; by default that of the bundle",
+        )
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
     options = parser.parse_args()
     rows_of = list(samples(options.data, options.split, 2))
-    chosen = dict(setting.split("=", 1) for setting in options.set)
+    limits = {"min_size_px": options.min_size_px, "min_score": options.min_score}
+    chosen = {name: f"{value:g}" for name, value in limits.items() if value is not None}
     references = [read_array(sample.label) for sample in rows_of]
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -142,6 +145,7 @@ def main() -> None:
         f"{options.data.name}, {options.split} split, {len(references)} images with {rows[0].reference:,} nuclei; fp32. AP as in the 2018 "
         "Data Science Bowl, averaged over the images: of connected parts, of parts told apart by their shape alone, and by the network's own "
         "channel for objects (instances=true), also with tta=flips."
+        + "".join(f" With {name}={value}." for name, value in chosen.items())
     )
     headings = [
         "graph",

@@ -13,8 +13,7 @@ from skimage.segmentation import find_boundaries
 # Pixels from the edge on from which the distance is 1. Smaller objects reach 1 at their middle.
 REACH = 8
 
-# Pixels between two objects up to which they touch, and the standard deviation of their weight around them.
-GAP = 1
+# Standard deviation in pixels of the weight around where objects touch.
 TOUCHING_SIGMA = 2.0
 
 
@@ -70,8 +69,9 @@ def weights(numbers: NDArray[np.integer], small: float, touching: float = 1) -> 
     """Weighs each pixel: 1, more in small objects, and more where objects touch.
 
     An object weighs the more the smaller it is beside the others, up to `small`: the square root of the median area over its
-    own, so that it counts by its width rather than its area. Where objects touch, up to `touching` is added, falling off
-    with the distance as in Ronneberger et al., "U-Net" (2015), equation 2; there the gap between two objects has it.
+    own, so that it counts by its width rather than its area. Pixels where two objects meet, or are one pixel apart, get
+    `touching` - 1 on top, and those around them less, by a Gaussian of the distance. The weight of equation 2 in Ronneberger
+    et al., "U-Net" (2015), lies in gaps of any width instead, which these label maps hardly have.
     """
     values, which, areas = np.unique(numbers, return_inverse=True, return_counts=True)
     objects = values > 0
@@ -88,10 +88,9 @@ def weights(numbers: NDArray[np.integer], small: float, touching: float = 1) -> 
 
 
 def _meeting(numbers: NDArray[np.integer]) -> NDArray[np.bool_]:
-    """Pixels from which two objects lie within `GAP`."""
-    side = 2 * GAP + 1
-    highest = scipy.ndimage.maximum_filter(numbers, side)
+    """Pixels with two objects among themselves and their neighbours."""
+    highest = scipy.ndimage.maximum_filter(numbers, 3)
     beyond = numbers.max(initial=0) + 1
-    lowest = scipy.ndimage.minimum_filter(np.where(numbers > 0, numbers, beyond), side)
+    lowest = scipy.ndimage.minimum_filter(np.where(numbers > 0, numbers, beyond), 3)
     meeting: NDArray[np.bool_] = (highest > 0) & (lowest != highest)
     return meeting

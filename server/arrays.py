@@ -268,7 +268,7 @@ class Objects:
 
 @dataclass(frozen=True)
 class Mask:
-    """A class per pixel, on the grid of the input. Optional arrays are None where no output format needs them.
+    """A class per pixel, on the grid of the input. Optional arrays are None where neither an output format nor the post-processing needs them.
 
     Attributes:
         classes: (H, W) or (X, Y, Z) uint8, class value per pixel; 0 is background.

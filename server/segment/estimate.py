@@ -134,10 +134,11 @@ def estimate_work(
 def mask_needs(formats: tuple[str, ...], params: SegmentParams, manifest: Manifest) -> frozenset[str]:
     """Parts of the mask that the formats and the post-processing need.
 
-    Beside those of the formats "confidence", where objects have a mean score, and "interior", where the network separates objects.
+    Beside those of the formats these are "confidence", where objects have a mean score, and "interior", where the network itself tells
+    objects apart.
     """
     needs = encoding.needs(formats)
-    scored = {"confidence"} if "objects" in needs or params.min_score is not None else frozenset()
+    scored = {"confidence"} if "objects" in needs or params.min_score else frozenset()
     by_network = {"interior"} if params.instances and manifest.objects is not None else frozenset()
     return needs | scored | by_network
 

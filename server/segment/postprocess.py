@@ -142,7 +142,10 @@ def postprocess(
     Raises:
         InvalidParameter: there are too many objects.
         Cancelled: the token was set.
+        ValueError: `min_score` is set, and the mask has no `confidence`.
     """
+    if params.min_score and mask.confidence is None:
+        raise ValueError("min_score needs the scores of the mask")
     removed = Counter[int]()
     labelled = objects or params.needs_objects
     steps = _Steps(params, _min_pixels(params, unit_mm), labelled, removed, saddle, cancel)
@@ -229,8 +232,8 @@ class _Steps:
         labels, count = label(classes)
         self.cancel.check()
         if self.params.instances:
-            # Once before splitting too, because the parts of a small object are small and noise takes long to
-            # split.
+            # Sizes once before splitting too, because the parts of a small object are small and noise takes long to split. Scores
+            # only afterwards, because a certain object may touch an uncertain one.
             count = self._remove(labels, count, classes, None, largest=False)
             check_count(count)
             spacing = spacing_mm or (1.0,) * classes.ndim
@@ -254,7 +257,14 @@ class _Steps:
         *,
         largest: bool,
     ) -> int:
-        """Removes small objects, by their `confidence` uncertain ones, and all but the largest of each class, in place.
+        """Removes in place what the request says: small objects, uncertain ones, all but the largest of each class.
+
+        Args:
+            labels: numbers from 1 to `count`.
+            count: number of objects.
+            classes: class of each pixel.
+            confidence: score of each pixel's class; None removes no object for its score.
+            largest: whether only the largest of each class is kept.
 
         Returns:
             The number of objects that remain.

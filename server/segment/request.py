@@ -18,6 +18,7 @@ from server.settings import Precision
 
 if TYPE_CHECKING:
     from server.arrays import Overlap
+    from server.runtime.bundle import Manifest
     from server.segment.registry import Target
 
 Mode = Literal["accurate", "fast", "auto"]
@@ -124,7 +125,8 @@ class SegmentParams(BaseModel):
         None,
         ge=0,
         le=1,
-        description="objects whose mean score is lower are removed; with instances=true by default those of the model card, 0 keeps all",
+        description="objects whose mean score is lower are removed; with instances=true, and without threshold and fill_holes, by default the "
+        "limit of the model card, 0 keeps all",
     )
     keep_largest: bool = Field(False, description="of each class only the largest object is kept")
     pixel_size_um: str | None = Field(
@@ -201,21 +203,29 @@ class SegmentParams(BaseModel):
         """The minimum size of an object, by parameter name: at most one entry."""
         return {name: value for name in MIN_SIZES if (value := getattr(self, name)) is not None}
 
-    def with_min_object(self, pixels: int, score: float) -> "SegmentParams":
-        """Returns the parameters with the bundle's smallest and least certain object, where objects are counted.
+    def with_object_limits(self, manifest: "Manifest") -> "SegmentParams":
+        """Returns the parameters with the bundle's limits of objects, where `instances` is set and the request names none.
 
-        What the request names itself stays: the size, the score, or both.
+        The limit of the score was chosen for the pixels above the bundle's own threshold, so that it is left out where the request
+        has another threshold, or fills holes with pixels below it.
         """
         if not self.instances:
             return self
-        size = {"min_size_px": pixels} if pixels and not self.min_sizes else {}
-        certain = {"min_score": score} if score and self.min_score is None else {}
-        return self.model_copy(update={**size, **certain})
+        limits: dict[str, float] = {}
+        if manifest.min_object_px and not self.min_sizes:
+            limits["min_size_px"] = manifest.min_object_px
+        if manifest.min_object_score and (self.min_score, self.threshold, self.fill_holes) == (
+            None,
+            None,
+            False,
+        ):
+            limits["min_score"] = manifest.min_object_score
+        return self.model_copy(update=limits)
 
     @property
     def needs_objects(self) -> bool:
         """Whether the post-processing must know the separate objects of the mask."""
-        return self.instances or self.keep_largest or bool(self.min_sizes) or self.min_score is not None
+        return self.instances or self.keep_largest or any(self.min_sizes.values()) or bool(self.min_score)
 
 
 def invalid_parameter(problems: Sequence[Any], model: type[BaseModel] = SegmentParams) -> InvalidParameter:

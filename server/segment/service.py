@@ -133,8 +133,7 @@ class SegmentationService:
             CallerError, TryAgain, ServerFault: `server.errors` draws the tree.
         """
         requested = target or self.registry.resolve(params)
-        manifest = requested.deployment.manifest
-        params = params.with_min_object(manifest.min_object_px, manifest.min_object_score)
+        params = params.with_object_limits(requested.deployment.manifest)
         async with deadline(qos):
             if await self.is_batch(upload):
                 return await zip_batch.segment(self, upload, params, qos, on_progress, requested)
@@ -274,9 +273,10 @@ class SegmentationService:
         Raises:
             CallerError: it could not be segmented at all, or is over a limit.
         """
+        target = self.registry.resolve(params)
+        params = params.with_object_limits(target.deployment.manifest)
         if await self.is_batch(upload):
             return await zip_batch.estimate(self, upload, params)
-        target = self.registry.resolve(params)
         options = decode_options(params, self.limits)
         headers = await self.workers.task().run("decode", read_headers, upload, options)
         return self.admission.estimate(headers, target, params, upload.accept)

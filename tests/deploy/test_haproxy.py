@@ -168,7 +168,7 @@ def test_a_caller_who_leaves_frees_the_server(fleet: Fleet) -> None:
         fleet.servers[index].kill(signal.SIGKILL)
         fleet.servers[index].wait()
         fleet.servers[index] = fleet.launchers[index]("gated", ops_port=str(fleet.ops[index]))
-    # A caller who leaves while HAProxy waits to try another server, as it does after a 503, is noticed by nobody.
+    # HAProxy does not notice a caller who leaves while it waits to try another server, as it does after a 503.
     until(lambda: all(one.ready() for one in fleet.servers))
     # Until a server that holds the request has it; before, HAProxy may know of none.
     until(lambda: _left(fleet.url))

@@ -235,7 +235,8 @@ def test_where_objects_touch_tiles_weigh_more(discs_kept):
     split = numbered(discs_kept)
     split.numbers = [np.indices(one.shape)[1].astype(np.int32) // 8 + 1 for one in split.numbers]
     tile = Tiles(split, DataConfig(tile=32, touching_weight=5.0), 0)[0]
-    assert (tile.weight.min() < 3) and (tile.weight.max() == 5)
+    assert tile.weight.min() < 3
+    assert tile.weight.max() == 5
 
 
 def test_every_second_epoch_has_large_tiles_and_as_many_steps(discs_kept):

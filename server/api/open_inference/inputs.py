@@ -192,8 +192,7 @@ def _params(model: Model, values: Mapping[str, Scalar], formats: str) -> Segment
     params = SegmentParams.parse(
         {**values, **model.decided, "model": model.deployment.name, "format": formats}
     )
-    manifest = model.deployment.manifest
-    return params.with_min_object(manifest.min_object_px, manifest.min_object_score)
+    return params.with_object_limits(model.deployment.manifest)
 
 
 def _misplaced(name: str, value: Any, reason: str) -> InvalidParameter:

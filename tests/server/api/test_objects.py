@@ -333,37 +333,6 @@ def test_instances_of_a_volume_are_numbers(spatial: httpx.Client) -> None:
 SPECKS = picture_bytes(disc((40, 60), ((20, 18), 10), ((5, 50), 1), ((30, 50), 2)) * np.uint8(200))
 
 
-FAINT = picture_bytes(
-    disc((40, 60), ((20, 18), 10)) * np.uint8(230) + disc((40, 60), ((20, 45), 6)) * np.uint8(150)
-)
-
-
-@pytest.mark.parametrize(
-    ("query", "count", "named"),
-    [
-        ("&instances=true", 1, "min_score=0.7"),
-        ("&instances=true&min_score=0", 2, "min_score=0"),
-        ("&instances=true&min_size_px=0", 1, "min_score=0.7"),
-        ("&min_score=0.7", 1, "min_score=0.7"),
-        ("&min_score=0.95", 0, "min_score=0.95"),
-        ("", 2, None),
-    ],
-    ids=["the bundle's", "none", "a size beside it", "connected parts", "of all", "not counted"],
-)
-def test_uncertain_objects_of_the_bundle_are_removed_where_objects_are_counted(
-    query: str, count: int, named: str | None
-) -> None:
-    with serving(fake_app(shade, {"min_object_score": 0.7})) as client:
-        answer = client.post(f"/segment?format=json{query}", content=FAINT)
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["classes"][0]["objects"] == count
-        steps = answer.headers.get("X-Segment-Postprocessing", "")
-        assert (named in steps.split("; ")) if named else not steps
-        # The mask alone, which asks for no scores, is the same.
-        mask = client.post(f"/segment?format=mask{query}", content=FAINT)
-        assert bool(np.asarray(Pillow.open(io.BytesIO(mask.content)))[20, 45]) == (count == 2)
-
-
 @pytest.mark.parametrize(
     ("query", "count", "named"),
     [
@@ -383,3 +352,45 @@ def test_specks_of_the_bundle_are_removed_where_objects_are_counted(
         assert answer.json()["classes"][0]["objects"] == count
         steps = answer.headers.get("X-Segment-Postprocessing", "")
         assert (named in steps.split("; ")) if named else not steps
+
+
+FAINT = picture_bytes(
+    disc((40, 60), ((20, 18), 10)) * np.uint8(230) + disc((40, 60), ((20, 45), 6)) * np.uint8(150)
+)
+
+
+@pytest.mark.parametrize(
+    ("query", "count", "named"),
+    [
+        ("&instances=true", 1, "min_score=0.7"),
+        ("&instances=true&min_score=0", 2, "min_score=0"),
+        ("&instances=true&min_size_px=0", 1, "min_score=0.7"),
+        ("&min_score=0.7", 1, "min_score=0.7"),
+        ("&min_score=0.95", 0, "min_score=0.95"),
+        ("&instances=true&threshold=0.4", 2, "threshold=0.4"),
+        ("&instances=true&fill_holes=true", 2, "fill_holes"),
+        ("", 2, None),
+    ],
+    ids=[
+        "the bundle's",
+        "none",
+        "a size beside it",
+        "connected parts",
+        "of all",
+        "another threshold",
+        "filled",
+        "not counted",
+    ],
+)
+def test_uncertain_objects_of_the_bundle_are_removed_where_objects_are_counted(
+    query: str, count: int, named: str | None
+) -> None:
+    with serving(fake_app(shade, {"min_object_score": 0.7})) as client:
+        answer = client.post(f"/segment?format=json{query}", content=FAINT)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["classes"][0]["objects"] == count
+        steps = answer.headers.get("X-Segment-Postprocessing", "")
+        assert (named in steps.split("; ")) if named else not steps
+        # The file of classes, which asks for no scores, is the same.
+        mask = client.post(f"/segment?format=mask.png{query}", content=FAINT)
+        assert bool(np.asarray(Pillow.open(io.BytesIO(mask.content)))[20, 45]) == (count == 2)

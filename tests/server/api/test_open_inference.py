@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from server.api.open_inference.messages import HEADER
+from server.arrays import Tiles
 from tests.conftest import ROOT
 from tests.server.api.open_inference_support import MODEL, answer_of, ask, files, image, refused
 from tests.server.api.scraping import counted
@@ -301,3 +302,19 @@ def test_large_body_lies_on_disk(client: httpx.Client, rng: np.random.Generator)
         ask(client, "/v2/models/nuclei-l1/infer", image(pictures), outputs=[{"name": "mask"}])
     )
     assert (outputs["mask"][29] == png_mask(client, pictures[29], "level=1")).all()
+
+
+def test_objects_have_the_limits_of_the_bundle() -> None:
+    def shade(tiles: Tiles) -> np.ndarray:
+        return (tiles.pixels[:, :1].astype(np.float32) / 255).astype(np.float32)
+
+    faint = np.zeros((1, 40, 60, 1), np.uint8)
+    faint[0, 5:20, 5:20], faint[0, 25:35, 40:50], faint[0, 2, 50] = 230, 150, 230
+    with serving(fake_app(shade, {"min_object_px": 20, "min_object_score": 0.7})) as client:
+        for parameters, count in (
+            ({"instances": True}, 1),
+            ({"instances": True, "min_score": 0}, 2),
+            ({"instances": True, "min_score": 0, "min_size_px": 0}, 3),
+        ):
+            _, outputs = answer_of(ask(client, MODEL, image(faint), parameters=parameters))
+            assert outputs["mask"].max() == count

@@ -60,6 +60,30 @@ class TestEstimate:
     ) -> None:
         assert cpu_work(IMAGE, formats, SegmentParams(**params)) == ("cpu", "image", work)
 
+    @pytest.mark.parametrize(
+        ("params", "more"),
+        [
+            ({"min_score": 0.5}, 2),
+            # Nothing is removed, so that nothing is labelled.
+            ({"min_score": 0.0, "min_size_px": 0}, None),
+        ],
+    )
+    def test_scores_of_objects_are_paid_for_where_they_are_asked(
+        self, params: dict[str, Any], more: int | None
+    ) -> None:
+        scene = Scene()
+        target, plain = scene.resolve(format="mask.png")
+
+        def memory(**changes: Any) -> int:
+            wanted = plain.model_copy(update=changes)
+            return scene.admission.estimate((IMAGE, None), target, wanted).memory_bytes
+
+        pixels = math.prod(IMAGE.size)
+        if more is None:
+            assert memory(**params) == memory()
+        else:
+            assert memory(**params) == memory(min_size_px=1) + more * pixels
+
     async def test_observe_cpu_learns_by_kind_of_work(self) -> None:
         scene = Scene(LatencyModel())
         target, params = scene.resolve()

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from server.arrays import InputHeader, LabelledMask, Mask, Objects
 from server.cancel import Cancelled, CancelToken
 from server.errors import InvalidParameter
+from server.segment import labels
 from server.segment.labels import connected_components
 from server.segment.postprocess import (
     Processed,
@@ -38,11 +40,14 @@ def processed(
     classes: np.ndarray,
     unit_mm: float | None = None,
     *,
+    scores: np.ndarray | None = None,
     objects: bool = True,
     time_slices: int | None = None,
     **params: Any,
 ) -> Processed:
-    mask = Mask(classes.copy(order="K"), confidence=np.full_like(classes, 0.5, dtype=np.float16))
+    if scores is None:
+        scores = np.full_like(classes, 0.5, dtype=np.float16)
+    mask = Mask(classes.copy(order="K"), confidence=scores)
     return postprocess(mask, SegmentParams(**params), None, unit_mm, objects=objects, time_slices=time_slices)
 
 
@@ -52,20 +57,31 @@ def objects_of(done: Processed) -> Objects:
 
 
 @settings(max_examples=30, deadline=None)
-@given(masks(), st.sampled_from((0.0, 0.3, 0.5, 0.8, 1.0)), st.integers(0, 2**32 - 1))
+@given(
+    masks(),
+    st.sampled_from((0.0, 0.3, 0.5, 0.8, 1.0)),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from((7, 10**6)),
+)
 def test_min_score_removes_objects_of_a_lower_mean_score_alone(
-    classes: np.ndarray, score: float, seed: int
+    classes: np.ndarray, score: float, seed: int, chunk: int
 ) -> None:
-    scores = np.random.default_rng(seed).random(classes.shape).astype(np.float16)
+    before = connected_components(classes)
     # Object by object, so that means differ.
-    before = connected_components(classes, scores)
-    scores = (scores + before.labels % 3) / np.float16(3)
-    before = connected_components(classes, scores)
-    mask = Mask(classes.copy(order="K"), confidence=scores)
-    done = postprocess(mask, SegmentParams(min_score=score), None, None, objects=True)
-    kept = before.mean_score >= np.float32(score)
+    scores = (np.random.default_rng(seed).random(classes.shape) + before.labels % 3) / 3
+    scores = np.asarray(scores, dtype=np.float16, order="F" if classes.ndim == 3 else "C")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(labels, "CHUNK", chunk)
+        done = processed(classes, scores=scores, min_score=score)
+    numbers = np.arange(1, len(before) + 1)
+    means = (
+        np.asarray(ndimage.mean(scores.astype(np.float64), before.labels, numbers))
+        if len(before)
+        else np.zeros(0)
+    )
+    kept = means.astype(np.float32) >= np.float32(score)
     assert np.array_equal(done.mask.classes, np.where(np.append(False, kept)[before.labels], classes, 0))
-    assert objects_of(done).mean_score.tolist() == before.mean_score[kept].tolist()
+    assert objects_of(done).mean_score == pytest.approx(means[kept])
     assert sum(done.removed.values()) == int(np.count_nonzero(~kept))
 
 
@@ -115,10 +131,11 @@ def test_objects_are_those_of_the_mask(classes: np.ndarray, params: dict[str, An
         assert np.bincount(objects.value, minlength=1).max(initial=0) <= 1
     if not params["instances"]:
         assert np.array_equal(connected_components(done.mask.classes).labels, objects.labels)
-    elif params["min_size_px"] is None and not (
-        params["fill_holes"] or params["keep_largest"] or done.removed
-    ):
-        assert np.array_equal(done.mask.classes, classes)
+    elif (params["min_size_px"], params["fill_holes"], params["keep_largest"]) == (None, False, False):
+        # All scores are 0.5.
+        kept = params["min_score"] != 0.6
+        assert np.array_equal(done.mask.classes, classes * kept)
+        assert not (kept and done.removed)
     without = processed(classes, objects=False, **params)
     assert not isinstance(without.mask, LabelledMask)
     assert np.array_equal(without.mask.classes, done.mask.classes)
@@ -128,15 +145,18 @@ def test_objects_are_those_of_the_mask(classes: np.ndarray, params: dict[str, An
 @given(masks(axes=(3,), most_side=8), st.integers(1, 3), parameters)
 def test_times_are_processed_each_by_itself(drawn: np.ndarray, slices: int, params: dict[str, Any]) -> None:
     classes = np.asfortranarray(np.concatenate([drawn] * slices, axis=2))
-    done = processed(classes, time_slices=slices, **params)
+    scores = np.asfortranarray(np.random.default_rng(drawn.size).random(classes.shape), dtype=np.float16)
+    done = processed(classes, scores=scores, time_slices=slices, **params)
     objects, before, removed = objects_of(done), 0, dict[int, int]()
     for first in range(0, classes.shape[2], slices):
-        part = classes[..., first : first + slices]
-        single = processed(part[..., 0].T if slices == 1 else part, **params)
+        part, its_scores = (whole[..., first : first + slices] for whole in (classes, scores))
+        if slices == 1:
+            part, its_scores = part[..., 0].T, its_scores[..., 0].T
+        single = processed(part, scores=its_scores, **params)
         alone = objects_of(single)
-        labels = alone.labels.T[..., None] if slices == 1 else alone.labels
+        numbers = alone.labels.T[..., None] if slices == 1 else alone.labels
         assert np.array_equal(
-            objects.labels[..., first : first + slices], np.where(labels > 0, labels + before, 0)
+            objects.labels[..., first : first + slices], np.where(numbers > 0, numbers + before, 0)
         )
         assert objects.touches_border[before : before + len(alone)].tolist() == alone.touches_border.tolist()
         before += len(alone)
@@ -144,7 +164,8 @@ def test_times_are_processed_each_by_itself(drawn: np.ndarray, slices: int, para
     assert len(objects) == before
     assert done.removed == removed
     assert np.array_equal(
-        processed(classes, objects=False, time_slices=slices, **params).mask.classes, done.mask.classes
+        processed(classes, scores=scores, objects=False, time_slices=slices, **params).mask.classes,
+        done.mask.classes,
     )
 
 
@@ -185,6 +206,11 @@ def test_noise_is_refused_unless_it_is_removed(instances: bool) -> None:
         processed(grid, instances=instances)
     assert caught.value.fields["actual"] == 1001**2 - 2
     assert len(objects_of(processed(grid, min_size_px=2, instances=instances))) == 1
+
+
+def test_min_score_without_scores_is_a_mistake_of_the_code() -> None:
+    with pytest.raises(ValueError, match="scores"):
+        postprocess(Mask(TWO.copy()), SegmentParams(min_score=0.1), None, None, objects=False)
 
 
 def test_nothing_requested_is_nothing_done() -> None:
