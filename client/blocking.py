@@ -1,6 +1,7 @@
 """Blocking access to coroutines: an event loop in a thread."""
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Coroutine
@@ -94,6 +95,11 @@ class Blocking(Generic[A]):
         try:
             return asyncio.run_coroutine_threadsafe(call.run(), self._loop).result()
         finally:
+            self._abandon(call)
+
+    def _abandon(self, call: _Call[Any]) -> None:
+        """Cancels a call for which its thread waits no longer. A loop that another thread has closed has cancelled it already."""
+        with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(call.cancel)
 
     def run_with_progress(
@@ -114,4 +120,4 @@ class Blocking(Generic[A]):
                 progress(*arguments)
             return future.result()
         finally:
-            self._loop.call_soon_threadsafe(call.cancel)
+            self._abandon(call)

@@ -1,6 +1,8 @@
 import asyncio
 import signal
 import threading
+import warnings
+from collections.abc import Coroutine
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,27 @@ def test_close_cancels_requests_of_other_threads(fake_server: FakeServer) -> Non
         with pytest.raises(CancelledError):
             request.result()
     assert fake_server.cancelled.wait(10)
+
+
+def test_close_comes_before_a_cancelled_request_has_ended(
+    fake_server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, submit = Client(fake_server.url), asyncio.run_coroutine_threadsafe
+
+    class Cancelled:
+        def result(self) -> None:
+            client.close()
+            raise CancelledError
+
+    def first(work: Coroutine[Any, Any, Any], _: asyncio.AbstractEventLoop) -> Any:
+        work.close()
+        monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", submit)
+        return Cancelled()
+
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", first)
+    with pytest.raises(CancelledError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # its work is never begun
+        client.segment(PIXELS)
 
 
 def test_client_inside_of_a_running_loop(fake_server: FakeServer) -> None:
