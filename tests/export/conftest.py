@@ -27,7 +27,8 @@ CARDS = Path(__file__).parents[2] / "export" / "cards"
 @pytest.fixture(scope="session")
 def card() -> Card:
     """Three channels, one class."""
-    return read_card(CARDS / "nuclei.toml").model_copy(update={"name": "small"})
+    changes = {"name": "small", "objects": None, "min_object_px": 0, "min_object_score": 0.0}
+    return read_card(CARDS / "nuclei.toml").model_copy(update=changes)
 
 
 @pytest.fixture(scope="session")

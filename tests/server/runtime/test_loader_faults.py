@@ -181,5 +181,6 @@ def test_golden_head_std_is_the_standard_deviation_of_the_levels(shipped_bundle:
     heads = np.stack(
         [next(scores for name, _, scores in every if name == f"L{level}") for level in (1, 2, 3, 4)]
     )
-    assert derived.shape[1] == 2
-    assert np.allclose(derived[:, 1:], heads.std(axis=0), atol=1e-6)
+    # Behind the channels of a level, and of that of the class.
+    assert derived.shape[1] == heads.shape[2] + 1
+    assert np.allclose(derived[:, -1], heads[:, :, 0].std(axis=0), atol=1e-6)
