@@ -183,7 +183,7 @@ def _measured(manifest: Manifest) -> Iterator[str]:
             )
             for one in manifest.comparison
         )
-        yield "Another network, trained by the same recipe on the same images, in float32:\n\n"
+        yield "Another network, trained on the same images, in float32:\n\n"
         yield table(("network", "parameters", "IoU %", "mean IoU %", "Dice %"), others)
 
 
