@@ -42,7 +42,7 @@ def test_table_of_levels_is_that_of_the_last_measurement(shipped_bundle: Path) -
 def test_count_error_is_that_of_the_last_measurement() -> None:
     named = re.search(r"\[off by (\d+) % on average\]\(\S+\), with a median of (\d+) %", README)
     row = re.search(
-        r"^\| accurate \| by shape \|.*\| ([\d.]+)% \| ([\d.]+)% \| [\d.]+ \|$",
+        r"^\| accurate \| by the network \|.*\| ([\d.]+)% \| ([\d.]+)% \| [\d.]+ \|$",
         (ROOT / "bench" / "results" / "instances.md").read_text(),
         re.MULTILINE,
     )
