@@ -106,7 +106,8 @@ def test_wrong_recipes(tmp_path, content):
 # --- the console ---
 
 
-ARGUMENTS = ["--set", "network.widths=[4, 6]", "--set", "network.in_channels=1", "--set", "data.tile=16", "--set", "data.tiles_per_image=1",
+ARGUMENTS = ["--set", "network.widths=[4, 6]", "--set", "network.in_channels=1", "--set", "data.tile=16", "--set", "data.large_tile=16", "--set", "data.tiles_per_image=1",
+             "--set", "network.objects=[]", "--set", "data.small_object_weight=1", "--set", "data.touching_weight=1",
              "--set", "optimisation.batch=4", "--set", "optimisation.workers=0", "--set", "optimisation.epochs=1"]  # fmt: skip
 
 
