@@ -189,7 +189,7 @@ def test_a_full_queue_is_answered_with_429(ray: SimpleNamespace) -> None:
 
         def is_refused() -> bool:
             with contextlib.suppress(httpx.ReadTimeout):
-                refused.append(ray.client.get("/models", timeout=httpx.Timeout(60, read=0.5)))
+                refused.append(ray.client.get("/models", timeout=httpx.Timeout(60, read=2)))
                 return refused[-1].status_code == 429
             return False
 
