@@ -1,11 +1,11 @@
 """Objects as served against instance references, scored as in the 2018 Data Science Bowl; per level, told apart in several ways.
 
-    python -m bench.instances --data DATA [--split test] [--min-size-px 0] [--min-score 0.8]
+    python -m bench.instances --data DATA [--split test] [--min-size-px 0] [--min-score 0.8] [--no-flips]
 
 AP of an image at a threshold is TP / (TP + FP + FN), where an object counts as TP if its IoU is above it;
 figures are averages over the images. Each image is sent to a server: connected parts of the mask; instances=true on a copy of
 the bundle whose manifest does not know the network's channel for objects, so that shape alone decides; instances=true on the
-bundle itself; the same with tta=flips.
+bundle itself; the same with tta=flips, which takes longer than all the others.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def score(graph: str, objects: str, served: list[np.ndarray], references: list[n
     )
 
 
-def ways(bundle: Bundle, scratch: Path) -> Iterator[tuple[str, Path, dict[str, str]]]:
+def ways(bundle: Bundle, scratch: Path, *, flips: bool) -> Iterator[tuple[str, Path, dict[str, str]]]:
     """Each way to tell objects apart: its name, the bundle to serve and the query."""
     yield CONNECTED, bundle.folder, {"instances": "false"}
     if bundle.manifest.objects is None:
@@ -103,7 +103,7 @@ def ways(bundle: Bundle, scratch: Path) -> Iterator[tuple[str, Path, dict[str, s
     write_manifest(plain, bundle.manifest.model_copy(update={"objects": None}))
     yield BY_SHAPE, plain, {"instances": "true"}
     yield BY_CHANNEL, bundle.folder, {"instances": "true"}
-    if bundle.manifest.mirror_axes:
+    if flips and bundle.manifest.mirror_axes:
         yield WITH_FLIPS, bundle.folder, {"instances": "true", "tta": "flips"}
 
 
@@ -123,6 +123,7 @@ def main() -> None:
             type=kind,
             help=f"with instances=true, to choose {field} of a card; by default that of the bundle",
         )
+    parser.add_argument("--flips", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
     options = parser.parse_args()
     rows_of = list(samples(options.data, options.split, 2))
@@ -131,7 +132,7 @@ def main() -> None:
     references = [read_array(sample.label) for sample in rows_of]
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        for objects, bundle, way in ways(read_bundle(options.bundle), Path(scratch)):
+        for objects, bundle, way in ways(read_bundle(options.bundle), Path(scratch), flips=options.flips):
             with serving(bundle) as server:
                 for graph, params in GRAPHS.items():
                     served = [
@@ -144,7 +145,8 @@ def main() -> None:
     caption = (
         f"{options.data.name}, {options.split} split, {len(references)} images with {rows[0].reference:,} nuclei; fp32. AP as in the 2018 "
         "Data Science Bowl, averaged over the images: of connected parts, of parts told apart by their shape alone, and by the network's own "
-        "channel for objects (instances=true), also with tta=flips."
+        "channel for objects (instances=true)"
+        + (", also with tta=flips." if options.flips else ".")
         + "".join(f" With {name}={value}." for name, value in chosen.items())
     )
     headings = [
