@@ -68,8 +68,8 @@ class DataConfig(BaseModel):
         colour: probability that the channels are mixed, as other stains and cameras mix them.
         small_object_weight: largest weight of an object's pixels in the cross-entropies, reached by objects far smaller than
             the others of their tile; 1 weighs all alike.
-        touching_weight: weight in the cross-entropies of the pixels where two objects touch, less 1 added to that of small objects; 1
-            adds none.
+        touching_weight: weight in the cross-entropies of the pixels where two objects touch. In small objects their weights add up,
+            less 1. 1 weighs all alike.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -71,7 +71,7 @@ def weights(numbers: NDArray[np.integer], small: float, touching: float = 1) -> 
     An object weighs the more the smaller it is beside the others, up to `small`: the square root of the median area over its
     own, so that it counts by its width rather than its area. Pixels where two objects meet, or are one pixel apart, get
     `touching` - 1 on top, and those around them less, by a Gaussian of the distance. The weight of equation 2 in Ronneberger
-    et al., "U-Net" (2015), lies in gaps of any width instead, which these label maps hardly have.
+    et al., "U-Net" (2015), lies in the gap between two objects instead, and objects that touch have none.
     """
     values, which, areas = np.unique(numbers, return_inverse=True, return_counts=True)
     objects = values > 0

@@ -214,11 +214,8 @@ class SegmentParams(BaseModel):
         limits: dict[str, float] = {}
         if manifest.min_object_px and not self.min_sizes:
             limits["min_size_px"] = manifest.min_object_px
-        if manifest.min_object_score and (self.min_score, self.threshold, self.fill_holes) == (
-            None,
-            None,
-            False,
-        ):
+        same_pixels = self.threshold is None and not self.fill_holes
+        if manifest.min_object_score and self.min_score is None and same_pixels:
             limits["min_score"] = manifest.min_object_score
         return self.model_copy(update=limits)
 

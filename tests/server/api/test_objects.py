@@ -330,6 +330,15 @@ def test_instances_of_a_volume_are_numbers(spatial: httpx.Client) -> None:
     assert set(np.unique(volume_of(answer.content)).tolist()) == {0, 1, 2}
 
 
+def check_objects(client: httpx.Client, data: bytes, query: str, count: int, named: str | None) -> None:
+    """Checks the number of objects, and that the answer names this step, or none."""
+    answer = client.post(f"/segment?format=json{query}", content=data)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["classes"][0]["objects"] == count
+    steps = answer.headers.get("X-Segment-Postprocessing", "")
+    assert (named in steps.split("; ")) if named else not steps
+
+
 SPECKS = picture_bytes(disc((40, 60), ((20, 18), 10), ((5, 50), 1), ((30, 50), 2)) * np.uint8(200))
 
 
@@ -347,11 +356,7 @@ def test_specks_of_the_bundle_are_removed_where_objects_are_counted(
     query: str, count: int, named: str | None
 ) -> None:
     with serving(fake_app(shade, {"min_object_px": 20})) as client:
-        answer = client.post(f"/segment?format=json{query}", content=SPECKS)
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["classes"][0]["objects"] == count
-        steps = answer.headers.get("X-Segment-Postprocessing", "")
-        assert (named in steps.split("; ")) if named else not steps
+        check_objects(client, SPECKS, query, count, named)
 
 
 FAINT = picture_bytes(
@@ -386,11 +391,7 @@ def test_uncertain_objects_of_the_bundle_are_removed_where_objects_are_counted(
     query: str, count: int, named: str | None
 ) -> None:
     with serving(fake_app(shade, {"min_object_score": 0.7})) as client:
-        answer = client.post(f"/segment?format=json{query}", content=FAINT)
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["classes"][0]["objects"] == count
-        steps = answer.headers.get("X-Segment-Postprocessing", "")
-        assert (named in steps.split("; ")) if named else not steps
+        check_objects(client, FAINT, query, count, named)
         # The file of classes, which asks for no scores, is the same.
         mask = client.post(f"/segment?format=mask.png{query}", content=FAINT)
         assert bool(np.asarray(Pillow.open(io.BytesIO(mask.content)))[20, 45]) == (count == 2)
